@@ -1,0 +1,1 @@
+"""Universal user representations with a sparse Mixture-of-Experts transformer."""

@@ -1,0 +1,143 @@
+"""The verbs of the `supermoe` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from supermoe_jax import config
+
+# Errors that a user can act on: their message is enough, a stack trace would only hide it.
+_EXPECTED = ("ConfigError", "DataError", "RunError")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a verb; returns 0, or 1 after an error that was explained, 2 after wrong usage."""
+  args, rest = _parser().parse_known_args(arguments)
+  args.overrides = [a for a in rest if a.startswith("--config.")]
+  unknown = [a for a in rest if not a.startswith("--config.")]
+  if unknown:
+    print(f"supermoe {args.verb}: unknown argument {unknown[0]!r}; see 'supermoe {args.verb} --help'", file=sys.stderr)
+    return 2
+  if args.overrides and not hasattr(args, "config"):
+    print(f"supermoe {args.verb}: {args.overrides[0]!r} has no effect here: a run keeps the config it was trained with", file=sys.stderr)
+    return 2
+  try:
+    args.run(args)
+  except Exception as error:
+    if type(error).__name__ not in _EXPECTED or os.environ.get("SUPERMOE_TRACEBACK"):
+      raise
+    print(f"supermoe {args.verb}: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
+    return 130
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="supermoe",
+    description="Learns universal user representations from an event log.",
+    epilog="Any key of the config can be set with --config.key=value, for example --config.train.steps=100.",
+  )
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+
+  verb = verbs.add_parser("inspect", help="read event files and propose a config")
+  verb.add_argument("files", nargs="+", help="paths or globs of event files")
+  verb.add_argument("--format", default="auto", help="parquet, csv, jsonl or atomic; default: by the file's ending")
+  verb.add_argument("--out", type=pathlib.Path, help="also save the proposed config here")
+  verb.set_defaults(run=_inspect)
+
+  verb = verbs.add_parser("prepare", help="turn the event log into a dataset directory")
+  _add_config(verb)
+  verb.add_argument("--overwrite", action="store_true", help="prepare again even if a dataset is there")
+  verb.set_defaults(run=_prepare)
+
+  verb = verbs.add_parser("train", help="train; the same command again resumes")
+  _add_config(verb)
+  _add_workdir(verb)
+  verb.set_defaults(run=_train)
+
+  verb = verbs.add_parser("evaluate", help="metrics of every task on validation and test snapshots")
+  _add_workdir(verb)
+  verb.set_defaults(run=_evaluate)
+
+  verb = verbs.add_parser("embed", help="write the embeddings of all users as of one or more times")
+  _add_workdir(verb)
+  verb.add_argument("--as-of", nargs="+", required=True, metavar="TIME", help="times such as 2017-11-01; UTC")
+  verb.add_argument("--out", type=pathlib.Path, help="directory to write; default: WORKDIR/embeddings")
+  verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
+  verb.set_defaults(run=_embed)
+
+  verb = verbs.add_parser("report", help="write one HTML page about a run")
+  _add_workdir(verb)
+  verb.set_defaults(run=_report)
+  return parser
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--config", required=True, help="config file with get_config(); override keys with --config.key=value")
+
+
+def _add_workdir(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--workdir", required=True, type=pathlib.Path, help="run directory")
+
+
+# The verbs import what they need when they run: 'supermoe --help' should not wait for JAX.
+
+
+def _inspect(args: argparse.Namespace) -> None:
+  from supermoe_jax.data import inspection
+
+  found = inspection.inspect(args.files, args.format)
+  print(found.render())
+  if args.out is not None:
+    args.out.write_text(found.config_file())
+    print(f"saved {args.out}")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+  cfg = config.load(args.config, args.overrides)
+  from supermoe_jax.data import prepare
+
+  manifest = prepare.prepare(cfg, overwrite=args.overwrite)
+  print(prepare.render(manifest))
+
+
+def _train(args: argparse.Namespace) -> None:
+  cfg = config.load(args.config, args.overrides)
+  from supermoe_jax.training import loop
+
+  step = loop.train(cfg, args.workdir)
+  print(f"trained to step {step}: {args.workdir}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.training.run import Run
+
+  result = evaluate.evaluate(Run(args.workdir))
+  print(evaluate.render(evaluate.table(result)))
+  print(f"all metrics, validation too: {args.workdir / 'evaluation.json'}")
+
+
+def _embed(args: argparse.Namespace) -> None:
+  from supermoe_jax.serving import embed
+  from supermoe_jax.training.run import Run
+
+  out = args.out or args.workdir / "embeddings"
+  manifest = embed.embed(Run(args.workdir), args.as_of, out, overwrite=args.overwrite)
+  print(f"{manifest['rows']:,} embeddings of width {manifest['width']} in {manifest['parts']} part(s): {out}")
+  for time, count in manifest["as_of"].items():
+    late = "; note: the log ends before this time" if count["after_log_end"] else ""
+    print(f"  as of {time}: {count['rows']:,} users, {count['users_without_events_before']:,} without events yet{late}")
+
+
+def _report(args: argparse.Namespace) -> None:
+  from supermoe_jax import report
+
+  print(f"report: {report.write(args.workdir)}")

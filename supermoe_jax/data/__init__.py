@@ -1,0 +1,1 @@
+"""Event logs to dataset directories to batches."""

@@ -1,0 +1,345 @@
+"""Preparation: from event files to a dataset directory.
+
+Everything is written into a directory of another name, the manifest last, and then renamed: a directory under the
+dataset's own name is whole, and a run that is cut leaves the one before untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pathlib
+import shutil
+import time as clock
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import duckdb
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import user_table, vocabulary
+from supermoe_jax.data.dataset import FORMAT_VERSION, TFDS_NAME, TFDS_SPLIT, TFDS_VERSION, Schema, make_aggregator, make_schema
+from supermoe_jax.data.events import DataError, EventLog, UserHistory
+from supermoe_jax.data.labels import Aggregator, Calendar, Labels, Snapshots
+
+# Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
+# become huge when it is 1.
+SMALLEST_SCALE = 0.25
+
+Record = dict[str, Any]
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+  """Writes one record a user; TFDS shuffles them by key and writes the ArrayRecord shards."""
+
+  name = TFDS_NAME
+  VERSION = tfds.core.Version(TFDS_VERSION)
+
+  def __init__(self, parts: Mapping[str, Any], records: Iterator[tuple[str, Record]], data_dir: str):
+    self._parts, self._records = dict(parts), records
+    super().__init__(data_dir=data_dir, file_format="array_record")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self._parts))
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Record]]]:
+    del dl_manager
+    return {TFDS_SPLIT: self._records}
+
+  def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[str, Record]]:
+    raise AssertionError("the records are given to _split_generators")
+
+
+def features(schema: Schema, tasks: Mapping[str, config.Task]) -> dict[str, Any]:
+  """The parts of a user's record, as TFDS features; N events, S snapshots."""
+
+  def tensor(*shape: int | None, dtype: Any = np.int32) -> tfds.features.FeatureConnector:
+    return tfds.features.Tensor(shape=shape, dtype=dtype)
+
+  out: dict[str, Any] = {
+    "user": tfds.features.Text(),
+    "time": tensor(None, dtype=np.int64),
+    "source": tensor(None),
+    "n_train": np.int32,
+    "user_split": np.int32,
+    "snapshot_time": tensor(None, dtype=np.int64),
+    "snapshot_events": tensor(None),
+    "snapshot_split": tensor(None),
+  }
+  if schema.categorical:
+    out["codes"] = tensor(None, len(schema.categorical))
+  if schema.numeric:
+    out["numeric"] = tensor(None, len(schema.numeric), dtype=np.float32)
+  for name, task in tasks.items():
+    many = isinstance(task, config.FutureValues)
+    kind = np.int32 if isinstance(task, config.NextEvent) else np.uint8
+    out[f"label_{name}"] = tensor(None, schema.outputs[name], dtype=kind) if many else tensor(None, dtype=kind)
+    out[f"known_{name}"] = tensor(None, dtype=np.uint8)
+  return out
+
+
+class _Tally:
+  """What the manifest says of the records, counted as they pass by."""
+
+  def __init__(self, schema: Schema, tasks: Mapping[str, config.Task]):
+    self._tasks = tasks
+    self.lengths: list[int] = []
+    self.snapshots = dict.fromkeys(labels_lib.SPLITS, 0)
+    self.too_early = 0
+    self.without_training = 0
+    self.without_snapshot = 0
+    kinds = {n: "unseen_value" if isinstance(t, config.NextEvent) else "positive" for n, t in tasks.items()}
+    self.labels = {n: {s: {"known": 0, kind: 0} for s in labels_lib.SPLITS} for n, kind in kinds.items()}
+    self._sums = np.zeros((2, schema.aggregates))
+    self._rows = 0
+
+  def add(self, history: UserHistory, snapshots: Snapshots, labels: Mapping[str, Labels]) -> None:
+    """Counts a user."""
+    self.lengths.append(len(history.time))
+    self.without_training += history.n_train == 0
+    self.without_snapshot += len(snapshots.time) == 0
+    for split, index in labels_lib.SPLITS.items():
+      here = snapshots.split == index
+      self.snapshots[split] += int(here.sum())
+      for task, label in labels.items():
+        count, value = self.labels[task][split], label.value[label.known & here]
+        count["known"] += len(value)
+        if isinstance(self._tasks[task], config.NextEvent):
+          count["unseen_value"] += int(np.sum(value == 1))
+        else:
+          count["positive"] += int(value.sum())
+
+  def add_aggregates(self, aggregates: np.ndarray) -> None:
+    """Takes training snapshots' aggregates `[S, A]` into the statistics."""
+    self._sums += np.stack([aggregates.sum(0, dtype=np.float64), np.square(aggregates, dtype=np.float64).sum(0)])
+    self._rows += len(aggregates)
+
+  def aggregate_statistics(self) -> dict[str, list[float]]:
+    """Mean and scale of each aggregate over the training snapshots."""
+    mean, square = self._sums / max(self._rows, 1)
+    scale = np.maximum(np.sqrt(np.maximum(square - mean**2, 0)), SMALLEST_SCALE)
+    return {"mean": mean.tolist(), "scale": scale.tolist()}
+
+  def warnings(self) -> list[str]:
+    """What a user should know before training on these labels."""
+    out = []
+    for task, splits in self.labels.items():
+      for split, count in splits.items():
+        values = count["known"] * (self._tasks[task].top if isinstance(self._tasks[task], config.FutureValues) else 1)
+        if not count["known"]:
+          out.append(f"task {task} has no label in {split}")
+        elif count.get("positive") in (0, values):
+          out.append(f"task {task} has labels of one class only in {split}")
+        elif count.get("unseen_value") == count["known"]:
+          out.append(f"every label of task {task} in {split} is a value unseen in training")
+    return out
+
+
+def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+  """Prepares the dataset at `cfg.data.path` and returns its manifest; one prepared from the same config is kept.
+
+  Raises:
+    DataError: the data cannot be used, the disk is full, or another dataset is in the place.
+    ConfigError: the split does not fit the log.
+  """
+  path = pathlib.Path(cfg.data.path)
+  if path.exists() and not overwrite:
+    return _existing(cfg, path, say)
+  if path.exists() and not (path / "manifest.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+    raise DataError(f"{path} exists and is not a dataset; it is not overwritten. Name another config.data.path.")
+  work = path.with_name(path.name + ".incomplete")
+  if work.exists():
+    say(f"removing {work}, left by a preparation that did not finish")
+    shutil.rmtree(work)
+  try:
+    work.mkdir(parents=True)
+    manifest = _prepare_into(cfg, work, say)
+    before = path.with_name(path.name + ".before")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+      os.replace(path, before)
+    os.replace(work, path)
+    shutil.rmtree(before, ignore_errors=True)
+  except (OSError, duckdb.Error) as error:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    reason = "the disk is full" if full else str(error).splitlines()[0]
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.exists() else 0.0
+    remedy = "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
+    raise DataError(f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; nothing was kept.") from error
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+  return manifest
+
+
+def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+  from supermoe_jax.data.dataset import Dataset
+
+  dataset = Dataset(path)
+  dataset.check_matches(cfg)
+  say(f"{path} is already prepared from this configuration; --overwrite prepares it again")
+  return dataset.manifest
+
+
+def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+  begun = clock.monotonic()
+  scratch = work / "scratch"
+  scratch.mkdir()
+  user_labels, user_counts = {}, {}
+  label_tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
+  if cfg.data.users is not None and label_tasks:
+    user_labels, user_counts = user_table.read_user_table(cfg.data.users, label_tasks)
+  say(f"reading {', '.join(cfg.data.sources)} …")
+  with EventLog(cfg.data, scratch) as log:
+    encoders = vocabulary.fit(log, cfg.data)
+    for name, task in cfg.tasks.items():
+      if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
+        known = encoders.categorical[task.field].n_codes - 2
+        raise config.ConfigError(f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training.")
+    schema = make_schema(cfg, encoders)
+    log_end = config.parse_time(cfg.data.split.log_end, "config.data.split.log_end") if cfg.data.split.log_end else log.end
+    times = labels_lib.calendar(cfg.data.split, log.start, log_end) if cfg.data.split.mode == "temporal" else None
+    tally = _Tally(schema, cfg.tasks)
+    seen_users: set[str] = set()
+    records = _records(cfg, log, encoders, times, user_labels, tally, seen_users, make_aggregator(cfg.data, encoders))
+    with contextlib.redirect_stdout(io.StringIO()):
+      tfds.disable_progress_bar()
+      _Builder(features(schema, cfg.tasks), records, str(work)).download_and_prepare()
+    counts, unseen = dict(log.counts), vocabulary.unseen(log, encoders)
+    first, last, user_type = log.start, log.end, log.user_type
+  shutil.rmtree(scratch)
+  shutil.rmtree(work / "downloads", ignore_errors=True)
+  encoders.save(work / "encoders")
+  labelled = set().union(*user_labels.values()) if user_labels else set()
+  manifest = {
+    "format": FORMAT_VERSION,
+    "config": config.to_dict(cfg),
+    "data_hash": cfg.data_hash(),
+    "users": len(tally.lengths),
+    "events": int(sum(tally.lengths)),
+    "log": {"first": labels_lib.iso(first), "last": labels_lib.iso(last), "observed_until": labels_lib.iso(log_end)},
+    "last_event_microseconds": last,
+    "user_type": user_type,
+    "lengths": {f"p{q}": float(np.percentile(tally.lengths, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)},
+    "reading": counts,
+    "fields": unseen,
+    "snapshots": tally.snapshots,
+    "snapshots_with_too_few_events": tally.too_early,
+    "users_without_training_events": tally.without_training,
+    "users_without_snapshot": tally.without_snapshot,
+    "user_table": {**user_counts, "labelled_users_without_events": len(labelled - seen_users)},
+    "labels": tally.labels,
+    "aggregates": tally.aggregate_statistics(),
+    "warnings": tally.warnings(),
+    "seconds": round(clock.monotonic() - begun, 1),
+  }
+  (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+  return manifest
+
+
+def _records(
+  cfg: config.Config,
+  log: EventLog,
+  encoders: vocabulary.Encoders,
+  times: Calendar | None,
+  user_labels: Mapping[str, Mapping[str, float]],
+  tally: _Tally,
+  seen_users: set[str],
+  aggregator: Aggregator | None,
+) -> Iterator[tuple[str, Record]]:
+  """Yields each user's key and record, and counts it."""
+  columns = {n: i for i, n in enumerate(encoders.categorical)}
+  with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1) as bar:
+    for history in log.histories(encoders):
+      snapshots, left_out = _snapshots(cfg.data.split, history, times)
+      owner = labels_lib.user_split(history.user, cfg.data.split)
+      labels = {
+        n: _label(t, n, cfg, history, snapshots, times, columns, user_labels, owner) for n, t in cfg.tasks.items()
+      }
+      if any(history.user in known for known in user_labels.values()):
+        seen_users.add(history.user)
+      tally.too_early += left_out
+      tally.add(history, snapshots, labels)
+      train = snapshots.split == labels_lib.TRAIN
+      if aggregator is not None and train.any():
+        tally.add_aggregates(aggregator(history, snapshots.time[train], snapshots.n_events[train]))
+      bar.update(len(history.time))
+      yield history.user, _record(history, snapshots, labels, owner)
+
+
+def _snapshots(split: config.Split, history: UserHistory, times: Calendar | None) -> tuple[Snapshots, int]:
+  if times is None:
+    return labels_lib.leave_one_out_snapshots(history, split.min_events), 0
+  return labels_lib.temporal_snapshots(history, times, split.min_events)
+
+
+def _label(
+  task: config.Task,
+  name: str,
+  cfg: config.Config,
+  history: UserHistory,
+  snapshots: Snapshots,
+  times: Calendar | None,
+  columns: Mapping[str, int],
+  user_labels: Mapping[str, Mapping[str, float]],
+  owner: int,
+) -> Labels:
+  if isinstance(task, config.NextEvent):
+    return labels_lib.next_event(history, snapshots, columns[task.field], immediate=times is None)
+  if isinstance(task, config.UserLabel):
+    return labels_lib.user_label(user_labels[name].get(history.user), snapshots, owner)
+  assert times is not None  # config.resolve rejects tasks about the future without a calendar
+  if isinstance(task, config.FutureEvent):
+    source = list(cfg.data.sources).index(task.source)
+    return labels_lib.future_event(history, snapshots, times, source, task.horizon_days, task.negate)
+  return labels_lib.future_values(history, snapshots, times, columns[task.field], task.top, task.horizon_days)
+
+
+def _record(history: UserHistory, snapshots: Snapshots, labels: Mapping[str, Labels], owner: int) -> Record:
+  record: Record = {
+    "user": history.user,
+    "time": history.time,
+    "source": history.source.astype(np.int32),
+    "n_train": np.int32(history.n_train),
+    "user_split": np.int32(owner),
+    "snapshot_time": snapshots.time,
+    "snapshot_events": snapshots.n_events,
+    "snapshot_split": snapshots.split,
+  }
+  if history.codes.shape[1]:
+    record["codes"] = history.codes.astype(np.int32)
+  if history.numeric.shape[1]:
+    record["numeric"] = history.numeric.astype(np.float32)
+  for name, label in labels.items():
+    record[f"label_{name}"] = label.value if label.value.dtype == np.int32 else label.value.astype(np.uint8)
+    record[f"known_{name}"] = label.known.astype(np.uint8)
+  return record
+
+
+def render(manifest: Mapping[str, Any]) -> str:
+  """Says in a few lines what was prepared and what to know about it."""
+  lengths, reading = manifest["lengths"], manifest["reading"]
+  lines = [
+    f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to {manifest['log']['last']} "
+    f"(median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); {reading['tie_rate']:.1%} share user and time",
+    "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
+  ]
+  for task, splits in manifest["labels"].items():
+    lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
+  for name, field in manifest["fields"].items():
+    if field["oov_after"]:
+      lines.append(f"field {name}: {field['oov_after']:.2%} of the values after the training period were unseen in it")
+  lines += [f"warning: {w}" for w in manifest["warnings"]]
+  lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
+  return "\n".join(lines)
+
+
+def _label_text(split: str, count: Mapping[str, int]) -> str:
+  kind = next(k for k in count if k != "known")
+  return f"{split} {count['known']:,} known ({count[kind]:,} {kind.replace('_', ' ')})"

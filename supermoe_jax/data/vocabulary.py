@@ -1,0 +1,237 @@
+"""Encoders of event fields: vocabularies, hashing and standardisation, fitted on the training period only."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from supermoe_jax import config
+from supermoe_jax.data.events import EventLog
+from supermoe_jax.data.readers import DataError
+
+ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
+
+# Sums over threads differ in their last bits from run to run; statistics are kept to fewer digits than that.
+STATISTIC_DIGITS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+  """The values of a field, most frequent first, ties by value; the value at index i has the code i + 2.
+
+  Attributes:
+    values: the values as text.
+    counts: int64, how often each occurs in the training period.
+  """
+
+  values: list[str]
+  counts: np.ndarray
+
+  @property
+  def n_codes(self) -> int:
+    """The number of codes, absent and out of vocabulary included."""
+    return len(self.values) + FIRST_VALUE
+
+  @functools.cached_property
+  def _codes(self) -> dict[str, int]:
+    return {v: i for i, v in enumerate(self.values, FIRST_VALUE)}
+
+  def code(self, value: str | None) -> int:
+    """The code of a value; None is absent."""
+    return ABSENT if value is None else self._codes.get(value, UNKNOWN)
+
+  def table(self) -> pa.Table:
+    """The columns `value` and `code`, for a join."""
+    return pa.table(
+      {"value": pa.array(self.values, pa.string()), "code": np.arange(len(self.values), dtype=np.int32) + FIRST_VALUE}
+    )
+
+  def code_sql(self, column: str, table: str) -> str:
+    """The SQL of a column's code; `table` is `table()`, joined by an outer join on its `value`."""
+    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE coalesce({table}.code, {UNKNOWN}) END"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashing:
+  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code.
+
+  The hash is the lower half of MD5 as DuckDB has it, the same on every machine and in every version.
+  """
+
+  buckets: int
+
+  @property
+  def n_codes(self) -> int:
+    """The number of codes, absent and out of vocabulary included."""
+    return self.buckets + FIRST_VALUE
+
+  def code(self, value: str | None) -> int:
+    """The code of a value; None is absent."""
+    if value is None:
+      return ABSENT
+    return FIRST_VALUE + int.from_bytes(hashlib.md5(value.encode()).digest()[8:], "little") % self.buckets
+
+  def table(self) -> None:
+    """A hash needs no table."""
+
+  def code_sql(self, column: str, table: str) -> str:
+    """The SQL of a column's code."""
+    del table
+    hashed = f"{FIRST_VALUE} + md5_number_lower({column}) % {self.buckets}"
+    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE {hashed} END"
+
+
+@dataclasses.dataclass(frozen=True)
+class Numeric:
+  """Mean and standard deviation of a numeric field, after log1p where configured; a constant field's deviation is 1."""
+
+  mean: float
+  std: float
+
+
+Categorical = Vocabulary | Hashing
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+  """The encoder of each field, in config order."""
+
+  categorical: Mapping[str, Categorical]
+  numeric: Mapping[str, Numeric]
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes the vocabularies as Parquet (value, count) and the rest as `encoders.json` into a directory."""
+    path.mkdir(parents=True, exist_ok=True)
+    saved: dict[str, Any] = {"categorical": {}, "numeric": {n: dataclasses.asdict(s) for n, s in self.numeric.items()}}
+    for name, encoder in self.categorical.items():
+      if isinstance(encoder, Hashing):
+        saved["categorical"][name] = {"kind": "hash", "buckets": encoder.buckets}
+        continue
+      file = f"{urllib.parse.quote(name, safe='')}.parquet"
+      pq.write_table(pa.table({"value": pa.array(encoder.values, pa.string()), "count": encoder.counts}), path / file)
+      saved["categorical"][name] = {"kind": "vocabulary", "file": file}
+    (path / "encoders.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+  @classmethod
+  def load(cls, path: pathlib.Path) -> Encoders:
+    """Reads what `save` wrote.
+
+    Raises:
+      DataError: the directory holds no encoders.
+    """
+    file = path / "encoders.json"
+    if not file.is_file():
+      raise DataError(f"{path} holds no encoders (no {file.name}); prepare the dataset again.")
+    saved = json.loads(file.read_text())
+    categorical: dict[str, Categorical] = {}
+    for name, spec in saved["categorical"].items():
+      if spec["kind"] == "hash":
+        categorical[name] = Hashing(spec["buckets"])
+      else:
+        table = pq.read_table(path / spec["file"])
+        categorical[name] = Vocabulary(table["value"].to_pylist(), table["count"].to_numpy())
+    return cls(categorical, {n: Numeric(**s) for n, s in saved["numeric"].items()})
+
+
+def fit(log: EventLog, data: config.Data) -> Encoders:
+  """Fits the encoders of all fields on the events of the training period.
+
+  Raises:
+    DataError: a field has no value in the training period, or none that is frequent enough.
+  """
+  categorical: dict[str, Categorical] = {}
+  numeric: dict[str, Numeric] = {}
+  for name, field in data.fields.items():
+    if field.kind == "numeric":
+      numeric[name] = _fit_numeric(log, name)
+    elif field.kind == "hash":
+      categorical[name] = _fit_hashing(log, name, field)
+    else:
+      categorical[name] = _fit_vocabulary(log, name, field)
+  return Encoders(categorical, numeric)
+
+
+def _fit_vocabulary(log: EventLog, name: str, field: config.Field) -> Vocabulary:
+  column = log.columns[name]
+  counted = log.arrow(
+    f"SELECT {column} AS value, count(*) AS count FROM events WHERE training AND {column} IS NOT NULL GROUP BY value "
+    f"HAVING count >= {field.min_count} ORDER BY count DESC, value LIMIT {field.size}"
+  )
+  if not counted.num_rows:
+    ((present,),) = log.query(f"SELECT count({column}) FROM events WHERE training")
+    if present:
+      raise DataError(
+        f"No value of field {name!r} occurs {field.min_count} times in training; lower "
+        f"config.data.fields.{name}.min_count."
+      )
+    raise _no_value(log, name)
+  return Vocabulary(counted["value"].to_pylist(), counted["count"].to_numpy())
+
+
+def _fit_hashing(log: EventLog, name: str, field: config.Field) -> Hashing:
+  if not log.query(f"SELECT 1 FROM events WHERE training AND {log.columns[name]} IS NOT NULL LIMIT 1"):
+    raise _no_value(log, name)
+  return Hashing(field.size)
+
+
+def _fit_numeric(log: EventLog, name: str) -> Numeric:
+  column = log.columns[name]
+  ((mean, std),) = log.query(f"SELECT avg({column}), stddev_pop({column}) FROM events WHERE training")
+  if mean is None:
+    raise _no_value(log, name)
+  mean, std = (float(f"{v:.{STATISTIC_DIGITS}g}") for v in (mean, std))
+  return Numeric(mean, std if std > 0 else 1.0)
+
+
+def _no_value(log: EventLog, name: str) -> DataError:
+  ((later,),) = log.query(f"SELECT count({log.columns[name]}) FROM events")
+  return DataError(
+    f"Field {name!r} (column {log.data.fields[name].column or name!r}) has no value at all in the training period, and "
+    f"{later} after it; correct config.data.fields.{name}.column, or leave the field out."
+  )
+
+
+def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
+  """Reports how well the encoders cover the log: of each categorical field, what training could not teach.
+
+  Returns: of each field its `kind`, `codes`, and `oov_training` and `oov_after`, the shares of the values present that
+  are out of vocabulary (None without values). Of a hashed field `values`, the distinct ones in training, and
+  `colliding`, the share of them whose code is not theirs alone.
+  """
+  report: dict[str, dict[str, Any]] = {}
+  for name, encoder in encoders.categorical.items():
+    column = log.columns[name]
+    present = f"(SELECT {column} AS value, training FROM events WHERE {column} IS NOT NULL)"
+    if isinstance(encoder, Hashing):
+      code = encoder.code_sql("value", "")
+      ((values, codes_shared),) = log.query(
+        f"SELECT coalesce(sum(n), 0)::BIGINT, coalesce(sum(n) FILTER (n > 1), 0)::BIGINT FROM ("
+        f"SELECT {code} AS code, count(DISTINCT value) AS n FROM {present} WHERE training GROUP BY code)"
+      )
+      hashed = {"values": values, "colliding": codes_shared / values if values else None}
+      report[name] = {"kind": "hash", "codes": encoder.n_codes, "oov_training": 0.0, "oov_after": 0.0, **hashed}
+      continue
+    shares = dict(
+      log.query(
+        f"SELECT training, avg((known.value IS NULL)::INTEGER) FROM {present} p "
+        "LEFT JOIN known ON p.value = known.value GROUP BY training",
+        known=encoder.table(),
+      )
+    )
+    report[name] = {
+      "kind": "vocabulary",
+      "codes": encoder.n_codes,
+      "oov_training": shares.get(True),
+      "oov_after": shares.get(False),
+    }
+  return report

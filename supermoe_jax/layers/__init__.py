@@ -1,0 +1,1 @@
+"""Reusable Flax NNX modules; each can be used alone."""

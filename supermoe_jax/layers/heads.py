@@ -1,0 +1,43 @@
+"""Heads: from the user representation to the answers of a task."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supermoe_jax import sharding
+from supermoe_jax.layers.linear import linear
+from supermoe_jax.layers.table import EmbeddingTable
+
+
+class BinaryHead(nnx.Module):
+  """One logit for each of `outputs` yes-or-no questions."""
+
+  def __init__(self, d_model: int, outputs: int, *, rngs: nnx.Rngs):
+    self.outputs = outputs
+    self.linear = linear(d_model, outputs, names=("embed", None), rngs=rngs)
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    """`z [..., D]` to logits `[...]` for one output, else `[..., outputs]`."""
+    logits = self.linear(z)
+    return logits[..., 0] if self.outputs == 1 else logits
+
+
+class NextValueHead(nnx.Module):
+  """Scores every value of a field against a state, with the field's own embeddings as output weights (tied).
+
+  Item i of the catalogue is code i + 2: the codes absent and out-of-vocabulary are not values.
+  """
+
+  def __init__(self, d_model: int, items: int, *, rngs: nnx.Rngs):
+    self.query = linear(d_model, d_model, names=("embed", None), rngs=rngs)
+    self.bias = sharding.param(jnp.zeros(items), "rows")
+
+  def state(self, h: jax.Array) -> jax.Array:
+    """What is compared with the catalogue: `[..., D]`."""
+    return self.query(h)
+
+  def scores(self, h: jax.Array, table: EmbeddingTable) -> jax.Array:
+    """Scores `h [..., D]` against the whole catalogue: `[..., items]`."""
+    return self.state(h) @ table.rows.get_value()[2:].T + self.bias.get_value()

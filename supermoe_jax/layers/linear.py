@@ -1,0 +1,19 @@
+"""Linear maps whose parameters carry logical names for sharding."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+
+def linear(
+  n_in: int, n_out: int, *, rngs: nnx.Rngs, names: tuple[str | None, str | None] = ("embed", None), bias: bool = True
+) -> nnx.Linear:
+  """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` remembers the logical `names` of its dimensions."""
+  return nnx.Linear(
+    n_in,
+    n_out,
+    use_bias=bias,
+    kernel_init=nnx.initializers.lecun_normal(),
+    kernel_metadata={"logical": names},
+    rngs=rngs,
+  )

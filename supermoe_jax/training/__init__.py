@@ -1,0 +1,1 @@
+"""The loss with task indicators, the training step and the loop around it."""

@@ -1,0 +1,87 @@
+"""Checkpoints of a run, through Orbax: state, data position and what is needed to read them, in one atomic step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from supermoe_jax import config
+from supermoe_jax.training.losses import TaskStatistics
+from supermoe_jax.training.step import TrainState
+
+
+class RunError(RuntimeError):
+  """A run directory that cannot be used; the message says what to do."""
+
+
+class Restored(NamedTuple):
+  """A checkpoint's `state`, the data iterator's `position`, and the tasks' `statistics`."""
+
+  state: TrainState
+  position: dict[str, Any]
+  statistics: dict[str, TaskStatistics]
+
+
+class Checkpoints:
+  """The checkpoints of a run directory; a context manager that waits for writing to end."""
+
+  def __init__(self, workdir: pathlib.Path, train: config.Train):
+    options = ocp.CheckpointManagerOptions(max_to_keep=train.checkpoints_kept)
+    self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._manager.close()
+
+  @property
+  def latest(self) -> int | None:
+    """The newest whole checkpoint's step; None without any."""
+    return self._manager.latest_step()
+
+  def save(
+    self, step: int, state: TrainState, position: dict[str, Any], statistics: dict[str, TaskStatistics]
+  ) -> None:
+    """Starts writing a checkpoint; it counts only once all of it is on disk."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
+        state=ocp.args.StandardSave({"step": state.step, "optimizer": state.optimizer, "key": state.key}),
+        data=ocp.args.JsonSave(position),
+        statistics=ocp.args.JsonSave({n: dataclasses.asdict(s) for n, s in statistics.items()}),
+      ),
+    )
+
+  def restore(self, step: int, state: TrainState) -> Restored:
+    """Reads a checkpoint into the layout of `state` (abstract or not)."""
+    rest = {"step": state.step, "optimizer": state.optimizer, "key": state.key}
+    read = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(nnx.to_pure_dict(state.params)),
+        state=ocp.args.StandardRestore(rest),
+        data=ocp.args.JsonRestore(),
+        statistics=ocp.args.JsonRestore(),
+      ),
+    )
+    params = _with_values(state.params, read.params)
+    whole = TrainState(read.state["step"], params, read.state["optimizer"], read.state["key"])
+    return Restored(whole, read.data, {n: TaskStatistics(**s) for n, s in read.statistics.items()})
+
+  def restore_params(self, step: int, params: nnx.State) -> nnx.State:
+    """Reads only the parameters, into the layout of `params` (abstract or not)."""
+    wanted = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(params)))
+    return _with_values(params, self._manager.restore(step, args=wanted).params)
+
+
+def _with_values(params: nnx.State, values: dict[str, Any]) -> nnx.State:
+  filled = jax.tree.map(lambda leaf: leaf, params)
+  nnx.replace_by_pure_dict(filled, values)
+  return filled

@@ -1,0 +1,196 @@
+"""The training loop: batches in, checkpoints and metrics out; the same call again goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time as clock
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data import batches
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.training import losses
+from supermoe_jax.training.checkpoint import Checkpoints, RunError
+from supermoe_jax.training.losses import TaskStatistics
+from supermoe_jax.training.step import StepMetrics, TrainState, create_state, make_step, place, state_shardings
+
+# Rows that label rates and constant losses are measured on.
+MEASURED_ROWS = 1024
+
+
+def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], None] = print) -> int:
+  """Trains to `cfg.train.steps` and returns the last step; resumes from the newest checkpoint of `workdir`.
+
+  Raises:
+    DataError: there is no dataset, or it was prepared from another config.
+    RunError: `workdir` holds a run of another config.
+  """
+  dataset = Dataset(cfg.data.path)
+  dataset.check_matches(cfg)
+  mesh = sharding.make_mesh(cfg.train.mesh)
+  _claim(workdir, cfg)
+  stream = iter(batches.training(dataset, cfg))
+  graph, state = create_state(cfg, dataset.schema, mesh)
+  with Checkpoints(workdir, cfg.train) as checkpoints, jax.set_mesh(mesh):
+    step = checkpoints.latest
+    if step is None:
+      step = 0
+      statistics = _measure(dataset, cfg)
+    else:
+      state, position, statistics = checkpoints.restore(step, state)
+      stream.set_state(position)
+      say(f"resuming {workdir} at step {step} of {cfg.train.steps}")
+    if step >= cfg.train.steps:
+      say(f"{workdir} is already trained to step {step}")
+      return step
+    layouts = state_shardings(cfg, state.params, mesh)
+    do_step = make_step(cfg, graph, statistics, mesh, layouts)
+    with _Log(workdir, step, cfg, say) as log:
+      while step < cfg.train.steps:
+        state, metrics = do_step(state, place(next(stream), mesh))
+        step += 1
+        log.add(step, metrics)
+        if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
+          log.flush(step)
+          checkpoints.save(step, state, stream.get_state(), statistics)
+  _check_finite(state, workdir)
+  return step
+
+
+def _check_finite(state: TrainState, workdir: pathlib.Path) -> None:
+  if not all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.device_get(state.params))):
+    raise RunError(f"{workdir}: the parameters are no longer finite; lower config.train.learning_rate or clip_norm.")
+
+
+def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
+  """Measures label rates on rows drawn as in training, but not the same ones."""
+  n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
+  stream = batches.training(dataset, cfg, seed=cfg.train.seed + 1)
+  return losses.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches)
+
+
+def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
+  """Makes `workdir` this config's run directory, or checks that it is."""
+  file = workdir / "config.json"
+  if not file.is_file():
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".json.incomplete")
+    config.save(cfg, temporary)
+    os.replace(temporary, file)
+    return
+  old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
+  if old != new:
+    changed = config.differences(old, new)
+    raise RunError(
+      f"{workdir} holds a run of another config ({'; '.join(changed[:4])}). Name another --workdir, or delete this one."
+    )
+
+
+class _Log:
+  """Collects step metrics and writes them every `log_every` steps: progress bar, `metrics.jsonl`, TensorBoard.
+
+  Metrics stay on the device until then, so that logging does not stop the device.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int, cfg: config.Config, say: Callable[[str], None]):
+    self._path, self._every, self._say = workdir / "metrics.jsonl", cfg.train.log_every, say
+    _keep_until(self._path, step)
+    self._waiting: list[StepMetrics] = []
+    self._since = clock.monotonic()
+    self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    self._terminal = sys.stderr.isatty()
+    self._bar = tqdm(
+      total=cfg.train.steps, initial=step, desc="training", unit=" steps", dynamic_ncols=True, disable=not self._terminal
+    )
+    self._steps = cfg.train.steps
+
+  def __enter__(self) -> _Log:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._bar.close()
+    self._board.close()
+
+  def add(self, step: int, metrics: StepMetrics) -> None:
+    """Takes the metrics of `step`."""
+    self._waiting.append(metrics)
+    if step % self._every == 0:
+      self.flush(step)
+
+  def flush(self, step: int) -> None:
+    """Writes what has come in since the last time."""
+    if not self._waiting:
+      return
+    row = summarise(jax.device_get(self._waiting))
+    now = clock.monotonic()
+    row = {"step": step, **row, "events_per_second": round(row.pop("events") / (now - self._since), 1)}
+    steps = len(self._waiting)
+    self._waiting, self._since = [], now
+    with self._path.open("a") as file:
+      file.write(json.dumps(row) + "\n")
+    for name, value in _scalars(row):
+      self._board.add_scalar(name, value, step)
+    tasks = " ".join(f"{n}={v['loss']:.3f}" for n, v in row["tasks"].items() if v["loss"] is not None)
+    experts = f"load max {max(map(max, row['load'])):.2f} drop {row['dropped_share']:.1%}" if row["load"] else ""
+    line = f"{row['events_per_second'] / 1000:.1f}k events/s loss {row['loss']:.3f} [{tasks}] {experts}"
+    self._bar.update(steps)
+    self._bar.set_postfix_str(line)
+    if not self._terminal:
+      self._say(f"step {step}/{self._steps} {line}")
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+  """Drops rows after `step` (written after the checkpoint that a run resumes from), and a row that was cut."""
+  if not path.is_file():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:
+      break
+    if row["step"] <= step:
+      kept.append(line + "\n")
+  temporary = path.with_suffix(".incomplete")
+  temporary.write_text("".join(kept))
+  os.replace(temporary, path)
+
+
+def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
+  """Turns steps' metrics into one row: sums first, ratios last. A task without a label has the loss None."""
+
+  def mean(values: Sequence[Any]) -> float:
+    return float(np.mean([float(v) for v in values]))
+
+  tasks = {}
+  for name in steps[0].tasks:
+    total, count = (sum(float(getattr(s.tasks[name], part)) for s in steps) for part in ("total", "count"))
+    tasks[name] = {"loss": total / count if count else None, "labels": count}
+  routed, dropped = (sum(int(np.sum(getattr(s, part))) for s in steps) for part in ("routed", "dropped"))
+  return {
+    "loss": mean([s.loss for s in steps]),
+    "tasks": tasks,
+    "balance_loss": mean([s.balance_loss for s in steps]),
+    "z_loss": mean([s.z_loss for s in steps]),
+    "load": np.round(np.mean([s.load for s in steps], axis=0), 4).tolist(),
+    "dropped_share": dropped / max(routed + dropped, 1),
+    "events": sum(int(s.events) for s in steps),
+    "gradient_norm": mean([s.gradient_norm for s in steps]),
+    "learning_rate": float(steps[-1].learning_rate),
+  }
+
+
+def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+  out = [(f"train/{k}", row[k]) for k in ("loss", "balance_loss", "z_loss", "dropped_share", "gradient_norm")]
+  out += [(f"train/{k}", row[k]) for k in ("learning_rate", "events_per_second")]
+  out += [(f"task/{n}", v["loss"]) for n, v in row["tasks"].items() if v["loss"] is not None]
+  return out + [(f"load/layer{i}_expert{e}", v) for i, layer in enumerate(row["load"]) for e, v in enumerate(layer)]

@@ -1,0 +1,152 @@
+"""The training step: one pure, jitted, donated function on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data.batches import Batch
+from supermoe_jax.data.dataset import Schema
+from supermoe_jax.models.supermoe import SuperMoE
+from supermoe_jax.training import losses
+from supermoe_jax.training.losses import TaskLoss, TaskStatistics
+from supermoe_jax.training.optimizer import make_optimizer, schedule
+
+
+class TrainState(NamedTuple):
+  """Everything that a step changes.
+
+  Attributes:
+    step: int32, steps done.
+    params: the model's parameters.
+    optimizer: optax' state.
+    key: the key of all randomness; a step folds its number into it.
+  """
+
+  step: jax.Array
+  params: nnx.State
+  optimizer: optax.OptState
+  key: jax.Array
+
+
+class StepMetrics(NamedTuple):
+  """What a step reports; sums, so that steps can be added up before ratios are taken.
+
+  Attributes:
+    loss: float32, the whole loss.
+    tasks: Σ δℓ and Σ δ of each task.
+    balance_loss, z_loss: float32, mean over the MoE layers.
+    load: float32 `[M, E]`.
+    routed, dropped: int32 `[M]`.
+    events: int32, events that are not padding.
+    gradient_norm: float32, before clipping.
+    learning_rate: float32.
+  """
+
+  loss: jax.Array
+  tasks: dict[str, TaskLoss]
+  balance_loss: jax.Array
+  z_loss: jax.Array
+  load: jax.Array
+  routed: jax.Array
+  dropped: jax.Array
+  events: jax.Array
+  gradient_norm: jax.Array
+  learning_rate: jax.Array
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def build(cfg: config.Config, schema: Schema) -> Callable[[], SuperMoE]:
+  """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives."""
+  return lambda: SuperMoE(cfg.model, schema, cfg.active_tasks, rngs=nnx.Rngs(params=cfg.train.seed))
+
+
+def abstract_model(cfg: config.Config, schema: Schema) -> tuple[nnx.GraphDef, nnx.State]:
+  """Returns the model's structure and its parameters' shapes, without allocating any."""
+  return nnx.split(nnx.eval_shape(build(cfg, schema)), nnx.Param)
+
+
+def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
+  """Creates the state directly in its place on the mesh; no host ever holds the whole of it."""
+  graph, abstract = abstract_model(cfg, schema)
+  layouts = state_shardings(cfg, abstract, mesh)
+  optimizer = make_optimizer(cfg.train)
+
+  def initial() -> TrainState:
+    params = nnx.state(build(cfg, schema)(), nnx.Param)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.PRNGKey(cfg.train.seed))
+
+  with jax.set_mesh(mesh):
+    return graph, jax.jit(initial, out_shardings=layouts)()
+
+
+def state_shardings(cfg: config.Config, params: nnx.State, mesh: Mesh) -> TrainState:
+  """The layout of a `TrainState`: the optimizer's moments lie with their parameters, the rest is replicated."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+  layout = sharding.shardings(mesh, params)
+  optimizer = make_optimizer(cfg.train)
+  moments = optax.tree.map_params(
+    optimizer,
+    lambda _, where: where,
+    jax.eval_shape(optimizer.init, params),
+    layout,
+    transform_non_params=lambda _: replicated,
+  )
+  return TrainState(replicated, layout, moments, replicated)
+
+
+def make_step(
+  cfg: config.Config, graph: nnx.GraphDef, statistics: Mapping[str, TaskStatistics], mesh: Mesh, layouts: TrainState
+) -> Step:
+  """Returns the step `(state, batch) → (state, metrics)`; the state's buffers are donated."""
+  optimizer = make_optimizer(cfg.train)
+  rate = schedule(cfg.train)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    rngs_key = jax.random.fold_in(state.key, state.step)
+
+    def objective(params: nnx.State) -> tuple[jax.Array, losses.Loss]:
+      model = nnx.merge(graph, params, copy=True)
+      out = losses.loss(model, batch, statistics, cfg.train, rngs=nnx.Rngs(dropout=rngs_key))
+      return out.total, out
+
+    (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+    experts = out.encoded.experts
+    layers = max(len(experts.load), 1)
+    metrics = StepMetrics(
+      loss=out.total,
+      tasks=out.tasks,
+      balance_loss=jnp.sum(experts.balance_loss) / layers,
+      z_loss=jnp.sum(experts.z_loss) / layers,
+      load=experts.load,
+      routed=experts.routed,
+      dropped=experts.dropped,
+      events=jnp.sum(batch.features.length),
+      gradient_norm=optax.global_norm(gradient),
+      learning_rate=jnp.asarray(rate(state.step)),
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, moments, state.key), metrics
+
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(layouts, sharding.batch_sharding(mesh)),
+    out_shardings=(layouts, replicated),
+  )
+
+
+def place(batch: Any, mesh: Mesh) -> Any:
+  """Puts a batch of host arrays on the mesh, rows over the batch axes."""
+  return jax.device_put(batch, sharding.batch_sharding(mesh))

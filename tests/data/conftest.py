@@ -1,0 +1,101 @@
+"""Small event files in every format, and the configs that read them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data import vocabulary
+from supermoe_jax.data.events import EventLog, UserHistory
+
+
+@pytest.fixture(params=["events.parquet", "events.csv", "events.jsonl", "events.inter"])
+def name(request: pytest.FixtureRequest) -> str:
+  """The name of a file in each format."""
+  return request.param
+
+
+@pytest.fixture
+def write(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+  """Writes columns (name → values, None is absent) to a file in the format of its ending."""
+
+  def run(name: str, columns: Mapping[str, Sequence[Any]] | pa.Table) -> pathlib.Path:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".parquet", ".pq"):
+      pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(dict(columns)), path)
+      return path
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", newline="") as out:
+      out.write(_text(name.removesuffix(".gz").rpartition(".")[2], list(columns), rows))
+    return path
+
+  return run
+
+
+def _text(kind: str, names: list[str], rows: list[list[Any]]) -> str:
+  if kind in ("jsonl", "ndjson", "json"):
+    records = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    return "[" + ",\n".join(records) + "]" if kind == "json" else "".join(r + "\n" for r in records)
+  rows = [["" if v is None else v for v in row] for row in rows]
+  if kind in ("inter", "user", "item"):
+    return "".join("\t".join(map(str, row)) + "\n" for row in [[f"{n}:token" for n in names], *rows])
+  lines: list[str] = []
+  csv.writer(_Lines(lines), delimiter="\t" if kind == "tsv" else ",", lineterminator="\n").writerows([names, *rows])
+  return "".join(lines)
+
+
+class _Lines:
+  """What `csv.writer` writes to."""
+
+  def __init__(self, lines: list[str]):
+    self.write = lines.append
+
+
+@pytest.fixture
+def make_data() -> Callable[..., config.Data]:
+  """Makes a data config of the source `log` with the vocabulary field `item`; keywords replace its keys."""
+
+  def run(*files: pathlib.Path | str, source: Mapping[str, Any] | None = None, **changes: Any) -> config.Data:
+    log = {"files": [str(f) for f in files], "user": "user", "time": "time", **(source or {})}
+    split = {"train_end": "2021-01-01", "validation": ["2021-01-01"], "test": ["2021-02-01"]}
+    raw = {"path": "unused", "sources": {"log": log}, "fields": {"item": {}}, "split": split, **changes}
+    field = next(n for n, f in raw["fields"].items() if f.get("kind", "vocabulary") == "vocabulary")
+    return config.resolve({"data": raw, "tasks": {"next": {"kind": "next_event", "field": field}}}).data
+
+  return run
+
+
+@pytest.fixture
+def open_log(tmp_path: pathlib.Path) -> Callable[[config.Data], EventLog]:
+  """Opens an event log with scratch space of its own."""
+
+  def run(data: config.Data) -> EventLog:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return EventLog(data, scratch)
+
+  return run
+
+
+@pytest.fixture
+def read(
+  open_log: Callable[[config.Data], EventLog],
+) -> Callable[[config.Data], tuple[list[UserHistory], dict[str, Any]]]:
+  """Reads a config's events: the histories, encoded by encoders fitted on them, and the counts."""
+
+  def run(data: config.Data) -> tuple[list[UserHistory], dict[str, Any]]:
+    with open_log(data) as log:
+      return list(log.histories(vocabulary.fit(log, data))), log.counts
+
+  return run

@@ -1,0 +1,280 @@
+"""What `inspect` finds, the roles it proposes, and that its config works."""
+
+from __future__ import annotations
+
+import datetime
+
+import pyarrow as pa
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data import labels, vocabulary
+from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.inspection import inspect
+from supermoe_jax.data.roles import Measured, field_role, user_candidates
+
+JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000
+N = 600
+
+
+def log(**changes):
+  """Two months of events of 20 users, ten a day, with a category, a rating, a price and ids of several kinds."""
+  places = range(N)
+  columns = {
+    "user_id": [i % 20 for i in places],
+    "item_id": [f"i{i * 7 % 50}" for i in places],
+    "rating": [1 + i % 5 for i in places],
+    "price": [0.25 + i * i % 97 for i in places],
+    "timestamp": [JUNE_1 + i * 8_640 for i in places],
+  }
+  columns.update(changes)
+  return {k: v for k, v in columns.items() if v is not None}
+
+
+@pytest.fixture
+def found(write):
+  """Inspects one table; returns its findings."""
+
+  def run(columns, name="log.parquet"):
+    (table,) = inspect([str(write(name, columns))]).tables
+    return table
+
+  return run
+
+
+def roles(table):
+  return {c.name: r.kind for c, r in zip(table.columns, table.roles, strict=True)}
+
+
+def reason(table, column):
+  return next(r.reason for c, r in zip(table.columns, table.roles, strict=True) if c.name == column)
+
+
+@pytest.fixture
+def load(tmp_path):
+  """Loads the config that files lead to."""
+
+  def run(*files):
+    file = tmp_path / "proposed.py"
+    file.write_text(inspect([str(f) for f in files]).config)
+    return config.load(str(file))
+
+  return run
+
+
+# ---------------------------------------------------------------------------------------------------------------- facts
+
+
+def test_columns_are_measured_alike_in_every_format(name, found):
+  table = found(log(rating=[None, *(1 + i % 5 for i in range(1, N))]), name)
+  facts = {c.name: c for c in table.columns}
+  assert table.rows == N
+  assert (facts["rating"].present, facts["rating"].distinct) == (N - 1, 5)
+  assert (facts["price"].low, facts["price"].high, facts["price"].whole) == (0.25, 96.25, False)
+  assert facts["item_id"].sample[:3] == ("i0", "i7", "i14")
+  expected = ["user", "vocabulary", "vocabulary", "numeric", "time"]
+  assert roles(table) == dict(zip(log(), expected, strict=True))
+
+
+def test_facts_of_events_are_counted(found):
+  columns = {n: [*v, *v[:30]] for n, v in log().items()}
+  events = found(columns).events
+  assert (events.first, events.last) == (JUNE_1 * 1_000_000, (JUNE_1 + (N - 1) * 8_640) * 1_000_000)
+  assert events.tie_rate == pytest.approx(60 / 630)
+  assert events.duplicate_rate == pytest.approx(30 / 630)
+
+
+def test_rows_per_user_are_counted(found):
+  (user,) = found(log(user_id=[0] * 500 + [1] * 70 + [2] * 30)).users
+  assert (user.column, user.users, user.median, user.most) == ("user_id", 3, 70, 500)
+
+
+def test_files_of_the_same_columns_are_one_table(write):
+  first, second = write("part-1.csv", log()), write("part-2.csv", dict(reversed(log().items())))
+  (table,) = inspect([str(first), str(second)]).tables
+  assert table.rows == 2 * N
+  assert table.name == first.parent.name.replace("-", "_").lower() or table.name.isidentifier()
+
+
+def test_an_empty_file_is_named(write, tmp_path):
+  (tmp_path / "empty.csv").touch()
+  found = inspect([str(write("log.csv", log())), str(tmp_path / "empty.csv")])
+  assert found.empty_files == (tmp_path / "empty.csv",)
+  assert "empty.csv" in found.render()
+
+
+def test_files_without_any_row_are_an_error(tmp_path):
+  (tmp_path / "empty.csv").touch()
+  with pytest.raises(DataError, match=r"none of the 1 files holds a row"):
+    inspect([str(tmp_path / "empty.csv")])
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+  with pytest.raises(DataError, match=r"supermoe inspect: .*log\.csv: no such file"):
+    inspect([str(tmp_path / "log.csv")])
+
+
+# ---------------------------------------------------------------------------------------------------------------- roles
+
+
+@pytest.mark.parametrize(
+  ("times", "reason_given", "settings"),
+  [
+    ([JUNE_1 + i for i in range(N)], "epoch in s", {}),
+    ([(JUNE_1 + i) * 1000 for i in range(N)], "epoch in ms", {"time_unit": "ms"}),
+    ([(JUNE_1 + i) * 1_000_000 for i in range(N)], "epoch in us", {"time_unit": "us"}),
+    ([f"2020-06-{1 + i // 60:02}T12:00:{i % 60:02}" for i in range(N)], "ISO 8601", {}),
+    ([f"{1 + i // 60:02}.06.2020 12:{i % 60:02}" for i in range(N)], "dates as", {"time_format": "%d.%m.%Y %H:%M"}),
+    ([20200601 + i // 60 for i in range(N)], "dates as %Y%m%d", {"time_format": "%Y%m%d"}),
+  ],
+)
+def test_the_time_is_recognised_with_its_unit_or_format(times, reason_given, settings, found):
+  table = found(log(timestamp=times), "log.csv")
+  ((column, role),) = table.having("time")
+  assert column.name == "timestamp" and role.reason.startswith(reason_given) and role.settings == settings
+  assert config.parse_time("2020-06-01", "") <= table.events.first < config.parse_time("2020-06-02", "")
+
+
+def test_integer_dates_are_recognised(found):
+  ((_, role),) = found(log(timestamp=[20200601 + i // 60 for i in range(N)])).having("time")
+  assert role.settings == {"time_format": "%Y%m%d"}
+
+
+def test_timestamps_are_preferred_to_epochs(found):
+  stamps = pa.array([datetime.datetime(2020, 6, 1) + datetime.timedelta(hours=i) for i in range(N)])
+  table = found(log(happened=stamps))
+  assert roles(table)["happened"] == "time"
+  assert reason(table, "timestamp") == "another time"
+
+
+def test_a_day_and_month_that_may_be_swapped_are_pointed_out(found):
+  table = found(log(timestamp=[f"{1 + i % 12:02}/{1 + i // 60:02}/2020" for i in range(N)]))
+  assert reason(table, "timestamp") == "dates as %d/%m/%Y; or %m/%d/%Y?"
+
+
+@pytest.mark.parametrize("user", ["user", "visitorid", "CustomerID", "household_id", "uid", "hashed_user"])
+def test_the_user_is_recognised_by_name(user):
+  columns = [Measured(n, "BIGINT", rows=99, present=99, distinct=9) for n in ("item_id", "user_segment", user)]
+  assert user_candidates(columns, None) == [2]
+
+
+def test_something_known_of_a_user_is_not_the_user(found):
+  table = found(log(user_age=[20 + i % 60 for i in range(N)]))
+  assert roles(table)["user_age"] == "numeric"
+  assert [u.column for u in table.users] == ["user_id"]
+
+
+def test_without_a_telling_name_the_first_ids_that_come_back_are_the_user(found):
+  table = found({"a": log()["user_id"], "b": log()["item_id"], "timestamp": log()["timestamp"]})
+  assert roles(table) == {"a": "user", "b": "vocabulary", "timestamp": "time"}
+
+
+def test_columns_that_say_nothing_of_behaviour_are_left_out(found):
+  columns = {
+    "no value": pa.array([None] * N, pa.string()),
+    "one value only": [7] * N,
+    "a value of its own for each row": [f"event {i}" for i in range(N)],
+    "each value has one user: it says who, not what": [f"basket {i % 20} {i // 40}" for i in range(N)],
+    "long text": [f"{i % 30} " + "words " * 20 for i in range(N)],
+    "nested values": [[1, 2]] * (N - 1) + [[3]],
+  }
+  table = found(log(**{f"c{i}": values for i, values in enumerate(columns.values())}))
+  assert [reason(table, f"c{i}") for i in range(len(columns))] == list(columns)
+
+
+def test_calendar_columns_are_left_out(found):
+  assert roles(found(log(week=[i // 70 for i in range(N)])))["week"] == "ignore"
+
+
+def test_numbers_that_are_ids_are_categories(found):
+  table = found(log(product_id=[i * 31 % 211 for i in range(N)], quantity=[i * 31 % 211 for i in range(N)]))
+  assert roles(table)["product_id"] == "vocabulary"
+  assert roles(table)["quantity"] == "numeric"
+
+
+def test_skewed_numbers_are_log1p(found):
+  table = found(log(spent=[10_000.5 if i == 5 else 1.5 * (i % 7) for i in range(N)]))
+  ((_, role),) = [(c, r) for c, r in table.having("numeric") if c.name == "spent"]
+  assert role.settings == {"encoding": "log1p"}
+
+
+def test_more_than_a_hundred_thousand_values_are_hashed():
+  role = field_role(Measured("item_id", "VARCHAR", rows=9_000_000, present=9_000_000, distinct=150_000, length=9.0))
+  assert (role.kind, role.settings) == ("hash", {"size": 262_144})
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+def test_the_proposed_config_prepares_the_files(name, write, load, tmp_path):
+  cfg = load(write(name, log()))
+  assert list(cfg.tasks) == ["next_item_id"]
+  assert cfg.data.fields["price"].kind == "numeric"
+  scratch = tmp_path / "scratch"
+  scratch.mkdir()
+  with EventLog(cfg.data, scratch) as events:
+    calendar = labels.calendar(cfg.data.split, events.start, events.end)
+    assert {*calendar.split.tolist()} == {0, 1, 2}
+    assert 0.6 < events.counts["training_events"] / events.counts["events"] < 0.8
+    assert len(list(events.histories(vocabulary.fit(events, cfg.data)))) == 20
+
+
+def test_a_log_of_a_few_seconds_still_has_a_temporal_split(write, load):
+  split = load(write("log.csv", log(timestamp=[JUNE_1 + i // 10 for i in range(N)]))).data.split
+  assert split.mode == "temporal" and 0 < split.every_days < 1e-3
+
+
+def test_a_log_of_one_time_leaves_one_out(write, load):
+  assert load(write("log.csv", log(timestamp=[JUNE_1] * N))).data.split.mode == "leave_one_out"
+
+
+def test_a_glob_that_the_shell_expanded_is_written_as_a_glob(write, load, tmp_path):
+  files = [write(f"events/part-{i}.csv", log()) for i in range(3)]
+  (source,) = load(*files).data.sources.values()
+  assert source.files == (f"{tmp_path}/events/*.csv",)
+  (source,) = load(*files[:2]).data.sources.values()
+  assert source.files == tuple(str(f) for f in files[:2])
+
+
+def test_tables_of_items_and_users_are_joined(write, load):
+  items = {"item_id": [f"i{i}" for i in range(50)], "brand": ["A", "B"] * 25}
+  people = {"user_id": range(20), "gender": ["F", "M"] * 10}
+  data = load(write("log.parquet", log()), write("items.csv", items), write("users.csv", people)).data
+  assert data.sources["log"].items.key == "item_id"
+  assert "brand" in data.fields
+  assert data.users is not None and data.users.user == "user_id"
+
+
+def test_two_sources_share_fields_of_the_same_column(write, load):
+  views = log(price=None, rating=None, seconds=[i * 3 % 101 for i in range(N)])
+  data = load(write("buys.csv", log(rating=None)), write("views.csv", views)).data
+  assert list(data.sources) == ["buys", "views"]
+  assert data.fields["item_id"].sources == ()
+  assert data.fields["price"].sources == ("buys",)
+  assert data.fields["seconds"].sources == ("views",)
+
+
+def test_rows_that_cannot_be_read_are_proposed_to_be_dropped(write, load):
+  user = [None, *log()["user_id"][1:]]
+  assert load(write("log.csv", log(user_id=user))).data.on_bad_rows == "drop"
+
+
+def test_names_that_are_no_identifiers_become_fields_all_the_same(write, load):
+  columns = log()
+  columns["item's name"] = columns.pop("item_id")
+  data = load(write("2020.csv", columns)).data
+  assert data.fields["item_s_name"].column == "item's name"
+  assert list(data.sources) == ["events_2020"]
+
+
+def test_without_a_time_no_config_is_proposed(write):
+  found = inspect([str(write("log.csv", log(timestamp=None)))])
+  assert found.config == "" and "No config is proposed" in found.render()
+
+
+def test_the_findings_are_aligned_and_hold_the_config(write):
+  text = inspect([str(write("log.csv", log()))]).render()
+  header, *rows = [line for line in text.splitlines() if line.startswith("  ")][:6]
+  at = header.index("role")
+  assert all(row[at - 1] == " " and row[at] != " " for row in rows)
+  assert "def get_config()" in text and "ties" in text

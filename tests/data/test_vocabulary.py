@@ -1,0 +1,160 @@
+"""Encoders: fitted on the training period only, stable, and the same after saving."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data import vocabulary
+from supermoe_jax.data.events import DataError
+from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN, Encoders, Hashing, Vocabulary
+
+TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000
+
+
+def rows(items, late=(), **columns):
+  """Events of one user: `items` one a second up to the end of the training period, `late` from then on."""
+  n = len(items)
+  time = [TRAIN_END - n + i for i in range(n)] + [TRAIN_END + i for i in range(len(late))]
+  return {"user": ["a"] * len(time), "time": time, "item": [*items, *late], **columns}
+
+
+@pytest.fixture
+def fitted(write, make_data, open_log):
+  """Writes events, fits encoders and returns them with the codes of the only user and the report of unseen values."""
+
+  def run(columns, **changes):
+    data = make_data(write("e.parquet", columns), **changes)
+    with open_log(data) as log:
+      encoders = vocabulary.fit(log, data)
+      (history,) = log.histories(encoders)
+      return encoders, history, vocabulary.unseen(log, encoders)
+
+  return run
+
+
+def test_values_are_ordered_by_count_then_by_value(fitted):
+  encoders, _, _ = fitted(rows(["b", "c", "c", "a"]))
+  encoder = encoders.categorical["item"]
+  assert encoder.values == ["c", "a", "b"]
+  assert encoder.counts.tolist() == [2, 1, 1] and encoder.counts.dtype == np.int64
+  assert encoder.n_codes == 5
+
+
+def test_values_seen_only_after_training_are_out_of_vocabulary(fitted):
+  _, history, report = fitted(rows(["a", "a", "b"], late=["a", "new", None]))
+  assert history.codes[:, 0].tolist() == [2, 2, 3, 2, UNKNOWN, ABSENT]
+  assert report["item"]["oov_training"] == 0.0
+  assert report["item"]["oov_after"] == 0.5
+
+
+def test_events_after_training_do_not_change_the_encoders(fitted):
+  fields = {"item": {}, "price": {"kind": "numeric"}}
+  columns = rows(["a", "b", "b"])
+  alone, _, _ = fitted({**columns, "price": [1.0, 2.0, 3.0]}, fields=fields)
+  more, _, _ = fitted(
+    {**rows(["a", "b", "b"], late=["a", "a", "a"]), "price": [1.0, 2, 3, 100, 200, 300]}, fields=fields
+  )
+  assert alone.categorical["item"].values == more.categorical["item"].values
+  assert alone.numeric == more.numeric
+
+
+def test_a_vocabulary_keeps_the_most_frequent_values(fitted):
+  encoders, history, report = fitted(rows(["a", "b", "b", "c", "c", "c"]), fields={"item": {"size": 2}})
+  assert encoders.categorical["item"].values == ["c", "b"]
+  assert history.codes[:, 0].tolist() == [UNKNOWN, 3, 3, 2, 2, 2]
+  assert report["item"]["oov_training"] == pytest.approx(1 / 6)
+
+
+def test_rare_values_are_out_of_vocabulary(fitted):
+  encoders, _, _ = fitted(rows(["a", "b", "b"]), fields={"item": {"min_count": 2}})
+  assert encoders.categorical["item"].values == ["b"]
+
+
+def test_a_min_count_that_leaves_nothing_is_an_error(fitted):
+  with pytest.raises(DataError, match=r"occurs 5 times in training; lower config\.data\.fields\.item\.min_count"):
+    fitted(rows(["a", "b", "b"]), fields={"item": {"min_count": 5}})
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", "hash", "numeric"])
+def test_a_field_without_a_value_in_training_is_an_error(kind, fitted):
+  columns = rows(["a", "b"], late=["c"])
+  with pytest.raises(
+    DataError, match=r"Field 'other' \(column 'other'\) has no value at all in the training .* 1 after"
+  ):
+    fitted({**columns, "other": [None, None, 3.0]}, fields={"item": {}, "other": {"kind": kind}})
+
+
+def test_hash_codes_are_the_same_in_python_and_in_the_database(fitted):
+  values = [f"värde {i}" for i in range(200)] + ["", "日本"]
+  encoders, history, _ = fitted(rows(values), fields={"item": {"kind": "hash", "size": 50}, "user": {}})
+  encoder = encoders.categorical["item"]
+  expected = [encoder.code(v or None) for v in values]
+  assert history.codes[:, 0].tolist() == expected
+  assert ABSENT in expected and UNKNOWN not in expected and max(expected) < encoder.n_codes == 52
+
+
+def test_hash_codes_never_change():
+  # Written down once: a dataset that was prepared has to fit a model that is served years later.
+  assert [Hashing(1000).code(v) for v in ("abc", "1", "日本")] == [840, 703, 576]
+
+
+def test_collisions_of_a_hash_are_reported(fitted):
+  values = [str(i) for i in range(30)]
+  encoders, _, report = fitted(rows([*values, "0"]), fields={"item": {"kind": "hash", "size": 20}, "user": {}})
+  codes = [encoders.categorical["item"].code(v) for v in values]
+  assert report["item"]["values"] == 30
+  assert report["item"]["colliding"] == pytest.approx(np.mean([codes.count(c) > 1 for c in codes]))
+
+
+def test_a_log_that_ends_with_training_has_no_rate_after_it(fitted):
+  _, _, report = fitted(rows(["a", "b"]))
+  assert report["item"]["oov_after"] is None
+
+
+def test_numbers_are_standardised_by_their_training_statistics(fitted):
+  price = [1.0, 2.0, 6.0, None, 100.0]
+  encoders, history, _ = fitted(
+    {**rows(["a", "b", "c", "d"], late=["e"]), "price": price}, fields={"item": {}, "price": {"kind": "numeric"}}
+  )
+  assert encoders.numeric["price"].mean == 3.0
+  assert encoders.numeric["price"].std == pytest.approx(np.std([1, 2, 6]))
+  np.testing.assert_allclose(history.numeric[[0, 1, 2], 0].std(), 1, rtol=1e-6)
+  assert np.isnan(history.numeric[3, 0])
+
+
+def test_a_constant_number_has_deviation_one(fitted):
+  encoders, history, _ = fitted(
+    {**rows(["a", "b"]), "price": [0.1, 0.1]}, fields={"item": {}, "price": {"kind": "numeric"}}
+  )
+  assert encoders.numeric["price"].std == 1.0
+  np.testing.assert_allclose(history.numeric, 0, atol=1e-7)
+
+
+def test_encoders_are_in_config_order(fitted):
+  fields = {"b": {"column": "item"}, "n": {"kind": "numeric"}, "a": {"column": "item", "kind": "hash", "size": 9}}
+  encoders, _, _ = fitted({**rows(["a", "b"]), "n": [1, 2]}, fields=fields)
+  assert list(encoders.categorical) == ["b", "a"]
+
+
+def test_encoders_survive_saving(fitted, tmp_path):
+  fields = {"a/b c": {"column": "item"}, "hashed": {"column": "item", "kind": "hash"}, "price": {"kind": "numeric"}}
+  encoders, _, _ = fitted({**rows(["a", "b", "b"]), "price": [1, 2, 4]}, fields=fields)
+  encoders.save(tmp_path / "encoders")
+  loaded = Encoders.load(tmp_path / "encoders")
+  assert list(loaded.categorical) == ["a/b c", "hashed"]
+  assert loaded.categorical["a/b c"].values == ["b", "a"]
+  assert loaded.categorical["a/b c"].counts.tolist() == [2, 1]
+  assert loaded.categorical["hashed"] == encoders.categorical["hashed"]
+  assert loaded.numeric == encoders.numeric
+
+
+def test_loading_from_an_empty_directory_is_an_error(tmp_path):
+  with pytest.raises(DataError, match=r"holds no encoders"):
+    Encoders.load(tmp_path)
+
+
+def test_a_vocabulary_codes_values_in_python_as_in_the_database():
+  encoder = Vocabulary(["x", "y"], np.array([3, 1]))
+  assert [encoder.code(v) for v in ("x", "y", "z", None)] == [2, 3, UNKNOWN, ABSENT]

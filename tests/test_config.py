@@ -1,0 +1,107 @@
+import copy
+import pathlib
+
+import pytest
+from small_log import raw_config
+
+from supermoe_jax import config
+
+
+@pytest.fixture
+def raw(tmp_path: pathlib.Path) -> dict:
+  return raw_config(tmp_path)
+
+
+def changed(raw: dict, key: str, value: object) -> dict:
+  out = copy.deepcopy(raw)
+  node = out
+  *parents, last = key.split(".")
+  for parent in parents:
+    node = node.setdefault(parent, {})
+  node[last] = value
+  return out
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("train.stepz", 3, r"config\.train\.stepz: unknown key; did you mean 'steps'\?"),
+    ("train.steps", "many", r"config\.train\.steps='many' must be of type int"),
+    ("train.steps", True, r"config\.train\.steps=True must be of type int"),
+    ("model.d_model", 18, r"d_model=18 must be a multiple of 2 × heads=4"),
+    ("model.experts_per_token", 9, r"experts_per_token=9 exceeds experts=4"),
+    ("model.moe_every", 3, r"moe_every=3 exceeds layers=2"),
+    ("train.warmup_steps", 12, r"warmup_steps=12 must be less than steps=12"),
+    ("train.mesh.data", 3, r"batch_rows=8 must be a multiple of mesh\.data=3"),
+    ("tasks.next_page.field", "pgae", r"tasks\.next_page\.field='pgae' is not a vocabulary field; did you mean 'page'"),
+    ("tasks.next_page.field", "device", r"'device' is not a vocabulary field"),
+    ("tasks.quiet.source", "visit", r"'visit' is not a source; did you mean 'visits'"),
+    ("tasks.quiet.kind", "futur_event", r"did you mean 'future_event'"),
+    ("tasks.quiet.horizon_days", 0, r"horizon_days=0\.0 must be positive"),
+    ("tasks.paid.positive", [], r"tasks\.paid\.positive is empty"),
+    ("exclude_tasks", ["churn*"], r"'churn\*' matches no task"),
+    ("exclude_tasks", ["*"], r"leaves no task"),
+    ("data.fields.page.sources", ["visitz"], r"no source named 'visitz'; did you mean 'visits'"),
+    ("data.fields.page.kind", "vocab", r"'vocab' is not a choice; did you mean 'vocabulary'"),
+    ("data.split.train_end", "yesterday", r"train_end='yesterday' is not a time"),
+    ("data.split.validation", ["2024-04-01"], r"validation: 2024-04-01 lies before the end of the period that precedes it"),
+    ("data.split.test", [], r"split\.test is empty"),
+    ("data.split.mode", "leave_one_out", r"needs config\.data\.split\.mode='temporal'|no meaning with mode"),
+    ("data.aggregates.fields", ["device"], r"'device' is not a vocabulary field"),
+    ("data.users", None, r"a user label needs config\.data\.users"),
+  ],
+)
+def test_an_impossible_config_names_the_key_and_the_remedy(raw: dict, key: str, value: object, message: str) -> None:
+  with pytest.raises(config.ConfigError, match=message):
+    config.resolve(changed(raw, key, value))
+
+
+def write(tmp_path: pathlib.Path, raw: dict) -> str:
+  file = tmp_path / "small.py"
+  file.write_text(f"import ml_collections\n\ndef get_config():\n  return ml_collections.ConfigDict({raw!r})\n")
+  return str(file)
+
+
+def test_overrides_take_the_type_of_the_value_they_replace(raw: dict, tmp_path: pathlib.Path) -> None:
+  path = write(tmp_path, raw)
+  cfg = config.load(path, ["--config.train.steps=99", "--config.tasks.quiet.negate=false", "--config.exclude_tasks=pa*"])
+  assert (cfg.train.steps, cfg.tasks["quiet"].negate, list(cfg.active_tasks)) == (99, False, ["next_page", "quiet"])
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.train.stepz=1", "config.train has no key 'stepz'; did you mean 'steps'"),
+    ("--config.train.steps=few", "invalid literal"),
+    ("--config.train.steps", "write overrides as"),
+    ("--config.data.sources.visits.items=x", "can only be filled there"),
+  ],
+)
+def test_a_wrong_override_is_an_error(raw: dict, tmp_path: pathlib.Path, argument: str, message: str) -> None:
+  with pytest.raises(config.ConfigError, match=message):
+    config.load(write(tmp_path, raw), [argument])
+
+
+def test_a_missing_config_file_names_the_nearest(raw: dict, tmp_path: pathlib.Path) -> None:
+  write(tmp_path, raw)
+  with pytest.raises(config.ConfigError, match=r"no such file; did you mean 'small\.py'"):
+    config.load(str(tmp_path / "smal.py"))
+
+
+def test_a_config_that_fails_says_why(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "broken.py").write_text("def get_config():\n  return 1 / 0\n")
+  with pytest.raises(config.ConfigError, match=r"broken\.py: ZeroDivisionError: division by zero"):
+    config.load(str(tmp_path / "broken.py"))
+
+
+def test_a_saved_config_comes_back_equal(raw: dict, tmp_path: pathlib.Path) -> None:
+  cfg = config.resolve(raw)
+  config.save(cfg, tmp_path / "config.json")
+  assert config.load_json(tmp_path / "config.json") == cfg
+
+
+def test_the_data_hash_ignores_what_preparation_does_not_depend_on(raw: dict) -> None:
+  base = config.resolve(raw).data_hash()
+  for key, value in (("data.path", "x"), ("train.steps", 20), ("tasks.quiet.weight", 2.0), ("data.memory", "1GB")):
+    assert config.resolve(changed(raw, key, value)).data_hash() == base
+  assert config.resolve(changed(raw, "tasks.quiet.horizon_days", 7.0)).data_hash() != base

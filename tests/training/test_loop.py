@@ -1,0 +1,133 @@
+"""A run can be cut anywhere: it goes on from its last checkpoint and ends as if it had never been cut."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.events import DataError
+from supermoe_jax.training import loop
+from supermoe_jax.training.checkpoint import RunError
+from supermoe_jax.training.run import Run
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(row: dict) -> dict:
+  return {k: v for k, v in row.items() if k != "events_per_second"}
+
+
+def parameters(run: Run) -> list[np.ndarray]:
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(run._params)]
+
+
+def test_metrics_have_a_row_every_few_steps_with_every_task(workdir: pathlib.Path, cfg: config.Config) -> None:
+  assert [r["step"] for r in rows(workdir)] == [2, 4, 6, 8, 10, 12]
+  last = rows(workdir)[-1]
+  assert set(last["tasks"]) == set(cfg.active_tasks)
+  assert sum(last["load"][0]) == pytest.approx(1, abs=1e-3)
+  assert 0 <= last["dropped_share"] < 1
+  assert list((workdir / "tensorboard").iterdir())
+
+
+def test_training_lowers_the_loss(workdir: pathlib.Path) -> None:
+  first, *_, last = rows(workdir)
+  assert last["loss"] < first["loss"]
+
+
+@pytest.fixture
+def killed(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> pathlib.Path:
+  """A run killed by SIGKILL, in a process of its own, after its first checkpoint and before its last step."""
+  config.save(cfg, tmp_path / "wanted.json")
+  workdir = tmp_path / "run"
+  slow = (
+    "import pathlib, sys, time\n"
+    "from supermoe_jax import config\n"
+    "from supermoe_jax.training import loop\n"
+    "place = loop.place\n"
+    "def slow(*a):\n  time.sleep(0.4)\n  return place(*a)\n"
+    "loop.place = slow\n"
+    "loop.train(config.load_json(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))\n"
+  )
+  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+  process = subprocess.Popen(
+    [sys.executable, "-c", slow, str(tmp_path / "wanted.json"), str(workdir)], env=environment, stderr=subprocess.DEVNULL
+  )
+  deadline = time.monotonic() + 180
+  while not (workdir / "checkpoints" / "4").is_dir():
+    assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  return workdir
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_ends_bitwise_as_if_it_had_not_been(
+  killed: pathlib.Path, cfg: config.Config, workdir: pathlib.Path
+) -> None:
+  steps = {int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdigit()}
+  assert 12 not in steps
+  said: list[str] = []
+  assert loop.train(cfg, killed, say=said.append) == 12
+  assert any(f"resuming {killed} at step" in line for line in said)
+  for mine, wanted in zip(parameters(Run(killed)), parameters(Run(workdir)), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+  assert [without_speed(r) for r in rows(killed)] == [without_speed(r) for r in rows(workdir)]
+
+
+def test_a_finished_run_is_left_alone(workdir: pathlib.Path, cfg: config.Config) -> None:
+  before = (workdir / "metrics.jsonl").read_bytes()
+  said: list[str] = []
+  assert loop.train(cfg, workdir, say=said.append) == 12
+  assert "already trained" in said[-1]
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_run_directory_is_an_error(workdir: pathlib.Path, cfg: config.Config) -> None:
+  other = config.override(cfg, ["--config.train.learning_rate=0.5"])
+  with pytest.raises(RunError, match=r"config\.train\.learning_rate: 0\.001 → 0\.5.*Name another --workdir"):
+    loop.train(other, workdir)
+
+
+def test_training_without_a_dataset_is_an_error(cfg: config.Config, tmp_path: pathlib.Path) -> None:
+  gone = config.override(cfg, [f"--config.data.path={tmp_path / 'nothing'}"])
+  with pytest.raises(DataError, match="run 'supermoe prepare' first"):
+    loop.train(gone, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_training_on_a_dataset_of_another_config_is_an_error(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> None:
+  other = config.override(cfg, ["--config.tasks.quiet.horizon_days=3"])
+  with pytest.raises(DataError, match="was prepared with another configuration"):
+    loop.train(other, tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_cannot_be_opened(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> None:
+  config.save(cfg, tmp_path / "config.json")
+  with pytest.raises(RunError, match="holds no checkpoint yet"):
+    Run(tmp_path)
+
+
+def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
+  class Step:
+    def __init__(self, total: float, count: float, dropped: int):
+      self.tasks = {"t": type("T", (), {"total": total, "count": count})}
+      self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
+      self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
+
+  row = loop.summarise([Step(8.0, 2, 10), Step(0.0, 0, 0), Step(1.0, 7, 0)])
+  assert row["tasks"]["t"] == {"loss": 1.0, "labels": 9}
+  assert row["dropped_share"] == pytest.approx(10 / 280)
+  assert loop.summarise([Step(0.0, 0, 0)])["tasks"]["t"]["loss"] is None
