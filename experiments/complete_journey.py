@@ -1,8 +1,8 @@
 """The Complete Journey retail data: 2,469 households, 1.47 million purchases of 2017, nine tasks.
 
-    supermoe prepare --config experiments/complete_journey.py
-    supermoe train --config experiments/complete_journey.py --workdir runs/complete_journey
-    supermoe evaluate --workdir runs/complete_journey
+supermoe prepare --config experiments/complete_journey.py
+supermoe train --config experiments/complete_journey.py --workdir runs/complete_journey
+supermoe evaluate --workdir runs/complete_journey
 """
 
 import importlib.util
@@ -22,53 +22,64 @@ def _tables() -> pathlib.Path:
 def get_config() -> ml_collections.ConfigDict:
   tables = _tables()
   purchases = ("purchases",)
-  data = dict(
-    path="runs/complete_journey/dataset",
-    sources=dict(
-      purchases=dict(
-        files=str(tables / "transactions.parquet"),
-        user="household_id",
-        time="transaction_timestamp",
-        items=dict(file=str(tables / "products.parquet"), key="product_id"),
-      ),
-      redemptions=dict(
-        files=str(tables / "coupon_redemptions.parquet"), user="household_id", time="redemption_date"
-      ),
-    ),
-    fields=dict(
-      category=dict(column="product_category", sources=purchases),
-      type=dict(column="product_type", sources=purchases),
-      department=dict(sources=purchases),
-      brand=dict(sources=purchases),
-      product=dict(column="product_id", sources=purchases, kind="hash", size=20_000),
-      store=dict(column="store_id", sources=purchases),
-      quantity=dict(sources=purchases, kind="numeric", encoding="log1p"),
-      value=dict(column="sales_value", sources=purchases, kind="numeric", encoding="log1p"),
-      discount=dict(column="retail_disc", sources=purchases, kind="numeric", encoding="log1p"),
-    ),
-    users=dict(files=str(tables / "demographics.parquet"), user="household_id"),
-    split=dict(
-      train_end="2017-10-01",
-      train_start="2017-02-05",
-      every_days=7.0,
-      validation=("2017-10-01", "2017-10-04"),
-      test=("2017-11-01",),
-    ),
-    aggregates=dict(top_values=60, fields=("category",)),
-  )
+  data = {
+    "path": "runs/complete_journey/dataset",
+    "sources": {
+      "purchases": {
+        "files": str(tables / "transactions.parquet"),
+        "user": "household_id",
+        "time": "transaction_timestamp",
+        "items": {"file": str(tables / "products.parquet"), "key": "product_id"},
+      },
+      "redemptions": {
+        "files": str(tables / "coupon_redemptions.parquet"),
+        "user": "household_id",
+        "time": "redemption_date",
+      },
+    },
+    "fields": {
+      "category": {"column": "product_category", "sources": purchases},
+      "type": {"column": "product_type", "sources": purchases},
+      "department": {"sources": purchases},
+      "brand": {"sources": purchases},
+      "product": {"column": "product_id", "sources": purchases, "kind": "hash", "size": 20_000},
+      "store": {"column": "store_id", "sources": purchases},
+      "quantity": {"sources": purchases, "kind": "numeric", "encoding": "log1p"},
+      "value": {"column": "sales_value", "sources": purchases, "kind": "numeric", "encoding": "log1p"},
+      "discount": {"column": "retail_disc", "sources": purchases, "kind": "numeric", "encoding": "log1p"},
+    },
+    "users": {"files": str(tables / "demographics.parquet"), "user": "household_id"},
+    "split": {
+      "train_end": "2017-10-01",
+      "train_start": "2017-02-05",
+      "every_days": 7.0,
+      "validation": ("2017-10-01", "2017-10-04"),
+      "test": ("2017-11-01",),
+    },
+    "aggregates": {"top_values": 60, "fields": ("category",)},
+  }
   kids = ("1", "2", "3+")
   rich = ("75-99K", "100-124K", "125-149K", "150-174K", "175-199K", "200-249K", "250K+")
-  tasks = dict(
-    next_category=dict(kind="next_event", field="category"),
-    churn=dict(kind="future_event", source="purchases", horizon_days=28.0, negate=True),
-    categories=dict(kind="future_values", field="category", top=60, horizon_days=28.0),
-    coupon=dict(kind="future_event", source="redemptions", horizon_days=28.0),
-    demo_age45=dict(kind="user_label", column="age", positive=("45-54", "55-64", "65+")),
-    demo_income75k=dict(kind="user_label", column="income", positive=rich),
-    demo_children=dict(kind="user_label", column="kids_count", positive=kids),
-    demo_married=dict(kind="user_label", column="marital_status", positive=("Married",)),
-    demo_alone=dict(kind="user_label", column="household_size", positive=("1",)),
-  )
-  model = dict(d_model=64, layers=2, heads=4, d_hidden=256, moe_every=2, experts=8, d_expert=128, max_events=256)
-  train = dict(steps=400, batch_rows=32, snapshots_per_row=8, learning_rate=2e-3)
-  return ml_collections.ConfigDict(dict(data=data, tasks=tasks, model=model, train=train))
+  tasks = {
+    "next_category": {"kind": "next_event", "field": "category"},
+    "churn": {"kind": "future_event", "source": "purchases", "horizon_days": 28.0, "negate": True},
+    "categories": {"kind": "future_values", "field": "category", "top": 60, "horizon_days": 28.0},
+    "coupon": {"kind": "future_event", "source": "redemptions", "horizon_days": 28.0},
+    "demo_age45": {"kind": "user_label", "column": "age", "positive": ("45-54", "55-64", "65+")},
+    "demo_income75k": {"kind": "user_label", "column": "income", "positive": rich},
+    "demo_children": {"kind": "user_label", "column": "kids_count", "positive": kids},
+    "demo_married": {"kind": "user_label", "column": "marital_status", "positive": ("Married",)},
+    "demo_alone": {"kind": "user_label", "column": "household_size", "positive": ("1",)},
+  }
+  model = {
+    "d_model": 64,
+    "layers": 2,
+    "heads": 4,
+    "d_hidden": 256,
+    "moe_every": 2,
+    "experts": 8,
+    "d_expert": 128,
+    "max_events": 256,
+  }
+  train = {"steps": 400, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 2e-3}
+  return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})

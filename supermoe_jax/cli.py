@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"supermoe {args.verb}: unknown argument {unknown[0]!r}; see 'supermoe {args.verb} --help'", file=sys.stderr)
     return 2
   if args.overrides and not hasattr(args, "config"):
-    print(f"supermoe {args.verb}: {args.overrides[0]!r} has no effect here: a run keeps the config it was trained with", file=sys.stderr)
+    print(
+      f"supermoe {args.verb}: {args.overrides[0]!r} has no effect here: a run keeps the config it was trained with",
+      file=sys.stderr,
+    )
     return 2
   try:
     args.run(args)
@@ -80,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
-  verb.add_argument("--config", required=True, help="config file with get_config(); override keys with --config.key=value")
+  verb.add_argument(
+    "--config", required=True, help="config file with get_config(); override keys with --config.key=value"
+  )
 
 
 def _add_workdir(verb: argparse.ArgumentParser) -> None:
@@ -96,7 +101,9 @@ def _inspect(args: argparse.Namespace) -> None:
   found = inspection.inspect(args.files, args.format)
   print(found.render())
   if args.out is not None:
-    args.out.write_text(found.config_file())
+    if not found.config:
+      raise config.ConfigError(f"no config can be proposed, so {args.out} is not written.")
+    args.out.write_text(found.config)
     print(f"saved {args.out}")
 
 

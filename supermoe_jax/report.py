@@ -9,7 +9,6 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import shlex
@@ -64,7 +63,7 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   file = workdir / "report.html"
   temporary = file.with_suffix(".html.incomplete")
   temporary.write_text(page, encoding="utf-8")
-  os.replace(temporary, file)
+  temporary.replace(file)
   return file
 
 
@@ -155,14 +154,18 @@ def _notes(run: _Parts) -> Iterator[str]:
       f"The dataset at {run.cfg.data.path} was prepared with another configuration than this run's; the data facts "
       "below describe what lies there now, not what the run was trained on."
     )
-  for what, part, verb in (("evaluation", run.evaluation, "evaluate"), ("embeddings", run.embeddings, "embed --overwrite")):
+  parts = (
+    ("The evaluation shown here was", run.evaluation, "evaluate"),
+    ("The embeddings shown here were", run.embeddings, "embed --overwrite"),
+  )
+  for what, part, verb in parts:
     if part is None:
       continue
-    again = f"run 'supermoe {verb}' again to bring it up to date."
+    again = f"run 'supermoe {verb}' again to bring this up to date."
     if part["step"] < run.step:
-      yield f"The {what} shown here was made at step {part['step']:,}, but the run has reached step {run.step:,}; {again}"
+      yield f"{what} made at step {part['step']:,}, but the run has reached step {run.step:,}; {again}"
     if part.get("config_hash") not in (None, run.cfg.hash()):
-      yield f"The {what} shown here was made with another config than the one in this directory; {again}"
+      yield f"{what} made with another config than the one in this directory; {again}"
 
 
 def _score(value: float | None, *, signed: bool = False) -> str:
@@ -195,7 +198,7 @@ def _question(task: config.Task) -> str:
   return f"{task.column} is {listed}" if len(task.positive) == 1 else f"{task.column} is one of {listed}"
 
 
-# --------------------------------------------------------------------------------------------------------- model, metrics
+# ------------------------------------------------------------------------------------------------------- model, metrics
 
 
 def _parameters(run: _Parts) -> dict[str, int] | None:
@@ -212,7 +215,8 @@ def _parameters(run: _Parts) -> dict[str, int] | None:
   schema = Schema(tuple(data.sources), codes, numeric, len(run.manifest["aggregates"]["mean"]), outputs)
   _, params = abstract_model(run.cfg, schema)
   sizes = [(jax.tree_util.keystr(path), math.prod(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(params)]
-  total, tables = sum(n for _, n in sizes), sum(n for path, n in sizes if "event_embedding" in path and "fields" in path)
+  total = sum(n for _, n in sizes)
+  tables = sum(n for path, n in sizes if "event_embedding" in path and "fields" in path)
   expert = 2 * model.d_model * model.d_expert + model.d_expert + model.d_model
   idle = len(_sparse_blocks(model)) * (model.experts - model.experts_per_token) * expert
   return {"total": total, "tables": tables, "rest": total - tables, "active": total - tables - idle}
@@ -286,7 +290,7 @@ def _label_shares(run: _Parts) -> dict[str, dict[str, str]]:
   return out
 
 
-# ------------------------------------------------------------------------------------------------------ training, experts
+# ---------------------------------------------------------------------------------------------------- training, experts
 
 
 def _training(run: _Parts) -> dict[str, Any] | None:
@@ -300,11 +304,12 @@ def _training(run: _Parts) -> dict[str, Any] | None:
     return figures.curve(name, title, step, values, **style)
 
   table: list[tuple[str, list[str]]] = []
+  grey, green = figures.GREY, figures.GREEN
   whole = [
     draw("loss", "Total loss", [r["loss"] for r in rows]),
-    draw("gradient", "Gradient norm before clipping", [r["gradient_norm"] for r in rows], colour=figures.GREY, zero=True),
-    draw("rate", "Learning rate", [r["learning_rate"] for r in rows], colour=figures.GREY, zero=True),
-    draw("speed", "Events per second", [r["events_per_second"] for r in rows], colour=figures.GREEN, zero=True),
+    draw("gradient", "Gradient norm before clipping", [r["gradient_norm"] for r in rows], colour=grey, zero=True),
+    draw("rate", "Learning rate", [r["learning_rate"] for r in rows], colour=grey, zero=True),
+    draw("speed", "Events per second", [r["events_per_second"] for r in rows], colour=green, zero=True),
   ]
   names = list(dict.fromkeys(n for r in rows for n in r["tasks"]))
   tasks = [
@@ -319,8 +324,9 @@ def _training(run: _Parts) -> dict[str, Any] | None:
   ]
   if experts:
     dropped, balance = [r["dropped_share"] for r in rows], [r["balance_loss"] for r in rows]
-    experts.append(draw("dropped", "Dropped share", dropped, colour=figures.RED, show=percent, zero=True))
-    experts.append(draw("balance", "Balance loss (1 is even)", balance, colour=figures.ORANGE))
+    wide = figures.WIDE
+    experts.append(draw("dropped", "Dropped share", dropped, colour=figures.RED, show=percent, zero=True, size=wide))
+    experts.append(draw("balance", "Balance loss (1 is even)", balance, colour=figures.ORANGE, size=wide))
   return {
     "first": step[0],
     "last": step[-1],
@@ -348,7 +354,7 @@ def _experts(run: _Parts) -> dict[str, Any] | None:
   return {"layers": layers, "snapshots": {n: v["snapshots"] for n, v in some.items()}, "even": 1 / model.experts}
 
 
-# -------------------------------------------------------------------------------------------------------------------- map
+# ------------------------------------------------------------------------------------------------------------------ map
 
 
 def _map(run: _Parts) -> dict[str, Any] | None:
@@ -362,11 +368,11 @@ def _map(run: _Parts) -> dict[str, Any] | None:
   latest = int(times.max())
   table = table.filter(times == latest)
   users = [str(u) for u in table["user_id"].to_pylist()]
-  vectors = np.array(table["embedding"].to_pylist(), np.float32)
   chosen, records = _sample(run, users)
-  place = project(vectors[chosen])
+  vectors = table["embedding"].take(chosen).combine_chunks().flatten().to_numpy().reshape(len(chosen), -1)
+  place = project(vectors)
   if place is None:
-    return {"reason": f"There are too few different embeddings as of {labels_lib.iso(latest)} to draw a map of."}
+    return {"reason": f"The embeddings as of {labels_lib.iso(latest)} are too few, or too much alike, for a map."}
   counts = table["n_events"].to_numpy()[chosen]
   sampled = [users[i] for i in chosen]
   panels = [figures.map_by_count("map-events", "events before this time", place, counts)]
@@ -450,6 +456,6 @@ def pick_labels(
     if isinstance(tasks[name], config.FutureEvent):
       text += f", counted from the test snapshot at {labels_lib.iso(snapshot).replace('T00:00:00', '')}"
     else:
-      text += "; labels of users in the training split were seen in training, so these colours are no test"
+      text += " (the model has been trained on the labels of the training split's users, so this is no test)"
     out[name] = (values[name], text)
   return out

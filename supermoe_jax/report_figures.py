@@ -1,7 +1,7 @@
 """Figures of the report: matplotlib drawings as inline SVG that follow the page's text colour, light or dark.
 
-Text and axes are drawn in a sentinel colour that becomes `currentColor`; everything else is of middling brightness, which
-reads on white and on near-black. No figure touches pyplot's global state.
+Text and axes are drawn in a sentinel colour that becomes `currentColor`; everything else is of middling brightness,
+which reads on white and on near-black. No figure touches pyplot's global state.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ SCALE = LinearSegmentedColormap.from_list("scale", ["#4a7fd0", "#8a68c8", "#c85a
 MOST_POINTS = 300
 # Above this many experts numbers and names no longer fit.
 MOST_NAMED_EXPERTS = 16
+# Width and height, in points, of the pictures of expert load over time and what stands beside them.
+WIDE = (370, 220)
 
 _STYLE: dict[str, Any] = {
   "svg.fonttype": "none",
@@ -80,7 +82,7 @@ class _Canvas:
 @contextmanager
 def _drawing(name: str, label: str, width: float, height: float) -> Iterator[_Canvas]:
   """Opens a figure of `width` by `height` points; `name` makes its ids unique on the page, `label` is read aloud."""
-  with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+  with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
     canvas = _Canvas(width, height)
     yield canvas
     buffer = io.StringIO()
@@ -118,7 +120,7 @@ def number(value: float) -> str:
   for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
     if abs(value) >= max(0.9995 * size, 1e4):
       return f"{value / size:.{0 if abs(value) >= 99.95 * size else 1}f}".removesuffix(".0") + unit
-  return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+  return f"{value:,.0f}" if abs(value) >= 999.5 or value == int(value) else f"{value:.3g}"
 
 
 def percent(value: float) -> str:
@@ -126,7 +128,7 @@ def percent(value: float) -> str:
   return f"{100 * value:.3g}%" if abs(value) < 0.9995 else f"{100 * value:.0f}%"
 
 
-# ------------------------------------------------------------------------------------------------------------ main metric
+# ---------------------------------------------------------------------------------------------------------- main metric
 
 
 _MARKS = (("D", ORANGE), ("s", GREEN), ("^", PURPLE), ("v", RED), ("P", BLUE))
@@ -142,7 +144,7 @@ def scores(name: str, rows: Sequence[Scores]) -> Markup:
   lines = math.ceil((len(names) + 1) / 2)
   height = 24 * len(rows) + 44 * len(groups) + 16 * lines
   label = "This run's main metric beside its baselines, one row a task; the table holds the same numbers."
-  with _drawing(name, label, 420, height) as canvas:
+  with _drawing(name, label, 380, height) as canvas:
     panels = canvas.figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(g) + 0.8 for g in groups])[:, 0]
     for axes, group in zip(panels, groups):
       _score_panel(axes, group, marks)
@@ -171,6 +173,8 @@ def _score_panel(axes: Axes, rows: Sequence[Scores], marks: Mapping[str, tuple[s
   else:
     axes.set_xlim(0, max(max(values) * 1.12, 1e-3))
     title = ", ".join(dict.fromkeys(r.metric.upper() for r in rows))
+  axes.xaxis.set_major_locator(MaxNLocator(6))
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
   axes.set_title(f"{title} (further right is better)", fontsize=9, fontweight="normal")
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_yticks(range(len(rows)), [_short(r.task) for r in rows])
@@ -179,7 +183,7 @@ def _score_panel(axes: Axes, rows: Sequence[Scores], marks: Mapping[str, tuple[s
   axes.grid(True)
 
 
-# ----------------------------------------------------------------------------------------------------------------- curves
+# --------------------------------------------------------------------------------------------------------------- curves
 
 
 def _thin(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -199,13 +203,14 @@ def curve(
   colour: str = BLUE,
   show: Callable[[float], str] = number,
   zero: bool = False,
+  size: tuple[float, float] = (270, 165),
 ) -> Markup:
   """One quantity over the steps; None and what is not finite leave a gap. With `zero`, the axis begins at 0."""
   y = np.array([np.nan if v is None else v for v in values], np.float64)
   y = np.where(np.isfinite(y), y, np.nan)
   x, y = _thin(np.asarray(step, np.float64), y)
   label = f"{title}: " + _course(step, values, show)
-  with _drawing(name, label, 270, 165) as canvas:
+  with _drawing(name, label, *size) as canvas:
     axes = canvas.figure.subplots()
     axes.plot(x, y, color=colour, marker="o" if len(x) <= 25 else "", ms=3.5)
     axes.set_title(_short(title, 34))
@@ -242,7 +247,7 @@ def load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarra
     x, y = np.array([x[0] - 0.5, x[0] + 0.5]), np.repeat(y, 2, axis=0)
   most = int(np.argmax(y[-1]))
   label = f"{title}: share of the choices by expert; at the end expert {most} has most, {percent(float(y[-1, most]))}."
-  with _drawing(name, label, 400, 220) as canvas:
+  with _drawing(name, label, *WIDE) as canvas:
     axes = canvas.figure.subplots()
     top = np.cumsum(y, axis=1)
     for e in range(experts):
@@ -261,15 +266,15 @@ def load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarra
   return canvas.svg
 
 
-# ------------------------------------------------------------------------------------------------------------------- maps
+# ----------------------------------------------------------------------------------------------------------------- maps
 
 
 def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most: float) -> Markup:
   """Shares `load [tasks, experts]` as cells; the deepest colour stands for the share `most`."""
   rows, experts = load.shape
   named = experts <= MOST_NAMED_EXPERTS
-  cell = 30 if named else max(8, 480 // experts)
-  width, height = 130 + cell * experts, 62 + 24 * rows
+  cell = 27 if named else max(8, 480 // experts)
+  width, height = 112 + cell * experts, 62 + 24 * rows
   top = ", ".join(f"{t} expert {int(np.argmax(v))} ({percent(float(v.max()))})" for t, v in zip(tasks, load))
   with _drawing(name, f"{title}. Most used: {top}.", width, height) as canvas:
     axes = canvas.figure.subplots()
@@ -284,7 +289,8 @@ def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most
     axes.set_xlim(0, experts)
     axes.set_ylim(rows, 0)
     axes.set_yticks(np.arange(rows) + 0.5, [_short(t) for t in tasks])
-    axes.set_xticks(*((np.arange(experts) + 0.5, range(experts)) if named else ([0.5, experts - 0.5], [0, experts - 1])))
+    shown = range(experts) if named else (0, experts - 1)
+    axes.set_xticks([e + 0.5 for e in shown], list(map(str, shown)))
     axes.tick_params(length=0)
     axes.set_xlabel("expert", fontsize=9)
     axes.set_title(title)
@@ -318,14 +324,16 @@ def map_by_count(name: str, title: str, place: np.ndarray, count: np.ndarray) ->
   with _drawing(name, label, 300, 310) as canvas:
     axes = _map_axes(canvas, place, title)
     norm = LogNorm(low, high)
-    points = axes.scatter(*place.T, c=count, s=5, cmap=SCALE, norm=norm, alpha=0.75, linewidths=0, rasterized=True)
+    x, y = place.T
+    points = axes.scatter(x, y, 5, count, cmap=SCALE, norm=norm, alpha=0.75, linewidths=0, rasterized=True)
     bar = canvas.figure.colorbar(points, ax=axes, location="bottom", aspect=40, pad=0.03)
+    assert bar.solids is not None
     bar.solids.set(alpha=1, rasterized=True)
     ticks = [t for d in range(math.ceil(math.log10(high)) + 1) for t in (10**d,) if low <= t <= high]
     bar.ax.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) > 1 else [low, high]))
     bar.ax.xaxis.set_minor_locator(NullLocator())
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
   return canvas.svg
 
 
@@ -337,11 +345,10 @@ def map_by_label(name: str, title: str, place: np.ndarray, value: np.ndarray) ->
     axes = _map_axes(canvas, place, _short(title, 40))
     for order, (text, where, colour, alpha) in enumerate(groups):
       if where.any():
+        x, y = place[where].T
         size = 3 if text == "unknown" else 6
-        text = f"{text} ({where.sum():,})"
-        style: dict[str, Any] = {"s": size, "color": colour, "alpha": alpha, "linewidths": 0, "zorder": 2 + order}
-        axes.scatter(*place[where].T, rasterized=True, **style)
-        axes.plot([], [], "o", color=colour, ms=6, label=text)
+        axes.scatter(x, y, size, colour, alpha=alpha, linewidths=0, zorder=2 + order, rasterized=True)
+        axes.plot([], [], "o", color=colour, ms=6, label=f"{text} ({where.sum():,})")
     handles, texts = axes.get_legend_handles_labels()
-    canvas.figure.legend(handles[::-1], texts[::-1], loc="outside lower left", ncols=3, handletextpad=0.1, columnspacing=1)
+    canvas.figure.legend(handles[::-1], texts[::-1], loc="outside lower left", ncols=3, handletextpad=0.1)
   return canvas.svg

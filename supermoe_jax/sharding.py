@@ -1,7 +1,7 @@
 """The device mesh and the one table that maps logical names to its axes.
 
-Arrays are annotated with logical names only (`batch`, `expert`, `embed` …); nothing outside this file names a mesh axis.
-One device is a 1×1×1 mesh, so there is no unsharded code path.
+Arrays are annotated with logical names only (`batch`, `expert`, `embed` …); nothing outside this file names a mesh
+axis. One device is a 1×1×1 mesh, so there is no unsharded code path.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def param(value: jax.Array, *names: str | None) -> nnx.Param:
 
 
 def shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
-  """Maps each variable of `state` to its layout on `mesh`; one without names, or that does not divide, is replicated."""
+  """Maps each variable of `state` to its layout on `mesh`; one without names, or that does not divide, is
+  replicated."""
 
   def layout(variable: nnx.Variable) -> nnx.Variable:
     names = variable.get_metadata().get("logical")

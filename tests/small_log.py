@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 
 
 def write_log(folder: pathlib.Path, users: int = 40, seed: int = 0) -> None:
-  """Writes visits and purchases of a few months, and a user table; interests differ, so that there is something to learn."""
+  """Writes visits and purchases of a few months, and a user table; interests differ, so that there is something to
+  learn."""
   rng = np.random.default_rng(seed)
   visits: list[tuple] = []
   buys: list[tuple] = []
@@ -24,7 +25,9 @@ def write_log(folder: pathlib.Path, users: int = 40, seed: int = 0) -> None:
   pq.write_table(pa.table(dict(zip(names, map(list, zip(*visits))))), folder / "visits.parquet")
   pq.write_table(pa.table(dict(zip(("user", "time", "amount"), map(list, zip(*buys))))), folder / "buys.parquet")
   known = list(range(0, users, 2))
-  pq.write_table(pa.table({"user": known, "plan": [["free", "paid"][u % 4 // 2] for u in known]}), folder / "users.parquet")
+  pq.write_table(
+    pa.table({"user": known, "plan": [["free", "paid"][u % 4 // 2] for u in known]}), folder / "users.parquet"
+  )
 
 
 def raw_config(folder: pathlib.Path) -> dict:
@@ -52,7 +55,15 @@ def raw_config(folder: pathlib.Path) -> dict:
       "pages": {"kind": "future_values", "field": "page", "top": 5, "horizon_days": 14.0},
       "paid": {"kind": "user_label", "column": "plan", "positive": ["paid"]},
     },
-    "model": {"d_model": 16, "d_hidden": 32, "d_expert": 16, "experts": 4, "max_events": 24, "heads": 2, "dropout": 0.1},
+    "model": {
+      "d_model": 16,
+      "d_hidden": 32,
+      "d_expert": 16,
+      "experts": 4,
+      "max_events": 24,
+      "heads": 2,
+      "dropout": 0.1,
+    },
     "train": {
       "steps": 12,
       "warmup_steps": 2,

@@ -4,9 +4,9 @@
     python experiments/benchmarks/probe_complete_journey.py runs/complete_journey/embeddings
 
 A logistic regression is fitted on the embeddings and labels of 2017-10-01 and scored on those of 2017-11-01: churn (no
-basket in 28 days), which of the 60 most frequent categories are bought in 28 days, a coupon redeemed in 28 days. Income,
-children and the like are scored out of fold (5 folds) on the embeddings of 2017-10-01. Nothing of the library prepares
-these labels, so that they check its own as well.
+basket in 28 days), which of the 60 most frequent categories are bought in 28 days, a coupon redeemed in 28 days.
+Income, children and the like are scored out of fold (5 folds) on the embeddings of 2017-10-01. Nothing of the library
+prepares these labels, so that they check its own as well.
 """
 
 import argparse
@@ -49,12 +49,16 @@ def main() -> None:
 
   def buyers(source: str, time: str, start: str) -> set[int]:
     end = f"TIMESTAMP '{start}' + INTERVAL {HORIZON}"
-    return {u for (u,) in con.execute(
-      f"SELECT DISTINCT household_id FROM {source} WHERE {time} >= TIMESTAMP '{start}' AND {time} < {end}").fetchall()}
+    found = con.execute(
+      f"SELECT DISTINCT household_id FROM {source} WHERE {time} >= TIMESTAMP '{start}' AND {time} < {end}"
+    )
+    return {user for (user,) in found.fetchall()}
 
-  top = [c for (c,) in con.execute(
-    "SELECT product_category FROM transactions JOIN products USING (product_id) WHERE product_category IS NOT NULL AND "
-    f"transaction_timestamp < TIMESTAMP '{FIT}' GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 60").fetchall()]
+  counted = con.execute(
+    "SELECT product_category FROM transactions JOIN products USING (product_id) WHERE product_category IS NOT NULL "
+    f"AND transaction_timestamp < TIMESTAMP '{FIT}' GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 60"
+  )
+  top = [category for (category,) in counted.fetchall()]
   joined = "(SELECT t.*, product_category AS c FROM transactions t JOIN products USING (product_id))"
 
   def transfer(label: dict[str, set[int]], negate: bool = False) -> float:

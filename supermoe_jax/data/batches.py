@@ -30,6 +30,10 @@ CALENDAR = 6
 MOST_ROWS = 2**48
 
 
+# A NumPy array on the host, a JAX array inside a step.
+Array = Any
+
+
 class Features(NamedTuple):
   """What the encoder sees.
 
@@ -49,19 +53,19 @@ class Features(NamedTuple):
     query_aggregates: float32 `[B, S, A]`, standardised.
   """
 
-  codes: np.ndarray
-  source: np.ndarray
-  numeric: np.ndarray
-  calendar: np.ndarray
-  time: np.ndarray
-  gap: np.ndarray
-  length: np.ndarray
-  query_events: np.ndarray
-  query_valid: np.ndarray
-  query_time: np.ndarray
-  query_gap: np.ndarray
-  query_calendar: np.ndarray
-  query_aggregates: np.ndarray
+  codes: Array
+  source: Array
+  numeric: Array
+  calendar: Array
+  time: Array
+  gap: Array
+  length: Array
+  query_events: Array
+  query_valid: Array
+  query_time: Array
+  query_gap: Array
+  query_calendar: Array
+  query_aggregates: Array
 
 
 class Targets(NamedTuple):
@@ -72,8 +76,8 @@ class Targets(NamedTuple):
     known: bool `[B, S]` or `[B, L + S]`: the supervision indicator δ.
   """
 
-  value: np.ndarray
-  known: np.ndarray
+  value: Array
+  known: Array
 
 
 class Batch(NamedTuple):
@@ -144,7 +148,7 @@ def stack(rows: Sequence[Any]) -> Any:
   if isinstance(first, dict):
     return {k: stack([r[k] for r in rows]) for k in first}
   if isinstance(first, tuple):
-    return type(first)(*(stack(column) for column in zip(*rows)))  # type: ignore[call-arg]
+    return type(first)(*(stack(column) for column in zip(*rows)))
   return np.stack(rows)
 
 
@@ -166,7 +170,8 @@ class _TrainingRow(grain.transforms.RandomMap):
     seen = record["snapshot_events"][train]
     start, stop = self._cut(history.n_train, seen, rng)
     visible = seen - start
-    # A snapshot near the window's start would see less than it does in evaluation; it must see all there is, or a quarter.
+    # A snapshot near the window's start would see less than it does in evaluation; it must see all there is, or a
+    # quarter.
     enough = (seen <= stop) & (visible >= np.minimum(seen, self.max_events // 4)) & (visible > 0)
     chosen = train[enough]
     if len(chosen) > self.n_snapshots:

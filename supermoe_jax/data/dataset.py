@@ -1,7 +1,7 @@
 """A prepared dataset: random access to users, with the schema and the manifest.
 
-A dataset directory holds a TFDS dataset in ArrayRecord (one record a user, no TensorFlow needed), the fitted encoders and
-`manifest.json`, which is written last: a directory without it is not a dataset.
+A dataset directory holds a TFDS dataset in ArrayRecord (one record a user, no TensorFlow needed), the fitted encoders
+and `manifest.json`, which is written last: a directory without it is not a dataset.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Dataset:
     except json.JSONDecodeError as error:
       raise DataError(f"{file} is damaged ({error}); prepare the dataset again.") from None
     if self.manifest.get("format") != FORMAT_VERSION:
-      raise DataError(f"{file} has format {self.manifest.get('format')!r}, this version reads {FORMAT_VERSION}; prepare again.")
+      raise DataError(
+        f"{file} has format {self.manifest.get('format')!r}, this version reads {FORMAT_VERSION}; prepare again."
+      )
     self.config = config.resolve(self.manifest["config"])
     self.encoders = Encoders.load(self.path / "encoders")
     self.aggregator = make_aggregator(self.config.data, self.encoders)
@@ -79,7 +81,9 @@ class Dataset:
         raise DataError(f"{shard} is missing; prepare again.")
     self._source = builder.as_data_source(split=TFDS_SPLIT)
     if len(self._source) != self.manifest["users"]:
-      raise DataError(f"{self.path} holds {len(self._source)} users, its manifest says {self.manifest['users']}; prepare again.")
+      raise DataError(
+        f"{self.path} holds {len(self._source)} users, its manifest says {self.manifest['users']}; prepare again."
+      )
 
   @functools.cached_property
   def schema(self) -> Schema:

@@ -1,8 +1,8 @@
 """Snapshots of a user, and what is known and asked at each: labels, supervision indicators, aggregates.
 
 Everything here is a pure function of one user's history, and strictly point in time: a snapshot at τ with n events sees
-those n events, all before τ; its labels look at [τ, τ + horizon) only; a label whose window is not wholly observed within
-the snapshot's own period is masked by its indicator, not guessed.
+those n events, all before τ; its labels look at [τ, τ + horizon) only; a label whose window is not wholly observed
+within the snapshot's own period is masked by its indicator, not guessed.
 
 Shapes: N events of the user, S snapshots, F categorical and G numeric fields, A aggregates.
 """
@@ -76,7 +76,9 @@ def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
   """
   train_end = config.parse_time(split.train_end, "config.data.split.train_end")
   step = int(split.every_days * MICROSECONDS_PER_DAY)
-  first = config.parse_time(split.train_start, "config.data.split.train_start") if split.train_start else log_start + step
+  first = (
+    config.parse_time(split.train_start, "config.data.split.train_start") if split.train_start else log_start + step
+  )
   train = np.arange(train_end - step, first - 1, -step, dtype=np.int64)[::-1]
   if not len(train):
     raise config.ConfigError(
@@ -90,7 +92,8 @@ def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
   for text, time in zip((*split.validation, *split.test), (*validation, *test)):
     if not log_start < time <= log_end:
       raise config.ConfigError(
-        f"config.data.split: the snapshot {text} lies outside the log, which runs from {iso(log_start)} to {iso(log_end)}."
+        f"config.data.split: the snapshot {text} lies outside the log, which runs from {iso(log_start)} to "
+        f"{iso(log_end)}."
       )
   return Calendar(
     np.concatenate([train, validation, test]),
@@ -201,9 +204,9 @@ def cumulative_counts(codes: np.ndarray, top: int) -> np.ndarray:
 class Aggregator:
   """Point-in-time counts of a user, strictly before τ.
 
-  Of every trailing window and of the whole history: log1p of the events of each source, of the distinct event times, and
-  of the most frequent values of the chosen fields; the mean of each numeric field. Besides: log1p hours since the last and
-  since the first event, and log1p of the distinct values of each chosen field.
+  Of every trailing window and of the whole history: log1p of the events of each source, of the distinct event times,
+  and of the most frequent values of the chosen fields; the mean of each numeric field. Besides: log1p hours since the
+  last and since the first event, and log1p of the distinct values of each chosen field.
   """
 
   windows_days: tuple[float, ...]
@@ -223,7 +226,9 @@ class Aggregator:
 
   def __call__(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     """Returns float32 `[S, A]` for the snapshots at `time [S]` that see `n_events [S]` (at least one) events."""
-    starts = [np.searchsorted(history.time, time - int(d * MICROSECONDS_PER_DAY), side="left") for d in self.windows_days]
+    starts = [
+      np.searchsorted(history.time, time - int(d * MICROSECONDS_PER_DAY), side="left") for d in self.windows_days
+    ]
     starts = [np.minimum(s, n_events) for s in starts] + [np.zeros_like(n_events)]
 
     def windowed(cumulative: np.ndarray) -> np.ndarray:  # [N + 1, X] → [S, windows, X]

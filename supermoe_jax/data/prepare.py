@@ -10,7 +10,6 @@ import contextlib
 import errno
 import io
 import json
-import os
 import pathlib
 import shutil
 import time as clock
@@ -25,7 +24,15 @@ from tqdm import tqdm
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import user_table, vocabulary
-from supermoe_jax.data.dataset import FORMAT_VERSION, TFDS_NAME, TFDS_SPLIT, TFDS_VERSION, Schema, make_aggregator, make_schema
+from supermoe_jax.data.dataset import (
+  FORMAT_VERSION,
+  TFDS_NAME,
+  TFDS_SPLIT,
+  TFDS_VERSION,
+  Schema,
+  make_aggregator,
+  make_schema,
+)
 from supermoe_jax.data.events import DataError, EventLog, UserHistory
 from supermoe_jax.data.labels import Aggregator, Calendar, Labels, Snapshots
 
@@ -89,7 +96,7 @@ class _Tally:
   """What the manifest says of the records, counted as they pass by."""
 
   def __init__(self, schema: Schema, tasks: Mapping[str, config.Task]):
-    self._tasks = tasks
+    self._tasks, self._outputs = tasks, schema.outputs
     self.lengths: list[int] = []
     self.snapshots = dict.fromkeys(labels_lib.SPLITS, 0)
     self.too_early = 0
@@ -132,7 +139,7 @@ class _Tally:
     out = []
     for task, splits in self.labels.items():
       for split, count in splits.items():
-        values = count["known"] * (self._tasks[task].top if isinstance(self._tasks[task], config.FutureValues) else 1)
+        values = count["known"] * self._outputs[task]
         if not count["known"]:
           out.append(f"task {task} has no label in {split}")
         elif count.get("positive") in (0, values):
@@ -164,14 +171,16 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str],
     before = path.with_name(path.name + ".before")
     shutil.rmtree(before, ignore_errors=True)
     if path.exists():
-      os.replace(path, before)
-    os.replace(work, path)
+      path.replace(before)
+    work.replace(path)
     shutil.rmtree(before, ignore_errors=True)
   except (OSError, duckdb.Error) as error:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     reason = "the disk is full" if full else str(error).splitlines()[0]
     free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.exists() else 0.0
-    remedy = "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
+    remedy = (
+      "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
+    )
     raise DataError(f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; nothing was kept.") from error
   finally:
     shutil.rmtree(work, ignore_errors=True)
@@ -191,7 +200,8 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
   begun = clock.monotonic()
   scratch = work / "scratch"
   scratch.mkdir()
-  user_labels, user_counts = {}, {}
+  user_labels: dict[str, dict[str, float]] = {}
+  user_counts: dict[str, Any] = {}
   label_tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
   if cfg.data.users is not None and label_tasks:
     user_labels, user_counts = user_table.read_user_table(cfg.data.users, label_tasks)
@@ -201,9 +211,13 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     for name, task in cfg.tasks.items():
       if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
         known = encoders.categorical[task.field].n_codes - 2
-        raise config.ConfigError(f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training.")
+        raise config.ConfigError(
+          f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training."
+        )
     schema = make_schema(cfg, encoders)
-    log_end = config.parse_time(cfg.data.split.log_end, "config.data.split.log_end") if cfg.data.split.log_end else log.end
+    log_end = (
+      config.parse_time(cfg.data.split.log_end, "config.data.split.log_end") if cfg.data.split.log_end else log.end
+    )
     times = labels_lib.calendar(cfg.data.split, log.start, log_end) if cfg.data.split.mode == "temporal" else None
     tally = _Tally(schema, cfg.tasks)
     seen_users: set[str] = set()
@@ -326,8 +340,9 @@ def render(manifest: Mapping[str, Any]) -> str:
   """Says in a few lines what was prepared and what to know about it."""
   lengths, reading = manifest["lengths"], manifest["reading"]
   lines = [
-    f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to {manifest['log']['last']} "
-    f"(median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); {reading['tie_rate']:.1%} share user and time",
+    f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to "
+    f"{manifest['log']['last']} (median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); "
+    f"{reading['tie_rate']:.1%} share user and time",
     "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
   ]
   for task, splits in manifest["labels"].items():

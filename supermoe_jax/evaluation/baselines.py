@@ -12,7 +12,6 @@ from supermoe_jax.data.batches import Question
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import probes
 
-
 # Users that the logistic regressions on aggregates are fitted on; more would not change a linear model of a few hundred
 # inputs, and a record costs about a millisecond.
 FITTED_USERS = 20_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time as clock
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -56,7 +55,7 @@ def evaluate(run: Run) -> dict[str, Any]:
   file = run.workdir / "evaluation.json"
   temporary = file.with_suffix(".incomplete")
   temporary.write_text(json.dumps(result, indent=1) + "\n")
-  os.replace(temporary, file)
+  temporary.replace(file)
   return result
 
 
@@ -84,7 +83,9 @@ def _collect(run: Run, split: str) -> _Collected:
         seen.setdefault(name, []).extend(values)
       bar.update(n)
   if not asked:
-    raise config.ConfigError(f"there is no {split} snapshot to evaluate; see 'snapshots' in {run.dataset.path}/manifest.json.")
+    raise config.ConfigError(
+      f"there is no {split} snapshot to evaluate; see 'snapshots' in {run.dataset.path}/manifest.json."
+    )
   return _Collected(
     asked,
     {n: np.concatenate(parts) for n, parts in answers.items()},
@@ -108,7 +109,11 @@ def _task(
     return _ranking(run, name, task, value, answer, questions, collected.seen.get(name, []), index)
   score = metrics.multi_label if isinstance(task, config.FutureValues) else metrics.binary
   value = value.astype(np.float32)
-  out: dict[str, Any] = {"labels": len(index), "positive": float(value.mean()), "metrics": score(value, _sigmoid(answer))}
+  out: dict[str, Any] = {
+    "labels": len(index),
+    "positive": float(value.mean()),
+    "metrics": score(value, _sigmoid(answer)),
+  }
   constant = np.broadcast_to(_training_rate(run, name), value.shape)
   compared: dict[str, Metrics] = {"constant": score(value, constant)}
   compared["constant"]["auc" if value.ndim == 1 else "mean_auc"] = 0.5

@@ -35,7 +35,7 @@ def _rank(
 
 
 def target_ranks(
-  state: jax.Array,
+  state: jax.Array | np.ndarray,
   target: np.ndarray,
   seen: Sequence[np.ndarray] | None,
   rows: jax.Array,
@@ -63,5 +63,7 @@ def target_ranks(
   for i, items in enumerate(seen or ()):
     padded[i, : len(items)] = items
     lost[i] |= bool(np.any(items == target[i]))
-  rank = np.asarray(_rank(state, jnp.asarray(np.maximum(target, 0)), jnp.asarray(padded), rows, bias, chunk))
+  rank = np.asarray(
+    _rank(jnp.asarray(state), jnp.asarray(np.maximum(target, 0)), jnp.asarray(padded), rows, bias, chunk)
+  )
   return np.where(lost, np.inf, rank)

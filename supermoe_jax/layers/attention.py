@@ -13,9 +13,9 @@ from supermoe_jax.layers.linear import linear
 # Hours at which the learned bias on time gaps may bend: an hour, a day, a week, four weeks.
 GAP_KNOTS = np.log1p(np.array([0.0, 1.0, 24.0, 168.0, 672.0]))
 
-# Nothing sees what comes after it in a row, so a block of queries needs only the keys up to its own end: half the work, and
-# no [T, T] scores. Measured on 2 CPU cores (B 32, T 264, H 2, d 32, forward + backward): 93 ms in blocks, 245 ms with
-# jax.nn.dot_product_attention and the same bias.
+# Nothing sees what comes after it in a row, so a block of queries needs only the keys up to its own end: half the work,
+# and no [T, T] scores. Measured on 2 CPU cores (B 32, T 264, H 2, d 32, forward + backward): 93 ms in blocks, 245 ms
+# with jax.nn.dot_product_attention and the same bias.
 QUERY_BLOCK = 96
 
 # Score of what is not visible; finite, so that a row that sees nothing (padding) stays finite.

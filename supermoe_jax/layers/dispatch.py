@@ -1,9 +1,9 @@
 """Ways of carrying tokens to their experts and back; one signature, the same numbers.
 
 A strategy takes the tokens `x [N, D]`, the router's choices `expert [N, K]` and `weight [N, K]`, which tokens are
-`valid [N]`, and `apply`, the experts' function: `apply(buffer [G, C, D], group) -> [G, C, D]`, where row g of the buffer
-belongs to expert `group[g]`, or to expert g when `group` is None. It returns the combined output `[N, D]` and the number
-of choices that were dropped. Tokens that are not valid are neither sent nor counted, and their output is 0.
+`valid [N]`, and `apply`, the experts' function: `apply(buffer [G, C, D], group) -> [G, C, D]`, where row g of the
+buffer belongs to expert `group[g]`, or to expert g when `group` is None. It returns the combined output `[N, D]` and
+the number of choices that were dropped. Tokens that are not valid are neither sent nor counted, and their output is 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Dispatched(NamedTuple):
   dropped: jax.Array
 
 
-def dense(x: jax.Array, expert: jax.Array, weight: jax.Array, valid: jax.Array, apply: Apply, n_experts: int) -> Dispatched:
+def dense(
+  x: jax.Array, expert: jax.Array, weight: jax.Array, valid: jax.Array, apply: Apply, n_experts: int
+) -> Dispatched:
   """Every expert on every token: E times the work, nothing to go wrong. The oracle of the other strategies."""
   everything = apply(jnp.broadcast_to(x, (n_experts, *x.shape)), None)
   gate = jnp.einsum("nk,nke->ne", weight, jax.nn.one_hot(expert, n_experts, dtype=weight.dtype))
@@ -114,8 +116,8 @@ def _through(
   return sharding.constrain(y.astype(x.dtype), "batch", None)
 
 
-# Slots and choices are matched one to one, so the transpose of either gather is a gather with the other's index. XLA would
-# emit a scatter-add instead, which is many times slower on CPU and serialises on TPU.
+# Slots and choices are matched one to one, so the transpose of either gather is a gather with the other's index. XLA
+# would emit a scatter-add instead, which is many times slower on CPU and serialises on TPU.
 
 
 @jax.custom_vjp

@@ -44,6 +44,7 @@ class Mlp(nnx.Module):
     self.down = linear(d_hidden, d_model, names=("mlp", "embed"), rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Applies the layer to `x [..., D]`."""
     return self.down(jax.nn.gelu(self.up(x)))
 
 

@@ -18,7 +18,7 @@ from supermoe_jax.data.dataset import Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.heads import BinaryHead, NextValueHead
-from supermoe_jax.layers.moe import MoE, MoEOutput, Mlp
+from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
 from supermoe_jax.layers.transformer import Block, Context
 
 
@@ -77,9 +77,7 @@ class Encoder(nnx.Module):
 
   def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
     """Encodes a batch; with `rngs`, dropout is on."""
-    events = self.event_embedding(
-      features.codes, features.source, features.numeric, features.calendar, features.gap
-    )
+    events = self.event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
     queries = self.query_embedding(features.query_calendar, features.query_gap, features.query_aggregates)
     length = events.shape[1]
     x = sharding.constrain(jnp.concatenate([events, queries], axis=1), "batch", None, None)
@@ -118,9 +116,7 @@ class Encoder(nnx.Module):
 class SuperMoE(nnx.Module):
   """The encoder with a head for each task."""
 
-  def __init__(
-    self, model: config.Model, schema: Schema, tasks: Mapping[str, config.Task], *, rngs: nnx.Rngs
-  ):
+  def __init__(self, model: config.Model, schema: Schema, tasks: Mapping[str, config.Task], *, rngs: nnx.Rngs):
     self.encoder = Encoder(model, schema, rngs=rngs)
     self.tasks = dict(tasks)
     heads: dict[str, nnx.Module] = {}

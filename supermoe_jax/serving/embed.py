@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import pathlib
 import shutil
 import time as clock
@@ -53,7 +52,7 @@ def embed(
     work.mkdir(parents=True)
     manifest = _write(run, times, work, rows_per_part)
     shutil.rmtree(out, ignore_errors=True)
-    os.replace(work, out)
+    work.replace(out)
   except OSError as error:
     raise DataError(f"writing embeddings to {out} failed: {error}; nothing was kept.") from error
   finally:

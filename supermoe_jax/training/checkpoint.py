@@ -45,9 +45,7 @@ class Checkpoints:
     """The newest whole checkpoint's step; None without any."""
     return self._manager.latest_step()
 
-  def save(
-    self, step: int, state: TrainState, position: dict[str, Any], statistics: dict[str, TaskStatistics]
-  ) -> None:
+  def save(self, step: int, state: TrainState, position: dict[str, Any], statistics: dict[str, TaskStatistics]) -> None:
     """Starts writing a checkpoint; it counts only once all of it is on disk."""
     self._manager.save(
       step,

@@ -1,9 +1,9 @@
-"""The training loop: batches in, checkpoints and metrics out; the same call again goes on where the last one stopped."""
+"""The training loop: batches in, checkpoints and metrics out; the same call again goes on where the last one
+stopped."""
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 import time as clock
@@ -85,7 +85,7 @@ def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".json.incomplete")
     config.save(cfg, temporary)
-    os.replace(temporary, file)
+    temporary.replace(file)
     return
   old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
   if old != new:
@@ -109,7 +109,12 @@ class _Log:
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
     self._terminal = sys.stderr.isatty()
     self._bar = tqdm(
-      total=cfg.train.steps, initial=step, desc="training", unit=" steps", dynamic_ncols=True, disable=not self._terminal
+      total=cfg.train.steps,
+      initial=step,
+      desc="training",
+      unit=" steps",
+      dynamic_ncols=True,
+      disable=not self._terminal,
     )
     self._steps = cfg.train.steps
 
@@ -162,7 +167,7 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
       kept.append(line + "\n")
   temporary = path.with_suffix(".incomplete")
   temporary.write_text("".join(kept))
-  os.replace(temporary, path)
+  temporary.replace(path)
 
 
 def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
@@ -173,8 +178,8 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
 
   tasks = {}
   for name in steps[0].tasks:
-    total, count = (sum(float(getattr(s.tasks[name], part)) for s in steps) for part in ("total", "count"))
-    tasks[name] = {"loss": total / count if count else None, "labels": count}
+    total, weight = (sum(float(getattr(s.tasks[name], part)) for s in steps) for part in ("total", "weight"))
+    tasks[name] = {"loss": total / weight if weight else None, "weight": weight}
   routed, dropped = (sum(int(np.sum(getattr(s, part))) for s in steps) for part in ("routed", "dropped"))
   return {
     "loss": mean([s.loss for s in steps]),

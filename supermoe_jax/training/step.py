@@ -89,8 +89,8 @@ def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.Gr
     return graph, jax.jit(initial, out_shardings=layouts)()
 
 
-def state_shardings(cfg: config.Config, params: nnx.State, mesh: Mesh) -> TrainState:
-  """The layout of a `TrainState`: the optimizer's moments lie with their parameters, the rest is replicated."""
+def state_shardings(cfg: config.Config, params: nnx.State, mesh: Mesh) -> Any:
+  """A `TrainState` of layouts: the optimizer's moments lie with their parameters, the rest is replicated."""
   replicated = NamedSharding(mesh, PartitionSpec())
   layout = sharding.shardings(mesh, params)
   optimizer = make_optimizer(cfg.train)
@@ -101,11 +101,12 @@ def state_shardings(cfg: config.Config, params: nnx.State, mesh: Mesh) -> TrainS
     layout,
     transform_non_params=lambda _: replicated,
   )
-  return TrainState(replicated, layout, moments, replicated)
+  layouts: Any = (replicated, layout, moments, replicated)
+  return TrainState(*layouts)
 
 
 def make_step(
-  cfg: config.Config, graph: nnx.GraphDef, statistics: Mapping[str, TaskStatistics], mesh: Mesh, layouts: TrainState
+  cfg: config.Config, graph: nnx.GraphDef, statistics: Mapping[str, TaskStatistics], mesh: Mesh, layouts: Any
 ) -> Step:
   """Returns the step `(state, batch) → (state, metrics)`; the state's buffers are donated."""
   optimizer = make_optimizer(cfg.train)

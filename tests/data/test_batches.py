@@ -15,7 +15,9 @@ def first(dataset: Dataset, cfg: config.Config) -> list[batches.Batch]:
   return [next(stream) for _ in range(12)]
 
 
-def test_a_training_row_holds_only_the_training_period(first: list[batches.Batch], dataset: Dataset, cfg: config.Config) -> None:
+def test_a_training_row_holds_only_the_training_period(
+  first: list[batches.Batch], dataset: Dataset, cfg: config.Config
+) -> None:
   most = max(int(dataset[i]["n_train"]) for i in range(len(dataset)))
   for batch in first:
     assert batch.features.length.max() <= min(most, cfg.model.max_events)
@@ -43,7 +45,7 @@ def test_a_training_rows_targets_are_the_records_labels(dataset: Dataset, cfg: c
           later = [next((p for p in pages[i + 1 :] if p), 0) for i in range(n - 1)]
           assert all(f == w for f, w, k in zip(following, later, known) if k and w)
           for s in np.flatnonzero(batch.features.query_valid[row]):
-            at = train[start] + int(round(float(batch.features.query_time[row, s]) * 3.6e9))
+            at = train[start] + round(float(batch.features.query_time[row, s]) * 3.6e9)
             assert at < end
             assert batch.features.query_events[row, s] == np.sum(record["time"] < at - 30_000_000) - start
           break

@@ -13,7 +13,9 @@ from supermoe_jax.data import labels
 from supermoe_jax.data.events import UserHistory
 from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION, Aggregator
 
-SPLIT = config.Split(train_end="1970-02-10", every_days=5.0, validation=("1970-02-10",), test=("1970-02-20", "1970-03-01"))
+SPLIT = config.Split(
+  train_end="1970-02-10", every_days=5.0, validation=("1970-02-10",), test=("1970-02-20", "1970-03-01")
+)
 TRAIN_END, FIRST_TEST, LOG_END = 40 * DAY, 50 * DAY, 80 * DAY
 TIMES = labels.calendar(SPLIT, 0, LOG_END)
 
@@ -144,5 +146,5 @@ def test_users_are_divided_by_hash_in_the_stated_shares() -> None:
 
 
 def test_iso_writes_utc() -> None:
-  moment = datetime.datetime(2024, 2, 29, 23, 59, 59, tzinfo=datetime.timezone.utc)
+  moment = datetime.datetime(2024, 2, 29, 23, 59, 59, tzinfo=datetime.UTC)
   assert labels.iso(int(moment.timestamp() * 1_000_000)) == "2024-02-29T23:59:59"

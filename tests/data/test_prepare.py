@@ -84,7 +84,9 @@ def test_a_directory_that_is_no_dataset_is_never_overwritten(small: config.Confi
   assert (path / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_preparation_that_fails_keeps_the_dataset_before_it(small: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preparation_that_fails_keeps_the_dataset_before_it(
+  small: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
   prepare.prepare(small)
   before = (pathlib.Path(small.data.path) / "manifest.json").read_text()
 

@@ -72,7 +72,8 @@ def test_the_gap_bias_is_piecewise_linear_in_log_time(layer: Attention) -> None:
   bias = layer._gap_bias(time, time)[0]
   gap = np.log1p(np.abs(np.subtract.outer(time[0], time[0])))
   wanted = sum(
-    np.asarray(layer.gap[...])[i][:, None, None] * np.maximum(gap - knot, 0) for i, knot in enumerate(attention.GAP_KNOTS)
+    np.asarray(layer.gap[...])[i][:, None, None] * np.maximum(gap - knot, 0)
+    for i, knot in enumerate(attention.GAP_KNOTS)
   )
   np.testing.assert_allclose(bias, wanted, atol=1e-5)
 

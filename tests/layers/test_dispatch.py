@@ -26,7 +26,7 @@ def layer() -> MoE:
 
 
 @functools.cache
-def strategy(name: str, capacity_factor: float = float(E)):  # noqa: ANN201
+def strategy(name: str, capacity_factor: float = float(E)):
   """The jitted strategy and its jitted gradient with respect to tokens, weights and experts."""
   graph, state = nnx.split(layer())
 

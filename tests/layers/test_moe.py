@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax.layers.moe import MoE, Mlp
+from supermoe_jax.layers.moe import Mlp, MoE
 
 B, L, D, H = 2, 24, 8, 16
 
@@ -22,7 +22,12 @@ def valid() -> jax.Array:
 def copied(mlp: Mlp, experts: int, k: int) -> MoE:
   """An MoE whose experts are all the same dense MLP."""
   moe = MoE(D, H, experts, k, capacity_factor=float(experts), rngs=nnx.Rngs(1))
-  for target, source in ((moe.up, mlp.up.kernel), (moe.down, mlp.down.kernel), (moe.up_bias, mlp.up.bias), (moe.down_bias, mlp.down.bias)):
+  for target, source in (
+    (moe.up, mlp.up.kernel),
+    (moe.down, mlp.down.kernel),
+    (moe.up_bias, mlp.up.bias),
+    (moe.down_bias, mlp.down.bias),
+  ):
     target[...] = jnp.broadcast_to(source[...], target.shape)
   return moe
 

@@ -20,7 +20,7 @@ def model(cfg: config.Config, dataset: Dataset) -> SuperMoE:
 
 
 @pytest.fixture(scope="module")
-def encode(model: SuperMoE):  # noqa: ANN201
+def encode(model: SuperMoE):
   """A jitted `features → z`, dropless as in evaluation."""
   graph, state = nnx.split(model)
   jitted = jax.jit(lambda s, f: nnx.merge(graph, s, copy=True).encode(f, dropless=True).z)
@@ -37,7 +37,9 @@ def test_events_at_or_after_a_snapshot_do_not_change_it(encode, features: Featur
   for row in range(len(features.length)):
     for snapshot in np.flatnonzero(features.query_valid[row]):
       n = features.query_events[row, snapshot]
-      changed = features._replace(**{k: getattr(features, k).copy() for k in ("codes", "source", "numeric", "time", "gap")})
+      changed = features._replace(
+        **{k: getattr(features, k).copy() for k in ("codes", "source", "numeric", "time", "gap")}
+      )
       changed.codes[row, n:] = 1
       changed.source[row, n:] = 2
       changed.numeric[row, n:] = 9.0
@@ -59,7 +61,9 @@ def test_earlier_events_do_change_it(encode, features: Features) -> None:
 def test_other_snapshots_of_the_pass_do_not_change_it(encode, features: Features) -> None:
   before = encode(features)
   changed = features._replace(
-    query_events=features.query_events.copy(), query_valid=features.query_valid.copy(), query_gap=features.query_gap.copy()
+    query_events=features.query_events.copy(),
+    query_valid=features.query_valid.copy(),
+    query_gap=features.query_gap.copy(),
   )
   changed.query_events[:, 1:] = 1
   changed.query_gap[:, 1:] = 1234.0
@@ -88,7 +92,9 @@ def test_a_row_without_events_stays_finite(encode, features: Features) -> None:
   assert np.isfinite(encode(empty)).all()
 
 
-def test_removing_a_task_leaves_z_and_the_other_answers(cfg: config.Config, dataset: Dataset, features: Features) -> None:
+def test_removing_a_task_leaves_z_and_the_other_answers(
+  cfg: config.Config, dataset: Dataset, features: Features
+) -> None:
   fewer = config.override(cfg, ["--config.exclude_tasks=quiet"])
   whole, less = build(cfg, dataset.schema)(), build(fewer, dataset.schema)()
   nnx.update(less.encoder, nnx.state(whole.encoder))
@@ -101,7 +107,9 @@ def test_removing_a_task_leaves_z_and_the_other_answers(cfg: config.Config, data
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
-def test_every_mesh_gives_the_same_numbers(model: SuperMoE, encode, features: Features, sizes: tuple[int, int, int]) -> None:
+def test_every_mesh_gives_the_same_numbers(
+  model: SuperMoE, encode, features: Features, sizes: tuple[int, int, int]
+) -> None:
   mesh = sharding.make_mesh(config.Mesh(*sizes))
   graph, state = nnx.split(model)
   placed = jax.device_put(state, sharding.shardings(mesh, state))

@@ -62,7 +62,9 @@ def killed(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> path
   )
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
   process = subprocess.Popen(
-    [sys.executable, "-c", slow, str(tmp_path / "wanted.json"), str(workdir)], env=environment, stderr=subprocess.DEVNULL
+    [sys.executable, "-c", slow, str(tmp_path / "wanted.json"), str(workdir)],
+    env=environment,
+    stderr=subprocess.DEVNULL,
   )
   deadline = time.monotonic() + 180
   while not (workdir / "checkpoints" / "4").is_dir():
@@ -108,13 +110,17 @@ def test_training_without_a_dataset_is_an_error(cfg: config.Config, tmp_path: pa
   assert not (tmp_path / "run").exists()
 
 
-def test_training_on_a_dataset_of_another_config_is_an_error(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> None:
+def test_training_on_a_dataset_of_another_config_is_an_error(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
   other = config.override(cfg, ["--config.tasks.quiet.horizon_days=3"])
   with pytest.raises(DataError, match="was prepared with another configuration"):
     loop.train(other, tmp_path / "run")
 
 
-def test_a_run_without_a_checkpoint_cannot_be_opened(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> None:
+def test_a_run_without_a_checkpoint_cannot_be_opened(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
   config.save(cfg, tmp_path / "config.json")
   with pytest.raises(RunError, match="holds no checkpoint yet"):
     Run(tmp_path)
@@ -122,12 +128,12 @@ def test_a_run_without_a_checkpoint_cannot_be_opened(cfg: config.Config, dataset
 
 def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
   class Step:
-    def __init__(self, total: float, count: float, dropped: int):
-      self.tasks = {"t": type("T", (), {"total": total, "count": count})}
+    def __init__(self, total: float, weight: float, dropped: int):
+      self.tasks = {"t": type("T", (), {"total": total, "weight": weight})}
       self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
       self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
 
   row = loop.summarise([Step(8.0, 2, 10), Step(0.0, 0, 0), Step(1.0, 7, 0)])
-  assert row["tasks"]["t"] == {"loss": 1.0, "labels": 9}
+  assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9}
   assert row["dropped_share"] == pytest.approx(10 / 280)
   assert loop.summarise([Step(0.0, 0, 0)])["tasks"]["t"]["loss"] is None

@@ -32,7 +32,7 @@ def statistics(cfg: config.Config, dataset: Dataset) -> dict[str, TaskStatistics
 
 
 @pytest.fixture(scope="module")
-def gradient(cfg: config.Config, dataset: Dataset, statistics: dict[str, TaskStatistics]):  # noqa: ANN201
+def gradient(cfg: config.Config, dataset: Dataset, statistics: dict[str, TaskStatistics]):
   """A jitted `batch → (loss, gradient)`, without dropout."""
   graph, state = nnx.split(build(cfg, dataset.schema)())
 
@@ -56,10 +56,11 @@ def assert_bitwise_equal(one: object, other: object) -> None:
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_masked_labels_may_be_anything(gradient, batch: Batch, poison: float) -> None:
   clean = gradient(batch)
+  assert not all(batch.targets[n].known.all() for n in ("quiet", "pages", "paid"))
   for name in ("quiet", "pages", "paid"):
     target = batch.targets[name]
     value = np.where(target.known if target.value.ndim == 2 else target.known[..., None], target.value, poison)
-    assert not np.isfinite(value).all()
+    assert np.isfinite(value).all() == target.known.all()
     assert_bitwise_equal(gradient(with_target(batch, name, value=value.astype(np.float32))), clean)
 
 
@@ -68,7 +69,7 @@ def test_an_absent_task_moves_nothing_of_its_own_and_leaves_the_others(gradient,
   (_, out), grads = gradient(none)
   (_, whole), _ = gradient(batch)
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads["heads"]["paid"]))
-  assert float(out.tasks["paid"].count) == 0
+  assert float(out.tasks["paid"].weight) == 0
   for name in ("quiet", "pages", "next_page"):
     assert_bitwise_equal(out.tasks[name], whole.tasks[name])
 
@@ -77,7 +78,9 @@ def test_a_tasks_labels_do_not_move_another_tasks_head(gradient, batch: Batch) -
   flipped = with_target(batch, "quiet", value=1 - batch.targets["quiet"].value)
   one, other = gradient(batch)[1], gradient(flipped)[1]
   assert_bitwise_equal(one["heads"]["pages"], other["heads"]["pages"])
-  assert not np.array_equal(one["heads"]["quiet"]["linear"]["kernel"][...], other["heads"]["quiet"]["linear"]["kernel"][...])
+  assert not np.array_equal(
+    one["heads"]["quiet"]["linear"]["kernel"][...], other["heads"]["quiet"]["linear"]["kernel"][...]
+  )
 
 
 @settings(max_examples=50, deadline=None)
@@ -121,11 +124,20 @@ def test_permuting_tasks_leaves_the_loss() -> None:
   assert max(totals) - min(totals) < 1e-6
 
 
-def test_constant_losses_are_those_of_the_best_constant(statistics: dict[str, TaskStatistics], dataset: Dataset) -> None:
-  stream = iter([Batch(_Length(4), {"t": Targets(np.float32([[1, 0], [0, 0], [1, 1], [0, 1]]), np.array([[1, 1], [1, 0], [1, 1], [0, 0]], bool))})])
+def test_constant_losses_are_those_of_the_best_constant(
+  statistics: dict[str, TaskStatistics], dataset: Dataset
+) -> None:
+  stream = iter(
+    [
+      Batch(
+        _Length(4),
+        {"t": Targets(np.float32([[1, 0], [0, 0], [1, 1], [0, 1]]), np.array([[1, 1], [1, 0], [1, 1], [0, 0]], bool))},
+      )
+    ]
+  )
   measured = losses.measure({"t": BINARY}, {"t": 1}, stream, 1)["t"]
   share = 3 / 5  # of the labels known
-  assert measured.rate == pytest.approx(5 / 4)
+  assert (measured.rate, measured.snapshot_weight) == (pytest.approx(5 / 4), 1.0)
   assert measured.constant_loss == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
   assert statistics["next_page"].constant_loss <= np.log(dataset.schema.outputs["next_page"]) + 1e-6
 
@@ -150,3 +162,17 @@ def test_a_balanced_router_pays_what_the_weight_says(gradient, batch: Batch, cfg
   experts = out.encoded.experts
   wanted = tasks + cfg.train.balance_weight * experts.balance_loss.sum() + cfg.train.z_weight * experts.z_loss.sum()
   assert float(total) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_the_snapshots_of_a_next_event_task_carry_half_of_its_weight(
+  statistics: dict[str, TaskStatistics], dataset: Dataset, cfg: config.Config
+) -> None:
+  events = snapshots = 0
+  for batch in itertools.islice(batches.training(dataset, cfg), 60):
+    known = batch.targets["next_page"].known
+    events += known[:, : cfg.model.max_events].sum()
+    snapshots += known[:, cfg.model.max_events :].sum()
+  assert statistics["next_page"].snapshot_weight * snapshots == pytest.approx(events, rel=0.1)
+  weight = losses.sample_weight(cfg.tasks["next_page"], statistics["next_page"], 3, 2)
+  assert weight.tolist() == pytest.approx([1, 1, 1] + [statistics["next_page"].snapshot_weight] * 2)
+  assert losses.sample_weight(cfg.tasks["quiet"], statistics["quiet"], 3, 2) == 1.0

