@@ -343,15 +343,21 @@ def _experts(run: _Parts) -> dict[str, Any] | None:
     return None
   model, load = run.cfg.model, run.evaluation.get("expert_load", {})
   some = {n: v for n, v in load.items() if v["snapshots"] and v["load"]}
+  deepest = max((share for v in some.values() for layer in v["load"] for share in layer), default=1.0)
   layers = []
   for m, block in enumerate(_sparse_blocks(model)):
     shares = {n: v["load"][m] for n, v in some.items() if len(v["load"]) > m}
     if shares:
       title = f"Block {block}: share of the choices, in percent"
-      most = 1 / model.experts_per_token
-      figure = figures.heat_map(f"experts-{m}", title, list(shares), np.array(list(shares.values())), most)
+      figure = figures.heat_map(f"experts-{m}", title, list(shares), np.array(list(shares.values())), deepest)
       layers.append({"block": block, "figure": figure, "shares": shares})
-  return {"layers": layers, "snapshots": {n: v["snapshots"] for n, v in some.items()}, "even": 1 / model.experts}
+  return {
+    "layers": layers,
+    "snapshots": {n: v["snapshots"] for n, v in some.items()},
+    "even": 1 / model.experts,
+    "deepest": deepest,
+    "wide": model.experts > figures.MOST_NAMED_EXPERTS,
+  }
 
 
 # ------------------------------------------------------------------------------------------------------------------ map

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -110,7 +110,9 @@ def _inline(svg: str, name: str, label: str, width: float) -> Markup:
 
 
 def _short(text: str, most: int = 22) -> str:
-  return text if len(text) <= most else text[: most - 1] + "…"
+  """Cuts the middle out of a long name: names of one kind often differ at the end only."""
+  end = (most - 1) // 2
+  return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[-end:]}"
 
 
 def number(value: float) -> str:
@@ -251,9 +253,9 @@ def load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarra
     axes = canvas.figure.subplots()
     top = np.cumsum(y, axis=1)
     for e in range(experts):
-      axes.fill_between(
-        x, top[:, e] - y[:, e], top[:, e], color=SCALE(e / max(experts - 1, 1)), alpha=0.55 + 0.3 * (e % 2), linewidth=0
-      )
+      style: dict[str, Any] = {"color": SCALE(e / max(experts - 1, 1)), "alpha": 0.55 + 0.3 * (e % 2), "linewidth": 0}
+      # As outlines, many bands over a long run would take megabytes.
+      axes.fill_between(x, top[:, e] - y[:, e], top[:, e], rasterized=experts > MOST_NAMED_EXPERTS, **style)
       if y[-1, e] > 0.045 and experts <= MOST_NAMED_EXPERTS:
         axes.annotate(
           f"expert {e}", (x[-1], top[-1, e] - y[-1, e] / 2), (4, 0), textcoords="offset points", va="center", fontsize=9
@@ -278,14 +280,16 @@ def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most
   top = ", ".join(f"{t} expert {int(np.argmax(v))} ({percent(float(v.max()))})" for t, v in zip(tasks, load))
   with _drawing(name, f"{title}. Most used: {top}.", width, height) as canvas:
     axes = canvas.figure.subplots()
-    for row in range(rows):
-      for e in range(experts):
-        share = float(load[row, e])
-        # From transparent to blue: on either background more colour is more load, and the text stays readable.
-        strength = 0.8 * min(share / most, 1.0)
-        axes.add_patch(Rectangle((e + 0.04, row + 0.05), 0.92, 0.9, facecolor=BLUE, alpha=strength, linewidth=0))
-        if named:
-          axes.text(e + 0.5, row + 0.52, f"{100 * share:.0f}", ha="center", va="center", fontsize=9)
+    # From transparent to blue: on either background more colour is more load, and the text stays readable.
+    strength = 0.8 * np.clip(load / most, 0, 1)
+    if named:
+      for row, e in np.ndindex(load.shape):
+        cell_style: dict[str, Any] = {"facecolor": BLUE, "alpha": float(strength[row, e]), "linewidth": 0}
+        axes.add_patch(Rectangle((e + 0.04, row + 0.05), 0.92, 0.9, **cell_style))
+        axes.text(e + 0.5, row + 0.52, f"{100 * load[row, e]:.0f}", ha="center", va="center", fontsize=9)
+    else:
+      image = np.concatenate([np.broadcast_to(to_rgb(BLUE), (*load.shape, 3)), strength[:, :, None]], axis=-1)
+      axes.imshow(image, extent=(0, experts, rows, 0), aspect="auto", interpolation="nearest")
     axes.set_xlim(0, experts)
     axes.set_ylim(rows, 0)
     axes.set_yticks(np.arange(rows) + 0.5, [_short(t) for t in tasks])
@@ -339,15 +343,18 @@ def map_by_count(name: str, title: str, place: np.ndarray, count: np.ndarray) ->
 
 def map_by_label(name: str, title: str, place: np.ndarray, value: np.ndarray) -> Markup:
   """Points `place [n, 2]` coloured by a label: 1 yes, 0 no, NaN unknown."""
-  groups = [("unknown", np.isnan(value), GREY, 0.3), ("no", value == 0, BLUE, 0.6), ("yes", value == 1, ORANGE, 0.85)]
-  count = ", ".join(f"{where.sum():,} {text}" for text, where, *_ in groups[::-1])
+  groups = [("unknown", np.isnan(value), GREY), ("no", value == 0, BLUE), ("yes", value == 1, ORANGE)]
+  count = ", ".join(f"{where.sum():,} {text}" for text, where, _ in groups[::-1])
   with _drawing(name, f"Map of {len(place):,} users coloured by {title}: {count}.", 300, 310) as canvas:
     axes = _map_axes(canvas, place, _short(title, 40))
-    for order, (text, where, colour, alpha) in enumerate(groups):
+    unknown = groups[0][1]
+    axes.scatter(place[unknown, 0], place[unknown, 1], 3, GREY, alpha=0.35, linewidths=0, rasterized=True)
+    # Yes and no in one go, in the order of the users: drawn one after the other, the second would cover the first.
+    known = ~unknown
+    colours = [ORANGE if v else BLUE for v in value[known]]
+    axes.scatter(place[known, 0], place[known, 1], 6, colours, alpha=0.75, linewidths=0, rasterized=True)
+    for text, where, colour in groups:
       if where.any():
-        x, y = place[where].T
-        size = 3 if text == "unknown" else 6
-        axes.scatter(x, y, size, colour, alpha=alpha, linewidths=0, zorder=2 + order, rasterized=True)
         axes.plot([], [], "o", color=colour, ms=6, label=f"{text} ({where.sum():,})")
     handles, texts = axes.get_legend_handles_labels()
     canvas.figure.legend(handles[::-1], texts[::-1], loc="outside lower left", ncols=3, handletextpad=0.1)

@@ -342,7 +342,7 @@ def test_figures_are_well_formed_and_their_names_are_text():
     assert root.get("role") == "img"
     assert len(svg) < 600_000
   assert "loss of $x$ &amp; &lt;b&gt;" in drawn[0]
-  assert "20 yes" not in drawn[3] and 'a &#34;label&#34;: ' in drawn[3]
+  assert "20 yes" not in drawn[3] and "a &#34;label&#34;: " in drawn[3]
 
 
 @pytest.mark.parametrize(

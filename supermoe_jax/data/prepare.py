@@ -102,13 +102,18 @@ class _Tally:
     self.too_early = 0
     self.without_training = 0
     self.without_snapshot = 0
+    self.periods = dict.fromkeys(("training", "later", "beyond_every_label"), 0)
     kinds = {n: "unseen_value" if isinstance(t, config.NextEvent) else "positive" for n, t in tasks.items()}
     self.labels = {n: {s: {"known": 0, kind: 0} for s in labels_lib.SPLITS} for n, kind in kinds.items()}
     self._sums = np.zeros((2, schema.aggregates))
     self._rows = 0
 
-  def add(self, history: UserHistory, snapshots: Snapshots, labels: Mapping[str, Labels]) -> None:
-    """Counts a user."""
+  def add(self, history: UserHistory, snapshots: Snapshots, labels: Mapping[str, Labels], last_use: int | None) -> None:
+    """Counts a user; events at or after `last_use` (microseconds) lie in no label window and before no snapshot."""
+    beyond = 0 if last_use is None else len(history.time) - int(np.searchsorted(history.time, last_use))
+    self.periods["training"] += history.n_train
+    self.periods["later"] += len(history.time) - history.n_train - beyond
+    self.periods["beyond_every_label"] += beyond
     self.lengths.append(len(history.time))
     self.without_training += history.n_train == 0
     self.without_snapshot += len(snapshots.time) == 0
@@ -243,6 +248,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     "lengths": {f"p{q}": float(np.percentile(tally.lengths, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)},
     "reading": counts,
     "fields": unseen,
+    "events_by_period": tally.periods,
     "snapshots": tally.snapshots,
     "snapshots_with_too_few_events": tally.too_early,
     "users_without_training_events": tally.without_training,
@@ -268,6 +274,10 @@ def _records(
   aggregator: Aggregator | None,
 ) -> Iterator[tuple[str, Record]]:
   """Yields each user's key and record, and counts it."""
+  last_use = None
+  if times is not None and not any(isinstance(t, config.NextEvent) for t in cfg.tasks.values()):
+    horizons = [t.horizon_days for t in cfg.tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
+    last_use = int(times.snapshots[-1]) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
   columns = {n: i for i, n in enumerate(encoders.categorical)}
   with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1) as bar:
     for history in log.histories(encoders):
@@ -279,7 +289,7 @@ def _records(
       if any(history.user in known for known in user_labels.values()):
         seen_users.add(history.user)
       tally.too_early += left_out
-      tally.add(history, snapshots, labels)
+      tally.add(history, snapshots, labels, last_use)
       train = snapshots.split == labels_lib.TRAIN
       if aggregator is not None and train.any():
         tally.add_aggregates(aggregator(history, snapshots.time[train], snapshots.n_events[train]))

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from supermoe_jax.layers.attention import GAP_KNOTS
 from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import EmbeddingTable
+
+# Hours at which the encoding of an event's or a snapshot's gap may bend.
+GAP_KNOTS = np.log1p(np.array([0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0]))
 
 # A numeric field is standardised, so these are standard deviations.
 NUMERIC_KNOTS = np.array([-1.0, 0.0, 1.0, 2.0])

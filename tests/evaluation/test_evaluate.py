@@ -1,0 +1,90 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from supermoe_jax.data import batches
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.evaluation import baselines, evaluate, probes
+from supermoe_jax.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def result(run: Run) -> dict:
+  return evaluate.evaluate(run)
+
+
+def test_every_task_has_its_metrics_and_baselines_in_both_splits(result: dict, run: Run) -> None:
+  for split in ("validation", "test"):
+    tasks = result["splits"][split]
+    assert set(tasks) == set(run.cfg.active_tasks)
+    assert set(tasks["next_page"]["baselines"]) == {"most popular", "own most frequent"}
+    assert set(tasks["quiet"]["baselines"]) == {"constant", "aggregates + logistic"}
+    for name, task in tasks.items():
+      assert task["metrics"][result["main_metric"][name]] is not None
+      assert task["labels"] > 0
+
+
+def test_the_file_holds_what_is_returned(result: dict, workdir: pathlib.Path) -> None:
+  assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run) -> None:
+  label, score = [], []
+  for batch in batches.questions(run.dataset, run.cfg, split=labels_lib.TEST):
+    out = np.asarray(run.answer(batch.features).answers["quiet"])
+    for row, question in enumerate(batch.questions):
+      record = run.dataset[question.user]
+      if record["known_quiet"][question.snapshot]:
+        label.append(record["label_quiet"][question.snapshot])
+        score.append(out[row])
+  assert result["splits"]["test"]["quiet"]["metrics"]["auc"] == pytest.approx(roc_auc_score(label, score))
+
+
+def test_loads_of_every_task_sum_to_one_per_layer(result: dict) -> None:
+  for task in result["expert_load"].values():
+    for layer in task["load"]:
+      assert sum(layer) == pytest.approx(1 if task["snapshots"] else 0, abs=1e-3)
+
+
+def test_the_table_shows_each_task_beside_its_baselines(result: dict) -> None:
+  heading, *rows = evaluate.table(result)
+  assert heading[:4] == ["task", "labels", "metric", "supermoe"]
+  assert {r[0] for r in rows} == {"next_page", "quiet", "pages", "paid"}
+  assert len({len(r) for r in rows}) == 1
+  assert "next_page" in evaluate.render([heading, *rows])
+
+
+def test_popularity_ranks_by_code_and_skips_what_was_seen() -> None:
+  target = np.array([2, 5, 1, 6])
+  assert baselines.popularity_ranks(target, None).tolist() == [1, 4, np.inf, 5]
+  seen = [np.array([3]), np.array([2, 3, 9]), np.array([], int), np.array([6])]
+  assert baselines.popularity_ranks(target, seen).tolist() == [1, 2, np.inf, np.inf]
+
+
+def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
+  user = next(i for i in range(len(run.dataset)) if len(run.dataset[i]["time"]) > 20)
+  record = run.dataset[user]
+  n = 15
+  question = batches.Question(user, record["user"], 0, 0, n, 0)
+  counts = np.bincount(record["codes"][:n, 0], minlength=run.dataset.schema.categorical["page"])[2:]
+  order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
+  for place, item in enumerate(order, 1):
+    assert baselines.personal_ranks(run.dataset, "page", [question], np.array([item + 2])).tolist() == [place]
+
+
+def test_a_probe_learns_a_linear_label_and_gives_the_rate_of_a_constant_one() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(400, 5))
+  label = np.stack([(x[:, 0] > 0), np.zeros(400)], axis=1).astype(np.float32)
+  scores = probes.Probe(x[:300], label[:300])(x[300:])
+  assert roc_auc_score(label[300:, 0], scores[:, 0]) > 0.95
+  assert not scores[:, 1].any()
+
+
+def test_out_of_fold_scores_never_saw_their_own_label() -> None:
+  rng = np.random.default_rng(0)
+  label = (rng.random(300) < 0.5).astype(np.float32)
+  assert 0.35 < roc_auc_score(label, probes.out_of_fold(rng.normal(size=(300, 30)), label)) < 0.65
