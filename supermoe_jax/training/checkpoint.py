@@ -58,16 +58,18 @@ class Checkpoints:
     )
 
   def restore(self, step: int, state: TrainState) -> Restored:
-    """Reads a checkpoint into the layout of `state` (abstract or not)."""
+    """Reads a checkpoint into the layout of `state` (abstract or not).
+
+    Raises:
+      RunError: it holds another model.
+    """
     rest = {"step": state.step, "optimizer": state.optimizer, "key": state.key}
-    read = self._manager.restore(
+    read = self._read(
       step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(nnx.to_pure_dict(state.params)),
-        state=ocp.args.StandardRestore(rest),
-        data=ocp.args.JsonRestore(),
-        statistics=ocp.args.JsonRestore(),
-      ),
+      params=ocp.args.StandardRestore(nnx.to_pure_dict(state.params)),
+      state=ocp.args.StandardRestore(rest),
+      data=ocp.args.JsonRestore(),
+      statistics=ocp.args.JsonRestore(),
     )
     params = _with_values(state.params, read.params)
     whole = TrainState(read.state["step"], params, read.state["optimizer"], read.state["key"])
@@ -75,8 +77,17 @@ class Checkpoints:
 
   def restore_params(self, step: int, params: nnx.State) -> nnx.State:
     """Reads only the parameters, into the layout of `params` (abstract or not)."""
-    wanted = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(params)))
-    return _with_values(params, self._manager.restore(step, args=wanted).params)
+    return _with_values(params, self._read(step, params=ocp.args.StandardRestore(nnx.to_pure_dict(params))).params)
+
+  def _read(self, step: int, **items: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError) as error:
+      reason = str(error).strip().splitlines()[0]
+      raise RunError(
+        f"checkpoint {step} of {self._manager.directory} does not fit this model ({reason}); it was written by another "
+        "version of the code or config. Train again in another --workdir."
+      ) from error
 
 
 def _with_values(params: nnx.State, values: dict[str, Any]) -> nnx.State:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,3 +138,13 @@ def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
   assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9}
   assert row["dropped_share"] == pytest.approx(10 / 280)
   assert loop.summarise([Step(0.0, 0, 0)])["tasks"]["t"]["loss"] is None
+
+
+def test_a_checkpoint_of_another_model_is_an_error(
+  workdir: pathlib.Path, cfg: config.Config, tmp_path: pathlib.Path
+) -> None:
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  config.save(config.override(cfg, ["--config.model.d_expert=24"]), copy / "config.json")
+  with pytest.raises(RunError, match="does not fit this model"):
+    Run(copy)
