@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     "demo_alone": {"kind": "user_label", "column": "household_size", "positive": ("1",)},
   }
   model = {
-    "d_model": 64,
+    "d_model": 128,
     "layers": 2,
     "heads": 4,
     "d_hidden": 256,
@@ -81,5 +81,12 @@ def get_config() -> ml_collections.ConfigDict:
     "d_expert": 128,
     "max_events": 256,
   }
-  train = {"steps": 400, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 2e-3}
+  train = {
+    "steps": 300,
+    "batch_rows": 32,
+    "snapshots_per_row": 8,
+    "learning_rate": 3e-3,
+    "balance_weight": 0.05,
+    "checkpoint_every": 100,
+  }
   return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})

@@ -41,8 +41,8 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "d_hidden": 256,
     "experts": 8,
     "d_expert": 128,
-    "max_events": 200,
-    "dropout": 0.3,
+    "max_events": 128,
+    "dropout": 0.2,
   }
-  train = {"steps": 1200, "batch_rows": 32, "snapshots_per_row": 16, "learning_rate": 1e-3, "checkpoint_every": 400}
+  train = {"steps": 900, "batch_rows": 48, "snapshots_per_row": 8, "learning_rate": 3e-3, "checkpoint_every": 300}
   return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})
