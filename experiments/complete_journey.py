@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     "split": {
       "train_end": "2017-10-01",
       "train_start": "2017-02-05",
-      "every_days": 7.0,
+      "every_days": 5.0,
       "validation": ("2017-10-01", "2017-10-04"),
       "test": ("2017-11-01",),
     },

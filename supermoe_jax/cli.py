@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     args.run(args)
   except Exception as error:
-    if type(error).__name__ not in _EXPECTED or os.environ.get("SUPERMOE_TRACEBACK"):
+    expected = any(kind.__name__ in _EXPECTED for kind in type(error).__mro__)
+    if not expected or os.environ.get("SUPERMOE_TRACEBACK"):
       raise
     print(f"supermoe {args.verb}: {error}", file=sys.stderr)
     return 1
@@ -103,6 +104,8 @@ def _inspect(args: argparse.Namespace) -> None:
   if args.out is not None:
     if not found.config:
       raise config.ConfigError(f"no config can be proposed, so {args.out} is not written.")
+    if args.out.exists():
+      raise config.ConfigError(f"{args.out} exists and is not overwritten; name another --out.")
     args.out.write_text(found.config)
     print(f"saved {args.out}")
 

@@ -32,7 +32,7 @@ def changed(raw: dict, key: str, value: object) -> dict:
     ("model.experts_per_token", 9, r"experts_per_token=9 exceeds experts=4"),
     ("model.moe_every", 3, r"moe_every=3 exceeds layers=2"),
     ("train.warmup_steps", 12, r"warmup_steps=12 must be less than steps=12"),
-    ("train.mesh.data", 3, r"batch_rows=8 must be a multiple of mesh\.data=3"),
+    ("train.mesh.data", 3, r"batch_rows=8 must be a multiple of mesh\.data × mesh\.expert=3"),
     ("tasks.next_page.field", "pgae", r"tasks\.next_page\.field='pgae' is not a vocabulary field; did you mean 'page'"),
     ("tasks.next_page.field", "device", r"'device' is not a vocabulary field"),
     ("tasks.quiet.source", "visit", r"'visit' is not a source; did you mean 'visits'"),

@@ -49,6 +49,10 @@ def _check_data(data: Data) -> None:
     _require(field.size > 0, f"config.data.fields.{name}.size={field.size} must be positive.")
   if data.users is not None:
     _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
+  _require(
+    all(days > 0 for days in data.aggregates.windows_days) and data.aggregates.top_values >= 0,
+    "config.data.aggregates: windows_days must be positive and top_values must not be negative.",
+  )
   for name in data.aggregates.fields:
     _require(
       name in data.fields and data.fields[name].kind == "vocabulary",
@@ -68,8 +72,10 @@ def _check_split(split: Split) -> None:
     split.min_events >= 1,
     f"config.data.split.min_events={split.min_events} must be at least 1: nothing is known of a user without events.",
   )
+  if split.log_end:
+    parse_time(split.log_end, "config.data.split.log_end")
   if split.mode == "leave_one_out":
-    for key in ("train_start", "train_end", "validation", "test"):
+    for key in ("train_start", "train_end", "validation", "test", "log_end"):
       _require(not getattr(split, key), f"config.data.split.{key} has no meaning with mode='leave_one_out'; remove it.")
     return
   _require(
@@ -134,6 +140,7 @@ def _check_tasks(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
   model, train, evaluate = config.model, config.train, config.evaluate
+  ways = train.mesh.data * train.mesh.expert  # the axes that rows are spread over
   positive = {
     "model": (
       model,
@@ -188,10 +195,14 @@ def _check_sizes(config: Config) -> None:
     f"config.train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}.",
   )
   _require(
-    train.batch_rows % train.mesh.data == 0,
-    f"config.train.batch_rows={train.batch_rows} must be a multiple of mesh.data={train.mesh.data}.",
+    train.batch_rows % ways == 0,
+    f"config.train.batch_rows={train.batch_rows} must be a multiple of mesh.data × mesh.expert={ways}.",
   )
   _require(
-    evaluate.batch_rows % train.mesh.data == 0,
-    f"config.evaluate.batch_rows={evaluate.batch_rows} must be a multiple of train.mesh.data={train.mesh.data}.",
+    evaluate.batch_rows % ways == 0,
+    f"config.evaluate.batch_rows={evaluate.batch_rows} must be a multiple of train.mesh.data × mesh.expert={ways}.",
+  )
+  _require(
+    bool(evaluate.cutoffs) and min(evaluate.cutoffs) > 0,
+    f"config.evaluate.cutoffs={evaluate.cutoffs} must name at least one positive k.",
   )

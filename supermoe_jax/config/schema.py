@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns a hint such as `; did you mean 'steps'?` followed by nothing, or the list of valid names."""
+  """Returns a hint such as `; did you mean 'steps'?`, or the list of valid names when none is near."""
   valid = sorted(str(v) for v in valid)
   close = difflib.get_close_matches(name, valid, n=1)
   if close:
@@ -83,7 +83,9 @@ class Split:
   mode: Literal["temporal", "leave_one_out"] = "temporal"
   train_start: str = ""  # first training snapshot; empty: one `every_days` after the first event
   train_end: str = ""
-  every_days: float = 7.0  # distance of training snapshots, counted back from train_end
+  every_days: float = (
+    5.0  # distance of training snapshots, back from train_end; no multiple of a week meets all weekdays
+  )
   validation: tuple[str, ...] = ()
   test: tuple[str, ...] = ()
   log_end: str = ""  # the log is complete up to here; empty: the time of the last event

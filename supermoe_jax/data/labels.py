@@ -1,8 +1,8 @@
 """Snapshots of a user, and what is known and asked at each: labels, supervision indicators, aggregates.
 
-Everything here is a pure function of one user's history, and strictly point in time: a snapshot at τ with n events sees
-those n events, all before τ; its labels look at [τ, τ + horizon) only; a label whose window is not wholly observed
-within the snapshot's own period is masked by its indicator, not guessed.
+Everything here is a pure function of one user's history, and strictly point in time: a snapshot sees the events before
+it and no other; its labels look at [τ, τ + horizon), or at the next event, only; a label that is not wholly observed
+within the period of the snapshot's split is masked by its indicator, not guessed.
 
 Shapes: N events of the user, S snapshots, F categorical and G numeric fields, A aggregates.
 """
@@ -95,6 +95,7 @@ def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
         f"config.data.split: the snapshot {text} lies outside the log, which runs from {iso(log_start)} to "
         f"{iso(log_end)}."
       )
+  validation, test = np.sort(validation), np.sort(test)
   return Calendar(
     np.concatenate([train, validation, test]),
     np.repeat(np.array([TRAIN, VALIDATION, TEST], np.int32), [len(train), len(validation), len(test)]),
@@ -122,8 +123,9 @@ def temporal_snapshots(history: UserHistory, times: Calendar, min_events: int) -
   return Snapshots(times.snapshots[enough], n_events[enough], times.split[enough]), int(np.sum(~enough))
 
 
-def leave_one_out_snapshots(history: UserHistory, min_events: int) -> Snapshots:
-  """Returns a snapshot before each event: the last is for test, the last but one for validation, the rest train.
+def leave_one_out_snapshots(history: UserHistory, min_events: int) -> tuple[Snapshots, int]:
+  """Returns a snapshot before each event (the last is for test, the last but one for validation), and how many are left
+  out.
 
   A snapshot's τ is the time of the last event it sees, so that not even the time of the next event is known. Users with
   fewer than three events have training snapshots only.
@@ -134,7 +136,7 @@ def leave_one_out_snapshots(history: UserHistory, min_events: int) -> Snapshots:
   if n >= 3:
     split[n_events == n - 2] = VALIDATION
     split[n_events == n - 1] = TEST
-  return Snapshots(history.time[n_events - 1], n_events, split)
+  return Snapshots(history.time[n_events - 1], n_events, split), min(n, min_events) - 1
 
 
 def next_code(codes: np.ndarray) -> np.ndarray:
@@ -147,15 +149,21 @@ def next_code(codes: np.ndarray) -> np.ndarray:
   return np.append(np.minimum.accumulate(index[::-1])[::-1], n)
 
 
-def next_event(history: UserHistory, snapshots: Snapshots, field: int, *, immediate: bool) -> Labels:
-  """The code of the next event that carries the field; with `immediate`, of the very next event or none.
+def next_event(history: UserHistory, snapshots: Snapshots, field: int, times: Calendar | None) -> Labels:
+  """The code of the next event that carries the field; without a calendar (leave one out) of the very next event, or
+  none.
 
-  A training snapshot's answer must itself lie in the training period.
+  The answer must itself lie in the period of the snapshot's split: of training in the training period, of validation
+  before the first test snapshot.
   """
   codes = history.codes[:, field]
   n = len(codes)
-  at = snapshots.n_events.astype(np.int64) if immediate else next_code(codes)[snapshots.n_events]
-  limit = np.where(snapshots.split == TRAIN, history.n_train, n)
+  if times is None:
+    at = snapshots.n_events.astype(np.int64)
+    limit = np.where(snapshots.split == TRAIN, history.n_train, n)
+  else:
+    at = next_code(codes)[snapshots.n_events]
+    limit = np.searchsorted(history.time, times.observed_until, side="left")[snapshots.split]
   known = at < limit
   value = np.where(known, codes[np.minimum(at, n - 1)], 0)
   return Labels(value.astype(np.int32), known & (value > 0))

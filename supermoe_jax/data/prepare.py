@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import hashlib
 import io
 import json
 import pathlib
+import re
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +21,13 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data import user_table, vocabulary
+from supermoe_jax.data import replace, user_table, vocabulary
 from supermoe_jax.data.dataset import (
   FORMAT_VERSION,
   TFDS_NAME,
@@ -39,6 +43,23 @@ from supermoe_jax.data.labels import Aggregator, Calendar, Labels, Snapshots
 # Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
 # become huge when it is 1.
 SMALLEST_SCALE = 0.25
+
+# DuckDB's types of user ids that are written as integers again, if every id is one that 64 bits hold.
+INTEGER_TYPES = (
+  "TINYINT",
+  "SMALLINT",
+  "INTEGER",
+  "BIGINT",
+  "UTINYINT",
+  "USMALLINT",
+  "UINTEGER",
+  "UBIGINT",
+  "HUGEINT",
+  "DOUBLE",
+)
+
+# What the manifest calls such a directory.
+KIND = "dataset"
 
 Record = dict[str, Any]
 
@@ -98,6 +119,8 @@ class _Tally:
   def __init__(self, schema: Schema, tasks: Mapping[str, config.Task]):
     self._tasks, self._outputs = tasks, schema.outputs
     self.lengths: list[int] = []
+    self.integer_users = True
+    self._positive = {n: np.zeros(schema.outputs[n]) for n, t in tasks.items() if not isinstance(t, config.NextEvent)}
     self.snapshots = dict.fromkeys(labels_lib.SPLITS, 0)
     self.too_early = 0
     self.without_training = 0
@@ -115,6 +138,7 @@ class _Tally:
     self.periods["later"] += len(history.time) - history.n_train - beyond
     self.periods["beyond_every_label"] += beyond
     self.lengths.append(len(history.time))
+    self.integer_users &= re.fullmatch(r"0|-?[1-9]\d{0,17}", history.user) is not None
     self.without_training += history.n_train == 0
     self.without_snapshot += len(snapshots.time) == 0
     for split, index in labels_lib.SPLITS.items():
@@ -127,16 +151,24 @@ class _Tally:
           count["unseen_value"] += int(np.sum(value == 1))
         else:
           count["positive"] += int(value.sum())
+          if index == labels_lib.TRAIN:
+            self._positive[task] += value.reshape(len(value), self._outputs[task]).sum(axis=0)
 
   def add_aggregates(self, aggregates: np.ndarray) -> None:
     """Takes training snapshots' aggregates `[S, A]` into the statistics."""
     self._sums += np.stack([aggregates.sum(0, dtype=np.float64), np.square(aggregates, dtype=np.float64).sum(0)])
     self._rows += len(aggregates)
 
+  def label_rates(self) -> dict[str, list[float]]:
+    """Of each task of yes-or-no answers, the share of positives of each among the training labels."""
+    return {n: (p / max(self.labels[n]["train"]["known"], 1)).tolist() for n, p in self._positive.items()}
+
   def aggregate_statistics(self) -> dict[str, list[float]]:
     """Mean and scale of each aggregate over the training snapshots."""
     mean, square = self._sums / max(self._rows, 1)
-    scale = np.maximum(np.sqrt(np.maximum(square - mean**2, 0)), SMALLEST_SCALE)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    # An aggregate that training never varies teaches nothing; divided by this it stays 0 whatever it is later.
+    scale = np.where(deviation > 1e-6, np.maximum(deviation, SMALLEST_SCALE), 1e30)
     return {"mean": mean.tolist(), "scale": scale.tolist()}
 
   def warnings(self) -> list[str]:
@@ -162,34 +194,23 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str],
     ConfigError: the split does not fit the log.
   """
   path = pathlib.Path(cfg.data.path)
-  if path.exists() and not overwrite:
+  there = path.is_dir() and any(path.iterdir())
+  if there and not overwrite and replace.manifest_kind(path) == KIND:
     return _existing(cfg, path, say)
-  if path.exists() and not (path / "manifest.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-    raise DataError(f"{path} exists and is not a dataset; it is not overwritten. Name another config.data.path.")
-  work = path.with_name(path.name + ".incomplete")
-  if work.exists():
-    say(f"removing {work}, left by a preparation that did not finish")
-    shutil.rmtree(work)
+  replace.check_replaceable(path, KIND, ("manifest.json", "encoders", TFDS_NAME))
+  if path.with_name(path.name + ".incomplete").exists():
+    say(f"removing {path}.incomplete, left by a preparation that did not finish")
   try:
-    work.mkdir(parents=True)
-    manifest = _prepare_into(cfg, work, say)
-    before = path.with_name(path.name + ".before")
-    shutil.rmtree(before, ignore_errors=True)
-    if path.exists():
-      path.replace(before)
-    work.replace(path)
-    shutil.rmtree(before, ignore_errors=True)
+    with replace.replacing(path) as work:
+      return _prepare_into(cfg, work, say)
   except (OSError, duckdb.Error) as error:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else str(error).splitlines()[0]
+    reason = "the disk is full" if full else (str(error).splitlines() or [type(error).__name__])[0]
     free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.exists() else 0.0
     remedy = (
       "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
     )
     raise DataError(f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; nothing was kept.") from error
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
-  return manifest
 
 
 def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -197,12 +218,23 @@ def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]
 
   dataset = Dataset(path)
   dataset.check_matches(cfg)
+  if dataset.manifest["files"] != _files(cfg):
+    raise DataError(f"the files that {path} was prepared from have changed; prepare again with --overwrite.")
   say(f"{path} is already prepared from this configuration; --overwrite prepares it again")
   return dataset.manifest
 
 
+def _files(cfg: config.Config) -> dict[str, list[int]]:
+  """Size in bytes and time of change (ns) of every file that the config reads."""
+  patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
+  patterns += cfg.data.users.files if cfg.data.users else ()
+  files = sorted({f for p in patterns for f in glob.glob(str(pathlib.Path(p).expanduser()))})  # noqa: PTH207 absolute too
+  return {f: [pathlib.Path(f).stat().st_size, pathlib.Path(f).stat().st_mtime_ns] for f in files}
+
+
 def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
   begun = clock.monotonic()
+  files = _files(cfg)
   scratch = work / "scratch"
   scratch.mkdir()
   user_labels: dict[str, dict[str, float]] = {}
@@ -235,16 +267,19 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
   shutil.rmtree(scratch)
   shutil.rmtree(work / "downloads", ignore_errors=True)
   encoders.save(work / "encoders")
+  aggregates = tally.aggregate_statistics()
   labelled = set().union(*user_labels.values()) if user_labels else set()
   manifest = {
+    "kind": KIND,
     "format": FORMAT_VERSION,
+    "files": files,
     "config": config.to_dict(cfg),
     "data_hash": cfg.data_hash(),
     "users": len(tally.lengths),
     "events": int(sum(tally.lengths)),
     "log": {"first": labels_lib.iso(first), "last": labels_lib.iso(last), "observed_until": labels_lib.iso(log_end)},
     "last_event_microseconds": last,
-    "user_type": user_type,
+    "user_type": "integer" if tally.integer_users and user_type in INTEGER_TYPES else "text",
     "lengths": {f"p{q}": float(np.percentile(tally.lengths, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)},
     "reading": counts,
     "fields": unseen,
@@ -255,12 +290,24 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     "users_without_snapshot": tally.without_snapshot,
     "user_table": {**user_counts, "labelled_users_without_events": len(labelled - seen_users)},
     "labels": tally.labels,
-    "aggregates": tally.aggregate_statistics(),
+    "aggregates": aggregates,
+    "label_rates": tally.label_rates(),
+    "encoding_hash": _encoding_hash(work / "encoders", aggregates),
     "warnings": tally.warnings(),
     "seconds": round(clock.monotonic() - begun, 1),
   }
   (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
   return manifest
+
+
+def _encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
+  """Identifies how events and snapshots become numbers; parameters trained with one encoding mean nothing in
+  another."""
+  digest = hashlib.sha256(json.dumps(aggregates).encode())
+  digest.update((encoders / "encoders.json").read_bytes())
+  for file in sorted(encoders.glob("*.parquet")):
+    digest.update("\n".join(map(str, pq.read_table(file)["value"].to_pylist())).encode())
+  return digest.hexdigest()[:16]
 
 
 def _records(
@@ -299,7 +346,7 @@ def _records(
 
 def _snapshots(split: config.Split, history: UserHistory, times: Calendar | None) -> tuple[Snapshots, int]:
   if times is None:
-    return labels_lib.leave_one_out_snapshots(history, split.min_events), 0
+    return labels_lib.leave_one_out_snapshots(history, split.min_events)
   return labels_lib.temporal_snapshots(history, times, split.min_events)
 
 
@@ -315,7 +362,7 @@ def _label(
   owner: int,
 ) -> Labels:
   if isinstance(task, config.NextEvent):
-    return labels_lib.next_event(history, snapshots, columns[task.field], immediate=times is None)
+    return labels_lib.next_event(history, snapshots, columns[task.field], times)
   if isinstance(task, config.UserLabel):
     return labels_lib.user_label(user_labels[name].get(history.user), snapshots, owner)
   assert times is not None  # config.resolve rejects tasks about the future without a calendar

@@ -53,9 +53,9 @@ class AggregateModels:
   def __init__(self, dataset: Dataset, tasks: Sequence[str]):
     self._dataset = dataset
     self._probes: dict[str, probes.Probe] = {}
-    if not dataset.schema.aggregates:
-      return
     tasks = [t for t in tasks if not isinstance(dataset.config.tasks[t], config.NextEvent)]
+    if not dataset.schema.aggregates or not tasks:
+      return
     xs: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
     ys: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
     for index in range(min(len(dataset), FITTED_USERS)):  # records are shuffled: any prefix is a sample

@@ -114,9 +114,11 @@ def _task(
     "positive": float(value.mean()),
     "metrics": score(value, _sigmoid(answer)),
   }
-  constant = np.broadcast_to(_training_rate(run, name), value.shape)
+  rate = np.array(run.dataset.manifest["label_rates"][name])
+  constant = np.broadcast_to(rate if value.ndim == 2 else rate[0], value.shape)
   compared: dict[str, Metrics] = {"constant": score(value, constant)}
-  compared["constant"]["auc" if value.ndim == 1 else "mean_auc"] = 0.5
+  area = "auc" if value.ndim == 1 else "mean_auc"
+  compared["constant"][area] = None if out["metrics"][area] is None else 0.5
   if by_aggregates is not None:
     compared["aggregates + logistic"] = score(value, by_aggregates[index])
   return {**out, "baselines": compared}
@@ -156,11 +158,6 @@ def _ranking(
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
   return 1 / (1 + np.exp(-logits.astype(np.float64)))
-
-
-def _training_rate(run: Run, name: str) -> float:
-  count = run.dataset.manifest["labels"][name]["train"]
-  return count["positive"] / max(count["known"] * run.dataset.schema.outputs[name], 1)
 
 
 def _load(run: Run, name: str, collected: _Collected) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class QueryEmbedding(nnx.Module):
   """A snapshot's token: no event, but the gap to the last one, the calendar of τ and, if any, its aggregates."""
 
   def __init__(self, d_model: int, calendar: int, aggregates: int, *, rngs: nnx.Rngs):
-    self.calendar = linear(calendar, d_model, names=(None, "embed"), rngs=rngs)
-    self.gap = linear(1 + len(GAP_KNOTS), d_model, names=(None, "embed"), bias=False, rngs=rngs)
+    self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
+    self.gap = linear(1 + len(GAP_KNOTS), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
     self.aggregates = linear(aggregates, d_model, names=(None, "embed"), rngs=rngs) if aggregates else None
     self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if aggregates else None
 

@@ -12,16 +12,16 @@ from supermoe_jax.layers.table import EmbeddingTable
 
 
 class BinaryHead(nnx.Module):
-  """One logit for each of `outputs` yes-or-no questions."""
+  """The logit of a yes-or-no question, or of each of `outputs` of them."""
 
-  def __init__(self, d_model: int, outputs: int, *, rngs: nnx.Rngs):
-    self.outputs = outputs
-    self.linear = linear(d_model, outputs, names=("embed", None), rngs=rngs)
+  def __init__(self, d_model: int, outputs: int | None = None, *, rngs: nnx.Rngs):
+    self.single = outputs is None
+    self.linear = linear(d_model, outputs or 1, names=("embed", None), rngs=rngs)
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    """`z [..., D]` to logits `[...]` for one output, else `[..., outputs]`."""
+    """`z [..., D]` to logits `[...]`, or `[..., outputs]`."""
     logits = self.linear(z)
-    return logits[..., 0] if self.outputs == 1 else logits
+    return logits[..., 0] if self.single else logits
 
 
 class NextValueHead(nnx.Module):

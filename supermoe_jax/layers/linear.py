@@ -6,14 +6,23 @@ from flax import nnx
 
 
 def linear(
-  n_in: int, n_out: int, *, rngs: nnx.Rngs, names: tuple[str | None, str | None] = ("embed", None), bias: bool = True
+  n_in: int,
+  n_out: int,
+  *,
+  rngs: nnx.Rngs,
+  names: tuple[str | None, str | None] = ("embed", None),
+  bias: bool = True,
+  zero: bool = False,
 ) -> nnx.Linear:
-  """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` remembers the logical `names` of its dimensions."""
+  """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` remembers the logical `names` of its dimensions.
+
+  With `zero` it starts at 0: an input that training never varies then stays without effect.
+  """
   return nnx.Linear(
     n_in,
     n_out,
     use_bias=bias,
-    kernel_init=nnx.initializers.lecun_normal(),
+    kernel_init=nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal(),
     kernel_metadata={"logical": names},
     rngs=rngs,
   )

@@ -10,10 +10,15 @@ from supermoe_jax import sharding
 
 
 class EmbeddingTable(nnx.Module):
-  """`rows` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned."""
+  """`rows` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned.
+
+  Code 1, out of vocabulary, starts at 0: where training has no such value, an unseen one says nothing rather than
+  noise.
+  """
 
   def __init__(self, rows: int, d_model: int, *, rngs: nnx.Rngs):
-    self.rows = sharding.param(jax.random.normal(rngs.params(), (rows, d_model)) * d_model**-0.5, "rows", None)
+    initial = jax.random.normal(rngs.params(), (rows, d_model)) * d_model**-0.5
+    self.rows = sharding.param(initial.at[:2].set(0.0), "rows", None)
 
   def __call__(self, codes: jax.Array) -> jax.Array:
     """Looks up `codes [...]`: float32 `[..., D]`; codes must be in [0, rows)."""

@@ -121,8 +121,11 @@ class SuperMoE(nnx.Module):
     self.tasks = dict(tasks)
     heads: dict[str, nnx.Module] = {}
     for name, task in tasks.items():
-      kind = NextValueHead if isinstance(task, config.NextEvent) else BinaryHead
-      heads[name] = kind(model.d_model, schema.outputs[name], rngs=rngs)
+      if isinstance(task, config.NextEvent):
+        heads[name] = NextValueHead(model.d_model, schema.outputs[name], rngs=rngs)
+      else:
+        many = schema.outputs[name] if isinstance(task, config.FutureValues) else None
+        heads[name] = BinaryHead(model.d_model, many, rngs=rngs)
     self.heads = nnx.Dict(heads)
 
   def encode(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
-import shutil
 import time as clock
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +22,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.data import batches
+from supermoe_jax.data import batches, replace
 from supermoe_jax.data.batches import Question
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.labels import iso
 from supermoe_jax.training.run import Run
+
+# What the manifest calls such a directory.
+KIND = "embeddings"
 
 
 def embed(
@@ -42,22 +44,14 @@ def embed(
   times = [config.parse_time(t, "--as-of") for t in as_of]
   if len(set(times)) < len(times):
     raise config.ConfigError(f"--as-of {' '.join(as_of)} names a time twice.")
-  whole = (out / "manifest.json").is_file()
-  if out.exists() and not (overwrite and whole) and any(out.iterdir()):
-    remedy = "name another --out, or add --overwrite" if whole else "it holds no embeddings; name another --out"
-    raise DataError(f"{out} exists and is not overwritten; {remedy}.")
-  work = out.with_name(out.name + ".incomplete")
-  shutil.rmtree(work, ignore_errors=True)
+  replace.check_replaceable(out, KIND, ("manifest.json", "part-*.parquet"))
+  if out.exists() and any(out.iterdir()) and not overwrite:
+    raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   try:
-    work.mkdir(parents=True)
-    manifest = _write(run, times, work, rows_per_part)
-    shutil.rmtree(out, ignore_errors=True)
-    work.replace(out)
+    with replace.replacing(out) as work:
+      return _write(run, times, work, rows_per_part)
   except OSError as error:
     raise DataError(f"writing embeddings to {out} failed: {error}; nothing was kept.") from error
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
-  return manifest
 
 
 def _write(run: Run, times: Sequence[int], work: pathlib.Path, rows_per_part: int) -> dict[str, Any]:
@@ -75,12 +69,13 @@ def _write(run: Run, times: Sequence[int], work: pathlib.Path, rows_per_part: in
       if sum(len(q) for q, _ in waiting) >= rows_per_part:
         _write_part(run, waiting, work / f"part-{parts:05d}.parquet")
         waiting, parts = [], parts + 1
-  if waiting:
+  if waiting or not parts:  # a time before every event gives one part without rows, of the same columns
     _write_part(run, waiting, work / f"part-{parts:05d}.parquet")
     parts += 1
   users = len(run.dataset)
   last = run.dataset.manifest["last_event_microseconds"]
   manifest = {
+    "kind": KIND,
     "run": str(run.workdir),
     "step": run.step,
     "config_hash": run.cfg.hash(),
@@ -100,12 +95,13 @@ def _write(run: Run, times: Sequence[int], work: pathlib.Path, rows_per_part: in
 
 def _write_part(run: Run, waiting: Sequence[tuple[list[Question], np.ndarray]], file: pathlib.Path) -> None:
   questions = [q for part, _ in waiting for q in part]
-  vectors = np.concatenate([v for _, v in waiting])
+  width = run.cfg.model.d_model
+  vectors = np.concatenate([np.zeros((0, width), np.float32), *(v for _, v in waiting)])
   table = pa.table(
     {
       "user_id": user_column([q.user_id for q in questions], run.dataset.manifest["user_type"]),
       "as_of": pa.array([q.time for q in questions], pa.timestamp("us")),
-      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1]),
+      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), width),
       "n_events": pa.array([q.n_events for q in questions], pa.int64()),
       "last_event_time": pa.array([q.last_event for q in questions], pa.timestamp("us")),
     }
@@ -113,11 +109,9 @@ def _write_part(run: Run, waiting: Sequence[tuple[list[Question], np.ndarray]], 
   pq.write_table(table, file)
 
 
-def user_column(users: Sequence[str], duckdb_type: str) -> pa.Array:
-  """User ids in the type that the event log has them in: integers come back as integers, the rest as text."""
-  if duckdb_type in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"):
-    return pa.array([int(u) for u in users], pa.int64())
-  return pa.array(users, pa.string())
+def user_column(users: Sequence[str], user_type: str) -> pa.Array:
+  """User ids as the event log has them: as int64 where every one is an integer there, else as text."""
+  return pa.array([int(u) for u in users], pa.int64()) if user_type == "integer" else pa.array(users, pa.string())
 
 
 def read(path: pathlib.Path) -> pa.Table:

@@ -23,7 +23,7 @@ class Restored(NamedTuple):
   """A checkpoint's `state`, the data iterator's `position`, and the tasks' `statistics`."""
 
   state: TrainState
-  position: dict[str, Any]
+  position: Any
   statistics: dict[str, TaskStatistics]
 
 

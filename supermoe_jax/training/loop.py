@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -26,6 +28,9 @@ from supermoe_jax.training.step import StepMetrics, TrainState, create_state, ma
 # Rows that label rates and constant losses are measured on.
 MEASURED_ROWS = 1024
 
+# Labels of each task that are waited for, if it has as many.
+MEASURED_LABELS = 200
+
 
 def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], None] = print) -> int:
   """Trains to `cfg.train.steps` and returns the last step; resumes from the newest checkpoint of `workdir`.
@@ -38,13 +43,14 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
   dataset.check_matches(cfg)
   mesh = sharding.make_mesh(cfg.train.mesh)
   _claim(workdir, cfg)
+  check_encoding(workdir, dataset, create=True)
   stream = iter(batches.training(dataset, cfg))
   graph, state = create_state(cfg, dataset.schema, mesh)
   with Checkpoints(workdir, cfg.train) as checkpoints, jax.set_mesh(mesh):
     step = checkpoints.latest
     if step is None:
       step = 0
-      statistics = _measure(dataset, cfg)
+      statistics = _measure(dataset, cfg, say)
     else:
       state, position, statistics = checkpoints.restore(step, state)
       stream.set_state(position)
@@ -61,21 +67,40 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
         log.add(step, metrics)
         if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
           log.flush(step)
+          _check_finite(state, workdir, step)
           checkpoints.save(step, state, stream.get_state(), statistics)
-  _check_finite(state, workdir)
   return step
 
 
-def _check_finite(state: TrainState, workdir: pathlib.Path) -> None:
-  if not all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.device_get(state.params))):
-    raise RunError(f"{workdir}: the parameters are no longer finite; lower config.train.learning_rate or clip_norm.")
+@jax.jit
+def _all_finite(params: nnx.State) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
-def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
-  """Measures label rates on rows drawn as in training, but not the same ones."""
-  n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
+def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
+  """Stops before parameters that are no longer finite take the place of a good checkpoint."""
+  if not bool(_all_finite(state.params)):
+    raise RunError(
+      f"{workdir}: the parameters are no longer finite at step {step}; nothing was saved, and the checkpoints before "
+      "it are kept. Train again in another --workdir with a lower config.train.learning_rate or clip_norm."
+    )
+
+
+def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -> dict[str, TaskStatistics]:
+  """Measures label rates on rows drawn as in training, but not the same ones; rare labels are waited for."""
+  known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_tasks}
+  if not any(count["known"] for count in known.values()):
+    raise RunError(f"no active task has a training label; see 'labels' in {dataset.path}/manifest.json.")
   stream = batches.training(dataset, cfg, seed=cfg.train.seed + 1)
-  return losses.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches)
+  n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
+  wanted = {n: min(count["known"], MEASURED_LABELS) for n, count in known.items()}
+  statistics = losses.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
+  for name, count in known.items():
+    if not count["known"]:
+      say(f"warning: task {name} has no training label and contributes nothing")
+    elif not statistics[name].rate:
+      say(f"warning: no label of task {name} was met in {losses.LONGEST * n_batches} batches; it contributes nothing")
+  return statistics
 
 
 def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
@@ -88,10 +113,29 @@ def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
     temporary.replace(file)
     return
   old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
+  for whole in (old, new):
+    del whole["train"]["mesh"]  # a run may go on on other devices
   if old != new:
     changed = config.differences(old, new)
     raise RunError(
       f"{workdir} holds a run of another config ({'; '.join(changed[:4])}). Name another --workdir, or delete this one."
+    )
+
+
+def check_encoding(workdir: pathlib.Path, dataset: Dataset, *, create: bool = False) -> None:
+  """Makes sure that a run meets the encoding of events that it was trained with; `create` notes that of a new run.
+
+  Raises:
+    RunError: the dataset was prepared again, and its vocabularies or statistics came out otherwise.
+  """
+  file = workdir / "encoding.json"
+  mine = {"encoding_hash": dataset.manifest["encoding_hash"]}
+  if create and not file.is_file():
+    file.write_text(json.dumps(mine) + "\n")
+  if json.loads(file.read_text()) != mine:
+    raise RunError(
+      f"{dataset.path} was prepared again since {workdir} was trained, and its vocabularies or statistics are others: "
+      "the run's parameters do not fit them. Train again in another --workdir."
     )
 
 

@@ -27,6 +27,9 @@ from supermoe_jax import config
 from supermoe_jax.data.batches import Batch, Targets
 from supermoe_jax.models.supermoe import Encoded, SuperMoE
 
+# Times the usual number of batches after which `measure` no longer waits for rare labels.
+LONGEST = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskStatistics:
@@ -130,14 +133,23 @@ def loss(
 
 
 def measure(
-  tasks: Mapping[str, config.Task], outputs: Mapping[str, int], batches: Iterable[Batch], n_batches: int
+  tasks: Mapping[str, config.Task],
+  outputs: Mapping[str, int],
+  batches: Iterable[Batch],
+  n_batches: int,
+  wanted: Mapping[str, int] | None = None,
 ) -> dict[str, TaskStatistics]:
-  """Measures each task's label rate and constant loss over `n_batches` training batches."""
+  """Measures each task's label rate and constant loss over `n_batches` training batches.
+
+  Goes on, up to `LONGEST` times as many, while a task has met fewer labels than `wanted` of it.
+  """
   rows = 0
   count = dict.fromkeys(tasks, 0)
   at_snapshots = dict.fromkeys(tasks, 0)
   total = {n: np.zeros(outputs[n]) for n in tasks}
-  for batch in itertools.islice(batches, n_batches):
+  for i, batch in enumerate(itertools.islice(batches, LONGEST * n_batches)):
+    if i >= n_batches and all(count[n] >= least for n, least in (wanted or {}).items()):
+      break
     rows += len(batch.features.length)
     for name, task in tasks.items():
       targets = batch.targets[name]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
 from supermoe_jax import config
+
+# Names of the parameters that weight decay pulls to 0. A row of a table is touched by few batches; decay would erase
+# it.
+_DECAYED = {"kernel", "up", "down"}
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+  """The last name on a parameter's path (what follows it is the variable's own)."""
+  names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+  return [n for n in names if n != "value"][-1:]
 
 
 def schedule(train: config.Train) -> optax.Schedule:
@@ -20,10 +32,10 @@ def schedule(train: config.Train) -> optax.Schedule:
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
-  """Returns AdamW; vectors (biases, norms) are not decayed."""
+  """Returns AdamW; only the matrices of linear maps and experts are decayed, not biases, norms or embedding rows."""
 
   def decayed(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(_DECAYED & set(_names(path))), params)
 
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm),

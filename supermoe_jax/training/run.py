@@ -15,6 +15,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.training.checkpoint import Checkpoints, RunError
+from supermoe_jax.training.loop import check_encoding
 from supermoe_jax.training.step import abstract_model, place
 
 
@@ -40,14 +41,16 @@ class Run:
 
     Raises:
       ConfigError: `workdir` is not a run directory.
-      RunError: it holds no checkpoint yet.
+      RunError: it holds no checkpoint yet, or its dataset was prepared again with another outcome.
       DataError: its dataset is gone or another.
     """
     self.workdir = pathlib.Path(workdir)
     self.cfg: config.Config = config.load_json(self.workdir / "config.json")
     self.dataset = Dataset(self.cfg.data.path)
     self.dataset.check_matches(self.cfg)
-    self.mesh = sharding.make_mesh(self.cfg.train.mesh)
+    sizes = self.cfg.train.mesh
+    enough = sizes.data * sizes.expert * sizes.tensor <= len(jax.devices())
+    self.mesh = sharding.make_mesh(sizes if enough else config.Mesh())  # what was trained on many runs on one as well
     self._graph, abstract = abstract_model(self.cfg, self.dataset.schema)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)
@@ -55,6 +58,7 @@ class Run:
       latest = checkpoints.latest
       if latest is None:
         raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
+      check_encoding(self.workdir, self.dataset)
       self.step = latest
       self._params = checkpoints.restore_params(latest, placed)
 

@@ -41,7 +41,7 @@ class StepMetrics(NamedTuple):
 
   Attributes:
     loss: float32, the whole loss.
-    tasks: Σ δℓ and Σ δ of each task.
+    tasks: Σ δωℓ and Σ δω of each task.
     balance_loss, z_loss: float32, mean over the MoE layers.
     load: float32 `[M, E]`.
     routed, dropped: int32 `[M]`.

@@ -61,7 +61,7 @@ def test_labels_equal_a_plain_reference(history: UserHistory, days: float) -> No
   event = labels.future_event(history, snapshots, TIMES, 1, days, False)
   churn = labels.future_event(history, snapshots, TIMES, 1, days, True)
   values = labels.future_values(history, snapshots, TIMES, 0, 3, days)
-  following = labels.next_event(history, snapshots, 1, immediate=False)
+  following = labels.next_event(history, snapshots, 1, TIMES)
   limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
   events = list(zip(history.time.tolist(), history.source.tolist(), history.codes.tolist()))
   for s, (time, n, split) in enumerate(zip(*snapshots)):
@@ -73,7 +73,7 @@ def test_labels_equal_a_plain_reference(history: UserHistory, days: float) -> No
     if observed:
       assert bool(event.value[s]) == any(e[1] == 1 for e in inside) == (not churn.value[s])
       assert values.value[s].tolist() == [float(any(e[2][0] == v for e in inside)) for v in (2, 3, 4)]
-    later = [e[2][1] for e in events if e[0] >= time and (split != TRAIN or e[0] < TRAIN_END) and e[2][1] > 0]
+    later = [e[2][1] for e in events if time <= e[0] < limits[split] and e[2][1] > 0]
     assert bool(following.known[s]) == bool(later)
     assert int(following.value[s]) == (later[0] if later else 0)
 
@@ -120,8 +120,9 @@ def test_leave_one_out_keeps_the_last_two_events_from_training(n: int) -> None:
   codes = np.arange(2, n + 2, dtype=np.int32)[:, None]
   n_train = n if n < 3 else n - 2
   history = UserHistory("u", np.zeros(n, np.int64), np.zeros(n, np.int32), codes, np.zeros((n, 0), np.float32), n_train)
-  snapshots = labels.leave_one_out_snapshots(history, 1)
-  target = labels.next_event(history, snapshots, 0, immediate=True)
+  snapshots, left_out = labels.leave_one_out_snapshots(history, 1)
+  assert left_out == 0
+  target = labels.next_event(history, snapshots, 0, None)
   by_split = {s: target.value[(snapshots.split == s) & target.known].tolist() for s in (TRAIN, VALIDATION, TEST)}
   if n >= 3:
     assert (by_split[VALIDATION], by_split[TEST]) == ([n], [n + 1])

@@ -79,7 +79,7 @@ def test_a_directory_that_is_no_dataset_is_never_overwritten(small: config.Confi
   path = pathlib.Path(small.data.path)
   path.mkdir()
   (path / "thesis.txt").write_text("years of work")
-  with pytest.raises(DataError, match="is not a dataset; it is not overwritten"):
+  with pytest.raises(DataError, match="holds no dataset and is not overwritten"):
     prepare.prepare(small, overwrite=True)
   assert (path / "thesis.txt").read_text() == "years of work"
 
@@ -152,3 +152,35 @@ def test_the_log_may_be_declared_complete_beyond_its_last_event(small: config.Co
   longer = config.override(small, ["--config.data.split.log_end=2024-09-01", "--config.tasks.quiet.horizon_days=60"])
   with_end = prepare.prepare(longer, overwrite=True)["labels"]["quiet"]["test"]["known"]
   assert with_end == without > 0
+
+
+def test_files_that_changed_since_are_not_taken_for_prepared(small: config.Config) -> None:
+  prepare.prepare(small)
+  file = pathlib.Path(small.data.sources["buys"].files[0])
+  pq.write_table(pq.read_table(file).slice(1), file)
+  with pytest.raises(DataError, match="have changed; prepare again with --overwrite"):
+    prepare.prepare(small)
+  prepare.prepare(small, overwrite=True)
+
+
+def test_an_empty_directory_is_prepared_into(small: config.Config) -> None:
+  pathlib.Path(small.data.path).mkdir()
+  assert prepare.prepare(small)["users"] == 12
+
+
+def test_a_dataset_with_something_else_in_it_is_not_overwritten(small: config.Config) -> None:
+  prepare.prepare(small)
+  kept = pathlib.Path(small.data.path) / "checkpoints"
+  kept.mkdir()
+  with pytest.raises(DataError, match="holds 'checkpoints' besides the dataset"):
+    prepare.prepare(small, overwrite=True)
+  assert kept.is_dir()
+
+
+def test_user_ids_are_integers_again_only_if_all_are(small: config.Config) -> None:
+  assert prepare.prepare(small)["user_type"] == "integer"
+  file = pathlib.Path(small.data.sources["buys"].files[0])
+  table = pq.read_table(file).to_pydict()
+  table["user"] = ["guest-7", *map(str, table["user"][1:])]
+  pq.write_table(pa.table(table), file)
+  assert prepare.prepare(small, overwrite=True)["user_type"] == "text"

@@ -23,8 +23,10 @@ def test_every_task_has_its_metrics_and_baselines_in_both_splits(result: dict, r
     assert set(tasks["next_page"]["baselines"]) == {"most popular", "own most frequent"}
     assert set(tasks["quiet"]["baselines"]) == {"constant", "aggregates + logistic"}
     for name, task in tasks.items():
-      assert task["metrics"][result["main_metric"][name]] is not None
+      both_classes = 0 < task.get("positive", 0.5) < 1
+      assert (task["metrics"][result["main_metric"][name]] is not None) == both_classes
       assert task["labels"] > 0
+  assert result["splits"]["test"]["quiet"]["metrics"]["auc"] is not None
 
 
 def test_the_file_holds_what_is_returned(result: dict, workdir: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.layers.heads import BinaryHead
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training.step import build
 
@@ -136,3 +137,9 @@ def test_a_model_without_experts_works(cfg: config.Config, dataset: Dataset, fea
   encoded = jax.jit(lambda s, f: nnx.merge(graph, s, copy=True).encode(f, dropless=False))(state, features)
   assert encoded.experts.load.shape == (0, 4)
   assert np.isfinite(encoded.z).all()
+
+
+def test_one_value_in_question_keeps_its_dimension() -> None:
+  model = BinaryHead(4, 1, rngs=nnx.Rngs(0))
+  assert model(jnp.ones((2, 3, 4))).shape == (2, 3, 1)
+  assert BinaryHead(4, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 4))).shape == (2, 3)

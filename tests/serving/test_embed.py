@@ -98,7 +98,7 @@ def test_embeddings_that_are_there_are_kept_unless_told(written: pathlib.Path, r
 
 def test_a_directory_of_something_else_is_never_overwritten(run: Run, tmp_path: pathlib.Path) -> None:
   (tmp_path / "thesis.txt").write_text("years of work")
-  with pytest.raises(DataError, match="holds no embeddings"):
+  with pytest.raises(DataError, match="holds no embeddings and is not overwritten"):
     embed.embed(run, DAYS, tmp_path, overwrite=True)
   assert (tmp_path / "thesis.txt").exists()
 
@@ -132,3 +132,18 @@ def test_a_set_of_parts_that_is_not_whole_is_an_error(written: pathlib.Path, tmp
   (copy / "manifest.json").unlink()
   with pytest.raises(DataError, match="no manifest"):
     embed.read(copy)
+
+
+def test_a_time_before_every_event_gives_an_empty_table_of_the_same_columns(
+  written: pathlib.Path, run: Run, tmp_path: pathlib.Path
+) -> None:
+  assert embed.embed(run, ["2001-01-01"], tmp_path / "none")["rows"] == 0
+  assert embed.read(tmp_path / "none").schema == embed.read(written).schema
+
+
+def test_a_dataset_is_never_taken_for_embeddings(run: Run, tmp_path: pathlib.Path) -> None:
+  copy = tmp_path / "dataset"
+  shutil.copytree(run.dataset.path, copy)
+  with pytest.raises(DataError, match="holds no embeddings and is not overwritten"):
+    embed.embed(run, DAYS, copy, overwrite=True)
+  assert (copy / "manifest.json").is_file()

@@ -148,3 +148,42 @@ def test_a_checkpoint_of_another_model_is_an_error(
   config.save(config.override(cfg, ["--config.model.d_expert=24"]), copy / "config.json")
   with pytest.raises(RunError, match="does not fit this model"):
     Run(copy)
+
+
+def test_a_dataset_that_came_out_otherwise_does_not_fit_a_trained_run(
+  workdir: pathlib.Path, cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
+  copy, data = tmp_path / "copy", tmp_path / "dataset"
+  shutil.copytree(workdir, copy)
+  shutil.copytree(dataset.path, data)
+  moved = config.override(cfg, [f"--config.data.path={data}"])
+  config.save(moved, copy / "config.json")
+  Run(copy)
+  manifest = json.loads((data / "manifest.json").read_text())
+  (data / "manifest.json").write_text(json.dumps({**manifest, "encoding_hash": "another"}))
+  with pytest.raises(RunError, match="was prepared again since"):
+    Run(copy)
+  with pytest.raises(RunError, match="was prepared again since"):
+    loop.train(moved, copy)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(loop, "_all_finite", lambda params: False)
+  with pytest.raises(RunError, match="no longer finite at step 4; nothing was saved"):
+    loop.train(cfg, tmp_path / "run")
+  assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_a_run_of_many_devices_opens_and_goes_on_on_one(
+  workdir: pathlib.Path, cfg: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  wide = config.override(cfg, ["--config.train.mesh.data=8"])
+  assert loop.train(wide, copy, say=lambda _: None) == 12
+  config.save(
+    config.override(cfg, ["--config.train.mesh.data=8", "--config.train.mesh.tensor=2"]), copy / "config.json"
+  )
+  assert dict(Run(copy).mesh.shape) == {"data": 1, "expert": 1, "tensor": 1}
