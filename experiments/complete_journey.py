@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
       "train_end": "2017-10-01",
       "train_start": "2017-02-05",
       "every_days": 5.0,
-      "validation": ("2017-10-01", "2017-10-04"),
+      "validation": ("2017-10-01",),
       "test": ("2017-11-01",),
     },
     "aggregates": {"top_values": 60, "fields": ("category",)},

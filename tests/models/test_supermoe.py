@@ -1,6 +1,7 @@
 """What the representation of a user may depend on: bit for bit, the past and nothing else."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
