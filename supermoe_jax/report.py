@@ -15,9 +15,9 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jinja2
 import numpy as np
+from flax import nnx
 from markupsafe import Markup
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
@@ -213,12 +213,14 @@ def _parameters(run: _Parts) -> dict[str, int] | None:
   data, model = run.cfg.data, run.cfg.model
   numeric = tuple(n for n, f in data.fields.items() if f.kind == "numeric")
   schema = Schema(tuple(data.sources), codes, numeric, len(run.manifest["aggregates"]["mean"]), outputs)
-  _, params = abstract_model(run.cfg, schema)
-  sizes = [(jax.tree_util.keystr(path), math.prod(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(params)]
-  total = sum(n for _, n in sizes)
-  tables = sum(n for path, n in sizes if "event_embedding" in path and "fields" in path)
-  expert = 2 * model.d_model * model.d_expert + model.d_expert + model.d_model
-  idle = len(_sparse_blocks(model)) * (model.experts - model.experts_per_token) * expert
+  _, variables = abstract_model(run.cfg, schema)
+  total = tables = idle = 0
+  for path, variable in nnx.to_flat_state(nnx.filter_state(variables, nnx.Param)):
+    size = math.prod(variable.get_value().shape)
+    total += size
+    tables += size if {"event_embedding", "fields"} <= set(path) else 0
+    if "expert" in (variable.get_metadata().get("logical") or ()):
+      idle += size * (model.experts - model.experts_per_token) // model.experts
   return {"total": total, "tables": tables, "rest": total - tables, "active": total - tables - idle}
 
 

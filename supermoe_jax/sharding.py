@@ -1,48 +1,100 @@
 """The device mesh and the one table that maps logical names to its axes.
 
 Arrays are annotated with logical names only (`batch`, `expert`, `embed` …); nothing outside this file names a mesh
-axis. One device is a 1×1×1 mesh, so there is no unsharded code path.
+axis. One device is a 1×1×1 mesh, so there is no unsharded code path; layers used alone, with no mesh set, find every
+name on one device too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from supermoe_jax import config
 
 AXES = ("data", "expert", "tensor")
 
-# Logical name → mesh axis. Experts live on `expert`; the batch is spread over both other token-carrying axes.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+# Logical name → mesh axes. Experts live on `expert`; the batch is spread over both token-carrying axes.
+RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "expert"),
-  "expert": "expert",
-  "heads": "tensor",
-  "mlp": "tensor",
+  "expert": ("expert",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
   "rows": ("data", "expert", "tensor"),
-  "embed": None,
+  "embed": (),
 }
 
+# A parameter of more bytes than this should not lie whole on every device.
+LARGE = 1 << 20
 
-def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+M = TypeVar("M", bound=nnx.Module)
+
+
+def make_mesh(
+  sizes: config.Mesh, devices: Sequence[jax.Device] | None = None, axis_type: AxisType = AxisType.Auto
+) -> Mesh:
   """Returns a mesh of shape `data × expert × tensor`.
 
+  With several slices (pods joined by a data-centre network) only `data` crosses from one to another: gradients travel
+  over the slow network once a step, tokens and activations never.
+
   Raises:
-    ConfigError: fewer devices than the mesh needs.
+    ConfigError: fewer devices than the mesh needs, or not as many slices as it names.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = (sizes.data, sizes.expert, sizes.tensor)
-  needed = int(np.prod(shape))
+  needed = math.prod(shape)
   if needed > len(devices):
     raise config.ConfigError(
       f"config.train.mesh needs {'×'.join(map(str, shape))} = {needed} devices, but JAX sees {len(devices)} "
       f"({devices[0].platform})."
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+  types = (axis_type,) * len(AXES)
+  if sizes.slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
+  found = len({getattr(d, "slice_index", 0) for d in devices})
+  if found != sizes.slices or needed != len(devices):
+    raise config.ConfigError(
+      f"config.train.mesh.slices={sizes.slices} with {needed} devices, but JAX sees {found} slices with "
+      f"{len(devices)} devices in all; several slices are used whole or not at all."
+    )
+  within = (sizes.data // sizes.slices, sizes.expert, sizes.tensor)
+  grid = mesh_utils.create_hybrid_device_mesh(within, (sizes.slices, 1, 1), devices)
+  return Mesh(grid, AXES, axis_types=types)
+
+
+def axes(*names: str | None) -> tuple[str, ...]:
+  """Returns the axes of the mesh in use that these logical names are spread over; none when no mesh is set.
+
+  Raises:
+    ValueError: an unknown name, or two names that map to one mesh axis.
+  """
+  present = jax.sharding.get_abstract_mesh().axis_names
+  return tuple(a for entry in _entries(names) for a in entry if a in present)
+
+
+def ways(*names: str | None) -> int:
+  """Returns over how many devices these logical names are spread on the mesh in use; 1 when no mesh is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[a] for a in axes(*names))
+
+
+def platform() -> str:
+  """Returns the kind of device that the mesh in use is made of, such as "cpu" or "tpu"; else JAX' default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def index(name: str) -> jax.Array | int:
+  """Returns this device's place among those that `name` is spread over; for use inside `on_shards`."""
+  return jax.lax.axis_index(axes(name)) if axes(name) else 0
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -51,27 +103,78 @@ def spec(*names: str | None) -> PartitionSpec:
   Raises:
     ValueError: an unknown name, or two names that map to one mesh axis.
   """
-  used: list[str] = []
-  entries: list[str | tuple[str, ...] | None] = []
+  return PartitionSpec(*(_entry(e) for e in _entries(names)))
+
+
+def _entries(names: Sequence[str | None]) -> list[tuple[str, ...]]:
   for name in names:
-    if name is None:
-      entries.append(None)
-      continue
-    if name not in RULES:
+    if name is not None and name not in RULES:
       raise ValueError(f"unknown logical name {name!r}{config.nearest(name, RULES)}")
-    axes = RULES[name]
-    entries.append(axes)
-    used += [axes] if isinstance(axes, str) else list(axes or ())
+  entries = [RULES[name] if name else () for name in names]
+  used = [a for entry in entries for a in entry]
   if len(used) != len(set(used)):
-    raise ValueError(f"logical names {names} put one mesh axis on two dimensions: {used}")
-  return PartitionSpec(*entries)
+    raise ValueError(f"logical names {tuple(names)} put one mesh axis on two dimensions: {used}")
+  return entries
+
+
+def _entry(mesh_axes: Sequence[str]) -> str | tuple[str, ...] | None:
+  return tuple(mesh_axes) if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None
+
+
+def _spec_in_use(names: Sequence[str | None]) -> PartitionSpec:
+  """As `spec`, on the mesh in use, which may lack some of the axes."""
+  present = jax.sharding.get_abstract_mesh().axis_names
+  return PartitionSpec(*(_entry([a for a in e if a in present]) for e in _entries(names)))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Asks XLA to lay `x` out by its logical names, when a mesh is set."""
-  if jax.sharding.get_abstract_mesh().empty:
+  """Lays `x` out by its logical names, when a mesh is set: a request where axes are Auto, a type where Explicit."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not axes(*names):
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*names))
+  if AxisType.Explicit in mesh.axis_types:
+    return jax.sharding.reshard(x, _spec_in_use(names))
+  return jax.lax.with_sharding_constraint(x, _spec_in_use(names))
+
+
+def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, *arguments: Any) -> Any:
+  """Calls `function` on each device's part of `arguments`; without a mesh, on the whole of them.
+
+  Args:
+    function: sees its own shards, and may use collectives over `axes(name)`.
+    inputs: for each argument a tuple of logical names, or a dict of such tuples for a dict of arrays.
+    outputs: the same for what `function` returns (a tuple of tuples for several results).
+    *arguments: arrays, or dicts of arrays.
+
+  Raises:
+    ValueError: a dimension does not divide by the devices that it is spread over.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(*arguments)
+  placed: list[Any] = []
+  for names, argument in zip(inputs, arguments, strict=True):
+    if isinstance(names, dict):
+      placed.append({k: constrain(_divisible(argument[k], names[k]), *names[k]) for k in argument})
+    else:
+      placed.append(constrain(_divisible(argument, names), *names))
+  in_specs = tuple(
+    {k: _spec_in_use(names[k]) for k in argument} if isinstance(names, dict) else _spec_in_use(names)
+    for names, argument in zip(inputs, arguments)
+  )
+  several = isinstance(outputs[0], tuple)
+  out_specs = tuple(_spec_in_use(o) for o in outputs) if several else _spec_in_use(outputs)
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*placed)
+
+
+def _divisible(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+  for i, (size, name) in enumerate(zip(x.shape, names, strict=True)):
+    if size % ways(name):
+      raise ValueError(
+        f"dimension {i} ({name}) of an array of shape {x.shape} is spread over {ways(name)} devices "
+        f"({' × '.join(axes(name))}) and must be a multiple of that."
+      )
+  return x
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -86,19 +189,60 @@ def param(value: jax.Array, *names: str | None) -> nnx.Param:
   return nnx.Param(value, logical=names)
 
 
+def stacked(state: nnx.State) -> nnx.State:
+  """Gives each variable of `state` one more dimension in front, of layers, in its logical names."""
+
+  def add(variable: nnx.Variable) -> nnx.Variable:
+    names = variable.get_metadata().get("logical")
+    if names is not None:
+      variable.set_metadata(logical=(None, *names))
+    return variable
+
+  return jax.tree.map(add, state, is_leaf=_is_variable)
+
+
 def shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
-  """Maps each variable of `state` to its layout on `mesh`; one without names, or that does not divide, is
-  replicated."""
+  """Maps each variable of `state` to its layout on `mesh`; a dimension that does not divide stays whole.
+
+  What comes to lie whole on every device by that is told by `replicated`.
+  """
 
   def layout(variable: nnx.Variable) -> nnx.Variable:
-    names = variable.get_metadata().get("logical")
+    names = variable.get_metadata().get("logical") or ()
     shape = variable.get_value().shape
-    if names is None:
-      return variable.replace(NamedSharding(mesh, PartitionSpec()))
     entries = []
-    for size, axes in zip(shape, spec(*names)):
-      ways = int(np.prod([mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ())]))
-      entries.append(axes if size % ways == 0 else None)
+    for size, mesh_axes in zip(shape, _entries(names)):
+      divides = size % math.prod(mesh.shape[a] for a in mesh_axes) == 0
+      entries.append(_entry(mesh_axes) if divides else None)
     return variable.replace(NamedSharding(mesh, PartitionSpec(*entries)))
 
-  return jax.tree.map(layout, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+  return jax.tree.map(layout, state, is_leaf=_is_variable)
+
+
+def replicated(mesh: Mesh, state: nnx.State, larger_than: int = LARGE) -> dict[str, int]:
+  """Returns the parameters of more than `larger_than` bytes that every device of `mesh` holds whole, with their bytes.
+
+  Empty on one device.
+  """
+  if mesh.size == 1:
+    return {}
+  out = {}
+  layouts = nnx.to_flat_state(shardings(mesh, state))
+  for (path, variable), (_, layout) in zip(nnx.to_flat_state(state), layouts, strict=True):
+    value = variable.get_value()
+    size = math.prod(value.shape) * np.dtype(value.dtype).itemsize
+    if size > larger_than and layout.get_value().is_fully_replicated:
+      out[".".join(map(str, path))] = size
+  return out
+
+
+def create(make: Callable[[], M], mesh: Mesh) -> M:
+  """Returns `make()` with every variable created in its place on `mesh`; no device or host holds the whole of it."""
+  graph, abstract = nnx.split(nnx.eval_shape(make))
+  with jax.set_mesh(mesh):
+    state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings(mesh, abstract))()
+  return nnx.merge(graph, state)
+
+
+def _is_variable(value: Any) -> bool:
+  return isinstance(value, nnx.Variable)

@@ -1,10 +1,14 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from supermoe_jax import config, sharding
+from supermoe_jax.data.dataset import Schema
+from supermoe_jax.layers.moe import MoE
+from supermoe_jax.training.step import abstract_model
 
 
 def test_a_spec_maps_logical_names_to_mesh_axes() -> None:
@@ -26,15 +30,20 @@ def test_a_mesh_larger_than_the_machine_is_an_error() -> None:
     sharding.make_mesh(config.Mesh(data=64))
 
 
-def test_parameters_are_laid_out_by_their_names_and_replicated_where_they_do_not_divide() -> None:
+def test_slices_that_are_not_there_are_an_error() -> None:
+  with pytest.raises(config.ConfigError, match=r"slices=2 with 8 devices, but JAX sees 1 slices with 8 devices"):
+    sharding.make_mesh(config.Mesh(data=8, slices=2))
+
+
+class Layer(nnx.Module):
+  def __init__(self) -> None:
+    self.divides = sharding.param(jnp.zeros((4, 6)), "expert", "mlp")
+    self.does_not = sharding.param(jnp.zeros((3, 6)), "expert", "mlp")
+    self.plain = nnx.Param(jnp.zeros(4))
+
+
+def test_parameters_are_laid_out_by_their_names_and_whole_where_they_do_not_divide() -> None:
   mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
-
-  class Layer(nnx.Module):
-    def __init__(self) -> None:
-      self.divides = sharding.param(jnp.zeros((4, 6)), "expert", "mlp")
-      self.does_not = sharding.param(jnp.zeros((3, 6)), "expert", "mlp")
-      self.plain = nnx.Param(jnp.zeros(4))
-
   layouts = sharding.shardings(mesh, nnx.state(Layer(), nnx.Param))
   specs = {k: layouts[k].get_value().spec for k in ("divides", "does_not", "plain")}
   assert specs == {
@@ -42,6 +51,46 @@ def test_parameters_are_laid_out_by_their_names_and_replicated_where_they_do_not
     "does_not": PartitionSpec(None, "tensor"),
     "plain": PartitionSpec(),
   }
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_module_is_created_in_its_place(axis_type: AxisType) -> None:
+  def make() -> MoE:
+    return MoE(8, 16, 4, 2, rngs=nnx.Rngs(0))
+
+  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2), axis_type=axis_type)
+  moe = sharding.create(make, mesh)
+  up = moe.up.get_value()
+  assert {s.data.shape for s in up.addressable_shards} == {(2, 8, 8)}
+  np.testing.assert_allclose(up, make().up.get_value(), atol=1e-6)  # the numbers do not depend on the mesh
+
+
+def test_what_lies_whole_on_every_device_is_told_with_its_bytes() -> None:
+  state = nnx.state(Layer())
+  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  assert sharding.replicated(mesh, state, larger_than=1) == {"plain": 16}
+  assert sharding.replicated(sharding.make_mesh(config.Mesh()), state, larger_than=1) == {}
+
+
+def test_no_large_parameter_of_the_model_is_left_replicated(cfg: config.Config) -> None:
+  """At a width where every kernel is large; what may lie whole is what does not grow with experts, rows or width²."""
+  large = config.override(
+    cfg,
+    [
+      "--config.model.d_model=1024",
+      "--config.model.d_hidden=4096",
+      "--config.model.d_expert=4096",
+      "--config.model.experts=16",
+      "--config.model.shared_experts=1",
+      "--config.model.activation=swiglu",
+    ],
+  )
+  fields = {n: 1 << 20 for n, f in cfg.data.fields.items() if f.kind != "numeric"}
+  outputs = {n: (1 << 20) - 2 if isinstance(t, config.NextEvent) else 8 for n, t in cfg.active_tasks.items()}
+  schema = Schema(tuple(cfg.data.sources), fields, ("amount",), 400, outputs)
+  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  _, state = abstract_model(large, schema)
+  assert sharding.replicated(mesh, state, larger_than=2 << 20) == {}
 
 
 def test_names_must_match_the_dimensions() -> None:
@@ -52,3 +101,21 @@ def test_names_must_match_the_dimensions() -> None:
 def test_constrain_without_a_mesh_changes_nothing() -> None:
   x = jnp.arange(4.0)
   assert jax.jit(lambda x: sharding.constrain(x, "batch"))(x).tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_function_sees_its_own_shards_and_may_sum_over_all(axis_type: AxisType) -> None:
+  def local(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    assert x.shape == (2, 6)
+    assert w["up"].shape == (6, 2)
+    return x @ w["up"], jax.lax.psum(jnp.sum(x), sharding.axes("batch"))
+
+  def run(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inputs = (("batch", None), {"up": ("embed", "mlp")})
+    return sharding.on_shards(local, inputs, (("batch", "mlp"), ()), x, {"up": w})
+
+  x, w = jnp.arange(48.0).reshape(8, 6), jnp.arange(24.0).reshape(6, 4)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2), axis_type=axis_type)):
+    product, total = jax.jit(run)(x, w)
+  np.testing.assert_allclose(product, x @ w)
+  assert float(total) == float(x.sum())

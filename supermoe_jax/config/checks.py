@@ -169,7 +169,7 @@ def _check_sizes(config: Config) -> None:
         "log_every",
       ),
     ),
-    "train.mesh": (train.mesh, ("data", "expert", "tensor")),
+    "train.mesh": (train.mesh, ("data", "expert", "tensor", "slices")),
     "evaluate": (evaluate, ("batch_rows", "catalogue_chunk")),
   }
   for section, (values, names) in positive.items():
@@ -189,6 +189,21 @@ def _check_sizes(config: Config) -> None:
     f"config.model.moe_every={model.moe_every} exceeds layers={model.layers}: no block would hold experts; "
     "write 0 to mean that.",
   )
+  _require(
+    not model.moe_every or model.experts % train.mesh.expert == 0,
+    f"config.model.experts={model.experts} must be a multiple of train.mesh.expert={train.mesh.expert}.",
+  )
+  _require(
+    not model.moe_every or model.d_expert % train.mesh.tensor == 0,
+    f"config.model.d_expert={model.d_expert} must be a multiple of train.mesh.tensor={train.mesh.tensor}.",
+  )
+  _require(
+    train.mesh.data % train.mesh.slices == 0,
+    f"config.train.mesh.data={train.mesh.data} must be a multiple of slices={train.mesh.slices}.",
+  )
+  _require(model.shared_experts >= 0, f"config.model.shared_experts={model.shared_experts} must not be negative.")
+  _require(0 <= model.router_jitter < 1, f"config.model.router_jitter={model.router_jitter} must be in [0, 1).")
+  _require(train.balance_rate >= 0, f"config.train.balance_rate={train.balance_rate} must not be negative.")
   _require(0 <= model.dropout < 1, f"config.model.dropout={model.dropout} must be in [0, 1).")
   _require(
     train.warmup_steps < train.steps,

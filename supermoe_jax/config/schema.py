@@ -183,7 +183,13 @@ class Model:
   experts: int = 8
   experts_per_token: int = 2
   d_expert: int = 128
+  shared_experts: int = 0  # of width d_expert, which every token visits besides
+  activation: Literal["gelu", "swiglu"] = "gelu"
   capacity_factor: float = 1.25  # training only; evaluation and export never drop
+  dispatch: Literal["auto", "dense", "sorted", "all_to_all", "gather", "ragged"] = "auto"  # see layers/dispatch.py
+  router_jitter: float = 0.0  # noise on the tokens that the router sees in training
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of products; parameters, router and sums are float32
+  remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again; dots: all but products
   max_events: int = 256
   dropout: float = 0.1
 
@@ -195,6 +201,7 @@ class Mesh:
   data: int = 1
   expert: int = 1
   tensor: int = 1
+  slices: int = 1  # of TPU, joined by a data-centre network; `data` spans them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +219,7 @@ class Train:
   clip_norm: float = 1.0
   balance_weight: float = 0.01
   z_weight: float = 1e-3
+  balance_rate: float = 0.0  # step of the routers' balancing bias (loss-free balancing, arXiv 2408.15664); 0: no bias
   checkpoint_every: int = 200
   checkpoints_kept: int = 2
   log_every: int = 20

@@ -1,6 +1,8 @@
-"""Attention over a history and its snapshots: causal among events, one-way from snapshots, aware of time gaps."""
+"""Attention over histories and their snapshots: causal among events, one-way from snapshots, aware of time gaps."""
 
 from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,45 +15,80 @@ from supermoe_jax.layers.linear import linear
 # Hours at which the learned bias on time gaps may bend: at once, a day, four weeks. Each costs a pass over all pairs.
 GAP_KNOTS = np.log1p(np.array([0.0, 24.0, 672.0]))
 
-# Nothing sees what comes after it in a row, so a block of queries needs only the keys up to its own end: half the work,
-# and no [T, T] scores. Measured on 2 CPU cores (B 32, T 264, H 2, d 32, forward + backward): 93 ms in blocks, 245 ms
-# with jax.nn.dot_product_attention and the same bias.
+# Nothing sees what comes after it in a row, so a block of queries needs only the keys up to its own end: half the work.
+# Measured, as all times here, forward + backward in float32 on 2 CPU cores: B 32, T 264, H 2, d 32 takes 27 ms in
+# blocks, 36 ms in the loops below, 46 ms with jax.nn.dot_product_attention and the same mask and bias.
 QUERY_BLOCK = 96
 
-# Score of what is not visible; finite, so that a row that sees nothing (padding) stays finite.
+# Unrolled blocks leave all their scores to the backward pass, and take longer to compile the more there are. A row of
+# more than LONG positions goes through LONG_GROUPS loops instead, each with the keys up to its own end; a step of a
+# loop takes LONG_BLOCK queries, and the backward pass computes its scores again. At B 1, T 2048, H 4, d 32 the loops
+# need 21 MiB and 86 ms, the blocks 240 MiB and 76 ms (the scores of all pairs are 64 MiB); at B 8, T 1032, H 2, 42 MiB
+# and 80 ms against 221 MiB and 65 ms. Blocks under jax.checkpoint save nothing on the CPU, where XLA merges the second
+# computation with the first.
+LONG = 512
+LONG_BLOCK = 32
+LONG_GROUPS = 4
+
+# Score of what is not visible: its exponential is 0.
 HIDDEN = -1e30
 
 
-def visibility(length: jax.Array, n_events: jax.Array, max_events: int) -> jax.Array:
-  """Returns which positions see which, bool `[B, L + S, L + S]`, for L events followed by S snapshots.
+class Visibility(NamedTuple):
+  """Who sees whom: position i sees positions start_i ≤ j < end_i, and itself. int32 `[B, T]` each; end_i ≤ i + 1."""
 
-  Event i sees the events j ≤ i. Snapshot s sees the first `n_events [B, S]` events, and itself. Nobody else sees a
-  snapshot; `length [B]` events are real, the rest is padding, which nobody sees.
+  start: jax.Array
+  end: jax.Array
+
+
+def visibility(segment: jax.Array, query_segment: jax.Array, query_events: jax.Array) -> tuple[Visibility, jax.Array]:
+  """Returns who sees whom, and where everyone is, in rows of L events followed by S snapshots.
+
+  An event sees the events of its user up to itself, a snapshot the first `query_events` events of its user and itself.
+  Nobody else sees a snapshot, nobody sees padding, padding sees only itself, and nothing crosses users.
+
+  Args:
+    segment: int32 `[B, L]`, the user of each event: users contiguous, numbered from 1; 0 is padding.
+    query_segment: int32 `[B, S]`, the user of each snapshot; 0 is padding.
+    query_events: int32 `[B, S]`, how many of its user's events the snapshot sees; more than exist means all of them.
+
+  Returns: the `Visibility [B, L + S]`, and the rotary position int32 `[B, L + S]`, which is the place within the
+    user's own history: of an event its index from 0, of a snapshot the number of events it sees, of padding 0.
   """
-  n_snapshots = n_events.shape[1]
-  event = jnp.arange(max_events)
-  causal = (event[None, :] <= event[:, None])[None] & (event[None, None, :] < length[:, None, None])
-  past = (event[None, None, :] < n_events[:, :, None]) & (event[None, None, :] < length[:, None, None])
-  events_see = jnp.pad(causal, ((0, 0), (0, 0), (0, n_snapshots)))
-  itself = jnp.broadcast_to(jnp.eye(n_snapshots, dtype=bool), (len(length), n_snapshots, n_snapshots))
-  return jnp.concatenate([events_see, jnp.concatenate([past, itself], axis=2)], axis=1)
+  event = jnp.arange(segment.shape[1], dtype=jnp.int32)
+  begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  first = jax.lax.cummax(jnp.where(begins, event, 0), axis=1)
+  real = segment > 0
+  start = jnp.where(real, first, event)
+
+  own = (query_segment[:, :, None] == segment[:, None, :]) & real[:, None, :]  # [B, S, L]
+  seen = jnp.clip(query_events, 0, jnp.sum(own, axis=2)).astype(jnp.int32)
+  query_start = jnp.argmax(own, axis=2).astype(jnp.int32)
+  visible = Visibility(
+    start=jnp.concatenate([start, query_start], axis=1),
+    end=jnp.concatenate([event + real, query_start + seen], axis=1),
+  )
+  return visible, jnp.concatenate([event - start, seen], axis=1)
 
 
 def rotate(x: jax.Array, position: jax.Array) -> jax.Array:
-  """Rotary embedding of `x [B, T, H, d]` at `position [B, T]` (arXiv 2104.09864)."""
+  """Rotary embedding of `x [B, T, H, d]` at `position [B, T]`, computed in float32 (arXiv 2104.09864)."""
   half = x.shape[-1] // 2
   frequency = 10_000.0 ** (-jnp.arange(half) / half)
   angle = position[:, :, None, None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = x[..., :half], x[..., half:]
-  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-  """Multi-head attention with rotary positions and a learned, piecewise linear bias on log time gaps."""
+  """Multi-head attention with rotary positions and a learned, piecewise linear bias on log time gaps.
 
-  def __init__(self, d_model: int, heads: int, *, rngs: nnx.Rngs):
-    """Creates the layer.
+  Projections and weighted sums are computed in `dtype`, scores and softmax in float32.
+  """
+
+  def __init__(self, d_model: int, heads: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
+    """Creates the layer; without `dtype` it computes in that of its input.
 
     Raises:
       ValueError: `d_model` is no multiple of `2 · heads`; rotary positions turn pairs of channels.
@@ -59,46 +96,108 @@ class Attention(nnx.Module):
     if d_model % (2 * heads):
       raise ValueError(f"d_model={d_model} must be a multiple of 2 × heads={2 * heads}")
     self.heads = heads
-    self.qkv = linear(d_model, 3 * d_model, names=("embed", "heads"), bias=False, rngs=rngs)
-    self.out = linear(d_model, d_model, names=("heads", "embed"), bias=False, rngs=rngs)
+    self.dtype = dtype
+    self.qkv = linear(d_model, 3 * d_model, names=("embed", "heads"), bias=False, dtype=dtype, rngs=rngs)
+    self.out = linear(d_model, d_model, names=("heads", "embed"), bias=False, dtype=dtype, rngs=rngs)
     self.gap = sharding.param(jnp.zeros((len(GAP_KNOTS), heads)), None, "heads")
 
-  def __call__(self, x: jax.Array, position: jax.Array, time: jax.Array, visible: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, position: jax.Array, time: jax.Array, visible: Visibility) -> jax.Array:
     """Attends within rows.
 
     Args:
       x: `[B, T, D]`.
       position: int32 `[B, T]`, place in the history.
       time: float32 `[B, T]`, hours since any fixed moment of the row.
-      visible: bool `[B, T, T]`, whether i sees j; never for j > i.
+      visible: `[B, T]`, who sees whom.
 
-    Returns: `[B, T, D]`. A row of `visible` that is all False gives finite but meaningless numbers.
+    Returns: `[B, T, D]` in the dtype of `x`.
     """
     b, t, d = x.shape
-    q, k, v = jnp.split(self.qkv(x).reshape(b, t, 3 * self.heads, d // self.heads), 3, axis=2)
-    q, k = rotate(q, position), rotate(k, position)
-    blocks = []
-    for start in range(0, t, QUERY_BLOCK):
-      rows, past = slice(start, start + QUERY_BLOCK), slice(0, start + QUERY_BLOCK)
-      blocks.append(
-        _attend(
-          q[:, rows], k[:, past], v[:, past], self._gap_bias(time[:, rows], time[:, past]), visible[:, rows, past]
-        )
-      )
-    return self.out(jnp.concatenate(blocks, axis=1).reshape(b, t, d))
-
-  def _gap_bias(self, time: jax.Array, past: jax.Array) -> jax.Array:
-    """Returns the bias `[B, H, t, T]` of the gaps between `time [B, t]` and `past [B, T]`."""
-    gap = jnp.log1p(jnp.abs(time[:, :, None] - past[:, None, :]))
-    weight = self.gap.get_value()
-    bends = (weight[i][:, None, None] * jax.nn.relu(gap - knot)[:, None] for i, knot in enumerate(GAP_KNOTS))
-    return sum(bends, jnp.zeros(()))
+    qkv = self.qkv(x).astype(self.dtype or x.dtype).reshape(b, t, 3 * self.heads, d // self.heads)
+    q, k, v = jnp.split(qkv, 3, axis=2)
+    queries = Queries(rotate(q, position), time, visible, jnp.arange(t, dtype=jnp.int32)[None])
+    keys = Keys(rotate(k, position), v, time)
+    # One copy a row, so that where rows are sharded the gradient is summed over devices once, not in every loop step.
+    gap = jnp.broadcast_to(self.gap.get_value(), (b, *self.gap.shape))
+    attended = (_attend_in_blocks if t <= LONG else _attend_in_loops)(queries, keys, gap)
+    return self.out(attended.reshape(b, t, d)).astype(x.dtype)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, visible: jax.Array) -> jax.Array:
-  """Softmax attention of `q [B, t, H, d]` over `k, v [B, T, H, d]`; `bias [B, H, t, T]`, `visible [B, t, T]`."""
-  score = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5 + bias
-  score = jnp.where(visible[:, None], score, HIDDEN)
+class Queries(NamedTuple):
+  """Those who look: `q [B, t, H, d]`, `time [B, t]`, `visible [B, t]`, and their `place [1, t]` in the row."""
+
+  q: jax.Array
+  time: jax.Array
+  visible: Visibility
+  place: jax.Array
+
+
+class Keys(NamedTuple):
+  """What they look at, from the row's first position on: `k, v [B, T, H, d]`, `time [B, T]`."""
+
+  k: jax.Array
+  v: jax.Array
+  time: jax.Array
+
+
+_Tree = TypeVar("_Tree", Queries, Keys)
+
+
+def gap_bias(weight: jax.Array, time: jax.Array, past: jax.Array) -> jax.Array:
+  """Returns the bias `[B, H, t, T]` of the gaps between `time [B, t]` and `past [B, T]`; `weight [B, knots, H]`."""
+  gap = jnp.log1p(jnp.abs(time[:, :, None] - past[:, None, :]))
+  bends = (weight[:, i, :, None, None] * jax.nn.relu(gap - knot)[:, None] for i, knot in enumerate(GAP_KNOTS))
+  return sum(bends, jnp.zeros(()))
+
+
+def _attend(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+  """Softmax attention of t queries over T keys, `[B, t, H, d]`; `gap [B, knots, H]` weighs the time gaps."""
+  q, k, v = queries.q, keys.k, keys.v
+  score = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  start, end, place = (a[:, :, None] for a in (*queries.visible, queries.place))
+  key = jnp.arange(k.shape[1], dtype=jnp.int32)
+  visible = ((start <= key) & (key < end)) | (key == place)
+  score = jnp.where(visible[:, None], score + gap_bias(gap, queries.time, keys.time), HIDDEN)
   weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
   total = jnp.sum(weight, axis=-1).swapaxes(1, 2)[..., None]
-  return (jnp.einsum("bhts,bshd->bthd", weight.astype(v.dtype), v) / total).astype(v.dtype)
+  mixed = jnp.einsum("bhts,bshd->bthd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  return (mixed / total).astype(v.dtype)
+
+
+def _attend_in_blocks(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+  """`_attend` of a whole row, block by block."""
+  blocks = []
+  for start in range(0, queries.q.shape[1], QUERY_BLOCK):
+    end = start + QUERY_BLOCK
+    blocks.append(_attend(_positions(queries, start, end), _positions(keys, 0, end), gap))
+  return jnp.concatenate(blocks, axis=1)
+
+
+def _attend_in_loops(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+  """`_attend` of a whole row, with one block of scores alive at a time, forward and backward."""
+  t = queries.q.shape[1]
+  group = -(-t // (LONG_BLOCK * LONG_GROUPS)) * LONG_BLOCK
+  groups = []
+  for start in range(0, t, group):
+    end = min(start + group, t)
+    groups.append(_attend_in_loop(_positions(queries, start, end), _positions(keys, 0, end), gap))
+  return jnp.concatenate(groups, axis=1)
+
+
+def _attend_in_loop(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+  """`_attend`, a loop over blocks of queries; the last block is filled up with queries whose results are dropped."""
+  t = queries.q.shape[1]
+  n_blocks = -(-t // LONG_BLOCK)
+
+  def fold(a: jax.Array) -> jax.Array:  # [B, t, …] → [blocks, B, LONG_BLOCK, …]
+    filled = jnp.pad(a, [(0, 0), (0, n_blocks * LONG_BLOCK - t)] + [(0, 0)] * (a.ndim - 2))
+    return filled.reshape(len(a), n_blocks, LONG_BLOCK, *a.shape[2:]).swapaxes(0, 1)
+
+  attend = jax.checkpoint(_attend, prevent_cse=False)  # a loop's backward pass is a loop of its own: nothing to merge
+  blocks = jax.lax.map(lambda block: attend(block, keys, gap), jax.tree.map(fold, queries))
+  return blocks.swapaxes(0, 1).reshape(blocks.shape[1], n_blocks * LONG_BLOCK, *blocks.shape[3:])[:, :t]
+
+
+def _positions(tree: _Tree, start: int, end: int) -> _Tree:
+  """The positions start ≤ i < end of every array."""
+  return jax.tree.map(lambda a: a[:, start:end], tree)

@@ -1,9 +1,17 @@
-"""Ways of carrying tokens to their experts and back; one signature, the same numbers.
+"""Ways of carrying tokens to their experts and back: one signature, the same numbers, different traffic.
 
-A strategy takes the tokens `x [N, D]`, the router's choices `expert [N, K]` and `weight [N, K]`, which tokens are
-`valid [N]`, and `apply`, the experts' function: `apply(buffer [G, C, D], group) -> [G, C, D]`, where row g of the
-buffer belongs to expert `group[g]`, or to expert g when `group` is None. It returns the combined output `[N, D]` and
-the number of choices that were dropped. Tokens that are not valid are neither sent nor counted, and their output is 0.
+A strategy runs on each device, inside `sharding.on_shards`. It takes this device's `Tokens`, its `Experts`, and the
+capacity factor (None: nothing may be dropped), and returns the combined outputs, partial over `axes("mlp")`, with which
+choices reached an expert. Tokens that are not valid are neither sent nor counted, and their output is 0.
+
+What travels over the `expert` axis of W devices, a layer, for n tokens a device:
+
+    dense, sorted   the experts' weights, to every device        any mesh; nothing where W = 1
+    all_to_all      capacity_factor · K · n tokens, both ways    large W
+    gather          (W - 1) · n tokens, both ways                small W
+    ragged          the K · n choices themselves, both ways      TPU and GPU only
+
+Capacity is a bound for each expert and group of tokens: those of one device, or, with `gather`, of the W devices.
 """
 
 from __future__ import annotations
@@ -16,140 +24,240 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
+from supermoe_jax.layers import slots
+from supermoe_jax.layers.experts import Experts
 
-Apply = Callable[[jax.Array, jax.Array | None], jax.Array]
-
-# Rows that one expert computes at a time in the dropless form; each expert wastes less than one such block.
+# Fewest rows that one expert computes at a time when nothing may be dropped.
 BLOCK = 64
 
 
+class Tokens(NamedTuple):
+  """This device's n tokens: `x [n, D]`, their choices `expert, weight [n, K]`, and which are `valid [n]`."""
+
+  x: jax.Array
+  expert: jax.Array
+  weight: jax.Array
+  valid: jax.Array
+
+
 class Dispatched(NamedTuple):
-  """Combined expert outputs `y [N, D]` and `dropped`, the int32 number of (token, choice) pairs without a place."""
+  """Combined expert outputs, float32 `y [n, D]`, and which choices reached an expert, bool `kept [n, K]`."""
 
   y: jax.Array
-  dropped: jax.Array
+  kept: jax.Array
 
 
-def dense(
-  x: jax.Array, expert: jax.Array, weight: jax.Array, valid: jax.Array, apply: Apply, n_experts: int
-) -> Dispatched:
-  """Every expert on every token: E times the work, nothing to go wrong. The oracle of the other strategies."""
-  everything = apply(jnp.broadcast_to(x, (n_experts, *x.shape)), None)
-  gate = jnp.einsum("nk,nke->ne", weight, jax.nn.one_hot(expert, n_experts, dtype=weight.dtype))
-  gate = jnp.where(valid[:, None], gate, 0.0)
-  return Dispatched(jnp.einsum("ne,end->nd", gate, everything.astype(jnp.float32)).astype(x.dtype), jnp.int32(0))
+Strategy = Callable[[Tokens, Experts, float | None], Dispatched]
 
 
-def sorted_capacity(
-  x: jax.Array,
-  expert: jax.Array,
-  weight: jax.Array,
-  valid: jax.Array,
-  apply: Apply,
-  n_experts: int,
-  capacity_factor: float,
-) -> Dispatched:
-  """Sorts the choices by expert into a buffer `[E, C, D]`; what exceeds an expert's C rows is dropped and counted.
+def dense(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
+  """Every expert on every token: E times the work, nothing to go wrong. The oracle of the others; never drops."""
+  experts = experts.whole()
+  everything = experts(jnp.broadcast_to(tokens.x, (experts.total, *tokens.x.shape)))
+  gate = jnp.einsum("nk,nke->ne", tokens.weight, jax.nn.one_hot(tokens.expert, experts.total))
+  gate = jnp.where(tokens.valid[:, None], gate, 0.0)
+  y = jnp.einsum("ne,end->nd", gate, everything, preferred_element_type=jnp.float32)
+  return Dispatched(y, jnp.broadcast_to(tokens.valid[:, None], tokens.expert.shape))
 
-  `C = ⌈capacity_factor · K · N / E⌉`. Rows earlier in the batch have precedence.
+
+def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
+  """Sorts the choices by expert into a buffer `[E, C, D]`; tokens stay on their device, weights come to them.
+
+  Without a capacity the buffer is one of blocks, each of one expert, of which the choices fill at most `K·n/rows + E`
+  however they fall on the experts. Shapes are static and nothing drops, so that the result of a token cannot depend on
+  the others.
+
+  Source: capacity, arXiv 2101.03961; block-sparse dispatch, arXiv 2211.15841.
   """
-  n, k = expert.shape
-  capacity = min(math.ceil(capacity_factor * k * n / n_experts), n * k)
-  ranked = _rank(expert, valid, n_experts)
-  kept = ranked.sent & (ranked.rank < capacity)
-  slot = jnp.where(kept, ranked.expert * capacity + ranked.rank, n_experts * capacity)
-  out = _through(x, slot, weight, lambda b: apply(b.reshape(n_experts, capacity, -1), None), n_experts * capacity)
-  return Dispatched(out, jnp.sum(ranked.sent) - jnp.sum(kept))
-
-
-def sorted_dropless(
-  x: jax.Array, expert: jax.Array, weight: jax.Array, valid: jax.Array, apply: Apply, n_experts: int
-) -> Dispatched:
-  """Sorts the choices by expert into blocks of `BLOCK` rows, each of one expert; shapes are static, nothing drops.
-
-  The choices fill at most `K·N/BLOCK + E` blocks however they fall on the experts, so that the result of a token cannot
-  depend on the others.
-
-  Source: block-sparse dispatch, arXiv 2211.15841.
-  """
-  n, k = expert.shape
-  blocks = n * k // BLOCK + n_experts
-  ranked = _rank(expert, valid, n_experts)
-  used = (ranked.load + BLOCK - 1) // BLOCK
+  experts = experts.whole()
+  x, expert, weight, valid = tokens
+  ranked = slots.rank(expert, valid, experts.total)
+  if capacity_factor is not None:
+    capacity = _capacity(capacity_factor, expert, experts.total)
+    slot, kept, n_slots = _cells(expert, ranked, capacity, experts.total)
+    y = slots.through(x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.total, capacity, -1))))
+    return Dispatched(y, kept)
+  rows = max(BLOCK, expert.size // (4 * experts.total))  # at most 5 E blocks, which each fetch their expert's weights
+  blocks = expert.size // rows + experts.total
+  used = (ranked.load + rows - 1) // rows
   end = jnp.cumsum(used)
-  slot = (end - used)[jnp.minimum(ranked.expert, n_experts - 1)] * BLOCK + ranked.rank
-  slot = jnp.where(ranked.sent, slot, blocks * BLOCK)
-  group = jnp.minimum(jnp.searchsorted(end, jnp.arange(blocks), side="right"), n_experts - 1)
-  out = _through(x, slot, weight, lambda b: apply(b.reshape(blocks, BLOCK, -1), group), blocks * BLOCK)
-  return Dispatched(out, jnp.int32(0))
+  slot = jnp.where(ranked.sent, (end - used)[expert] * rows + ranked.rank, blocks * rows)
+  group = jnp.minimum(jnp.searchsorted(end, jnp.arange(blocks), side="right"), experts.total - 1)
+  y = slots.through(x, weight, slot, blocks * rows, lambda b: _flat(experts(b.reshape(blocks, rows, -1), group)))
+  return Dispatched(y, ranked.sent)
 
 
-class _Ranked(NamedTuple):
-  """For each choice `[N, K]`: its expert, whether it is sent, its rank among that expert's; and `load [E]`."""
+def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
+  """Sorts into a buffer `[E, C, D]`, sends every expert's C rows to the device that holds it, and back.
 
-  expert: jax.Array
+  The cells are of fixed size, so that the exchange is one plain all-to-all on every backend.
+
+  Source: arXiv 2006.16668.
+  """
+  ways = sharding.ways("expert")
+  if capacity_factor is None or ways == 1:
+    return sorted_(tokens, experts, capacity_factor)
+  x, expert, weight, valid = tokens
+  capacity = _capacity(capacity_factor, expert, experts.total)
+  slot, kept, n_slots = _cells(expert, slots.rank(expert, valid, experts.total), capacity, experts.total)
+
+  def run(buffer: jax.Array) -> jax.Array:
+    axis = sharding.axes("expert")
+    buffer = buffer.reshape(experts.total, capacity, -1)
+    arrived = jax.lax.all_to_all(buffer, axis, split_axis=0, concat_axis=1, tiled=True)  # [E / W, W · C, D]
+    return _flat(jax.lax.all_to_all(experts(arrived), axis, split_axis=1, concat_axis=0, tiled=True))
+
+  return Dispatched(slots.through(x, weight, slot, n_slots, run), kept)
+
+
+def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
+  """Gathers the tokens of all W devices, runs the experts that are here on them, and sums each device's part back."""
+  if capacity_factor is None or sharding.ways("expert") == 1:
+    return sorted_(tokens, experts, capacity_factor)
+  axis = sharding.axes("expert")
+  x, expert, weight, valid = (jax.lax.all_gather(part, axis, tiled=True) for part in tokens)
+  capacity = _capacity(capacity_factor, expert, experts.total)
+  here = expert - experts.held * sharding.index("expert")
+  ranked = slots.rank(here, valid, experts.held)
+  slot, kept, n_slots = _cells(here, ranked, capacity, experts.held)
+  y = slots.through(x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.held, capacity, -1))))
+  kept = jax.lax.psum_scatter(kept.astype(jnp.int32), axis, tiled=True) > 0
+  return Dispatched(jax.lax.psum_scatter(y, axis, tiled=True), kept)
+
+
+def ragged(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
+  """Sorts the choices by expert and multiplies groups of any size; over several devices they travel as they are.
+
+  A device receives at most `capacity_factor · K · n` choices; without a capacity, all there are. XLA:CPU has no
+  ragged all-to-all, and its grouped product costs E times the work.
+  """
+  ways = sharding.ways("expert")
+  x, expert, weight, valid = tokens
+  ranked = slots.rank(expert, valid, experts.total)
+  start = jnp.cumsum(ranked.load) - ranked.load
+  place = start[jnp.clip(expert, 0, experts.total - 1)] + ranked.rank  # in the order by expert
+  kept, run = ranked.sent, lambda rows: experts.ragged(rows, ranked.load)
+  if ways > 1:
+    most = ways * expert.size
+    room = most if capacity_factor is None else min(most, math.ceil(capacity_factor * expert.size))
+    plan = _exchange_plan(ranked.load, ways, room)
+    device = expert // experts.held
+    kept = kept & (place - plan.send_start[device] < plan.sent[device])
+    run = lambda rows: _exchange(rows, experts, plan, room)  # noqa: E731
+  slot = jnp.where(kept, place, expert.size)
+  return Dispatched(slots.through(x, weight, slot, expert.size, run), kept)
+
+
+class _Plan(NamedTuple):
+  """Who sends how many rows to whom, int32; all seen from this device, W devices.
+
+  Attributes:
+    send_start, sent: `[W]`, first row for each device and how many fit there.
+    arrive_start: `[W]`, where they come to lie in each device's buffer.
+    received: `[W]`, rows from each device.
+    return_start: `[W]`, where this device's results come to lie at each sender, which is where it sent them from.
+    group: `[W, E / W]`, rows received from each device for each of the experts here.
+  """
+
+  send_start: jax.Array
   sent: jax.Array
-  rank: jax.Array
-  load: jax.Array
+  arrive_start: jax.Array
+  received: jax.Array
+  return_start: jax.Array
+  group: jax.Array
 
 
-def _rank(expert: jax.Array, valid: jax.Array, n_experts: int) -> _Ranked:
-  n, k = expert.shape
-  flat = jnp.where(jnp.broadcast_to(valid[:, None], (n, k)), expert, n_experts).reshape(-1)
-  order = jnp.argsort(flat, stable=True)
-  start = jnp.searchsorted(flat[order], jnp.arange(n_experts + 1))
-  rank_sorted = jnp.arange(n * k) - start[flat[order]]
-  rank = jnp.zeros(n * k, jnp.int32).at[order].set(rank_sorted.astype(jnp.int32), unique_indices=True)
-  return _Ranked(flat.reshape(n, k), (flat < n_experts).reshape(n, k), rank.reshape(n, k), jnp.diff(start))
+def _exchange_plan(load: jax.Array, ways: int, room: int) -> _Plan:
+  """Plans the exchange for `load [E]` choices of each expert here and `room` rows in a device's buffer."""
+  axis, me = sharding.axes("expert"), sharding.index("expert")
+  counts = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # from, to, expert there
+  wanted = jnp.sum(counts, axis=2)
+  before = jnp.cumsum(wanted, axis=0) - wanted
+  sent = jnp.clip(room - before, 0, wanted)  # what finds no room is dropped, last senders and last experts first
+  start = jnp.cumsum(wanted, axis=1) - wanted
+  arrive = jnp.cumsum(sent, axis=0) - sent
+  until = jnp.minimum(jnp.cumsum(counts[:, me], axis=1), sent[:, me][:, None])
+  group = jnp.diff(until, axis=1, prepend=0)
+  return _Plan(start[me], sent[me], arrive[me], sent[:, me], start[:, me], group)
 
 
-def _through(
-  x: jax.Array, slot: jax.Array, weight: jax.Array, apply: Callable[[jax.Array], jax.Array], n_slots: int
+def _exchange(rows: jax.Array, experts: Experts, plan: _Plan, room: int) -> jax.Array:
+  """Sends sorted `rows [K·n, D]` to their experts' devices, runs them there, and returns the results in place."""
+  axis = sharding.axes("expert")
+  arrived = _ragged_all_to_all(
+    rows, _like(rows, room), plan.send_start, plan.sent, plan.arrive_start, plan.received, axis
+  )
+  # They arrive by sender, then expert; the product wants them by expert.
+  ways, held = plan.group.shape
+  group = jnp.tile(jnp.arange(held), ways)
+  group = jnp.repeat(group, plan.group.reshape(-1), total_repeat_length=room)
+  here = jnp.arange(room) < jnp.sum(plan.received)
+  ranked = slots.rank(group[:, None], here, held)
+  start = jnp.cumsum(ranked.load) - ranked.load
+  place = jnp.where(here[:, None], start[group][:, None] + ranked.rank, room)
+  one = jnp.ones_like(place, rows.dtype)
+  done = slots.through(arrived, one, place, room, lambda r: experts.ragged(r, ranked.load)).astype(rows.dtype)
+  back_start = jnp.cumsum(plan.received) - plan.received
+  return _ragged_all_to_all(done, _like(done, len(rows)), back_start, plan.received, plan.return_start, plan.sent, axis)
+
+
+def _like(rows: jax.Array, n: int) -> jax.Array:
+  """Zeros `[n, D]` that vary over the same devices as `rows`, as the exchange's type check asks."""
+  return jnp.where(jnp.zeros((n, 1), bool), rows[:1], 0)
+
+
+def _ragged_all_to_all(
+  rows: jax.Array,
+  into: jax.Array,
+  start: jax.Array,
+  sent: jax.Array,
+  arrive_start: jax.Array,
+  received: jax.Array,
+  axis: tuple[str, ...],
 ) -> jax.Array:
-  """Scatters tokens to `slot [N, K]` (n_slots: nowhere), applies the experts, gathers back, combines in float32."""
-  n, k = slot.shape
-  choice = jnp.full(n_slots, n * k, jnp.int32)  # which of the N·K choices sits in a slot; N·K: none
-  choice = choice.at[slot.reshape(-1)].set(jnp.arange(n * k, dtype=jnp.int32), mode="drop", unique_indices=True)
-  out = apply(_to_slots(x, choice // k, slot)).reshape(n_slots, -1)
-  back = _from_slots(out, slot, choice)
-  y = jnp.einsum("nk,nkd->nd", weight, back.astype(jnp.float32))
-  return sharding.constrain(y.astype(x.dtype), "batch", None)
+  return jax.lax.ragged_all_to_all(rows, into, start, sent, arrive_start, received, axis_name=axis[0])
 
 
-# Slots and choices are matched one to one, so the transpose of either gather is a gather with the other's index. XLA
-# would emit a scatter-add instead, which is many times slower on CPU and serialises on TPU.
+STRATEGIES: dict[str, Strategy] = {
+  "dense": dense,
+  "sorted": sorted_,
+  "all_to_all": all_to_all,
+  "gather": gather,
+  "ragged": ragged,
+}
 
 
-@jax.custom_vjp
-def _to_slots(x: jax.Array, token: jax.Array, slot: jax.Array) -> jax.Array:
-  """`x [N, D]` to `[n_slots, D]` by the token in each slot; an empty slot (token N) is 0."""
-  return jnp.take(x, token, axis=0, mode="fill", fill_value=0)
+def choose(name: str, k: int, capacity_factor: float | None) -> str:
+  """Returns the strategy that `auto` means on the mesh in use, or `name` itself.
+
+  Raises:
+    ValueError: there is no such strategy, or the backend lacks what it needs.
+  """
+  if name != "auto" and name not in STRATEGIES:
+    raise ValueError(f"dispatch={name!r} must be 'auto' or one of {', '.join(map(repr, STRATEGIES))}")
+  ways = sharding.ways("expert")
+  if name == "ragged" and ways > 1 and sharding.platform() == "cpu":
+    raise ValueError("dispatch='ragged' over several devices needs a TPU or GPU: XLA:CPU has no ragged all-to-all")
+  if name != "auto":
+    return name
+  if ways == 1 or capacity_factor is None:
+    return "sorted"
+  # Each sends a share (W - 1) / W of what the table above says, so fewer than capacity_factor · K devices gather.
+  return "gather" if ways < capacity_factor * k else "all_to_all"
 
 
-def _to_slots_forward(x: jax.Array, token: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _to_slots(x, token, slot), slot
+def _capacity(factor: float, expert: jax.Array, experts: int) -> int:
+  """Rows an expert takes of the choices `expert [n, K]`: its even share times the factor, at most one a token."""
+  n, k = expert.shape
+  return min(math.ceil(factor * k * n / experts), n)
 
 
-def _to_slots_backward(slot: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-  return jnp.sum(jnp.take(gradient, slot, axis=0, mode="fill", fill_value=0), axis=1), None, None
+def _cells(expert: jax.Array, ranked: slots.Ranked, capacity: int, experts: int) -> tuple[jax.Array, jax.Array, int]:
+  """Slots `[n, K]` in a buffer of `capacity` rows an expert, which choices have one, and the number of slots."""
+  kept = ranked.sent & (ranked.rank < capacity)
+  n_slots = experts * capacity
+  return jnp.where(kept, expert * capacity + ranked.rank, n_slots), kept, n_slots
 
 
-_to_slots.defvjp(_to_slots_forward, _to_slots_backward)
-
-
-@jax.custom_vjp
-def _from_slots(out: jax.Array, slot: jax.Array, choice: jax.Array) -> jax.Array:
-  """`out [n_slots, D]` to `[N, K, D]` by the slot of each choice; a dropped choice is 0."""
-  return jnp.take(out, slot, axis=0, mode="fill", fill_value=0)
-
-
-def _from_slots_forward(out: jax.Array, slot: jax.Array, choice: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _from_slots(out, slot, choice), choice
-
-
-def _from_slots_backward(choice: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-  flat = gradient.reshape(-1, gradient.shape[-1])
-  return jnp.take(flat, choice, axis=0, mode="fill", fill_value=0), None, None
-
-
-_from_slots.defvjp(_from_slots_forward, _from_slots_backward)
+def _flat(buffer: jax.Array) -> jax.Array:
+  return buffer.reshape(-1, buffer.shape[-1])

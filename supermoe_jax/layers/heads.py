@@ -31,8 +31,8 @@ class NextValueHead(nnx.Module):
   """
 
   def __init__(self, d_model: int, items: int, *, rngs: nnx.Rngs):
-    self.query = linear(d_model, d_model, names=("embed", None), rngs=rngs)
-    self.bias = sharding.param(jnp.zeros(items), "rows")
+    self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
+    self.bias = sharding.param(jnp.zeros(items + 2), "rows")  # as long as the table, so that it is spread as it is
 
   def state(self, h: jax.Array) -> jax.Array:
     """What is compared with the catalogue: `[..., D]`."""
@@ -40,4 +40,9 @@ class NextValueHead(nnx.Module):
 
   def scores(self, h: jax.Array, table: EmbeddingTable) -> jax.Array:
     """Scores `h [..., D]` against the whole catalogue: `[..., items]`."""
-    return self.state(h) @ table.rows.get_value()[2:].T + self.bias.get_value()
+    rows, bias = self.catalogue(table)
+    return self.state(h) @ rows.T + bias
+
+  def catalogue(self, table: EmbeddingTable) -> tuple[jax.Array, jax.Array]:
+    """The vectors `[items, D]` and biases `[items]` that states are compared with."""
+    return table.rows.get_value()[2:], self.bias.get_value()[2:]

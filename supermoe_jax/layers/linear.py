@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -13,16 +14,20 @@ def linear(
   names: tuple[str | None, str | None] = ("embed", None),
   bias: bool = True,
   zero: bool = False,
+  dtype: jnp.dtype | None = None,
 ) -> nnx.Linear:
   """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` remembers the logical `names` of its dimensions.
 
-  With `zero` it starts at 0: an input that training never varies then stays without effect.
+  With `zero` it starts at 0: an input that training never varies then stays without effect. `dtype` is that of the
+  computation (None: of input and parameters); parameters are float32.
   """
   return nnx.Linear(
     n_in,
     n_out,
     use_bias=bias,
+    dtype=dtype,
     kernel_init=nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal(),
     kernel_metadata={"logical": names},
+    bias_metadata={"logical": names[1:]},
     rngs=rngs,
   )

@@ -2,101 +2,276 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import dispatch
+from supermoe_jax.layers import dispatch, experts
 from supermoe_jax.layers.linear import linear
-from supermoe_jax.layers.routing import Router
+from supermoe_jax.layers.routing import Aux, Router
 
 
-class MoEOutput(NamedTuple):
-  """`y [B, L, D]`, the layer's losses, and what happened.
+class Stats(NamedTuple):
+  """What an MoE layer did in a batch, on every device together; nothing here has a gradient.
 
   Attributes:
-    y: combined outputs; 0 for padding.
-    balance_loss: see `routing.Routing`.
-    z_loss: see `routing.Routing`.
-    load: float32 `[E]`, share of the choices.
+    load: float32 `[E]`, each expert's share of the choices.
     routed: int32, choices that reached an expert.
-    dropped: int32, choices that exceeded an expert's capacity; `routed + dropped = K · valid tokens`.
+    dropped: int32, choices that exceeded a capacity; `routed + dropped = K · valid tokens`.
+    task_dropped: int32 `[T]`, those of the tokens of each task; `[0]` without tasks.
+    entropy: float32, see `routing.Routing`.
     expert: int32 `[B, L, K]`, the chosen experts.
   """
 
-  y: jax.Array
-  balance_loss: jax.Array
-  z_loss: jax.Array
   load: jax.Array
   routed: jax.Array
   dropped: jax.Array
+  task_dropped: jax.Array
+  entropy: jax.Array
   expert: jax.Array
 
 
+class MoEOutput(NamedTuple):
+  """`y [B, L, D]`, 0 for padding; terms for the loss; and what happened."""
+
+  y: jax.Array
+  aux: Aux
+  stats: Stats
+
+
 class Mlp(nnx.Module):
-  """Two linear maps with a GELU between them: `[…, D] → […, d_hidden] → […, D]`."""
+  """Two linear maps with a GELU between them, or SwiGLU: `[…, D] → […, d_hidden] → […, D]`.
 
-  def __init__(self, d_model: int, d_hidden: int, *, rngs: nnx.Rngs):
-    self.up = linear(d_model, d_hidden, names=("embed", "mlp"), rngs=rngs)
-    self.down = linear(d_hidden, d_model, names=("mlp", "embed"), rngs=rngs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Applies the layer to `x [..., D]`."""
-    return self.down(jax.nn.gelu(self.up(x)))
-
-
-class MoE(nnx.Module):
-  """E expert MLPs of which each token visits K.
-
-  Training gives each expert `⌈capacity_factor · K · tokens / E⌉` rows and counts what exceeds them; with
-  `dropless=True` (evaluation, export) nothing is dropped, and a token's result cannot depend on the others.
-
-  Source: sparse MoE, arXiv 1701.06538; capacity, arXiv 2101.03961.
+  Source: SwiGLU, arXiv 2002.05202.
   """
 
   def __init__(
-    self, d_model: int, d_hidden: int, experts: int, k: int, *, capacity_factor: float = 1.25, rngs: nnx.Rngs
+    self,
+    d_model: int,
+    d_hidden: int,
+    *,
+    activation: str = "gelu",
+    dtype: jnp.dtype | None = None,
+    rngs: nnx.Rngs,
   ):
     """Creates the layer.
 
     Raises:
-      ValueError: `k` is not in [1, experts].
+      ValueError: `activation` is neither "gelu" (with biases) nor "swiglu" (without).
     """
-    self.router = Router(d_model, experts, k, rngs=rngs)
-    self.experts, self.capacity_factor = experts, capacity_factor
+    experts.check_activation(activation)
+    self.activation = activation
+    names = experts.ACTIVATIONS[activation]
+    bias = "up_bias" in names
+    self.up = linear(d_model, d_hidden, names=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+    self.gate = (
+      linear(d_model, d_hidden, names=("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs) if "gate" in names else None
+    )
+    self.down = linear(d_hidden, d_model, names=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Applies the layer to `x [..., D]`; returns x's dtype."""
+    if self.gate is None:
+      hidden = jax.nn.gelu(self.up(x))
+    else:
+      hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+    return self.down(hidden).astype(x.dtype)
+
+  def weights(self) -> dict[str, jax.Array]:
+    """The parameters by the names of `experts.NAMES`, without a dimension of experts."""
+    named: dict[str, Any] = {"up": self.up.kernel, "down": self.down.kernel}
+    if self.gate is None:
+      named |= {"up_bias": self.up.bias, "down_bias": self.down.bias}
+    else:
+      named["gate"] = self.gate.kernel
+    return {n: p.get_value() for n, p in named.items()}
+
+
+class MoE(nnx.Module):
+  """E expert MLPs of which each token visits K, and optionally experts that every token visits.
+
+      out = moe(x, valid)            # x [B, L, D], valid [B, L]
+      loss += 0.01 * out.aux.balance_loss + 1e-3 * out.aux.z_loss
+
+  Training gives each expert `⌈capacity_factor · K · n / E⌉` rows for the n tokens of a device and counts what exceeds
+  them; with `dropless=True` (evaluation, export) nothing is dropped, and a token's result cannot depend on the others.
+
+  On the mesh in use (`jax.set_mesh`) experts are spread over its `expert` axis, their hidden units over `tensor`, and
+  the batch over `data` and `expert`; without a mesh everything is on one device. Create large layers in place with
+  `sharding.create`.
+
+  Source: sparse MoE, arXiv 1701.06538; capacity, arXiv 2101.03961; shared experts, arXiv 2401.06066.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    d_hidden: int,
+    experts: int,
+    k: int,
+    *,
+    activation: str = "gelu",
+    shared_experts: int = 0,
+    capacity_factor: float | None = 1.25,
+    dispatch: str = "auto",
+    tasks: int = 0,
+    jitter: float = 0.0,
+    balance_bias: bool = False,
+    dtype: jnp.dtype | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the layer; parameters are float32.
+
+    Args:
+      d_model: D.
+      d_hidden: hidden units of an expert.
+      experts: E; on a mesh a multiple of its `expert` axis.
+      k: K.
+      activation: "gelu" (with biases) or "swiglu" (without).
+      shared_experts: how many experts of the same width every token visits besides.
+      capacity_factor: rows that an expert takes in training, times its even share; None: all that come.
+      dispatch: a name in `dispatch.STRATEGIES`, or "auto".
+      tasks: see `Router`.
+      jitter: see `Router`.
+      balance_bias: see `Router`.
+      dtype: of the experts' products, such as `jnp.bfloat16`; they accumulate in float32, and the router is float32
+        whatever it is. None: that of x.
+      rngs: of the initial parameters.
+
+    Raises:
+      ValueError: `k` is not in [1, experts]; an unknown activation or dispatch; a capacity factor that is not positive.
+    """
+    _check(activation, dispatch, k, capacity_factor)
+    self.router = Router(d_model, experts, k, tasks=tasks, jitter=jitter, balance_bias=balance_bias, rngs=rngs)
+    self.experts, self.capacity_factor, self.dispatch, self.dtype = experts, capacity_factor, dispatch, dtype
+    self.activation = activation
 
     def kernel(n_in: int, n_out: int) -> jax.Array:
       return jax.random.normal(rngs.params(), (experts, n_in, n_out)) * n_in**-0.5
 
-    self.up = sharding.param(kernel(d_model, d_hidden), "expert", "embed", "mlp")
-    self.up_bias = sharding.param(jnp.zeros((experts, d_hidden)), "expert", "mlp")
-    self.down = sharding.param(kernel(d_hidden, d_model), "expert", "mlp", "embed")
-    self.down_bias = sharding.param(jnp.zeros((experts, d_model)), "expert", "embed")
-
-  def apply_experts(self, x: jax.Array, group: jax.Array | None) -> jax.Array:
-    """Runs rows `x [G, C, D]` through expert `group[g]`, or expert g when `group` is None."""
-
-    def weights(parameter: nnx.Param) -> jax.Array:
-      value = parameter.get_value().astype(x.dtype)
-      return value if group is None else value[group]
-
-    hidden = jnp.einsum("gcd,gdh->gch", x, weights(self.up)) + weights(self.up_bias)[:, None]
-    hidden = jax.nn.gelu(hidden)
-    return jnp.einsum("gch,ghd->gcd", hidden, weights(self.down)) + weights(self.down_bias)[:, None]
-
-  def __call__(self, x: jax.Array, valid: jax.Array, *, dropless: bool = False) -> MoEOutput:
-    """Applies the layer to `x [B, L, D]`; tokens where `valid [B, L]` is False are never routed or counted."""
-    flat, mask = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
-    routing = self.router(flat, mask)
-    arguments = (flat, routing.expert, routing.weight, mask, self.apply_experts, self.experts)
-    sent = (
-      dispatch.sorted_dropless(*arguments) if dropless else dispatch.sorted_capacity(*arguments, self.capacity_factor)
+    self.up = _param("up", kernel(d_model, d_hidden))
+    self.gate = _param("gate", kernel(d_model, d_hidden)) if activation == "swiglu" else None
+    self.down = _param("down", kernel(d_hidden, d_model))
+    with_bias = activation == "gelu"
+    self.up_bias = _param("up_bias", jnp.zeros((experts, d_hidden))) if with_bias else None
+    self.down_bias = _param("down_bias", jnp.zeros((experts, d_model))) if with_bias else None
+    self.shared = (
+      Mlp(d_model, shared_experts * d_hidden, activation=activation, dtype=dtype, rngs=rngs) if shared_experts else None
     )
-    routed = self.router.k * jnp.sum(mask) - sent.dropped
-    expert = routing.expert.reshape(*valid.shape, self.router.k)
-    return MoEOutput(
-      sent.y.reshape(x.shape), routing.balance_loss, routing.z_loss, routing.load, routed, sent.dropped, expert
+
+  @classmethod
+  def from_dense(cls, mlp: Mlp, experts: int, k: int = 2, *, rngs: nnx.Rngs, **settings: Any) -> MoE:
+    """Upcycles a dense MLP: every expert starts as a copy of it, so the layer starts as the MLP did.
+
+    `settings` go to `MoE`; `rngs` are the new router's.
+
+    Raises:
+      ValueError: `k=1` of several experts, whose output would be the MLP's times a probability; shared experts, which
+        would add to it.
+
+    Source: sparse upcycling, arXiv 2212.05055.
+    """
+    if k == 1 and experts > 1:
+      raise ValueError("k=1 weighs the expert by its probability: the layer would not reproduce the MLP; use k=2")
+    if settings.get("shared_experts"):
+      raise ValueError("shared_experts would add to the copies' output: the layer would not reproduce the MLP")
+    d_model, d_hidden = mlp.up.kernel.shape
+    settings = {"activation": mlp.activation, "dtype": mlp.up.dtype, **settings}
+    moe = cls(d_model, d_hidden, experts, k, rngs=rngs, **settings)
+    for name, source in mlp.weights().items():
+      target: nnx.Param = getattr(moe, name)
+      target[...] = jnp.broadcast_to(source, target.shape)
+    return moe
+
+  @property
+  def names(self) -> dict[str, tuple[str, ...]]:
+    """The experts' weights and the logical names of their dimensions."""
+    return {n: experts.NAMES[n] for n in experts.ACTIVATIONS[self.activation]}
+
+  def __call__(
+    self,
+    x: jax.Array,
+    valid: jax.Array,
+    task: jax.Array | None = None,
+    *,
+    dropless: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> MoEOutput:
+    """Applies the layer.
+
+    Args:
+      x: `[B, L, D]`, tokens, normalised if at all by the caller.
+      valid: bool `[B, L]`; the others, padding, are never routed or counted, and nothing of them reaches any result.
+      task: int32 `[B, L]`, see `Router`.
+      dropless: as in evaluation: no capacity, no dependence on the other tokens.
+      rngs: with them, jitter is on.
+
+    Raises:
+      ValueError: B, E or the hidden units do not divide by the devices that they are spread over; the strategy cannot
+        run on this backend.
+    """
+    x = jnp.where(valid[..., None], x, 0)
+    routing = self.router(x, valid, task, rngs=rngs)
+    factor = None if dropless else self.capacity_factor
+    strategy = dispatch.STRATEGIES[dispatch.choose(self.dispatch, self.router.k, factor)]
+    dtype = self.dtype or x.dtype
+    weights = {n: getattr(self, n).get_value().astype(dtype) for n in self.names}
+    shared = {n: w.astype(dtype) for n, w in self._shared_weights().items()}
+    y, kept = sharding.on_shards(
+      functools.partial(_on_device, strategy=strategy, total=self.experts, capacity_factor=factor),
+      (*(("batch", None, None),) * 3, ("batch", None), self.names, {n: (None, *self.names[n][1:]) for n in shared}),
+      (("batch", None, None), ("batch", None, None)),
+      *(x.astype(dtype), routing.expert, routing.weight, valid, weights, shared),
     )
+    return MoEOutput(y.astype(x.dtype), routing.aux, self._stats(routing, kept, valid, task))
+
+  def _shared_weights(self) -> dict[str, jax.Array]:
+    """The shared experts' weights, as those of one wide expert that every token visits."""
+    return {n: w[None] for n, w in self.shared.weights().items()} if self.shared is not None else {}
+
+  def _stats(self, routing: Any, kept: jax.Array, valid: jax.Array, task: jax.Array | None) -> Stats:
+    dropped = valid[..., None] & ~kept
+    by_task = jnp.zeros(self.router.tasks, jnp.int32)
+    if task is not None:
+      c = jax.nn.one_hot(task, self.router.tasks, dtype=jnp.int32)
+      by_task = jnp.einsum("blt,blk->t", c, dropped.astype(jnp.int32))
+    return Stats(routing.load, jnp.sum(kept), jnp.sum(dropped), by_task, routing.entropy, routing.expert)
+
+
+def _check(activation: str, strategy: str, k: int, capacity_factor: float | None) -> None:
+  experts.check_activation(activation)
+  if strategy not in ("auto", *dispatch.STRATEGIES):
+    dispatch.choose(strategy, k, capacity_factor)  # tells what there is
+  if capacity_factor is not None and capacity_factor <= 0:
+    raise ValueError(f"capacity_factor={capacity_factor} must be positive, or None for no capacity")
+
+
+def _param(name: str, value: jax.Array) -> nnx.Param:
+  return sharding.param(value, *experts.NAMES[name])
+
+
+def _on_device(
+  x: jax.Array,
+  expert: jax.Array,
+  weight: jax.Array,
+  valid: jax.Array,
+  weights: dict[str, jax.Array],
+  shared: dict[str, jax.Array],
+  *,
+  strategy: dispatch.Strategy,
+  total: int,
+  capacity_factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs a strategy on this device's rows `x [b, L, D]`; returns `y [b, L, D]` and `kept [b, L, K]`."""
+  k = expert.shape[-1]
+  tokens = dispatch.Tokens(x.reshape(-1, x.shape[-1]), expert.reshape(-1, k), weight.reshape(-1, k), valid.reshape(-1))
+  y, kept = strategy(tokens, experts.Experts(weights, total), capacity_factor)
+  if shared:
+    every = experts.Experts(shared, 1)(tokens.x[None])[0]
+    y = y + jnp.where(tokens.valid[:, None], every, 0).astype(y.dtype)
+  y = jax.lax.psum(y, sharding.axes("mlp"))
+  return y.reshape(x.shape), kept.reshape(expert.shape)

@@ -11,22 +11,42 @@ from flax import nnx
 from supermoe_jax import sharding
 
 
-class Routing(NamedTuple):
-  """What a router decided for N tokens.
+class BalanceBias(nnx.Variable):
+  """What is added to an expert's probability when experts are chosen. No parameter: `rebalanced` moves it."""
+
+
+class Aux(NamedTuple):
+  """Scalars that a training loss may contain, float32, over the valid tokens of the whole batch on every device.
 
   Attributes:
-    expert: int32 `[N, K]`, the chosen experts.
-    weight: float32 `[N, K]`, how their outputs are combined.
-    balance_loss: float32, 1 when the experts are used alike and E when one (K = 1) takes all.
-    z_loss: float32, the mean squared log-partition of the logits.
-    load: float32 `[E]`, each expert's share of the choices; sums to 1.
+    balance_loss: `E · Σ_e stop_grad(load_e) · mean probability_e`; 1 when experts are used alike, E when one takes all
+      (K = 1).
+    z_loss: mean squared log-partition of the logits.
+    mutual_information: between task and expert, in nats, of the tokens that have a task; to be raised. In
+      [0, log min(T, E)]; 0 without tasks.
+  """
+
+  balance_loss: jax.Array
+  z_loss: jax.Array
+  mutual_information: jax.Array
+
+
+class Routing(NamedTuple):
+  """What a router decided for tokens `[...]`.
+
+  Attributes:
+    expert: int32 `[..., K]`, the chosen experts, all different.
+    weight: float32 `[..., K]`, how their outputs are combined.
+    aux: see `Aux`.
+    load: float32 `[E]`, each expert's share of the choices; sums to 1 (0 without valid tokens).
+    entropy: float32, mean entropy of a valid token's probabilities, in nats; log E when the router has no opinion.
   """
 
   expert: jax.Array
   weight: jax.Array
-  balance_loss: jax.Array
-  z_loss: jax.Array
+  aux: Aux
   load: jax.Array
+  entropy: jax.Array
 
 
 class Router(nnx.Module):
@@ -35,41 +55,132 @@ class Router(nnx.Module):
   With K ≥ 2 the chosen probabilities are renormalised; with K = 1 the probability itself is the weight, since a
   renormalised single choice is always 1 and would give the router no gradient.
 
-  Source: top-K gating, arXiv 1701.06538; balance loss, arXiv 2101.03961; z-loss, arXiv 2202.08906.
+  Source: top-K gating, arXiv 1701.06538; balance loss and jitter, arXiv 2101.03961; z-loss, arXiv 2202.08906; balancing
+  bias, arXiv 2408.15664; mutual information of task and expert, arXiv 2212.08066.
   """
 
-  def __init__(self, d_model: int, experts: int, k: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    d_model: int,
+    experts: int,
+    k: int,
+    *,
+    tasks: int = 0,
+    jitter: float = 0.0,
+    balance_bias: bool = False,
+    renormalise: bool | None = None,
+    rngs: nnx.Rngs,
+  ):
     """Creates the router.
 
+    Args:
+      d_model: D.
+      experts: E.
+      k: K.
+      tasks: T; the router adds learned logits `[T, E]`, 0 at first, for the task of a token. 0: it sees no task.
+      jitter: in training, the tokens that the router sees are multiplied by noise from [1 - jitter, 1 + jitter].
+      balance_bias: the choice (never the weights) adds a bias to the probabilities, which `rebalanced` moves.
+      renormalise: make the K weights sum to 1; None: if K ≥ 2.
+      rngs: of the initial kernel.
+
     Raises:
-      ValueError: `k` is not in [1, experts].
+      ValueError: `k` is not in [1, experts]; `renormalise` with `k=1`; `jitter` is not in [0, 1).
     """
     if not 1 <= k <= experts:
       raise ValueError(f"k={k} must be between 1 and experts={experts}")
-    self.experts, self.k = experts, k
+    if renormalise and k == 1:
+      raise ValueError("renormalise=True with k=1 makes every weight 1: the router would get no gradient; leave it out")
+    if not 0 <= jitter < 1:
+      raise ValueError(f"jitter={jitter} must be in [0, 1)")
+    self.experts, self.k, self.tasks, self.jitter = experts, k, tasks, jitter
+    self.renormalise = k > 1 if renormalise is None else renormalise
     self.kernel = sharding.param(jax.random.normal(rngs.params(), (d_model, experts)) * 0.02, "embed", None)
+    self.task_kernel = sharding.param(jnp.zeros((tasks, experts)), None, None) if tasks else None
+    self.balance_bias = BalanceBias(jnp.zeros(experts), logical=(None,)) if balance_bias else None
 
-  def __call__(self, x: jax.Array, valid: jax.Array) -> Routing:
-    """Routes `x [N, D]`; tokens where `valid [N]` is False are never counted (the dispatch never sends them)."""
-    logits = x.astype(jnp.float32) @ self.kernel.get_value().astype(jnp.float32)
+  def __call__(
+    self, x: jax.Array, valid: jax.Array, task: jax.Array | None = None, *, rngs: nnx.Rngs | None = None
+  ) -> Routing:
+    """Routes `x [..., D]`; tokens where `valid [...]` is False are never counted (the dispatch never sends them).
+
+    Args:
+      x: tokens, of any float type.
+      valid: bool.
+      task: int32 `[...]` in [-1, T), -1 for a token without one; None: no token has one.
+      rngs: with them, jitter is on.
+
+    Raises:
+      ValueError: `task` is given to a router without tasks.
+    """
+    if task is not None and not self.tasks:
+      raise ValueError("this router sees no task; create it with tasks=T")
+    x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)  # what padding holds, NaN included, reaches nothing
+    if self.jitter and rngs is not None:
+      x = x * jax.random.uniform(rngs.jitter(), x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+    logits = x @ self.kernel.get_value().astype(jnp.float32)
+    c = None
+    if task is not None and self.task_kernel is not None:
+      c = jax.nn.one_hot(task, self.tasks)
+      logits += c @ self.task_kernel.get_value().astype(jnp.float32)
     probability = jax.nn.softmax(logits, axis=-1)
-    weight, expert = jax.lax.top_k(probability, self.k)
-    if self.k > 1:
+    bias = 0.0 if self.balance_bias is None else jax.lax.stop_gradient(self.balance_bias.get_value())
+    expert = self._choose(jax.lax.stop_gradient(probability) + bias)
+    chosen = jax.nn.one_hot(expert, self.experts, dtype=jnp.float32)
+    weight = jnp.einsum("...ke,...e->...k", chosen, probability)
+    if self.renormalise:
       weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-    load, balance = balance_loss(probability, expert, valid)
-    tokens = jnp.maximum(jnp.sum(valid), 1)
-    z = jnp.sum(jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0)) / tokens
-    return Routing(expert.astype(jnp.int32), weight, balance, z, load)
+    load, balance = balance_loss(probability, jnp.sum(chosen, axis=-2), valid)
+    entropy = -jnp.sum(probability * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+    aux = Aux(
+      balance,
+      _mean(jax.nn.logsumexp(logits, axis=-1) ** 2, valid),
+      mutual_information(probability, c, valid) if c is not None else jnp.zeros(()),
+    )
+    return Routing(expert, weight, aux, load, jax.lax.stop_gradient(_mean(entropy, valid)))
+
+  def _choose(self, score: jax.Array) -> jax.Array:
+    """The K best of `score [..., E]`; device by device, since XLA would gather all tokens to sort them on some."""
+    names = ("batch", *(None,) * (score.ndim - 1))
+    return sharding.on_shards(lambda s: jax.lax.top_k(s, self.k)[1].astype(jnp.int32), (names,), names, score)
 
 
-def balance_loss(probability: jax.Array, expert: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mean(value: jax.Array, valid: jax.Array) -> jax.Array:
+  return jnp.sum(jnp.where(valid, value, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def balance_loss(probability: jax.Array, chosen: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the load `[E]` and `E · Σ_e stop_grad(load_e) · mean probability_e` over the valid tokens.
 
-  Shapes: `probability [N, E]`, `expert [N, K]`, `valid [N]`. Sums run over the whole (global) batch.
+  Shapes: `probability [..., E]`, `chosen [..., E]` (1 for each of a token's K experts, else 0), `valid [...]`. Sums run
+  over the whole (global) batch: experts may specialise within a device as long as the batch uses them alike.
   """
-  n_experts, k = probability.shape[-1], expert.shape[-1]
-  tokens = jnp.maximum(jnp.sum(valid), 1).astype(jnp.float32)
-  chosen = jnp.sum(jax.nn.one_hot(expert, n_experts, dtype=jnp.float32), axis=-2)
-  load = jax.lax.stop_gradient(jnp.sum(jnp.where(valid[:, None], chosen, 0.0), axis=0) / (k * tokens))
-  mean = jnp.sum(jnp.where(valid[:, None], probability, 0.0), axis=0) / tokens
-  return load, n_experts * jnp.sum(load * mean)
+  tokens = tuple(range(probability.ndim - 1))
+  count = jnp.sum(jnp.where(valid[..., None], chosen, 0.0), axis=tokens)
+  load = jax.lax.stop_gradient(count / jnp.maximum(jnp.sum(count), 1.0))
+  mean = jnp.sum(jnp.where(valid[..., None], probability, 0.0), axis=tokens) / jnp.maximum(jnp.sum(valid), 1)
+  return load, probability.shape[-1] * jnp.sum(load * mean)
+
+
+def mutual_information(probability: jax.Array, task: jax.Array, valid: jax.Array) -> jax.Array:
+  """Returns `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`, in nats: how much an expert tells of the task.
+
+  Shapes: `probability [..., E]`, `task [..., T]` one-hot (all 0: no task), `valid [...]`. π_t is the share of task t
+  among the valid tokens that have a task, P_t their mean probability.
+  """
+  c = jnp.where(valid[..., None], task, 0.0)
+  count = jnp.sum(c, axis=tuple(range(c.ndim - 1)))
+  total = jnp.maximum(jnp.sum(count), 1.0)
+  joint = jnp.einsum("...t,...e->te", c, probability) / total
+  independent = (count / total)[:, None] * jnp.sum(joint, axis=0)
+  ratio = jnp.where(joint > 0, joint, 1.0) / jnp.where(joint > 0, independent, 1.0)
+  return jnp.sum(joint * jnp.log(ratio))
+
+
+def rebalanced(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+  """Returns the balancing bias after a step: up by `rate` for experts below the mean load, down for those above.
+
+  Shapes: `bias, load [..., E]`; `load` must be that of the global batch.
+
+  Source: loss-free balancing, arXiv 2408.15664.
+  """
+  return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

@@ -1,30 +1,71 @@
-"""Transformer blocks: pre-norm attention, then an MLP or a Mixture of Experts."""
+"""Transformer blocks, and stacks of them whose compile time does not grow with depth."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from supermoe_jax.layers.attention import Attention
+from supermoe_jax import sharding
+from supermoe_jax.layers.attention import Attention, Visibility
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
+
+# What the backward pass computes again, by name: nothing, everything but matrix products, everything.
+REMAT: dict[str, Callable[..., bool] | None] = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": None,
+}
+
+
+class Context(NamedTuple):
+  """What every block of a stack shares; T positions a row.
+
+  Attributes:
+    position: int32 `[B, T]`, place in the user's history, for rotary embedding.
+    time: float32 `[B, T]`, hours since any fixed moment of the row.
+    visible: who sees whom.
+    valid: bool `[B, T]`; False is padding.
+    task: int32 `[B, T]`, the task of a task token, -1 elsewhere; None where there are no task tokens.
+  """
+
+  position: jax.Array
+  time: jax.Array
+  visible: Visibility
+  valid: jax.Array
+  task: jax.Array | None = None
 
 
 class Block(nnx.Module):
   """`x + attention(norm x)`, then `x + mlp(norm x)`, where the second may be a Mixture of Experts."""
 
-  def __init__(self, d_model: int, heads: int, feed_forward: Mlp | MoE, *, dropout: float = 0.0, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    d_model: int,
+    heads: int,
+    feed_forward: Mlp | MoE,
+    *,
+    dropout: float = 0.0,
+    dtype: jnp.dtype | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the block; `dtype` is that of the attention's products (None: that of x), `feed_forward` has its own."""
     self.attention_norm = nnx.RMSNorm(d_model, rngs=rngs)
-    self.attention = Attention(d_model, heads, rngs=rngs)
+    self.attention = Attention(d_model, heads, dtype=dtype, rngs=rngs)
     self.feed_forward_norm = nnx.RMSNorm(d_model, rngs=rngs)
     self.feed_forward = feed_forward
     self.dropout = nnx.Dropout(dropout)
 
   def __call__(
-    self, x: jax.Array, context: Context, *, dropless: bool, rngs: nnx.Rngs | None = None
+    self, x: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
   ) -> tuple[jax.Array, MoEOutput | None]:
-    """Applies the block to `x [B, T, D]`; with `rngs`, dropout is on. Returns x and, for experts, their record."""
+    """Applies the block to `x [B, T, D]`; with `rngs`, dropout and jitter are on.
+
+    Returns: x, and what the experts returned; None for a block without experts.
+    """
 
     def drop(y: jax.Array) -> jax.Array:
       return self.dropout(y, deterministic=rngs is None, rngs=rngs)
@@ -33,15 +74,94 @@ class Block(nnx.Module):
     x = x + drop(attended)
     normed = self.feed_forward_norm(x)
     if isinstance(self.feed_forward, MoE):
-      out = self.feed_forward(normed, context.valid, dropless=dropless)
+      out = self.feed_forward(normed, context.valid, context.task, dropless=dropless, rngs=rngs)
       return x + drop(out.y), out
     return x + drop(self.feed_forward(normed)), None
 
 
-class Context(NamedTuple):
-  """What every block of a stack shares: `position`, `time` `[B, T]`, `visible [B, T, T]`, `valid [B, T]`."""
+class _Group(nnx.Module):
+  """Some consecutive blocks, the unit that a stack repeats."""
 
-  position: jax.Array
-  time: jax.Array
-  visible: jax.Array
-  valid: jax.Array
+  def __init__(self, make: Callable[[int, nnx.Rngs], Block], first: int, size: int, *, rngs: nnx.Rngs):
+    self.blocks = nnx.List([make(first + i, rngs) for i in range(size)])
+
+  def __call__(
+    self, x: jax.Array, context: Context, *, dropless: bool, rngs: nnx.Rngs | None
+  ) -> tuple[jax.Array, MoEOutput | None]:
+    last = None
+    for block in self.blocks:
+      x, out = block(x, context, dropless=dropless, rngs=rngs)
+      last = out if out is not None else last
+    return x, last
+
+
+class Stack(nnx.Module):
+  """`layers` blocks, of which every `moe_every`-th holds experts.
+
+  The blocks up to and with one that holds experts form a group; groups are alike, so their parameters are stacked
+  `[groups, …]` and one compiled body is scanned over them: compile time does not grow with depth. Blocks left over
+  after the last group (fewer than a group, none with experts) follow one by one.
+  """
+
+  def __init__(
+    self,
+    make: Callable[[int, nnx.Rngs], Block],
+    layers: int,
+    moe_every: int,
+    *,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ):
+    """Creates the stack.
+
+    Args:
+      make: `make(i, rngs)` creates a block for place i of a group; the last one, `moe_every - 1`, holds experts.
+      layers: blocks in all.
+      moe_every: blocks in a group; 0: no block holds experts, and `make` is called with 0 only.
+      remat: what the backward pass computes again, one of `REMAT`; less memory, more time.
+      rngs: of the initial parameters.
+
+    Raises:
+      ValueError: an unknown `remat`.
+    """
+    if remat not in REMAT:
+      raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, REMAT))}")
+    self.remat = remat
+    size = moe_every or 1
+    self.groups = layers // size
+    self.scanned = _stacked(lambda r: _Group(make, 0, size, rngs=r), self.groups, rngs) if self.groups else None
+    self.rest = nnx.List([_Group(make, i, 1, rngs=rngs) for i in range(layers % size)])
+
+  def __call__(
+    self, x: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
+  ) -> tuple[jax.Array, MoEOutput | None]:
+    """Applies the blocks to `x [B, T, D]`; with `rngs`, dropout and jitter are on.
+
+    Returns: x, and the record of the layers that hold experts, in their order: a `MoEOutput` whose `y` is empty and
+      whose arrays have a dimension of M layers in front; None without such layers.
+    """
+    record = None
+    if self.scanned is not None:
+      graph, state = nnx.split(self.scanned)
+      keys = None if rngs is None else jax.random.split(rngs.dropout(), self.groups)
+
+      def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, MoEOutput | None]:
+        state, key = layer
+        group = nnx.merge(graph, state)
+        x, out = group(x, context, dropless=dropless, rngs=None if key is None else nnx.Rngs(key))
+        return x, None if out is None else out._replace(y=jnp.zeros(0))
+
+      if self.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+      x, record = jax.lax.scan(body, x, (state, keys))
+    for group in self.rest:
+      x, _ = group(x, context, dropless=dropless, rngs=rngs)
+    return x, record
+
+
+def _stacked(make: Callable[[nnx.Rngs], _Group], count: int, rngs: nnx.Rngs) -> _Group:
+  """Creates `count` modules as one, whose variables have a dimension of layers in front."""
+  keys = jax.random.split(rngs.params(), count)
+  graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(params=key))))(keys)
+  return nnx.merge(graph, sharding.stacked(state))

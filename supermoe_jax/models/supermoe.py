@@ -5,7 +5,7 @@ This is the project's own design for the method whose abstract is arXiv 2207.046
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,26 +18,21 @@ from supermoe_jax.data.dataset import Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.heads import BinaryHead, NextValueHead
-from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
-from supermoe_jax.layers.transformer import Block, Context
+from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput, Stats
+from supermoe_jax.layers.routing import Aux
+from supermoe_jax.layers.transformer import Block, Context, Stack
 
 
 class ExpertRecord(NamedTuple):
-  """What the MoE layers did, one entry a layer (M layers; none: M = 0).
+  """What the MoE layers did; every array has a dimension of M layers in front (none: M = 0).
 
   Attributes:
-    balance_loss, z_loss: float32 `[M]`.
-    load: float32 `[M, E]`.
-    routed, dropped: int32 `[M]`.
-    query_expert: int32 `[M, B, S, K]`, the experts of the query tokens.
+    aux: terms for the loss, `[M]` each.
+    stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` is that of the snapshots' tokens only.
   """
 
-  balance_loss: jax.Array
-  z_loss: jax.Array
-  load: jax.Array
-  routed: jax.Array
-  dropped: jax.Array
-  query_expert: jax.Array
+  aux: Aux
+  stats: Stats
 
 
 class Encoded(NamedTuple):
@@ -55,23 +50,14 @@ class Encoder(nnx.Module):
   when nothing is dropped, other rows.
   """
 
-  def __init__(self, model: config.Model, schema: Schema, *, rngs: nnx.Rngs):
+  def __init__(self, model: config.Model, schema: Schema, *, balance_bias: bool = False, rngs: nnx.Rngs):
     d = model.d_model
     self.event_embedding = EventEmbedding(
       d, len(schema.sources), schema.categorical, len(schema.numeric), CALENDAR, rngs=rngs
     )
     self.query_embedding = QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
     self.dropout = nnx.Dropout(model.dropout)
-    blocks = []
-    for i in range(model.layers):
-      sparse = model.moe_every > 0 and (i + 1) % model.moe_every == 0
-      feed_forward = (
-        MoE(d, model.d_expert, model.experts, model.experts_per_token, capacity_factor=model.capacity_factor, rngs=rngs)
-        if sparse
-        else Mlp(d, model.d_hidden, rngs=rngs)
-      )
-      blocks.append(Block(d, model.heads, feed_forward, dropout=model.dropout, rngs=rngs))
-    self.blocks = nnx.List(blocks)
+    self.stack = Stack(_make_block(model, balance_bias), model.layers, model.moe_every, remat=model.remat, rngs=rngs)
     self.norm = nnx.RMSNorm(d, rngs=rngs)
     self.experts, self.k = model.experts, model.experts_per_token
 
@@ -82,42 +68,71 @@ class Encoder(nnx.Module):
     length = events.shape[1]
     x = sharding.constrain(jnp.concatenate([events, queries], axis=1), "batch", None, None)
     x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
-    position = jnp.broadcast_to(jnp.arange(length), events.shape[:2])
+    is_event = jnp.arange(length) < features.length[:, None]
+    is_snapshot = features.query_valid
+    visible, position = visibility(is_event.astype(jnp.int32), is_snapshot.astype(jnp.int32), features.query_events)
     context = Context(
-      position=jnp.concatenate([position, features.query_events], axis=1),
+      position=position,
       time=jnp.concatenate([features.time, features.query_time], axis=1),
-      visible=visibility(features.length, features.query_events, length),
-      valid=jnp.concatenate([position < features.length[:, None], features.query_valid], axis=1),
+      visible=visible,
+      valid=jnp.concatenate([is_event, is_snapshot], axis=1),
     )
-    records = []
-    for block in self.blocks:
-      x, record = block(x, context, dropless=dropless, rngs=rngs)
-      if record is not None:
-        records.append(record)
+    x, record = self.stack(x, context, dropless=dropless, rngs=rngs)
     x = self.norm(x)
-    return Encoded(x[:, :length], x[:, length:], self._record(records, features))
+    return Encoded(x[:, :length], x[:, length:], self._record(record, features))
 
-  def _record(self, records: list[MoEOutput], features: Features) -> ExpertRecord:
+  def _record(self, record: MoEOutput | None, features: Features) -> ExpertRecord:
     batch, snapshots = features.query_valid.shape
-    if not records:
-      none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
-      expert = jnp.zeros((0, batch, snapshots, self.k), jnp.int32)
-      return ExpertRecord(none, none, jnp.zeros((0, self.experts)), counts, counts, expert)
-    return ExpertRecord(
-      jnp.stack([r.balance_loss for r in records]),
-      jnp.stack([r.z_loss for r in records]),
-      jnp.stack([r.load for r in records]),
-      jnp.stack([r.routed for r in records]),
-      jnp.stack([r.dropped for r in records]),
-      jnp.stack([r.expert[:, -snapshots:] for r in records]),
-    )
+    if record is not None:
+      stats = record.stats
+      return ExpertRecord(record.aux, stats._replace(expert=stats.expert[:, :, -snapshots:]))
+    none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
+    expert = jnp.zeros((0, batch, snapshots, self.k), jnp.int32)
+    stats = Stats(jnp.zeros((0, self.experts)), counts, counts, jnp.zeros((0, 0), jnp.int32), none, expert)
+    return ExpertRecord(Aux(none, none, none), stats)
+
+
+def _make_block(model: config.Model, balance_bias: bool) -> Callable[[int, nnx.Rngs], Block]:
+  """Returns the constructor of the block at a place of a group of `moe_every`, the last of which holds experts."""
+  d, dtype = model.d_model, jnp.dtype(model.dtype)
+
+  def make(place: int, rngs: nnx.Rngs) -> Block:
+    feed_forward: Mlp | MoE
+    if place + 1 == model.moe_every:
+      feed_forward = MoE(
+        d,
+        model.d_expert,
+        model.experts,
+        model.experts_per_token,
+        activation=model.activation,
+        shared_experts=model.shared_experts,
+        capacity_factor=model.capacity_factor,
+        dispatch=model.dispatch,
+        jitter=model.router_jitter,
+        balance_bias=balance_bias,
+        dtype=dtype,
+        rngs=rngs,
+      )
+    else:
+      feed_forward = Mlp(d, model.d_hidden, activation=model.activation, dtype=dtype, rngs=rngs)
+    return Block(d, model.heads, feed_forward, dropout=model.dropout, dtype=dtype, rngs=rngs)
+
+  return make
 
 
 class SuperMoE(nnx.Module):
   """The encoder with a head for each task."""
 
-  def __init__(self, model: config.Model, schema: Schema, tasks: Mapping[str, config.Task], *, rngs: nnx.Rngs):
-    self.encoder = Encoder(model, schema, rngs=rngs)
+  def __init__(
+    self,
+    model: config.Model,
+    schema: Schema,
+    tasks: Mapping[str, config.Task],
+    *,
+    balance_bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    self.encoder = Encoder(model, schema, balance_bias=balance_bias, rngs=rngs)
     self.tasks = dict(tasks)
     heads: dict[str, nnx.Module] = {}
     for name, task in tasks.items():

@@ -50,7 +50,7 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
+        model=ocp.args.StandardSave(nnx.to_pure_dict(state.model)),
         state=ocp.args.StandardSave({"step": state.step, "optimizer": state.optimizer, "key": state.key}),
         data=ocp.args.JsonSave(position),
         statistics=ocp.args.JsonSave({n: dataclasses.asdict(s) for n, s in statistics.items()}),
@@ -66,18 +66,18 @@ class Checkpoints:
     rest = {"step": state.step, "optimizer": state.optimizer, "key": state.key}
     read = self._read(
       step,
-      params=ocp.args.StandardRestore(nnx.to_pure_dict(state.params)),
+      model=ocp.args.StandardRestore(nnx.to_pure_dict(state.model)),
       state=ocp.args.StandardRestore(rest),
       data=ocp.args.JsonRestore(),
       statistics=ocp.args.JsonRestore(),
     )
-    params = _with_values(state.params, read.params)
-    whole = TrainState(read.state["step"], params, read.state["optimizer"], read.state["key"])
+    model = _with_values(state.model, read.model)
+    whole = TrainState(read.state["step"], model, read.state["optimizer"], read.state["key"])
     return Restored(whole, read.data, {n: TaskStatistics(**s) for n, s in read.statistics.items()})
 
-  def restore_params(self, step: int, params: nnx.State) -> nnx.State:
-    """Reads only the parameters, into the layout of `params` (abstract or not)."""
-    return _with_values(params, self._read(step, params=ocp.args.StandardRestore(nnx.to_pure_dict(params))).params)
+  def restore_model(self, step: int, model: nnx.State) -> nnx.State:
+    """Reads only the model's variables, into the layout of `model` (abstract or not)."""
+    return _with_values(model, self._read(step, model=ocp.args.StandardRestore(nnx.to_pure_dict(model))).model)
 
   def _read(self, step: int, **items: Any) -> Any:
     try:
@@ -90,7 +90,7 @@ class Checkpoints:
       ) from error
 
 
-def _with_values(params: nnx.State, values: dict[str, Any]) -> nnx.State:
-  filled = jax.tree.map(lambda leaf: leaf, params)
+def _with_values(model: nnx.State, values: dict[str, Any]) -> nnx.State:
+  filled = jax.tree.map(lambda leaf: leaf, model)
   nnx.replace_by_pure_dict(filled, values)
   return filled

@@ -58,7 +58,9 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
     if step >= cfg.train.steps:
       say(f"{workdir} is already trained to step {step}")
       return step
-    layouts = state_shardings(cfg, state.params, mesh)
+    for name, size in sharding.replicated(mesh, state.model).items():
+      say(f"warning: {name} ({size / 2**20:.1f} MiB) does not divide over the mesh and lies whole on every device")
+    layouts = state_shardings(cfg, state.model, mesh)
     do_step = make_step(cfg, graph, statistics, mesh, layouts)
     with _Log(workdir, step, cfg, say) as log:
       while step < cfg.train.steps:
@@ -73,13 +75,13 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
 
 
 @jax.jit
-def _all_finite(params: nnx.State) -> jax.Array:
-  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+def _all_finite(model: nnx.State) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(model)]))
 
 
 def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
   """Stops before parameters that are no longer finite take the place of a good checkpoint."""
-  if not bool(_all_finite(state.params)):
+  if not bool(_all_finite(state.model)):
     raise RunError(
       f"{workdir}: the parameters are no longer finite at step {step}; nothing was saved, and the checkpoints before "
       "it are kept. Train again in another --workdir with a lower config.train.learning_rate or clip_norm."
@@ -231,6 +233,7 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
     "balance_loss": mean([s.balance_loss for s in steps]),
     "z_loss": mean([s.z_loss for s in steps]),
     "load": np.round(np.mean([s.load for s in steps], axis=0), 4).tolist(),
+    "router_entropy": np.round(np.mean([s.entropy for s in steps], axis=0), 4).tolist(),
     "dropped_share": dropped / max(routed + dropped, 1),
     "events": sum(int(s.events) for s in steps),
     "gradient_norm": mean([s.gradient_norm for s in steps]),
@@ -242,4 +245,5 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
   out = [(f"train/{k}", row[k]) for k in ("loss", "balance_loss", "z_loss", "dropped_share", "gradient_norm")]
   out += [(f"train/{k}", row[k]) for k in ("learning_rate", "events_per_second")]
   out += [(f"task/{n}", v["loss"]) for n, v in row["tasks"].items() if v["loss"] is not None]
+  out += [(f"router_entropy/layer{i}", v) for i, v in enumerate(row["router_entropy"])]
   return out + [(f"load/layer{i}_expert{e}", v) for i, layer in enumerate(row["load"]) for e, v in enumerate(layer)]

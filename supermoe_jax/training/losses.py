@@ -127,8 +127,8 @@ def loss(
     for name, task in model.tasks.items()
   }
   total = combine(tasks, model.tasks, statistics, len(batch.features.length))
-  total += train.balance_weight * jnp.sum(encoded.experts.balance_loss)
-  total += train.z_weight * jnp.sum(encoded.experts.z_loss)
+  total += train.balance_weight * jnp.sum(encoded.experts.aux.balance_loss)
+  total += train.z_weight * jnp.sum(encoded.experts.aux.z_loss)
   return Loss(total, tasks, encoded)
 
 

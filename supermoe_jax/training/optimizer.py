@@ -11,7 +11,7 @@ from supermoe_jax import config
 
 # Names of the parameters that weight decay pulls to 0. A row of a table is touched by few batches; decay would erase
 # it.
-_DECAYED = {"kernel", "up", "down"}
+_DECAYED = {"kernel", "up", "gate", "down"}
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

@@ -60,19 +60,19 @@ class Run:
         raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
       check_encoding(self.workdir, self.dataset)
       self.step = latest
-      self._params = checkpoints.restore_params(latest, placed)
+      self._variables = checkpoints.restore_model(latest, placed)
 
   def answer(self, features: Features) -> Answered:
     """Encodes B rows of one snapshot each and asks every task; nothing is dropped, dropout is off."""
     with jax.set_mesh(self.mesh):
-      return self._answer(self._params, place(features, self.mesh))
+      return self._answer(self._variables, place(features, self.mesh))
 
   @functools.cached_property
   def _answer(self):  # type: ignore[no-untyped-def]
     graph = self._graph
 
-    def answer(params: nnx.State, features: Features) -> Answered:
-      model = nnx.merge(graph, params, copy=True)
+    def answer(variables: nnx.State, features: Features) -> Answered:
+      model = nnx.merge(graph, variables, copy=True)
       encoded = model.encode(features, dropless=True)
       answers = {}
       for name in model.tasks:
@@ -80,13 +80,13 @@ class Run:
         answers[name] = (
           head.state(encoded.z) if isinstance(head, NextValueHead) else model.answers(name, encoded, events=False)
         )[:, 0]
-      return Answered(encoded.z[:, 0], answers, encoded.experts.query_expert[:, :, 0])
+      return Answered(encoded.z[:, 0], answers, encoded.experts.stats.expert[:, :, 0])
 
     return jax.jit(answer)
 
   def catalogue(self, task: str) -> tuple[jax.Array, jax.Array]:
     """The vectors `[items, D]` and biases `[items]` that a next-event task ranks."""
-    model = nnx.merge(self._graph, self._params, copy=True)
+    model = nnx.merge(self._graph, self._variables, copy=True)
     head = model.heads[task]
     table: EmbeddingTable = model.encoder.event_embedding.fields[model.tasks[task].field]
-    return table.rows.get_value()[2:], head.bias.get_value()
+    return head.catalogue(table)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Schema
+from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses
 from supermoe_jax.training.losses import TaskLoss, TaskStatistics
@@ -25,13 +26,13 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: int32, steps done.
-    params: the model's parameters.
-    optimizer: optax' state.
+    model: the model's variables: parameters, and the routers' balancing biases if there are any.
+    optimizer: optax' state, of the parameters.
     key: the key of all randomness; a step folds its number into it.
   """
 
   step: jax.Array
-  params: nnx.State
+  model: nnx.State
   optimizer: optax.OptState
   key: jax.Array
 
@@ -44,6 +45,7 @@ class StepMetrics(NamedTuple):
     tasks: Σ δωℓ and Σ δω of each task.
     balance_loss, z_loss: float32, mean over the MoE layers.
     load: float32 `[M, E]`.
+    entropy: float32 `[M]`, of the routers, in nats.
     routed, dropped: int32 `[M]`.
     events: int32, events that are not padding.
     gradient_norm: float32, before clipping.
@@ -55,6 +57,7 @@ class StepMetrics(NamedTuple):
   balance_loss: jax.Array
   z_loss: jax.Array
   load: jax.Array
+  entropy: jax.Array
   routed: jax.Array
   dropped: jax.Array
   events: jax.Array
@@ -67,12 +70,18 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 def build(cfg: config.Config, schema: Schema) -> Callable[[], SuperMoE]:
   """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives."""
-  return lambda: SuperMoE(cfg.model, schema, cfg.active_tasks, rngs=nnx.Rngs(params=cfg.train.seed))
+  return lambda: SuperMoE(
+    cfg.model,
+    schema,
+    cfg.active_tasks,
+    balance_bias=cfg.train.balance_rate > 0,
+    rngs=nnx.Rngs(params=cfg.train.seed),
+  )
 
 
 def abstract_model(cfg: config.Config, schema: Schema) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns the model's structure and its parameters' shapes, without allocating any."""
-  return nnx.split(nnx.eval_shape(build(cfg, schema)), nnx.Param)
+  """Returns the model's structure and its variables' shapes, without allocating any."""
+  return nnx.split(nnx.eval_shape(build(cfg, schema)))
 
 
 def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
@@ -82,23 +91,25 @@ def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.Gr
   optimizer = make_optimizer(cfg.train)
 
   def initial() -> TrainState:
-    params = nnx.state(build(cfg, schema)(), nnx.Param)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.PRNGKey(cfg.train.seed))
+    model = nnx.state(build(cfg, schema)())
+    moments = optimizer.init(nnx.filter_state(model, nnx.Param))
+    return TrainState(jnp.int32(0), model, moments, jax.random.PRNGKey(cfg.train.seed))
 
   with jax.set_mesh(mesh):
     return graph, jax.jit(initial, out_shardings=layouts)()
 
 
-def state_shardings(cfg: config.Config, params: nnx.State, mesh: Mesh) -> Any:
+def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
   """A `TrainState` of layouts: the optimizer's moments lie with their parameters, the rest is replicated."""
   replicated = NamedSharding(mesh, PartitionSpec())
-  layout = sharding.shardings(mesh, params)
+  layout = sharding.shardings(mesh, model)
+  params, where = nnx.filter_state(model, nnx.Param), nnx.filter_state(layout, nnx.Param)
   optimizer = make_optimizer(cfg.train)
   moments = optax.tree.map_params(
     optimizer,
-    lambda _, where: where,
+    lambda _, lies: lies,
     jax.eval_shape(optimizer.init, params),
-    layout,
+    where,
     transform_non_params=lambda _: replicated,
   )
   layouts: Any = (replicated, layout, moments, replicated)
@@ -114,30 +125,34 @@ def make_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     rngs_key = jax.random.fold_in(state.key, state.step)
+    params, biases = nnx.split_state(state.model, nnx.Param, BalanceBias)
 
     def objective(params: nnx.State) -> tuple[jax.Array, losses.Loss]:
-      model = nnx.merge(graph, params, copy=True)
+      model = nnx.merge(graph, params, biases, copy=True)
       out = losses.loss(model, batch, statistics, cfg.train, rngs=nnx.Rngs(dropout=rngs_key))
       return out.total, out
 
-    (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-    experts = out.encoded.experts
-    layers = max(len(experts.load), 1)
+    (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+    updates, moments = optimizer.update(gradient, state.optimizer, params)
+    aux, stats = out.encoded.experts
+    layers = max(len(stats.load), 1)
     metrics = StepMetrics(
       loss=out.total,
       tasks=out.tasks,
-      balance_loss=jnp.sum(experts.balance_loss) / layers,
-      z_loss=jnp.sum(experts.z_loss) / layers,
-      load=experts.load,
-      routed=experts.routed,
-      dropped=experts.dropped,
+      balance_loss=jnp.sum(aux.balance_loss) / layers,
+      z_loss=jnp.sum(aux.z_loss) / layers,
+      load=stats.load,
+      entropy=stats.entropy,
+      routed=stats.routed,
+      dropped=stats.dropped,
       events=jnp.sum(batch.features.length),
       gradient_norm=optax.global_norm(gradient),
       learning_rate=jnp.asarray(rate(state.step)),
     )
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, moments, state.key), metrics
+    # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
+    biases = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
+    model = nnx.merge_state(optax.apply_updates(params, updates), biases)
+    return TrainState(state.step + 1, model, moments, state.key), metrics
 
   replicated = NamedSharding(mesh, PartitionSpec())
   return jax.jit(

@@ -136,7 +136,7 @@ def test_a_model_without_experts_works(cfg: config.Config, dataset: Dataset, fea
   plain = config.override(cfg, ["--config.model.moe_every=0"])
   graph, state = nnx.split(build(plain, dataset.schema)())
   encoded = jax.jit(lambda s, f: nnx.merge(graph, s, copy=True).encode(f, dropless=False))(state, features)
-  assert encoded.experts.load.shape == (0, 4)
+  assert encoded.experts.stats.load.shape == (0, 4)
   assert np.isfinite(encoded.z).all()
 
 

@@ -30,7 +30,7 @@ def without_speed(row: dict) -> dict:
 
 
 def parameters(run: Run) -> list[np.ndarray]:
-  return [np.asarray(leaf) for leaf in jax.tree.leaves(run._params)]
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(run._variables)]
 
 
 def test_metrics_have_a_row_every_few_steps_with_every_task(workdir: pathlib.Path, cfg: config.Config) -> None:
@@ -133,6 +133,7 @@ def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
       self.tasks = {"t": type("T", (), {"total": total, "weight": weight})}
       self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
       self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
+      self.entropy = np.array([0.5])
 
   row = loop.summarise([Step(8.0, 2, 10), Step(0.0, 0, 0), Step(1.0, 7, 0)])
   assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9}

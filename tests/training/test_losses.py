@@ -159,8 +159,8 @@ def test_a_task_without_any_label_contributes_nothing_and_stays_finite() -> None
 def test_a_balanced_router_pays_what_the_weight_says(gradient, batch: Batch, cfg: config.Config, statistics) -> None:
   (total, out), _ = gradient(batch)
   tasks = losses.combine(out.tasks, cfg.active_tasks, statistics, cfg.train.batch_rows)
-  experts = out.encoded.experts
-  wanted = tasks + cfg.train.balance_weight * experts.balance_loss.sum() + cfg.train.z_weight * experts.z_loss.sum()
+  aux = out.encoded.experts.aux
+  wanted = tasks + cfg.train.balance_weight * aux.balance_loss.sum() + cfg.train.z_weight * aux.z_loss.sum()
   assert float(total) == pytest.approx(float(wanted), rel=1e-5)
 
 

@@ -1,0 +1,90 @@
+"""The experts' own arithmetic: one MLP each, many at a time, on one device's share of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from supermoe_jax import sharding
+
+# Logical names of an expert's weights, by name. SwiGLU has a gate and, as usual, no biases.
+NAMES: dict[str, tuple[str, ...]] = {
+  "up": ("expert", "embed", "mlp"),
+  "up_bias": ("expert", "mlp"),
+  "gate": ("expert", "embed", "mlp"),
+  "down": ("expert", "mlp", "embed"),
+  "down_bias": ("expert", "embed"),
+}
+
+ACTIVATIONS = {
+  "gelu": ("up", "up_bias", "down", "down_bias"),
+  "swiglu": ("up", "gate", "down"),
+}
+
+
+def check_activation(activation: str) -> None:
+  """Raises ValueError when there is no such activation."""
+  if activation not in ACTIVATIONS:
+    raise ValueError(f"activation={activation!r} must be one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """The E' experts that this device holds, of E; their hidden units may be spread over devices too.
+
+  The outputs are then partial: their sum over `axes("mlp")` is the experts' output. The caller sums after combining,
+  where there are fewer numbers.
+
+  Attributes:
+    weights: by name as in `NAMES`, of shapes `[E', D, H']`, `[E', H']`, `[E', H', D]`, `[E', D]`, in the dtype of the
+      computation.
+    total: E.
+  """
+
+  weights: dict[str, jax.Array]
+  total: int
+
+  @property
+  def held(self) -> int:
+    """E', the experts on this device."""
+    return self.weights["up"].shape[0]
+
+  def whole(self) -> Experts:
+    """Gathers all E experts' weights onto this device (its share of the hidden units of each)."""
+    if self.held == self.total:
+      return self
+    gather = {n: jax.lax.all_gather(w, sharding.axes("expert"), tiled=True) for n, w in self.weights.items()}
+    return Experts(gather, self.total)
+
+  def __call__(self, x: jax.Array, group: jax.Array | None = None) -> jax.Array:
+    """Runs rows `x [G, C, D]` through expert `group[g]`, or expert g when `group` is None: `[G, C, D]`."""
+    w = self.weights if group is None else {n: v[group] for n, v in self.weights.items()}
+    up = jnp.einsum("gcd,gdh->gch", x, w["up"], preferred_element_type=jnp.float32)
+    if "gate" in w:
+      hidden = jax.nn.silu(jnp.einsum("gcd,gdh->gch", x, w["gate"], preferred_element_type=jnp.float32)) * up
+    else:
+      hidden = jax.nn.gelu(up + w["up_bias"][:, None])
+    out = jnp.einsum("gch,ghd->gcd", hidden.astype(x.dtype), w["down"], preferred_element_type=jnp.float32)
+    if "down_bias" in w:
+      out = out + self._once(w["down_bias"])[:, None]
+    return out.astype(x.dtype)
+
+  def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Runs rows `x [R, D]`, sorted by expert, `sizes [E']` of each; rows beyond their sum give arbitrary numbers."""
+    w, rows = self.weights, len(x)
+    expert = jnp.repeat(jnp.arange(self.held), sizes, total_repeat_length=rows)
+    up = jax.lax.ragged_dot(x, w["up"], sizes, preferred_element_type=jnp.float32)
+    if "gate" in w:
+      hidden = jax.nn.silu(jax.lax.ragged_dot(x, w["gate"], sizes, preferred_element_type=jnp.float32)) * up
+    else:
+      hidden = jax.nn.gelu(up + w["up_bias"][expert])
+    out = jax.lax.ragged_dot(hidden.astype(x.dtype), w["down"], sizes, preferred_element_type=jnp.float32)
+    if "down_bias" in w:
+      out = out + self._once(w["down_bias"])[expert]
+    return out.astype(x.dtype)
+
+  def _once(self, bias: jax.Array) -> jax.Array:
+    """The bias on one of the devices that share an expert's hidden units, 0 on the others."""
+    return bias if sharding.ways("mlp") == 1 else jnp.where(sharding.index("mlp") == 0, bias, 0)

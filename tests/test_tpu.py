@@ -1,0 +1,49 @@
+"""Programs for TPU pods, compiled ahead of time by XLA:TPU on this machine (`make test` installs libtpu beside it)."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+LIBRARY = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+  """What `tpu_programs.py` found; in a process of its own, since a process has one set of backends."""
+  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test', which installs it"
+  environment = {
+    **os.environ,
+    "TPU_LIBRARY_PATH": str(LIBRARY),
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "JAX_PLATFORMS": "",
+  }
+  script = pathlib.Path(__file__).with_name("tpu_programs.py")
+  out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
+  return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_ragged_compiles_for_a_pod_and_sends_tokens_as_they_are(compiled: dict, axis_type: str) -> None:
+  collectives = compiled[f"ragged {axis_type}"]
+  assert collectives["ragged-all-to-all"] == 4  # there and back, forward and backward
+  assert "all-gather" not in collectives
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_all_to_all_compiles_for_a_pod_without_gathering(compiled: dict, axis_type: str) -> None:
+  collectives = compiled[f"all_to_all {axis_type}"]
+  assert collectives["all-to-all"] == 4
+  assert "all-gather" not in collectives
+
+
+@pytest.mark.slow
+def test_only_the_data_axis_crosses_slices(compiled: dict) -> None:
+  assert compiled["slices by data index"] == [[0], [0], [1], [1]]

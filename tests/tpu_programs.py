@@ -1,0 +1,55 @@
+"""Compiles programs for TPU topologies, without a TPU, and prints one line of JSON about them."""
+
+import collections
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+
+from supermoe_jax import config, sharding
+from supermoe_jax.layers.moe import MoE
+
+COLLECTIVES = r"\b(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute)(?:-start)?\("
+
+
+def moe_collectives(dispatch: str, axis_type: AxisType, devices: list) -> dict[str, int]:
+  """Collectives of an MoE layer's forward and backward pass on a 2×4×2 mesh, by kind."""
+  mesh = sharding.make_mesh(config.Mesh(2, 4, 2), devices, axis_type)
+  make = lambda: MoE(256, 512, 16, 2, dispatch=dispatch, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
+  graph, abstract = nnx.split(nnx.eval_shape(make))
+  layouts = sharding.shardings(mesh, abstract)
+  state = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), abstract, layouts)
+  x = jax.ShapeDtypeStruct(
+    (16, 512, 256), jnp.float32, sharding=NamedSharding(mesh, sharding.spec("batch", None, None))
+  )
+  valid = jax.ShapeDtypeStruct((16, 512), bool, sharding=NamedSharding(mesh, sharding.spec("batch", None)))
+
+  def loss(state: nnx.State, x: jax.Array, valid: jax.Array):
+    out = nnx.merge(graph, state)(x, valid)
+    return jnp.sum(out.y**2) + out.aux.balance_loss, out.stats
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(state, x, valid).compile()
+  return collections.Counter(re.findall(COLLECTIVES, program.as_text()))
+
+
+def slices_by_data_index() -> list[list[int]]:
+  """Which slices the devices at each place of the data axis belong to, of two slices."""
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+  mesh = sharding.make_mesh(config.Mesh(data=4, expert=2, tensor=2, slices=2), devices)
+  return [sorted({d.slice_index for d in row.flat}) for row in mesh.devices]
+
+
+if __name__ == "__main__":
+  pod = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+  found: dict = {
+    f"{name} {axis_type.name}": moe_collectives(name, axis_type, pod)
+    for name in ("ragged", "all_to_all")
+    for axis_type in (AxisType.Auto, AxisType.Explicit)
+  }
+  found["slices by data index"] = slices_by_data_index()
+  print(json.dumps(found))
