@@ -12,10 +12,12 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
+from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoint import RunError
 from supermoe_jax.training.run import Run
@@ -188,3 +190,38 @@ def test_a_run_of_many_devices_opens_and_goes_on_on_one(
     config.override(cfg, ["--config.train.mesh.data=8", "--config.train.mesh.tensor=2"]), copy / "config.json"
   )
   assert dict(Run(copy).mesh.shape) == {"data": 1, "expert": 1, "tensor": 1}
+
+
+@pytest.mark.slow
+def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
+  other = config.override(
+    cfg,
+    [
+      "--config.model.layers=4",
+      "--config.model.activation=swiglu",
+      "--config.model.shared_experts=1",
+      "--config.model.router_jitter=0.1",
+      "--config.model.dtype=bfloat16",
+      "--config.model.remat=dots",
+      "--config.train.balance_rate=0.01",
+      "--config.train.steps=8",
+      "--config.train.mesh.data=2",
+      "--config.train.mesh.expert=2",
+      "--config.train.mesh.tensor=2",
+    ],
+  )
+  once, twice = tmp_path / "once", tmp_path / "twice"
+  assert loop.train(other, once, say=lambda _: None) == 8
+  shutil.copytree(once, twice)
+  shutil.rmtree(twice / "checkpoints" / "8")
+  assert loop.train(other, twice, say=lambda _: None) == 8
+  for mine, wanted in zip(parameters(Run(twice)), parameters(Run(once)), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+  assert all(np.isfinite(r["loss"]) and len(r["load"]) == 2 for r in rows(once))
+  (bias,) = jax.tree.leaves(nnx.filter_state(Run(once)._variables, BalanceBias))
+  assert bias.shape == (2, 4)
+  steps = np.asarray(bias) / 0.01  # up or down by the rate in each of 8 steps
+  np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+  assert 0 < np.abs(steps).max() <= 8
