@@ -63,28 +63,44 @@ def dense(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Di
 def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
   """Sorts the choices by expert into a buffer `[E, C, D]`; tokens stay on their device, weights come to them.
 
-  Without a capacity the buffer is one of blocks, each of one expert, of which the choices fill at most `K·n/rows + E`
-  however they fall on the experts. Shapes are static and nothing drops, so that the result of a token cannot depend on
-  the others.
+  Without a capacity shapes are static still and nothing drops, so that the result of a token cannot depend on the
+  others: on a CPU in blocks of rows, each of one expert; else by a grouped product, which copies no weights (v5e, 8,192
+  tokens a device, D 1024, hidden 4096, E 16: 387 MiB instead of 2,256, 4.8 GB read and written instead of 9.7).
 
   Source: capacity, arXiv 2101.03961; block-sparse dispatch, arXiv 2211.15841.
   """
   experts = experts.whole()
+  if capacity_factor is None:
+    return (_in_blocks if sharding.platform() == "cpu" else _in_groups)(tokens, experts)
   x, expert, weight, valid = tokens
-  ranked = slots.rank(expert, valid, experts.total)
-  if capacity_factor is not None:
-    capacity = _capacity(capacity_factor, expert, experts.total)
-    slot, kept, n_slots = _cells(expert, ranked, capacity, experts.total)
-    y = slots.through(x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.total, capacity, -1))))
-    return Dispatched(y, kept)
+  capacity = _capacity(capacity_factor, expert, experts.total)
+  slot, kept, n_slots = _cells(expert, slots.rank(expert, valid, experts.total), capacity, experts.total)
+  y = slots.through(x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.total, capacity, -1))))
+  return Dispatched(y, kept)
+
+
+def _in_blocks(tokens: Tokens, experts: Experts) -> Dispatched:
+  """Every expert's choices fill blocks of rows of their own, at most `K·n / rows + E` in all however they fall."""
+  x, expert, weight, valid = tokens
   rows = max(BLOCK, expert.size // (4 * experts.total))  # at most 5 E blocks, which each fetch their expert's weights
   blocks = expert.size // rows + experts.total
+  ranked = slots.rank(expert, valid, experts.total)
   used = (ranked.load + rows - 1) // rows
   end = jnp.cumsum(used)
   slot = jnp.where(ranked.sent, (end - used)[expert] * rows + ranked.rank, blocks * rows)
   group = jnp.minimum(jnp.searchsorted(end, jnp.arange(blocks), side="right"), experts.total - 1)
   y = slots.through(x, weight, slot, blocks * rows, lambda b: _flat(experts(b.reshape(blocks, rows, -1), group)))
   return Dispatched(y, ranked.sent)
+
+
+def _in_groups(tokens: Tokens, experts: Experts) -> Dispatched:
+  """The choices lie one after the other by expert, and one product multiplies groups of any size."""
+  x, expert, weight, valid = tokens
+  ranked = slots.rank(expert, valid, experts.total)
+  slot = jnp.where(ranked.sent, slots.places(expert, ranked), expert.size)
+  return Dispatched(
+    slots.through(x, weight, slot, expert.size, lambda rows: experts.ragged(rows, ranked.load)), ranked.sent
+  )
 
 
 def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
@@ -128,24 +144,22 @@ def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
 def ragged(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
   """Sorts the choices by expert and multiplies groups of any size; over several devices they travel as they are.
 
-  A device receives at most `capacity_factor · K · n` choices; without a capacity, all there are. XLA:CPU has no
-  ragged all-to-all, and its grouped product costs E times the work.
+  There a device receives at most `capacity_factor · K · n` choices; without a capacity, all there are. On one device
+  nothing drops. XLA:CPU has no ragged all-to-all, and its grouped product costs E times the work.
   """
   ways = sharding.ways("expert")
+  if ways == 1:
+    return _in_groups(tokens, experts)
   x, expert, weight, valid = tokens
   ranked = slots.rank(expert, valid, experts.total)
-  start = jnp.cumsum(ranked.load) - ranked.load
-  place = start[jnp.clip(expert, 0, experts.total - 1)] + ranked.rank  # in the order by expert
-  kept, run = ranked.sent, lambda rows: experts.ragged(rows, ranked.load)
-  if ways > 1:
-    most = ways * expert.size
-    room = most if capacity_factor is None else min(most, math.ceil(capacity_factor * expert.size))
-    plan = _exchange_plan(ranked.load, ways, room)
-    device = expert // experts.held
-    kept = kept & (place - plan.send_start[device] < plan.sent[device])
-    run = lambda rows: _exchange(rows, experts, plan, room)  # noqa: E731
+  most = ways * expert.size
+  room = most if capacity_factor is None else min(most, math.ceil(capacity_factor * expert.size))
+  plan = _exchange_plan(ranked.load, ways, room)
+  device, place = expert // experts.held, slots.places(expert, ranked)
+  kept = ranked.sent & (place - plan.send_start[device] < plan.sent[device])
   slot = jnp.where(kept, place, expert.size)
-  return Dispatched(slots.through(x, weight, slot, expert.size, run), kept)
+  y = slots.through(x, weight, slot, expert.size, lambda rows: _exchange(rows, experts, plan, room))
+  return Dispatched(y, kept)
 
 
 class _Plan(NamedTuple):
@@ -193,8 +207,7 @@ def _exchange(rows: jax.Array, experts: Experts, plan: _Plan, room: int) -> jax.
   group = jnp.repeat(group, plan.group.reshape(-1), total_repeat_length=room)
   here = jnp.arange(room) < jnp.sum(plan.received)
   ranked = slots.rank(group[:, None], here, held)
-  start = jnp.cumsum(ranked.load) - ranked.load
-  place = jnp.where(here[:, None], start[group][:, None] + ranked.rank, room)
+  place = jnp.where(here[:, None], slots.places(group[:, None], ranked), room)
   one = jnp.ones_like(place, rows.dtype)
   done = slots.through(arrived, one, place, room, lambda r: experts.ragged(r, ranked.load)).astype(rows.dtype)
   back_start = jnp.cumsum(plan.received) - plan.received

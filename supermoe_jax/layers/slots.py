@@ -40,6 +40,12 @@ def rank(expert: jax.Array, valid: jax.Array, experts: int) -> Ranked:
   return Ranked(sent, rank.reshape(n, k), jnp.diff(start).astype(jnp.int32))
 
 
+def places(expert: jax.Array, ranked: Ranked) -> jax.Array:
+  """Returns each choice's place `[n, K]` among all, in the order by expert; arbitrary for one that is not sent."""
+  start = jnp.cumsum(ranked.load) - ranked.load
+  return start[jnp.clip(expert, 0, len(ranked.load) - 1)] + ranked.rank
+
+
 def through(
   x: jax.Array, weight: jax.Array, slot: jax.Array, n_slots: int, run: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
