@@ -45,5 +45,11 @@ def test_all_to_all_compiles_for_a_pod_without_gathering(compiled: dict, axis_ty
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("length", [264, 2048])
+def test_attention_with_its_heads_spread_only_sums(compiled: dict, length: int) -> None:
+  assert set(compiled[f"attention {length}"]) == {"all-reduce"}
+
+
+@pytest.mark.slow
 def test_only_the_data_axis_crosses_slices(compiled: dict) -> None:
   assert compiled["slices by data index"] == [[0], [0], [1], [1]]

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
 from supermoe_jax import config, sharding
+from supermoe_jax.layers.attention import Attention, Visibility
 from supermoe_jax.layers.moe import MoE
 
 COLLECTIVES = r"\b(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute)(?:-start)?\("
@@ -37,6 +38,25 @@ def moe_collectives(dispatch: str, axis_type: AxisType, devices: list) -> dict[s
   return collections.Counter(re.findall(COLLECTIVES, program.as_text()))
 
 
+def attention_collectives(length: int, devices: list) -> dict[str, int]:
+  """Collectives of attention's forward and backward pass with heads over 4 devices and rows over 4, by kind."""
+  mesh = sharding.make_mesh(config.Mesh(data=4, tensor=4), devices)
+  graph, abstract = nnx.split(nnx.eval_shape(lambda: Attention(512, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+  layouts = sharding.shardings(mesh, abstract)
+  state = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), abstract, layouts)
+  where = NamedSharding(mesh, sharding.spec("batch"))
+  x = jax.ShapeDtypeStruct((16, length, 512), jnp.float32, sharding=where)
+  time = jax.ShapeDtypeStruct((16, length), jnp.float32, sharding=where)
+  count = jax.ShapeDtypeStruct((16, length), jnp.int32, sharding=where)
+
+  def loss(state: nnx.State, x: jax.Array, time: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+    return jnp.sum(nnx.merge(graph, state)(x, end - start, time, Visibility(start, end)) ** 2)
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(state, x, time, count, count).compile()
+  return collections.Counter(re.findall(COLLECTIVES, program.as_text()))
+
+
 def slices_by_data_index() -> list[list[int]]:
   """Which slices the devices at each place of the data axis belong to, of two slices."""
   devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
@@ -51,5 +71,7 @@ if __name__ == "__main__":
     for name in ("ragged", "all_to_all")
     for axis_type in (AxisType.Auto, AxisType.Explicit)
   }
+  for length in (264, 2048):
+    found[f"attention {length}"] = attention_collectives(length, pod)
   found["slices by data index"] = slices_by_data_index()
   print(json.dumps(found))

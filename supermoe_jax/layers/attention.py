@@ -113,8 +113,9 @@ class Attention(nnx.Module):
     Returns: `[B, T, D]` in the dtype of `x`.
     """
     b, t, d = x.shape
-    qkv = self.qkv(x).astype(self.dtype or x.dtype).reshape(b, t, 3 * self.heads, d // self.heads)
-    q, k, v = jnp.split(qkv, 3, axis=2)
+    # Head by head, so that a device with some of the heads has the q, k and v of just those.
+    qkv = self.qkv(x).astype(self.dtype or x.dtype).reshape(b, t, self.heads, 3, d // self.heads)
+    q, k, v = (qkv[:, :, :, i] for i in range(3))
     queries = Queries(rotate(q, position), time, visible, jnp.arange(t, dtype=jnp.int32)[None])
     keys = Keys(rotate(k, position), v, time)
     # One copy a row, so that where rows are sharded the gradient is summed over devices once, not in every loop step.

@@ -52,7 +52,7 @@ def table(visible: Visibility) -> list[str]:
 def plain(layer: Attention, x: jax.Array, position: jax.Array, time: jax.Array, visible: Visibility) -> jax.Array:
   """The same by `jax.nn.dot_product_attention`, with every score at once."""
   b, t, d = x.shape
-  q, k, v = jnp.split(layer.qkv(x).reshape(b, t, 3 * layer.heads, d // layer.heads), 3, axis=2)
+  q, k, v = jnp.moveaxis(layer.qkv(x).reshape(b, t, layer.heads, 3, d // layer.heads), 3, 0)
   bias = gap_bias(layer.gap.get_value()[None], time, time)
   mask = jnp.asarray(as_mask(visible))[:, None]
   mixed = jax.nn.dot_product_attention(rotate(q, position), rotate(k, position), v, bias=bias, mask=mask)
