@@ -56,18 +56,25 @@ def make_mesh(
       f"config.train.mesh needs {'×'.join(map(str, shape))} = {needed} devices, but JAX sees {len(devices)} "
       f"({devices[0].platform})."
     )
-  types = (axis_type,) * len(AXES)
-  if sizes.slices == 1:
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
-  found = len({getattr(d, "slice_index", 0) for d in devices})
-  if found != sizes.slices or needed != len(devices):
+  used = devices[:needed]
+  found = slices(used)
+  if found != sizes.slices:
     raise config.ConfigError(
-      f"config.train.mesh.slices={sizes.slices} with {needed} devices, but JAX sees {found} slices with "
-      f"{len(devices)} devices in all; several slices are used whole or not at all."
+      f"config.train.mesh.slices={sizes.slices}, but its {needed} devices lie in {found} of the "
+      f"{slices(devices)} slices that JAX sees ({len(devices)} devices)."
     )
-  within = (sizes.data // sizes.slices, sizes.expert, sizes.tensor)
-  grid = mesh_utils.create_hybrid_device_mesh(within, (sizes.slices, 1, 1), devices)
-  return Mesh(grid, AXES, axis_types=types)
+  # A logical axis may take a part of a physical one: 8 experts on a 4×4 torus.
+  if found == 1:
+    grid = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+  else:
+    within = (sizes.data // found, sizes.expert, sizes.tensor)
+    grid = mesh_utils.create_hybrid_device_mesh(within, (found, 1, 1), used, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def slices(devices: Sequence[jax.Device]) -> int:
+  """Returns how many slices (pods joined by a data-centre network) the devices lie in."""
+  return len({getattr(d, "slice_index", 0) for d in devices})
 
 
 def axes(*names: str | None) -> tuple[str, ...]:
@@ -123,7 +130,10 @@ def _entry(mesh_axes: Sequence[str]) -> str | tuple[str, ...] | None:
 
 def _spec_in_use(names: Sequence[str | None]) -> PartitionSpec:
   """As `spec`, on the mesh in use, which may lack some of the axes."""
-  present = jax.sharding.get_abstract_mesh().axis_names
+  return _spec_on(jax.sharding.get_abstract_mesh().axis_names, names)
+
+
+def _spec_on(present: Sequence[str], names: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*(_entry([a for a in e if a in present]) for e in _entries(names)))
 
 
@@ -138,7 +148,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, *arguments: Any) -> Any:
-  """Calls `function` on each device's part of `arguments`; without a mesh, on the whole of them.
+  """Calls `function` on each device's part of `arguments`; on the whole of them without a mesh that has our axes.
 
   Args:
     function: sees its own shards, and may use collectives over `axes(name)`.
@@ -149,8 +159,8 @@ def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any,
   Raises:
     ValueError: a dimension does not divide by the devices that it is spread over.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  known = set(AXES) & set(jax.sharding.get_abstract_mesh().axis_names)
+  if not known:
     return function(*arguments)
   placed: list[Any] = []
   for names, argument in zip(inputs, arguments, strict=True):
@@ -162,9 +172,9 @@ def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any,
     {k: _spec_in_use(names[k]) for k in argument} if isinstance(names, dict) else _spec_in_use(names)
     for names, argument in zip(inputs, arguments)
   )
-  several = isinstance(outputs[0], tuple)
+  several = bool(outputs) and isinstance(outputs[0], tuple)
   out_specs = tuple(_spec_in_use(o) for o in outputs) if several else _spec_in_use(outputs)
-  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*placed)
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=known)(*placed)
 
 
 def _divisible(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
@@ -179,7 +189,7 @@ def _divisible(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The layout of every array of a batch: rows over the batch axes."""
-  return NamedSharding(mesh, spec("batch"))
+  return NamedSharding(mesh, _spec_on(mesh.axis_names, ("batch",)))
 
 
 def param(value: jax.Array, *names: str | None) -> nnx.Param:
@@ -210,11 +220,11 @@ def shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
   def layout(variable: nnx.Variable) -> nnx.Variable:
     names = variable.get_metadata().get("logical") or ()
     shape = variable.get_value().shape
-    entries = []
-    for size, mesh_axes in zip(shape, _entries(names)):
-      divides = size % math.prod(mesh.shape[a] for a in mesh_axes) == 0
-      entries.append(_entry(mesh_axes) if divides else None)
-    return variable.replace(NamedSharding(mesh, PartitionSpec(*entries)))
+    divides = [
+      name if size % math.prod(mesh.shape.get(a, 1) for a in mesh_axes) == 0 else None
+      for name, size, mesh_axes in zip(names, shape, _entries(names))
+    ]
+    return variable.replace(NamedSharding(mesh, _spec_on(mesh.axis_names, divides)))
 
   return jax.tree.map(layout, state, is_leaf=_is_variable)
 

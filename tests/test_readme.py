@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from supermoe_jax import config
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
 
@@ -25,5 +27,16 @@ def test_a_code_block_runs_as_printed(block: str, tmp_path: pathlib.Path) -> Non
     [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
   )
   assert out.returncode == 0, out.stderr
-  for printed in re.findall(r"# prints (.*)", block):
-    assert printed in out.stdout
+  assert re.findall(r"# prints (.*)", block) == out.stdout.splitlines()
+
+
+def test_the_config_of_the_readme_is_a_whole_one() -> None:
+  (block,) = (b for b in BLOCKS if "def get_config" in b)
+  names: dict = {}
+  exec(block, names)
+  cfg = config.resolve(names["get_config"]().to_dict())
+  assert set(cfg.active_tasks) == {"next_category", "churn", "basket", "premium"}
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+  assert not re.findall(r"\b[A-Z]+_[A-Z_]+\b(?<!GLIBC_TUNABLES)", README.read_text())

@@ -31,7 +31,9 @@ def test_a_mesh_larger_than_the_machine_is_an_error() -> None:
 
 
 def test_slices_that_are_not_there_are_an_error() -> None:
-  with pytest.raises(config.ConfigError, match=r"slices=2 with 8 devices, but JAX sees 1 slices with 8 devices"):
+  with pytest.raises(
+    config.ConfigError, match=r"slices=2, but its 8 devices lie in 1 of the 1 slices that JAX sees \(8 devices\)"
+  ):
     sharding.make_mesh(config.Mesh(data=8, slices=2))
 
 

@@ -45,6 +45,12 @@ def test_all_to_all_compiles_for_a_pod_without_gathering(compiled: dict, axis_ty
 
 
 @pytest.mark.slow
+def test_dropless_compiles_for_a_pod_and_moves_weights_not_tokens(compiled: dict) -> None:
+  assert compiled["dropless"]["all-gather"] >= 1
+  assert not {"all-to-all", "ragged-all-to-all"} & set(compiled["dropless"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [264, 2048])
 def test_attention_with_its_heads_spread_only_sums(compiled: dict, length: int) -> None:
   assert set(compiled[f"attention {length}"]) == {"all-reduce"}

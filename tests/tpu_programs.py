@@ -17,7 +17,7 @@ from supermoe_jax.layers.moe import MoE
 COLLECTIVES = r"\b(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute)(?:-start)?\("
 
 
-def moe_collectives(dispatch: str, axis_type: AxisType, devices: list) -> dict[str, int]:
+def moe_collectives(dispatch: str, axis_type: AxisType, devices: list, *, dropless: bool = False) -> dict[str, int]:
   """Collectives of an MoE layer's forward and backward pass on a 2×4×2 mesh, by kind."""
   mesh = sharding.make_mesh(config.Mesh(2, 4, 2), devices, axis_type)
   make = lambda: MoE(256, 512, 16, 2, dispatch=dispatch, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
@@ -30,7 +30,7 @@ def moe_collectives(dispatch: str, axis_type: AxisType, devices: list) -> dict[s
   valid = jax.ShapeDtypeStruct((16, 512), bool, sharding=NamedSharding(mesh, sharding.spec("batch", None)))
 
   def loss(state: nnx.State, x: jax.Array, valid: jax.Array):
-    out = nnx.merge(graph, state)(x, valid)
+    out = nnx.merge(graph, state)(x, valid, dropless=dropless)
     return jnp.sum(out.y**2) + out.aux.balance_loss, out.stats
 
   with jax.set_mesh(mesh):
@@ -71,6 +71,7 @@ if __name__ == "__main__":
     for name in ("ragged", "all_to_all")
     for axis_type in (AxisType.Auto, AxisType.Explicit)
   }
+  found["dropless"] = moe_collectives("auto", AxisType.Auto, pod, dropless=True)
   for length in (264, 2048):
     found[f"attention {length}"] = attention_collectives(length, pod)
   found["slices by data index"] = slices_by_data_index()

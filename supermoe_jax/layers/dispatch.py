@@ -8,8 +8,10 @@ What travels over the `expert` axis of W devices, a layer, for n tokens a device
 
     dense, sorted   the experts' weights, to every device        any mesh; nothing where W = 1
     all_to_all      capacity_factor · K · n tokens, both ways    large W
-    gather          (W - 1) · n tokens, both ways                small W
+    gather          (W - 1) · n tokens, back in float32          small W
     ragged          the K · n choices themselves, both ways      TPU and GPU only
+
+Without a capacity, `all_to_all` and `gather` are `sorted`: cells for whatever may come would be W times as many.
 
 Capacity is a bound for each expert and group of tokens: those of one device, or, with `gather`, of the W devices.
 """
@@ -64,14 +66,15 @@ def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> 
   """Sorts the choices by expert into a buffer `[E, C, D]`; tokens stay on their device, weights come to them.
 
   Without a capacity shapes are static still and nothing drops, so that the result of a token cannot depend on the
-  others: on a CPU in blocks of rows, each of one expert; else by a grouped product, which copies no weights (v5e, 8,192
-  tokens a device, D 1024, hidden 4096, E 16: 387 MiB instead of 2,256, 4.8 GB read and written instead of 9.7).
+  others: on a TPU by a grouped product, elsewhere in blocks of rows, each of one expert, which copy its weights.
+  Compiled for v5e with 8,192 tokens a device, D 1024, hidden 4096 and E 16, the product takes 387 MiB and 4.8 GB of
+  traffic, the blocks 2,256 MiB and 9.7 GB.
 
   Source: capacity, arXiv 2101.03961; block-sparse dispatch, arXiv 2211.15841.
   """
   experts = experts.whole()
   if capacity_factor is None:
-    return (_in_blocks if sharding.platform() == "cpu" else _in_groups)(tokens, experts)
+    return (_in_groups if sharding.platform() == "tpu" else _in_blocks)(tokens, experts)
   x, expert, weight, valid = tokens
   capacity = _capacity(capacity_factor, expert, experts.total)
   slot, kept, n_slots = _cells(expert, slots.rank(expert, valid, experts.total), capacity, experts.total)
@@ -240,14 +243,19 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def choose(name: str, k: int, capacity_factor: float | None) -> str:
-  """Returns the strategy that `auto` means on the mesh in use, or `name` itself.
+def check(name: str) -> None:
+  """Raises ValueError when there is no such strategy."""
+  if name != "auto" and name not in STRATEGIES:
+    raise ValueError(f"dispatch={name!r} must be 'auto' or one of {', '.join(map(repr, STRATEGIES))}")
+
+
+def choose(name: str, k: int, capacity_factor: float | None, dtype: jnp.dtype) -> str:
+  """Returns the strategy that `auto` means on the mesh in use for tokens of `dtype`, or `name` itself.
 
   Raises:
     ValueError: there is no such strategy, or the backend lacks what it needs.
   """
-  if name != "auto" and name not in STRATEGIES:
-    raise ValueError(f"dispatch={name!r} must be 'auto' or one of {', '.join(map(repr, STRATEGIES))}")
+  check(name)
   ways = sharding.ways("expert")
   if name == "ragged" and ways > 1 and sharding.platform() == "cpu":
     raise ValueError("dispatch='ragged' over several devices needs a TPU or GPU: XLA:CPU has no ragged all-to-all")
@@ -255,8 +263,9 @@ def choose(name: str, k: int, capacity_factor: float | None) -> str:
     return name
   if ways == 1 or capacity_factor is None:
     return "sorted"
-  # Each sends a share (W - 1) / W of what the table above says, so fewer than capacity_factor · K devices gather.
-  return "gather" if ways < capacity_factor * k else "all_to_all"
+  # Bytes a token and direction, of which a share (W - 1) / W travels; see the table above.
+  size = jnp.dtype(dtype).itemsize
+  return "gather" if ways * (size + 4) < 2 * size * capacity_factor * k else "all_to_all"
 
 
 def _capacity(factor: float, expert: jax.Array, experts: int) -> int:

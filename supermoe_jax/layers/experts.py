@@ -38,8 +38,8 @@ class Experts:
   where there are fewer numbers.
 
   Attributes:
-    weights: by name as in `NAMES`, of shapes `[E', D, H']`, `[E', H']`, `[E', H', D]`, `[E', D]`, in the dtype of the
-      computation.
+    weights: by name as in `NAMES`, of shapes `[E', D, H']`, `[E', H']`, `[E', H', D]`, `[E', D]`; products are computed
+      in the dtype of the rows and accumulate in float32.
     total: E.
   """
 
@@ -60,7 +60,9 @@ class Experts:
 
   def __call__(self, x: jax.Array, group: jax.Array | None = None) -> jax.Array:
     """Runs rows `x [G, C, D]` through expert `group[g]`, or expert g when `group` is None: `[G, C, D]`."""
-    w = self.weights if group is None else {n: v[group] for n, v in self.weights.items()}
+    w = self._in(x.dtype)
+    if group is not None:
+      w = {n: v[group] for n, v in w.items()}
     up = jnp.einsum("gcd,gdh->gch", x, w["up"], preferred_element_type=jnp.float32)
     if "gate" in w:
       hidden = jax.nn.silu(jnp.einsum("gcd,gdh->gch", x, w["gate"], preferred_element_type=jnp.float32)) * up
@@ -72,18 +74,29 @@ class Experts:
     return out.astype(x.dtype)
 
   def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Runs rows `x [R, D]`, sorted by expert, `sizes [E']` of each; rows beyond their sum give arbitrary numbers."""
-    w, rows = self.weights, len(x)
+    """Runs rows `x [R, D]`, sorted by expert, `sizes [E']` of each; rows beyond their sum give 0."""
+    w, rows = self._in(x.dtype), len(x)
     expert = jnp.repeat(jnp.arange(self.held), sizes, total_repeat_length=rows)
-    up = jax.lax.ragged_dot(x, w["up"], sizes, preferred_element_type=jnp.float32)
+    inside = (jnp.arange(rows) < jnp.sum(sizes))[:, None]
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+      # What lies beyond the groups is undefined, in the product and in its gradient, so it is cut off on both sides.
+      y = jax.lax.ragged_dot(jnp.where(inside, x, 0), kernel, sizes, preferred_element_type=jnp.float32)
+      return jnp.where(inside, y, 0)
+
+    up = product(x, w["up"])
     if "gate" in w:
-      hidden = jax.nn.silu(jax.lax.ragged_dot(x, w["gate"], sizes, preferred_element_type=jnp.float32)) * up
+      hidden = jax.nn.silu(product(x, w["gate"])) * up
     else:
       hidden = jax.nn.gelu(up + w["up_bias"][expert])
-    out = jax.lax.ragged_dot(hidden.astype(x.dtype), w["down"], sizes, preferred_element_type=jnp.float32)
+    out = product(hidden.astype(x.dtype), w["down"])
     if "down_bias" in w:
-      out = out + self._once(w["down_bias"])[expert]
+      out = jnp.where(inside, out + self._once(w["down_bias"])[expert], 0)
     return out.astype(x.dtype)
+
+  def _in(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """The weights as the products take them; cast here, so that devices add up their gradients in float32."""
+    return {n: w.astype(dtype) for n, w in self.weights.items()}
 
   def _once(self, bias: jax.Array) -> jax.Array:
     """The bias on one of the devices that share an expert's hidden units, 0 on the others."""

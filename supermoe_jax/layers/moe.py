@@ -98,7 +98,9 @@ class MoE(nnx.Module):
       loss += 0.01 * out.aux.balance_loss + 1e-3 * out.aux.z_loss
 
   Training gives each expert `⌈capacity_factor · K · n / E⌉` rows for the n tokens of a device and counts what exceeds
-  them; with `dropless=True` (evaluation, export) nothing is dropped, and a token's result cannot depend on the others.
+  them; with `dropless=True` (evaluation, export) nothing is dropped, and among batches of one shape a token's result is
+  bit for bit the same whoever shares the batch. Dropless, tokens stay on their device and all experts' weights of the
+  layer come to them, unless `dispatch="ragged"`.
 
   On the mesh in use (`jax.set_mesh`) experts are spread over its `expert` axis, their hidden units over `tensor`, and
   the batch over `data` and `expert`; without a mesh everything is on one device. Create large layers in place with
@@ -145,7 +147,7 @@ class MoE(nnx.Module):
     Raises:
       ValueError: `k` is not in [1, experts]; an unknown activation or dispatch; a capacity factor that is not positive.
     """
-    _check(activation, dispatch, k, capacity_factor)
+    _check(activation, dispatch, capacity_factor)
     self.router = Router(d_model, experts, k, tasks=tasks, jitter=jitter, balance_bias=balance_bias, rngs=rngs)
     self.experts, self.capacity_factor, self.dispatch, self.dtype = experts, capacity_factor, dispatch, dtype
     self.activation = activation
@@ -165,13 +167,13 @@ class MoE(nnx.Module):
 
   @classmethod
   def from_dense(cls, mlp: Mlp, experts: int, k: int = 2, *, rngs: nnx.Rngs, **settings: Any) -> MoE:
-    """Upcycles a dense MLP: every expert starts as a copy of it, so the layer starts as the MLP did.
+    """Upcycles a dense MLP: every expert starts as a copy of it, so where nothing drops the layer starts as the MLP.
 
-    `settings` go to `MoE`; `rngs` are the new router's.
+    `settings` go to `MoE`; activation and dtype are the MLP's. `rngs` are the new router's.
 
     Raises:
       ValueError: `k=1` of several experts, whose output would be the MLP's times a probability; shared experts, which
-        would add to it.
+        would add to it; another activation.
 
     Source: sparse upcycling, arXiv 2212.05055.
     """
@@ -179,6 +181,8 @@ class MoE(nnx.Module):
       raise ValueError("k=1 weighs the expert by its probability: the layer would not reproduce the MLP; use k=2")
     if settings.get("shared_experts"):
       raise ValueError("shared_experts would add to the copies' output: the layer would not reproduce the MLP")
+    if settings.get("activation", mlp.activation) != mlp.activation:
+      raise ValueError(f"activation={settings['activation']!r} is not the MLP's, {mlp.activation!r}")
     d_model, d_hidden = mlp.up.kernel.shape
     settings = {"activation": mlp.activation, "dtype": mlp.up.dtype, **settings}
     moe = cls(d_model, d_hidden, experts, k, rngs=rngs, **settings)
@@ -217,10 +221,10 @@ class MoE(nnx.Module):
     x = jnp.where(valid[..., None], x, 0)
     routing = self.router(x, valid, task, rngs=rngs)
     factor = None if dropless else self.capacity_factor
-    strategy = dispatch.STRATEGIES[dispatch.choose(self.dispatch, self.router.k, factor)]
     dtype = self.dtype or x.dtype
-    weights = {n: getattr(self, n).get_value().astype(dtype) for n in self.names}
-    shared = {n: w.astype(dtype) for n, w in self._shared_weights().items()}
+    strategy = dispatch.STRATEGIES[dispatch.choose(self.dispatch, self.router.k, factor, dtype)]
+    weights = {n: getattr(self, n).get_value() for n in self.names}
+    shared = {n: w[None] for n, w in self.shared.weights().items()} if self.shared is not None else {}
     y, kept = sharding.on_shards(
       functools.partial(_on_device, strategy=strategy, total=self.experts, capacity_factor=factor),
       (*(("batch", None, None),) * 3, ("batch", None), self.names, {n: (None, *self.names[n][1:]) for n in shared}),
@@ -229,23 +233,18 @@ class MoE(nnx.Module):
     )
     return MoEOutput(y.astype(x.dtype), routing.aux, self._stats(routing, kept, valid, task))
 
-  def _shared_weights(self) -> dict[str, jax.Array]:
-    """The shared experts' weights, as those of one wide expert that every token visits."""
-    return {n: w[None] for n, w in self.shared.weights().items()} if self.shared is not None else {}
-
   def _stats(self, routing: Any, kept: jax.Array, valid: jax.Array, task: jax.Array | None) -> Stats:
     dropped = valid[..., None] & ~kept
     by_task = jnp.zeros(self.router.tasks, jnp.int32)
     if task is not None:
       c = jax.nn.one_hot(task, self.router.tasks, dtype=jnp.int32)
-      by_task = jnp.einsum("blt,blk->t", c, dropped.astype(jnp.int32))
+      by_task = jnp.sum(c * jnp.sum(dropped, axis=-1)[..., None], axis=(0, 1))
     return Stats(routing.load, jnp.sum(kept), jnp.sum(dropped), by_task, routing.entropy, routing.expert)
 
 
-def _check(activation: str, strategy: str, k: int, capacity_factor: float | None) -> None:
+def _check(activation: str, strategy: str, capacity_factor: float | None) -> None:
   experts.check_activation(activation)
-  if strategy not in ("auto", *dispatch.STRATEGIES):
-    dispatch.choose(strategy, k, capacity_factor)  # tells what there is
+  dispatch.check(strategy)
   if capacity_factor is not None and capacity_factor <= 0:
     raise ValueError(f"capacity_factor={capacity_factor} must be positive, or None for no capacity")
 
@@ -267,6 +266,8 @@ def _on_device(
   capacity_factor: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs a strategy on this device's rows `x [b, L, D]`; returns `y [b, L, D]` and `kept [b, L, K]`."""
+  if not x.size:
+    return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(expert, bool)
   k = expert.shape[-1]
   tokens = dispatch.Tokens(x.reshape(-1, x.shape[-1]), expert.reshape(-1, k), weight.reshape(-1, k), valid.reshape(-1))
   y, kept = strategy(tokens, experts.Experts(weights, total), capacity_factor)

@@ -106,7 +106,7 @@ class Router(nnx.Module):
     Args:
       x: tokens, of any float type.
       valid: bool.
-      task: int32 `[...]` in [-1, T), -1 for a token without one; None: no token has one.
+      task: int32 `[...]` in [-1, T), -1 (or anything else outside [0, T)) for a token without one; None: none has one.
       rngs: with them, jitter is on.
 
     Raises:
@@ -117,18 +117,20 @@ class Router(nnx.Module):
     x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)  # what padding holds, NaN included, reaches nothing
     if self.jitter and rngs is not None:
       x = x * jax.random.uniform(rngs.jitter(), x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
-    logits = x @ self.kernel.get_value().astype(jnp.float32)
+    logits = _matmul(x, self.kernel.get_value())
     c = None
     if task is not None and self.task_kernel is not None:
       c = jax.nn.one_hot(task, self.tasks)
-      logits += c @ self.task_kernel.get_value().astype(jnp.float32)
+      logits += _matmul(c, self.task_kernel.get_value())
     probability = jax.nn.softmax(logits, axis=-1)
     bias = 0.0 if self.balance_bias is None else jax.lax.stop_gradient(self.balance_bias.get_value())
     expert = self._choose(jax.lax.stop_gradient(probability) + bias)
     chosen = jax.nn.one_hot(expert, self.experts, dtype=jnp.float32)
-    weight = jnp.einsum("...ke,...e->...k", chosen, probability)
-    if self.renormalise:
-      weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    # Renormalised, it is the softmax over the chosen; the quotient would be 0 / 0 where a bias chooses the hopeless.
+    chosen_logits = jnp.sum(chosen * logits[..., None, :], axis=-1)
+    weight = jax.nn.softmax(chosen_logits, axis=-1)
+    if not self.renormalise:
+      weight = jnp.sum(chosen * probability[..., None, :], axis=-1)
     load, balance = balance_loss(probability, jnp.sum(chosen, axis=-2), valid)
     entropy = -jnp.sum(probability * jax.nn.log_softmax(logits, axis=-1), axis=-1)
     aux = Aux(
@@ -142,6 +144,11 @@ class Router(nnx.Module):
     """The K best of `score [..., E]`; device by device, since XLA would gather all tokens to sort them on some."""
     names = ("batch", *(None,) * (score.ndim - 1))
     return sharding.on_shards(lambda s: jax.lax.top_k(s, self.k)[1].astype(jnp.int32), (names,), names, score)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A product whose factors stay float32 on every backend; by default a TPU would round them to bfloat16."""
+  return jnp.matmul(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _mean(value: jax.Array, valid: jax.Array) -> jax.Array:
@@ -168,9 +175,10 @@ def mutual_information(probability: jax.Array, task: jax.Array, valid: jax.Array
   among the valid tokens that have a task, P_t their mean probability.
   """
   c = jnp.where(valid[..., None], task, 0.0)
-  count = jnp.sum(c, axis=tuple(range(c.ndim - 1)))
+  tokens = tuple(range(c.ndim - 1))
+  count = jnp.sum(c, axis=tokens)
   total = jnp.maximum(jnp.sum(count), 1.0)
-  joint = jnp.einsum("...t,...e->te", c, probability) / total
+  joint = jnp.sum(c[..., :, None] * probability[..., None, :], axis=tokens) / total
   independent = (count / total)[:, None] * jnp.sum(joint, axis=0)
   ratio = jnp.where(joint > 0, joint, 1.0) / jnp.where(joint > 0, independent, 1.0)
   return jnp.sum(joint * jnp.log(ratio))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,7 @@ from supermoe_jax.layers.attention import Attention, Visibility
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
 
 # What the backward pass computes again, by name: nothing, everything but matrix products, everything.
-REMAT: dict[str, Callable[..., bool] | None] = {
-  "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": None,
-}
+REMAT = ("none", "dots", "full")
 
 
 class Context(NamedTuple):
@@ -84,6 +80,10 @@ class _Group(nnx.Module):
 
   def __init__(self, make: Callable[[int, nnx.Rngs], Block], first: int, size: int, *, rngs: nnx.Rngs):
     self.blocks = nnx.List([make(first + i, rngs) for i in range(size)])
+    if any(isinstance(block.feed_forward, MoE) for block in self.blocks[:-1]):
+      raise ValueError(
+        "only the last block of a group may hold experts: what the others do would be lost; set moe_every"
+      )
 
   def __call__(
     self, x: jax.Array, context: Context, *, dropless: bool, rngs: nnx.Rngs | None
@@ -122,7 +122,7 @@ class Stack(nnx.Module):
       rngs: of the initial parameters.
 
     Raises:
-      ValueError: an unknown `remat`.
+      ValueError: an unknown `remat`; experts in another block than every `moe_every`-th.
     """
     if remat not in REMAT:
       raise ValueError(f"remat={remat!r} must be one of {', '.join(map(repr, REMAT))}")
@@ -131,6 +131,8 @@ class Stack(nnx.Module):
     self.groups = layers // size
     self.scanned = _stacked(lambda r: _Group(make, 0, size, rngs=r), self.groups, rngs) if self.groups else None
     self.rest = nnx.List([_Group(make, i, 1, rngs=rngs) for i in range(layers % size)])
+    if any(isinstance(group.blocks[0].feed_forward, MoE) for group in self.rest):
+      raise ValueError("a block after the last whole group holds experts: what they do would be lost; set moe_every")
 
   def __call__(
     self, x: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
@@ -145,18 +147,27 @@ class Stack(nnx.Module):
       graph, state = nnx.split(self.scanned)
       keys = None if rngs is None else jax.random.split(rngs.dropout(), self.groups)
 
-      def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, MoEOutput | None]:
-        state, key = layer
-        group = nnx.merge(graph, state)
-        x, out = group(x, context, dropless=dropless, rngs=None if key is None else nnx.Rngs(key))
-        return x, None if out is None else out._replace(y=jnp.zeros(0))
-
-      if self.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+      body = self._body(graph, context, dropless, prevent_cse=False)  # a loop's backward pass is a loop of its own
       x, record = jax.lax.scan(body, x, (state, keys))
     for group in self.rest:
-      x, _ = group(x, context, dropless=dropless, rngs=rngs)
+      graph, state = nnx.split(group)
+      key = None if rngs is None else rngs.dropout()
+      x, _ = self._body(graph, context, dropless, prevent_cse=True)(x, (state, key))
     return x, record
+
+  def _body(self, graph: nnx.GraphDef, context: Context, dropless: bool, *, prevent_cse: bool) -> Callable[..., Any]:
+    """One group as a function `(x, (variables, key)) → (x, record)`."""
+
+    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, MoEOutput | None]:
+      state, key = layer
+      rngs = None if key is None else nnx.Rngs(key)
+      x, out = nnx.merge(graph, state)(x, context, dropless=dropless, rngs=rngs)
+      return x, None if out is None else out._replace(y=jnp.zeros(0))
+
+    if self.remat == "none":
+      return body
+    policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
 
 
 def _stacked(make: Callable[[nnx.Rngs], _Group], count: int, rngs: nnx.Rngs) -> _Group:

@@ -59,7 +59,7 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
       say(f"{workdir} is already trained to step {step}")
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
-      say(f"warning: {name} ({size / 2**20:.1f} MiB) does not divide over the mesh and lies whole on every device")
+      say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
     layouts = state_shardings(cfg, state.model, mesh)
     do_step = make_step(cfg, graph, statistics, mesh, layouts)
     with _Log(workdir, step, cfg, say) as log:

@@ -49,8 +49,10 @@ class Run:
     self.dataset = Dataset(self.cfg.data.path)
     self.dataset.check_matches(self.cfg)
     sizes = self.cfg.train.mesh
-    enough = sizes.data * sizes.expert * sizes.tensor <= len(jax.devices())
-    self.mesh = sharding.make_mesh(sizes if enough else config.Mesh())  # what was trained on many runs on one as well
+    try:
+      self.mesh = sharding.make_mesh(sizes)
+    except config.ConfigError:  # what was trained on many devices runs on one as well
+      self.mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     self._graph, abstract = abstract_model(self.cfg, self.dataset.schema)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)

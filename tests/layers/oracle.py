@@ -17,12 +17,18 @@ LENGTH = (16, 10, 3, 0, 16, 16, 7, 9)  # one row is all padding
 CASES = ("random", "ties", "an expert gets nothing", "an expert gets everything")
 
 
-def make(dispatch: str, **settings: object) -> MoE:
+PLAIN: dict[str, object] = {}
+RICH = {"activation": "swiglu", "shared_experts": 1, "tasks": 3, "balance_bias": True, "k": 3}
+SINGLE = {"k": 1}
+
+
+def make(dispatch: str, settings: dict = PLAIN) -> MoE:
   """A layer whose capacity no choice can exceed: an expert is chosen at most once by a token."""
-  moe = MoE(D, H, E, K, **{"dispatch": dispatch, "capacity_factor": E / K, **settings}, rngs=nnx.Rngs(0))
-  for i, parameter in enumerate((moe.up_bias, moe.down_bias)):
-    if parameter is not None:
-      parameter[...] = jax.random.normal(jax.random.key(i), parameter.shape)
+  moe = MoE(D, H, E, **{"k": K, "dispatch": dispatch, "capacity_factor": float(E), **settings}, rngs=nnx.Rngs(0))
+  others = (moe.up_bias, moe.down_bias, moe.router.task_kernel, moe.router.balance_bias)
+  for i, variable in enumerate(others):
+    if variable is not None:
+      variable[...] = jax.random.normal(jax.random.key(i), variable.shape)
   return moe
 
 
@@ -42,17 +48,27 @@ def inputs(case: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return x, np.arange(L) < np.array(LENGTH)[:, None], kernel
 
 
-def objective(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, valid: jax.Array):
-  out = nnx.merge(graph, state)(x, valid)
-  total = jnp.sum(jnp.sin(out.y) * jnp.arange(D)) + 10 * out.aux.balance_loss + 10 * out.aux.z_loss
+def objective(graph: nnx.GraphDef, dropless: bool, state: nnx.State, x: jax.Array, valid: jax.Array):
+  moe = nnx.merge(graph, state)
+  task = jnp.broadcast_to(jnp.arange(L) % 4 - 1, (B, L)) if moe.router.tasks else None
+  out = moe(x, valid, task, dropless=dropless)
+  total = jnp.sum(jnp.sin(out.y) * jnp.arange(D)) + 10 * sum(out.aux)
   return total, (out.y, out.aux, out.stats)
 
 
-@functools.cache
-def on_one_device(activation: str = "gelu") -> Callable[[str], dict]:
+def gradient(graph: nnx.GraphDef, dropless: bool) -> Callable:
+  return jax.jit(functools.partial(jax.value_and_grad(objective, argnums=(2, 3), has_aux=True), graph, dropless))
+
+
+def on_one_device(settings: dict = PLAIN) -> Callable[[str], dict]:
   """The oracle's answers, by case."""
-  graph, state = nnx.split(make("dense", activation=activation))
-  run = jax.jit(functools.partial(jax.value_and_grad(objective, argnums=(1, 2), has_aux=True), graph))
+  return _on_one_device(tuple(settings.items()))
+
+
+@functools.cache
+def _on_one_device(settings: tuple) -> Callable[[str], dict]:
+  graph, state = nnx.split(make("dense", dict(settings)))
+  run = gradient(graph, False)
 
   @functools.cache
   def answer(case: str) -> dict:
@@ -62,10 +78,10 @@ def on_one_device(activation: str = "gelu") -> Callable[[str], dict]:
   return answer
 
 
-def on_mesh(mesh: Mesh, dispatch: str, activation: str = "gelu") -> Callable[[str], dict]:
+def on_mesh(mesh: Mesh, dispatch: str, settings: dict = PLAIN, *, dropless: bool = False) -> Callable[[str], dict]:
   """The answers of a strategy on `mesh`, by case."""
-  graph, state = nnx.split(sharding.create(lambda: make(dispatch, activation=activation), mesh))
-  run = jax.jit(functools.partial(jax.value_and_grad(objective, argnums=(1, 2), has_aux=True), graph))
+  graph, state = nnx.split(sharding.create(lambda: make(dispatch, settings), mesh))
+  run = gradient(graph, dropless)
   everywhere = NamedSharding(mesh, PartitionSpec())
   whole = jax.jit(lambda tree: jax.tree.map(_whole, tree), out_shardings=everywhere)
 
@@ -102,7 +118,7 @@ def _named(out: tuple) -> dict[str, np.ndarray]:
   """Every number that must agree, by name."""
   (_, (y, aux, stats)), (parameters, x) = out
   named = {"y": y, "gradient of x": x, **aux._asdict(), "load": stats.load, "routed": stats.routed}
-  named |= {"dropped": stats.dropped, "entropy": stats.entropy}
+  named |= {"dropped": stats.dropped, "entropy": stats.entropy, "dropped by task": stats.task_dropped}
   named |= {f"gradient of {'.'.join(path)}": v.get_value() for path, v in nnx.to_flat_state(parameters)}
   return {name: np.asarray(value) for name, value in named.items()}
 
@@ -111,5 +127,5 @@ def assert_equal(mine: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> 
   """To 1e-5 of the largest number of each kind."""
   assert mine.keys() == wanted.keys()
   for name, value in wanted.items():
-    scale = max(1.0, float(np.abs(value).max()))
+    scale = max(1.0, float(np.abs(value).max(initial=0.0)))
     np.testing.assert_allclose(mine[name], value, rtol=0, atol=1e-5 * scale, err_msg=name)

@@ -36,6 +36,28 @@ def test_a_strategy_equals_dense_in_outputs_gradients_and_losses_on_every_mesh(
     oracle.assert_equal(answer(case), oracle.on_one_device()(case))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", ["sorted", "all_to_all", "gather"])
+@pytest.mark.parametrize("settings", [oracle.RICH, oracle.SINGLE], ids=["rich", "k=1"])
+def test_every_setting_of_the_layer_gives_the_same_numbers_on_a_mesh(
+  settings: dict, name: str, axis_type: AxisType
+) -> None:
+  answer = oracle.on_mesh(sharding.make_mesh(config.Mesh(2, 2, 2), axis_type=axis_type), name, settings)
+  for case in oracle.CASES:
+    oracle.assert_equal(answer(case), oracle.on_one_device(settings)(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_dropless_equals_dense_on_a_mesh(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  """In blocks, and by the grouped product that TPUs take."""
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  answer = oracle.on_mesh(sharding.make_mesh(config.Mesh(2, 2, 2)), "auto", oracle.RICH, dropless=True)
+  for case in oracle.CASES:
+    oracle.assert_equal(answer(case), oracle.on_one_device(oracle.RICH)(case))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 1, 4)], ids=lambda s: "x".join(map(str, s)))
 def test_the_local_part_of_ragged_equals_dense(sizes: tuple[int, int, int]) -> None:
   answer = oracle.on_mesh(sharding.make_mesh(config.Mesh(*sizes)), "ragged")
@@ -52,6 +74,50 @@ def test_the_exchange_of_ragged_equals_dense(sizes: tuple[int, int, int], monkey
   answer = oracle.on_mesh(sharding.make_mesh(config.Mesh(*sizes)), "ragged")
   for case in oracle.CASES:
     oracle.assert_equal(answer(case), oracle.on_one_device()(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_ragged_drops_what_finds_no_room_and_tells(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+  """What it says was kept is what dense gives when the other choices weigh nothing."""
+  monkeypatch.setattr(dispatch, "_ragged_all_to_all", gathered_ragged_all_to_all)
+  moe = oracle.make("dense")
+  weights = {n: getattr(moe, n).get_value() for n in moe.names}
+
+  def run(x, expert, weight, valid, weights):
+    out = dispatch.ragged(dispatch.Tokens(x, expert, weight, valid), dispatch.Experts(weights, oracle.E), factor)
+    return jax.lax.psum(out.y, sharding.axes("mlp")), out.kept
+
+  x, weight, expert, valid = example(11, "all to two", 80)
+  names = ("batch", None)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=4))):
+    y, kept = jax.jit(lambda *a: sharding.on_shards(run, (*(names,) * 3, ("batch",), moe.names), (names, names), *a))(
+      x, expert, weight, valid, weights
+    )
+  assert 0 < int(kept.sum()) < oracle.K * 80
+  wanted = strategy("dense", None)(x, weight * np.asarray(kept), expert, valid)
+  np.testing.assert_allclose(y, wanted.y, atol=1e-5)
+
+
+def test_what_a_grouped_product_leaves_undefined_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+  """On some backends the rows beyond the groups hold anything, in the product and in its gradient."""
+  plain = jax.lax.ragged_dot
+
+  @jax.custom_vjp
+  def poisoned(x, w, sizes):
+    beyond = jnp.arange(len(x))[:, None] >= jnp.sum(sizes)
+    return jnp.where(beyond, jnp.nan, plain(x, w, sizes))
+
+  def backward(saved, g):
+    x, w, sizes = saved
+    beyond = jnp.arange(len(x))[:, None] >= jnp.sum(sizes)
+    dx, dw = jax.vjp(lambda x, w: plain(x, w, sizes), x, w)[1](g)
+    return jnp.where(beyond, jnp.nan, dx), dw, None
+
+  poisoned.defvjp(lambda x, w, sizes: (poisoned(x, w, sizes), (x, w, sizes)), backward)
+  monkeypatch.setattr(jax.lax, "ragged_dot", lambda x, w, sizes, **_: poisoned(x, w, sizes))
+  answer = oracle.on_mesh(sharding.make_mesh(config.Mesh()), "ragged")
+  oracle.assert_equal(answer("random"), oracle.on_one_device()("random"))
 
 
 def gathered_ragged_all_to_all(rows, into, start, sent, arrive_start, received, axis):
@@ -150,7 +216,7 @@ def test_dropless_gives_a_token_the_same_result_whoever_shares_the_batch() -> No
 @pytest.mark.parametrize("name", ["all_to_all", "gather"])
 def test_drops_are_counted_on_a_mesh_too(name: str) -> None:
   mesh = sharding.make_mesh(config.Mesh(data=2, expert=4))
-  moe = sharding.create(lambda: oracle.make(name, capacity_factor=0.3), mesh)
+  moe = sharding.create(lambda: oracle.make(name, {"capacity_factor": 0.3}), mesh)
   graph, state = nnx.split(moe)
   x, valid, kernel = oracle.inputs("an expert gets everything")
   with jax.set_mesh(mesh):
@@ -161,24 +227,25 @@ def test_drops_are_counted_on_a_mesh_too(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-  ("sizes", "name", "factor", "wanted"),
+  ("sizes", "name", "factor", "dtype", "wanted"),
   [
-    ((8, 1, 1), "auto", 1.25, "sorted"),
-    ((2, 2, 2), "auto", 1.25, "gather"),
-    ((2, 4, 1), "auto", 1.25, "all_to_all"),
-    ((2, 4, 1), "auto", None, "sorted"),
-    ((2, 4, 1), "gather", 1.25, "gather"),
+    ((8, 1, 1), "auto", 1.25, "float32", "sorted"),
+    ((2, 2, 2), "auto", 1.25, "float32", "gather"),
+    ((2, 2, 2), "auto", 1.25, "bfloat16", "all_to_all"),  # gather sums float32, all_to_all sends bfloat16 back
+    ((2, 4, 1), "auto", 1.25, "float32", "all_to_all"),
+    ((2, 4, 1), "auto", None, "float32", "sorted"),
+    ((2, 4, 1), "gather", 1.25, "float32", "gather"),
   ],
 )
 def test_auto_takes_the_least_traffic(
-  sizes: tuple[int, int, int], name: str, factor: float | None, wanted: str
+  sizes: tuple[int, int, int], name: str, factor: float | None, dtype: str, wanted: str
 ) -> None:
   with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
-    assert dispatch.choose(name, 2, factor) == wanted
+    assert dispatch.choose(name, 2, factor, jnp.dtype(dtype)) == wanted
 
 
 def test_without_a_mesh_auto_sorts() -> None:
-  assert dispatch.choose("auto", 2, 1.25) == "sorted"
+  assert dispatch.choose("auto", 2, 1.25, jnp.dtype("float32")) == "sorted"
 
 
 def test_ragged_over_several_cpu_devices_is_an_error_that_says_why() -> None:
@@ -186,7 +253,7 @@ def test_ragged_over_several_cpu_devices_is_an_error_that_says_why() -> None:
     jax.set_mesh(sharding.make_mesh(config.Mesh(expert=8))),
     pytest.raises(ValueError, match="XLA:CPU has no ragged all-to-all"),
   ):
-    dispatch.choose("ragged", 2, 1.25)
+    dispatch.choose("ragged", 2, 1.25, jnp.dtype("float32"))
 
 
 def test_an_unknown_strategy_is_an_error_that_names_them() -> None:

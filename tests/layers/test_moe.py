@@ -56,6 +56,23 @@ def test_upcycling_that_would_not_reproduce_the_mlp_is_an_error() -> None:
     MoE.from_dense(mlp, 4, 1, rngs=nnx.Rngs(1))
   with pytest.raises(ValueError, match="shared_experts would add"):
     MoE.from_dense(mlp, 4, shared_experts=1, rngs=nnx.Rngs(1))
+  with pytest.raises(ValueError, match="activation='swiglu' is not the MLP's, 'gelu'"):
+    MoE.from_dense(mlp, 4, activation="swiglu", rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, D), (2, 0, D)])
+@pytest.mark.parametrize("dropless", [True, False])
+def test_an_empty_batch_gives_an_empty_result(shape: tuple[int, ...], dropless: bool) -> None:
+  out = MoE(D, H, 4, 2, rngs=nnx.Rngs(0))(jnp.zeros(shape), jnp.zeros(shape[:2], bool), dropless=dropless)
+  assert out.y.shape == shape
+  assert int(out.stats.routed + out.stats.dropped) == 0
+  assert np.isfinite(out.aux.z_loss)
+
+
+def test_more_padding_changes_nothing_when_nothing_drops(x: jax.Array, valid: jax.Array) -> None:
+  moe = MoE(D, H, 4, 2, rngs=nnx.Rngs(0))
+  more = apply(moe, jnp.pad(x, ((0, 0), (0, 8), (0, 0))), jnp.pad(valid, ((0, 0), (0, 8))), dropless=True)
+  np.testing.assert_array_equal(more.y[:, :L], apply(moe, x, valid, dropless=True).y)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +81,7 @@ def test_upcycling_that_would_not_reproduce_the_mlp_is_an_error() -> None:
     ({"activation": "relu"}, "activation='relu' must be one of 'gelu', 'swiglu'"),
     ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
     ({"k": 5}, "between 1 and experts=4"),
+    ({"dispatch": "sort"}, "dispatch='sort' must be 'auto' or one of"),
   ],
 )
 def test_settings_that_cannot_work_are_an_error(settings: dict, message: str) -> None:

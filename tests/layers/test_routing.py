@@ -169,6 +169,24 @@ def test_the_bias_changes_who_is_chosen_never_the_weights(bias: list[float]) -> 
   assert (rest.max(-1) <= lowest_chosen + 1e-6).all()
 
 
+def test_a_bias_that_chooses_the_hopeless_leaves_the_weights_finite() -> None:
+  router = Router(D, E, 2, balance_bias=True, rngs=nnx.Rngs(0))
+  router.kernel[...] = jnp.eye(D, E)
+  router.balance_bias[...] = jnp.array([-2.0, -2.0, 0.0, 0.0])
+  x = jnp.zeros((1, D)).at[0, :E].set(jnp.array([200.0, 0.0, 0.0, 1.0]))  # the chosen ones' probabilities are 0
+  routing = router(x, jnp.ones(1, bool))
+  assert sorted(routing.expert[0].tolist()) == [2, 3]
+  np.testing.assert_allclose(sorted(routing.weight[0]), [1 / (1 + np.e), np.e / (1 + np.e)], rtol=1e-5)
+
+
+def test_the_routers_products_are_of_full_precision_on_every_backend() -> None:
+  run, state = routed(2, T)
+  text = run.lower(state, jnp.ones((N, D), jnp.bfloat16), jnp.ones(N, bool), jnp.zeros(N, jnp.int32)).as_text()
+  products = [line for line in text.splitlines() if "dot_general" in line]
+  assert products
+  assert all("precision = [HIGHEST, HIGHEST]" in line and "bf16" not in line for line in products)
+
+
 def test_the_bias_is_no_parameter_and_has_no_gradient(x: jax.Array) -> None:
   run, state = routed(2, 0, True)
   assert [type(v) for _, v in nnx.to_flat_state(nnx.filter_state(state, BalanceBias))] == [BalanceBias]

@@ -120,6 +120,16 @@ def test_dropout_differs_between_layers_and_follows_the_seed(x: jax.Array, conte
   assert not np.array_equal(one, gradient(stack, x, context)[0][1][0])
 
 
+def test_experts_whose_record_would_be_lost_are_an_error() -> None:
+  def everywhere(place: int, rngs: nnx.Rngs) -> Block:
+    return Block(D, HEADS, MoE(D, H, 4, 2, rngs=rngs), rngs=rngs)
+
+  with pytest.raises(ValueError, match="only the last block of a group may hold experts"):
+    Stack(everywhere, 4, 2, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="after the last whole group holds experts"):
+    Stack(everywhere, 1, 2, rngs=nnx.Rngs(0))
+
+
 def test_an_unknown_remat_is_an_error() -> None:
   with pytest.raises(ValueError, match="remat='some' must be one of 'none', 'dots', 'full'"):
     make_stack(2, 2, remat="some")
