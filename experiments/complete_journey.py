@@ -4,9 +4,9 @@ supermoe prepare --config experiments/complete_journey.py
 supermoe train --config experiments/complete_journey.py --workdir runs/complete_journey
 supermoe evaluate --workdir runs/complete_journey
 
-On 2 cores of an AMD EPYC, with embedding and report, 401 seconds (`make quickstart`). Test: churn AUC .853, 60
-categories mean AUC .774, coupon AUC .899, next category NDCG@10 .162. A linear probe on the frozen embeddings: churn
-.856, categories .795 (`benchmarks/probe_complete_journey.py`).
+On 2 cores of an AMD EPYC, with embedding and report, 150 seconds (`make quickstart`). Test: churn AUC .853, 60
+categories mean AUC .771, coupon AUC .898, next category NDCG@10 .159. A linear probe on the frozen embeddings: churn
+.856, categories .794 (`benchmarks/probe_complete_journey.py`).
 """
 
 import importlib.util
