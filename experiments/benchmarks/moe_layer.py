@@ -3,9 +3,9 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/python experiments/benchmarks/moe_layer.py
 
 Cases are timed A B A B … in one process; a ratio is the median over rounds of the ratio within a round. About 5
-minutes; --quick, the verdict alone, 1 minute. On 2 cores of an AMD EPYC with JAX 0.10.2, 8,192 tokens, D 128, hidden 512,
-K 2, capacity factor 1.25, forward + backward: `sorted` at E 16 takes 1.04 times as long as the dense MLP (76 ms), .088
-times as long as `ragged`, .031 times as long as the one-hot einsum; at E 64 1.19 times as long as at E 4.
+minutes; --quick, the verdict alone, 1 minute. On 2 cores of an AMD EPYC with JAX 0.10.2, 8,192 tokens, D 128, hidden
+512, K 2, capacity factor 1.25, forward + backward: `sorted` at E 16 takes 1.04 times as long as the dense MLP (76
+ms), .088 times as long as `ragged`, .031 times as long as the one-hot einsum; at E 64 1.19 times as long as at E 4.
 """
 
 from __future__ import annotations
