@@ -1,16 +1,31 @@
 """How long does a sparse MoE layer take? Every dispatch strategy against a dense MLP of as many FLOPs.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/python experiments/benchmarks/moe_layer.py
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python experiments/benchmarks/moe_layer.py
+    … --quick    the verdict only
+    … --peers    Hugging Face's Mixtral block and st-moe-pytorch too
 
-Cases are timed A B A B … in one process; a ratio is the median over rounds of the ratio within a round. About 5
-minutes; --quick, the verdict alone, 1 minute. On 2 cores of an AMD EPYC with JAX 0.10.2, 8,192 tokens, D 128, hidden
-512, K 2, capacity factor 1.25, forward + backward: `sorted` at E 16 takes 1.04 times as long as the dense MLP (76
-ms), .088 times as long as `ragged`, .031 times as long as the one-hot einsum; at E 64 1.19 times as long as at E 4.
+Forward, and forward with the gradients of input and parameters, float32, D 128, hidden 512, K 2, capacity factor 1.25.
+The MLP has K times the hidden units. All are measured in turn, and a ratio is the median of those within a round.
+
+Takes 6 minutes on 2 cores (AMD EPYC, JAX 0.10.2; 45 s with --quick). Forward and backward of 8,192 tokens there, in ms:
+
+                        E 4     E 16     E 64
+    sorted               73       76       88 (99 to 112 in other runs, by the luck of page faults)
+    sorted, dropless     84       96      118
+    one-hot by 1024     219      228      228
+    one-hot           2,838    2,426    1,081
+    dense               132      532    2,185
+    ragged              232      914    7,224
+    the dense MLP        75
+
+With gated experts at E 16: sorted 114, dropless 187; Mixtral's block 181 (grouped_mm) to 193 (a loop over experts);
+st-moe-pytorch 223. PyTorch's dense MLP takes 136.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -232,6 +247,17 @@ def verdict(mesh: jax.sharding.Mesh, rounds: int, bar: tqdm) -> list[dict[str, A
   return rows
 
 
+def keep_freed_memory() -> None:
+  """Lets glibc keep what is freed, for all that is timed alike: a figure is the work, not the clearing of fresh pages.
+
+  Without, a step of many experts meets 5 to 23 thousand page faults, by luck, since it returns larger gradients.
+  """
+  if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # as in malloc.h
+    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
+      libc.mallopt(parameter, value)
+
+
 def machine() -> dict[str, Any]:
   device, kind = jax.devices()[0], jax.devices()[0].device_kind
   if device.platform == "cpu" and (info := pathlib.Path("/proc/cpuinfo")).exists():
@@ -276,6 +302,7 @@ def main() -> None:
     except OSError as error:
       parser.error(f"--json {args.json} cannot be written: {error.strerror}")
 
+  keep_freed_memory()  # before XLA starts its threads
   here = machine()
   found: dict[str, Any] = {"machine": here}
   print(f"{here['device']} × {here['devices']}, {here['cores']} cores, JAX {here['jax']}, {here['glibc_tunables']}")
