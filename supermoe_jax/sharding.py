@@ -80,13 +80,11 @@ def slices(devices: Sequence[jax.Device]) -> int:
 def axes(*names: str | None) -> tuple[str, ...]:
   """Returns the axes of the mesh in use that these logical names are spread over; none when no mesh is set.
 
-  Axes of one device are left out, so that nothing is summed over them: XLA would copy what it sums.
-
   Raises:
     ValueError: an unknown name, or two names that map to one mesh axis.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  return tuple(a for entry in _entries(names) for a in entry if mesh.shape.get(a, 1) > 1)
+  present = jax.sharding.get_abstract_mesh().axis_names
+  return tuple(a for entry in _entries(names) for a in entry if a in present)
 
 
 def ways(*names: str | None) -> int:
@@ -131,9 +129,8 @@ def _entry(mesh_axes: Sequence[str]) -> str | tuple[str, ...] | None:
 
 
 def _spec_in_use(names: Sequence[str | None]) -> PartitionSpec:
-  """As `spec`, on the mesh in use, which may lack some of the axes; those of one device are left out."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return _spec_on([a for a, size in mesh.shape.items() if size > 1], names)
+  """As `spec`, on the mesh in use, which may lack some of the axes."""
+  return _spec_on(jax.sharding.get_abstract_mesh().axis_names, names)
 
 
 def _spec_on(present: Sequence[str], names: Sequence[str | None]) -> PartitionSpec:

