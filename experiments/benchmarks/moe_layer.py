@@ -9,14 +9,14 @@ The MLP has K times the hidden units. All are measured in turn, and a ratio is t
 
 Takes 6 minutes on 2 cores (AMD EPYC, JAX 0.10.2; 45 s with --quick). Forward and backward of 8,192 tokens there, in ms:
 
-                        E 4     E 16     E 64
-    sorted               73       76       88
-    sorted, dropless     84       96      118
-    one-hot by 1024     219      228      228
-    one-hot           2,838    2,426    1,081
-    dense               132      532    2,185
-    ragged              232      914    7,224
-    the dense MLP        75
+                          E 4     E 16     E 64
+    sorted                 65       78       80
+    sorted, dropless       68       87      111
+    one-hot by 1024       190      211      209
+    one-hot             1,706    2,847      884
+    dense                 121      462    1,994
+    ragged                205      884    7,818
+    the dense MLP          66
 
 With gated experts at E 16: sorted 114, dropless 187; Mixtral's block 181 (grouped_mm) to 193 (a loop over experts);
 st-moe-pytorch 223. PyTorch's dense MLP takes 136.
