@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
-
-from supermoe_jax.config.schema import (
-  Config,
-  ConfigError,
-  Data,
-  FutureEvent,
-  FutureValues,
-  NextEvent,
-  Split,
-  UserLabel,
-  nearest,
-  parse_time,
-)
-
-
-def _require(condition: bool, message: str) -> None:
-  if not condition:
-    raise ConfigError(message)
+from supermoe_jax.config.schema import Config, Data, Split, nearest, parse_time
+from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
+from supermoe_jax.config.task_checks import require as _require
 
 
 def check(config: Config) -> None:
   """Rejects combinations that can never work, before any file is read."""
   _check_data(config.data)
-  _check_tasks(config)
+  check_tasks(config)
   _check_sizes(config)
+  check_weighting(config)
+  check_study(config.seesaw)
 
 
 def _check_data(data: Data) -> None:
@@ -96,46 +82,6 @@ def _check_split(split: Split) -> None:
     for text, time in zip(getattr(split, key), times):
       _require(time >= latest, f"config.data.split.{key}: {text} lies before the end of the period that precedes it.")
     latest = max(times)
-
-
-def _check_tasks(config: Config) -> None:
-  _require(bool(config.tasks), "config.tasks is empty: name at least one task.")
-  for pattern in config.exclude_tasks:
-    _require(
-      any(fnmatch.fnmatchcase(n, pattern) for n in config.tasks),
-      f"config.exclude_tasks: {pattern!r} matches no task{nearest(pattern, config.tasks)}",
-    )
-  _require(bool(config.active_tasks), "config.exclude_tasks leaves no task to train on.")
-  data = config.data
-  vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
-  for name, task in config.tasks.items():
-    path = f"config.tasks.{name}"
-    _require(name.isidentifier(), f"{path}: a task's name must be a Python identifier.")
-    _require(
-      task.weight > 0, f"{path}.weight={task.weight} must be positive; use config.exclude_tasks to leave a task out."
-    )
-    if isinstance(task, (NextEvent, FutureValues)):
-      _require(
-        task.field in vocabularies,
-        f"{path}.field={task.field!r} is not a vocabulary field{nearest(task.field, vocabularies)}",
-      )
-    if isinstance(task, (FutureEvent, FutureValues)):
-      _require(task.horizon_days > 0, f"{path}.horizon_days={task.horizon_days} must be positive.")
-      _require(
-        data.split.mode == "temporal",
-        f"{path}: a task about the future needs config.data.split.mode='temporal'; leave_one_out has no calendar.",
-      )
-    if isinstance(task, FutureEvent):
-      _require(
-        task.source in data.sources,
-        f"{path}.source={task.source!r} is not a source{nearest(task.source, data.sources)}",
-      )
-    if isinstance(task, FutureValues):
-      _require(task.top > 0, f"{path}.top={task.top} must be positive.")
-    if isinstance(task, UserLabel):
-      _require(data.users is not None, f"{path}: a user label needs config.data.users.")
-      _require(bool(task.column), f"{path}.column is empty: name the user table's column.")
-      _require(bool(task.positive), f"{path}.positive is empty: name the values that count as positive.")
 
 
 def _check_sizes(config: Config) -> None:

@@ -16,7 +16,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from supermoe_jax.config.checks import check
-from supermoe_jax.config.schema import TASK_KINDS, Config, ConfigError, Task, nearest, to_dict
+from supermoe_jax.config.schema import Config, ConfigError, nearest, to_dict
+from supermoe_jax.config.tasks import TASK_KINDS, Task
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:

@@ -9,7 +9,9 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
+
+from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, Contrast, LabelledTask, Task
 
 MICROSECONDS_PER_DAY = 86_400_000_000
 
@@ -61,6 +63,7 @@ class Field:
   size: int = 100_000  # vocabulary: most values kept, by count in the training period; hash: buckets
   min_count: int = 1  # vocabulary: rarer values become out-of-vocabulary
   encoding: Literal["log1p", "standardise"] = "standardise"  # numeric: log1p is sign(x)·log(1+|x|), then standardised
+  input: bool = True  # False: read for labels only, the model never sees it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,55 +122,6 @@ class Data:
   memory: str = "2GB"  # DuckDB's budget; beyond it sorting spills to disk
 
 
-# -------------------------------------------------------------------------------------------------------------- tasks
-
-
-@dataclasses.dataclass(frozen=True)
-class NextEvent:
-  """The value of `field` in the next event that has one: softmax over its vocabulary, ranked in full."""
-
-  kind: ClassVar[str] = "next_event"
-  field: str = ""
-  exclude_seen: bool = False  # evaluation: values already in the user's history cannot be recommended
-  weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class FutureEvent:
-  """Whether any event of `source` happens in [τ, τ + horizon_days); `negate` for "nothing happens" (churn)."""
-
-  kind: ClassVar[str] = "future_event"
-  source: str = ""
-  horizon_days: float = 28.0
-  negate: bool = False
-  weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class FutureValues:
-  """Which of the `top` most frequent values of `field` occur in [τ, τ + horizon_days): one binary label each."""
-
-  kind: ClassVar[str] = "future_values"
-  field: str = ""
-  top: int = 50
-  horizon_days: float = 28.0
-  weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class UserLabel:
-  """Whether the user table's `column` holds one of `positive`; users without a value have no label."""
-
-  kind: ClassVar[str] = "user_label"
-  column: str = ""
-  positive: tuple[str, ...] = ()
-  weight: float = 1.0
-
-
-Task = NextEvent | FutureEvent | FutureValues | UserLabel
-TASK_KINDS: dict[str, type] = {t.kind: t for t in (NextEvent, FutureEvent, FutureValues, UserLabel)}
-
-
 # ----------------------------------------------------------------------------------------------------- model, training
 
 
@@ -192,6 +146,15 @@ class Model:
   remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again; dots: all but products
   max_events: int = 256
   dropout: float = 0.1
+  encoder: Literal["transformer", "gru"] = "transformer"  # gru: `layers` recurrent layers instead of blocks, no experts
+  # How a task's head sees a user. none: z itself. token: a token for each task and snapshot. gate: a gate for each task
+  # over the last MoE layer's experts. mmoe, ple: those models' layers over z, with experts of their own.
+  conditioning: Literal["none", "token", "gate", "mmoe", "ple"] = "none"
+  task_ids: Literal["true", "shuffled"] = "true"  # token: what the router is told; shuffled is a control
+  view_experts: int = 4  # mmoe, ple: experts that the tasks share
+  task_experts: int = 1  # ple: each task's own
+  view_hidden: int = 64  # mmoe, ple: hidden units of an expert
+  ple_levels: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +165,27 @@ class Mesh:
   expert: int = 1
   tensor: int = 1
   slices: int = 1  # of TPU, joined by a data-centre network; `data` spans them
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+  """How the tasks' losses are weighed; weights sum to the number of tasks. See `training/weighting.py`.
+
+  `equal`: all alike. `static`: the tasks' `weight`s. `uncertainty`: learned precisions. `dwa`: by how slowly a loss
+  falls. `famo`: so that all log losses fall alike. `seesaw`: most to the task that is furthest behind what it reaches
+  alone. `pcgrad`, `cagrad`: from the tasks' gradients at the representation, an approximation of those methods.
+  """
+
+  method: Literal["equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad"] = "static"
+  learning_rate: float = 0.025  # uncertainty, famo: of Adam on the log weights
+  weight_decay: float = 1e-3  # famo: of the log weights
+  window: int = 20  # dwa: steps that a loss is averaged over
+  temperature: float = 2.0  # dwa
+  decay: float = 0.98  # seesaw: of the moving average of a loss, a step
+  mu: float = 1.0  # seesaw: large is plain log-loss balancing, small serves the worst task only
+  warmup_steps: int = 50  # seesaw: the losses at their end are the references, where none is given
+  references: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seesaw: loss alone, over b
+  c: float = 0.4  # cagrad: how far from the mean gradient, as a share of its length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +203,10 @@ class Train:
   clip_norm: float = 1.0
   balance_weight: float = 0.01
   z_weight: float = 1e-3
+  task_information: float = 0.0  # γ: raises the mutual information of task and expert (conditioning="token")
+  norm: Literal["rate", "batch", "sum"] = "rate"  # what a task's summed loss is divided by: ρ·B, Σδω, or nothing
+  missing: Literal["masked", "negative"] = "masked"  # negative: a control that takes unknown labels for 0
+  weighting: Weighting = Weighting()
   balance_rate: float = 0.0  # step of the routers' balancing bias (loss-free balancing, arXiv 2408.15664); 0: no bias
   checkpoint_every: int = 200
   checkpoints_kept: int = 2
@@ -236,6 +224,23 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Seesaw:
+  """What `supermoe seesaw` runs: single-task references and variants of this config, over seeds.
+
+  Variants and candidates are lists of overrides such as "train.weighting.method=seesaw". A task's single-task reference
+  is the candidate of `single` that is best on validation. Static weights are tuned for the variant named in `tuned`:
+  the best on validation of `static_candidates` weightings, equal weights and random ones.
+  """
+
+  seeds: tuple[int, ...] = (0, 1, 2)  # the first one also tunes
+  variants: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # empty: the standard ones
+  single: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # empty: this config, one task
+  tuned: str = "tuned_static"  # empty: none is tuned
+  static_candidates: int = 8
+  static_spread: float = 3.0  # weights are drawn log-uniformly from [1/spread, spread]
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run."""
 
@@ -245,18 +250,29 @@ class Config:
   model: Model = Model()
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
+  seesaw: Seesaw = Seesaw()
+
+  @property
+  def labelled_tasks(self) -> dict[str, LabelledTask]:
+    """The tasks that have labels, active or not, in the order of their names: what preparation writes."""
+    return {n: t for n, t in sorted(self.tasks.items()) if not isinstance(t, Contrast)}
 
   @property
   def active_tasks(self) -> dict[str, Task]:
-    """The tasks of this run, by name."""
-    return {n: t for n, t in self.tasks.items() if not any(fnmatch.fnmatchcase(n, p) for p in self.exclude_tasks)}
+    """The tasks of this run in the order of their names, whatever that of the config: parameters depend on it."""
+    kept = sorted(n for n in self.tasks if not any(fnmatch.fnmatchcase(n, p) for p in self.exclude_tasks))
+    return {n: self.tasks[n] for n in kept}
+
+  @property
+  def active_views(self) -> dict[str, LabelledTask]:
+    """The tasks of this run that ask something of a user's representation: those with labels."""
+    return {n: t for n, t in self.active_tasks.items() if not isinstance(t, Contrast)}
 
   def data_identity(self) -> dict[str, Any]:
     """What preparation depends on: the data section (but for its path and memory) and all tasks' labels."""
     whole = to_dict(self)
     data = {k: v for k, v in whole["data"].items() if k not in ("path", "memory")}
-    not_labels = ("weight", "exclude_seen")
-    tasks = {n: {k: v for k, v in t.items() if k not in not_labels} for n, t in whole["tasks"].items()}
+    tasks = {n: {k: v for k, v in whole["tasks"][n].items() if k not in NOT_PREPARED} for n in self.labelled_tasks}
     return {"data": data, "tasks": tasks}
 
   def data_hash(self) -> str:
