@@ -2,12 +2,13 @@
 
 The pipeline is Grain's: deterministic by seed, randomly accessible, and its position can be saved and restored.
 
-Shapes: B rows, L events, S snapshots, F categorical and G numeric fields, A aggregates.
+Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G fields given of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,141 +16,52 @@ import grain
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import UserHistory
 from supermoe_jax.data.labels import Labels
+from supermoe_jax.data.targets import Array, Supervision, Targets
+from supermoe_jax.data.windows import CALENDAR, MICROSECONDS_PER_HOUR, Features, calendar_phases, stack, window
 
-MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
-
-# Numbers that describe a moment in the calendar; see `calendar_phases`.
-CALENDAR = 6
+__all__ = [
+  "CALENDAR",
+  "MICROSECONDS_PER_HOUR",
+  "Batch",
+  "Features",
+  "Question",
+  "QuestionBatch",
+  "Slices",
+  "Targets",
+  "calendar_phases",
+  "questions",
+  "stack",
+  "training",
+  "window",
+]
 
 # A training stream is endless for all purposes; Grain overflows where it has truly no end.
 MOST_ROWS = 2**48
 
 
-# A NumPy array on the host, a JAX array inside a step.
-Array = Any
-
-
-class Features(NamedTuple):
-  """What the encoder sees.
+class Slices(NamedTuple):
+  """Two slices of each row's user, for a contrast task.
 
   Attributes:
-    codes: int32 `[B, L, F]`; 0 absent or padding.
-    source: int32 `[B, L]`; 0 padding, otherwise 1 + the source's index.
-    numeric: float32 `[B, L, G]`; NaN absent or padding.
-    calendar: float32 `[B, L, 6]`, phases of day, week and year.
-    time: float32 `[B, L]`, hours since the row's first event.
-    gap: float32 `[B, L]`, hours since the user's previous event; 0 for the first.
-    length: int32 `[B]`, events that are not padding.
-    query_events: int32 `[B, S]`, how many of the row's events a snapshot sees.
-    query_valid: bool `[B, S]`, whether there is a snapshot.
-    query_time: float32 `[B, S]`, hours since the row's first event.
-    query_gap: float32 `[B, S]`, hours since the last event that the snapshot sees.
-    query_calendar: float32 `[B, S, 6]`.
-    query_aggregates: float32 `[B, S, A]`, standardised.
+    features: shapes as in `Features`, with the dimensions `[B, 2, …]`, L the most events of a slice and one snapshot
+      each, which sees the whole slice and nothing else: no aggregates.
+    known: bool `[B]`, whether the user's training history is long enough for slices.
   """
 
-  codes: Array
-  source: Array
-  numeric: Array
-  calendar: Array
-  time: Array
-  gap: Array
-  length: Array
-  query_events: Array
-  query_valid: Array
-  query_time: Array
-  query_gap: Array
-  query_calendar: Array
-  query_aggregates: Array
-
-
-class Targets(NamedTuple):
-  """A task's answers for a batch; a next-event task asks at every event and every snapshot, the others at snapshots.
-
-  Attributes:
-    value: `[B, S]`, `[B, S, values]`, or int32 `[B, L + S]` codes for a next event.
-    known: bool `[B, S]` or `[B, L + S]`: the supervision indicator δ.
-  """
-
-  value: Array
+  features: Features
   known: Array
 
 
 class Batch(NamedTuple):
-  """`features`, and the `targets` of each task."""
+  """`features`, the `targets` of each active task with labels, and the `slices` of each active contrast task."""
 
   features: Features
   targets: dict[str, Targets]
-
-
-def calendar_phases(time: np.ndarray) -> np.ndarray:
-  """Sine and cosine of the phase of the day, the week and the year: float32 `[…, 6]` of microseconds `[…]`."""
-  periods = np.array([1.0, 7.0, 365.2425]) * MICROSECONDS_PER_DAY
-  angle = 2 * np.pi * ((time[..., None] % periods) / periods)
-  return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
-
-
-def window(
-  dataset: Dataset,
-  history: UserHistory,
-  start: int,
-  stop: int,
-  snapshot_time: np.ndarray,
-  snapshot_events: np.ndarray,
-  max_events: int,
-  n_snapshots: int,
-) -> Features:
-  """Lays out the events [start, stop) of a history and snapshots of it as one row (no batch dimension).
-
-  Snapshots see the events [start, snapshot_events); their aggregates see the whole history before τ.
-  """
-  n, s = stop - start, len(snapshot_time)
-  if n > max_events or s > n_snapshots:
-    raise ValueError(f"{n} events and {s} snapshots do not fit a row of {max_events} and {n_snapshots}")
-  time = history.time[start:stop]
-  previous = history.time[max(start - 1, 0) : stop - 1] if start else np.append(time[:1], time[:-1])
-  origin = time[0] if n else (snapshot_time[0] if s else 0)
-
-  def pad(x: np.ndarray, size: int, dtype: Any, fill: float = 0) -> np.ndarray:
-    out = np.full((size, *x.shape[1:]), fill, dtype)
-    out[: len(x)] = x
-    return out
-
-  def hours(x: np.ndarray) -> np.ndarray:
-    return x / MICROSECONDS_PER_HOUR
-
-  aggregates = dataset.aggregates(history, snapshot_time, snapshot_events)
-  last = history.time[np.maximum(snapshot_events - 1, 0)]
-  return Features(
-    codes=pad(history.codes[start:stop], max_events, np.int32),
-    source=pad(history.source[start:stop] + 1, max_events, np.int32),
-    numeric=pad(history.numeric[start:stop], max_events, np.float32, np.nan),
-    calendar=pad(calendar_phases(time), max_events, np.float32),
-    time=pad(hours(time - origin), max_events, np.float32),
-    gap=pad(hours(time - previous), max_events, np.float32),
-    length=np.int32(n),
-    query_events=pad(snapshot_events - start, n_snapshots, np.int32),
-    query_valid=pad(np.ones(s, bool), n_snapshots, bool),
-    query_time=pad(hours(snapshot_time - origin), n_snapshots, np.float32),
-    query_gap=pad(hours(snapshot_time - last), n_snapshots, np.float32),
-    query_calendar=pad(calendar_phases(snapshot_time), n_snapshots, np.float32),
-    query_aggregates=pad(aggregates, n_snapshots, np.float32),
-  )
-
-
-def stack(rows: Sequence[Any]) -> Any:
-  """Stacks rows of equal structure into a batch."""
-  first = rows[0]
-  if isinstance(first, dict):
-    return {k: stack([r[k] for r in rows]) for k in first}
-  if isinstance(first, tuple):
-    return type(first)(*(stack(column) for column in zip(*rows)))
-  return np.stack(rows)
+  slices: dict[str, Slices]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -160,11 +72,19 @@ class _TrainingRow(grain.transforms.RandomMap):
   """Cuts a random window out of a user's training period and picks up to S of its snapshots."""
 
   dataset: Dataset
-  tasks: Mapping[str, config.Task]
-  max_events: int
-  n_snapshots: int
+  cfg: config.Config
 
-  def random_map(self, record: Mapping[str, Any], rng: np.random.Generator) -> Batch:
+  @functools.cached_property
+  def _supervision(self) -> Supervision:
+    return Supervision(self.dataset, self.cfg, training=True)
+
+  @functools.cached_property
+  def _contrasts(self) -> dict[str, config.Contrast]:
+    return {n: t for n, t in self.cfg.active_tasks.items() if isinstance(t, config.Contrast)}
+
+  def random_map(self, item: tuple[int, Mapping[str, Any]], rng: np.random.Generator) -> Batch:
+    user, record = item
+    max_events, n_snapshots = self.cfg.model.max_events, self.cfg.train.snapshots_per_row
     history = self.dataset.history(record)
     train = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
     seen = record["snapshot_events"][train]
@@ -172,10 +92,10 @@ class _TrainingRow(grain.transforms.RandomMap):
     visible = seen - start
     # A snapshot near the window's start would see less than it does in evaluation; it must see all there is, or a
     # quarter.
-    enough = (seen <= stop) & (visible >= np.minimum(seen, self.max_events // 4)) & (visible > 0)
+    enough = (seen <= stop) & (visible >= np.minimum(seen, max_events // 4)) & (visible > 0)
     chosen = train[enough]
-    if len(chosen) > self.n_snapshots:
-      chosen = np.sort(rng.choice(chosen, self.n_snapshots, replace=False))
+    if len(chosen) > n_snapshots:
+      chosen = np.sort(rng.choice(chosen, n_snapshots, replace=False))
     features = window(
       self.dataset,
       history,
@@ -183,50 +103,48 @@ class _TrainingRow(grain.transforms.RandomMap):
       stop,
       record["snapshot_time"][chosen],
       record["snapshot_events"][chosen],
-      self.max_events,
-      self.n_snapshots,
+      max_events,
+      n_snapshots,
+      self.dataset.snapshot_aggregates(user, record, history, chosen),
     )
-    targets = {
-      name: self._targets(name, task, record, history, start, stop, chosen) for name, task in self.tasks.items()
-    }
-    return Batch(features, targets)
+    targets = self._supervision.row(record, history, start, stop, chosen, max_events, n_snapshots)
+    slices = {n: _slices(self.dataset, history, task, rng) for n, task in self._contrasts.items()}
+    return Batch(features, targets, slices)
 
   def _cut(self, n_train: int, seen: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """Chooses the window [start, stop): it ends at a random snapshot, and holds all of a history that fits."""
-    if n_train <= self.max_events or not len(seen):
-      return max(0, n_train - self.max_events), n_train
-    stop = min(max(int(rng.choice(seen)), self.max_events), n_train)
-    return stop - self.max_events, stop
-
-  def _targets(
-    self,
-    name: str,
-    task: config.Task,
-    record: Mapping[str, Any],
-    history: UserHistory,
-    start: int,
-    stop: int,
-    chosen: np.ndarray,
-  ) -> Targets:
-    value, known = record[f"label_{name}"][chosen], record[f"known_{name}"][chosen].astype(bool)
-    at_snapshots = _pad_labels(Labels(value, known), self.n_snapshots)
-    if not isinstance(task, config.NextEvent):
-      return at_snapshots
-    codes = history.codes[:, self.dataset.schema.field(task.field)]
-    following = labels_lib.next_code(codes)[start + 1 : stop + 1]
-    inside = following < history.n_train
-    value = np.where(inside, codes[np.minimum(following, len(codes) - 1)], 0)
-    at_events = _pad_labels(Labels(value.astype(np.int32), inside & (value > 0)), self.max_events)
-    joined = Targets(*(np.concatenate(pair) for pair in zip(at_events, at_snapshots)))
-    # An out-of-vocabulary value is no row of the catalogue: nothing to learn towards.
-    return Targets(joined.value, joined.known & (joined.value > 1))
+    max_events = self.cfg.model.max_events
+    if n_train <= max_events or not len(seen):
+      return max(0, n_train - max_events), n_train
+    stop = min(max(int(rng.choice(seen)), max_events), n_train)
+    return stop - max_events, stop
 
 
-def _pad_labels(labels: Labels, size: int) -> Targets:
-  value = np.zeros((size, *labels.value.shape[1:]), labels.value.dtype)
-  known = np.zeros(size, bool)
-  value[: len(labels.value)], known[: len(labels.known)] = labels
-  return Targets(value if value.dtype == np.int32 else value.astype(np.float32), known)
+def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: np.random.Generator) -> Slices:
+  """Draws two slices of the training events, of random lengths at random places; they may overlap.
+
+  A slice is a history of its own: nothing of its features tells what came before or after it.
+  Source: random slices of CoLES, arXiv 2002.08232.
+  """
+  n, pair = history.n_train, []
+  known = n >= 2 * task.least_events
+  for _ in range(2):
+    length = int(rng.integers(task.least_events, min(task.slice_events, n) + 1)) if known else 0
+    start = int(rng.integers(0, n - length + 1)) if known else 0
+    stop = start + length
+    part = UserHistory(
+      history.user,
+      history.time[start:stop],
+      history.source[start:stop],
+      history.codes[start:stop],
+      history.numeric[start:stop],
+      length,
+    )
+    time = part.time[-1:] + 1  # the first moment from which the whole slice is past
+    aggregates = np.zeros((len(time), dataset.schema.aggregates), np.float32)  # their means, as they are standardised
+    seen = np.full(len(time), length, np.int32)
+    pair.append(window(dataset, part, 0, length, time, seen, task.slice_events, 1, aggregates))
+  return Slices(stack(pair), np.bool_(known))
 
 
 def training(dataset: Dataset, cfg: config.Config, *, seed: int | None = None) -> grain.IterDataset:
@@ -235,11 +153,11 @@ def training(dataset: Dataset, cfg: config.Config, *, seed: int | None = None) -
   A user without training events gives a row of padding; the manifest counts them.
   """
   rows = (
-    grain.MapDataset.source(dataset)
+    grain.MapDataset.source(_Numbered(dataset))
     .seed(cfg.train.seed if seed is None else seed)
     .shuffle()
     .repeat(MOST_ROWS // max(len(dataset), 1))
-    .random_map(_TrainingRow(dataset, cfg.active_tasks, cfg.model.max_events, cfg.train.snapshots_per_row))
+    .random_map(_TrainingRow(dataset, cfg))
     .batch(cfg.train.batch_rows, batch_fn=stack)
   )
   return rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
@@ -269,11 +187,11 @@ class Question(NamedTuple):
 
 
 class _Row(NamedTuple):
-  """A question with its features, labels and, of fields whose seen values are excluded, the values seen."""
+  """A question with its features, targets and, of fields whose seen values are excluded, the values seen."""
 
   question: Question
   features: Features
-  labels: dict[str, Labels]
+  targets: dict[str, Targets]
   seen: dict[str, np.ndarray]
 
 
@@ -283,14 +201,18 @@ class QuestionBatch(NamedTuple):
   Attributes:
     features: B rows; the last batch is filled up with rows of padding.
     questions: what the real rows are about.
-    labels: for each task, `Labels` of the real rows; empty for embedding.
+    labels: for each active task with labels, `Labels(value, known)` of the n real rows, `[n]`, `[n, values]` or, of an
+      event label, `[n, m]`; known within the task's sample space. Empty for embedding.
     seen: for each task that excludes seen values, the codes in each real row's whole history.
+    given: for each active event label int32 `[B, m, G]`, what it may see of the events asked about; 0 in rows of
+      padding. Empty for embedding.
   """
 
   features: Features
   questions: list[Question]
   labels: dict[str, Labels]
   seen: dict[str, list[np.ndarray]]
+  given: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,10 +220,13 @@ class _UserRows(grain.transforms.Map):
   """Lays out a user's snapshots of one split, or at given times, each as a row that sees its last L events."""
 
   dataset: Dataset
-  tasks: Mapping[str, config.Task]
-  max_events: int
+  cfg: config.Config
   split: int | None
   times: np.ndarray | None
+
+  @functools.cached_property
+  def _supervision(self) -> Supervision:
+    return Supervision(self.dataset, self.cfg, training=False)
 
   def map(self, item: tuple[int, Mapping[str, Any]]) -> list[_Row]:
     user, record = item
@@ -312,21 +237,24 @@ class _UserRows(grain.transforms.Map):
     else:
       time, n_events = self.times, np.searchsorted(history.time, self.times, side="left")
       index = np.full(len(time), -1)
+    asked = n_events > 0  # nothing is known of a user without events yet; the caller counts the questions missing
+    index, time, n_events = index[asked], time[asked], n_events[asked].astype(np.int32)
+    if not len(index):
+      return []
+    targets = self._supervision.at_snapshots(record, history, index) if self.times is None else {}
+    aggregates = self.dataset.aggregates(history, time, n_events)  # of all rows at once
     rows = []
-    for i, t, n in zip(index, time, n_events):
-      if not n:  # nothing is known of the user yet; the caller counts the questions that are missing
-        continue
-      question = Question(user, history.user, int(i), int(t), int(n), int(history.time[n - 1]))
-      start = max(0, int(n) - self.max_events)
-      features = window(
-        self.dataset, history, start, int(n), np.array([t]), np.array([n], np.int32), self.max_events, 1
-      )
-      labels, seen = {}, {}
-      for name, task in self.tasks.items():
-        labels[name] = Labels(record[f"label_{name}"][i], record[f"known_{name}"][i].astype(bool))
+    for i in range(len(index)):
+      t, n = time[i : i + 1], n_events[i : i + 1]
+      question = Question(user, history.user, int(index[i]), int(t[0]), int(n[0]), int(history.time[n[0] - 1]))
+      start, stop = max(0, question.n_events - self.cfg.model.max_events), question.n_events
+      features = window(self.dataset, history, start, stop, t, n, self.cfg.model.max_events, 1, aggregates[i : i + 1])
+      seen = {}
+      for name in targets:
+        task = self.cfg.tasks[name]
         if isinstance(task, config.NextEvent) and task.exclude_seen:
-          seen[name] = np.unique(history.codes[:n, self.dataset.schema.field(task.field)])
-      rows.append(_Row(question, features, labels, seen))
+          seen[name] = np.unique(history.codes[:stop, self.dataset.schema.field(task.field)])
+      rows.append(_Row(question, features, {k: Targets(*(p[i] for p in v)) for k, v in targets.items()}, seen))
     return rows
 
 
@@ -353,8 +281,7 @@ def questions(
   if (split is None) == (times is None):
     raise ValueError("name either a split or times")
   at = None if times is None else np.array(times, np.int64)
-  tasks = cfg.active_tasks if times is None else {}
-  users = grain.MapDataset.source(_Numbered(dataset)).map(_UserRows(dataset, tasks, cfg.model.max_events, split, at))
+  users = grain.MapDataset.source(_Numbered(dataset)).map(_UserRows(dataset, cfg, split, at))
   size, waiting = cfg.evaluate.batch_rows, []
   for rows in users.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)):
     waiting += rows
@@ -368,7 +295,10 @@ def questions(
 def _question_batch(rows: list[_Row], size: int) -> QuestionBatch:
   padding = Features(*(np.zeros_like(part) for part in rows[0].features))
   features = stack([r.features for r in rows] + [padding] * (size - len(rows)))
-  labels = {n: Labels(*(np.stack(part) for part in zip(*(r.labels[n] for r in rows)))) for n in rows[0].labels}
-  return QuestionBatch(
-    features, [r.question for r in rows], labels, {n: [r.seen[n] for r in rows] for n in rows[0].seen}
-  )
+  labels, given = {}, {}
+  for name, first in rows[0].targets.items():
+    labels[name] = Labels(*(np.stack([getattr(r.targets[name], k) for r in rows]) for k in Labels._fields))
+    if first.given.ndim > 1:  # of an event label
+      given[name] = stack([r.targets[name].given for r in rows] + [np.zeros_like(first.given)] * (size - len(rows)))
+  seen = {n: [r.seen[n] for r in rows] for n in rows[0].seen}
+  return QuestionBatch(features, [r.question for r in rows], labels, seen, given)

@@ -10,19 +10,30 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from supermoe_jax import config
+from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.events import DataError, UserHistory
-from supermoe_jax.data.labels import Aggregator
-from supermoe_jax.data.vocabulary import Encoders, Vocabulary
+from supermoe_jax.data.labels import Comparison, EventAnswer
+from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Numeric, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TFDS_NAME, TFDS_VERSION, TFDS_SPLIT = "event_log", "1.0.0", "users"
+
+SHOWN_VALUES = 20  # of a vocabulary, in a message about a value that it does not hold
+
+# Decoded records, and the aggregates of their snapshots, are kept up to this many bytes of arrays: the two made most of
+# what a training row costs, and a small dataset shows its records many times. Beyond it they are made again.
+KEPT_BYTES = 512 * 2**20
+
+# All snapshots of a user cost little more than a few, unless they are this many times as many.
+MANY_SNAPSHOTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +45,9 @@ class Schema:
     categorical: codes of each categorical field, 0 absent and 1 out of vocabulary included.
     numeric: names of the numeric fields.
     aggregates: A, the length of a snapshot's aggregates; 0 without.
-    outputs: of each task, the number of its outputs.
+    outputs: of each task with labels, the number of its outputs.
+    inputs: the categorical fields that the model may see.
+    numeric_inputs: the columns, among the numeric fields, of those that the model may see.
   """
 
   sources: tuple[str, ...]
@@ -42,6 +55,8 @@ class Schema:
   numeric: tuple[str, ...]
   aggregates: int
   outputs: Mapping[str, int]
+  inputs: tuple[str, ...]
+  numeric_inputs: tuple[int, ...]
 
   def field(self, name: str) -> int:
     """The column of a categorical field in the codes."""
@@ -80,6 +95,7 @@ class Dataset:
       if not pathlib.Path(shard).is_file():
         raise DataError(f"{shard} is missing; prepare again.")
     self._source = builder.as_data_source(split=TFDS_SPLIT)
+    self._kept = _Kept(KEPT_BYTES)
     if len(self._source) != self.manifest["users"]:
       raise DataError(
         f"{self.path} holds {len(self._source)} users, its manifest says {self.manifest['users']}; prepare again."
@@ -89,6 +105,16 @@ class Dataset:
   def schema(self) -> Schema:
     """The sizes that a model is built from."""
     return make_schema(self.config, self.encoders)
+
+  @functools.cached_property
+  def hidden_codes(self) -> tuple[int, ...]:
+    """The columns of the codes that the model must not see."""
+    return tuple(i for i, n in enumerate(self.schema.categorical) if n not in self.schema.inputs)
+
+  @functools.cached_property
+  def hidden_numeric(self) -> tuple[int, ...]:
+    """The columns of the numbers that the model must not see."""
+    return tuple(i for i in range(len(self.schema.numeric)) if i not in self.schema.numeric_inputs)
 
   def check_matches(self, wanted: config.Config) -> None:
     """Raises DataError if the dataset was prepared from another data section or other task labels."""
@@ -103,10 +129,16 @@ class Dataset:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns a user's record; `prepare.features` lists its parts."""
-    record = self._source[index]
-    record["user"] = record["user"].decode()
-    return record
+    """Returns a user's record; `records.features` lists its parts, arrays that cannot be written to."""
+    kept = self._kept.get(("record", int(index)))
+    if kept is None:
+      kept = self._source[int(index)]
+      kept["user"] = kept["user"].decode()
+      arrays = [v for v in kept.values() if isinstance(v, np.ndarray)]
+      for array in arrays:
+        array.setflags(write=False)
+      self._kept.offer(("record", int(index)), kept, sum(a.nbytes for a in arrays))
+    return dict(kept)
 
   def history(self, record: Mapping[str, Any]) -> UserHistory:
     """The events of a record."""
@@ -121,6 +153,20 @@ class Dataset:
       int(record["n_train"]),
     )
 
+  def snapshot_aggregates(
+    self, index: int, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray
+  ) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at the snapshots `chosen [S]` of the user with this index."""
+    time, n_events = record["snapshot_time"], record["snapshot_events"]
+    kept = self._kept.get(("aggregates", int(index)))
+    if kept is None:
+      size = 4 * len(time) * self.schema.aggregates
+      if size > self._kept.room or len(time) > MANY_SNAPSHOTS * len(chosen):
+        return self.aggregates(history, time[chosen], n_events[chosen])
+      kept = self.aggregates(history, time, n_events)
+      self._kept.offer(("aggregates", int(index)), kept, kept.nbytes)
+    return kept[chosen]
+
   def aggregates(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     """Standardised aggregates `[S, A]` at snapshots; A is 0 when the config has none."""
     if self.aggregator is None:
@@ -128,32 +174,130 @@ class Dataset:
     return (self.aggregator(history, time, n_events) - self.aggregate_mean) / self.aggregate_scale
 
 
+class _Kept:
+  """What was made and is kept as long as there is room; threads may share it.
+
+  Nothing gives way for another: epochs go through all records in turn, so the one used last is the last to be used
+  again.
+  """
+
+  def __init__(self, room: int):
+    self.room = room  # bytes left
+    self._kept: dict[Hashable, Any] = {}
+    self._lock = threading.Lock()
+    self.get = self._kept.get
+
+  def offer(self, key: Hashable, value: Any, size: int) -> None:
+    """Keeps the value of `size` bytes if there is room."""
+    with self._lock:
+      if size <= self.room and key not in self._kept:
+        self._kept[key] = value
+        self.room -= size
+
+
 def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:
   """The schema of data encoded by `encoders`."""
-  aggregator = make_aggregator(cfg.data, encoders)
+  aggregator, fields = make_aggregator(cfg.data, encoders), cfg.data.fields
   return Schema(
     tuple(cfg.data.sources),
     {n: e.n_codes for n, e in encoders.categorical.items()},
     tuple(encoders.numeric),
     len(aggregator.names) if aggregator else 0,
-    {n: _n_outputs(t, encoders) for n, t in cfg.tasks.items()},
+    {n: _n_outputs(n, t, encoders) for n, t in cfg.labelled_tasks.items()},
+    tuple(n for n in encoders.categorical if fields[n].input),
+    tuple(i for i, n in enumerate(encoders.numeric) if fields[n].input),
   )
 
 
-def _n_outputs(task: config.Task, encoders: Encoders) -> int:
+def _n_outputs(name: str, task: config.LabelledTask, encoders: Encoders) -> int:
   if isinstance(task, config.NextEvent):
-    return encoders.categorical[task.field].n_codes - 2
+    return encoders.categorical[task.field].n_codes - FIRST_VALUE
+  if isinstance(task, config.UserLabel) and task.type == "multiclass":
+    return len(_classes(name, encoders).values)
   return task.top if isinstance(task, config.FutureValues) else 1
 
 
+def _classes(name: str, encoders: Encoders) -> Classes:
+  encoder = encoders.labels[name]
+  assert isinstance(encoder, Classes)  # that is how `user_table` encodes a multiclass label
+  return encoder
+
+
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
-  """The aggregates of a config; None when they are switched off."""
+  """The aggregates of a config, of fields that are inputs only; None when they are switched off.
+
+  Raises:
+    ConfigError: a field whose values are to be counted is no input.
+  """
   if not data.aggregates.enabled:
     return None
   columns = list(encoders.categorical)
   counted = {}
   for name in data.aggregates.fields:
+    if not data.fields[name].input:
+      raise config.ConfigError(
+        f"config.data.aggregates.fields holds {name!r}, which the model must not see (config.data.fields.{name}.input "
+        "is False); leave it out."
+      )
     encoder = encoders.categorical[name]
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
     counted[name] = (columns.index(name), tuple(encoder.values[: data.aggregates.top_values]))
-  return Aggregator(data.aggregates.windows_days, tuple(data.sources), tuple(encoders.numeric), counted)
+  numeric = {n: i for i, n in enumerate(encoders.numeric) if data.fields[n].input}
+  return Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, counted)
+
+
+def make_event_answer(name: str, task: config.EventLabel, data: config.Data, encoders: Encoders) -> EventAnswer:
+  """What an event label says of single events.
+
+  Raises:
+    DataError: a positive value is not in the field's vocabulary: it is most likely misspelt.
+  """
+  if not task.positive:
+    statistics = encoders.numeric[task.field]
+    least = None if task.at_least is None else statistics.encode(task.at_least, data.fields[task.field].encoding)
+    return EventAnswer(list(encoders.numeric).index(task.field), at_least=least)
+  encoder = encoders.categorical[task.field]
+  assert isinstance(encoder, Vocabulary)  # config.resolve checked
+  positive = np.zeros(encoder.n_codes, bool)
+  for value in task.positive:
+    code = encoder.code(value)
+    if code < FIRST_VALUE:
+      hint = config.nearest(value, encoder.values).partition("; valid")[0]
+      shown = ", ".join(repr(v) for v in encoder.values[:SHOWN_VALUES])
+      more = ", …" if len(encoder.values) > SHOWN_VALUES else ""
+      raise DataError(
+        f"config.tasks.{name}.positive: {value!r} never occurs in the vocabulary of field {task.field!r}, which is of "
+        f"the training period{hint} (it holds {shown}{more})."
+      )
+    positive[code] = True
+  return EventAnswer(list(encoders.categorical).index(task.field), positive)
+
+
+def make_comparison(cfg: config.Config, name: str, encoders: Encoders) -> Comparison | None:
+  """The sample space of a task; numbers in it are as the data have them, so they are encoded as the labels are.
+
+  Raises:
+    ConfigError: it compares classes that are no numbers.
+  """
+  space = config.parse_sample_space(cfg.labelled_tasks[name].sample_space)
+  if space is None:
+    return None
+  other = cfg.labelled_tasks[space.task]
+  if config.answer(other) == "multiclass":
+    values = _classes(space.task, encoders).values
+    try:
+      return Comparison(*space, np.array([float(v) for v in values], np.float32))
+    except ValueError:
+      raise config.ConfigError(
+        f"config.tasks.{name}.sample_space={cfg.labelled_tasks[name].sample_space!r}: the classes of {space.task} are "
+        f"not all numbers ({', '.join(map(repr, values[:SHOWN_VALUES]))}); compare a binary task."
+      ) from None
+  if config.answer(other) == "regression":
+    if isinstance(other, config.EventLabel):
+      number = encoders.numeric[other.field].encode(space.value, cfg.data.fields[other.field].encoding)
+    else:
+      statistics = encoders.labels[space.task]
+      assert isinstance(statistics, Numeric)  # that is how `user_table` encodes a number
+      number = statistics.encode(space.value)
+    return Comparison(space.task, space.operator, float(number))
+  return Comparison(*space)

@@ -1,17 +1,16 @@
-"""Snapshots of a user, and what is known and asked at each: labels, supervision indicators, aggregates.
+"""Snapshots of a user, and what is known and asked at each: labels and supervision indicators.
 
 Everything here is a pure function of one user's history, and strictly point in time: a snapshot sees the events before
 it and no other; its labels look at [τ, τ + horizon), or at the next event, only; a label that is not wholly observed
 within the period of the snapshot's split is masked by its indicator, not guessed.
 
-Shapes: N events of the user, S snapshots, F categorical and G numeric fields, A aggregates.
+Shapes: N events of the user, S snapshots, F categorical and G numeric fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -42,8 +42,9 @@ class Labels(NamedTuple):
   """A task's answers at S snapshots.
 
   Attributes:
-    value: float32 `[S]` or `[S, values]` of 0 and 1, or int32 `[S]` codes for a next event.
-    known: bool `[S]`, the supervision indicator δ: there is a label, and it may be used in the snapshot's split.
+    value: float32 `[S]` of 0 and 1 or standardised numbers, `[S, values]` of 0 and 1, or int32 `[S]` codes of a next
+      event or indices of classes.
+    known: bool `[S]`: there is a label, and it may be used in the snapshot's split.
   """
 
   value: np.ndarray
@@ -139,13 +140,13 @@ def leave_one_out_snapshots(history: UserHistory, min_events: int) -> tuple[Snap
   return Snapshots(history.time[n_events - 1], n_events, split), min(n, min_events) - 1
 
 
-def next_code(codes: np.ndarray) -> np.ndarray:
-  """For each position n in 0…N, the index of the first event at or after n whose code is present; N if none.
+def next_carrier(carried: np.ndarray) -> np.ndarray:
+  """For each position n in 0…N, the index of the first event at or after n that carries a field; N if none.
 
-  Shapes: `codes [N]` → int64 `[N + 1]`.
+  Shapes: `carried [N]` bool → int64 `[N + 1]`.
   """
-  n = len(codes)
-  index = np.where(codes > 0, np.arange(n), n)
+  n = len(carried)
+  index = np.where(carried, np.arange(n), n)
   return np.append(np.minimum.accumulate(index[::-1])[::-1], n)
 
 
@@ -162,7 +163,7 @@ def next_event(history: UserHistory, snapshots: Snapshots, field: int, times: Ca
     at = snapshots.n_events.astype(np.int64)
     limit = np.where(snapshots.split == TRAIN, history.n_train, n)
   else:
-    at = next_code(codes)[snapshots.n_events]
+    at = next_carrier(codes > ABSENT)[snapshots.n_events]
     limit = np.searchsorted(history.time, times.observed_until, side="left")[snapshots.split]
   known = at < limit
   value = np.where(known, codes[np.minimum(at, n - 1)], 0)
@@ -208,64 +209,108 @@ def cumulative_counts(codes: np.ndarray, top: int) -> np.ndarray:
   return np.cumsum(count, axis=0, out=count)
 
 
-@dataclasses.dataclass(frozen=True)
-class Aggregator:
-  """Point-in-time counts of a user, strictly before τ.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EventAnswer:
+  """What an event label says of single events: yes or no, or the standardised number.
 
-  Of every trailing window and of the whole history: log1p of the events of each source, of the distinct event times,
-  and of the most frequent values of the chosen fields; the mean of each numeric field. Besides: log1p hours since the
-  last and since the first event, and log1p of the distinct values of each chosen field.
+  Attributes:
+    column: of the field, among the codes if `positive` is given, else among the numbers.
+    positive: bool `[codes]`, the codes of the field that count as positive.
+    at_least: the standardised number from which on a number counts as positive.
   """
 
-  windows_days: tuple[float, ...]
-  sources: tuple[str, ...]
-  numeric: tuple[str, ...]
-  values: Mapping[str, tuple[int, tuple[str, ...]]]  # field → its column in `codes`, its counted values
+  column: int
+  positive: np.ndarray | None = None
+  at_least: np.float32 | None = None
 
-  @property
-  def names(self) -> list[str]:
-    """What each of the A aggregates is."""
-    windows = [*(f"{d:g}d" for d in self.windows_days), "all"]
-    names = [f"events {s} {w}" for w in windows for s in self.sources] + [f"moments {w}" for w in windows]
-    names += [f"mean {n} {w}" for w in windows for n in self.numeric]
-    for field, (_, values) in self.values.items():
-      names += [f"{field} {v} {w}" for w in windows for v in values] + [f"distinct {field}"]
-    return [*names, "recency", "tenure"]
+  def carried(self, history: UserHistory) -> np.ndarray:
+    """Whether each event has the field: bool `[N]`."""
+    if self.positive is not None:
+      return history.codes[:, self.column] > ABSENT
+    return np.isfinite(history.numeric[:, self.column])
 
-  def __call__(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Returns float32 `[S, A]` for the snapshots at `time [S]` that see `n_events [S]` (at least one) events."""
-    starts = [
-      np.searchsorted(history.time, time - int(d * MICROSECONDS_PER_DAY), side="left") for d in self.windows_days
-    ]
-    starts = [np.minimum(s, n_events) for s in starts] + [np.zeros_like(n_events)]
-
-    def windowed(cumulative: np.ndarray) -> np.ndarray:  # [N + 1, X] → [S, windows, X]
-      return np.stack([cumulative[n_events] - cumulative[s] for s in starts], axis=1)
-
-    def flat(x: np.ndarray) -> np.ndarray:
-      return x.reshape(len(time), x.shape[1] * x.shape[2])
-
-    n = len(history.time)
-    per_source = np.zeros((n + 1, len(self.sources)), np.int64)
-    per_source[np.arange(1, n + 1), history.source] = 1
-    moments = np.append(0, np.cumsum(np.diff(history.time, prepend=history.time[0] - 1) > 0))
-    columns = [flat(np.log1p(windowed(np.cumsum(per_source, axis=0)))), flat(np.log1p(windowed(moments[:, None])))]
-    present = np.isfinite(history.numeric)
-    total = _running_sum(np.where(present, history.numeric, 0.0))
-    count = _running_sum(present)
-    columns.append(flat(windowed(total) / np.maximum(windowed(count), 1)))
-    for column, values in self.values.values():
-      codes = history.codes[:, column]
-      columns.append(flat(np.log1p(windowed(cumulative_counts(codes, len(values))))))
-      first = np.zeros(n + 1, np.int64)
-      value, index = np.unique(codes, return_index=True)
-      first[index[value > 0] + 1] = 1
-      columns.append(np.log1p(np.cumsum(first)[n_events])[:, None])
-    hour = MICROSECONDS_PER_DAY / 24
-    columns.append(np.log1p((time - history.time[n_events - 1]) / hour)[:, None])
-    columns.append(np.log1p((time - history.time[0]) / hour)[:, None])
-    return np.concatenate(columns, axis=1).astype(np.float32)
+  def __call__(self, history: UserHistory) -> Labels:
+    """The labels of all events, `[N]`; unknown where the field is absent, or its value out of vocabulary."""
+    if self.positive is not None:
+      codes = history.codes[:, self.column]
+      return Labels(self.positive[codes].astype(np.float32), codes > UNKNOWN)
+    number, known = history.numeric[:, self.column], self.carried(history)
+    value = number if self.at_least is None else number >= self.at_least
+    return Labels(np.where(known, value, 0).astype(np.float32), known)
 
 
-def _running_sum(x: np.ndarray) -> np.ndarray:
-  return np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, axis=0, dtype=np.float64)])
+def following_events(
+  carried: np.ndarray, history: UserHistory, snapshots: Snapshots, per_snapshot: int, times: Calendar | None
+) -> np.ndarray:
+  """The next events that carry a field; without a calendar (leave one out) the very next event only, if it does.
+
+  They lie in the period of the snapshot's split, as for `next_event`.
+
+  Shapes: `carried [N]` → int32 `[S, per_snapshot]`, indices of events; -1 none.
+  """
+  n = len(history.time)
+  out = np.full((len(snapshots.time), per_snapshot), -1, np.int32)
+  if times is None:
+    limit = np.where(snapshots.split == TRAIN, history.n_train, n)
+    at = snapshots.n_events.astype(np.int64)
+    out[:, 0] = np.where((at < limit) & carried[np.minimum(at, n - 1)], at, -1)
+    return out
+  limit = np.searchsorted(history.time, times.observed_until, side="left")[snapshots.split]
+  carriers = np.flatnonzero(carried)
+  place = np.searchsorted(carriers, snapshots.n_events)[:, None] + np.arange(per_snapshot)
+  event = np.append(carriers, n)[np.minimum(place, len(carriers))]
+  return np.where(event < limit[:, None], event, -1).astype(np.int32)
+
+
+def at_events(labels: Labels, event: np.ndarray) -> Labels:
+  """Gathers the labels `[N]` of a user's events at the indices `event [...]`; -1 is unknown."""
+  known = (event >= 0) & labels.known[np.maximum(event, 0)]
+  return Labels(np.where(known, labels.value[np.maximum(event, 0)], 0), known)
+
+
+class Comparison(NamedTuple):
+  """A sample space, its number in the units of the label that is compared.
+
+  Attributes:
+    task: whose label is compared.
+    operator: one of `==`, `!=`, `<`, `<=`, `>`, `>=`.
+    number: what with.
+    classes: float32 `[classes]`, the number that each class stands for; None where the label is compared itself.
+  """
+
+  task: str
+  operator: str
+  number: float
+  classes: np.ndarray | None = None
+
+  def __call__(self, other: Labels) -> Labels:
+    """Whether samples lie in the space, bool, from the labels of the task that is compared at the same samples."""
+    value = other.value if self.classes is None else self.classes[other.value.astype(np.int64)]
+    return Labels(_OPERATORS[self.operator](value, np.float32(self.number)), other.known)
+
+
+_OPERATORS = {
+  "==": np.equal,
+  "!=": np.not_equal,
+  "<": np.less,
+  "<=": np.less_equal,
+  ">": np.greater,
+  ">=": np.greater_equal,
+}
+
+
+def supervision(
+  known: np.ndarray, inside: Labels | None, weights: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+  """The supervision indicators δ (bool) and the sample weights ω (float32) of samples; all arrays have one shape.
+
+  Args:
+    known: whether there is a label.
+    inside: whether the sample lies in the task's sample space, where that is known; None without a space, when every
+      sample lies inside.
+    weights: of the samples inside and outside; where it is 0, or the membership unknown, the sample is left out.
+  """
+  if inside is None:
+    return known, known * np.float32(weights[0])
+  weight = (known & inside.known) * np.where(inside.value, *weights)
+  return weight > 0, weight.astype(np.float32)

@@ -26,18 +26,21 @@ from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import records as records_lib
 from supermoe_jax.data import replace, user_table, vocabulary
+from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.dataset import (
   FORMAT_VERSION,
   TFDS_NAME,
   TFDS_SPLIT,
   TFDS_VERSION,
-  Schema,
   make_aggregator,
+  make_comparison,
   make_schema,
 )
 from supermoe_jax.data.events import DataError, EventLog, UserHistory
-from supermoe_jax.data.labels import Aggregator, Calendar, Labels, Snapshots
+from supermoe_jax.data.labels import Calendar, Snapshots
+from supermoe_jax.data.records import Labeller, Record
 from supermoe_jax.data.tally import Tally
 
 # DuckDB's types of user ids that are written as integers again, if every id is one that 64 bits hold.
@@ -54,10 +57,10 @@ INTEGER_TYPES = (
   "DOUBLE",
 )
 
+SHOWN_CLASSES = 5  # of a task, in the summary
+
 # What the manifest calls such a directory.
 KIND = "dataset"
-
-Record = dict[str, Any]
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
@@ -79,34 +82,6 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[str, Record]]:
     raise AssertionError("the records are given to _split_generators")
-
-
-def features(schema: Schema, tasks: Mapping[str, config.Task]) -> dict[str, Any]:
-  """The parts of a user's record, as TFDS features; N events, S snapshots."""
-
-  def tensor(*shape: int | None, dtype: Any = np.int32) -> tfds.features.FeatureConnector:
-    return tfds.features.Tensor(shape=shape, dtype=dtype)
-
-  out: dict[str, Any] = {
-    "user": tfds.features.Text(),
-    "time": tensor(None, dtype=np.int64),
-    "source": tensor(None),
-    "n_train": np.int32,
-    "user_split": np.int32,
-    "snapshot_time": tensor(None, dtype=np.int64),
-    "snapshot_events": tensor(None),
-    "snapshot_split": tensor(None),
-  }
-  if schema.categorical:
-    out["codes"] = tensor(None, len(schema.categorical))
-  if schema.numeric:
-    out["numeric"] = tensor(None, len(schema.numeric), dtype=np.float32)
-  for name, task in tasks.items():
-    many = isinstance(task, config.FutureValues)
-    kind = np.int32 if isinstance(task, config.NextEvent) else np.uint8
-    out[f"label_{name}"] = tensor(None, schema.outputs[name], dtype=kind) if many else tensor(None, dtype=kind)
-    out[f"known_{name}"] = tensor(None, dtype=np.uint8)
-  return out
 
 
 def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -160,14 +135,13 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
   files = _files(cfg)
   scratch = work / "scratch"
   scratch.mkdir()
-  user_labels: dict[str, dict[str, float]] = {}
-  user_counts: dict[str, Any] = {}
+  user_labels = user_table.UserLabels({}, {}, {})
   label_tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
   if cfg.data.users is not None and label_tasks:
-    user_labels, user_counts = user_table.read_user_table(cfg.data.users, label_tasks)
+    user_labels = user_table.read_user_table(cfg.data.users, label_tasks, cfg.data.split, cfg.data.on_bad_rows)
   say(f"reading {', '.join(cfg.data.sources)} …")
   with EventLog(cfg.data, scratch) as log:
-    encoders = vocabulary.fit(log, cfg.data)
+    encoders = vocabulary.fit(log, cfg.data, user_labels.encoders)
     for name, task in cfg.tasks.items():
       if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
         known = encoders.categorical[task.field].n_codes - 2
@@ -179,19 +153,23 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
       config.parse_time(cfg.data.split.log_end, "config.data.split.log_end") if cfg.data.split.log_end else log.end
     )
     times = labels_lib.calendar(cfg.data.split, log.start, log_end) if cfg.data.split.mode == "temporal" else None
-    tally = Tally(schema, cfg.tasks)
+    tally = Tally(schema, cfg.labelled_tasks, encoders)
     seen_users: set[str] = set()
-    records = _records(cfg, log, encoders, times, user_labels, tally, seen_users, make_aggregator(cfg.data, encoders))
+    labeller = Labeller(cfg, encoders, times, user_labels.values)
+    for name in cfg.labelled_tasks:
+      make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
+    aggregator = make_aggregator(cfg.data, encoders)
+    records = _records(cfg, log, encoders, times, labeller, user_labels.values, tally, seen_users, aggregator)
     with contextlib.redirect_stdout(io.StringIO()):
       tfds.disable_progress_bar()
-      _Builder(features(schema, cfg.tasks), records, str(work)).download_and_prepare()
+      _Builder(records_lib.features(schema, cfg.labelled_tasks), records, str(work)).download_and_prepare()
     counts, unseen = dict(log.counts), vocabulary.unseen(log, encoders)
     first, last, user_type = log.start, log.end, log.user_type
   shutil.rmtree(scratch)
   shutil.rmtree(work / "downloads", ignore_errors=True)
   encoders.save(work / "encoders")
   aggregates = tally.aggregate_statistics()
-  labelled = set().union(*user_labels.values()) if user_labels else set()
+  labelled = set().union(*user_labels.values.values())
   manifest = {
     "kind": KIND,
     "format": FORMAT_VERSION,
@@ -211,7 +189,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     "snapshots_with_too_few_events": tally.too_early,
     "users_without_training_events": tally.without_training,
     "users_without_snapshot": tally.without_snapshot,
-    "user_table": {**user_counts, "labelled_users_without_events": len(labelled - seen_users)},
+    "user_table": {**user_labels.counts, "labelled_users_without_events": len(labelled - seen_users)},
     "labels": tally.labels,
     "aggregates": aggregates,
     "label_rates": tally.label_rates(),
@@ -238,6 +216,7 @@ def _records(
   log: EventLog,
   encoders: vocabulary.Encoders,
   times: Calendar | None,
+  labeller: Labeller,
   user_labels: Mapping[str, Mapping[str, float]],
   tally: Tally,
   seen_users: set[str],
@@ -245,75 +224,30 @@ def _records(
 ) -> Iterator[tuple[str, Record]]:
   """Yields each user's key and record, and counts it."""
   last_use = None
-  if times is not None and not any(isinstance(t, config.NextEvent) for t in cfg.tasks.values()):
-    horizons = [t.horizon_days for t in cfg.tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
+  tasks = cfg.labelled_tasks
+  if times is not None and not any(isinstance(t, config.AT_EVENTS) for t in tasks.values()):
+    horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
     last_use = int(times.snapshots[-1]) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
-  columns = {n: i for i, n in enumerate(encoders.categorical)}
   with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1) as bar:
     for history in log.histories(encoders):
       snapshots, left_out = _snapshots(cfg.data.split, history, times)
       owner = labels_lib.user_split(history.user, cfg.data.split)
-      labels = {
-        n: _label(t, n, cfg, history, snapshots, times, columns, user_labels, owner) for n, t in cfg.tasks.items()
-      }
+      labels = labeller(history, snapshots, owner)
       if any(history.user in known for known in user_labels.values()):
         seen_users.add(history.user)
       tally.too_early += left_out
-      tally.add(history, snapshots, labels, last_use)
+      tally.add(history, snapshots, {n: found.labels for n, found in labels.items()}, last_use)
       train = snapshots.split == labels_lib.TRAIN
       if aggregator is not None and train.any():
         tally.add_aggregates(aggregator(history, snapshots.time[train], snapshots.n_events[train]))
       bar.update(len(history.time))
-      yield history.user, _record(history, snapshots, labels, owner)
+      yield history.user, records_lib.make_record(history, snapshots, labels, tasks, owner)
 
 
 def _snapshots(split: config.Split, history: UserHistory, times: Calendar | None) -> tuple[Snapshots, int]:
   if times is None:
     return labels_lib.leave_one_out_snapshots(history, split.min_events)
   return labels_lib.temporal_snapshots(history, times, split.min_events)
-
-
-def _label(
-  task: config.Task,
-  name: str,
-  cfg: config.Config,
-  history: UserHistory,
-  snapshots: Snapshots,
-  times: Calendar | None,
-  columns: Mapping[str, int],
-  user_labels: Mapping[str, Mapping[str, float]],
-  owner: int,
-) -> Labels:
-  if isinstance(task, config.NextEvent):
-    return labels_lib.next_event(history, snapshots, columns[task.field], times)
-  if isinstance(task, config.UserLabel):
-    return labels_lib.user_label(user_labels[name].get(history.user), snapshots, owner)
-  assert times is not None  # config.resolve rejects tasks about the future without a calendar
-  if isinstance(task, config.FutureEvent):
-    source = list(cfg.data.sources).index(task.source)
-    return labels_lib.future_event(history, snapshots, times, source, task.horizon_days, task.negate)
-  return labels_lib.future_values(history, snapshots, times, columns[task.field], task.top, task.horizon_days)
-
-
-def _record(history: UserHistory, snapshots: Snapshots, labels: Mapping[str, Labels], owner: int) -> Record:
-  record: Record = {
-    "user": history.user,
-    "time": history.time,
-    "source": history.source.astype(np.int32),
-    "n_train": np.int32(history.n_train),
-    "user_split": np.int32(owner),
-    "snapshot_time": snapshots.time,
-    "snapshot_events": snapshots.n_events,
-    "snapshot_split": snapshots.split,
-  }
-  if history.codes.shape[1]:
-    record["codes"] = history.codes.astype(np.int32)
-  if history.numeric.shape[1]:
-    record["numeric"] = history.numeric.astype(np.float32)
-  for name, label in labels.items():
-    record[f"label_{name}"] = label.value if label.value.dtype == np.int32 else label.value.astype(np.uint8)
-    record[f"known_{name}"] = label.known.astype(np.uint8)
-  return record
 
 
 def render(manifest: Mapping[str, Any]) -> str:
@@ -327,6 +261,11 @@ def render(manifest: Mapping[str, Any]) -> str:
   ]
   for task, splits in manifest["labels"].items():
     lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
+  for task, count in manifest["user_table"].get("user_labels", {}).items():
+    if unseen := count.get("unseen_class"):
+      lines.append(f"  {task}: {unseen:,} users have a class that no training user has; they have no label")
+    if dropped := count.get("dropped"):
+      lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
   for name, field in manifest["fields"].items():
     if field["oov_after"]:
       lines.append(f"field {name}: {field['oov_after']:.2%} of the values after the training period were unseen in it")
@@ -335,6 +274,11 @@ def render(manifest: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _label_text(split: str, count: Mapping[str, int]) -> str:
+def _label_text(split: str, count: Mapping[str, Any]) -> str:
+  text = f"{split} {count['known']:,} known"
+  if "classes" in count:
+    return f"{text} ({', '.join(f'{n:,} {value}' for value, n in list(count['classes'].items())[:SHOWN_CLASSES])})"
+  if "mean" in count:
+    return f"{text} (mean {count['mean']:.3g}, deviation {count['std']:.3g}, standardised)" if count["known"] else text
   kind = next(k for k in count if k != "known")
-  return f"{split} {count['known']:,} known ({count[kind]:,} {kind.replace('_', ' ')})"
+  return f"{text} ({count[kind]:,} {kind.replace('_', ' ')})"

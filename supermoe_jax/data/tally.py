@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,27 +13,33 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Schema
 from supermoe_jax.data.events import UserHistory
 from supermoe_jax.data.labels import Labels, Snapshots
+from supermoe_jax.data.vocabulary import Classes, Encoders
 
 # Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
 # become huge when it is 1.
 SMALLEST_SCALE = 0.25
 
+# Standardised numbers that deviate by less are all the same but for rounding.
+SMALLEST_DEVIATION = 1e-4
+
 
 class Tally:
   """What the manifest says of the records, counted as they pass by."""
 
-  def __init__(self, schema: Schema, tasks: Mapping[str, config.Task]):
-    self._tasks, self._outputs = tasks, schema.outputs
+  def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask], encoders: Encoders):
+    self._answers = {n: config.answer(t) for n, t in tasks.items()}
+    self._outputs, self._encoders = schema.outputs, encoders
     self.lengths: list[int] = []
     self.integer_users = True
-    self._positive = {n: np.zeros(schema.outputs[n]) for n, t in tasks.items() if not isinstance(t, config.NextEvent)}
+    self._known = {n: [0] * len(labels_lib.SPLITS) for n in tasks}
+    # Of each split the sum of the values, or of a catalogue how many are unseen in training; and of their squares.
+    shape = {n: 1 if a == "catalogue" else schema.outputs[n] for n, a in self._answers.items()}
+    self._totals = {n: np.zeros((len(labels_lib.SPLITS), 2, k)) for n, k in shape.items()}
     self.snapshots = dict.fromkeys(labels_lib.SPLITS, 0)
     self.too_early = 0
     self.without_training = 0
     self.without_snapshot = 0
     self.periods = dict.fromkeys(("training", "later", "beyond_every_label"), 0)
-    kinds = {n: "unseen_value" if isinstance(t, config.NextEvent) else "positive" for n, t in tasks.items()}
-    self.labels = {n: {s: {"known": 0, kind: 0} for s in labels_lib.SPLITS} for n, kind in kinds.items()}
     self._sums = np.zeros((2, schema.aggregates))
     self._rows = 0
 
@@ -50,14 +57,41 @@ class Tally:
       here = snapshots.split == index
       self.snapshots[split] += int(here.sum())
       for task, label in labels.items():
-        count, value = self.labels[task][split], label.value[label.known & here]
-        count["known"] += len(value)
-        if isinstance(self._tasks[task], config.NextEvent):
-          count["unseen_value"] += int(np.sum(value == 1))
-        else:
-          count["positive"] += int(value.sum())
-          if index == labels_lib.TRAIN:
-            self._positive[task] += value.reshape(len(value), self._outputs[task]).sum(axis=0)
+        value = label.value[label.known & (here if label.known.ndim == 1 else here[:, None])]
+        self._known[task][index] += len(value)
+        self._totals[task][index] += self._total(task, value)
+
+  def _total(self, task: str, value: np.ndarray) -> np.ndarray:
+    answer, outputs = self._answers[task], self._outputs[task]
+    if answer == "catalogue":
+      per_output = np.array([np.sum(value == 1)])
+    elif answer == "multiclass":
+      per_output = np.bincount(value.astype(np.int64), minlength=outputs)
+    else:
+      per_output = value.reshape(len(value), outputs).sum(axis=0, dtype=np.float64)
+    squares = np.square(value, dtype=np.float64).sum() if answer == "regression" else per_output
+    return np.stack([per_output, np.broadcast_to(squares, per_output.shape)])
+
+  @property
+  def labels(self) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each task and split the labels known, and what they say.
+
+    That is `positive`, how many are; `classes`, how many labels each has; `mean` and `std` of standardised numbers; of
+    a catalogue `unseen_value`, how many values training could not teach. Sample spaces are not applied.
+    """
+    return {n: {s: self._count(n, i) for s, i in labels_lib.SPLITS.items()} for n in self._answers}
+
+  def _count(self, task: str, split: int) -> dict[str, Any]:
+    known, (total, squares) = self._known[task][split], self._totals[task][split]
+    answer = self._answers[task]
+    if answer == "multiclass":
+      classes = self._encoders.labels[task]
+      assert isinstance(classes, Classes)
+      return {"known": known, "classes": {v: int(n) for v, n in zip(classes.values, total, strict=True)}}
+    if answer == "regression":
+      mean = float(total[0] / max(known, 1))
+      return {"known": known, "mean": mean, "std": float(np.sqrt(max(squares[0] / max(known, 1) - mean**2, 0.0)))}
+    return {"known": known, "unseen_value" if answer == "catalogue" else "positive": int(total.sum())}
 
   def add_aggregates(self, aggregates: np.ndarray) -> None:
     """Takes training snapshots' aggregates `[S, A]` into the statistics."""
@@ -65,8 +99,14 @@ class Tally:
     self._rows += len(aggregates)
 
   def label_rates(self) -> dict[str, list[float]]:
-    """Of each task of yes-or-no answers, the share of positives of each among the training labels."""
-    return {n: (p / max(self.labels[n]["train"]["known"], 1)).tolist() for n, p in self._positive.items()}
+    """The best constant answers to the training labels of each task but next event: of each output the share of
+    positives or of the class, or the mean of the standardised numbers."""
+    train = labels_lib.TRAIN
+    return {
+      n: (self._totals[n][train, 0] / max(self._known[n][train], 1)).tolist()
+      for n, answer in self._answers.items()
+      if answer != "catalogue"
+    }
 
   def aggregate_statistics(self) -> dict[str, list[float]]:
     """Mean and scale of each aggregate over the training snapshots."""
@@ -84,8 +124,10 @@ class Tally:
         values = count["known"] * self._outputs[task]
         if not count["known"]:
           out.append(f"task {task} has no label in {split}")
-        elif count.get("positive") in (0, values):
+        elif count.get("positive") in (0, values) or max(count.get("classes", {"": 0}).values()) == count["known"]:
           out.append(f"task {task} has labels of one class only in {split}")
+        elif count.get("std") is not None and count["std"] < SMALLEST_DEVIATION:
+          out.append(f"every label of task {task} in {split} is the same number")
         elif count.get("unseen_value") == count["known"]:
           out.append(f"every label of task {task} in {split} is a value unseen in training")
     return out

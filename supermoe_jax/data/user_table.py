@@ -1,32 +1,49 @@
-"""The table of users: what is known of some users besides their events, as binary labels."""
+"""The table of users: what is known of some users besides their events, as labels."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import parsing, readers
-from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile, literal
+from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
+from supermoe_jax.data.vocabulary import Classes, LabelEncoder, Numeric
 
 SHOWN_VALUES = 20  # of a column, in a message about a value that it does not hold
 
 
+class UserLabels(NamedTuple):
+  """The labels of users.
+
+  Attributes:
+    values: task → user's id as text → the label: 0 or 1, the class's index, or the standardised number.
+    encoders: of each task with classes or numbers, what they were encoded by.
+    counts: `user_rows`, and of each task in `user_labels` the users `labelled` and those `without_value`; besides, of a
+      binary task those `positive`; of a multiclass one those of each of the `classes`, and those with an `unseen_class`
+      that no training user has; of a regression the training users' `mean` and `std` and the values `dropped`.
+  """
+
+  values: dict[str, dict[str, float]]
+  encoders: dict[str, LabelEncoder]
+  counts: dict[str, Any]
+
+
 def read_user_table(
-  users: config.UserTable, tasks: Mapping[str, config.UserLabel]
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-  """Reads the labels of the users: 1 where the task's column holds one of its positive values, else 0.
+  users: config.UserTable, tasks: Mapping[str, config.UserLabel], split: config.Split, on_bad_rows: str = "error"
+) -> UserLabels:
+  """Reads the labels of the users; classes and statistics are those of the training users of `split`.
 
-  A user without a value has no label: unknown is not negative.
-
-  Returns: the labels, task → user's id as text → 0 or 1; and the counts: `user_rows`, and of each task in
-  `user_labels` the users `labelled`, those of them `positive`, and those `without_value`.
+  A user without a value has no label: unknown is not negative. Nor has one whose class no training user has.
 
   Raises:
-    DataError: a file or a column is missing, there is no row, a user is absent or has two rows, or a positive value
-      never occurs.
+    DataError: a file or a column is missing, there is no row, a user is absent or has two rows, a positive value never
+      occurs, a value is no number where one is wanted (unless `on_bad_rows` is "drop"), or no training user has one.
   """
   columns = {task.column: f"c{i}" for i, task in enumerate(tasks.values())}
   con = readers.connect()
@@ -35,16 +52,20 @@ def read_user_table(
     con.execute(f'CREATE TABLE users (file INTEGER, row BIGINT, "user" VARCHAR{declared})')
     files = _read(con, users, tasks, columns)
     _check_users(con, users, files)
+    out = UserLabels({}, {}, {"user_labels": {}})
     for name, task in tasks.items():
-      _check_positive(con, f"config.tasks.{name}.positive", task, columns[task.column])
-    labels, counts = {}, {}
-    for name, task in tasks.items():
-      labels[name] = _labels(con, task, columns[task.column])
-      ((without,),) = con.execute(f"SELECT count_if({columns[task.column]} IS NULL) FROM users").fetchall()
-      positive = int(sum(labels[name].values()))
-      counts[name] = {"labelled": len(labels[name]), "positive": positive, "without_value": without}
-    ((rows,),) = con.execute("SELECT count(*) FROM users").fetchall()
-    return labels, {"user_rows": rows, "user_labels": counts}
+      column = columns[task.column]
+      if task.type == "binary":
+        _check_positive(con, f"config.tasks.{name}.positive", task, column)
+        out.values[name], counts = _binary(con, task, column)
+      elif task.type == "multiclass":
+        out.values[name], out.encoders[name], counts = _multiclass(con, name, task, column, split)
+      else:
+        _check_numbers(con, task, column, files, on_bad_rows)
+        out.values[name], out.encoders[name], counts = _regression(con, name, task, column, split)
+      out.counts["user_labels"][name] = {"labelled": len(out.values[name]), **counts}
+    ((out.counts["user_rows"],),) = con.execute("SELECT count(*) FROM users").fetchall()
+    return out
   finally:
     con.close()
 
@@ -110,7 +131,79 @@ def _check_positive(con: duckdb.DuckDBPyConnection, key: str, task: config.UserL
       )
 
 
-def _labels(con: duckdb.DuckDBPyConnection, task: config.UserLabel, column: str) -> dict[str, float]:
-  positive = ", ".join(literal(v) for v in task.positive)
-  query = f'SELECT "user", ({column} IN ({positive}))::DOUBLE FROM users WHERE {column} IS NOT NULL ORDER BY "user"'
-  return dict(con.execute(query).fetchall())
+def _check_numbers(
+  con: duckdb.DuckDBPyConnection, task: config.UserLabel, column: str, files: list[TableFile], on_bad_rows: str
+) -> None:
+  """Raises DataError at the first value that is no finite number, if bad values may not be dropped."""
+  bad = con.execute(
+    f"SELECT file, min(row), count(*), arg_min({column}, row) FROM users WHERE {_bad_number(column)} "
+    "GROUP BY file ORDER BY file LIMIT 1"
+  ).fetchall()
+  for file, row, n, value in bad if on_bad_rows == "error" else []:
+    more = f" ({n} such row{'s' if n > 1 else ''})"
+    raise DataError(
+      f"{files[file].path}: row {row + 1}: column {task.column!r} holds {value!r}, which is not a number{more}. "
+      "Correct the file, set type='multiclass', or let config.data.on_bad_rows='drop' leave such labels out, and count "
+      "them."
+    )
+
+
+def _number(column: str) -> str:
+  return parsing.number_sql(column, "VARCHAR")
+
+
+def _bad_number(column: str) -> str:
+  return f"{column} IS NOT NULL AND ({_number(column)} IS NULL OR isinf({_number(column)}))"
+
+
+def _known(con: duckdb.DuckDBPyConnection, value: str) -> tuple[dict[str, Any], int]:
+  """The users' values of an SQL expression, users in order of their ids, and how many users have none."""
+  rows = con.execute(f'SELECT "user", {value} AS value FROM users ORDER BY "user"').fetchall()
+  known = {user: v for user, v in rows if v is not None}
+  return known, len(rows) - len(known)
+
+
+def _of_training_users(values: Mapping[str, Any], split: config.Split, name: str, task: config.UserLabel) -> list[Any]:
+  training = [v for u, v in values.items() if labels_lib.user_split(u, split) == labels_lib.TRAIN]
+  if not training:
+    raise DataError(
+      f"config.tasks.{name}: no training user has a value in column {task.column!r} ({len(values)} other users have "
+      "one); correct the column, or lower config.data.split.user_validation and user_test."
+    )
+  return training
+
+
+def _binary(con: duckdb.DuckDBPyConnection, task: config.UserLabel, column: str) -> tuple[dict[str, float], dict]:
+  known, without = _known(con, column)
+  labels = {user: float(value in task.positive) for user, value in known.items()}
+  return labels, {"positive": int(sum(labels.values())), "without_value": without}
+
+
+def _multiclass(
+  con: duckdb.DuckDBPyConnection, name: str, task: config.UserLabel, column: str, split: config.Split
+) -> tuple[dict[str, float], Classes, dict]:
+  known, without = _known(con, column)
+  counted = Counter(_of_training_users(known, split, name, task))
+  ordered = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+  index = {value: i for i, (value, _) in enumerate(ordered)}
+  labels = {user: float(index[value]) for user, value in known.items() if value in index}
+  everyone = Counter(known.values())
+  counts = {
+    "classes": {value: everyone[value] for value in index},
+    "unseen_class": len(known) - len(labels),
+    "without_value": without,
+  }
+  return labels, Classes(tuple(index), tuple(n for _, n in ordered)), counts
+
+
+def _regression(
+  con: duckdb.DuckDBPyConnection, name: str, task: config.UserLabel, column: str, split: config.Split
+) -> tuple[dict[str, float], Numeric, dict]:
+  # NaN is how many writers spell an absent number.
+  known, without = _known(con, f"CASE WHEN isfinite({_number(column)}) THEN {_number(column)} END")
+  ((dropped,),) = con.execute(f"SELECT count_if({_bad_number(column)}) FROM users").fetchall()
+  training = np.array(_of_training_users(known, split, name, task))
+  encoder = Numeric.of(training.mean(), training.std())
+  labels = {user: float(encoder.encode(value)) for user, value in known.items()}
+  counts = {"mean": encoder.mean, "std": encoder.std, "dropped": dropped, "without_value": without - dropped}
+  return labels, encoder, counts

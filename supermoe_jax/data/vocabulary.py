@@ -1,4 +1,4 @@
-"""Encoders of event fields: vocabularies, hashing and standardisation, fitted on the training period only."""
+"""Encoders of event fields, fitted on the training period only, and of user labels, fitted on the training users."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import urllib.parse
 from collections.abc import Mapping
@@ -93,26 +94,57 @@ class Hashing:
 
 @dataclasses.dataclass(frozen=True)
 class Numeric:
-  """Mean and standard deviation of a numeric field, after log1p where configured; a constant field's deviation is 1."""
+  """Mean and standard deviation of numbers, after log1p where configured; of constant numbers the deviation is 1."""
 
   mean: float
   std: float
 
+  @classmethod
+  def of(cls, mean: float, std: float) -> Numeric:
+    """Rounds the statistics to the digits that are the same in every run."""
+    mean, std = (float(f"{v:.{STATISTIC_DIGITS}g}") for v in (mean, std))
+    return cls(mean, std if std > 0 else 1.0)
+
+  def encode(self, value: float, encoding: str = "standardise") -> np.float32:
+    """A raw number as events hold it: after log1p if that is the field's `encoding`, standardised."""
+    if encoding == "log1p":
+      value = math.copysign(math.log(1 + abs(value)), value)
+    return np.float32((value - self.mean) / self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+  """The classes of a user label, most frequent among the training users first, ties by value.
+
+  Attributes:
+    values: the classes as text; the label is the index.
+    counts: how many training users each has.
+  """
+
+  values: tuple[str, ...]
+  counts: tuple[int, ...]
+
 
 Categorical = Vocabulary | Hashing
+LabelEncoder = Classes | Numeric
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-  """The encoder of each field, in config order."""
+  """The encoder of each field, in config order, and of each user label that needs one (classes, numbers)."""
 
   categorical: Mapping[str, Categorical]
   numeric: Mapping[str, Numeric]
+  labels: Mapping[str, LabelEncoder] = dataclasses.field(default_factory=dict)
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the vocabularies as Parquet (value, count) and the rest as `encoders.json` into a directory."""
     path.mkdir(parents=True, exist_ok=True)
-    saved: dict[str, Any] = {"categorical": {}, "numeric": {n: dataclasses.asdict(s) for n, s in self.numeric.items()}}
+    saved: dict[str, Any] = {
+      "categorical": {},
+      "numeric": {n: dataclasses.asdict(s) for n, s in self.numeric.items()},
+      "labels": {n: dataclasses.asdict(e) for n, e in self.labels.items()},
+    }
     for name, encoder in self.categorical.items():
       if isinstance(encoder, Hashing):
         saved["categorical"][name] = {"kind": "hash", "buckets": encoder.buckets}
@@ -140,11 +172,15 @@ class Encoders:
       else:
         table = pq.read_table(path / spec["file"])
         categorical[name] = Vocabulary(table["value"].to_pylist(), table["count"].to_numpy())
-    return cls(categorical, {n: Numeric(**s) for n, s in saved["numeric"].items()})
+    labels: dict[str, LabelEncoder] = {
+      n: Classes(tuple(e["values"]), tuple(e["counts"])) if "values" in e else Numeric(**e)
+      for n, e in saved["labels"].items()
+    }
+    return cls(categorical, {n: Numeric(**s) for n, s in saved["numeric"].items()}, labels)
 
 
-def fit(log: EventLog, data: config.Data) -> Encoders:
-  """Fits the encoders of all fields on the events of the training period.
+def fit(log: EventLog, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:
+  """Fits the encoders of all fields on the events of the training period; those of user labels are given.
 
   Raises:
     DataError: a field has no value in the training period, or none that is frequent enough.
@@ -158,7 +194,7 @@ def fit(log: EventLog, data: config.Data) -> Encoders:
       categorical[name] = _fit_hashing(log, name, field)
     else:
       categorical[name] = _fit_vocabulary(log, name, field)
-  return Encoders(categorical, numeric)
+  return Encoders(categorical, numeric, labels or {})
 
 
 def _fit_vocabulary(log: EventLog, name: str, field: config.Field) -> Vocabulary:
@@ -189,8 +225,7 @@ def _fit_numeric(log: EventLog, name: str) -> Numeric:
   ((mean, std),) = log.query(f"SELECT avg({column}), stddev_pop({column}) FROM events WHERE training")
   if mean is None:
     raise _no_value(log, name)
-  mean, std = (float(f"{v:.{STATISTIC_DIGITS}g}") for v in (mean, std))
-  return Numeric(mean, std if std > 0 else 1.0)
+  return Numeric.of(mean, std)
 
 
 def _no_value(log: EventLog, name: str) -> DataError:

@@ -1,5 +1,6 @@
 """Labels and aggregates against a slow reference in plain Python, and against the future."""
 
+import dataclasses
 import datetime
 
 import numpy as np
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data import labels
+from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.events import UserHistory
-from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION, Aggregator
+from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION, EventAnswer
 
 SPLIT = config.Split(
   train_end="1970-02-10", every_days=5.0, validation=("1970-02-10",), test=("1970-02-20", "1970-03-01")
@@ -78,7 +80,112 @@ def test_labels_equal_a_plain_reference(history: UserHistory, days: float) -> No
     assert int(following.value[s]) == (later[0] if later else 0)
 
 
-AGGREGATOR = Aggregator((2.0, 10.0), ("a", "b"), ("x",), {"c": (0, ("p", "q", "r"))})
+@st.composite
+def event_answers(draw: st.DrawFn) -> EventAnswer:
+  if draw(st.booleans()):
+    return EventAnswer(1, np.isin(np.arange(6), draw(st.sets(st.integers(2, 5)))))
+  return EventAnswer(0, at_least=draw(st.sampled_from([None, np.float32(0.3)])))
+
+
+def says(answer: EventAnswer, history: UserHistory, i: int) -> float | None:
+  """What an event says, None if nothing, in plain Python."""
+  if answer.positive is not None:
+    code = int(history.codes[i, answer.column])
+    return None if code < 2 else float(answer.positive[code])
+  number = float(history.numeric[i, answer.column])
+  if np.isnan(number):
+    return None
+  return number if answer.at_least is None else float(number >= answer.at_least)
+
+
+def has_field(answer: EventAnswer, history: UserHistory, i: int) -> bool:
+  out_of_vocabulary = answer.positive is not None and history.codes[i, answer.column] == 1
+  return out_of_vocabulary or says(answer, history, i) is not None
+
+
+@settings(max_examples=150, deadline=None)
+@given(histories(), event_answers(), st.integers(1, 4))
+def test_event_labels_equal_a_plain_reference(history: UserHistory, answer: EventAnswer, m: int) -> None:
+  snapshots, _ = labels.temporal_snapshots(history, TIMES, 1)
+  event = labels.following_events(answer.carried(history), history, snapshots, m, TIMES)
+  got = labels.at_events(answer(history), event)
+  assert event.shape == got.value.shape == got.known.shape == (len(snapshots.time), m)
+  limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
+  for s, (time, _, split) in enumerate(zip(*snapshots)):
+    period = [i for i, t in enumerate(history.time) if time <= t < limits[split]]
+    wanted = [i for i in period if has_field(answer, history, i)][:m]
+    assert event[s].tolist() == wanted + [-1] * (m - len(wanted))
+    said = [says(answer, history, i) for i in wanted] + [None] * (m - len(wanted))
+    assert [v if k else None for v, k in zip(got.value[s].tolist(), got.known[s])] == said
+    assert not got.value[s][~got.known[s]].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories(), event_answers())
+def test_leave_one_out_asks_about_the_very_next_event_only(history: UserHistory, answer: EventAnswer) -> None:
+  n = len(history.time)
+  history = dataclasses.replace(history, n_train=n if n < 3 else n - 2)
+  snapshots, _ = labels.leave_one_out_snapshots(history, 1)
+  event = labels.following_events(answer.carried(history), history, snapshots, 3, None)
+  for s, (_, n_events, split) in enumerate(zip(*snapshots)):
+    asked = (split != TRAIN or n_events < history.n_train) and has_field(answer, history, int(n_events))
+    assert event[s].tolist() == [int(n_events) if asked else -1, -1, -1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories(), event_answers())
+def test_events_after_a_period_do_not_change_its_event_labels(history: UserHistory, answer: EventAnswer) -> None:
+  """Cut at the end of training, or of validation, the labels of the snapshots in it stay as they are."""
+  for end, splits in ((TRAIN_END, (TRAIN,)), (FIRST_TEST, (TRAIN, VALIDATION))):
+    past = cut(history, int(np.sum(history.time < end)))
+    if not len(past.time):
+      continue
+    both = []
+    for h in (history, past):
+      snapshots, _ = labels.temporal_snapshots(h, TIMES, 1)
+      event = labels.following_events(answer.carried(h), h, snapshots, 2, TIMES)
+      here = np.isin(snapshots.split, splits)
+      both.append((event[here], *(part[here] for part in labels.at_events(answer(h), event))))
+    for a, b in zip(*both):
+      np.testing.assert_array_equal(a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), max_size=12))
+def test_the_next_carrier_is_the_first_at_or_after_each_position(carried: list[bool]) -> None:
+  wanted = [next((j for j in range(i, len(carried)) if carried[j]), len(carried)) for i in range(len(carried) + 1)]
+  assert labels.next_carrier(np.array(carried, bool)).tolist() == wanted
+
+
+COMPARED = {"==": "__eq__", "!=": "__ne__", "<": "__lt__", "<=": "__le__", ">": "__gt__", ">=": "__ge__"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+  st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from([-1.5, 0.0, 1.0, 2.0])), min_size=1, max_size=8),
+  st.sampled_from(sorted(COMPARED)),
+  st.sampled_from([0.0, 1.0]),
+  st.sampled_from([0.0, 0.25]),
+)
+def test_sample_spaces_equal_a_plain_reference(
+  samples: list[tuple[bool, bool, float]], operator: str, number: float, outside: float
+) -> None:
+  known, other_known, other = (np.array(x) for x in zip(*samples))
+  inside = labels.Comparison("other", operator, number)(labels.Labels(other.astype(np.float32), other_known))
+  delta, omega = labels.supervision(known, inside, (3.0, outside))
+  for i, (mine, theirs, value) in enumerate(samples):
+    weight = 0.0  # without a label, or with membership unknown
+    if mine and theirs:
+      weight = 3.0 if getattr(value, COMPARED[operator])(number) else outside
+    assert (bool(delta[i]), float(omega[i])) == (weight > 0, weight)
+
+
+def test_without_a_sample_space_every_known_sample_lies_inside() -> None:
+  delta, omega = labels.supervision(np.array([True, False]), None, (2.0, 0.5))
+  assert delta.tolist() == [True, False] and omega.tolist() == [2.0, 0.0] and omega.dtype == np.float32
+
+
+AGGREGATOR = Aggregator((2.0, 10.0), ("a", "b"), {"x": 0}, {"c": (0, ("p", "q", "r"))})
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,6 +220,14 @@ def test_aggregates_do_not_change_when_later_events_are_removed(history: UserHis
   time = np.array([history.time[n - 1] + 1], np.int64)
   seen = np.array([n], np.int32)
   np.testing.assert_array_equal(AGGREGATOR(history, time, seen), AGGREGATOR(cut(history, n), time, seen))
+
+
+def test_distinct_values_are_counted_of_a_field_none_of_whose_values_is() -> None:
+  codes = np.array([[2], [3], [2]], np.int32)
+  history = UserHistory("u", np.array([0, DAY, 2 * DAY]), np.zeros(3, np.int32), codes, np.ones((3, 1), np.float32), 3)
+  only = Aggregator((), ("a",), {}, {"c": (0, ())})
+  row = only(history, np.array([3 * DAY]), np.array([3]))[0]
+  assert dict(zip(only.names, row))["distinct c"] == np.log1p(np.float32(2)) and len(row) == len(only.names)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])

@@ -8,7 +8,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import vocabulary
 from supermoe_jax.data.events import DataError
-from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN, Encoders, Hashing, Vocabulary
+from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN, Classes, Encoders, Hashing, Numeric, Vocabulary
 
 TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000
 
@@ -148,6 +148,22 @@ def test_encoders_survive_saving(fitted, tmp_path):
   assert loaded.categorical["a/b c"].counts.tolist() == [2, 1]
   assert loaded.categorical["hashed"] == encoders.categorical["hashed"]
   assert loaded.numeric == encoders.numeric
+
+
+def test_encoders_of_labels_survive_saving(tmp_path):
+  labels = {"segment": Classes(("b", "a"), (3, 1)), "income": Numeric(2.5, 1.5)}
+  Encoders({}, {}, labels).save(tmp_path)
+  assert Encoders.load(tmp_path).labels == labels
+
+
+@pytest.mark.parametrize("encoding", ["standardise", "log1p"])
+def test_a_raw_number_is_encoded_as_in_events(fitted, encoding):
+  price = [0.1, -2.3, 7.7, 1e6, 4.0]
+  encoders, history, _ = fitted(
+    {**rows(list("abcde")), "price": price}, fields={"item": {}, "price": {"kind": "numeric", "encoding": encoding}}
+  )
+  got = [encoders.numeric["price"].encode(p, encoding) for p in price]
+  np.testing.assert_array_equal(np.array(got), history.numeric[:, 0])
 
 
 def test_loading_from_an_empty_directory_is_an_error(tmp_path):

@@ -1,0 +1,182 @@
+"""What the active tasks ask of a row, and know: labels within the tasks' sample spaces.
+
+A task asks at *sites*: at S snapshots; next-event and event-label tasks at the L events of a training row before them.
+
+Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G fields given of them,
+N events of a user.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data.dataset import Dataset, make_comparison, make_event_answer
+from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.labels import Labels
+from supermoe_jax.data.vocabulary import UNKNOWN
+
+# A NumPy array on the host, a JAX array inside a step.
+Array = Any
+
+
+class Targets(NamedTuple):
+  """A task's answers for a batch.
+
+  Sites are the S snapshots; of a next-event task the L events before them; of an event label the L events, then the m
+  events after snapshot 0, those after snapshot 1, and so on.
+
+  Attributes:
+    value: float32 `[B, sites]` of 0 and 1 or standardised numbers, float32 `[B, S, values]` of 0 and 1, or int32
+      `[B, sites]` codes of a next event or indices of classes; 0 where nothing is known.
+    known: bool `[B, sites]`, the supervision indicator δ: there is a label, and the site counts by the sample space.
+    weight: float32 `[B, sites]`, the sample weight ω; 0 where not known.
+    given: int32 `[B, sites, G]`, codes that an event label may see of the event asked about; G is 0 for other kinds.
+  """
+
+  value: Array
+  known: Array
+  weight: Array
+  given: Array
+
+
+class Supervision:
+  """Reads what the active tasks know out of records."""
+
+  def __init__(self, dataset: Dataset, cfg: config.Config, *, training: bool):
+    """With `training`, unknown labels are treated as `cfg.train.missing` says, and a next event that is out of
+    vocabulary is unknown: no row of the catalogue is right."""
+    labelled = cfg.labelled_tasks
+    self.tasks = {n: labelled[n] for n in cfg.active_tasks if n in labelled}
+    self._training = training
+    self._fill = training and cfg.train.missing == "negative"
+    self._all = labelled
+    self._spaces = {n: make_comparison(cfg, n, dataset.encoders) for n in self.tasks}
+    compared = [space.task for space in self._spaces.values() if space is not None]
+    self._answers = {
+      n: make_event_answer(n, t, cfg.data, dataset.encoders)
+      for n, t in labelled.items()
+      if isinstance(t, config.EventLabel) and (n in self.tasks or n in compared)
+    }
+    field = dataset.schema.field
+    self._columns = {n: field(t.field) for n, t in self.tasks.items() if isinstance(t, config.NextEvent)}
+    self._given = {
+      n: [field(f) for f in t.given] if isinstance(t, config.EventLabel) else [] for n, t in self.tasks.items()
+    }
+
+  def at_snapshots(self, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray) -> dict[str, Targets]:
+    """What each task knows at the snapshots with the indices `chosen [S]`, without a batch dimension.
+
+    The parts of an event label are `[S, m]`, `given` `[S, m, G]`.
+    """
+    answers = _EventLabels(self._answers, history)
+    out = {}
+    for name, task in self.tasks.items():
+      if isinstance(task, config.EventLabel):
+        event = record[f"event_{name}"][chosen]
+        found = Labels(record[f"label_{name}"][chosen], record[f"known_{name}"][chosen].astype(bool))
+        out[name] = self._event_targets(name, found, event, history, answers)
+      else:
+        out[name] = self._targets(name, self._of_record(name, record, chosen), self._inside(name, record, chosen))
+    return out
+
+  def at_events(self, history: UserHistory, start: int, stop: int) -> dict[str, Targets]:
+    """What the tasks that ask at events know at the training events [start, stop), without a batch dimension.
+
+    Event l asks about the next training event after it that carries the field.
+    """
+    answers = _EventLabels(self._answers, history)
+    out = {}
+    for name, task in self.tasks.items():
+      if isinstance(task, config.NextEvent):
+        codes = history.codes[:, self._columns[name]]
+        event = _following(codes > 0, start, stop, history.n_train)
+        out[name] = self._targets(name, labels_lib.at_events(Labels(codes, codes > 0), event), None)
+      elif isinstance(task, config.EventLabel):
+        event = _following(self._answers[name].carried(history), start, stop, history.n_train)
+        out[name] = self._event_targets(name, labels_lib.at_events(answers[name], event), event, history, answers)
+    return out
+
+  def _of_record(self, name: str, record: Mapping[str, Any], chosen: np.ndarray) -> Labels:
+    """The labels of a task at snapshots; unknown ones are 0, and are taken for known where that is asked for."""
+    value, known = record[f"label_{name}"][chosen], record[f"known_{name}"][chosen].astype(bool)
+    value[~known] = 0
+    if self._fill and not isinstance(self._all[name], config.AT_EVENTS):
+      known = np.ones_like(known)
+    return Labels(value, known)
+
+  def _inside(self, name: str, record: Mapping[str, Any], chosen: np.ndarray) -> Labels | None:
+    space = self._spaces[name]
+    return None if space is None else space(self._of_record(space.task, record, chosen))
+
+  def _event_targets(
+    self, name: str, found: Labels, event: np.ndarray, history: UserHistory, answers: _EventLabels
+  ) -> Targets:
+    space = self._spaces[name]
+    inside = None if space is None else space(labels_lib.at_events(answers[space.task], event))
+    targets = self._targets(name, found, inside)
+    if not self._given[name]:
+      return targets
+    given = history.codes[np.maximum(event, 0)][..., self._given[name]]
+    return targets._replace(given=np.where(event[..., None] >= 0, given, 0).astype(np.int32))
+
+  def _targets(self, name: str, found: Labels, inside: Labels | None) -> Targets:
+    task, (value, known) = self.tasks[name], found
+    if self._training and isinstance(task, config.NextEvent):
+      known = known & (value > UNKNOWN)
+    known, weight = labels_lib.supervision(known, inside, (task.in_space_weight, task.out_space_weight))
+    codes = config.answer(task) in ("catalogue", "multiclass")
+    return Targets(
+      value.astype(np.int32 if codes else np.float32), known, weight, np.zeros((*known.shape, 0), np.int32)
+    )
+
+  def row(
+    self,
+    record: Mapping[str, Any],
+    history: UserHistory,
+    start: int,
+    stop: int,
+    chosen: np.ndarray,
+    max_events: int,
+    n_snapshots: int,
+  ) -> dict[str, Targets]:
+    """The targets of a training row: of the events [start, stop) and of the snapshots `chosen`, padded."""
+    events = self.at_events(history, start, stop)
+    out = {}
+    for name, targets in self.at_snapshots(record, history, chosen).items():
+      padded = [_pad(part, n_snapshots) for part in targets]
+      if isinstance(self.tasks[name], config.EventLabel):
+        padded = [part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]) for part in padded]
+      if name in events:
+        padded = [np.concatenate([_pad(e, max_events), s]) for e, s in zip(events[name], padded, strict=True)]
+      out[name] = Targets(*padded)
+    return out
+
+
+class _EventLabels:
+  """What each event label says of each event of one user; evaluated when it is asked for."""
+
+  def __init__(self, answers: Mapping[str, labels_lib.EventAnswer], history: UserHistory):
+    self._of = functools.cache(lambda name: answers[name](history))
+
+  def __getitem__(self, name: str) -> Labels:
+    return self._of(name)
+
+
+def _following(carried: np.ndarray, start: int, stop: int, limit: int) -> np.ndarray:
+  """For each event in [start, stop) the next one before `limit` that carries the field; -1 none."""
+  event = labels_lib.next_carrier(carried)[start + 1 : stop + 1]
+  return np.where(event < limit, event, -1)
+
+
+def _pad(x: np.ndarray, size: int) -> np.ndarray:
+  if len(x) == size:
+    return x
+  out = np.zeros((size, *x.shape[1:]), x.dtype)
+  out[: len(x)] = x
+  return out
