@@ -35,10 +35,14 @@ HIDDEN = -1e30
 
 
 class Visibility(NamedTuple):
-  """Who sees whom: position i sees positions start_i ≤ j < end_i, and itself. int32 `[B, T]` each; end_i ≤ i + 1."""
+  """Who sees whom: position i sees positions start_i ≤ j < end_i, position `also_i`, and itself.
+
+  int32 `[B, T]` each, with end_i ≤ i + 1 and also_i ≤ i; without `also` there is no further position.
+  """
 
   start: jax.Array
   end: jax.Array
+  also: jax.Array | None = None
 
 
 def visibility(segment: jax.Array, query_segment: jax.Array, query_events: jax.Array) -> tuple[Visibility, jax.Array]:
@@ -69,6 +73,31 @@ def visibility(segment: jax.Array, query_segment: jax.Array, query_events: jax.A
     end=jnp.concatenate([event + real, query_start + seen], axis=1),
   )
   return visible, jnp.concatenate([event - start, seen], axis=1)
+
+
+def with_task_tokens(
+  visible: Visibility, position: jax.Array, snapshots: int, tasks: int
+) -> tuple[Visibility, jax.Array]:
+  """Adds T task tokens a snapshot behind a row's L events and S snapshots, those of the first snapshot first.
+
+  A task token sees what its snapshot sees, the snapshot, and itself; nobody else sees it. Its rotary position is the
+  snapshot's.
+
+  Args:
+    visible: `[B, L + S]`, of events and snapshots; see `visibility`.
+    position: int32 `[B, L + S]`.
+    snapshots: S.
+    tasks: T.
+
+  Returns: the `Visibility` and the rotary position of `[B, L + S + S·T]`.
+  """
+  place = jnp.broadcast_to(jnp.arange(position.shape[1], dtype=jnp.int32), position.shape)
+
+  def extended(a: jax.Array) -> jax.Array:
+    return jnp.concatenate([a, jnp.repeat(a[:, a.shape[1] - snapshots :], tasks, axis=1)], axis=1)
+
+  start, end, also, position = (extended(a) for a in (visible.start, visible.end, place, position))
+  return Visibility(start, end, also), position
 
 
 def rotate(x: jax.Array, position: jax.Array) -> jax.Array:
@@ -155,9 +184,11 @@ def _attend(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
   """Softmax attention of t queries over T keys, `[B, t, H, d]`; `gap [B, knots, H]` weighs the time gaps."""
   q, k, v = queries.q, keys.k, keys.v
   score = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-  start, end, place = (a[:, :, None] for a in (*queries.visible, queries.place))
   key = jnp.arange(k.shape[1], dtype=jnp.int32)
-  visible = ((start <= key) & (key < end)) | (key == place)
+  start, end, also = queries.visible
+  visible = ((start[:, :, None] <= key) & (key < end[:, :, None])) | (key == queries.place[:, :, None])
+  if also is not None:
+    visible |= key == also[:, :, None]
   score = jnp.where(visible[:, None], score + gap_bias(gap, queries.time, keys.time), HIDDEN)
   weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
   total = jnp.sum(weight, axis=-1).swapaxes(1, 2)[..., None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,36 +33,73 @@ class EventEmbedding(nnx.Module):
     d_model: int,
     sources: int,
     categorical: Mapping[str, int],
-    numeric: int,
+    inputs: Sequence[str],
+    numeric_inputs: Sequence[int],
     calendar: int,
     *,
     rngs: nnx.Rngs,
   ):
-    """Creates the tables: `categorical` maps each field to its number of codes; `numeric` counts numeric fields."""
+    """Creates the tables; fields that are no inputs have none, and nothing of them is read.
+
+    Args:
+      d_model: D.
+      sources: how many sources of events there are.
+      categorical: the number of codes of each categorical field, in the order of the codes' columns.
+      inputs: the categorical fields that the model may see.
+      numeric_inputs: the columns of the numeric fields that the model may see.
+      calendar: how many numbers describe an event's place in the calendar.
+      rngs: of the initial parameters.
+
+    Raises:
+      ValueError: an input is not a categorical field.
+    """
+    for name in inputs:
+      if name not in categorical:
+        raise ValueError(f"input {name!r} is not a categorical field; there are {', '.join(categorical) or 'none'}")
     self.source = EmbeddingTable(sources + 1, d_model, rngs=rngs)
-    self.fields = nnx.Dict({n: EmbeddingTable(rows, d_model, rngs=rngs) for n, rows in categorical.items()})
-    self.names = tuple(categorical)
+    self.columns = {n: i for i, n in enumerate(categorical) if n in inputs}
+    self.fields = nnx.Dict({n: EmbeddingTable(categorical[n], d_model, rngs=rngs) for n in self.columns})
+    self.numeric_columns = tuple(numeric_inputs)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), rngs=rngs)
     self.gap = linear(1 + len(GAP_KNOTS), d_model, names=(None, "embed"), bias=False, rngs=rngs)
     self.numeric = (
-      linear(numeric * (2 + len(NUMERIC_KNOTS)), d_model, names=(None, "embed"), bias=False, rngs=rngs)
-      if numeric
+      linear(len(numeric_inputs) * (2 + len(NUMERIC_KNOTS)), d_model, names=(None, "embed"), bias=False, rngs=rngs)
+      if self.numeric_columns
       else None
     )
 
   def __call__(
     self, codes: jax.Array, source: jax.Array, numeric: jax.Array, calendar: jax.Array, gap: jax.Array
   ) -> jax.Array:
-    """Embeds events; shapes as in `data.batches.Features`. Returns `[B, L, D]`; padding gives an arbitrary vector."""
+    """Embeds events; shapes as in `data.batches.Features`, which hold the fields that are no inputs too.
+
+    Returns: `[B, L, D]`; padding gives an arbitrary vector.
+    """
     x = self.source(source) + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
-    for i, name in enumerate(self.names):
-      x = x + self.fields[name](codes[..., i])
+    for name, column in self.columns.items():
+      x = x + self.fields[name](codes[..., column])
     if self.numeric is not None:
+      numeric = numeric[..., np.array(self.numeric_columns)]
       present = jnp.isfinite(numeric)
       parts = bends(jnp.where(present, numeric, 0.0), NUMERIC_KNOTS) * present[..., None]
       parts = jnp.concatenate([parts, present[..., None].astype(parts.dtype)], axis=-1)
       x = x + self.numeric(parts.reshape(*parts.shape[:-2], -1))
     return x
+
+  def values(self, names: Sequence[str], codes: jax.Array) -> jax.Array:
+    """The sum of the embeddings of `codes [..., G]` of the G fields `names`: `[..., D]`; 0 where G is 0.
+
+    Raises:
+      ValueError: `codes` are not those of the fields; a field is no input, so it has no embeddings.
+    """
+    if codes.shape[-1] != len(names):
+      raise ValueError(f"codes of shape {codes.shape} for the {len(names)} fields {tuple(names)}")
+    total = jnp.zeros((*codes.shape[:-1], self.source.rows.shape[-1]))
+    for i, name in enumerate(names):
+      if name not in self.columns:
+        raise ValueError(f"field {name!r} is no input, so it has no embeddings; inputs: {', '.join(self.columns)}")
+      total = total + self.fields[name](codes[..., i])
+    return total
 
 
 class QueryEmbedding(nnx.Module):

@@ -11,17 +11,35 @@ from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.table import EmbeddingTable
 
 
-class BinaryHead(nnx.Module):
-  """The logit of a yes-or-no question, or of each of `outputs` of them."""
+class LinearHead(nnx.Module):
+  """One number for each state (the logit of a yes-or-no question, or a regression), or `outputs` of them."""
 
   def __init__(self, d_model: int, outputs: int | None = None, *, rngs: nnx.Rngs):
     self.single = outputs is None
     self.linear = linear(d_model, outputs or 1, names=("embed", None), rngs=rngs)
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    """`z [..., D]` to logits `[...]`, or `[..., outputs]`."""
-    logits = self.linear(z)
-    return logits[..., 0] if self.single else logits
+    """`z [..., D]` to `[...]`, or to `[..., outputs]`, which keeps its dimension when `outputs` is 1."""
+    answers = self.linear(z)
+    return answers[..., 0] if self.single else answers
+
+
+class EventLabelHead(nnx.Module):
+  """What an event says, from the state before it and from what is known of the event beforehand.
+
+  With h the state and g the sum of the known values' embeddings, the answer is linear in h, g and h·g (channel by
+  channel), plus a small MLP of them; it starts at 0.
+  """
+
+  def __init__(self, d_model: int, *, rngs: nnx.Rngs):
+    self.linear = linear(3 * d_model, 1, names=("embed", None), zero=True, rngs=rngs)
+    self.up = linear(3 * d_model, d_model, names=("embed", "mlp"), rngs=rngs)
+    self.down = linear(d_model, 1, names=("mlp", None), bias=False, zero=True, rngs=rngs)
+
+  def __call__(self, h: jax.Array, g: jax.Array) -> jax.Array:
+    """States `h [..., D]` and events `g [..., D]` (0: nothing is known of them) to logits, or numbers, `[...]`."""
+    x = jnp.concatenate([h, g, h * g], axis=-1)
+    return (self.linear(x) + self.down(jax.nn.gelu(self.up(x))))[..., 0]
 
 
 class NextValueHead(nnx.Module):

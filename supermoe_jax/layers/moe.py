@@ -233,6 +233,15 @@ class MoE(nnx.Module):
     )
     return MoEOutput(y.astype(x.dtype), routing.aux, self._stats(routing, kept, valid, task))
 
+  def every(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Runs every expert on `x [B, S, D]`, for few tokens that weigh the outputs themselves; nothing is routed.
+
+    Returns: `[B, S, E, D]`, and the shared experts' sum `[B, S, D]` (None without any), in the dtype of x.
+    """
+    weights = {n: getattr(self, n).get_value() for n in self.names}
+    shared = self.shared(x) if self.shared is not None else None
+    return every_expert(weights, x, self.dtype), shared
+
   def _stats(self, routing: Any, kept: jax.Array, valid: jax.Array, task: jax.Array | None) -> Stats:
     dropped = valid[..., None] & ~kept
     by_task = jnp.zeros(self.router.tasks, jnp.int32)
@@ -240,6 +249,47 @@ class MoE(nnx.Module):
       c = jax.nn.one_hot(task, self.router.tasks, dtype=jnp.int32)
       by_task = jnp.sum(c * jnp.sum(dropped, axis=-1)[..., None], axis=(0, 1))
     return Stats(routing.load, jnp.sum(kept), jnp.sum(dropped), by_task, routing.entropy, routing.expert)
+
+
+def every_expert(weights: dict[str, jax.Array], x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+  """Runs every expert on every token of `x [B, S, D]`: `[B, S, E, D]`, in the dtype of x.
+
+  Args:
+    weights: of E experts, by name as in `experts.NAMES`; products are computed in `dtype` (None: that of x) and
+      accumulate in float32.
+    x: tokens; those of a device stay on it, and all experts' weights (its share of their hidden units) come to them.
+    dtype: of the products.
+  """
+  to = dtype or x.dtype
+  # Gathered before they are cast, so that devices add up their gradients in float32.
+  w = {n: sharding.constrain(v, None, *experts.NAMES[n][1:]).astype(to) for n, v in weights.items()}
+  rows = x.astype(to)
+  up = jnp.einsum("bsd,edh->bseh", rows, w["up"], preferred_element_type=jnp.float32)
+  if "gate" in w:
+    hidden = jax.nn.silu(jnp.einsum("bsd,edh->bseh", rows, w["gate"], preferred_element_type=jnp.float32)) * up
+  else:
+    hidden = jax.nn.gelu(up + w["up_bias"])
+  hidden = sharding.constrain(hidden.astype(to), "batch", None, None, "mlp")
+  out = jnp.einsum("bseh,ehd->bsed", hidden, w["down"], preferred_element_type=jnp.float32)
+  if "down_bias" in w:
+    out = out + w["down_bias"]
+  return sharding.constrain(out, "batch", None, None, None).astype(x.dtype)
+
+
+class TaskGates(nnx.Module):
+  """A softmax over experts for each task, in float32; all experts weigh alike at first.
+
+  Source: multi-gate mixture-of-experts, https://doi.org/10.1145/3219819.3220007.
+  """
+
+  def __init__(self, d_model: int, experts: int, tasks: int):
+    self.kernel = sharding.param(jnp.zeros((tasks, d_model, experts)), None, "embed", None)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`x [B, S, D]` to gates, float32 `[B, S, T, E]`, which sum to 1 over E."""
+    kernel = self.kernel.get_value().astype(jnp.float32)
+    logits = jnp.einsum("bsd,tde->bste", x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _check(activation: str, strategy: str, capacity_factor: float | None) -> None:

@@ -62,17 +62,41 @@ class Block(nnx.Module):
 
     Returns: x, and what the experts returned; None for a block without experts.
     """
+    return self.fed(self.attended(x, context, rngs=rngs), context, dropless=dropless, rngs=rngs)
 
-    def drop(y: jax.Array) -> jax.Array:
-      return self.dropout(y, deterministic=rngs is None, rngs=rngs)
+  def attended(self, x: jax.Array, context: Context, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+    """The first half: `x + attention(norm x)`."""
+    return x + self.drop(self.attention(self.attention_norm(x), context.position, context.time, context.visible), rngs)
 
-    attended = self.attention(self.attention_norm(x), context.position, context.time, context.visible)
-    x = x + drop(attended)
-    normed = self.feed_forward_norm(x)
+  def fed(
+    self, h: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
+  ) -> tuple[jax.Array, MoEOutput | None]:
+    """The second half, of what `attended` gave: `h + mlp(norm h)`, and what the experts returned, if there are any."""
+    normed = self.feed_forward_norm(h)
     if isinstance(self.feed_forward, MoE):
       out = self.feed_forward(normed, context.valid, context.task, dropless=dropless, rngs=rngs)
-      return x + drop(out.y), out
-    return x + drop(self.feed_forward(normed)), None
+      return h + self.drop(out.y, rngs), out
+    return h + self.drop(self.feed_forward(normed), rngs), None
+
+  def drop(self, y: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    """Dropout, which is on with `rngs`."""
+    return self.dropout(y, deterministic=rngs is None, rngs=rngs)
+
+
+class StackOutput(NamedTuple):
+  """What a stack of blocks returns.
+
+  Attributes:
+    x: `[B, T, D]`.
+    experts: the record of the M layers that hold experts, in their order: a `MoEOutput` whose `y` is empty and whose
+      arrays have a dimension of M in front; None without such layers.
+    before: `[B, n, D]`, the state before the feed-forward part of the last layer that holds experts, at the positions
+      that were asked for; None when none were.
+  """
+
+  x: jax.Array
+  experts: MoEOutput | None
+  before: jax.Array | None
 
 
 class _Group(nnx.Module):
@@ -87,12 +111,13 @@ class _Group(nnx.Module):
 
   def __call__(
     self, x: jax.Array, context: Context, *, dropless: bool, rngs: nnx.Rngs | None
-  ) -> tuple[jax.Array, MoEOutput | None]:
-    last = None
-    for block in self.blocks:
-      x, out = block(x, context, dropless=dropless, rngs=rngs)
-      last = out if out is not None else last
-    return x, last
+  ) -> tuple[jax.Array, jax.Array, MoEOutput | None]:
+    """Returns x, the state before the last block's feed-forward part, and what the experts returned."""
+    for block in self.blocks[:-1]:
+      x, _ = block(x, context, dropless=dropless, rngs=rngs)
+    before = self.blocks[-1].attended(x, context, rngs=rngs)
+    x, out = self.blocks[-1].fed(before, context, dropless=dropless, rngs=rngs)
+    return x, before, out
 
 
 class Stack(nnx.Module):
@@ -135,34 +160,67 @@ class Stack(nnx.Module):
       raise ValueError("a block after the last whole group holds experts: what they do would be lost; set moe_every")
 
   def __call__(
-    self, x: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
-  ) -> tuple[jax.Array, MoEOutput | None]:
+    self,
+    x: jax.Array,
+    context: Context,
+    *,
+    dropless: bool = False,
+    before_experts: slice | None = None,
+    rngs: nnx.Rngs | None = None,
+  ) -> StackOutput:
     """Applies the blocks to `x [B, T, D]`; with `rngs`, dropout and jitter are on.
 
-    Returns: x, and the record of the layers that hold experts, in their order: a `MoEOutput` whose `y` is empty and
-      whose arrays have a dimension of M layers in front; None without such layers.
+    `before_experts` are the positions whose state before the last experts is handed out too.
+
+    Raises:
+      ValueError: `before_experts` of a stack without experts.
     """
-    record = None
+    if before_experts is not None and not self.holds_experts:
+      raise ValueError("no block of this stack holds experts, so there is no state before them; set moe_every")
+    record, before = None, None
     if self.scanned is not None:
       graph, state = nnx.split(self.scanned)
       keys = None if rngs is None else jax.random.split(rngs.dropout(), self.groups)
+      # Carried from group to group, where each replaces it: only the last one's is kept.
+      before = jnp.zeros_like(x[:, before_experts]) if before_experts is not None else None
 
-      body = self._body(graph, context, dropless, prevent_cse=False)  # a loop's backward pass is a loop of its own
-      x, record = jax.lax.scan(body, x, (state, keys))
+      # A loop's backward pass is a loop of its own, hence prevent_cse.
+      body = self._body(graph, context, dropless, before_experts, prevent_cse=False)
+      (x, before), record = jax.lax.scan(body, (x, before), (state, keys))
     for group in self.rest:
       graph, state = nnx.split(group)
       key = None if rngs is None else rngs.dropout()
-      x, _ = self._body(graph, context, dropless, prevent_cse=True)(x, (state, key))
-    return x, record
+      body = self._body(graph, context, dropless, None, prevent_cse=True)
+      (x, _), _ = body((x, None), (state, key))
+    return StackOutput(x, record, before)
 
-  def _body(self, graph: nnx.GraphDef, context: Context, dropless: bool, *, prevent_cse: bool) -> Callable[..., Any]:
-    """One group as a function `(x, (variables, key)) → (x, record)`."""
+  @property
+  def holds_experts(self) -> bool:
+    """Whether any block does."""
+    return self.scanned is not None and isinstance(self.scanned.blocks[-1].feed_forward, MoE)
 
-    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, MoEOutput | None]:
+  def last_expert_block(self) -> Block:
+    """The last block that holds experts, by itself; its parameters are those of the stack.
+
+    Raises:
+      ValueError: no block holds experts.
+    """
+    if self.scanned is None or not self.holds_experts:
+      raise ValueError("no block of this stack holds experts; set moe_every")
+    graph, state = nnx.split(self.scanned.blocks[-1])
+    return nnx.merge(graph, jax.tree.map(lambda a: a[-1], state))
+
+  def _body(
+    self, graph: nnx.GraphDef, context: Context, dropless: bool, before_experts: slice | None, *, prevent_cse: bool
+  ) -> Callable[..., Any]:
+    """One group as a function `((x, before), (variables, key)) → ((x, before), record)`."""
+
+    def body(carry: Any, layer: tuple[nnx.State, jax.Array | None]) -> tuple[Any, MoEOutput | None]:
       state, key = layer
       rngs = None if key is None else nnx.Rngs(key)
-      x, out = nnx.merge(graph, state)(x, context, dropless=dropless, rngs=rngs)
-      return x, None if out is None else out._replace(y=jnp.zeros(0))
+      x, before, out = nnx.merge(graph, state)(carry[0], context, dropless=dropless, rngs=rngs)
+      before = before[:, before_experts] if before_experts is not None else None
+      return (x, before), None if out is None else out._replace(y=jnp.zeros(0))
 
     if self.remat == "none":
       return body

@@ -5,123 +5,33 @@ This is the project's own design for the method whose abstract is arXiv 2207.046
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import CALENDAR, Features
+from supermoe_jax import config
+from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Schema
-from supermoe_jax.layers.attention import visibility
-from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
-from supermoe_jax.layers.heads import BinaryHead, NextValueHead
-from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput, Stats
-from supermoe_jax.layers.routing import Aux
-from supermoe_jax.layers.transformer import Block, Context, Stack
+from supermoe_jax.layers.heads import EventLabelHead, LinearHead, NextValueHead
+from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
+from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
 
-
-class ExpertRecord(NamedTuple):
-  """What the MoE layers did; every array has a dimension of M layers in front (none: M = 0).
-
-  Attributes:
-    aux: terms for the loss, `[M]` each.
-    stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` is that of the snapshots' tokens only.
-  """
-
-  aux: Aux
-  stats: Stats
-
-
-class Encoded(NamedTuple):
-  """States of the events `[B, L, D]`, the user representations `z [B, S, D]`, and the experts' record."""
-
-  events: jax.Array
-  z: jax.Array
-  experts: ExpertRecord
-
-
-class Encoder(nnx.Module):
-  """Turns a row of L events and S snapshots into one user representation a snapshot, in one pass.
-
-  A snapshot's z depends on the events it sees and on nothing else: not on later events, other snapshots, padding, or,
-  when nothing is dropped, other rows.
-  """
-
-  def __init__(self, model: config.Model, schema: Schema, *, balance_bias: bool = False, rngs: nnx.Rngs):
-    d = model.d_model
-    self.event_embedding = EventEmbedding(
-      d, len(schema.sources), schema.categorical, len(schema.numeric), CALENDAR, rngs=rngs
-    )
-    self.query_embedding = QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
-    self.dropout = nnx.Dropout(model.dropout)
-    self.stack = Stack(_make_block(model, balance_bias), model.layers, model.moe_every, remat=model.remat, rngs=rngs)
-    self.norm = nnx.RMSNorm(d, rngs=rngs)
-    self.experts, self.k = model.experts, model.experts_per_token
-
-  def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
-    """Encodes a batch; with `rngs`, dropout is on."""
-    events = self.event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
-    queries = self.query_embedding(features.query_calendar, features.query_gap, features.query_aggregates)
-    length = events.shape[1]
-    x = sharding.constrain(jnp.concatenate([events, queries], axis=1), "batch", None, None)
-    x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
-    is_event = jnp.arange(length) < features.length[:, None]
-    is_snapshot = features.query_valid
-    visible, position = visibility(is_event.astype(jnp.int32), is_snapshot.astype(jnp.int32), features.query_events)
-    context = Context(
-      position=position,
-      time=jnp.concatenate([features.time, features.query_time], axis=1),
-      visible=visible,
-      valid=jnp.concatenate([is_event, is_snapshot], axis=1),
-    )
-    x, record = self.stack(x, context, dropless=dropless, rngs=rngs)
-    x = self.norm(x)
-    return Encoded(x[:, :length], x[:, length:], self._record(record, features))
-
-  def _record(self, record: MoEOutput | None, features: Features) -> ExpertRecord:
-    batch, snapshots = features.query_valid.shape
-    if record is not None:
-      stats = record.stats
-      return ExpertRecord(record.aux, stats._replace(expert=stats.expert[:, :, -snapshots:]))
-    none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
-    expert = jnp.zeros((0, batch, snapshots, self.k), jnp.int32)
-    stats = Stats(jnp.zeros((0, self.experts)), counts, counts, jnp.zeros((0, 0), jnp.int32), none, expert)
-    return ExpertRecord(Aux(none, none, none), stats)
-
-
-def _make_block(model: config.Model, balance_bias: bool) -> Callable[[int, nnx.Rngs], Block]:
-  """Returns the constructor of the block at a place of a group of `moe_every`, the last of which holds experts."""
-  d, dtype = model.d_model, jnp.dtype(model.dtype)
-
-  def make(place: int, rngs: nnx.Rngs) -> Block:
-    feed_forward: Mlp | MoE
-    if place + 1 == model.moe_every:
-      feed_forward = MoE(
-        d,
-        model.d_expert,
-        model.experts,
-        model.experts_per_token,
-        activation=model.activation,
-        shared_experts=model.shared_experts,
-        capacity_factor=model.capacity_factor,
-        dispatch=model.dispatch,
-        jitter=model.router_jitter,
-        balance_bias=balance_bias,
-        dtype=dtype,
-        rngs=rngs,
-      )
-    else:
-      feed_forward = Mlp(d, model.d_hidden, activation=model.activation, dtype=dtype, rngs=rngs)
-    return Block(d, model.heads, feed_forward, dropout=model.dropout, dtype=dtype, rngs=rngs)
-
-  return make
+__all__ = ["Encoded", "Encoder", "ExpertRecord", "SuperMoE"]
 
 
 class SuperMoE(nnx.Module):
-  """The encoder with a head for each task."""
+  """The encoder with a head for each task that has labels.
+
+  At snapshots a head reads its task's view of the user, which by default (`conditioning="none"`) is z itself; at events
+  it reads the event's state. A task without labels (contrast) has neither view nor head: its loss compares z.
+
+  Attributes:
+    tasks: the active tasks by name, those without labels included.
+    view_names: the T tasks with labels, in the order of `Encoded.views`.
+    heads: by the names of `view_names`.
+  """
 
   def __init__(
     self,
@@ -132,30 +42,96 @@ class SuperMoE(nnx.Module):
     balance_bias: bool = False,
     rngs: nnx.Rngs,
   ):
-    self.encoder = Encoder(model, schema, balance_bias=balance_bias, rngs=rngs)
+    """Creates the model; initial parameters of a task do not depend on the others (but PLE's, on its place)."""
     self.tasks = dict(tasks)
-    heads: dict[str, nnx.Module] = {}
-    for name, task in tasks.items():
-      if isinstance(task, config.NextEvent):
-        heads[name] = NextValueHead(model.d_model, schema.outputs[name], rngs=rngs)
-      else:
-        many = schema.outputs[name] if isinstance(task, config.FutureValues) else None
-        heads[name] = BinaryHead(model.d_model, many, rngs=rngs)
-    self.heads = nnx.Dict(heads)
+    self.view_names = tuple(n for n, t in tasks.items() if not isinstance(t, config.Contrast))
+    d = model.d_model
+    self.encoder: Encoder | GRUEncoder
+    if model.encoder == "gru":
+      self.encoder = GRUEncoder(model, schema, rngs=rngs)
+    else:
+      self.encoder = Encoder(model, schema, self.view_names, balance_bias=balance_bias, rngs=rngs)
+    key = rngs.params()
+    self.heads = nnx.Dict({n: _head(tasks[n], n, d, schema, nnx.Rngs(task_key(key, n))) for n in self.view_names})
+    self.sharing = _sharing(model, len(self.view_names), rngs)
 
   def encode(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
-    """See `Encoder`."""
-    return self.encoder(features, dropless=dropless, rngs=rngs)
+    """See `Encoder`; with the tasks' views, whatever makes them."""
+    return self.share(self.encoder(features, dropless=dropless, rngs=rngs))
 
-  def answers(self, name: str, encoded: Encoded, *, events: bool) -> jax.Array:
-    """A task's logits at the snapshots, `[B, S]` or `[B, S, outputs]`.
+  def share(self, encoded: Encoded) -> Encoded:
+    """Fills in the views that MMoE or PLE make of `encoded.z`; without one of them, returns `encoded` as it is."""
+    if isinstance(self.sharing, MMoE):
+      views, gates = self.sharing(encoded.z)
+      return encoded._replace(views=views, gates=gates)
+    if isinstance(self.sharing, PLE):
+      return encoded._replace(views=self.sharing(encoded.z))
+    return encoded
 
-    For a next event they are scores of the catalogue, `[B, T, items]`; with `events` the L events' states come first.
+  def view(self, name: str, encoded: Encoded) -> jax.Array:
+    """What a task's head reads at the snapshots: `[B, S, D]`."""
+    return encoded.z if encoded.views is None else encoded.views[:, :, self.view_names.index(name)]
+
+  def states(self, name: str, encoded: Encoded, *, events: bool) -> jax.Array:
+    """What a task's head reads, `[B, sites, D]`: its view at the S snapshots, with `events` after the L events' states.
+
+    An event label asks about m events a snapshot, so that the view stands there m times: L + S·m sites, or S·m.
+    """
+    view, task = self.view(name, encoded), self.tasks[name]
+    if isinstance(task, config.EventLabel):
+      view = jnp.repeat(view, task.per_snapshot, axis=1)
+    return jnp.concatenate([encoded.events, view], axis=1) if events else view
+
+  def answers(self, name: str, encoded: Encoded, *, events: bool, given: jax.Array | None = None) -> jax.Array:
+    """A task's answers: logits, or numbers for a regression.
+
+    Args:
+      name: the task.
+      encoded: what `encode` returned.
+      events: whether a task that asks at events too does so here; the L events come first. Others ask at the snapshots.
+      given: event label only, int32 `[B, sites, G]`, codes of the asked events' G fields `task.given`.
+
+    Returns: `[B, S]` (binary, regression), `[B, S, outputs]` (multi-label, multi-class), `[B, sites]` (event label;
+      sites as in `states`) or `[B, sites, items]` (next event).
+
+    Raises:
+      ValueError: `given` is missing, of another shape, or of a task that takes none.
     """
     task, head = self.tasks[name], self.heads[name]
-    if isinstance(task, config.NextEvent):
-      assert isinstance(head, NextValueHead)
-      h = jnp.concatenate([encoded.events, encoded.z], axis=1) if events else encoded.z
-      return head.scores(h, self.encoder.event_embedding.fields[task.field])
-    assert isinstance(head, BinaryHead)
-    return head(encoded.z)
+    if isinstance(head, EventLabelHead):
+      assert isinstance(task, config.EventLabel)
+      h = self.states(name, encoded, events=events)
+      wanted = (*h.shape[:2], len(task.given))
+      if given is None or given.shape != wanted:
+        found = None if given is None else given.shape
+        raise ValueError(f"task {name!r} needs given of shape {wanted} (B, sites, fields), not {found}")
+      return head(h, self.encoder.event_embedding.values(task.given, given))
+    if given is not None and given.shape[-1]:
+      raise ValueError(f"task {name!r} is no event label: it takes no given")
+    if isinstance(head, NextValueHead):
+      assert isinstance(task, config.NextEvent)
+      table = self.encoder.event_embedding.fields[task.field]
+      return head.scores(self.states(name, encoded, events=events), table)
+    assert isinstance(head, LinearHead)
+    return head(self.view(name, encoded))
+
+
+def _head(
+  task: config.Task, name: str, d_model: int, schema: Schema, rngs: nnx.Rngs
+) -> NextValueHead | EventLabelHead | LinearHead:
+  if isinstance(task, config.NextEvent):
+    return NextValueHead(d_model, schema.outputs[name], rngs=rngs)
+  if isinstance(task, config.EventLabel):
+    return EventLabelHead(d_model, rngs=rngs)
+  many = config.answer(task) in ("multilabel", "multiclass")
+  return LinearHead(d_model, schema.outputs[name] if many else None, rngs=rngs)
+
+
+def _sharing(model: config.Model, tasks: int, rngs: nnx.Rngs) -> MMoE | PLE | None:
+  """What makes the tasks' views of z, if anything does."""
+  if tasks and model.conditioning == "mmoe":
+    return MMoE(model.d_model, model.view_hidden, model.view_experts, tasks, rngs=rngs)
+  if tasks and model.conditioning == "ple":
+    experts = model.view_experts, model.task_experts
+    return PLE(model.d_model, model.view_hidden, *experts, tasks, model.ple_levels, rngs=rngs)
+  return None

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from supermoe_jax.layers import attention
-from supermoe_jax.layers.attention import Attention, Visibility, gap_bias, rotate, visibility
+from supermoe_jax.layers.attention import Attention, Visibility, gap_bias, rotate, visibility, with_task_tokens
 
 L, S, D = 150, 3, 8  # more than one block of queries
 T = L + S
@@ -38,11 +38,22 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
   return x, position, time, visible
 
 
+@pytest.fixture(scope="module")
+def token_inputs(inputs) -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
+  """The same rows, with two task tokens a snapshot."""
+  x, position, time, visible = inputs
+  visible, position = with_task_tokens(visible, position, S, 2)
+  tokens = jax.random.normal(jax.random.key(4), (2, 2 * S, D))
+  time = jnp.concatenate([time, jnp.repeat(time[:, L:], 2, axis=1)], axis=1)
+  return jnp.concatenate([x, tokens], axis=1), position, time, visible
+
+
 def as_mask(visible: Visibility) -> np.ndarray:
   """`[B, T, T]`, whether i sees j."""
-  start, end = (np.asarray(a)[:, :, None] for a in visible)
+  start, end = (np.asarray(a)[:, :, None] for a in visible[:2])
   j = np.arange(start.shape[1])
-  return ((start <= j) & (j < end)) | np.eye(len(j), dtype=bool)
+  also = j == np.asarray(visible.also)[:, :, None] if visible.also is not None else False
+  return ((start <= j) & (j < end)) | also | np.eye(len(j), dtype=bool)
 
 
 def table(visible: Visibility) -> list[str]:
@@ -92,18 +103,40 @@ def test_who_sees_whom_when_users_share_a_row() -> None:
   assert position.tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0]]
 
 
-def test_nobody_sees_what_comes_later_in_the_row(inputs) -> None:
+def test_a_task_token_sees_what_its_snapshot_sees_and_the_snapshot() -> None:
+  visible, position = visibility(jnp.array([[1, 1, 0]]), jnp.array([[1, 1, 0]]), jnp.array([[1, 2, 0]]))
+  visible, position = with_task_tokens(visible, position, snapshots=3, tasks=2)
+  assert table(visible) == [
+    "100000000000",
+    "110000000000",
+    "001000000000",
+    "100100000000",
+    "110010000000",
+    "000001000000",
+    "100100100000",
+    "100100010000",
+    "110010001000",
+    "110010000100",
+    "000001000010",  # of padding: padding
+    "000001000001",
+  ]
+  assert position.tolist() == [[0, 1, 0, 1, 2, 0, 1, 1, 2, 2, 0, 0]]
+
+
+def test_nobody_sees_what_comes_later_in_the_row(inputs, token_inputs) -> None:
   assert not np.triu(as_mask(inputs[3]), 1).any()
+  assert not np.triu(as_mask(token_inputs[3]), 1).any()
 
 
-def test_blocks_of_queries_equal_the_plain_formula(layer: Attention, attend, inputs) -> None:
+def test_blocks_of_queries_equal_the_plain_formula(layer: Attention, attend, inputs, token_inputs) -> None:
   np.testing.assert_allclose(attend(*inputs), plain(layer, *inputs), atol=1e-5)
+  np.testing.assert_allclose(attend(*token_inputs), plain(layer, *token_inputs), atol=1e-5)
 
 
-def test_long_rows_equal_the_plain_formula_in_value_and_gradient(layer: Attention, inputs, monkeypatch) -> None:
+def test_long_rows_equal_the_plain_formula_in_value_and_gradient(layer: Attention, token_inputs, monkeypatch) -> None:
   monkeypatch.setattr(attention, "LONG", T - 1)
   graph, state = nnx.split(layer)
-  x, *rest = inputs
+  x, *rest = token_inputs
   weight = jax.random.normal(jax.random.key(1), x.shape)
 
   def total(form):

@@ -43,14 +43,18 @@ def x() -> jax.Array:
 
 
 def gradient(stack: Stack, x: jax.Array, context: Context, rngs: nnx.Rngs | None = None):
+  """The gradient of a function of all that the stack returns, and that: `((value, (x, experts, before)), gradient)`."""
   graph, state = nnx.split(stack)
+  snapshots = slice(T - 2, T) if stack.holds_experts else None
   key = None if rngs is None else rngs.dropout()
 
   @jax.jit
   def run(state: nnx.State, x: jax.Array):
     def loss(state: nnx.State, x: jax.Array):
-      y, record = nnx.merge(graph, state)(x, context, rngs=None if key is None else nnx.Rngs(key))
-      return jnp.sum(jnp.sin(y)), (y, record)
+      rngs = None if key is None else nnx.Rngs(key)
+      out = nnx.merge(graph, state)(x, context, before_experts=snapshots, rngs=rngs)
+      total = jnp.sum(jnp.sin(out.x))
+      return total if out.before is None else total + jnp.sum(jnp.cos(out.before)), out
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(state, x)
 
@@ -60,24 +64,43 @@ def gradient(stack: Stack, x: jax.Array, context: Context, rngs: nnx.Rngs | None
 @pytest.mark.parametrize(("layers", "moe_every"), [(4, 2), (5, 2), (3, 1), (2, 0), (1, 2)])
 def test_a_stack_equals_its_blocks_one_by_one(layers: int, moe_every: int, x: jax.Array, context: Context) -> None:
   stack = make_stack(layers, moe_every)
-  (_, (y, record)), _ = gradient(stack, x, context)
-  wanted, records = x, []
+  (_, (y, record, before)), _ = gradient(stack, x, context)
+  wanted, wanted_before, records = x, None, []
   size = moe_every or 1
   for i in range(layers // size):
     graph, state = nnx.split(stack.scanned)
     for block in nnx.merge(graph, jax.tree.map(operator.itemgetter(i), state)).blocks:
+      h = block.attended(wanted, context)
       wanted, out = block(wanted, context)
+      wanted_before = h if out is not None else wanted_before
       records += [out] if out is not None else []
   for rest in stack.rest:
     for block in rest.blocks:
       wanted, out = block(wanted, context)
       assert out is None
   np.testing.assert_allclose(y, wanted, atol=2e-5)
-  assert (record is None) == (not records)
+  assert (record is None) == (before is None) == (not records)
+  if before is not None:
+    np.testing.assert_allclose(before, wanted_before[:, -2:], atol=2e-5)
   for i, out in enumerate(records):
     np.testing.assert_allclose(record.stats.load[i], out.stats.load, atol=1e-6)
     np.testing.assert_array_equal(record.stats.expert[i], out.stats.expert)
     np.testing.assert_allclose(record.aux.balance_loss[i], out.aux.balance_loss, rtol=1e-5)
+
+
+def test_the_last_block_with_experts_is_that_of_the_last_group() -> None:
+  stack = make_stack(5, 2)
+  block = stack.last_expert_block()
+  np.testing.assert_array_equal(block.feed_forward.up[...], stack.scanned.blocks[1].feed_forward.up[1])
+  np.testing.assert_array_equal(block.attention.qkv.kernel[...], stack.scanned.blocks[1].attention.qkv.kernel[1])
+
+
+def test_a_stack_without_experts_has_no_state_before_them(x: jax.Array, context: Context) -> None:
+  stack = make_stack(2, 0)
+  with pytest.raises(ValueError, match="no block of this stack holds experts"):
+    stack(x, context, before_experts=slice(0, 1))
+  with pytest.raises(ValueError, match="no block of this stack holds experts"):
+    stack.last_expert_block()
 
 
 def test_layers_start_different() -> None:

@@ -1,16 +1,15 @@
 """What the representation of a user may depend on: bit for bit, the past and nothing else."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_model import LABELLED, TASKS, B, L, S, filled, jitted, random_features, random_given
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.layers.heads import BinaryHead
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training.step import build
 
@@ -140,7 +139,63 @@ def test_a_model_without_experts_works(cfg: config.Config, dataset: Dataset, fea
   assert np.isfinite(encoded.z).all()
 
 
-def test_one_value_in_question_keeps_its_dimension() -> None:
-  model = BinaryHead(4, 1, rngs=nnx.Rngs(0))
-  assert model(jnp.ones((2, 3, 4))).shape == (2, 3, 1)
-  assert BinaryHead(4, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 4))).shape == (2, 3)
+def test_every_task_answers_at_its_sites_in_its_own_shape() -> None:
+  model = filled()
+  out = jitted(model)(random_features())
+  assert {n: a.shape for n, a in out.answers.items()} == {
+    "click": (B, L + 2 * S),
+    "next": (B, L + S, 7),
+    "quiet": (B, S),
+    "topics": (B, S, 3),
+    "plan": (B, S, 1),  # one class is still a dimension
+    "age": (B, S),
+  }
+  encoded = jax.eval_shape(lambda f: model.encode(f, dropless=True), random_features())
+  given = jax.ShapeDtypeStruct((B, 2 * S, 2), np.int32)
+  asked = jax.eval_shape(lambda e, g: model.answers("click", e, events=False, given=g), encoded, given)
+  assert asked.shape == (B, 2 * S)
+  assert jax.eval_shape(lambda e: model.answers("next", e, events=False), encoded).shape == (B, S, 7)
+
+
+def test_a_task_without_labels_has_neither_head_nor_view() -> None:
+  model = filled(conditioning="token")
+  assert list(model.tasks) == list(TASKS)
+  assert model.view_names == LABELLED == tuple(model.heads)
+  alone = filled({"pairs": TASKS["pairs"]}, conditioning="token")
+  assert jax.eval_shape(lambda f: alone.encode(f, dropless=True), random_features()).views is None
+
+
+def test_the_answer_about_an_event_depends_on_what_is_given_of_it() -> None:
+  ask, features, given = jitted(filled()), random_features(), random_given()
+  one, changed = ask(features, given), given.copy()
+  changed[:, [2, L + 3], 0] = 1 + given[:, [2, L + 3], 0] % 8
+  two = ask(features, changed)
+  differs = (one.answers.pop("click") != two.answers.pop("click")).all(axis=0)
+  assert np.flatnonzero(differs).tolist() == [2, L + 3]
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_the_events_asked_about_at_a_snapshot_are_asked_of_that_snapshot() -> None:
+  model = filled(conditioning="token")
+  encoded = model.encode(random_features(), dropless=True)
+  states = model.states("click", encoded, events=True)
+  np.testing.assert_array_equal(states[:, :L], encoded.events)
+  for snapshot in range(S):
+    for event in range(2):
+      np.testing.assert_array_equal(states[:, L + 2 * snapshot + event], encoded.views[:, snapshot, 0])
+  np.testing.assert_array_equal(model.states("next", encoded, events=False), encoded.views[:, :, 1])
+
+
+@pytest.mark.parametrize("given", [None, np.zeros((B, S, 2), np.int32)])
+def test_an_event_label_without_its_given_codes_is_an_error(given: np.ndarray | None) -> None:
+  model = filled()
+  encoded = jax.eval_shape(lambda f: model.encode(f, dropless=True), random_features())
+  with pytest.raises(ValueError, match=r"task 'click' needs given of shape \(4, 16, 2\)"):
+    jax.eval_shape(lambda e: model.answers("click", e, events=True, given=given), encoded)
+
+
+def test_codes_given_to_another_task_are_an_error() -> None:
+  model = filled()
+  encoded = jax.eval_shape(lambda f: model.encode(f, dropless=True), random_features())
+  with pytest.raises(ValueError, match="task 'quiet' is no event label"):
+    jax.eval_shape(lambda e: model.answers("quiet", e, events=True, given=random_given()), encoded)

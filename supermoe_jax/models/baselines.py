@@ -1,0 +1,175 @@
+"""Strong simple models to compare with: a recurrent encoder, and the task views of MMoE and PLE over any z.
+
+The shared-bottom model is `SuperMoE` with `conditioning="none"`: every head reads z.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data.batches import Features
+from supermoe_jax.data.dataset import Schema
+from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
+from supermoe_jax.models.encoder import Encoded, embed, embeddings, no_experts
+
+
+class ExpertMlps(nnx.Module):
+  """E MLPs side by side: `[B, S, D] → [B, S, E, D]`, each with one hidden layer and a GELU."""
+
+  def __init__(self, d_model: int, hidden: int, experts: int, *, rngs: nnx.Rngs):
+    # Small, and every token visits each: whole on every device, but for the hidden units.
+    up = jax.random.normal(rngs.params(), (experts, d_model, hidden)) * d_model**-0.5
+    down = jax.random.normal(rngs.params(), (experts, hidden, d_model)) * hidden**-0.5
+    self.up = sharding.param(up, None, "embed", "mlp")
+    self.up_bias = sharding.param(jnp.zeros((experts, hidden)), None, "mlp")
+    self.down = sharding.param(down, None, "mlp", "embed")
+    self.down_bias = sharding.param(jnp.zeros((experts, d_model)), None, "embed")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Runs every MLP on every token of `x [B, S, D]`."""
+    parts = {"up": self.up, "up_bias": self.up_bias, "down": self.down, "down_bias": self.down_bias}
+    return every_expert({n: p.get_value() for n, p in parts.items()}, x)
+
+
+def _mix(gates: jax.Array, outputs: jax.Array) -> jax.Array:
+  """Gates `[B, S, T, E]` over outputs `[B, S, E, D]`: `[B, S, T, D]`."""
+  return jnp.einsum("bste,bsed->bstd", gates, outputs, preferred_element_type=jnp.float32).astype(outputs.dtype)
+
+
+class MMoE(nnx.Module):
+  """Multi-gate mixture-of-experts: E experts that all tasks share, and a gate over them for each task.
+
+  Source: https://doi.org/10.1145/3219819.3220007.
+  """
+
+  def __init__(self, d_model: int, hidden: int, experts: int, tasks: int, *, rngs: nnx.Rngs):
+    """Creates `experts` MLPs of `hidden` units, and gates of `tasks` tasks."""
+    self.experts = ExpertMlps(d_model, hidden, experts, rngs=rngs)
+    self.gates = TaskGates(d_model, experts, tasks)
+
+  def __call__(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`z [B, S, D]` to the tasks' views `[B, S, T, D]` and their gates, float32 `[B, S, T, E]`."""
+    gates = self.gates(z)
+    return _mix(gates, self.experts(z)), gates
+
+
+class PLE(nnx.Module):
+  """Progressive layered extraction: levels of experts, some shared and some of one task only.
+
+  At each level a task's gate mixes its own experts and the shared ones, by the task's state; the shared state, which
+  the last level has no use for, is mixed of all experts. Both are z at first.
+
+  Source: https://doi.org/10.1145/3383313.3412236.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    hidden: int,
+    shared_experts: int,
+    task_experts: int,
+    tasks: int,
+    levels: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    """Creates `levels` levels of `shared_experts` MLPs and `task_experts` for each of `tasks` tasks.
+
+    Raises:
+      ValueError: there is no level, or no expert of a kind.
+    """
+    if min(shared_experts, task_experts, levels) < 1:
+      raise ValueError(
+        f"shared_experts={shared_experts}, task_experts={task_experts}, levels={levels}: at least 1 each"
+      )
+    self.levels = nnx.List(
+      [
+        _Level(d_model, hidden, shared_experts, task_experts, tasks, shares=i + 1 < levels, rngs=rngs)
+        for i in range(levels)
+      ]
+    )
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    """`z [B, S, D]` to the tasks' views `[B, S, T, D]`."""
+    shared: jax.Array | None = z
+    own = [z] * len(self.levels[0].tasks)
+    for level in self.levels:
+      assert shared is not None  # only the last level hands out none
+      shared, own = level(shared, own)
+    return jnp.stack(own, axis=2)
+
+
+class _Level(nnx.Module):
+  """One level of PLE; `shares` if it hands out a shared state."""
+
+  def __init__(self, d_model: int, hidden: int, shared: int, own: int, tasks: int, *, shares: bool, rngs: nnx.Rngs):
+    self.shared = ExpertMlps(d_model, hidden, shared, rngs=rngs)
+    self.shared_gate = TaskGates(d_model, shared + tasks * own, 1) if shares else None
+    # The experts of a task do not depend on how many tasks there are.
+    key = rngs.params()
+    keys = [jax.random.fold_in(key, t) for t in range(tasks)]
+    self.tasks = nnx.List([ExpertMlps(d_model, hidden, own, rngs=nnx.Rngs(params=k)) for k in keys])
+    self.gates = nnx.List([TaskGates(d_model, own + shared, 1) for _ in range(tasks)])
+
+  def __call__(self, shared: jax.Array, own: list[jax.Array]) -> tuple[jax.Array | None, list[jax.Array]]:
+    """The shared state `[B, S, D]` and T tasks' own to those of the next level."""
+    common = self.shared(shared)
+    outputs = [mlps(x) for mlps, x in zip(self.tasks, own, strict=True)]
+    mixed = [
+      _mix(gate(x), jnp.concatenate([out, common], axis=2))[:, :, 0] for gate, x, out in zip(self.gates, own, outputs)
+    ]
+    if self.shared_gate is None:
+      return None, mixed
+    return _mix(self.shared_gate(shared), jnp.concatenate([*outputs, common], axis=2))[:, :, 0], mixed
+
+
+class GRUEncoder(nnx.Module):
+  """Layers of gated recurrent units over the events; a snapshot reads the state after the last event that it sees.
+
+  Events and snapshots are embedded as for the transformer, and z has the same properties: it depends on the events that
+  its snapshot sees and on nothing else.
+
+  Source: arXiv 1406.1078; over events for the next one, arXiv 1511.06939.
+  """
+
+  def __init__(self, model: config.Model, schema: Schema, *, rngs: nnx.Rngs):
+    """Creates `model.layers` layers of `model.d_model` units."""
+    d, dtype = model.d_model, jnp.dtype(model.dtype)
+    self.event_embedding, self.query_embedding = embeddings(model, schema, rngs)
+    self.cells = nnx.List([nnx.GRUCell(d, d, dtype=dtype, rngs=rngs) for _ in range(model.layers)])
+    self.query_mlp = Mlp(d, 2 * d, rngs=rngs)
+    self.dropout = nnx.Dropout(model.dropout)
+    self.norm = nnx.RMSNorm(d, rngs=rngs)
+    self.experts, self.k = model.experts, model.experts_per_token
+
+  def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
+    """Encodes a batch; with `rngs`, dropout is on. Nothing is ever dropped, so `dropless` says nothing new."""
+
+    def drop(x: jax.Array) -> jax.Array:
+      return self.dropout(x, deterministic=rngs is None, rngs=rngs)
+
+    events, queries = embed(self.event_embedding, self.query_embedding, features)
+    states = sharding.constrain(events, "batch", None, None)
+    for cell in self.cells:
+      states = _recurrent(cell, drop(states))
+    batch, snapshots = features.query_valid.shape
+    seen = jnp.minimum(features.query_events, features.length[:, None])  # more than exist means all of them
+    before = jnp.take_along_axis(states, jnp.maximum(seen - 1, 0)[..., None], axis=1)
+    before = jnp.where((seen > 0)[..., None], before, 0.0)
+    z = self.norm(drop(before) + self.query_mlp(queries))
+    return Encoded(self.norm(drop(states)), z, None, None, no_experts(self.experts, self.k, batch, snapshots))
+
+
+def _recurrent(cell: nnx.GRUCell, x: jax.Array) -> jax.Array:
+  """The states `[B, L, D]` of a recurrent layer after each input of `x [B, L, D]`, from a state of 0."""
+  graph, state = nnx.split(cell)
+
+  def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h, _ = nnx.merge(graph, state)(h, x)
+    return h, h
+
+  _, states = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))
+  return states.swapaxes(0, 1)

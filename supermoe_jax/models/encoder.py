@@ -1,0 +1,238 @@
+"""The encoder: a row of events and snapshots to one representation a snapshot, and to each task's view of it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data.batches import CALENDAR, Features
+from supermoe_jax.data.dataset import Schema
+from supermoe_jax.layers.attention import visibility, with_task_tokens
+from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
+from supermoe_jax.layers.moe import Mlp, MoE, Stats, TaskGates
+from supermoe_jax.layers.routing import Aux
+from supermoe_jax.layers.transformer import Block, Context, Stack, StackOutput
+
+
+class ExpertRecord(NamedTuple):
+  """What the MoE layers did; every array has a dimension of M layers in front (none: M = 0).
+
+  Attributes:
+    aux: terms for the loss, `[M]` each.
+    stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` is that of the snapshots' tokens only.
+    task_expert: int32 `[M, B, S, T, K]`, the experts of the task tokens; None without task tokens.
+  """
+
+  aux: Aux
+  stats: Stats
+  task_expert: jax.Array | None
+
+
+class Encoded(NamedTuple):
+  """What an encoder makes of B rows of L events and S snapshots, for T tasks.
+
+  Attributes:
+    events: `[B, L, D]`, the states of the events; no task's view of them.
+    z: `[B, S, D]`, the user representations, which know of no task.
+    views: `[B, S, T, D]`, each task's view of a user; None where every task sees z itself.
+    gates: float32 `[B, S, T, E]`, the weights of the experts that a view is mixed from; None where nothing is mixed so.
+    experts: what the MoE layers did.
+  """
+
+  events: jax.Array
+  z: jax.Array
+  views: jax.Array | None
+  gates: jax.Array | None
+  experts: ExpertRecord
+
+
+def task_key(key: jax.Array, name: str) -> jax.Array:
+  """The key of a task's initial parameters: it depends on the task's name, not on which other tasks there are."""
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def embeddings(model: config.Model, schema: Schema, rngs: nnx.Rngs) -> tuple[EventEmbedding, QueryEmbedding]:
+  """Creates what every encoder reads a row with."""
+  d = model.d_model
+  events = EventEmbedding(
+    d, len(schema.sources), schema.categorical, schema.inputs, schema.numeric_inputs, CALENDAR, rngs=rngs
+  )
+  return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
+
+
+def embed(
+  event_embedding: EventEmbedding, query_embedding: QueryEmbedding, features: Features
+) -> tuple[jax.Array, jax.Array]:
+  """Embeds a batch: its events `[B, L, D]` and its snapshots `[B, S, D]`."""
+  events = event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
+  return events, query_embedding(features.query_calendar, features.query_gap, features.query_aggregates)
+
+
+class Encoder(nnx.Module):
+  """Turns a row of L events and S snapshots into one user representation a snapshot, in one pass.
+
+  A snapshot's z depends on the events it sees and on nothing else: not on later events, other snapshots, padding, the
+  tasks, or, when nothing is dropped, other rows. So do the tasks' views:
+
+  - `conditioning="token"`: T task tokens a snapshot travel along, the snapshot's embedding plus a learned vector of the
+    task. A task token sees what its snapshot sees, and the snapshot. The routers are told the task.
+  - `conditioning="gate"`: with h a snapshot's state before the last experts F and n its norm, the view of task t is
+    `norm(h + Σ_e softmax(W_t n)_e F_e(n))`, over all experts (shared experts are added). Blocks after those experts
+    are not part of a view; without any (`layers` a multiple of `moe_every`) z and the views differ in the weights of
+    the experts only.
+
+  Source: gates of tasks over shared experts, https://doi.org/10.1145/3219819.3220007.
+  """
+
+  def __init__(
+    self,
+    model: config.Model,
+    schema: Schema,
+    tasks: Sequence[str] = (),
+    *,
+    balance_bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the encoder; `tasks` are the T names of those that have a view (unless `conditioning` gives none)."""
+    d = model.d_model
+    self.tokens = len(tasks) if model.conditioning == "token" else 0
+    self.shuffled = model.task_ids == "shuffled"
+    self.event_embedding, self.query_embedding = embeddings(model, schema, rngs)
+    self.dropout = nnx.Dropout(model.dropout)
+    make = _make_block(model, balance_bias, self.tokens)
+    self.stack = Stack(make, model.layers, model.moe_every, remat=model.remat, rngs=rngs)
+    self.norm = nnx.RMSNorm(d, rngs=rngs)
+    self.experts, self.k = model.experts, model.experts_per_token
+    # Last, and by name, so that the parameters of everything else are the same whatever tasks there are.
+    key = rngs.params()
+    vectors = [jax.random.normal(task_key(key, name), (d,)) * d**-0.5 for name in tasks]
+    self.task_vectors = sharding.param(jnp.stack(vectors), None, "embed") if self.tokens else None
+    self.gates = TaskGates(d, model.experts, len(tasks)) if tasks and model.conditioning == "gate" else None
+
+  def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
+    """Encodes a batch; with `rngs`, dropout is on."""
+    events, queries = embed(self.event_embedding, self.query_embedding, features)
+    (batch, length, d), snapshots = events.shape, queries.shape[1]
+    is_event = jnp.arange(length) < features.length[:, None]
+    is_snapshot = features.query_valid
+    visible, position = visibility(is_event.astype(jnp.int32), is_snapshot.astype(jnp.int32), features.query_events)
+    x = jnp.concatenate([events, queries], axis=1)
+    context = Context(
+      position=position,
+      time=jnp.concatenate([features.time, features.query_time], axis=1),
+      visible=visible,
+      valid=jnp.concatenate([is_event, is_snapshot], axis=1),
+    )
+    if self.task_vectors is not None:
+      tokens = queries[:, :, None] + self.task_vectors.get_value()
+      x = jnp.concatenate([x, tokens.reshape(batch, snapshots * self.tokens, d)], axis=1)
+      context = self._with_task_tokens(context, features)
+    x = sharding.constrain(x, "batch", None, None)
+    x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+
+    end = length + snapshots
+    before = slice(length, end) if self.gates is not None else None
+    out = self.stack(x, context, dropless=dropless, before_experts=before, rngs=rngs)
+    x = self.norm(out.x)
+    views, gates = None, None
+    if self.task_vectors is not None:
+      views = x[:, end:].reshape(batch, snapshots, self.tokens, d)
+    if self.gates is not None and out.before is not None:
+      views, gates = self._gated(self.gates, out.before, rngs)
+    return Encoded(x[:, :length], x[:, length:end], views, gates, self._record(out, batch, length, snapshots))
+
+  def _with_task_tokens(self, context: Context, features: Features) -> Context:
+    batch, snapshots = features.query_valid.shape
+    visible, position = with_task_tokens(context.visible, context.position, snapshots, self.tokens)
+    task = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), (batch, snapshots, self.tokens))
+    if self.shuffled:
+      task = (task + shift(features, self.tokens)[..., None]) % self.tokens
+    none = jnp.full(context.valid.shape, -1, jnp.int32)
+    return Context(
+      position=position,
+      time=jnp.concatenate([context.time, jnp.repeat(features.query_time, self.tokens, axis=1)], axis=1),
+      visible=visible,
+      valid=jnp.concatenate([context.valid, jnp.repeat(features.query_valid, self.tokens, axis=1)], axis=1),
+      task=jnp.concatenate([none, task.reshape(batch, -1)], axis=1),
+    )
+
+  def _gated(self, gates: TaskGates, h: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
+    """The tasks' views `[B, S, T, D]` and their gates `[B, S, T, E]`, of states `h [B, S, D]` before the experts."""
+    block = self.stack.last_expert_block()
+    assert isinstance(block.feed_forward, MoE)
+    n = block.feed_forward_norm(h)
+    every, shared = block.feed_forward.every(n)
+    weight = gates(n)
+    mixed = jnp.einsum("bste,bsed->bstd", weight, every, preferred_element_type=jnp.float32).astype(h.dtype)
+    if shared is not None:
+      mixed = mixed + shared[:, :, None]
+    return self.norm(h[:, :, None] + block.drop(mixed, rngs)), weight
+
+  def _record(self, out: StackOutput, batch: int, length: int, snapshots: int) -> ExpertRecord:
+    if out.experts is None:
+      return no_experts(self.experts, self.k, batch, snapshots, self.tokens)
+    stats, end = out.experts.stats, length + snapshots
+    task_expert = None
+    if self.tokens:
+      chosen = stats.expert[:, :, end:]
+      task_expert = chosen.reshape(len(chosen), batch, snapshots, self.tokens, self.k)
+    return ExpertRecord(out.experts.aux, stats._replace(expert=stats.expert[:, :, length:end]), task_expert)
+
+
+def shift(features: Features, tasks: int) -> jax.Array:
+  """A number int32 in [0, T) for each snapshot `[B, S]`, by a hash of its own place in time and of nothing else."""
+
+  def bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
+
+  h = jnp.asarray(features.query_events).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+  for part in (bits(features.query_gap), bits(features.query_time)):
+    # The finalizer of MurmurHash3: every bit of what came in reaches every bit that comes out.
+    h = (h ^ part) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    h = h ^ (h >> 16)
+  return (h % jnp.uint32(tasks)).astype(jnp.int32)
+
+
+def no_experts(experts: int, k: int, batch: int, snapshots: int, tokens: int = 0) -> ExpertRecord:
+  """The record of an encoder without MoE layers; its arrays are empty, M = 0."""
+  none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
+  expert = jnp.zeros((0, batch, snapshots, k), jnp.int32)
+  stats = Stats(jnp.zeros((0, experts)), counts, counts, jnp.zeros((0, tokens), jnp.int32), none, expert)
+  task_expert = jnp.zeros((0, batch, snapshots, tokens, k), jnp.int32) if tokens else None
+  return ExpertRecord(Aux(none, none, none), stats, task_expert)
+
+
+def _make_block(model: config.Model, balance_bias: bool, tokens: int) -> Callable[[int, nnx.Rngs], Block]:
+  """Returns the constructor of the block at a place of a group of `moe_every`, the last of which holds experts."""
+  d, dtype = model.d_model, jnp.dtype(model.dtype)
+
+  def make(place: int, rngs: nnx.Rngs) -> Block:
+    feed_forward: Mlp | MoE
+    if place + 1 == model.moe_every:
+      feed_forward = MoE(
+        d,
+        model.d_expert,
+        model.experts,
+        model.experts_per_token,
+        activation=model.activation,
+        shared_experts=model.shared_experts,
+        capacity_factor=model.capacity_factor,
+        dispatch=model.dispatch,
+        tasks=tokens,
+        jitter=model.router_jitter,
+        balance_bias=balance_bias,
+        dtype=dtype,
+        rngs=rngs,
+      )
+    else:
+      feed_forward = Mlp(d, model.d_hidden, activation=model.activation, dtype=dtype, rngs=rngs)
+    return Block(d, model.heads, feed_forward, dropout=model.dropout, dtype=dtype, rngs=rngs)
+
+  return make
