@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from supermoe_jax import config
-from supermoe_jax.training.losses import TaskStatistics
+from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import TrainState
 
 
@@ -51,9 +50,9 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         model=ocp.args.StandardSave(nnx.to_pure_dict(state.model)),
-        state=ocp.args.StandardSave({"step": state.step, "optimizer": state.optimizer, "key": state.key}),
+        state=ocp.args.StandardSave(_rest(state)),
         data=ocp.args.JsonSave(position),
-        statistics=ocp.args.JsonSave({n: dataclasses.asdict(s) for n, s in statistics.items()}),
+        statistics=ocp.args.JsonSave({n: s._asdict() for n, s in statistics.items()}),
       ),
     )
 
@@ -63,17 +62,20 @@ class Checkpoints:
     Raises:
       RunError: it holds another model.
     """
-    rest = {"step": state.step, "optimizer": state.optimizer, "key": state.key}
     read = self._read(
       step,
       model=ocp.args.StandardRestore(nnx.to_pure_dict(state.model)),
-      state=ocp.args.StandardRestore(rest),
+      state=ocp.args.StandardRestore(_rest(state)),
       data=ocp.args.JsonRestore(),
       statistics=ocp.args.JsonRestore(),
     )
     model = _with_values(state.model, read.model)
-    whole = TrainState(read.state["step"], model, read.state["optimizer"], read.state["key"])
-    return Restored(whole, read.data, {n: TaskStatistics(**s) for n, s in read.statistics.items()})
+    whole = TrainState(model=model, **read.state)
+    return Restored(whole, read.data, _statistics(read.statistics))
+
+  def statistics(self, step: int) -> dict[str, TaskStatistics]:
+    """Reads only the tasks' constants."""
+    return _statistics(self._read(step, statistics=ocp.args.JsonRestore()).statistics)
 
   def restore_model(self, step: int, model: nnx.State) -> nnx.State:
     """Reads only the model's variables, into the layout of `model` (abstract or not)."""
@@ -88,6 +90,14 @@ class Checkpoints:
         f"checkpoint {step} of {self._manager.directory} does not fit this model ({reason}); it was written by another "
         "version of the code or config. Train again in another --workdir."
       ) from error
+
+
+def _statistics(saved: dict[str, Any]) -> dict[str, TaskStatistics]:
+  return {n: TaskStatistics(**s) for n, s in saved.items()}
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  return {k: v for k, v in state._asdict().items() if k != "model"}
 
 
 def _with_values(model: nnx.State, values: dict[str, Any]) -> nnx.State:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training import losses
+from supermoe_jax.training import statistics as statistics_lib
 from supermoe_jax.training.checkpoint import Checkpoints, RunError
-from supermoe_jax.training.losses import TaskStatistics
-from supermoe_jax.training.step import StepMetrics, TrainState, create_state, make_step, place, state_shardings
+from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.step import StepMetrics, TrainState, compiled, create_state, place
 
 # Rows that label rates and constant losses are measured on.
 MEASURED_ROWS = 1024
@@ -32,8 +32,12 @@ MEASURED_ROWS = 1024
 MEASURED_LABELS = 200
 
 
-def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], None] = print) -> int:
+def train(
+  cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], None] = print, progress: bool = True
+) -> int:
   """Trains to `cfg.train.steps` and returns the last step; resumes from the newest checkpoint of `workdir`.
+
+  `progress` shows a bar on a terminal, and tells the metrics elsewhere.
 
   Raises:
     DataError: there is no dataset, or it was prepared from another config.
@@ -45,7 +49,7 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
   _claim(workdir, cfg)
   check_encoding(workdir, dataset, create=True)
   stream = iter(batches.training(dataset, cfg))
-  graph, state = create_state(cfg, dataset.schema, mesh)
+  _, state = create_state(cfg, dataset.schema, mesh)
   with Checkpoints(workdir, cfg.train) as checkpoints, jax.set_mesh(mesh):
     step = checkpoints.latest
     if step is None:
@@ -60,11 +64,10 @@ def train(cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], Non
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
       say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
-    layouts = state_shardings(cfg, state.model, mesh)
-    do_step = make_step(cfg, graph, statistics, mesh, layouts)
-    with _Log(workdir, step, cfg, say) as log:
+    do_step = compiled(cfg, dataset.schema, mesh).step
+    with _Log(workdir, step, cfg, say if progress else None) as log:
       while step < cfg.train.steps:
-        state, metrics = do_step(state, place(next(stream), mesh))
+        state, metrics = do_step(state, place(next(stream), mesh), statistics)
         step += 1
         log.add(step, metrics)
         if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
@@ -90,18 +93,22 @@ def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
 
 def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -> dict[str, TaskStatistics]:
   """Measures label rates on rows drawn as in training, but not the same ones; rare labels are waited for."""
-  known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_tasks}
-  if not any(count["known"] for count in known.values()):
+  known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_views}
+  if known and not any(count["known"] for count in known.values()):
     raise RunError(f"no active task has a training label; see 'labels' in {dataset.path}/manifest.json.")
   stream = batches.training(dataset, cfg, seed=cfg.train.seed + 1)
   n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
   wanted = {n: min(count["known"], MEASURED_LABELS) for n, count in known.items()}
-  statistics = losses.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
+  statistics = statistics_lib.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
   for name, count in known.items():
     if not count["known"]:
       say(f"warning: task {name} has no training label and contributes nothing")
     elif not statistics[name].rate:
-      say(f"warning: no label of task {name} was met in {losses.LONGEST * n_batches} batches; it contributes nothing")
+      waited = statistics_lib.LONGEST * n_batches
+      say(f"warning: no label of task {name} was met in {waited} batches; it contributes nothing")
+  for name in cfg.active_tasks.keys() - known.keys():
+    if not statistics[name].rate:
+      say(f"warning: no user has a history that is long enough for task {name}; it contributes nothing")
   return statistics
 
 
@@ -147,7 +154,7 @@ class _Log:
   Metrics stay on the device until then, so that logging does not stop the device.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, cfg: config.Config, say: Callable[[str], None]):
+  def __init__(self, workdir: pathlib.Path, step: int, cfg: config.Config, say: Callable[[str], None] | None):
     self._path, self._every, self._say = workdir / "metrics.jsonl", cfg.train.log_every, say
     _keep_until(self._path, step)
     self._waiting: list[StepMetrics] = []
@@ -160,7 +167,7 @@ class _Log:
       desc="training",
       unit=" steps",
       dynamic_ncols=True,
-      disable=not self._terminal,
+      disable=not self._terminal or say is None,
     )
     self._steps = cfg.train.steps
 
@@ -195,7 +202,7 @@ class _Log:
     line = f"{row['events_per_second'] / 1000:.1f}k events/s loss {row['loss']:.3f} [{tasks}] {experts}"
     self._bar.update(steps)
     self._bar.set_postfix_str(line)
-    if not self._terminal:
+    if not self._terminal and self._say is not None:
       self._say(f"step {step}/{self._steps} {line}")
 
 
@@ -226,15 +233,20 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
   for name in steps[0].tasks:
     total, weight = (sum(float(getattr(s.tasks[name], part)) for s in steps) for part in ("total", "weight"))
     tasks[name] = {"loss": total / weight if weight else None, "weight": weight}
-  routed, dropped = (sum(int(np.sum(getattr(s, part))) for s in steps) for part in ("routed", "dropped"))
+  routed, dropped = (
+    sum(int(np.sum(getattr(s, part))) + int(getattr(s, f"slice_{part}")) for s in steps)
+    for part in ("routed", "dropped")
+  )
   return {
     "loss": mean([s.loss for s in steps]),
     "tasks": tasks,
+    "weights": {n: round(mean([s.weights[n] for s in steps]), 5) for n in steps[0].weights},
     "balance_loss": mean([s.balance_loss for s in steps]),
     "z_loss": mean([s.z_loss for s in steps]),
     "load": np.round(np.mean([s.load for s in steps], axis=0), 4).tolist(),
     "router_entropy": np.round(np.mean([s.entropy for s in steps], axis=0), 4).tolist(),
     "dropped_share": dropped / max(routed + dropped, 1),
+    "task_dropped": {n: sum(int(s.task_dropped[n]) for s in steps) for n in steps[0].task_dropped},
     "events": sum(int(s.events) for s in steps),
     "gradient_norm": mean([s.gradient_norm for s in steps]),
     "learning_rate": float(steps[-1].learning_rate),
@@ -245,5 +257,6 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
   out = [(f"train/{k}", row[k]) for k in ("loss", "balance_loss", "z_loss", "dropped_share", "gradient_norm")]
   out += [(f"train/{k}", row[k]) for k in ("learning_rate", "events_per_second")]
   out += [(f"task/{n}", v["loss"]) for n, v in row["tasks"].items() if v["loss"] is not None]
+  out += [(f"weight/{n}", w) for n, w in row["weights"].items()]
   out += [(f"router_entropy/layer{i}", v) for i, v in enumerate(row["router_entropy"])]
   return out + [(f"load/layer{i}_expert{e}", v) for i, layer in enumerate(row["load"]) for e, v in enumerate(layer)]

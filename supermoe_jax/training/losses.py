@@ -1,51 +1,34 @@
 """The multi-task loss with task indicators.
 
-For task t with supervision indicator δ, per-sample loss ℓ, and B rows in a batch:
+For task t with supervision indicator δ, sample weight ω, per-sample loss ℓ, and B rows in a batch:
 
     y~  = where(δ, y, 0)                                  masked labels may be anything, NaN included
     L_t = 1 / (ρ_t · B) · Σ δ · ω · where(δ, ℓ(f(z), y~), 0)
-    L   = Σ_t a_t · w_t · L_t / b_t + α · balance + β · z-loss
+    L^_t = L_t / b_t
+    L   = Σ_t a_t · stop_grad(w_t) · L^_t + α · balance + β · z-loss − γ · information
 
 ρ_t is the mean of Σ δω a row under the sampler, fixed before training, so that L_t is unbiased and adds up over
-micro-batches. b_t is the loss of the best constant prediction, so that tasks start on one scale. a_t is 0 in a batch
-without a label of task t.
+micro-batches (`norm="rate"`; `batch` divides by the batch's own Σ δω, `sum` by nothing). b_t is the loss of the best
+constant prediction, so that tasks start on one scale. a_t is 0 in a batch without a label of task t. The weights w are
+those of `weighting`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from flax import nnx
 
 from supermoe_jax import config
-from supermoe_jax.data.batches import Batch, Targets
+from supermoe_jax.data.batches import Batch, Slices, Targets
+from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.models.supermoe import Encoded, SuperMoE
-
-# Times the usual number of batches after which `measure` no longer waits for rare labels.
-LONGEST = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskStatistics:
-  """Constants of a task, measured on training rows.
-
-  Attributes:
-    rate: ρ, mean of Σ δω a row; 0 when no label was met.
-    constant_loss: b, mean loss a label of the best constant prediction.
-    snapshot_weight: ω of a next-event label at a snapshot. There are many more at events; it gives both half of the
-    loss,
-      since the representation of a user is what the snapshots' tokens hold.
-  """
-
-  rate: float
-  constant_loss: float
-  snapshot_weight: float = 1.0
+from supermoe_jax.training import weighting
+from supermoe_jax.training.statistics import TaskStatistics
 
 
 class TaskLoss(NamedTuple):
@@ -56,55 +39,186 @@ class TaskLoss(NamedTuple):
 
 
 class Loss(NamedTuple):
-  """The loss and its parts; `encoded` carries the experts' record."""
+  """The loss and its parts.
+
+  Attributes:
+    total: float32, what is differentiated.
+    tasks: the sums of each task.
+    mean: float32 `[T]`, each task's mean loss of a label over b; 0 for an absent one.
+    present: bool `[T]`, a: whether the batch has a label of the task.
+    weights: float32 `[T]`, w.
+    encoded: states and the experts' record.
+    slices: the experts' counts `(routed, dropped)` in the passes over contrast slices, int32.
+  """
 
   total: jax.Array
   tasks: dict[str, TaskLoss]
+  mean: jax.Array
+  present: jax.Array
+  weights: jax.Array
   encoded: Encoded
+  slices: tuple[jax.Array, jax.Array]
 
 
 def per_sample(task: config.Task, logits: jax.Array, value: jax.Array) -> jax.Array:
   """Returns ℓ for each sample; a task of many binary outputs averages over them.
 
-  Shapes: next event `logits [..., items]`, `value [...]` codes ≥ 2; future values `logits, value [..., values]`;
-  else `logits, value [...]`.
+  Shapes: catalogue `logits [..., items]`, `value [...]` codes ≥ 2; multi-class `logits [..., classes]`, `value [...]`;
+  multi-label `logits, value [..., values]`; else `logits, value [...]`.
   """
-  if isinstance(task, config.NextEvent):
+  form = config.answer(task)
+  if form == "catalogue":
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(value - 2, 0))
+  if form == "multiclass":
+    return optax.softmax_cross_entropy_with_integer_labels(logits, value.astype(jnp.int32))
+  if form == "regression":
+    return jnp.square(logits - value)
   loss = optax.sigmoid_binary_cross_entropy(logits, value)
-  return jnp.mean(loss, axis=-1) if isinstance(task, config.FutureValues) else loss
+  return jnp.mean(loss, axis=-1) if form == "multilabel" else loss
 
 
-def task_loss(task: config.Task, logits: jax.Array, targets: Targets, weight: jax.Array | float = 1.0) -> TaskLoss:
-  """Sums a task's loss over the samples that have a label; the others contribute nothing, whatever they hold.
-
-  `weight` is ω, of the shape of `targets.known` or one that broadcasts to it.
-  """
+def safe_value(targets: Targets) -> jax.Array:
+  """Returns y~: the labels, and 0 where there is none, whatever stands there."""
   known = jnp.asarray(targets.known)
   wide = known[..., None] if jnp.ndim(targets.value) > known.ndim else known
-  value = jnp.where(wide, targets.value, 0)
-  weight = jnp.where(known, weight, 0.0)
-  return TaskLoss(jnp.sum(weight * jnp.where(known, per_sample(task, logits, value), 0.0)), jnp.sum(weight))
+  return jnp.where(wide, targets.value, 0)
 
 
-def sample_weight(task: config.Task, statistics: TaskStatistics, events: int, snapshots: int) -> jax.Array | float:
-  """Returns ω: 1, but for the snapshots of a next-event task (the last of its `events + snapshots` sites)."""
-  if not isinstance(task, config.NextEvent):
+def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0) -> TaskLoss:
+  """Sums `loss` of the samples that have a label; the others contribute nothing, whatever they hold.
+
+  `weight` multiplies ω; it has the shape of `targets.known` or one that broadcasts to it.
+  """
+  known = jnp.asarray(targets.known)
+  omega = jnp.where(known, targets.weight * weight, 0.0)
+  return TaskLoss(jnp.sum(omega * jnp.where(known, loss, 0.0)), jnp.sum(omega))
+
+
+def snapshot_weight(task: config.Task, statistics: TaskStatistics, events: int, sites: int) -> jax.Array | float:
+  """Returns what ω is multiplied by: 1, but at the snapshots of a task that asks at `events` events first."""
+  if not isinstance(task, config.AT_EVENTS):
     return 1.0
-  return jnp.where(jnp.arange(events + snapshots) < events, 1.0, statistics.snapshot_weight)
+  return jnp.where(jnp.arange(sites) < events, 1.0, statistics.snapshot_weight)
+
+
+# ------------------------------------------------------------------------------------------------------ sampled softmax
+
+
+def log_uniform(items: int, draws: int, key: jax.Array) -> jax.Array:
+  """Draws item indices with replacement, `P(i) ∝ log((i + 2) / (i + 1))`: Zipf's law for items in order of frequency.
+
+  Returns: int32 `[draws]`.
+  """
+  u = jax.random.uniform(key, (draws,))
+  return jnp.clip(jnp.exp(u * jnp.log(items + 1.0)).astype(jnp.int32) - 1, 0, items - 1)
+
+
+def log_expected_count(item: jax.Array, items: int, draws: int) -> jax.Array:
+  """Returns log of how often `log_uniform` is expected to draw `item`."""
+  i = item.astype(jnp.float32)
+  return jnp.log(draws * jnp.log1p(1 / (i + 1)) / jnp.log(items + 1.0))
+
+
+def sampled_softmax(
+  state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, draws: int, key: jax.Array
+) -> jax.Array:
+  """Cross-entropy of the target against `draws` values shared by all sites, with log-Q correction.
+
+  Shapes: `state [..., D]`, `target [...]` item indices, `rows [items, D]`, `bias [items]` → `[...]`. A drawn value that
+  is a site's own target does not count against it.
+
+  Source: log-Q correction, https://doi.org/10.1109/TNN.2007.912312; as used for retrieval,
+  https://doi.org/10.1145/3298689.3346996.
+  """
+  items = rows.shape[0]
+  drawn = log_uniform(items, draws, key)
+  own = jnp.sum(state * rows[target], axis=-1) + bias[target] - log_expected_count(target, items, draws)
+  others = state @ rows[drawn].T + bias[drawn] - log_expected_count(drawn, items, draws)
+  others = jnp.where(drawn == target[..., None], -jnp.inf, others)
+  return jax.nn.logsumexp(jnp.concatenate([own[..., None], others], axis=-1), axis=-1) - own
+
+
+# ------------------------------------------------------------------------------------------------------------ contrast
+
+
+def info_nce(z: jax.Array, known: jax.Array, temperature: float) -> TaskLoss:
+  """InfoNCE of pairs `z [B, 2, D]`: each slice is asked for its partner among all slices with `known [B]`.
+
+  Source: CoLES, arXiv 2002.08232; the loss, arXiv 1807.03748.
+  """
+  b = len(known)
+  unit = (z / jnp.sqrt(jnp.sum(z**2, axis=-1, keepdims=True) + 1e-12)).reshape(2 * b, -1)
+  there = jnp.repeat(known, 2)
+  score = unit @ unit.T / temperature
+  score = jnp.where(there[None, :] & ~jnp.eye(2 * b, dtype=bool), score, -1e30)
+  partner = jnp.arange(2 * b) ^ 1
+  own = jnp.take_along_axis(score, partner[:, None], axis=1)[:, 0]
+  loss = jnp.where(there, jax.nn.logsumexp(score, axis=1) - jnp.where(there, own, 0.0), 0.0)
+  return TaskLoss(jnp.sum(loss), jnp.sum(there, dtype=jnp.float32))
+
+
+# ------------------------------------------------------------------------------------------------------- the whole loss
+
+
+def labelled_loss(
+  model: SuperMoE, name: str, encoded: Encoded, targets: Targets, statistics: TaskStatistics, key: jax.Array
+) -> TaskLoss:
+  """The sums of one task with labels, from states that are already there; `key` draws a sampled softmax's values."""
+  task = model.tasks[name]
+  value = safe_value(targets)
+  if isinstance(task, config.NextEvent) and task.softmax == "sampled":
+    head = model.heads[name]
+    assert isinstance(head, NextValueHead)
+    rows, bias = head.catalogue(model.encoder.event_embedding.fields[task.field])
+    state = head.state(model.states(name, encoded, events=True))
+    loss = sampled_softmax(state, jnp.maximum(value - 2, 0), rows, bias, task.negatives, key)
+  else:
+    given = targets.given if isinstance(task, config.EventLabel) else None
+    loss = per_sample(task, model.answers(name, encoded, events=True, given=given), value)
+  weight = snapshot_weight(task, statistics, encoded.events.shape[1], targets.known.shape[1])
+  return task_loss(targets, loss, weight)
+
+
+def _contrast(
+  model: SuperMoE, task: config.Contrast, slices: Slices, rngs: nnx.Rngs | None
+) -> tuple[TaskLoss, tuple[jax.Array, jax.Array]]:
+  flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), slices.features)
+  encoded = model.encode(flat, dropless=False, rngs=rngs)
+  z = encoded.z[:, 0].reshape(len(slices.known), 2, -1)
+  stats = encoded.experts.stats
+  return info_nce(z, slices.known, task.temperature), (jnp.sum(stats.routed), jnp.sum(stats.dropped))
+
+
+def normalised(loss: TaskLoss, statistics: TaskStatistics, rows: int, norm: str) -> jax.Array:
+  """Returns L^_t of a batch of `rows` rows; 0 where there is no label."""
+  if norm == "rate":
+    by = statistics.rate * rows
+  else:
+    by = loss.weight if norm == "batch" else jnp.ones(())
+  there = (loss.weight > 0) & (by > 0)
+  return jnp.where(there, loss.total / (jnp.where(there, by, 1.0) * statistics.constant_loss), 0.0)
 
 
 def combine(
-  losses: Mapping[str, TaskLoss], tasks: Mapping[str, config.Task], statistics: Mapping[str, TaskStatistics], rows: int
+  losses: Mapping[str, TaskLoss],
+  statistics: Mapping[str, TaskStatistics],
+  weights: jax.Array,
+  rows: int,
+  norm: str = "rate",
 ) -> jax.Array:
-  """Returns `Σ_t a_t · w_t · L_t / b_t` for a batch of `rows` rows, with fixed weights w."""
-  total = jnp.zeros(())
-  for name, loss in losses.items():
-    s = statistics[name]
-    if s.rate:  # otherwise no label was met in the training data: the task contributes nothing
-      normalised = loss.total / (s.rate * rows * s.constant_loss)
-      total += jnp.where(loss.weight > 0, tasks[name].weight * normalised, 0.0)
-  return total
+  """Returns `Σ_t a_t · stop_grad(w_t) · L^_t` for a batch of `rows` rows; `weights [T]` in the order of `losses`."""
+  terms = [normalised(loss, statistics[name], rows, norm) for name, loss in losses.items()]
+  w = jax.lax.stop_gradient(weights)
+  # Not a product with a_t: the absent task's weight may be anything.
+  return sum((jnp.where(losses[n].weight > 0, w[i] * terms[i], 0.0) for i, n in enumerate(losses)), jnp.zeros(()))
+
+
+def means(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> tuple[jax.Array, jax.Array]:
+  """Returns each task's mean loss of a label over b, `[T]`, 0 for the absent; and which tasks are present, `[T]`."""
+  weight = jnp.stack([loss.weight for loss in losses.values()])
+  total = jnp.stack([loss.total / statistics[n].constant_loss for n, loss in losses.items()])
+  present = weight > 0
+  return jnp.where(present, total / jnp.where(present, weight, 1.0), 0.0), present
 
 
 def loss(
@@ -112,71 +226,77 @@ def loss(
   batch: Batch,
   statistics: Mapping[str, TaskStatistics],
   train: config.Train,
+  weigher: weighting.Weigher,
+  state: weighting.State,
   *,
-  rngs: Any | None = None,
+  key: jax.Array,
+  training: bool = True,
 ) -> Loss:
-  """Encodes a batch and returns its loss; with `rngs`, dropout is on."""
-  encoded = model.encode(batch.features, dropless=False, rngs=rngs)
-  tasks = {
-    name: task_loss(
-      task,
-      model.answers(name, encoded, events=True),
-      batch.targets[name],
-      sample_weight(task, statistics[name], encoded.events.shape[1], encoded.z.shape[1]),
-    )
-    for name, task in model.tasks.items()
-  }
-  total = combine(tasks, model.tasks, statistics, len(batch.features.length))
-  total += train.balance_weight * jnp.sum(encoded.experts.aux.balance_loss)
-  total += train.z_weight * jnp.sum(encoded.experts.aux.z_loss)
-  return Loss(total, tasks, encoded)
+  """Encodes a batch and returns its loss.
 
-
-def measure(
-  tasks: Mapping[str, config.Task],
-  outputs: Mapping[str, int],
-  batches: Iterable[Batch],
-  n_batches: int,
-  wanted: Mapping[str, int] | None = None,
-) -> dict[str, TaskStatistics]:
-  """Measures each task's label rate and constant loss over `n_batches` training batches.
-
-  Goes on, up to `LONGEST` times as many, while a task has met fewer labels than `wanted` of it.
+  Args:
+    model: the model.
+    batch: B rows.
+    statistics: of each active task.
+    train: norm and regularisers.
+    weigher: gives the weights; `state` is its state before this batch.
+    state: see `weigher`.
+    key: of dropout, jitter, sampled softmaxes and random orders.
+    training: dropout and jitter are on.
   """
-  rows = 0
-  count = dict.fromkeys(tasks, 0)
-  at_snapshots = dict.fromkeys(tasks, 0)
-  total = {n: np.zeros(outputs[n]) for n in tasks}
-  for i, batch in enumerate(itertools.islice(batches, LONGEST * n_batches)):
-    if i >= n_batches and all(count[n] >= least for n, least in (wanted or {}).items()):
-      break
-    rows += len(batch.features.length)
-    for name, task in tasks.items():
-      targets = batch.targets[name]
-      value = targets.value[targets.known]
-      count[name] += len(value)
-      if isinstance(task, config.NextEvent):
-        at_snapshots[name] += int(targets.known[:, batch.features.codes.shape[1] :].sum())
-        total[name] += np.bincount(value - 2, minlength=outputs[name])
-      else:
-        total[name] += value.reshape(len(value), outputs[name]).sum(axis=0)
-  return {n: _statistics(tasks[n], total[n], count[n], at_snapshots[n], rows) for n in tasks}
+  rngs = nnx.Rngs(key) if training else None
+  draw, order = jax.random.split(jax.random.fold_in(key, 1))
+  encoded = model.encode(batch.features, dropless=False, rngs=rngs)
+  tasks: dict[str, TaskLoss] = {}
+  slices = (jnp.int32(0), jnp.int32(0))
+  for name, task in model.tasks.items():
+    if isinstance(task, config.Contrast):
+      tasks[name], counts = _contrast(model, task, batch.slices[name], rngs)
+      slices = (slices[0] + counts[0], slices[1] + counts[1])
+    else:
+      tasks[name] = labelled_loss(model, name, encoded, batch.targets[name], statistics[name], draw)
+  mean, present = means(tasks, statistics)
+  gram = None
+  if weigher.needs_gram:
+    gram = gradient_products(model, encoded, batch, statistics, train.norm, draw)
+  weights = jax.lax.stop_gradient(weigher.weights(state, weighting.Observed(present, gram, order)))
+  total = combine(tasks, statistics, weights, len(batch.features.length), train.norm)
+  aux = encoded.experts.aux
+  total += train.balance_weight * jnp.sum(aux.balance_loss) + train.z_weight * jnp.sum(aux.z_loss)
+  total -= train.task_information * jnp.sum(aux.mutual_information)
+  return Loss(total, tasks, mean, present, weights, encoded, slices)
 
 
-def _statistics(task: config.Task, total: np.ndarray, count: int, at_snapshots: int, rows: int) -> TaskStatistics:
-  at_events = count - at_snapshots
-  constant_loss = _constant_loss(task, total, count)
-  if at_events and at_snapshots:
-    return TaskStatistics(2 * at_events / rows, constant_loss, at_events / at_snapshots)
-  return TaskStatistics(count / rows, constant_loss)
+def gradient_products(
+  model: SuperMoE,
+  encoded: Encoded,
+  batch: Batch,
+  statistics: Mapping[str, TaskStatistics],
+  norm: str,
+  key: jax.Array,
+) -> jax.Array:
+  """Inner products of the tasks' gradients at the representation: float32 `[T, T]` of `∂L^_t / ∂(events, z)`.
 
+  Shared by all tasks are `z [B, S, D]` and, for tasks that ask at events, the events' states `[B, L, D]`. Contrast
+  tasks read neither and have zeros.
+  """
+  at = jax.lax.stop_gradient((encoded.events, encoded.z))
+  rows = len(batch.features.length)
+  parts: list[tuple[jax.Array, jax.Array] | None] = []
+  for name, task in model.tasks.items():
+    if isinstance(task, config.Contrast):
+      parts.append(None)
+      continue
 
-def _constant_loss(task: config.Task, total: np.ndarray, count: int) -> float:
-  """Entropy of the labels' distribution; 1 where it says nothing (no label, or all alike)."""
-  share = total / max(count, 1)
-  if isinstance(task, config.NextEvent):
-    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)))
-  else:
-    both = np.stack([share, 1 - share])
-    entropy = np.mean(-np.sum(both * np.log(np.where(both > 0, both, 1)), axis=0))
-  return float(entropy) if entropy > 1e-6 else 1.0
+    def one(at: tuple[jax.Array, jax.Array], name: str = name) -> jax.Array:
+      states = model.share(encoded._replace(events=at[0], z=at[1]))
+      part = labelled_loss(model, name, states, batch.targets[name], statistics[name], key)
+      return normalised(part, statistics[name], rows, norm)
+
+    parts.append(jax.grad(one)(at))
+  zero = jnp.zeros(())
+  products = [
+    [sum((jnp.vdot(a, b) for a, b in zip(one, other)), zero) if one and other else zero for other in parts]
+    for one in parts
+  ]
+  return jax.lax.stop_gradient(jnp.stack([jnp.stack(row) for row in products]))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.training.checkpoint import Checkpoints, RunError
 from supermoe_jax.training.loop import check_encoding
@@ -24,13 +28,18 @@ class Answered(NamedTuple):
 
   Attributes:
     z: float32 `[B, D]`, the user representations.
-    answers: for each task float32 `[B]` or `[B, outputs]` logits, or `[B, D]` states to rank a catalogue with.
+    answers: for each task with labels float32 `[B]` or `[B, outputs]` logits or numbers, `[B, m]` for the m events that
+      an event label asks about, or `[B, D]` states to rank a catalogue with.
     expert: int32 `[M, B, K]`, the experts that the snapshots' tokens went to in each MoE layer.
+    task_expert: int32 `[M, B, T, K]`, those of the tasks' own tokens; None without such.
+    gate: float32 `[B, T, E]`, each task's gate over experts; None without gates.
   """
 
   z: jax.Array
   answers: dict[str, jax.Array]
   expert: jax.Array
+  task_expert: jax.Array | None
+  gate: jax.Array | None
 
 
 class Run:
@@ -53,7 +62,7 @@ class Run:
       self.mesh = sharding.make_mesh(sizes)
     except config.ConfigError:  # what was trained on many devices runs on one as well
       self.mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    self._graph, abstract = abstract_model(self.cfg, self.dataset.schema)
+    self.graph, abstract = abstract_model(self.cfg, self.dataset.schema)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)
     with Checkpoints(self.workdir, self.cfg.train) as checkpoints:
@@ -62,33 +71,60 @@ class Run:
         raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
       check_encoding(self.workdir, self.dataset)
       self.step = latest
-      self._variables = checkpoints.restore_model(latest, placed)
+      self.statistics = checkpoints.statistics(latest)
+      self.variables = checkpoints.restore_model(latest, placed)
 
-  def answer(self, features: Features) -> Answered:
-    """Encodes B rows of one snapshot each and asks every task; nothing is dropped, dropout is off."""
+  def answer(self, features: Features, given: Mapping[str, np.ndarray] | None = None) -> Answered:
+    """Encodes B rows of one snapshot each and asks every task; nothing is dropped, dropout is off.
+
+    `given` holds, for event labels, the codes `[B, m, G]` of the events asked about; those not in it are not asked.
+    """
     with jax.set_mesh(self.mesh):
-      return self._answer(self._variables, place(features, self.mesh))
+      return self._answer(self.variables, place(features, self.mesh), place(dict(given or {}), self.mesh))
 
   @functools.cached_property
-  def _answer(self):  # type: ignore[no-untyped-def]
-    graph = self._graph
-
-    def answer(variables: nnx.State, features: Features) -> Answered:
-      model = nnx.merge(graph, variables, copy=True)
-      encoded = model.encode(features, dropless=True)
-      answers = {}
-      for name in model.tasks:
-        head = model.heads[name]
-        answers[name] = (
-          head.state(encoded.z) if isinstance(head, NextValueHead) else model.answers(name, encoded, events=False)
-        )[:, 0]
-      return Answered(encoded.z[:, 0], answers, encoded.experts.stats.expert[:, :, 0])
-
-    return jax.jit(answer)
+  def _answer(self) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:
+    tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in self.cfg.active_tasks.items()}
+    text = json.dumps([config.to_dict(part) for part in (self.cfg.model, tasks, self.dataset.schema)])
+    return _answering(_Key(text, self.mesh, self.graph))
 
   def catalogue(self, task: str) -> tuple[jax.Array, jax.Array]:
     """The vectors `[items, D]` and biases `[items]` that a next-event task ranks."""
-    model = nnx.merge(self._graph, self._variables, copy=True)
+    model = nnx.merge(self.graph, self.variables, copy=True)
     head = model.heads[task]
     table: EmbeddingTable = model.encoder.event_embedding.fields[model.tasks[task].field]
     return head.catalogue(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+  """What the answering program depends on, as text; the model's structure comes along."""
+
+  text: str
+  mesh: Mesh
+  graph: nnx.GraphDef = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _answering(key: _Key) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:
+  """Returns the compiled `(variables, features, given) → Answered`, one for all runs of a model."""
+
+  def answer(variables: nnx.State, features: Features, given: dict[str, jax.Array]) -> Answered:
+    model = nnx.merge(key.graph, variables, copy=True)
+    encoded = model.encode(features, dropless=True)
+    answers = {}
+    for name, task in model.tasks.items():
+      if isinstance(task, config.Contrast) or (isinstance(task, config.EventLabel) and name not in given):
+        continue
+      if isinstance(task, config.EventLabel):
+        answers[name] = model.answers(name, encoded, events=False, given=given[name])
+      elif isinstance(task, config.NextEvent):
+        answers[name] = model.heads[name].state(model.states(name, encoded, events=False))[:, 0]
+      else:
+        answers[name] = model.answers(name, encoded, events=False)[:, 0]
+    experts = encoded.experts
+    tokens = None if experts.task_expert is None else experts.task_expert[:, :, 0]
+    gate = None if encoded.gates is None else encoded.gates[:, 0]
+    return Answered(encoded.z[:, 0], answers, experts.stats.expert[:, :, 0], tokens, gate)
+
+  return jax.jit(answer)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,9 +19,10 @@ from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Schema
 from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.models.supermoe import SuperMoE
-from supermoe_jax.training import losses
-from supermoe_jax.training.losses import TaskLoss, TaskStatistics
+from supermoe_jax.training import losses, weighting
+from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.optimizer import make_optimizer, schedule
+from supermoe_jax.training.statistics import TaskStatistics
 
 
 class TrainState(NamedTuple):
@@ -28,12 +32,14 @@ class TrainState(NamedTuple):
     step: int32, steps done.
     model: the model's variables: parameters, and the routers' balancing biases if there are any.
     optimizer: optax' state, of the parameters.
+    weighting: the state of the tasks' weights.
     key: the key of all randomness; a step folds its number into it.
   """
 
   step: jax.Array
   model: nnx.State
   optimizer: optax.OptState
+  weighting: weighting.State
   key: jax.Array
 
 
@@ -43,10 +49,13 @@ class StepMetrics(NamedTuple):
   Attributes:
     loss: float32, the whole loss.
     tasks: Σ δωℓ and Σ δω of each task.
+    weights: float32, w of each task.
     balance_loss, z_loss: float32, mean over the MoE layers.
     load: float32 `[M, E]`.
     entropy: float32 `[M]`, of the routers, in nats.
     routed, dropped: int32 `[M]`.
+    task_dropped: int32, the drops of each task's own tokens, where it has any.
+    slice_routed, slice_dropped: int32, of the passes over contrast slices.
     events: int32, events that are not padding.
     gradient_norm: float32, before clipping.
     learning_rate: float32.
@@ -54,29 +63,40 @@ class StepMetrics(NamedTuple):
 
   loss: jax.Array
   tasks: dict[str, TaskLoss]
+  weights: dict[str, jax.Array]
   balance_loss: jax.Array
   z_loss: jax.Array
   load: jax.Array
   entropy: jax.Array
   routed: jax.Array
   dropped: jax.Array
+  task_dropped: dict[str, jax.Array]
+  slice_routed: jax.Array
+  slice_dropped: jax.Array
   events: jax.Array
   gradient_norm: jax.Array
   learning_rate: jax.Array
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+Step = Callable[[TrainState, Batch, Mapping[str, TaskStatistics]], tuple[TrainState, StepMetrics]]
 
 
-def build(cfg: config.Config, schema: Schema) -> Callable[[], SuperMoE]:
-  """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives."""
-  return lambda: SuperMoE(
-    cfg.model,
-    schema,
-    cfg.active_tasks,
-    balance_bias=cfg.train.balance_rate > 0,
-    rngs=nnx.Rngs(params=cfg.train.seed),
-  )
+def build(cfg: config.Config, schema: Schema) -> Callable[..., SuperMoE]:
+  """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives.
+
+  It takes the key of the initial parameters; without one it is that of the config's seed.
+  """
+
+  def make(key: jax.Array | None = None) -> SuperMoE:
+    return SuperMoE(
+      cfg.model,
+      schema,
+      cfg.active_tasks,
+      balance_bias=cfg.train.balance_rate > 0,
+      rngs=nnx.Rngs(params=cfg.train.seed if key is None else key),
+    )
+
+  return make
 
 
 def abstract_model(cfg: config.Config, schema: Schema) -> tuple[nnx.GraphDef, nnx.State]:
@@ -86,17 +106,62 @@ def abstract_model(cfg: config.Config, schema: Schema) -> tuple[nnx.GraphDef, nn
 
 def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
   """Creates the state directly in its place on the mesh; no host ever holds the whole of it."""
+  program = compiled(cfg, schema, mesh)
+  # Copies, since a weigher may say one array twice, and a step is given each buffer for good.
+  weights = jax.tree.map(jnp.copy, weighting.make(cfg.train.weighting, cfg.active_tasks).initial())
+  with jax.set_mesh(mesh):
+    state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed))
+  return program.graph, state._replace(weighting=jax.device_put(weights, NamedSharding(mesh, PartitionSpec())))
+
+
+class Program(NamedTuple):
+  """The compiled parts of a run, shared by runs that differ in their seed and the numbers that weigh tasks only.
+
+  Attributes:
+    graph: the model's structure.
+    initial: `(key of the parameters, key of the training) → TrainState`.
+    step: see `make_step`.
+  """
+
+  graph: nnx.GraphDef
+  initial: Callable[[jax.Array, jax.Array], TrainState]
+  step: Step
+
+
+def compiled(cfg: config.Config, schema: Schema, mesh: Mesh) -> Program:
+  """Returns the program of a config, compiled once a process for all seeds, task weights and references."""
+  weighing = dataclasses.replace(cfg.train.weighting, references={})
+  train = dataclasses.replace(cfg.train, seed=0, weighting=weighing)
+  tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in cfg.active_tasks.items()}
+  same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
+  text = json.dumps([config.to_dict(same), config.to_dict(schema)])
+  return _program(_Key(text, mesh, same, schema))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+  """What a program depends on, as text; the rest comes along."""
+
+  text: str
+  mesh: Mesh
+  cfg: config.Config = dataclasses.field(compare=False)
+  schema: Schema = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _program(key: _Key) -> Program:
+  cfg, schema, mesh = key.cfg, key.schema, key.mesh
   graph, abstract = abstract_model(cfg, schema)
   layouts = state_shardings(cfg, abstract, mesh)
   optimizer = make_optimizer(cfg.train)
+  weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
 
-  def initial() -> TrainState:
-    model = nnx.state(build(cfg, schema)())
+  def initial(parameters: jax.Array, training: jax.Array) -> TrainState:
+    model = nnx.state(build(cfg, schema)(parameters))
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
-    return TrainState(jnp.int32(0), model, moments, jax.random.PRNGKey(cfg.train.seed))
+    return TrainState(jnp.int32(0), model, moments, weigher.initial(), training)
 
-  with jax.set_mesh(mesh):
-    return graph, jax.jit(initial, out_shardings=layouts)()
+  return Program(graph, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
 
 
 def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
@@ -112,54 +177,78 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
     where,
     transform_non_params=lambda _: replicated,
   )
-  layouts: Any = (replicated, layout, moments, replicated)
+  weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
+  weights = jax.tree.map(lambda _: replicated, jax.eval_shape(weigher.initial))
+  layouts: Any = (replicated, layout, moments, weights, replicated)
   return TrainState(*layouts)
 
 
-def make_step(
-  cfg: config.Config, graph: nnx.GraphDef, statistics: Mapping[str, TaskStatistics], mesh: Mesh, layouts: Any
-) -> Step:
-  """Returns the step `(state, batch) → (state, metrics)`; the state's buffers are donated."""
+def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any) -> Step:
+  """Returns the step `(state, batch, statistics) → (state, metrics)`; the state's buffers are donated."""
   optimizer = make_optimizer(cfg.train)
   rate = schedule(cfg.train)
+  names = tuple(cfg.active_tasks)
+  weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    rngs_key = jax.random.fold_in(state.key, state.step)
+  def step(state: TrainState, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> tuple[TrainState, StepMetrics]:
+    key = jax.random.fold_in(state.key, state.step)
     params, biases = nnx.split_state(state.model, nnx.Param, BalanceBias)
 
     def objective(params: nnx.State) -> tuple[jax.Array, losses.Loss]:
       model = nnx.merge(graph, params, biases, copy=True)
-      out = losses.loss(model, batch, statistics, cfg.train, rngs=nnx.Rngs(dropout=rngs_key))
+      out = losses.loss(model, batch, statistics, cfg.train, weigher, state.weighting, key=key)
       return out.total, out
 
     (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(params)
     updates, moments = optimizer.update(gradient, state.optimizer, params)
-    aux, stats = out.encoded.experts
-    layers = max(len(stats.load), 1)
-    metrics = StepMetrics(
-      loss=out.total,
-      tasks=out.tasks,
-      balance_loss=jnp.sum(aux.balance_loss) / layers,
-      z_loss=jnp.sum(aux.z_loss) / layers,
-      load=stats.load,
-      entropy=stats.entropy,
-      routed=stats.routed,
-      dropped=stats.dropped,
-      events=jnp.sum(batch.features.length),
-      gradient_norm=optax.global_norm(gradient),
-      learning_rate=jnp.asarray(rate(state.step)),
-    )
+    moved = optax.apply_updates(params, updates)
+    after = objective(moved)[1].mean if weigher.needs_after else None
+    total = jnp.stack([out.tasks[n].total / statistics[n].constant_loss for n in names])
+    count = jnp.stack([out.tasks[n].weight for n in names])
+    weights = weigher.update(state.weighting, weighting.Seen(out.present, total, count, after))
     # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
+    stats = out.encoded.experts.stats
     biases = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
-    model = nnx.merge_state(optax.apply_updates(params, updates), biases)
-    return TrainState(state.step + 1, model, moments, state.key), metrics
+    model = nnx.merge_state(moved, biases)
+    metrics = _metrics(out, names, tuple(cfg.active_views), batch, gradient, jnp.asarray(rate(state.step)))
+    return TrainState(state.step + 1, model, moments, weights, state.key), metrics
 
   replicated = NamedSharding(mesh, PartitionSpec())
   return jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(layouts, sharding.batch_sharding(mesh)),
+    in_shardings=(layouts, sharding.batch_sharding(mesh), replicated),
     out_shardings=(layouts, replicated),
+  )
+
+
+def _metrics(
+  out: losses.Loss,
+  names: tuple[str, ...],
+  views: tuple[str, ...],
+  batch: Batch,
+  gradient: nnx.State,
+  learning_rate: jax.Array,
+) -> StepMetrics:
+  aux, stats, _ = out.encoded.experts
+  layers = max(len(stats.load), 1)
+  by_task = jnp.sum(stats.task_dropped, axis=0)
+  return StepMetrics(
+    loss=out.total,
+    tasks=out.tasks,
+    weights=dict(zip(names, out.weights)),
+    balance_loss=jnp.sum(aux.balance_loss) / layers,
+    z_loss=jnp.sum(aux.z_loss) / layers,
+    load=stats.load,
+    entropy=stats.entropy,
+    routed=stats.routed,
+    dropped=stats.dropped,
+    task_dropped=dict(zip(views, by_task)) if by_task.size else {},
+    slice_routed=out.slices[0],
+    slice_dropped=out.slices[1],
+    events=jnp.sum(batch.features.length),
+    gradient_norm=optax.global_norm(gradient),
+    learning_rate=learning_rate,
   )
 
 

@@ -32,7 +32,7 @@ def without_speed(row: dict) -> dict:
 
 
 def parameters(run: Run) -> list[np.ndarray]:
-  return [np.asarray(leaf) for leaf in jax.tree.leaves(run._variables)]
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(run.variables)]
 
 
 def test_metrics_have_a_row_every_few_steps_with_every_task(workdir: pathlib.Path, cfg: config.Config) -> None:
@@ -133,6 +133,7 @@ def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
   class Step:
     def __init__(self, total: float, weight: float, dropped: int):
       self.tasks = {"t": type("T", (), {"total": total, "weight": weight})}
+      self.weights, self.task_dropped, self.slice_routed, self.slice_dropped = {"t": 1.0}, {}, 0, 0
       self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
       self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
       self.entropy = np.array([0.5])
@@ -220,7 +221,7 @@ def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
   for mine, wanted in zip(parameters(Run(twice)), parameters(Run(once)), strict=True):
     np.testing.assert_array_equal(mine, wanted)
   assert all(np.isfinite(r["loss"]) and len(r["load"]) == 2 for r in rows(once))
-  (bias,) = jax.tree.leaves(nnx.filter_state(Run(once)._variables, BalanceBias))
+  (bias,) = jax.tree.leaves(nnx.filter_state(Run(once).variables, BalanceBias))
   assert bias.shape == (2, 4)
   steps = np.asarray(bias) / 0.01  # up or down by the rate in each of 8 steps
   np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)

@@ -1,5 +1,6 @@
-"""The properties of the loss with task indicators."""
+"""The properties of the loss with task indicators, with a task of every kind and each way to weigh them."""
 
+import functools
 import itertools
 
 import jax
@@ -14,34 +15,69 @@ from supermoe_jax import config
 from supermoe_jax.data import batches
 from supermoe_jax.data.batches import Batch, Targets
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training import losses
-from supermoe_jax.training.losses import TaskLoss, TaskStatistics
+from supermoe_jax.models.supermoe import SuperMoE
+from supermoe_jax.training import losses, statistics, weighting
+from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import build
 
 BINARY = config.FutureEvent(source="visits")
+METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
+KEY = jax.random.key(3)
+
+
+def targets(value: np.ndarray, known: np.ndarray) -> Targets:
+  return Targets(value, known, known.astype(np.float32), np.zeros((*known.shape, 0), np.int32))
 
 
 @pytest.fixture(scope="module")
-def batch(cfg: config.Config, dataset: Dataset) -> Batch:
-  return next(iter(batches.training(dataset, cfg)))
+def batch(rich: config.Config, rich_dataset: Dataset) -> Batch:
+  """Training rows in which every task has labels, and lacks some."""
+  parts = list(itertools.islice(batches.training(rich_dataset, rich), 3))
+  return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 @pytest.fixture(scope="module")
-def statistics(cfg: config.Config, dataset: Dataset) -> dict[str, TaskStatistics]:
-  return losses.measure(cfg.active_tasks, dataset.schema.outputs, batches.training(dataset, cfg), 30)
+def measured(rich: config.Config, rich_dataset: Dataset) -> dict[str, TaskStatistics]:
+  stream = batches.training(rich_dataset, rich)
+  return statistics.measure(rich.active_tasks, rich_dataset.schema.outputs, stream, 30)
 
 
 @pytest.fixture(scope="module")
-def gradient(cfg: config.Config, dataset: Dataset, statistics: dict[str, TaskStatistics]):
-  """A jitted `batch → (loss, gradient)`, without dropout."""
-  graph, state = nnx.split(build(cfg, dataset.schema)())
+def few(rich: config.Config) -> config.Config:
+  """Fewer tasks, one of each form of loss, for what is compiled once a weighting."""
+  kept = ("next_page", "quiet", "bought", "paid", "long", "age", "alike")
+  return config.override(rich, [f"--config.exclude_tasks={tuple(n for n in rich.tasks if n not in kept)}"])
 
-  def objective(state: nnx.State, batch: Batch) -> tuple[jax.Array, losses.Loss]:
-    out = losses.loss(nnx.merge(graph, state, copy=True), batch, statistics, cfg.train)
-    return out.total, out
 
-  jitted = jax.jit(jax.value_and_grad(objective, has_aux=True))
-  return lambda batch: jitted(state, batch)
+@pytest.fixture(scope="module")
+def weighed(few: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics]):
+  """`method → jitted batch → (loss, gradient, weighting state after, before)`, dropout off; compiled once each."""
+  graph, model = nnx.split(build(few, rich_dataset.schema)())
+
+  @functools.cache
+  def get(method: str):
+    weigher = weighting.make(config.Weighting(method=method, window=1, warmup_steps=1), few.active_tasks)
+    state = weigher.initial()
+    if method in ("uncertainty", "famo"):
+      state["log"] = jnp.linspace(-0.5, 0.5, len(few.active_tasks))
+
+    def step(model: nnx.State, batch: Batch):
+      def objective(model: nnx.State) -> tuple[jax.Array, losses.Loss]:
+        merged = nnx.merge(graph, model, copy=True)
+        out = losses.loss(merged, batch, measured, few.train, weigher, state, key=KEY, training=False)
+        return out.total, out
+
+      (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(model)
+      total = jnp.stack([out.tasks[n].total / measured[n].constant_loss for n in few.active_tasks])
+      count = jnp.stack([out.tasks[n].weight for n in few.active_tasks])
+      seen = weighting.Seen(out.present, total, count, 0.9 * out.mean)
+      return out, gradient, weigher.update(state, seen)
+
+    jitted = jax.jit(step)
+    return lambda batch: (*jitted(model, batch), state)
+
+  return get
 
 
 def with_target(batch: Batch, name: str, **changes: np.ndarray) -> Batch:
@@ -53,34 +89,166 @@ def assert_bitwise_equal(one: object, other: object) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_masked_labels_may_be_anything(gradient, batch: Batch, poison: float) -> None:
-  clean = gradient(batch)
-  assert not all(batch.targets[n].known.all() for n in ("quiet", "pages", "paid"))
-  for name in ("quiet", "pages", "paid"):
-    target = batch.targets[name]
-    value = np.where(target.known if target.value.ndim == 2 else target.known[..., None], target.value, poison)
-    assert np.isfinite(value).all() == target.known.all()
-    assert_bitwise_equal(gradient(with_target(batch, name, value=value.astype(np.float32))), clean)
+def test_every_task_has_labels_and_lacks_some(batch: Batch, rich: config.Config) -> None:
+  for name in rich.active_views:
+    assert batch.targets[name].known.any() and not batch.targets[name].known.all(), name
+  assert batch.slices["alike"].known.any()
 
 
-def test_an_absent_task_moves_nothing_of_its_own_and_leaves_the_others(gradient, batch: Batch) -> None:
-  none = with_target(batch, "paid", known=np.zeros_like(batch.targets["paid"].known))
-  (_, out), grads = gradient(none)
-  (_, whole), _ = gradient(batch)
-  assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads["heads"]["paid"]))
-  assert float(out.tasks["paid"].weight) == 0
-  for name in ("quiet", "pages", "next_page"):
-    assert_bitwise_equal(out.tasks[name], whole.tasks[name])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_labels_may_be_anything(weighed, batch: Batch, few: config.Config, method: str) -> None:
+  clean = weighed(method)(batch)
+  assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(clean[1]))
+  for poison in (np.nan, np.inf, -np.inf):
+    poisoned = batch
+    for name in few.active_views:
+      target = batch.targets[name]
+      if target.value.dtype != np.float32:
+        continue
+      known = target.known if target.value.ndim == 2 else target.known[..., None]
+      poisoned = with_target(poisoned, name, value=np.where(known, target.value, poison).astype(np.float32))
+    assert_bitwise_equal(weighed(method)(poisoned)[:3], clean[:3])
 
 
-def test_a_tasks_labels_do_not_move_another_tasks_head(gradient, batch: Batch) -> None:
-  flipped = with_target(batch, "quiet", value=1 - batch.targets["quiet"].value)
-  one, other = gradient(batch)[1], gradient(flipped)[1]
-  assert_bitwise_equal(one["heads"]["pages"], other["heads"]["pages"])
-  assert not np.array_equal(
-    one["heads"]["quiet"]["linear"]["kernel"][...], other["heads"]["quiet"]["linear"]["kernel"][...]
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_an_absent_task_moves_nothing(weighed, batch: Batch, few: config.Config, method: str) -> None:
+  whole, _, _, _ = weighed(method)(batch)
+  for gone in ("paid", "long", "alike"):
+    if gone == "alike":
+      slices = batch.slices["alike"]
+      none = batch._replace(slices={"alike": slices._replace(known=np.zeros_like(slices.known))})
+    else:
+      known = np.zeros_like(batch.targets[gone].known)
+      none = with_target(batch, gone, known=known, weight=np.zeros_like(batch.targets[gone].weight))
+    out, gradient, after, before = weighed(method)(none)
+    index = list(few.active_tasks).index(gone)
+    assert float(out.tasks[gone].weight) == 0 and not bool(out.present[index])
+    if gone != "alike":
+      assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient["heads"][gone]))
+    for name in few.active_tasks:
+      if name != gone:
+        assert_bitwise_equal(out.tasks[name], whole.tasks[name])
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+      np.testing.assert_array_equal(np.asarray(old)[index], np.asarray(new)[index])
+    if method not in ("pcgrad", "cagrad"):  # theirs depend on who is there, the others' on the past alone
+      np.testing.assert_array_equal(out.weights, whole.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
+  weighed, batch: Batch, few: config.Config, measured: dict[str, TaskStatistics], method: str
+) -> None:
+  out, _, _, _ = weighed(method)(batch)
+  w = np.asarray(out.weights)
+  assert (w >= 0).all() and w.sum() == pytest.approx(len(few.active_tasks), rel=1e-4)
+  rows = len(batch.features.length)
+  terms = [
+    w[i] * float(out.tasks[n].total) / (measured[n].rate * rows * measured[n].constant_loss)
+    for i, n in enumerate(few.active_tasks)
+  ]
+  aux = out.encoded.experts.aux
+  regularisers = few.train.balance_weight * aux.balance_loss.sum() + few.train.z_weight * aux.z_loss.sum()
+  assert float(out.total) == pytest.approx(sum(terms) + float(regularisers), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def by_task(rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch):
+  """Each task's loss differentiated by all parameters, without weights."""
+  graph, model = nnx.split(build(rich, rich_dataset.schema)())
+  weigher = weighting.make(config.Weighting(), rich.active_tasks)
+
+  def terms(model: nnx.State) -> dict[str, jax.Array]:
+    merged = nnx.merge(graph, model, copy=True)
+    out = losses.loss(merged, batch, measured, rich.train, weigher, weigher.initial(), key=KEY, training=False)
+    return {n: t.total for n, t in out.tasks.items()}
+
+  return jax.jit(jax.jacrev(terms))(model)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, rich: config.Config) -> None:
+  for task in rich.active_tasks:
+    for head, gradient in by_task[task]["heads"].items():
+      moved = any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
+      assert moved == (head == task), (task, head)
+    assert any(np.asarray(g).any() for g in jax.tree.leaves(by_task[task]["encoder"])), task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["static", "pcgrad"])
+def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
+  rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch, method: str
+) -> None:
+  few = {n: rich.active_tasks[n] for n in ("paid", "quiet", "tier", "next_page")}
+  model = rich.model
+
+  def loss_of(order: tuple[str, ...]) -> tuple[float, dict[str, float]]:
+    tasks = {n: few[n] for n in order}
+    graph, state = nnx.split(SuperMoE(model, rich_dataset.schema, tasks, rngs=nnx.Rngs(params=0)))
+    reference = nnx.state(SuperMoE(model, rich_dataset.schema, few, rngs=nnx.Rngs(params=0)))
+    state = nnx.merge_state(state, reference)  # the same parameters by name
+    weigher = weighting.make(config.Weighting(method=method), tasks)
+
+    def value(state: nnx.State) -> losses.Loss:
+      merged = nnx.merge(graph, state, copy=True)
+      return losses.loss(merged, batch, measured, rich.train, weigher, weigher.initial(), key=KEY, training=False)
+
+    out = jax.jit(value)(state)
+    return float(out.total), dict(zip(order, np.asarray(out.weights).tolist()))
+
+  total, weights = loss_of(tuple(few))
+  mine, permuted = loss_of(("tier", "next_page", "paid", "quiet"))
+  assert mine == pytest.approx(total, rel=1e-5)
+  assert permuted == pytest.approx(weights, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_micro_batch_gradients_sum_to_the_whole_batchs(
+  rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
+) -> None:
+  labelled = config.override(
+    rich,
+    [
+      "--config.exclude_tasks=('alike', 'sampled')",  # a contrast is about pairs of rows, and draws are a batch's own
+      "--config.model.capacity_factor=4.0",
+      "--config.train.balance_weight=0.0",  # the balance of a batch is no mean of its parts'
+      "--config.train.z_weight=0.0",
+    ],
   )
+  graph, model = nnx.split(build(labelled, rich_dataset.schema)())
+  weigher = weighting.make(config.Weighting(method="seesaw"), labelled.active_tasks)
+
+  def objective(model: nnx.State, batch: Batch) -> jax.Array:
+    merged = nnx.merge(graph, model, copy=True)
+    state = weigher.initial()
+    return losses.loss(merged, batch, measured, labelled.train, weigher, state, key=KEY, training=False).total
+
+  gradient = jax.jit(jax.grad(objective))
+  whole = gradient(model, batch)
+  parts = [gradient(model, jax.tree.map(lambda a, i=i: a[i * 8 : i * 8 + 8], batch)) for i in range(3)]
+  mean = jax.tree.map(lambda *g: sum(g) / 3, *parts)
+  for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.mark.slow
+def test_the_jitted_loss_is_the_eager_one(
+  rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
+) -> None:
+  small = jax.tree.map(lambda a: a[:4], batch)
+  graph, model = nnx.split(build(rich, rich_dataset.schema)())
+  weigher = weighting.make(config.Weighting(method="pcgrad"), rich.active_tasks)
+
+  def value(model: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    merged = nnx.merge(graph, model, copy=True)
+    out = losses.loss(merged, batch, measured, rich.train, weigher, weigher.initial(), key=KEY)
+    return out.total, out.weights
+
+  for a, b in zip(jax.jit(value)(model, small), value(model, small), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4)
 
 
 @settings(max_examples=50, deadline=None)
@@ -88,91 +256,140 @@ def test_a_tasks_labels_do_not_move_another_tasks_head(gradient, batch: Batch) -
 def test_micro_batches_add_up_to_the_whole_batch(seed: int, cut: int, rate: float) -> None:
   rng = np.random.default_rng(seed)
   logits, value, known = rng.normal(size=(8, 3)), rng.integers(0, 2, (8, 3)), rng.random((8, 3)) < 0.4
-  statistics = {"t": TaskStatistics(rate, 0.7)}
+  measured = {"t": TaskStatistics(rate, 0.7)}
 
   def loss(rows: slice) -> float:
-    targets = Targets(value[rows].astype(np.float32), known[rows])
-    part = {"t": losses.task_loss(BINARY, jnp.asarray(logits[rows], jnp.float32), targets)}
-    return float(losses.combine(part, {"t": BINARY}, statistics, 8))
+    asked = targets(value[rows].astype(np.float32), known[rows])
+    each = losses.per_sample(BINARY, jnp.asarray(logits[rows], jnp.float32), losses.safe_value(asked))
+    return float(losses.combine({"t": losses.task_loss(asked, each)}, measured, jnp.ones(1), 8))
 
   assert loss(slice(0, cut)) + loss(slice(cut, 8)) == pytest.approx(loss(slice(0, 8)), rel=1e-5)
 
 
-def test_normalising_by_the_rate_is_unbiased() -> None:
+def test_normalising_by_the_rate_is_unbiased_and_by_the_batch_is_not() -> None:
   """Over random batches the loss is the mean loss of a label, however rare labels are."""
   rng = np.random.default_rng(0)
   every = rng.exponential(size=20_000).astype(np.float32)
   known = rng.random(20_000) < 0.02
-  rate = known.mean()
-  statistics = {"t": TaskStatistics(float(rate), 1.0)}
-  means = []
-  for _ in range(300):
+  measured = TaskStatistics(float(known.mean()), 1.0)
+  normalise = jax.jit(losses.normalised, static_argnums=(2, 3))
+  means: dict[str, list[float]] = {"rate": [], "batch": []}
+  for _ in range(400):
     rows = rng.integers(0, 20_000, 64)
     part = TaskLoss(jnp.float32(every[rows][known[rows]].sum()), jnp.float32(known[rows].sum()))
-    means.append(float(losses.combine({"t": part}, {"t": BINARY}, statistics, 64)))
-  error = np.std(means) / np.sqrt(len(means))
-  assert abs(np.mean(means) - every[known].mean()) < 4 * error
+    for norm, found in means.items():
+      found.append(float(normalise(part, measured, 64, norm)))
+  error = np.std(means["rate"]) / np.sqrt(400)
+  assert abs(np.mean(means["rate"]) - every[known].mean()) < 4 * error
+  # A batch without a label delivers nothing: 1 - .98^64 of the nominal weight is left.
+  expected = (1 - 0.98**64) * every[known].mean()
+  assert np.mean(means["batch"]) == pytest.approx(expected, rel=0.12)
 
 
-def test_permuting_tasks_leaves_the_loss() -> None:
-  parts = {n: TaskLoss(jnp.float32(i + 1.5), jnp.float32(i + 1)) for i, n in enumerate("abc")}
-  statistics = {n: TaskStatistics(0.5 + i, 1.0 + i) for i, n in enumerate("abc")}
-  tasks = dict.fromkeys("abc", BINARY)
-  totals = {
-    float(losses.combine({n: parts[n] for n in order}, tasks, statistics, 8)) for order in itertools.permutations("abc")
-  }
-  assert max(totals) - min(totals) < 1e-6
+def test_a_sum_is_divided_by_the_constant_loss_only() -> None:
+  part = TaskLoss(jnp.float32(6.0), jnp.float32(4.0))
+  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "sum")) == 3.0
+  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "batch")) == 0.75
+  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "rate")) == 0.75
 
 
-def test_constant_losses_are_those_of_the_best_constant(
-  statistics: dict[str, TaskStatistics], dataset: Dataset
-) -> None:
-  stream = iter(
-    [
-      Batch(
-        _Length(4),
-        {"t": Targets(np.float32([[1, 0], [0, 0], [1, 1], [0, 1]]), np.array([[1, 1], [1, 0], [1, 1], [0, 0]], bool))},
-      )
-    ]
-  )
-  measured = losses.measure({"t": BINARY}, {"t": 1}, stream, 1)["t"]
-  share = 3 / 5  # of the labels known
-  assert (measured.rate, measured.snapshot_weight) == (pytest.approx(5 / 4), 1.0)
-  assert measured.constant_loss == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
-  assert statistics["next_page"].constant_loss <= np.log(dataset.schema.outputs["next_page"]) + 1e-6
+def test_no_gradient_flows_through_the_weights() -> None:
+  part = TaskLoss(jnp.float32(2.0), jnp.float32(1.0))
+  measured = {"t": TaskStatistics(1.0, 1.0)}
+  gradient = jax.grad(lambda w: losses.combine({"t": part}, measured, w, 1))(jnp.ones(1))
+  assert float(gradient[0]) == 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 9999), st.integers(2, 40))
+def test_log_uniform_counts_are_a_distribution(seed: int, items: int) -> None:
+  counts = np.exp(losses.log_expected_count(jnp.arange(items), items, 7))
+  assert counts.sum() == pytest.approx(7, rel=1e-4)
+  drawn = np.asarray(losses.log_uniform(items, 4000, jax.random.key(seed)))
+  assert drawn.min() >= 0 and drawn.max() < items
+  share = np.bincount(drawn, minlength=items) / 4000
+  assert np.abs(share - counts / 7).max() < 0.04
+
+
+def test_the_sampled_softmax_with_log_q_correction_has_the_full_ones_gradient_in_the_limit() -> None:
+  rng = np.random.default_rng(0)
+  rows, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((30, 4), (30,)))
+  state, target = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), jnp.asarray(rng.integers(0, 30, 5))
+
+  def full(state: jax.Array) -> jax.Array:
+    logits = state @ rows.T + bias
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(5), target])
+
+  def sampled(state: jax.Array, draws: int) -> jax.Array:
+    return jnp.sum(losses.sampled_softmax(state, target, rows, bias, draws, jax.random.key(1)))
+
+  wanted = jax.grad(full)(state)
+  near, far = (jax.grad(sampled)(state, n) for n in (200_000, 20))
+  np.testing.assert_allclose(near, wanted, atol=0.03)
+  assert np.abs(far - wanted).max() > np.abs(near - wanted).max()
+
+
+def test_info_nce_equals_a_plain_loop() -> None:
+  rng = np.random.default_rng(2)
+  z = rng.normal(size=(4, 2, 3))
+  known = np.array([True, False, True, True])
+  flat = [(i, s) for i in range(4) if known[i] for s in range(2)]
+  unit = z / np.linalg.norm(z, axis=-1, keepdims=True)
+  total = 0.0
+  for i, s in flat:
+    scores = {o: unit[i, s] @ unit[o] / 0.2 for o in flat if o != (i, s)}
+    total += np.log(sum(np.exp(v) for v in scores.values())) - scores[i, 1 - s]
+  out = losses.info_nce(jnp.asarray(z, jnp.float32), jnp.asarray(known), 0.2)
+  assert float(out.total) == pytest.approx(total, rel=1e-4) and float(out.weight) == 6
+  gradient = jax.grad(lambda z: losses.info_nce(z, jnp.asarray(known), 0.2).total)(jnp.asarray(z, jnp.float32))
+  assert not np.asarray(gradient)[1].any() and np.isfinite(np.asarray(gradient)).all()
 
 
 class _Length:
   """Features of which only the number of rows matters."""
 
+  codes = np.zeros((4, 3, 1))
+
   def __init__(self, rows: int):
     self.length = np.zeros(rows)
 
 
+def test_constant_losses_are_those_of_the_best_constant() -> None:
+  known = np.array([[1, 1], [1, 0], [1, 1], [0, 0]], bool)
+  kinds = {
+    "binary": (BINARY, np.float32([[1, 0], [0, 0], [1, 1], [0, 1]])),
+    "classes": (config.UserLabel(column="c", type="multiclass"), np.int32([[2, 0], [0, 0], [2, 1], [0, 1]])),
+    "number": (config.UserLabel(column="c", type="regression"), np.float32([[2, 0], [1, 0], [2, -1], [9, 9]])),
+  }
+  asked = {n: targets(value, known) for n, (_, value) in kinds.items()}
+  found = statistics.measure(
+    {n: t for n, (t, _) in kinds.items()}, {"binary": 1, "classes": 3, "number": 1}, [Batch(_Length(4), asked, {})], 1
+  )
+  share = 3 / 5
+  assert (found["binary"].rate, found["binary"].snapshot_weight) == (pytest.approx(5 / 4), 1.0)
+  assert found["binary"].constant_loss == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
+  shares = np.array([2, 1, 2]) / 5
+  assert found["classes"].constant_loss == pytest.approx(-np.sum(shares * np.log(shares)))
+  assert found["number"].constant_loss == pytest.approx(np.var([2, 0, 1, 2, -1]))
+
+
 def test_a_task_without_any_label_contributes_nothing_and_stays_finite() -> None:
-  stream = iter([Batch(_Length(2), {"t": Targets(np.zeros((2, 1), np.float32), np.zeros((2, 1), bool))})])
-  statistics = losses.measure({"t": BINARY}, {"t": 1}, stream, 1)
-  total = losses.combine({"t": TaskLoss(jnp.float32(0), jnp.float32(0))}, {"t": BINARY}, statistics, 2)
+  none = targets(np.zeros((2, 1), np.float32), np.zeros((2, 1), bool))
+  measured = statistics.measure({"t": BINARY}, {"t": 1}, [Batch(_Length(2), {"t": none}, {})], 1)
+  total = losses.combine({"t": TaskLoss(jnp.float32(0), jnp.float32(0))}, measured, jnp.ones(1), 2)
   assert float(total) == 0.0
 
 
-def test_a_balanced_router_pays_what_the_weight_says(gradient, batch: Batch, cfg: config.Config, statistics) -> None:
-  (total, out), _ = gradient(batch)
-  tasks = losses.combine(out.tasks, cfg.active_tasks, statistics, cfg.train.batch_rows)
-  aux = out.encoded.experts.aux
-  wanted = tasks + cfg.train.balance_weight * aux.balance_loss.sum() + cfg.train.z_weight * aux.z_loss.sum()
-  assert float(total) == pytest.approx(float(wanted), rel=1e-5)
-
-
-def test_the_snapshots_of_a_next_event_task_carry_half_of_its_weight(
-  statistics: dict[str, TaskStatistics], dataset: Dataset, cfg: config.Config
+def test_the_snapshots_of_a_task_about_events_carry_half_of_its_weight(
+  measured: dict[str, TaskStatistics], rich_dataset: Dataset, rich: config.Config
 ) -> None:
-  events = snapshots = 0
-  for batch in itertools.islice(batches.training(dataset, cfg), 60):
-    known = batch.targets["next_page"].known
-    events += known[:, : cfg.model.max_events].sum()
-    snapshots += known[:, cfg.model.max_events :].sum()
-  assert statistics["next_page"].snapshot_weight * snapshots == pytest.approx(events, rel=0.1)
-  weight = losses.sample_weight(cfg.tasks["next_page"], statistics["next_page"], 3, 2)
-  assert weight.tolist() == pytest.approx([1, 1, 1] + [statistics["next_page"].snapshot_weight] * 2)
-  assert losses.sample_weight(cfg.tasks["quiet"], statistics["quiet"], 3, 2) == 1.0
+  for name in ("next_page", "long"):
+    events = snapshots = 0.0
+    for batch in itertools.islice(batches.training(rich_dataset, rich), 60):
+      weight = batch.targets[name].weight
+      events += weight[:, : rich.model.max_events].sum()
+      snapshots += weight[:, rich.model.max_events :].sum()
+    assert measured[name].snapshot_weight * snapshots == pytest.approx(events, rel=0.15)
+    weight = losses.snapshot_weight(rich.tasks[name], measured[name], 3, 5)
+    assert weight.tolist() == pytest.approx([1, 1, 1] + [measured[name].snapshot_weight] * 2)
+  assert losses.snapshot_weight(rich.tasks["quiet"], measured["quiet"], 3, 5) == 1.0

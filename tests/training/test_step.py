@@ -9,8 +9,8 @@ from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
-from supermoe_jax.training import losses
-from supermoe_jax.training.step import StepMetrics, TrainState, create_state, make_step, place, state_shardings
+from supermoe_jax.training import statistics
+from supermoe_jax.training.step import StepMetrics, TrainState, compiled, create_state, place
 
 STEPS = 3
 
@@ -23,14 +23,14 @@ def dropless(cfg: config.Config) -> config.Config:
 
 def trained(cfg: config.Config, dataset: Dataset, sizes: tuple[int, int, int]) -> tuple[TrainState, list[StepMetrics]]:
   mesh = sharding.make_mesh(config.Mesh(*sizes))
-  graph, state = create_state(cfg, dataset.schema, mesh)
+  _, state = create_state(cfg, dataset.schema, mesh)
   stream = batches.training(dataset, cfg)
-  statistics = losses.measure(cfg.active_tasks, dataset.schema.outputs, stream, 8)
+  measured = statistics.measure(cfg.active_tasks, dataset.schema.outputs, stream, 8)
   metrics = []
   with jax.set_mesh(mesh):
-    step = make_step(cfg, graph, statistics, mesh, state_shardings(cfg, state.model, mesh))
+    step = compiled(cfg, dataset.schema, mesh).step
     for batch, _ in zip(batches.training(dataset, cfg), range(STEPS)):
-      state, out = step(state, place(batch, mesh))
+      state, out = step(state, place(batch, mesh), measured)
       metrics.append(jax.device_get(out))
     return jax.device_get(state), metrics
 

@@ -1,0 +1,212 @@
+"""The tasks' weights: positive, of sum T, without a gradient, and never moved by a task that is not there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supermoe_jax import config
+from supermoe_jax.training import weighting
+from supermoe_jax.training.weighting import Observed, Seen, Weigher
+
+METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
+GRADIENT = ("pcgrad", "cagrad")
+NAMES = ("a", "b", "c")
+SETTINGS = {"window": 3, "warmup_steps": 4, "mu": 0.7}
+
+
+def make(method: str, names: tuple[str, ...] = NAMES) -> Weigher:
+  prior = {"a": 1.0, "b": 2.0, "c": 0.5} if method in ("static", "seesaw") else dict.fromkeys(NAMES, 1.0)
+  tasks = {n: config.FutureEvent(source="s", weight=prior[n]) for n in names}
+  return weighting.make(config.Weighting(method=method, **SETTINGS), tasks)
+
+
+@pytest.fixture(scope="module")
+def jitted():
+  """`(method, names) → (weigher, weights, update)`, compiled once each."""
+  made = {}
+
+  def get(method: str, names: tuple[str, ...] = NAMES):
+    if (method, names) not in made:
+      weigher = make(method, names)
+      made[method, names] = weigher, jax.jit(weigher.weights), jax.jit(weigher.update)
+    return made[method, names]
+
+  return get
+
+
+def gram_of(seed: int, tasks: int = 3) -> np.ndarray:
+  g = np.random.default_rng(seed).normal(size=(tasks, 5))
+  return (g @ g.T).astype(np.float32)
+
+
+def observed(seed: int, present: np.ndarray) -> Observed:
+  gram = gram_of(seed, len(present)) * np.outer(present, present)
+  return Observed(jnp.asarray(present), jnp.asarray(gram), jax.random.key(seed))
+
+
+def seen(rng: np.random.Generator, present: np.ndarray) -> Seen:
+  count = np.where(present, rng.integers(1, 50, len(present)), 0).astype(np.float32)
+  mean = rng.uniform(0.1, 2.0, len(present))
+  after = np.where(present, mean * rng.uniform(0.8, 1.1, len(present)), 0.0)
+  return Seen(
+    *(jnp.asarray(v, jnp.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after))
+  )
+
+
+def course(jitted, method: str, seed: int, names: tuple[str, ...] = NAMES, absent: float = 0.4):
+  """States and weights over some steps in which tasks come and go."""
+  weigher, weights, update = jitted(method, names)
+  order = [NAMES.index(n) for n in names]
+  rng = np.random.default_rng(seed)
+  state = weigher.initial()
+  for step in range(14):
+    present = rng.random(3) >= absent
+    whole = seen(rng, present)
+    part = Seen(*(part[jnp.array(order)] for part in whole))
+    gram = gram_of(seed + step) * np.outer(present, present)
+    at = Observed(part.present, jnp.asarray(gram[np.ix_(order, order)]), jax.random.key(step))
+    w = weights(state, at)
+    new = update(state, part)
+    yield np.asarray(part.present), state, np.asarray(w), new
+    state = new
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_weights_are_positive_and_sum_to_the_number_of_tasks(jitted, method: str, seed: int) -> None:
+  for present, _, w, _ in course(jitted, method, seed):
+    assert np.isfinite(w).all() and (w >= 0).all()
+    if method in GRADIENT:
+      assert w[present].sum() == pytest.approx(present.sum(), rel=1e-4)
+    else:
+      assert (w > 0).all() and w.sum() == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_an_absent_tasks_part_of_the_state_stays_bitwise(jitted, method: str, seed: int) -> None:
+  for present, old, _, new in course(jitted, method, seed):
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+      np.testing.assert_array_equal(np.asarray(before)[~present], np.asarray(after)[~present])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000), order=st.permutations(NAMES))
+def test_permuting_tasks_permutes_the_weights(jitted, method: str, seed: int, order: list[str]) -> None:
+  whole, permuted = course(jitted, method, seed), course(jitted, method, seed, tuple(order))
+  index = [NAMES.index(n) for n in order]
+  for (_, _, w, _), (_, _, mine, _) in zip(whole, permuted, strict=True):
+    # CAGrad's inner problem is solved step by step, to about three digits.
+    np.testing.assert_allclose(mine, w[index], rtol=2e-2 if method == "cagrad" else 2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in GRADIENT])
+def test_the_weight_of_a_task_does_not_depend_on_who_is_in_the_batch(jitted, method: str) -> None:
+  weigher, weights, _ = jitted(method)
+  state = weigher.initial()
+  for _, _, _, after in course(jitted, method, 3):
+    state = after
+  alone, everyone = (weights(state, observed(0, np.array(p))) for p in ([True, False, False], [True] * 3))
+  np.testing.assert_array_equal(alone, everyone)
+
+
+def after_steps(method: str, losses: list[list[float]], afters: list[list[float]] | None = None) -> np.ndarray:
+  """The weights after steps with these losses, all tasks present with one label."""
+  weigher = make(method)
+  state = weigher.initial()
+  one, there = jnp.ones(3), jnp.ones(3, bool)
+  for i, loss in enumerate(losses):
+    after = None if afters is None else jnp.array(afters[i], jnp.float32)
+    state = weigher.update(state, Seen(there, jnp.array(loss, jnp.float32), one, after))
+  return np.asarray(weigher.weights(state, Observed(there, None, jax.random.key(0))))
+
+
+def test_uncertainty_gives_less_to_the_larger_loss_and_settles_at_its_inverse() -> None:
+  w = after_steps("uncertainty", [[2.0, 1.0, 0.5]] * 400)
+  np.testing.assert_allclose(w / w[0], [1, 2, 4], rtol=0.02)
+
+
+def test_dwa_gives_more_to_the_loss_that_falls_slowly() -> None:
+  losses = [[1.0, 1.0, 1.0]] * 3 + [[0.5, 1.0, 1.5]] * 3
+  ratio = np.array([0.5, 1.0, 1.5]) / 2
+  np.testing.assert_allclose(after_steps("dwa", losses), 3 * np.exp(ratio) / np.exp(ratio).sum(), rtol=1e-5)
+
+
+def test_famo_gives_more_to_the_task_whose_log_loss_falls_least() -> None:
+  w = after_steps("famo", [[1.0, 1.0, 1.0]] * 30, [[0.7, 0.9, 1.0]] * 30)
+  behind = w * np.array([0.7, 0.9, 1.0])  # FAMO's own share is this, w is it over the loss
+  assert behind[0] < behind[1] < behind[2]
+
+
+def test_seesaw_is_log_loss_balancing_until_references_are_known_and_then_serves_those_behind() -> None:
+  prior = np.array([1.0, 2.0, 0.5])
+  early = after_steps("seesaw", [[0.5, 1.0, 2.0]] * 2)
+  balanced = prior / np.array([0.5, 1.0, 2.0])
+  np.testing.assert_allclose(early, 3 * balanced / balanced.sum(), rtol=1e-4)
+  flat = [[1.0, 1.0, 1.0]] * 4  # the warm-up ends: references are 1
+  later = after_steps("seesaw", flat + [[0.2, 1.0, 1.0]] * 400)
+  behind = later * np.array([0.2, 1.0, 1.0]) / prior
+  assert behind[0] < behind[1] and behind[1] == pytest.approx(behind[2], rel=1e-4)
+  expected = (0.2 / 1.0) ** (1 / SETTINGS["mu"])
+  assert behind[0] / behind[1] == pytest.approx(expected, rel=0.02)
+
+
+def test_seesaw_takes_given_references() -> None:
+  tasks = {n: config.FutureEvent(source="s") for n in NAMES}
+  w = weighting.make(config.Weighting(method="seesaw", references={"a": 0.5, "b": 1.0, "c": 2.0}), tasks)
+  state = w.initial()
+  state = w.update(state, Seen(jnp.ones(3, bool), jnp.ones(3), jnp.ones(3), None))
+  found = np.asarray(w.weights(state, observed(0, np.array([True] * 3))))
+  np.testing.assert_allclose(found / found[1], [2.0, 1.0, 0.5], rtol=1e-5)
+
+
+def test_pcgrad_equals_projection_of_the_gradients_themselves() -> None:
+  rng = np.random.default_rng(5)
+  g = rng.normal(size=(2, 4))
+  g[1] = -0.5 * g[0] + 0.3 * g[1]  # two tasks in conflict: the order cannot matter
+  tasks = {n: config.FutureEvent(source="s") for n in "ab"}
+  weigher = weighting.make(config.Weighting(method="pcgrad"), tasks)
+  gram = jnp.asarray(g @ g.T, jnp.float32)
+  w = np.asarray(weigher.weights({}, Observed(jnp.ones(2, bool), gram, jax.random.key(0))))
+  cut = [g[0] - (g[0] @ g[1]) / (g[1] @ g[1]) * g[1], g[1] - (g[0] @ g[1]) / (g[0] @ g[0]) * g[0]]
+  wanted = cut[0] + cut[1]
+  mine = w @ g
+  np.testing.assert_allclose(mine / np.linalg.norm(mine), wanted / np.linalg.norm(wanted), atol=1e-5)
+
+
+def test_pcgrad_leaves_gradients_that_agree() -> None:
+  weigher = make("pcgrad")
+  gram = jnp.asarray(np.ones((3, 3)) + np.eye(3), jnp.float32)
+  np.testing.assert_allclose(weigher.weights({}, Observed(jnp.ones(3, bool), gram, jax.random.key(0))), 1.0, rtol=1e-6)
+
+
+def test_cagrad_raises_the_worst_agreement_and_stays_near_the_mean() -> None:
+  rng = np.random.default_rng(1)
+  tasks = {n: config.FutureEvent(source="s") for n in NAMES}
+  weigher = weighting.make(config.Weighting(method="cagrad", c=0.5), tasks)
+  for _ in range(20):
+    g = rng.normal(size=(3, 6))
+    g[2] -= 0.7 * g[0]
+    w = np.asarray(
+      weigher.weights({}, Observed(jnp.ones(3, bool), jnp.asarray(g @ g.T, jnp.float32), jax.random.key(0)))
+    )
+    mean = g.mean(0)
+    radius = 0.5 * np.linalg.norm(mean)
+    # Undo the scaling to weights of sum T: d = mean + λ g_w lies on the ball's border.
+    scale = next(k for k in np.linspace(0.01, 3, 30_000) if np.linalg.norm(k * (w @ g) - mean) <= radius * 1.001)
+    direction = max(
+      (k * (w @ g) for k in np.linspace(scale, 3, 4000) if np.linalg.norm(k * (w @ g) - mean) <= radius * 1.001),
+      key=lambda d: min(g @ d),
+    )
+    grid = [np.array([i, j, 40 - i - j]) / 40 for i in range(41) for j in range(41 - i)]
+    inner = min(grid, key=lambda p: (p @ g) @ mean + radius * np.linalg.norm(p @ g))
+    best = mean + radius * (inner @ g) / np.linalg.norm(inner @ g)
+    size = np.linalg.norm(g, axis=1).max() * np.linalg.norm(mean)
+    assert min(g @ direction) >= min(g @ best) - 0.02 * size
+    assert min(g @ direction) >= min(g @ mean) - 0.02 * size
