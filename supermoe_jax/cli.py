@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from supermoe_jax import config
 
 # Errors that a user can act on: their message is enough, a stack trace would only hide it.
-_EXPECTED = ("ConfigError", "DataError", "RunError")
+_EXPECTED = ("ConfigError", "DataError", "RunError", "StudyError")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
   verb.add_argument("--out", type=pathlib.Path, help="directory to write; default: WORKDIR/embeddings")
   verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
   verb.set_defaults(run=_embed)
+
+  verb = verbs.add_parser("seesaw", help="what each task gains or loses beside the others: single tasks and variants")
+  _add_config(verb)
+  verb.add_argument("--workdir", required=True, type=pathlib.Path, help="directory of the study; runs in it are kept")
+  verb.add_argument("--jobs", type=int, default=1, help="processes that train side by side; default: 1")
+  verb.add_argument("--only", nargs="+", default=(), metavar="VARIANT", help="names or globs of the variants to run")
+  verb.set_defaults(run=_seesaw)
 
   verb = verbs.add_parser("report", help="write one HTML page about a run")
   _add_workdir(verb)
@@ -145,6 +152,18 @@ def _embed(args: argparse.Namespace) -> None:
   for time, count in manifest["as_of"].items():
     late = "; note: the log ends before this time" if count["after_log_end"] else ""
     print(f"  as of {time}: {count['rows']:,} users, {count['users_without_events_before']:,} without events yet{late}")
+
+
+def _seesaw(args: argparse.Namespace) -> None:
+  if args.jobs < 1:
+    raise config.ConfigError(f"--jobs={args.jobs} must be at least 1.")
+  cfg = config.load(args.config, args.overrides)
+  from supermoe_jax.evaluation import evaluate, seesaw, study
+
+  report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only)
+  print(evaluate.render(seesaw.table(report)))
+  print(*report["words"], sep="\n")
+  print(f"all figures: {args.workdir / 'seesaw.json'}; with pictures: {args.workdir / 'seesaw.html'}")
 
 
 def _report(args: argparse.Namespace) -> None:

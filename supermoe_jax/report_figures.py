@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER, best, gain
+
 INK = "#010203"  # the sentinel: replaced by currentColor
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3d85c6", "#d9722b", "#2f9e74", "#9068c8", "#d05050", "#858d96"
 # Steps of hue at nearly one brightness: a usual map ends in a colour that vanishes on white or on black.
@@ -35,7 +37,7 @@ MOST_NAMED_EXPERTS = 16
 # Width and height, in points, of the pictures of expert load over time and what stands beside them.
 WIDE = (370, 220)
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
   "svg.fonttype": "none",
   "text.parse_math": False,  # names come from the user's data and may hold a $
   "font.size": 10,
@@ -71,7 +73,7 @@ class Scores(NamedTuple):
   baselines: Mapping[str, float | None]
 
 
-class _Canvas:
+class Canvas:
   """A figure under construction; `svg` holds its markup once the block that drew it is left."""
 
   def __init__(self, width: float, height: float):
@@ -80,10 +82,10 @@ class _Canvas:
 
 
 @contextmanager
-def _drawing(name: str, label: str, width: float, height: float) -> Iterator[_Canvas]:
+def drawing(name: str, label: str, width: float, height: float) -> Iterator[Canvas]:
   """Opens a figure of `width` by `height` points; `name` makes its ids unique on the page, `label` is read aloud."""
-  with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
-    canvas = _Canvas(width, height)
+  with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
+    canvas = Canvas(width, height)
     yield canvas
     buffer = io.StringIO()
     canvas.figure.savefig(buffer, format="svg", dpi=200)
@@ -109,7 +111,7 @@ def _inline(svg: str, name: str, label: str, width: float) -> Markup:
   return Markup(head + re.sub(r"^<svg[^>]*>", "", svg))
 
 
-def _short(text: str, most: int = 22) -> str:
+def short(text: str, most: int = 22) -> str:
   """Cuts the middle out of a long name: names of one kind often differ at the end only."""
   end = (most - 1) // 2
   return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[-end:]}"
@@ -137,16 +139,20 @@ _MARKS = (("D", ORANGE), ("s", GREEN), ("^", PURPLE), ("v", RED), ("P", BLUE))
 
 
 def scores(name: str, rows: Sequence[Scores]) -> Markup:
-  """Dots of this run and its baselines, a row a task; areas under a curve apart from metrics that start at 0."""
+  """Dots of this run and its baselines, a row a task.
+
+  Areas under a curve stand apart from metrics that start at 0, and from those of which less is better.
+  """
   areas = [r for r in rows if r.metric.endswith("auc")]
-  groups = [g for g in (areas, [r for r in rows if r not in areas]) if g]
+  errors = [r for r in rows if r.metric in LOWER_IS_BETTER]
+  groups = [g for g in (areas, [r for r in rows if r not in areas and r not in errors], errors) if g]
   names = list(dict.fromkeys(b for r in rows for b in r.baselines))
   marks = dict(zip([n for n in names if n != "constant"], _MARKS * len(names)))
   marks["constant"] = ("|", GREY)
   lines = math.ceil((len(names) + 1) / 2)
   height = 24 * len(rows) + 44 * len(groups) + 16 * lines
   label = "This run's main metric beside its baselines, one row a task; the table holds the same numbers."
-  with _drawing(name, label, 380, height) as canvas:
+  with drawing(name, label, 380, height) as canvas:
     panels = canvas.figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(g) + 0.8 for g in groups])[:, 0]
     for axes, group in zip(panels, groups):
       _score_panel(axes, group, marks)
@@ -158,9 +164,10 @@ def scores(name: str, rows: Sequence[Scores]) -> Markup:
 
 def _score_panel(axes: Axes, rows: Sequence[Scores], marks: Mapping[str, tuple[str, str]]) -> None:
   for y, row in enumerate(rows):
-    best = max((v for v in row.baselines.values() if v is not None), default=None)
-    if row.run is not None and best is not None:
-      axes.plot([best, row.run], [y, y], color=BLUE if row.run >= best else GREY, linewidth=2, alpha=0.55, zorder=2)
+    other = best(row.metric, row.baselines.values())
+    if row.run is not None and other is not None:
+      colour = BLUE if gain(row.metric, row.run, other) >= 0 else GREY
+      axes.plot([other, row.run], [y, y], color=colour, linewidth=2, alpha=0.55, zorder=2)
     for baseline, value in row.baselines.items():
       shape, colour = marks[baseline]
       if value is not None:
@@ -177,9 +184,10 @@ def _score_panel(axes: Axes, rows: Sequence[Scores], marks: Mapping[str, tuple[s
     title = ", ".join(dict.fromkeys(r.metric.upper() for r in rows))
   axes.xaxis.set_major_locator(MaxNLocator(6))
   axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
-  axes.set_title(f"{title} (further right is better)", fontsize=9, fontweight="normal")
+  side = "left" if rows[0].metric in LOWER_IS_BETTER else "right"
+  axes.set_title(f"{title} (further {side} is better)", fontsize=9, fontweight="normal")
   axes.set_ylim(len(rows) - 0.5, -0.5)
-  axes.set_yticks(range(len(rows)), [_short(r.task) for r in rows])
+  axes.set_yticks(range(len(rows)), [short(r.task) for r in rows])
   axes.tick_params(axis="y", length=0)
   axes.spines["left"].set_visible(False)
   axes.grid(True)
@@ -194,6 +202,9 @@ def _thin(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return step, values
   parts = np.array_split(np.arange(len(step)), MOST_POINTS)
   return np.array([step[p].mean() for p in parts]), np.stack([values[p].mean(axis=0) for p in parts])
+
+
+_LINES = ("-", "--", ":", "-.")
 
 
 def curve(
@@ -212,11 +223,11 @@ def curve(
   y = np.where(np.isfinite(y), y, np.nan)
   x, y = _thin(np.asarray(step, np.float64), y)
   label = f"{title}: " + _course(step, values, show)
-  with _drawing(name, label, *size) as canvas:
+  with drawing(name, label, *size) as canvas:
     axes = canvas.figure.subplots()
     axes.plot(x, y, color=colour, marker="o" if len(x) <= 25 else "", ms=3.5)
-    axes.set_title(_short(title, 34))
-    _step_axis(axes, x)
+    axes.set_title(short(title, 34))
+    step_axis(axes, x)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: show(v)))
     if zero:
@@ -233,12 +244,32 @@ def _course(step: Sequence[float], values: Sequence[float | None], show: Callabl
   return f"{show(begin)} at step {first:,.0f}, {show(end)} at step {last:,.0f}."
 
 
-def _step_axis(axes: Axes, x: np.ndarray) -> None:
+def step_axis(axes: Axes, x: np.ndarray) -> None:
+  """Marks whole steps on the horizontal axis, over the range of `x`."""
   axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
   axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
   axes.set_xlabel("step", fontsize=9)
   if len(x) == 1:
     axes.set_xlim(x[0] - 1, x[0] + 1)
+
+
+def weights_over_time(name: str, step: Sequence[float], weights: Mapping[str, np.ndarray]) -> Markup:
+  """The tasks' weights `[n]` over the steps, a line a task; what is not finite leaves a gap."""
+  x, y = _thin(np.asarray(step, np.float64), np.stack(list(weights.values()), axis=1))
+  ends = ", ".join(f"{t} {number(float(v[-1]))}" for t, v in weights.items())
+  lines = math.ceil(len(weights) / 2)
+  with drawing(name, f"Weight of each task; at the end {ends}.", WIDE[0], WIDE[1] + 16 * lines) as canvas:
+    axes = canvas.figure.subplots()
+    for t, task in enumerate(weights):
+      style: dict[str, Any] = {"color": SCALE(t / max(len(weights) - 1, 1)), "linestyle": _LINES[t % len(_LINES)]}
+      axes.plot(x, y[:, t], marker="o" if len(x) <= 25 else "", ms=3.5, label=short(task), **style)
+    axes.set_title("Weight of each task")
+    step_axis(axes, x)
+    axes.set_ylim(0, max(float(np.nanmax(y, initial=0)) * 1.1, 1e-3))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(True, axis="y")
+    canvas.figure.legend(loc="outside lower left", ncols=2, handletextpad=0.5)
+  return canvas.svg
 
 
 def load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarray) -> Markup:
@@ -249,7 +280,7 @@ def load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarra
     x, y = np.array([x[0] - 0.5, x[0] + 0.5]), np.repeat(y, 2, axis=0)
   most = int(np.argmax(y[-1]))
   label = f"{title}: share of the choices by expert; at the end expert {most} has most, {percent(float(y[-1, most]))}."
-  with _drawing(name, label, *WIDE) as canvas:
+  with drawing(name, label, *WIDE) as canvas:
     axes = canvas.figure.subplots()
     top = np.cumsum(y, axis=1)
     for e in range(experts):
@@ -260,8 +291,8 @@ def load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarra
         axes.annotate(
           f"expert {e}", (x[-1], top[-1, e] - y[-1, e] / 2), (4, 0), textcoords="offset points", va="center", fontsize=9
         )
-    axes.set_title(_short(title, 50))
-    _step_axis(axes, x)
+    axes.set_title(short(title, 50))
+    step_axis(axes, x)
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
@@ -276,9 +307,9 @@ def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most
   rows, experts = load.shape
   named = experts <= MOST_NAMED_EXPERTS
   cell = 27 if named else max(8, 480 // experts)
-  width, height = 112 + cell * experts, 62 + 24 * rows
+  width, height = 112 + max(cell * experts, 5.2 * len(title)), 62 + 24 * rows  # the title needs room over few experts
   top = ", ".join(f"{t} expert {int(np.argmax(v))} ({percent(float(v.max()))})" for t, v in zip(tasks, load))
-  with _drawing(name, f"{title}. Most used: {top}.", width, height) as canvas:
+  with drawing(name, f"{title}. Most used: {top}.", width, height) as canvas:
     axes = canvas.figure.subplots()
     # From transparent to blue: on either background more colour is more load, and the text stays readable.
     strength = 0.8 * np.clip(load / most, 0, 1)
@@ -292,7 +323,7 @@ def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most
       axes.imshow(image, extent=(0, experts, rows, 0), aspect="auto", interpolation="nearest")
     axes.set_xlim(0, experts)
     axes.set_ylim(rows, 0)
-    axes.set_yticks(np.arange(rows) + 0.5, [_short(t) for t in tasks])
+    axes.set_yticks(np.arange(rows) + 0.5, [short(t) for t in tasks])
     shown = range(experts) if named else (0, experts - 1)
     axes.set_xticks([e + 0.5 for e in shown], list(map(str, shown)))
     axes.tick_params(length=0)
@@ -305,7 +336,7 @@ def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most
   return canvas.svg
 
 
-def _map_axes(canvas: _Canvas, place: np.ndarray, title: str) -> Axes:
+def _map_axes(canvas: Canvas, place: np.ndarray, title: str) -> Axes:
   axes = canvas.figure.subplots()
   axes.set_title(title)
   axes.xaxis.set_major_locator(NullLocator())
@@ -325,7 +356,7 @@ def map_by_count(name: str, title: str, place: np.ndarray, count: np.ndarray) ->
   count = np.maximum(count, 1)
   low, high = float(count.min()), float(max(count.max(), count.min() + 1))
   label = f"Map of {len(place):,} users coloured by {title}, {number(low)} to {number(high)}."
-  with _drawing(name, label, 300, 310) as canvas:
+  with drawing(name, label, 300, 310) as canvas:
     axes = _map_axes(canvas, place, title)
     norm = LogNorm(low, high)
     x, y = place.T
@@ -345,8 +376,8 @@ def map_by_label(name: str, title: str, place: np.ndarray, value: np.ndarray) ->
   """Points `place [n, 2]` coloured by a label: 1 yes, 0 no, NaN unknown."""
   groups = [("unknown", np.isnan(value), GREY), ("no", value == 0, BLUE), ("yes", value == 1, ORANGE)]
   count = ", ".join(f"{where.sum():,} {text}" for text, where, _ in groups[::-1])
-  with _drawing(name, f"Map of {len(place):,} users coloured by {title}: {count}.", 300, 310) as canvas:
-    axes = _map_axes(canvas, place, _short(title, 40))
+  with drawing(name, f"Map of {len(place):,} users coloured by {title}: {count}.", 300, 310) as canvas:
+    axes = _map_axes(canvas, place, short(title, 40))
     unknown = groups[0][1]
     axes.scatter(place[unknown, 0], place[unknown, 1], 3, GREY, alpha=0.35, linewidths=0, rasterized=True)
     # Yes and no in one go, in the order of the users: drawn one after the other, the second would cover the first.

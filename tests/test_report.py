@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from supermoe_jax import config, report, report_figures
+from supermoe_jax import config, report, report_figures, report_map, report_sections
 from supermoe_jax.data.events import DataError
 
 HOSTILE = "<b>x</b>"  # a field's name
@@ -53,7 +53,15 @@ class Page(html.parser.HTMLParser):
     return [attributes for name, attributes in self.tags if name == tag]
 
 
-def make_config(path: pathlib.Path, **model) -> config.Config:
+TASKS = {
+  "churn": {"kind": "future_event", "source": "purchases", "negate": True},
+  "basket": {"kind": "future_values", "field": "item", "top": 4},
+  "following": {"kind": "next_event", "field": "item"},
+  "young": {"kind": "user_label", "column": "age", "positive": ["18-24"]},
+}
+
+
+def make_config(path: pathlib.Path, tasks=TASKS, **model) -> config.Config:
   return config.resolve(
     {
       "data": {
@@ -64,12 +72,7 @@ def make_config(path: pathlib.Path, **model) -> config.Config:
         "split": {"train_end": "2017-10-01", "validation": ["2017-10-01"], "test": ["2017-11-01"]},
         "aggregates": {"enabled": False},
       },
-      "tasks": {
-        "churn": {"kind": "future_event", "source": "purchases", "negate": True},
-        "basket": {"kind": "future_values", "field": "item", "top": 4},
-        "following": {"kind": "next_event", "field": "item"},
-        "young": {"kind": "user_label", "column": "age", "positive": ["18-24"]},
-      },
+      "tasks": tasks,
       "model": {"d_model": 8, "layers": 2, "heads": 2, "d_hidden": 16, "d_expert": 16, "experts": 4, **model},
       "train": {"steps": 60, "warmup_steps": 5},
     }
@@ -120,7 +123,7 @@ def make_dataset(cfg: config.Config) -> None:
   )
 
 
-def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60)) -> None:
+def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60), **more) -> None:
   load = [[0.1, 0.2, 0.3, 0.4]] if cfg.model.moe_every else []
   rows = [
     {
@@ -134,6 +137,7 @@ def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60)) 
       "gradient_norm": float("nan") if s == 40 else 2.0,
       "learning_rate": 1e-3,
       "events_per_second": 12345.6,
+      **more,
     }
     for s in steps
   ]
@@ -233,6 +237,97 @@ def test_a_whole_run(tmp_path, cfg):
   assert report_figures.INK not in text and "currentColor" in text
 
 
+def test_every_kind_of_task_is_put_in_words(tmp_path):
+  task = {
+    "click": config.EventLabel(field="clicked", positive=("yes",), given=("item", "place"), per_snapshot=5),
+    "long": config.EventLabel(field="seconds", at_least=30.0),
+    "rating": config.EventLabel(field="stars"),
+    "plan": config.UserLabel(column="plan", type="multiclass"),
+    "age": config.UserLabel(column="age", type="regression"),
+    "alike": config.Contrast(slice_events=32),
+    "buy": config.FutureEvent(source="sales", sample_space="quiet == 1", out_space_weight=0.25),
+  }
+  said = {n: report_sections.question(t) for n, t in task.items()}
+  assert said["click"] == (
+    "whether clicked of the next event is yes, given its item, place; asked of the 5 events after a snapshot"
+  )
+  assert "seconds of the next event is at least 30;" in said["long"]
+  assert said["rating"].startswith("the number stars of the next event")
+  assert said["plan"] == "which value plan has"
+  assert said["age"].startswith("the number age")
+  assert "two slices of up to 32 events" in said["alike"] and "without a metric" in said["alike"]
+  assert said["buy"] == (
+    "any event of sales within 28 days, where quiet == 1 (in training with weight 1, elsewhere with 0.25)"
+  )
+
+
+EVERY_KIND = {
+  "age": {"kind": "user_label", "column": "age", "type": "regression"},
+  "alike": {"kind": "contrast"},
+  "bought": {"kind": "event_label", "field": "item", "positive": ["a"], "sample_space": "cheap == 1"},
+  "cheap": {"kind": "event_label", "field": "price", "at_least": 1.0, "given": ["item"]},
+  "plan": {"kind": "user_label", "column": "plan", "type": "multiclass"},
+}
+
+
+def test_a_run_of_the_other_kinds(tmp_path):
+  """Weights over time, gates, errors of which less is better, and labels of classes and numbers."""
+  cfg = make_config(tmp_path, tasks=EVERY_KIND, conditioning="gate")
+  run = tmp_path / "run"
+  run.mkdir()
+  config.save(cfg, run / "config.json")
+  make_dataset(cfg)
+  file = pathlib.Path(cfg.data.path) / "manifest.json"
+  manifest = json.loads(file.read_text())
+  yes = {"known": 40, "positive": 10}
+  labels = {"bought": yes, "cheap": yes, "plan": {"known": 8, "classes": {"free": 6, "paid": 2, "old": 0}}}
+  labels["age"] = {"known": 8, "mean": -0.125, "std": 1.5}
+  write_json(file, {**manifest, "labels": {n: dict.fromkeys(SPLITS, v) for n, v in labels.items()}})
+  make_metrics(cfg, run, weights={"age": 0.5, "plan": 1.5})
+
+  def scored(metric, own, constant):
+    return {"labels": 600, "metrics": {metric: own, "ece": 0.1}, "baselines": {"constant": {metric: constant}}}
+
+  tasks = {
+    "age": scored("rmse", 0.75, 1.0),
+    "bought": scored("auc", 0.75, 0.5),
+    "cheap": scored("auc", 0.25, 0.5),
+    "plan": {**scored("auc", None, 0.5), "classes": 3},
+  }
+  gates = {n: [0.5, 0.25, 0.125, 0.125] for n in tasks}
+  load = {n: {"snapshots": 10, "load": [[0.25] * 4], "gate": g} for n, g in gates.items()}
+  main = {n: next(iter(t["metrics"])) for n, t in tasks.items()}
+  splits = {"validation": tasks, "test": tasks}
+  make_evaluation(cfg, run, splits=splits, main_metric=main, expert_load=load)
+  text, page = written(run)
+
+  assert "ahead of its best baseline on 2 of 3" in page.text
+  assert "Of rmse less is better, of every other main metric more" in page.text
+  assert re.search(r'class="better">−0\.2500', text)  # the error fell by that
+  assert re.search(r'class="worse">−0\.2500', text)  # the area of "cheap"
+  assert "Trained without labels, and so without a metric: alike" in page.text
+  assert "Each task has a gate of its own over the experts" in page.text
+  assert "2 classes, 75% free" in page.text and "−0.125 ± 1.5" in page.text
+  assert "600 labels of 3 classes" in page.text
+  assert "Weight of age" in page.text
+  spoken = [a["aria-label"] or "" for a in page.all("svg")]
+  assert "Weight of each task; at the end age 0.5, plan 1.5." in spoken
+  assert any(s.startswith("Gate of each task, in percent. Most used: age expert 0 (50%)") for s in spoken)
+  assert "further left is better" in text and "further right is better" in text
+  assert "the task's own tokens" not in page.text
+
+
+def test_a_recurrent_model_is_called_one(tmp_path):
+  cfg, run = make_config(tmp_path, encoder="gru", conditioning="mmoe"), tmp_path / "run"
+  run.mkdir()
+  config.save(cfg, run / "config.json")
+  make_metrics(cfg, run, steps=(20,))
+  _, page = written(run)
+  text = " ".join(page.text.split())
+  assert "a recurrent network of 2 layers of gated units (GRU) and width 8, over the last" in text
+  assert "It has no expert layers. Each task reads a view of the user representation that an MMoE layer makes." in text
+
+
 def test_a_run_that_has_only_begun(tmp_path, cfg):
   _, page = written(tmp_path / "run")
   for command in ("prepare --config CONFIG", "train --config CONFIG", "evaluate", "embed"):
@@ -318,12 +413,12 @@ def test_labels_to_colour_by(cfg):
     }
 
   records = [record("a", 1, 1, 0), record("b", 0, 1, 1), record("c", 1, 0, 1)]
-  picked = report.pick_labels(cfg, records, NOVEMBER + 5)
+  picked = report_map.pick_labels(cfg, records, NOVEMBER + 5)
   assert list(picked) == ["churn", "young"]
   assert picked["churn"][0] == {"a": 1, "b": 0}
   assert picked["young"][0] == {"a": 0, "b": 1, "c": 1}
   assert "2017-11-01" in picked["churn"][1]
-  assert report.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
+  assert report_map.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
 
 
 def test_figures_are_well_formed_and_their_names_are_text():

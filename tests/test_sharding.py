@@ -89,7 +89,7 @@ def test_no_large_parameter_of_the_model_is_left_replicated(cfg: config.Config) 
   )
   fields = {n: 1 << 20 for n, f in cfg.data.fields.items() if f.kind != "numeric"}
   outputs = {n: (1 << 20) - 2 if isinstance(t, config.NextEvent) else 8 for n, t in cfg.active_tasks.items()}
-  schema = Schema(tuple(cfg.data.sources), fields, ("amount",), 400, outputs)
+  schema = Schema(tuple(cfg.data.sources), fields, ("amount",), 400, outputs, tuple(fields), (0,))
   mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
   _, state = abstract_model(large, schema)
   assert sharding.replicated(mesh, state, larger_than=2 << 20) == {}

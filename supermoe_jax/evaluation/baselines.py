@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.batches import Question
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import Dataset, make_comparison
+from supermoe_jax.data.labels import Comparison, Labels
 from supermoe_jax.evaluation import probes
 
-# Users that the logistic regressions on aggregates are fitted on; more would not change a linear model of a few hundred
+# Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred
 # inputs, and a record costs about a millisecond.
 FITTED_USERS = 20_000
 
@@ -44,24 +46,44 @@ def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Question], 
   return rank
 
 
-class AggregateModels:
-  """Logistic regressions on the hand-made aggregates alone, one for each task but next event.
+def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tuple[int, ...]) -> np.ndarray:
+  """Returns the best constant answer of the training labels to each of n questions.
 
-  Each is fitted on every user's last training snapshot that has a label of the task.
+  Shapes: `shape` is that of the answers, `[n]`, `[n, values]` or `[n, C]`; `rates` are the manifest's `label_rates` of
+  the task: the share of positives, of each value or of each class, or the mean. A number without one is standardised,
+  so that its mean is 0.
+  """
+  if rates is None and config.answer(task) == "regression":
+    return np.zeros(shape)
+  assert rates is not None
+  return np.broadcast_to(np.array(rates, np.float64) if len(shape) == 2 else rates[0], shape)
+
+
+def on_aggregates(answer: config.Answer) -> str:
+  """What the linear model on aggregates for a form of answer is called in tables."""
+  return "aggregates + ridge" if answer == "regression" else "aggregates + logistic"
+
+
+class AggregateModels:
+  """Linear models on the hand-made aggregates alone, one for each task that has a label a snapshot.
+
+  Each is fitted on every user's last training snapshot that has a label of the task, in its sample space if it has one.
   """
 
-  def __init__(self, dataset: Dataset, tasks: Sequence[str]):
+  def __init__(self, dataset: Dataset, cfg: config.Config):
+    """Fits the models of the config's active tasks."""
     self._dataset = dataset
-    self._probes: dict[str, probes.Probe] = {}
-    tasks = [t for t in tasks if not isinstance(dataset.config.tasks[t], config.NextEvent)]
-    if not dataset.schema.aggregates or not tasks:
+    self._probes: dict[str, probes.Predictor] = {}
+    answers = {n: config.answer(t) for n, t in cfg.active_views.items() if not isinstance(t, config.AT_EVENTS)}
+    if not dataset.schema.aggregates or not answers:
       return
-    xs: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
-    ys: dict[str, list[np.ndarray]] = {t: [] for t in tasks}
+    spaces = {n: make_comparison(cfg, n, dataset.encoders) for n in answers}
+    xs: dict[str, list[np.ndarray]] = {t: [] for t in answers}
+    ys: dict[str, list[np.ndarray]] = {t: [] for t in answers}
     for index in range(min(len(dataset), FITTED_USERS)):  # records are shuffled: any prefix is a sample
       record = dataset[index]
       train = record["snapshot_split"] == labels_lib.TRAIN
-      last = {t: np.flatnonzero(train & (record[f"known_{t}"] > 0))[-1:] for t in tasks}
+      last = {t: np.flatnonzero(train & _known(record, cfg.active_views[t], t, spaces[t]))[-1:] for t in answers}
       at = np.unique(np.concatenate([*last.values(), np.zeros(0, np.int64)])).astype(np.int64)
       history = dataset.history(record)
       rows = dataset.aggregates(history, record["snapshot_time"][at], record["snapshot_events"][at])
@@ -69,10 +91,16 @@ class AggregateModels:
         if len(snapshot):
           xs[task].append(rows[np.searchsorted(at, snapshot[0])])
           ys[task].append(record[f"label_{task}"][snapshot[0]])
-    self._probes = {t: probes.Probe(np.array(xs[t]), np.array(ys[t], np.float32)) for t in tasks if ys[t]}
+    for task, answer in answers.items():
+      if ys[task]:
+        x, y = np.array(xs[task]), np.array(ys[task])
+        self._probes[task] = probes.fit(answer, x, y, dataset.schema.outputs[task])
 
-  def scores(self, questions: Sequence[Question]) -> dict[str, np.ndarray]:
-    """Probabilities of each task for each question: `[n]` or `[n, values]`; empty without aggregates."""
+  def predictions(self, questions: Sequence[Question]) -> dict[str, np.ndarray]:
+    """Answers of each task to each question; empty without aggregates.
+
+    Probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
+    """
     if not self._probes:
       return {}
     parts: dict[str, list[np.ndarray]] = {t: [] for t in self._probes}
@@ -84,3 +112,10 @@ class AggregateModels:
       for task, probe in self._probes.items():
         parts[task].append(probe(np.array(rows)))
     return {t: np.concatenate(p) for t, p in parts.items()}
+
+
+def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:
+  """The task's supervision indicator at each snapshot: bool `[S]`."""
+  inside = space and space(Labels(record[f"label_{space.task}"], record[f"known_{space.task}"] > 0))
+  weights = (task.in_space_weight, task.out_space_weight)
+  return labels_lib.supervision(record[f"known_{name}"] > 0, inside, weights)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,64 +19,127 @@ from supermoe_jax.evaluation import baselines, metrics, ranking
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.training.run import Run
 
-# The metric that stands for a task in tables.
-MAIN_METRIC = {"next_event": "ndcg@{k}", "future_event": "auc", "future_values": "mean_auc", "user_label": "auc"}
+# The metric that stands for a task in tables, by the form of its answer.
+MAIN_METRIC: dict[config.Answer, str] = {
+  "catalogue": "ndcg@{k}",
+  "binary": "auc",
+  "multilabel": "mean_auc",
+  "multiclass": "auc",
+  "regression": "rmse",
+}
+
+SPLITS = ("validation", "test")
+
+# Questions ranked at a time.
+RANKED_AT_ONCE = 1024
 
 
 class _Collected(NamedTuple):
-  """All questions of a split with the model's answers, host arrays in the order of the questions."""
+  """All questions of a split with the model's answers, host arrays in the order of the questions.
+
+  Attributes:
+    questions: n of them.
+    answers: of each task `[n, …]`, as `Answered` has them.
+    labels: of each task `[n, …]`.
+    seen: of each task that excludes seen values, the codes seen.
+    expert: int32 `[M, n, K]`, where the snapshots' own tokens went.
+    task_expert: int32 `[M, n, T, K]`, where the tasks' tokens went; None without them.
+    gate: float32 `[n, T, E]`; None without gates.
+  """
 
   questions: list[Question]
   answers: dict[str, np.ndarray]
   labels: dict[str, Labels]
   seen: dict[str, list[np.ndarray]]
-  expert: np.ndarray  # int32 [M, n, K]
+  expert: np.ndarray
+  task_expert: np.ndarray | None
+  gate: np.ndarray | None
 
 
-def evaluate(run: Run) -> dict[str, Any]:
-  """Evaluates both splits, writes `evaluation.json` into the run directory and returns what it holds."""
+class _Asked(NamedTuple):
+  """The known labels of one task, with the model's answers: n of them, each of question `question [n]`."""
+
+  value: np.ndarray
+  answer: np.ndarray
+  question: np.ndarray
+
+
+def evaluate(
+  run: Run,
+  *,
+  compare: bool = True,
+  progress: bool = True,
+  splits: Sequence[str] = SPLITS,
+  write: bool = True,
+) -> dict[str, Any]:
+  """Measures every active task that has labels and returns what `evaluation.json` holds.
+
+  Args:
+    run: the run to evaluate.
+    compare: also the baselines, which take longer than the model on a small dataset.
+    progress: show a bar.
+    splits: the splits to evaluate; expert load is that of the last.
+    write: write the file into the run directory; it holds both splits.
+
+  Raises:
+    ConfigError: a split has no snapshot.
+    ValueError: the file is to be written, but not of both splits.
+  """
+  if write and set(splits) != set(SPLITS):
+    raise ValueError(f"evaluation.json holds {' and '.join(SPLITS)}, not only {', '.join(splits)}; pass write=False")
   begun = clock.monotonic()
-  splits = {}
-  aggregates = baselines.AggregateModels(run.dataset, list(run.cfg.active_tasks))
-  for split in ("validation", "test"):
-    collected = _collect(run, split)
-    by_aggregates = aggregates.scores(collected.questions)
-    tasks = {n: _task(run, n, t, collected, by_aggregates.get(n)) for n, t in run.cfg.active_tasks.items()}
-    splits[split] = {n: v for n, v in tasks.items() if v is not None}
-  load = {n: _load(run, n, collected) for n in run.cfg.active_tasks}
+  tasks = run.cfg.active_views
+  aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
+  measured, load = {}, {}
+  for split in splits:
+    collected = _collect(run, split, progress)
+    by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
+    found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
+    measured[split] = {n: v for n, v in found.items() if v is not None}
+    load = {n: _load(run, n, t, i, collected) for i, (n, t) in enumerate(tasks.items())}
   result = {
     "step": run.step,
     "config_hash": run.cfg.hash(),
-    "main_metric": {n: _main_metric(run.cfg, t) for n, t in run.cfg.active_tasks.items()},
-    "splits": splits,
+    "main_metric": {n: main_metric(run.cfg, t) for n, t in tasks.items()},
+    "splits": measured,
     "expert_load": load,
     "seconds": round(clock.monotonic() - begun, 1),
   }
-  file = run.workdir / "evaluation.json"
-  temporary = file.with_suffix(".incomplete")
-  temporary.write_text(json.dumps(result, indent=1) + "\n")
-  temporary.replace(file)
+  if write:
+    file = run.workdir / "evaluation.json"
+    temporary = file.with_suffix(".incomplete")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(file)
   return result
 
 
-def _main_metric(cfg: config.Config, task: config.Task) -> str:
-  return MAIN_METRIC[task.kind].format(k=max(cfg.evaluate.cutoffs))
+def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
+  """The name of the metric that stands for a task."""
+  return MAIN_METRIC[config.answer(task)].format(k=max(cfg.evaluate.cutoffs))
 
 
-def _collect(run: Run, split: str) -> _Collected:
+def _collect(run: Run, split: str, progress: bool) -> _Collected:
   asked: list[Question] = []
-  answers: dict[str, list[np.ndarray]] = {n: [] for n in run.cfg.active_tasks}
-  labels: dict[str, list[Labels]] = {n: [] for n in run.cfg.active_tasks}
+  tasks = run.cfg.active_views
+  answers: dict[str, list[np.ndarray]] = {n: [] for n in tasks}
+  labels: dict[str, list[Labels]] = {n: [] for n in tasks}
   seen: dict[str, list[np.ndarray]] = {}
-  experts = []
+  expert: list[np.ndarray] = []
+  task_expert: list[np.ndarray] = []
+  gate: list[np.ndarray] = []
   expected = run.dataset.manifest["snapshots"][split]
-  with tqdm(total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1) as bar:
+  bar = tqdm(total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1, disable=not progress)
+  with bar:
     for batch in batches.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split]):
-      out = run.answer(batch.features)
+      out = run.answer(batch.features, batch.given)
       n = len(batch.questions)
       asked += batch.questions
-      experts.append(np.asarray(out.expert)[:, :n])
-      for name in answers:
+      expert.append(np.asarray(out.expert)[:, :n])
+      if out.task_expert is not None:
+        task_expert.append(np.asarray(out.task_expert)[:, :n])
+      if out.gate is not None:
+        gate.append(np.asarray(out.gate)[:n])
+      for name in tasks:
         answers[name].append(np.asarray(out.answers[name])[:n])
         labels[name].append(batch.labels[name])
       for name, values in batch.seen.items():
@@ -91,61 +154,91 @@ def _collect(run: Run, split: str) -> _Collected:
     {n: np.concatenate(parts) for n, parts in answers.items()},
     {n: Labels(*(np.concatenate(part) for part in zip(*parts))) for n, parts in labels.items()},
     seen,
-    np.concatenate(experts, axis=1),
+    np.concatenate(expert, axis=1),
+    np.concatenate(task_expert, axis=1) if task_expert else None,
+    np.concatenate(gate) if gate else None,
   )
 
 
 def _task(
-  run: Run, name: str, task: config.Task, collected: _Collected, by_aggregates: np.ndarray | None
+  run: Run,
+  name: str,
+  task: config.LabelledTask,
+  collected: _Collected,
+  compare: bool,
+  by_aggregates: np.ndarray | None,
 ) -> dict[str, Any] | None:
   """Metrics and baselines of one task; None without any label."""
   label = collected.labels[name]
-  index = np.flatnonzero(label.known)
-  if not len(index):
+  known = np.nonzero(label.known)  # of a task with several events a question: the events
+  if not len(known[0]):
     return None
-  value, answer = label.value[index], collected.answers[name][index]
-  questions = [collected.questions[i] for i in index]
+  asked = _Asked(label.value[known], collected.answers[name][known], known[0])
   if isinstance(task, config.NextEvent):
-    return _ranking(run, name, task, value, answer, questions, collected.seen.get(name, []), index)
-  score = metrics.multi_label if isinstance(task, config.FutureValues) else metrics.binary
-  value = value.astype(np.float32)
-  out: dict[str, Any] = {
-    "labels": len(index),
-    "positive": float(value.mean()),
-    "metrics": score(value, _sigmoid(answer)),
-  }
-  rate = np.array(run.dataset.manifest["label_rates"][name])
-  constant = np.broadcast_to(rate if value.ndim == 2 else rate[0], value.shape)
-  compared: dict[str, Metrics] = {"constant": score(value, constant)}
-  area = "auc" if value.ndim == 1 else "mean_auc"
-  compared["constant"][area] = None if out["metrics"][area] is None else 0.5
+    return _ranking(run, name, task, asked, collected, compare)
+  users = np.array([q.user for q in collected.questions])[asked.question]
+  form = config.answer(task)
+  predicted = predictions(form, asked.answer)
+  out: dict[str, Any] = {"labels": len(asked.value)}
+  if form in ("binary", "multilabel"):
+    out["positive"] = float(asked.value.mean())
+  elif form == "multiclass":
+    out["classes"] = len(np.unique(asked.value))
+  out["metrics"] = _score(task, asked.value, predicted, users)
+  compared: dict[str, Metrics] = {}
+  if compare:
+    rates = run.dataset.manifest["label_rates"].get(name)
+    always = baselines.constant(task, rates, predicted.shape)
+    compared["constant"] = _score(task, asked.value, always, users)
   if by_aggregates is not None:
-    compared["aggregates + logistic"] = score(value, by_aggregates[index])
+    compared[baselines.on_aggregates(form)] = _score(task, asked.value, by_aggregates[asked.question], users)
   return {**out, "baselines": compared}
 
 
+def predictions(form: config.Answer, answer: np.ndarray) -> np.ndarray:
+  """Turns a model's answers `[n, …]` into what metrics take: probabilities of logits, and numbers as they are."""
+  answer = answer.astype(np.float64)
+  if form == "regression":
+    return answer
+  if form == "multiclass":
+    odds = np.exp(answer - answer.max(axis=-1, keepdims=True))
+    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
+  return np.asarray(np.exp(-np.logaddexp(0, -answer)))
+
+
+def _score(task: config.LabelledTask, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+  form = config.answer(task)
+  if form == "regression":
+    return metrics.regression(value, predicted)
+  if form == "multiclass":
+    return metrics.multi_class(value.astype(np.int64), predicted)
+  value = value.astype(np.float32)
+  if form == "multilabel":
+    return metrics.multi_label(value, predicted)
+  if isinstance(task, config.EventLabel):
+    return metrics.event_binary(value, predicted, users)
+  return metrics.binary(value, predicted)
+
+
 def _ranking(
-  run: Run,
-  name: str,
-  task: config.NextEvent,
-  value: np.ndarray,
-  state: np.ndarray,
-  questions: list[Question],
-  all_seen: list[np.ndarray],
-  index: np.ndarray,
+  run: Run, name: str, task: config.NextEvent, asked: _Asked, collected: _Collected, compare: bool
 ) -> dict[str, Any]:
-  seen = [all_seen[i] for i in index] if task.exclude_seen else None
+  value, state = asked.value, asked.answer
+  seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
   rows, bias = run.catalogue(name)
-  size, ranks = 1024, []
-  for at in range(0, len(value), size):
-    part = slice(at, at + size)
+  ranks = []
+  for at in range(0, len(value), RANKED_AT_ONCE):
+    part = slice(at, at + RANKED_AT_ONCE)
     items = [s[s >= 2] - 2 for s in seen[part]] if seen is not None else None
     ranks.append(
       ranking.target_ranks(state[part], value[part] - 2, items, rows, bias, run.cfg.evaluate.catalogue_chunk)
     )
   cutoffs = run.cfg.evaluate.cutoffs
-  compared = {"most popular": metrics.ranking(baselines.popularity_ranks(value, seen), cutoffs)}
-  if not task.exclude_seen:
+  compared: dict[str, Metrics] = {}
+  if compare:
+    compared["most popular"] = metrics.ranking(baselines.popularity_ranks(value, seen), cutoffs)
+  if compare and not task.exclude_seen:
+    questions = [collected.questions[i] for i in asked.question]
     personal = baselines.personal_ranks(run.dataset, task.field, questions, value)
     compared["own most frequent"] = metrics.ranking(personal, cutoffs)
   return {
@@ -156,22 +249,31 @@ def _ranking(
   }
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-  return 1 / (1 + np.exp(-logits.astype(np.float64)))
+def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: _Collected) -> dict[str, Any]:
+  """Where a task's tokens went in each MoE layer, over its labelled (for one yes-or-no: positive) snapshots.
 
-
-def _load(run: Run, name: str, collected: _Collected) -> dict[str, Any]:
-  """Where the snapshots' tokens went in each MoE layer, over the labelled (for one yes-or-no: positive) snapshots."""
+  Without task tokens those are the snapshots' own. Where the task has a gate (its view is the `view`-th), also the
+  gate's mean over the same snapshots.
+  """
   label = collected.labels[name]
   chosen = label.known
-  if label.value.ndim == 1 and label.value.dtype != np.int32:
+  if config.answer(task) == "binary":
     chosen = chosen & (label.value > 0)
+  if chosen.ndim == 2:  # several events a snapshot
+    chosen = np.any(chosen, axis=1)
+  tokens = collected.expert if collected.task_expert is None else collected.task_expert[:, :, view]
   experts = run.cfg.model.experts
-  load = [
-    (np.bincount(layer[chosen].reshape(-1), minlength=experts) / max(layer[chosen].size, 1)).round(4).tolist()
-    for layer in collected.expert
-  ]
-  return {"snapshots": int(chosen.sum()), "load": load}
+  out: dict[str, Any] = {
+    "snapshots": int(chosen.sum()),
+    "load": [
+      (np.bincount(layer[chosen].reshape(-1), minlength=experts) / max(layer[chosen].size, 1)).round(4).tolist()
+      for layer in tokens
+    ],
+  }
+  if collected.gate is not None:
+    gate = collected.gate[chosen, view]
+    out["gate"] = (gate.sum(axis=0) / max(len(gate), 1)).astype(np.float64).round(4).tolist()
+  return out
 
 
 def table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:
@@ -182,7 +284,8 @@ def table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:
   for name, task in tasks.items():
     metric = result["main_metric"][name]
     cells = [_cell(task["metrics"][metric]), *(_cell(task["baselines"].get(b, {}).get(metric)) for b in names)]
-    rows.append([name, f"{task['labels']:,}", metric, *cells])
+    note = " (lower is better)" if metric in metrics.LOWER_IS_BETTER else ""
+    rows.append([name, f"{task['labels']:,}", metric + note, *cells])
   return rows
 
 

@@ -1,13 +1,34 @@
-"""Metrics of yes-or-no answers and of rankings."""
+"""Metrics of every form of answer: yes or no, one of several classes, several values, a number, a ranking.
+
+Shapes: n labels, C classes. Each function raises ValueError without any label: there is nothing to measure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from sklearn import metrics as sk
 
 Metrics = dict[str, float | None]
+
+# Of every other metric more is better; counts such as `gauc_users` are neither.
+LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae"})
+
+# A probability is taken to be at least this where its logarithm is: one answer that was certain and wrong would
+# otherwise make the mean infinite.
+SMALLEST_PROBABILITY = 1e-7
+
+
+def gain(metric: str, value: float, reference: float) -> float:
+  """Returns by how much `value` is better than `reference`; negative where it is worse."""
+  return reference - value if metric in LOWER_IS_BETTER else value - reference
+
+
+def best(metric: str, values: Iterable[float | None]) -> float | None:
+  """Returns the best of the values that are not None, or None."""
+  known = [v for v in values if v is not None]
+  return max(known, key=lambda v: gain(metric, v, 0.0), default=None)
 
 
 def binary(label: np.ndarray, probability: np.ndarray) -> Metrics:
@@ -15,6 +36,7 @@ def binary(label: np.ndarray, probability: np.ndarray) -> Metrics:
 
   AUC and average precision are None when only one class is present.
   """
+  _require_labels(label)
   both = 0 < label.sum() < len(label)
   return {
     "auc": float(sk.roc_auc_score(label, probability)) if both else None,
@@ -24,6 +46,37 @@ def binary(label: np.ndarray, probability: np.ndarray) -> Metrics:
   }
 
 
+def event_binary(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> Metrics:
+  """The metrics of `binary`, and AUC within users: the labels are of events, of which a user has several.
+
+  `gauc` is the mean of the users' own AUCs, weighted by their numbers of labels; users whose labels are of one class
+  have none. `gauc_users` counts the users that have one; without any, `gauc` is None.
+  Shapes: `label, probability, user [n]`.
+  Source: GAUC, "Optimized Cost per Click in Taobao Display Advertising", arXiv 1703.02091.
+  """
+  area, count = _area_of_each_user(label, probability, user)
+  mean = float(np.average(area, weights=count)) if len(area) else None
+  return {**binary(label, probability), "gauc": mean, "gauc_users": float(len(area))}
+
+
+def _area_of_each_user(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """AUC and number of labels of each user with both classes, by the rank sum: all users in one sort."""
+  _, user = np.unique(user, return_inverse=True)
+  order = np.lexsort((probability, user))
+  user, score, positive = user[order], probability[order], label[order] > 0
+  # Runs of equal scores of a user share the mean of their ranks.
+  begins = np.flatnonzero(np.append(True, (np.diff(user) != 0) | (np.diff(score) != 0)))
+  length = np.diff(np.append(begins, len(user)))
+  count = np.bincount(user)
+  first = (np.cumsum(count) - count)[user]  # where the user's labels begin
+  rank = np.repeat(begins + (length + 1) / 2, length) - first
+  ones = np.bincount(user, positive)
+  pairs = ones * (count - ones)
+  above = np.bincount(user, rank * positive) - ones * (ones + 1) / 2
+  both = pairs > 0
+  return above[both] / pairs[both], count[both]
+
+
 def expected_calibration_error(label: np.ndarray, probability: np.ndarray, bins: int = 10) -> float:
   """Mean distance of predicted and observed rate over equally filled bins (arXiv 1909.10155)."""
   order = np.argsort(probability, kind="stable")
@@ -31,17 +84,40 @@ def expected_calibration_error(label: np.ndarray, probability: np.ndarray, bins:
   return float(sum(len(p) * abs(probability[p].mean() - label[p].mean()) for p in parts) / len(label))
 
 
+def multi_class(label: np.ndarray, probability: np.ndarray) -> Metrics:
+  """Accuracy, macro F1, mean AUC, log loss and calibration error of `probability [n, C]` for class indices `label [n]`.
+
+  `macro_f1` is the mean over the classes that occur as label or as answer. `auc` is the mean, over the classes that
+  some but not all labels are of, of the AUC of one class against the rest; `classes_without_auc` counts the others.
+  `ece` asks whether the likeliest class is right as often as its probability says.
+  """
+  _require_labels(label)
+  answer = np.argmax(probability, axis=1)
+  usable = [c for c in range(probability.shape[1]) if 0 < np.sum(label == c) < len(label)]
+  areas = [sk.roc_auc_score(label == c, probability[:, c]) for c in usable]
+  own = probability[np.arange(len(label)), label]
+  return {
+    "accuracy": float(np.mean(answer == label)),
+    "macro_f1": float(sk.f1_score(label, answer, average="macro", zero_division=0)),
+    "auc": float(np.mean(areas)) if areas else None,
+    "log_loss": float(-np.mean(np.log(np.maximum(own, SMALLEST_PROBABILITY)))),
+    "ece": expected_calibration_error((answer == label).astype(np.float64), probability.max(axis=1)),
+    "classes_without_auc": float(probability.shape[1] - len(usable)),
+  }
+
+
 def multi_label(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metrics:
   """Mean AUC over the values that occur (`label, probability [n, values]`), recall in the k likeliest, log loss.
 
   `values_without_auc` counts the values left out of the mean because all or none have them.
   """
+  _require_labels(label)
   usable = [v for v in range(label.shape[1]) if 0 < label[:, v].sum() < len(label)]
   areas = [sk.roc_auc_score(label[:, v], probability[:, v]) for v in usable]
   top = np.argsort(-probability, axis=1, kind="stable")[:, :k]
   hits, wanted = np.take_along_axis(label, top, axis=1).sum(axis=1), label.sum(axis=1)
   some = wanted > 0
-  clipped = np.clip(probability, 1e-7, 1 - 1e-7)
+  clipped = np.clip(probability, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
   return {
     "mean_auc": float(np.mean(areas)) if areas else None,
     f"recall@{k}": float(np.mean(hits[some] / np.minimum(wanted[some], k))) if some.any() else None,
@@ -50,8 +126,25 @@ def multi_label(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metr
   }
 
 
+def regression(label: np.ndarray, prediction: np.ndarray) -> Metrics:
+  """Root mean square error, mean absolute error and R² of `prediction [n]`, in the unit of `label [n]`.
+
+  R² compares with the mean of these very labels; it is None when they are all alike.
+  """
+  _require_labels(label)
+  label, error = label.astype(np.float64), prediction.astype(np.float64) - label
+  spread = np.mean(np.square(label - label.mean()))
+  squared = np.mean(np.square(error))
+  return {
+    "rmse": float(np.sqrt(squared)),
+    "mae": float(np.mean(np.abs(error))),
+    "r2": float(1 - squared / spread) if np.ptp(label) > 0 else None,
+  }
+
+
 def ranking(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
   """HR@k, NDCG@k and MRR@k of one relevant item a question, at `rank [n]` (1 is best; infinite: not ranked)."""
+  _require_labels(rank)
   out: Metrics = {}
   for k in cutoffs:
     hit = rank <= k
@@ -59,3 +152,8 @@ def ranking(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
     out[f"ndcg@{k}"] = float(np.mean(np.where(hit, 1 / np.log2(1 + rank), 0.0)))
     out[f"mrr@{k}"] = float(np.mean(np.where(hit, 1 / rank, 0.0)))
   return out
+
+
+def _require_labels(label: np.ndarray) -> None:
+  if not len(label):
+    raise ValueError("there is no label to measure against")

@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.evaluation import baselines, evaluate, probes
+from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.training.run import Run
 
 
@@ -19,7 +19,7 @@ def result(run: Run) -> dict:
 def test_every_task_has_its_metrics_and_baselines_in_both_splits(result: dict, run: Run) -> None:
   for split in ("validation", "test"):
     tasks = result["splits"][split]
-    assert set(tasks) == set(run.cfg.active_tasks)
+    assert set(tasks) == set(run.cfg.active_views)
     assert set(tasks["next_page"]["baselines"]) == {"most popular", "own most frequent"}
     assert set(tasks["quiet"]["baselines"]) == {"constant", "aggregates + logistic"}
     for name, task in tasks.items():
@@ -36,7 +36,7 @@ def test_the_file_holds_what_is_returned(result: dict, workdir: pathlib.Path) ->
 def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run) -> None:
   label, score = [], []
   for batch in batches.questions(run.dataset, run.cfg, split=labels_lib.TEST):
-    out = np.asarray(run.answer(batch.features).answers["quiet"])
+    out = np.asarray(run.answer(batch.features, batch.given).answers["quiet"])
     for row, question in enumerate(batch.questions):
       record = run.dataset[question.user]
       if record["known_quiet"][question.snapshot]:
@@ -75,18 +75,3 @@ def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
   order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
   for place, item in enumerate(order, 1):
     assert baselines.personal_ranks(run.dataset, "page", [question], np.array([item + 2])).tolist() == [place]
-
-
-def test_a_probe_learns_a_linear_label_and_gives_the_rate_of_a_constant_one() -> None:
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(400, 5))
-  label = np.stack([(x[:, 0] > 0), np.zeros(400)], axis=1).astype(np.float32)
-  scores = probes.Probe(x[:300], label[:300])(x[300:])
-  assert roc_auc_score(label[300:, 0], scores[:, 0]) > 0.95
-  assert not scores[:, 1].any()
-
-
-def test_out_of_fold_scores_never_saw_their_own_label() -> None:
-  rng = np.random.default_rng(0)
-  label = (rng.random(300) < 0.5).astype(np.float32)
-  assert 0.35 < roc_auc_score(label, probes.out_of_fold(rng.normal(size=(300, 30)), label)) < 0.65

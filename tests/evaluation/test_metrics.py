@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
 
 from supermoe_jax.evaluation import metrics
+
+seeds = st.integers(0, 2**16)
 
 
 def test_a_perfect_ranking_has_area_one_and_a_reversed_one_zero() -> None:
@@ -24,6 +29,97 @@ def test_calibration_error_is_the_distance_of_rates() -> None:
   assert metrics.expected_calibration_error(label, np.clip(probability + 0.3, 0, 1)) > 0.15
 
 
+@settings(deadline=None)
+@given(seeds, st.integers(1, 60), st.integers(1, 8), st.sampled_from([2, 5, 1000]))
+def test_gauc_is_the_label_weighted_mean_of_the_users_own_areas(seed: int, n: int, users: int, values: int) -> None:
+  rng = np.random.default_rng(seed)
+  label = (rng.random(n) < 0.4).astype(np.float32)
+  probability = rng.integers(0, values, n) / values  # few values: many ties
+  user = rng.integers(0, users, n) * 7 - 3  # no indices
+  total = weight = counted = 0.0
+  for u in np.unique(user):
+    own = user == u
+    if 0 < label[own].sum() < own.sum():
+      total += own.sum() * sk.roc_auc_score(label[own], probability[own])
+      weight += own.sum()
+      counted += 1
+  out = metrics.event_binary(label, probability, user)
+  assert out["gauc_users"] == counted
+  assert out["gauc"] == (pytest.approx(total / weight, abs=1e-12) if counted else None)
+  assert {k: v for k, v in out.items() if not k.startswith("gauc")} == metrics.binary(label, probability)
+
+
+def test_gauc_does_not_see_how_users_differ_from_each_other() -> None:
+  label, user = np.array([0, 0, 1, 0, 1, 1]), np.array([1, 1, 1, 2, 2, 2])
+  probability = np.array([0.1, 0.2, 0.3, 0.7, 0.8, 0.9])
+  wrong_within = np.array([0.3, 0.2, 0.1, 0.9, 0.8, 0.7])
+  assert metrics.event_binary(label, probability, user)["gauc"] == 1.0
+  out = metrics.event_binary(label, wrong_within, user)
+  assert out["gauc"] == 0.0 and out["auc"] is not None and out["auc"] > 0.3
+
+
+def test_without_a_user_of_both_classes_there_is_no_gauc() -> None:
+  out = metrics.event_binary(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]), np.array([5, 5, 6, 6]))
+  assert (out["gauc"], out["gauc_users"], out["auc"]) == (None, 0.0, 1.0)
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(2, 60), st.integers(2, 5))
+def test_multi_class_metrics_equal_those_of_scikit_learn(seed: int, n: int, classes: int) -> None:
+  rng = np.random.default_rng(seed)
+  label = rng.integers(0, classes, n)
+  assume(len(np.unique(label)) > 1)
+  probability = rng.dirichlet(np.ones(classes), n)
+  answer = probability.argmax(axis=1)
+  out = metrics.multi_class(label, probability)
+  present = np.unique(label)
+  areas = [sk.roc_auc_score(label == c, probability[:, c]) for c in present]
+  assert out["accuracy"] == sk.accuracy_score(label, answer)
+  assert out["macro_f1"] == pytest.approx(sk.f1_score(label, answer, average="macro", zero_division=0))
+  assert out["log_loss"] == pytest.approx(sk.log_loss(label, probability, labels=range(classes)))
+  assert out["auc"] == pytest.approx(np.mean(areas))
+  assert out["classes_without_auc"] == classes - len(present)
+  if len(present) == classes > 2:
+    assert out["auc"] == pytest.approx(sk.roc_auc_score(label, probability, multi_class="ovr", average="macro"))
+
+
+def test_labels_of_one_class_have_no_area_but_the_other_metrics() -> None:
+  out = metrics.multi_class(np.array([2, 2]), np.array([[0.2, 0.2, 0.6], [0.5, 0.1, 0.4]]))
+  assert (out["auc"], out["classes_without_auc"], out["accuracy"]) == (None, 3.0, 0.5)
+  assert out["log_loss"] == pytest.approx(-np.log(0.6 * 0.4) / 2)
+
+
+def test_calibration_of_several_classes_is_that_of_the_likeliest() -> None:
+  rng = np.random.default_rng(0)
+  probability = rng.dirichlet(np.ones(3), 20_000)
+  label = np.array([rng.choice(3, p=p) for p in probability])
+  over = probability**3 / np.sum(probability**3, axis=1, keepdims=True)
+  assert metrics.multi_class(label, probability)["ece"] < 0.02 < 0.1 < metrics.multi_class(label, over)["ece"]
+
+
+def test_a_certain_wrong_answer_costs_much_but_not_everything() -> None:
+  out = metrics.multi_class(np.array([0, 1]), np.array([[0.0, 1.0], [0.0, 1.0]]))
+  assert out["log_loss"] == pytest.approx(-np.log(metrics.SMALLEST_PROBABILITY) / 2)
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(2, 50))
+def test_regression_metrics_equal_those_of_scikit_learn(seed: int, n: int) -> None:
+  rng = np.random.default_rng(seed)
+  label, prediction = rng.normal(3, 2, n).astype(np.float32), rng.normal(3, 2, n)
+  out = metrics.regression(label, prediction)
+  assert out["rmse"] == pytest.approx(sk.root_mean_squared_error(label, prediction))
+  assert out["mae"] == pytest.approx(sk.mean_absolute_error(label, prediction))
+  assert out["r2"] == pytest.approx(sk.r2_score(label, prediction), rel=1e-5, abs=1e-5)
+
+
+def test_labels_that_are_all_alike_have_no_r2() -> None:
+  # 0.1 is no float32: the mean of many differs from each by rounding.
+  out = metrics.regression(np.full(7, 0.1, np.float32), np.full(7, 1.1))
+  assert out["r2"] is None
+  assert out["rmse"] == pytest.approx(1.0) == out["mae"]
+
+
 def test_values_that_never_occur_are_left_out_of_the_mean_and_counted() -> None:
   label = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]], float)
   out = metrics.multi_label(label, np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5], [0.7, 0.3, 0.5]]), k=1)
@@ -37,3 +133,24 @@ def test_ranking_metrics_of_known_ranks() -> None:
   assert out["hr@5"] == 0.5
   assert out["ndcg@5"] == pytest.approx((1 + 1 / np.log2(3)) / 4)
   assert out["mrr@5"] == pytest.approx((1 + 0.5) / 4)
+
+
+def test_nothing_can_be_measured_without_a_label() -> None:
+  none = np.zeros(0)
+  for measure in (
+    lambda: metrics.binary(none, none),
+    lambda: metrics.event_binary(none, none, none),
+    lambda: metrics.multi_class(none.astype(int), np.zeros((0, 3))),
+    lambda: metrics.multi_label(np.zeros((0, 3)), np.zeros((0, 3))),
+    lambda: metrics.regression(none, none),
+    lambda: metrics.ranking(none, (5,)),
+  ):
+    with pytest.raises(ValueError, match="no label"):
+      measure()
+
+
+def test_the_better_of_two_values_depends_on_the_metric() -> None:
+  assert metrics.best("auc", [0.6, None, 0.7]) == 0.7
+  assert metrics.best("rmse", [0.6, None, 0.7]) == 0.6
+  assert metrics.best("rmse", [None]) is None
+  assert metrics.gain("auc", 0.7, 0.6) == pytest.approx(0.1) == metrics.gain("rmse", 0.6, 0.7)

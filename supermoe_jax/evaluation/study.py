@@ -1,0 +1,439 @@
+"""A seesaw study: single-task references and variants of a config, over seeds, each run cached as it ends.
+
+WORKDIR/runs/*.json     what each run left, by the hash of its config and data; a run that is there is not run again
+WORKDIR/seesaw.json     the report, rewritten as runs come in
+WORKDIR/seesaw.html     the same with pictures
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import shutil
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.evaluation import seesaw
+from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
+from supermoe_jax.evaluation.seesaw import SINGLE, RunResult
+
+# The variants of a study whose config names none; all of them are changes of that config.
+STANDARD: dict[str, tuple[str, ...]] = {
+  "shared_bottom": ("model.moe_every=0",),
+  "mmoe": ("model.moe_every=0", "model.conditioning=mmoe"),
+  "ple": ("model.moe_every=0", "model.conditioning=ple"),
+  "tuned_static": (),
+  "equal": ("train.weighting.method=equal",),
+  "seesaw": ("train.weighting.method=seesaw",),
+  "token": ("model.conditioning=token",),
+}
+
+# Training rows of metrics at the end of a run whose mean is its final loss.
+FINAL_ROWS = 3
+
+# Runs' own version: a change of what a run measures asks for new runs.
+FORMAT = 1
+
+
+class StudyError(RuntimeError):
+  """A study whose runs failed; the message names them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """Runs of one config, which share one compilation."""
+
+  variant: str
+  task: str | None
+  cfg: config.Config
+  seeds: tuple[int, ...]
+
+  def seeded(self) -> Iterator[tuple[int, config.Config]]:
+    """Each seed with its config."""
+    for seed in self.seeds:
+      yield seed, dataclasses.replace(self.cfg, train=dataclasses.replace(self.cfg.train, seed=seed))
+
+
+def study(
+  cfg: config.Config,
+  workdir: pathlib.Path,
+  *,
+  jobs: int = 1,
+  only: Sequence[str] = (),
+  say: Callable[[str], None] = print,
+) -> seesaw.Report:
+  """Runs what is missing of the study of `cfg.seesaw` and returns the report, which it also writes.
+
+  Args:
+    cfg: the config that is varied.
+    workdir: the study's directory.
+    jobs: processes that train side by side.
+    only: names or globs of the variants to run; empty: all.
+    say: told what goes on.
+
+  Raises:
+    ConfigError: a variant is no valid config, or needs other data.
+    DataError: there is no dataset, or it was prepared from another config.
+    StudyError: runs failed; the others are kept, and the same call runs only what is missing.
+  """
+  return _Study(cfg, workdir, jobs, only, say).run()
+
+
+class _Study:
+  """The course of a study: tune the references, run them, tune static weights, run the variants."""
+
+  def __init__(
+    self, cfg: config.Config, workdir: pathlib.Path, jobs: int, only: Sequence[str], say: Callable[[str], None]
+  ):
+    self.cfg, self.workdir, self.jobs, self.say = cfg, workdir, jobs, say
+    self.plan = cfg.seesaw
+    dataset = Dataset(cfg.data.path)
+    dataset.check_matches(cfg)
+    self._encoding = dataset.manifest["encoding_hash"]
+    self._manifest = dataset.manifest
+    self.tasks = list(cfg.active_views)
+    listed = dict(self.plan.variants) or STANDARD
+    for pattern in only:
+      if not fnmatch.filter(listed, pattern):
+        raise config.ConfigError(f"--only: {pattern!r} matches no variant{config.nearest(pattern, listed)}")
+    names = [n for n in listed if not only or any(fnmatch.fnmatchcase(n, p) for p in only)]
+    self.variants = {n: self._varied(f"config.seesaw.variants.{n}", cfg, listed[n]) for n in names}
+    self.overrides = {n: list(listed[n]) for n in names}
+    candidates = dict(self.plan.single) or {"same": ()}
+    self.singles = {
+      task: {n: self._single(f"config.seesaw.single.{n}", task, o) for n, o in candidates.items()}
+      for task in self.tasks
+    }
+    (workdir / "runs").mkdir(parents=True, exist_ok=True)
+    self._failed: list[str] = []
+
+  def _varied(self, path: str, cfg: config.Config, overrides: Sequence[str]) -> config.Config:
+    try:
+      varied = config.override(cfg, [f"--config.{o}" for o in overrides])
+    except config.ConfigError as error:
+      raise config.ConfigError(f"{path}: {error}") from None
+    if varied.data_hash() != cfg.data_hash() or varied.data.path != cfg.data.path:
+      raise config.ConfigError(f"{path} changes what is prepared; a study has one dataset.")
+    return dataclasses.replace(varied, seesaw=config.Seesaw())
+
+  def _single(self, path: str, task: str, overrides: Sequence[str]) -> config.Config:
+    others = tuple(n for n in self.cfg.tasks if n != task)
+    weighing = dataclasses.replace(self.cfg.train.weighting, method="equal", references={})
+    tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in self.cfg.tasks.items()}
+    train = dataclasses.replace(self.cfg.train, weighting=weighing)
+    alone = dataclasses.replace(self.cfg, tasks=tasks, exclude_tasks=others, train=train)
+    return self._varied(path, alone, overrides)
+
+  # --------------------------------------------------------------------------------------------------------- the course
+
+  def run(self) -> seesaw.Report:
+    seeds, first = self.plan.seeds, self.plan.seeds[:1]
+    begun = clock.monotonic()
+    several = {t: c for t, c in self.singles.items() if len(c) > 1}
+    self._execute("tuning references", [_Job(SINGLE, t, c, first) for t, cs in several.items() for c in cs.values()])
+    chosen = {t: self._best_single(t) for t in self.tasks}
+    self._execute("references", [_Job(SINGLE, t, self.singles[t][n], seeds) for t, n in chosen.items() if n])
+    references = {t: self._results(_Job(SINGLE, t, self.singles[t][n], seeds)) for t, n in chosen.items() if n}
+    if self.plan.tuned in self.variants:
+      self.variants[self.plan.tuned] = self._tuned_static(references)
+    for name, cfg in self.variants.items():
+      if cfg.train.weighting.method == "seesaw" and not cfg.train.weighting.references:
+        self.variants[name] = _referred(cfg, references)
+    jobs = [_Job(name, None, cfg, seeds) for name, cfg in self.variants.items()]
+    self._execute("variants", jobs, lambda: self._report(references, chosen))
+    report = self._report(references, chosen)
+    from supermoe_jax import seesaw_page  # pictures only when there is something to draw
+
+    seesaw_page.write(report, self.workdir / "seesaw.html")
+    self.say(f"study of {len(self.variants)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
+    if self._failed:
+      raise StudyError(
+        f"{len(self._failed)} runs failed, the others are kept: {'; '.join(self._failed[:3])}. The same command runs "
+        "what is missing."
+      )
+    return report
+
+  def _best_single(self, task: str) -> str | None:
+    candidates = self.singles[task]
+    if len(candidates) == 1:
+      return next(iter(candidates))
+    scores = {}
+    for name, cfg in candidates.items():
+      for result in self._results(_Job(SINGLE, task, cfg, self.plan.seeds[:1])):
+        score = _score(result, task, "validation")
+        if score is not None:
+          scores[name] = -score if result.main_metric[task] in LOWER_IS_BETTER else score
+    return max(scores, key=lambda n: scores[n]) if scores else None
+
+  def _tuned_static(self, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
+    """The tuned variant's config with the weights that are best on validation with the first seed."""
+    base = self.variants[self.plan.tuned]
+    rng = np.random.default_rng(0)
+    names = list(base.active_tasks)
+    spread = math.log(self.plan.static_spread)
+    draws = [np.zeros(len(names))]
+    draws += [rng.uniform(-spread, spread, len(names)) for _ in range(self.plan.static_candidates - 1)]
+    weighing = dataclasses.replace(base.train.weighting, method="static", references={})
+    candidates = []
+    for draw in draws:
+      weights = np.exp(draw) * len(names) / np.exp(draw).sum()
+      tasks = dict(base.tasks)
+      tasks |= {n: dataclasses.replace(tasks[n], weight=round(float(w), 4)) for n, w in zip(names, weights)}
+      train = dataclasses.replace(base.train, weighting=weighing)
+      candidates.append(dataclasses.replace(base, tasks=tasks, train=train))
+    jobs = [_Job(self.plan.tuned, None, c, self.plan.seeds[:1]) for c in candidates]
+    self._execute("tuning static weights", jobs, together=True)
+    alone = {t: r[0] for t, r in references.items() if r}
+    scores = {}
+    for i, job in enumerate(jobs):
+      for result in self._results(job):
+        gains = [_gain(result, alone[t], t, "validation") for t in alone]
+        scores[i] = float(np.mean([g for g in gains if g is not None]))
+    if not scores:
+      return candidates[0]
+    best = candidates[max(scores, key=lambda i: scores[i])]
+    told = ", ".join(f"{n}={best.tasks[n].weight:g}" for n in names)
+    self.say(f"static weights of {self.plan.tuned}, best of {len(scores)} on validation: {told}")
+    self.overrides[self.plan.tuned] += [f"tasks.{n}.weight={best.tasks[n].weight:g}" for n in names]
+    return best
+
+  def _report(self, references: Mapping[str, Sequence[RunResult]], chosen: Mapping[str, str | None]) -> seesaw.Report:
+    runs = [r for results in references.values() for r in results]
+    for name, cfg in self.variants.items():
+      runs += self._results(_Job(name, None, cfg, self.plan.seeds))
+    labels = {t: self._manifest["labels"][t]["test"]["known"] for t in self.tasks}
+    report = seesaw.report(
+      runs,
+      variants=list(self.variants),
+      tuned=self.plan.tuned if self.plan.tuned in self.variants else "",
+      overrides=self.overrides,
+      possible=_possible(pathlib.Path(self.cfg.data.path)),
+      labels=labels,
+      seeds=self.plan.seeds,
+    )
+    report["references"] = dict(chosen)
+    file = self.workdir / "seesaw.json"
+    temporary = file.with_suffix(".incomplete")
+    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    temporary.replace(file)
+    return report
+
+  # ----------------------------------------------------------------------------------------------------------- running
+
+  def _file(self, cfg: config.Config) -> pathlib.Path:
+    return self.workdir / "runs" / f"{_identity(cfg, self._encoding)}.json"
+
+  def _results(self, job: _Job) -> list[RunResult]:
+    """What the job's finished runs left, in the order of the seeds."""
+    files = [(seed, self._file(cfg)) for seed, cfg in job.seeded()]
+    found = [(seed, RunResult.from_json(json.loads(f.read_text()))) for seed, f in files if f.is_file()]
+    return [dataclasses.replace(r, variant=job.variant, task=job.task) for _, r in found]
+
+  def _execute(
+    self, what: str, jobs: Sequence[_Job], after: Callable[[], Any] | None = None, *, together: bool = False
+  ) -> None:
+    """Runs the seeds of jobs that are missing; `together`: jobs differ in numbers only and share a compilation."""
+    work = []
+    for job in jobs:
+      missing = [(seed, self._file(c), c) for seed, c in job.seeded() if not self._file(c).is_file()]
+      if missing:
+        work.append((job, missing))
+    total = sum(len(m) for _, m in work)
+    if not total:
+      return
+    self.say(f"{what}: {total} runs")
+    groups = [work[i :: self.jobs] for i in range(self.jobs)] if together else [[w] for w in work]
+    tasks = [
+      [(job.variant, job.task, str(file), c) for job, missing in group for _, file, c in missing] for group in groups
+    ]
+    tasks = [t for t in tasks if t]
+    with tqdm(total=total, desc=what, unit=" runs", dynamic_ncols=True) as bar:
+      for line, n in self._parallel(tasks):
+        bar.update(n)
+        bar.write(line)
+        if after is not None:
+          after()
+
+  def _parallel(self, tasks: Sequence[list[tuple[str, str | None, str, config.Config]]]) -> Iterator[tuple[str, int]]:
+    """Runs groups of runs in the study's processes; yields a line for each group that ended, and its number of runs."""
+    if self.jobs == 1:
+      for group in tasks:
+        for run in group:
+          yield from self._tell([run], _execute_group([run]))
+      return
+    context = multiprocessing.get_context("spawn")
+    with (
+      _ThreadLimit(self.jobs, self.workdir / "compiled"),
+      concurrent.futures.ProcessPoolExecutor(self.jobs, context) as pool,
+    ):
+      futures = {pool.submit(_execute_group, group): group for group in tasks}
+      for future in concurrent.futures.as_completed(futures):
+        yield from self._tell(futures[future], future.result())
+
+  def _tell(
+    self, group: Sequence[tuple[str, str | None, str, config.Config]], errors: Sequence[str | None]
+  ) -> Iterator[tuple[str, int]]:
+    for (variant, task, file, cfg), error in zip(group, errors):
+      name = f"{variant}{f' {task}' if task else ''}, seed {cfg.train.seed}"
+      if error is not None:
+        self._failed.append(f"{name}: {error}")
+        yield f"  {name}: failed: {error}", 1
+        continue
+      result = RunResult.from_json(json.loads(pathlib.Path(file).read_text()))
+      scores = {t: _score(result, t, "validation") for t in result.tasks}
+      told = " ".join(f"{t}={s:.4f}" for t, s in scores.items() if s is not None)
+      yield f"  {name}: {told} (validation, {result.seconds:.0f} s)", 1
+
+
+class _ThreadLimit:
+  """While processes start: each gets its share of the cores instead of fighting for all, and one compilation cache."""
+
+  def __init__(self, jobs: int, cache: pathlib.Path):
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    several = "true" if threads > 1 else "false"
+    flags = f"--xla_cpu_multi_thread_eigen={several} intra_op_parallelism_threads={threads}"
+    self._values = {
+      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+      "OMP_NUM_THREADS": str(threads),
+      "OPENBLAS_NUM_THREADS": str(threads),
+      "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache.absolute())),
+    }
+
+  def __enter__(self) -> None:
+    self._old = {n: os.environ.get(n) for n in self._values}
+    os.environ.update(self._values)
+
+  def __exit__(self, *unused: object) -> None:
+    for name, value in self._old.items():
+      if value is None:
+        os.environ.pop(name, None)
+      else:
+        os.environ[name] = value
+
+
+def _identity(cfg: config.Config, encoding: str) -> str:
+  """The name of a run's result: everything that it depends on, but not where its data lie."""
+  whole = config.to_dict(dataclasses.replace(cfg, seesaw=config.Seesaw()))
+  whole["data"].pop("path")
+  inactive = [n for n in whole["tasks"] if n not in cfg.active_tasks]
+  for name in inactive:
+    whole["tasks"].pop(name)
+  whole.pop("exclude_tasks")
+  text = json.dumps([FORMAT, encoding, whole], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _possible(dataset: pathlib.Path) -> dict[str, dict[str, float]] | None:
+  """What the simulator says is possible, where the dataset was made from one: `possible.json` beside the dataset."""
+  file = dataset.parent / "possible.json"
+  return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _referred(cfg: config.Config, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
+  """The config with the single-task losses as the references of the seesaw weights."""
+  known = {}
+  for task in cfg.active_tasks:
+    found = [r.losses.get(task) for r in references.get(task, ())]
+    values = [v for v in found if v is not None and v > 0]
+    if values:
+      known[task] = round(float(np.mean(values)), 5)
+  weighing = dataclasses.replace(cfg.train.weighting, references=known)
+  return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, weighting=weighing))
+
+
+def _score(result: RunResult, task: str, split: str) -> float | None:
+  return result.tasks.get(task, {}).get(split, {}).get(result.main_metric[task])
+
+
+def _gain(result: RunResult, alone: RunResult, task: str, split: str) -> float | None:
+  mine, other = _score(result, task, split), _score(alone, task, split)
+  return None if mine is None or other is None else seesaw.gain(result.main_metric[task], mine, other)
+
+
+# ----------------------------------------------------------------------------------------------------- inside a process
+
+
+def _execute_group(group: Sequence[tuple[str, str | None, str, config.Config]]) -> list[str | None]:
+  """Runs each of a group; returns for each what went wrong, or None."""
+  out: list[str | None] = []
+  for variant, task, file, cfg in group:
+    try:
+      result = run_one(cfg, pathlib.Path(file).with_suffix(""), variant=variant, task=task)
+      target = pathlib.Path(file)
+      temporary = target.with_suffix(".incomplete")
+      temporary.write_text(json.dumps(result.to_json(), ensure_ascii=False) + "\n")
+      temporary.replace(target)
+      out.append(None)
+    except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
+      out.append(f"{type(error).__name__}: {error}")
+  return out
+
+
+def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
+  """Trains and evaluates one config in `workdir`, which is removed afterwards; a run that was cut goes on."""
+  from supermoe_jax.evaluation import evaluate, gradients
+  from supermoe_jax.training import loop
+  from supermoe_jax.training.run import Run
+
+  begun = clock.monotonic()
+  loop.train(cfg, workdir, say=lambda _: None, progress=False)
+  run = Run(workdir)
+  found = evaluate.evaluate(run, compare=False, progress=False, write=False)
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  parameters, active = count_parameters(run)
+  result = RunResult(
+    variant=variant,
+    task=task,
+    seed=cfg.train.seed,
+    config_hash=cfg.hash(),
+    tasks={t: {s: found["splits"][s].get(t, {}).get("metrics", {}) for s in found["splits"]} for t in cfg.active_views},
+    main_metric=found["main_metric"],
+    losses={t: _final_loss(rows, t, run.statistics[t].constant_loss) for t in cfg.active_tasks},
+    parameters=parameters,
+    active_parameters=active,
+    seconds=round(clock.monotonic() - begun, 1),
+    weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
+    cosine=gradients.cosines(run) if len(cfg.active_views) > 1 else None,
+    expert_load=found["expert_load"],
+  )
+  shutil.rmtree(workdir)
+  return result
+
+
+def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:
+  """The mean loss of a label over b in the last rows of the metrics that have one."""
+  seen = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-FINAL_ROWS:]
+  weight = sum(s["weight"] for s in seen)
+  return sum(s["loss"] * s["weight"] for s in seen) / weight / constant_loss if weight else None
+
+
+def count_parameters(run: Any) -> tuple[int, int]:
+  """Returns the parameters of a run's model, and those that are active for a token.
+
+  Active are all but the rows of tables, and of the experts that a token may choose K of E.
+  """
+  import jax
+  from flax import nnx
+
+  share = run.cfg.model.experts_per_token / run.cfg.model.experts
+  total = active = 0.0
+  leaves = jax.tree.leaves(nnx.filter_state(run.variables, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
+  for variable in leaves:
+    size = math.prod(variable.get_value().shape)
+    names = variable.get_metadata().get("logical") or ()
+    total += size
+    active += 0 if "rows" in names else size * (share if "expert" in names else 1)
+  return int(total), round(active)

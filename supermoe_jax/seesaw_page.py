@@ -1,0 +1,118 @@
+"""The page of a seesaw study: one HTML file that needs nothing beside it, made from the content of `seesaw.json`."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from supermoe_jax import report_figures
+from supermoe_jax import seesaw_figures as figures
+from supermoe_jax.evaluation import seesaw_words as said
+from supermoe_jax.evaluation.seesaw_words import Report
+from supermoe_jax.report_figures import number
+from supermoe_jax.seesaw_figures import picture
+
+__all__ = ["picture", "write"]
+
+
+def write(report: Report, file: pathlib.Path) -> pathlib.Path:
+  """Writes the page of `report`, what `evaluation.seesaw.report` returned, to `file`; returns its path.
+
+  The study may be unfinished: whatever lacks is named on the page.
+  """
+  file = pathlib.Path(file)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters.update(
+    number=number,
+    cell=said.cell,
+    interval=said.interval,
+    score=_score,
+    share=_share,
+    signed=said.signed,
+  )
+  page = environment.get_template("seesaw.html.jinja").render(_page(report, file))
+  temporary = file.with_name(file.name + ".incomplete")
+  temporary.write_text(page, encoding="utf-8")
+  temporary.replace(file)
+  return file
+
+
+def _page(report: Report, file: pathlib.Path) -> dict[str, Any]:
+  variants = report["variants"]
+  drawn = any(v["tasks"][t]["gain"]["seeds"] for v in variants.values() for t in report["tasks"])
+  judged = [v["tasks"][t]["verdict"] for v in variants.values() for t in report["compared"]]
+  return {
+    "title": file.resolve().parent.name,
+    "report": report,
+    "conclusion": said.conclusion(report),
+    "warnings": said.warnings(report),
+    "sentences": {n: said.describe(report, n).removeprefix(f"{n}: ") for n in variants},
+    "marks": said.MARKS,
+    "few_seeds": said.FEW_SEEDS,
+    "intervals": sum(v != "unknown" for v in judged),
+    "gains": figures.gains("gains", report) if drawn else None,
+    "trade_off": figures.trade_off("trade-off", report) if any(v["harm"]["seeds"] for v in variants.values()) else None,
+    "shares": figures.shares("shares", report) if _has_shares(report) else None,
+    "details": {n: _details(f"v{i}", v) for i, (n, v) in enumerate(variants.items())},
+    "commands": {n: _command(v["overrides"]) for n, v in variants.items()},
+    "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+  }
+
+
+def _has_shares(report: Report) -> bool:
+  shares = (t["share_of_possible"] for v in report["variants"].values() for t in v["tasks"].values())
+  return any(s is not None and s["seeds"] for s in shares)
+
+
+def _details(name: str, variant: Mapping[str, Any]) -> dict[str, list[Markup]]:
+  """The pictures of one variant: gradient cosines and weights, and where its tasks' snapshots were sent."""
+  about, experts = [], []
+  cosine, weights, loads = variant["cosine"], variant["weights"], variant["expert_load"]
+  if cosine and cosine["tasks"]:
+    title = "Cosine of the tasks' gradients"
+    about.append(figures.cosines(f"{name}-cosine", title, cosine["tasks"], cosine["matrix"]))
+  if weights and weights["step"] and len(weights) > 1:
+    about.append(figures.weights(f"{name}-weights", "Weight of each task over the steps", weights))
+  loads = {t: v for t, v in loads.items() if v.get("load") and v.get("snapshots", 1)}
+  for m in range(min((len(v["load"]) for v in loads.values()), default=0)):
+    shares = np.array([v["load"][m] for v in loads.values()], np.float64)
+    most = float(shares.max()) or 1.0
+    # Few experts make a narrow picture: the rest of the title is in the caption.
+    experts.append(report_figures.heat_map(f"{name}-load-{m}", f"MoE layer {m + 1}", list(loads), shares, most))
+  gates = {t: v["gate"] for t, v in variant["expert_load"].items() if v.get("gate")}
+  if gates:
+    shares = np.array(list(gates.values()), np.float64)
+    most = float(shares.max()) or 1.0
+    experts.append(report_figures.heat_map(f"{name}-gate", "Gate", list(gates), shares, most))
+  return {"about": about, "experts": experts}
+
+
+def _command(overrides: list[str]) -> str:
+  """What trains this variant once."""
+  words = ["supermoe train --config CONFIG --workdir RUN", *(shlex.quote(f"--config.{o}") for o in overrides)]
+  return " \\\n  ".join(words)
+
+
+def _score(value: float | None) -> str:
+  return "–" if value is None else f"{value:.4f}".replace("-", "−")
+
+
+def _share(found: Mapping[str, Any] | None) -> str:
+  """A share of the possible in percent, with half the width of its interval."""
+  if found is None or found["mean"] is None:
+    return "–"
+  half = "" if found["low"] is None else f" ±{50 * (found['high'] - found['low']):.1f}"
+  return f"{100 * found['mean']:.1f}{half}%".replace("-", "−")

@@ -1,0 +1,329 @@
+"""Evaluation of every kind of task, with a model whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import types
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from supermoe_jax import config
+from supermoe_jax.data import batches
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data.batches import Question, QuestionBatch
+from supermoe_jax.data.labels import Labels
+from supermoe_jax.evaluation import baselines, evaluate
+from supermoe_jax.evaluation.ranking import target_ranks
+
+USERS, PER_SNAPSHOT, ITEMS, CLASSES, EXPERTS, ROWS = 60, 3, 9, 3, 4, 16
+TRAIN_RATES = {
+  "click": [0.3],
+  "dwell": [0.0],
+  "quiet": [0.4],
+  "pages": [0.2, 0.5],
+  "plan": [0.5, 0.3, 0.2],
+  "age": [0.25],
+}
+
+
+def make_config(**model) -> config.Config:
+  return config.resolve(
+    {
+      "data": {
+        "path": "nowhere",
+        "sources": {"visits": {"files": ["v.parquet"]}},
+        "fields": {"page": {}, "clicked": {"input": False}, "dwell": {"kind": "numeric", "input": False}},
+        "users": {"files": ["u.parquet"]},
+        "split": {"train_end": "2024-05-01", "validation": ["2024-05-02"], "test": ["2024-05-20"]},
+      },
+      "tasks": {
+        "left_out": {"kind": "future_event", "source": "visits"},
+        "next_page": {"kind": "next_event", "field": "page"},
+        "click": {"kind": "event_label", "field": "clicked", "positive": ["1"], "given": ["page"], "per_snapshot": 3},
+        "alike": {"kind": "contrast"},
+        "dwell": {"kind": "event_label", "field": "dwell", "per_snapshot": 3},
+        "quiet": {"kind": "future_event", "source": "visits", "negate": True},
+        "pages": {"kind": "future_values", "field": "page", "top": 2},
+        "plan": {"kind": "user_label", "column": "plan", "type": "multiclass", "sample_space": "quiet == 1"},
+        "age": {"kind": "user_label", "column": "age", "type": "regression"},
+      },
+      "exclude_tasks": ["left_out"],
+      "model": {"experts": EXPERTS, "experts_per_token": 2, **model},
+      "evaluate": {"batch_rows": ROWS, "cutoffs": [2, 5]},
+    }
+  )
+
+
+class FakeDataset:
+  """Users of one training snapshot each, whose aggregates are their number's binary digits."""
+
+  path = pathlib.Path("nowhere")
+  encoders = None
+  schema = types.SimpleNamespace(
+    aggregates=6,
+    outputs={"pages": 2, "plan": CLASSES, "age": 1, "quiet": 1},
+    categorical={"page": ITEMS + 2},
+    field={"page": 0}.get,
+  )
+
+  def __init__(self) -> None:
+    self.manifest = {"snapshots": {"validation": USERS, "test": USERS}, "label_rates": TRAIN_RATES}
+
+  def __len__(self) -> int:
+    return USERS
+
+  def __getitem__(self, user: int) -> dict:
+    digits = self.digits(user)
+    label = {"quiet": digits[0], "pages": digits[:2], "plan": digits[0] + digits[1], "age": digits[2] - 2 * digits[3]}
+    record = {
+      "number": user,
+      "codes": np.array([[2], [2 + user % ITEMS]]),
+      "snapshot_split": np.array([labels_lib.TRAIN]),
+    }
+    record |= {"snapshot_time": np.array([5]), "snapshot_events": np.array([2])}
+    for name, value in label.items():
+      record |= {f"label_{name}": np.array([value]), f"known_{name}": np.array([1])}
+    return record
+
+  @staticmethod
+  def digits(user: int) -> np.ndarray:
+    return (user >> np.arange(6)) & 1
+
+  def history(self, record: dict) -> int:
+    return record["number"]
+
+  def aggregates(self, user: int, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    return np.repeat(self.digits(user)[None], len(time), axis=0).astype(np.float64)
+
+
+class FakeRun:
+  """A run that answers a batch, known by its number in place of features, as was drawn for it."""
+
+  def __init__(self, workdir: pathlib.Path, cfg: config.Config, *, tokens: bool = False, gate: bool = False):
+    self.workdir, self.cfg, self.dataset, self.step = workdir, cfg, FakeDataset(), 7
+    rng = np.random.default_rng(0)
+    tasks = cfg.active_views
+    n, t, m = USERS, len(tasks), PER_SNAPSHOT
+    shape = {"next_page": (n,), "click": (n, m), "dwell": (n, m), "pages": (n, 2)}
+    value = {name: (rng.random(shape.get(name, (n,))) < 0.4).astype(np.float32) for name in tasks}
+    value["next_page"] = rng.integers(1, ITEMS + 2, n).astype(np.int32)
+    value["plan"] = rng.integers(0, CLASSES, n).astype(np.int32)
+    value |= {name: rng.normal(size=value[name].shape).astype(np.float32) for name in ("dwell", "age")}
+    known = {name: rng.random(v.shape[:1] if name == "pages" else v.shape) < 0.7 for name, v in value.items()}
+    for name in ("click", "dwell", "age"):
+      value[name][~known[name]] = np.nan
+    self.labels = {name: Labels(value[name], known[name]) for name in tasks}
+    sizes = {"next_page": (n, 4), "click": (n, m), "dwell": (n, m), "pages": (n, 2), "plan": (n, CLASSES)}
+    self.answers = {name: rng.normal(size=sizes.get(name, (n,))).astype(np.float32) for name in tasks}
+    self.given = {name: rng.integers(0, 9, (n, m, 1)).astype(np.int32) for name in ("click", "dwell")}
+    self.expert = rng.integers(0, EXPERTS, (2, n, 2)).astype(np.int32)
+    self.task_expert = rng.integers(0, EXPERTS, (2, n, t, 2)).astype(np.int32) if tokens else None
+    self.gate = rng.dirichlet(np.ones(EXPERTS), (n, t)).astype(np.float32) if gate else None
+    self.rows, self.bias = jnp.asarray(rng.normal(size=(ITEMS, 4)), jnp.float32), jnp.zeros(ITEMS)
+
+  def questions(self, dataset, cfg, *, split: int) -> Iterator[QuestionBatch]:
+    assert split in (labels_lib.VALIDATION, labels_lib.TEST)
+    for start in range(0, USERS, ROWS):
+      part = slice(start, min(start + ROWS, USERS))
+      # Two snapshots a user, so that events of several snapshots are one user's.
+      asked = [Question(i // 2, str(i // 2), 0, 5, 2, 3) for i in range(part.start, part.stop)]
+      labels = {n: Labels(v.value[part], v.known[part]) for n, v in self.labels.items()}
+      yield QuestionBatch(start, asked, labels, {}, {n: self.padded(g, start) for n, g in self.given.items()})
+
+  @staticmethod
+  def padded(x: np.ndarray, start: int, axis: int = 0) -> np.ndarray:
+    part = x.take(range(start, min(start + ROWS, USERS)), axis=axis)
+    return np.pad(part, [(0, ROWS - part.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)])
+
+  def answer(self, features: int, given: dict[str, np.ndarray]):
+    for name, codes in given.items():
+      assert np.array_equal(codes, self.padded(self.given[name], features))
+    return types.SimpleNamespace(
+      answers={n: jnp.asarray(self.padded(a, features)) for n, a in self.answers.items()},
+      expert=self.padded(self.expert, features, 1),
+      task_expert=None if self.task_expert is None else self.padded(self.task_expert, features, 1),
+      gate=None if self.gate is None else self.padded(self.gate, features),
+    )
+
+  def catalogue(self, task: str):
+    assert task == "next_page"
+    return self.rows, self.bias
+
+  def known(self, task: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, answers and users of a task's known labels."""
+    at = np.nonzero(self.labels[task].known)
+    return self.labels[task].value[at], self.answers[task][at].astype(np.float64), at[0] // 2
+
+
+@pytest.fixture
+def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+  def make(**options) -> FakeRun:
+    model = (
+      {"conditioning": "token"} if options.get("tokens") else {"conditioning": "gate"} if options.get("gate") else {}
+    )
+    run = FakeRun(tmp_path, make_config(**model), **options)
+    monkeypatch.setattr(batches, "questions", run.questions)
+    return run
+
+  return make
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+  return 1 / (1 + np.exp(-x))
+
+
+def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
+  run = make_run()
+  result = evaluate.evaluate(run, progress=False)
+  assert result["main_metric"] == {
+    "next_page": "ndcg@5",
+    "click": "auc",
+    "dwell": "rmse",
+    "quiet": "auc",
+    "pages": "mean_auc",
+    "plan": "auc",
+    "age": "rmse",
+  }
+  assert result == json.loads((run.workdir / "evaluation.json").read_text())
+  assert list(result["splits"]) == ["validation", "test"]
+  tasks = result["splits"]["test"]
+  assert list(tasks) == list(run.cfg.active_views) == list(result["expert_load"])
+  for name, task in tasks.items():
+    value, answer, _ = run.known(name)
+    found = task["metrics"]
+    assert task["labels"] == len(value)
+    if name == "next_page":
+      rank = target_ranks(answer.astype(np.float32), value - 2, None, run.rows, run.bias, 4)
+      assert found["hr@5"] == pytest.approx(np.mean(rank <= 5))
+      assert task["unseen_in_training"] == np.sum(value < 2) > 0
+    elif name in ("dwell", "age"):
+      assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(value, answer))
+      assert "positive" not in task
+    elif name == "plan":
+      assert found["accuracy"] == pytest.approx(np.mean(answer.argmax(axis=1) == value))
+      odds = np.exp(answer)
+      assert found["log_loss"] == pytest.approx(sk.log_loss(value, odds / odds.sum(axis=1, keepdims=True)))
+      assert task["classes"] == CLASSES
+    elif name == "pages":
+      assert found["mean_auc"] == pytest.approx(sk.roc_auc_score(value, answer))
+    else:
+      assert found["auc"] == pytest.approx(sk.roc_auc_score(value, answer))
+      assert found["log_loss"] == pytest.approx(sk.log_loss(value, sigmoid(answer)))
+      assert task["positive"] == pytest.approx(value.mean())
+
+
+def test_gauc_is_of_the_users_of_the_questions(make_run) -> None:
+  run = make_run()
+  found = evaluate.evaluate(run, progress=False)["splits"]["test"]["click"]["metrics"]
+  value, answer, user = run.known("click")
+  own = {u: (value[user == u], answer[user == u]) for u in np.unique(user)}
+  areas = {u: sk.roc_auc_score(*pair) for u, pair in own.items() if 0 < pair[0].mean() < 1}
+  assert found["gauc_users"] == len(areas) > 5
+  assert found["gauc"] == pytest.approx(np.average(list(areas.values()), weights=[len(own[u][0]) for u in areas]))
+  assert "gauc" not in evaluate.evaluate(run, progress=False)["splits"]["test"]["quiet"]["metrics"]
+
+
+def test_each_kind_is_compared_with_its_baselines(make_run) -> None:
+  run = make_run()
+  tasks = evaluate.evaluate(run, progress=False)["splits"]["test"]
+  assert {n: list(t["baselines"]) for n, t in tasks.items()} == {
+    "next_page": ["most popular", "own most frequent"],
+    "click": ["constant"],
+    "dwell": ["constant"],
+    "quiet": ["constant", "aggregates + logistic"],
+    "pages": ["constant", "aggregates + logistic"],
+    "plan": ["constant", "aggregates + logistic"],
+    "age": ["constant", "aggregates + ridge"],
+  }
+  constant = {n: t["baselines"]["constant"] for n, t in tasks.items() if n != "next_page"}
+  for name in ("click", "quiet", "pages", "plan"):
+    assert constant[name]["mean_auc" if name == "pages" else "auc"] == 0.5
+  assert constant["click"]["gauc"] == 0.5
+  value = run.known("plan")[0]
+  assert constant["plan"]["log_loss"] == pytest.approx(-np.mean(np.log(np.array(TRAIN_RATES["plan"])[value])))
+  assert constant["age"]["rmse"] == pytest.approx(np.sqrt(np.mean((run.known("age")[0] - 0.25) ** 2)))
+
+
+def test_without_comparison_or_writing_only_the_metrics_are_made(make_run) -> None:
+  run = make_run()
+  whole = evaluate.evaluate(run, progress=False)
+  (run.workdir / "evaluation.json").unlink()
+  part = evaluate.evaluate(run, compare=False, progress=False, splits=("validation",), write=False)
+  assert list(run.workdir.iterdir()) == []
+  assert list(part["splits"]) == ["validation"]
+  for name, task in part["splits"]["validation"].items():
+    assert task["baselines"] == {}
+    assert task["metrics"] == whole["splits"]["validation"][name]["metrics"]
+  with pytest.raises(ValueError, match="write=False"):
+    evaluate.evaluate(run, splits=("test",))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_load_is_that_of_the_tasks_own_tokens_if_there_are_any(make_run, tokens: bool) -> None:
+  run = make_run(tokens=tokens)
+  loads = evaluate.evaluate(run, compare=False, progress=False)["expert_load"]
+  for view, name in enumerate(run.cfg.active_views):
+    value, known = run.labels[name]
+    if name in ("click", "quiet"):
+      known = known & (value > 0)
+    chosen = [i for i in range(USERS) if np.any(known[i])]
+    assert loads[name]["snapshots"] == len(chosen) > 0
+    for layer in range(2):
+      tokens_of = run.expert[layer, chosen] if run.task_expert is None else run.task_expert[layer, chosen, view]
+      assert loads[name]["load"][layer] == pytest.approx([np.mean(tokens_of == e) for e in range(EXPERTS)], abs=1e-4)
+    assert "gate" not in loads[name]
+
+
+def test_the_gate_is_the_mean_over_the_snapshots_that_load_counts(make_run) -> None:
+  run = make_run(gate=True)
+  loads = evaluate.evaluate(run, compare=False, progress=False)["expert_load"]
+  view = list(run.cfg.active_views).index("dwell")
+  chosen = run.labels["dwell"].known.any(axis=1)
+  assert loads["dwell"]["gate"] == pytest.approx(run.gate[chosen, view].mean(axis=0), abs=1e-4)
+
+
+def test_a_task_without_any_label_is_left_out_of_the_metrics(make_run) -> None:
+  run = make_run(gate=True)
+  for name in ("click", "plan"):
+    run.labels[name].known[:] = False
+  result = evaluate.evaluate(run, compare=False, progress=False)
+  assert set(run.cfg.active_views) - set(result["splits"]["test"]) == {"click", "plan"}
+  assert result["expert_load"]["click"] == {"snapshots": 0, "load": [[0.0] * EXPERTS] * 2, "gate": [0.0] * EXPERTS}
+
+
+def test_the_table_says_where_less_is_better(make_run) -> None:
+  run = make_run()
+  result = evaluate.evaluate(run, progress=False)
+  heading, *rows = evaluate.table(result)
+  metric = {r[0]: r[2] for r in rows}
+  assert metric["age"] == "rmse (lower is better)" and metric["quiet"] == "auc"
+  assert set(heading[4:]) == {b for t in result["splits"]["test"].values() for b in t["baselines"]}
+  assert rows[[r[0] for r in rows].index("age")][heading.index("most popular")] == "–"
+
+
+def test_a_split_without_snapshots_is_an_error(make_run, monkeypatch) -> None:
+  run = make_run()
+  monkeypatch.setattr(batches, "questions", lambda *args, **options: iter(()))
+  with pytest.raises(config.ConfigError, match="no validation snapshot"):
+    evaluate.evaluate(run, compare=False, progress=False)
+
+
+def test_models_on_aggregates_learn_each_form_of_answer_within_the_sample_space() -> None:
+  cfg, dataset = make_config(), FakeDataset()
+  fitted = baselines.AggregateModels(dataset, cfg)
+  asked = [Question(i, str(i), 0, 5, 2, 3) for i in range(USERS)]
+  out = fitted.predictions(asked)
+  digits = np.array([dataset.digits(i) for i in range(USERS)])
+  assert set(out) == {"quiet", "pages", "plan", "age"}
+  assert sk.roc_auc_score(digits[:, 0], out["quiet"]) == 1
+  assert [sk.roc_auc_score(digits[:, v], out["pages"][:, v]) for v in range(2)] == [1, 1]
+  assert np.corrcoef(digits[:, 2] - 2 * digits[:, 3], out["age"])[0, 1] > 0.95
+  # Of users with quiet == 1, the sample space, no plan is 0.
+  assert not out["plan"][:, 0].any()
+  inside = digits[:, 0] == 1
+  assert (out["plan"][inside].argmax(axis=1) == (digits[:, 0] + digits[:, 1])[inside]).all()

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+
+from supermoe_jax.evaluation import probes
+
+
+def test_a_probe_learns_a_linear_label_and_gives_the_rate_of_a_constant_one() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(400, 5))
+  label = np.stack([(x[:, 0] > 0), np.zeros(400)], axis=1).astype(np.float32)
+  scores = probes.fit("multilabel", x[:300], label[:300], 2)(x[300:])
+  assert roc_auc_score(label[300:, 0], scores[:, 0]) > 0.95
+  assert not scores[:, 1].any()
+
+
+def test_a_probe_of_classes_gives_probabilities_of_all_and_none_to_those_never_seen() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(600, 3))
+  label = np.array([0, 2, 3])[x.argmax(axis=1)]  # class 1 has no example
+  scores = probes.fit("multiclass", x[:400], label[:400], 5)(x[400:])
+  assert scores.shape == (200, 5)
+  assert scores.sum(axis=1) == pytest.approx(1)
+  assert not scores[:, [1, 4]].any()
+  assert accuracy_score(label[400:], scores.argmax(axis=1)) > 0.9
+
+
+def test_a_probe_fitted_on_one_class_is_certain_of_it() -> None:
+  scores = probes.MultiClassProbe(np.zeros((3, 2)), np.array([1, 1, 1]), 3)(np.ones((2, 2)))
+  assert scores.tolist() == [[0, 1, 0], [0, 1, 0]]
+
+
+def test_a_probe_of_a_number_learns_a_linear_one_whatever_the_inputs_scales() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(900, 3)) * [1e-3, 1.0, 1e3] + 5
+  label = 2e3 * x[:, 0] - x[:, 1] + 1e-3 * x[:, 2] + 7 + 0.1 * rng.normal(size=900)
+  assert r2_score(label[600:], probes.fit("regression", x[:600], label[:600], 1)(x[600:])) > 0.97
+
+
+def test_there_is_no_probe_of_a_ranking() -> None:
+  with pytest.raises(ValueError, match="no linear probe of a catalogue"):
+    probes.fit("catalogue", np.zeros((2, 1)), np.zeros(2), 9)
+
+
+def test_out_of_fold_scores_never_saw_their_own_label() -> None:
+  rng = np.random.default_rng(0)
+  label = (rng.random(300) < 0.5).astype(np.float32)
+  assert 0.35 < roc_auc_score(label, probes.out_of_fold(rng.normal(size=(300, 30)), label)) < 0.65

@@ -1,0 +1,217 @@
+"""The page of a study: one file, self-contained, escaped, with every task and variant, whole even when unfinished."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from supermoe_jax import report_figures, seesaw_figures, seesaw_page
+from supermoe_jax.evaluation import seesaw
+from supermoe_jax.evaluation.seesaw import RunResult
+
+HOSTILE_TASK, HOSTILE_VARIANT = "<b>x</b> & $y$", 'v"<script>'
+METRIC = {HOSTILE_TASK: "auc", "spend": "rmse", "churn": "auc"}
+VARIANTS = ("shared", "tuned", HOSTILE_VARIANT)
+SECTIONS = ("words", "gains", "table", "variants", "alone", "measured")
+
+
+class Page(html.parser.HTMLParser):
+  """Collects a page's tags, ids and visible text."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.tags: list[tuple[str, dict[str, str | None]]] = []
+    self.open: list[str] = []
+    self.text = ""
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag != "meta":
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if "style" not in self.open:
+      self.text += data
+
+  def all(self, tag: str) -> list[dict[str, str | None]]:
+    return [attributes for name, attributes in self.tags if name == tag]
+
+
+def run(variant, seed, scores, **changes):
+  given = {
+    "variant": variant,
+    "seed": seed,
+    "task": None,
+    "config_hash": "c",
+    "tasks": {t: {"test": {METRIC[t]: v}} for t, v in scores.items()},
+    "main_metric": {t: METRIC[t] for t in scores},
+    "losses": {},
+    "parameters": 1_234_567,
+    "active_parameters": 400,
+    "seconds": 10.0,
+  }
+  return RunResult(**{**given, **changes})
+
+
+def study(seeds=3, variants=VARIANTS):
+  random = np.random.default_rng(0)
+  runs = [run("single", s, {t: 0.5}, task=t) for t in METRIC for s in range(seeds)]
+  names = list(METRIC)
+  for i, variant in enumerate(variants):
+    for s in range(seeds):
+      more = {
+        "weights": {"step": [20, 40], **{t: [1.0, 1.0 + j / 10] for j, t in enumerate(names)}},
+        "cosine": {"tasks": names, "matrix": [[1, -0.4, None], [-0.4, 1, 0.2], [None, 0.2, 1]]},
+        "expert_load": {t: {"load": [[0.25, 0.75], [0.5, 0.5]], "gate": [0.9, 0.1]} for t in names},
+      }
+      scores = {t: 0.5 * (1 + (0.02 if i < 2 else -0.02) + random.normal(0, 0.001)) for t in names}
+      runs.append(run(variant, s, scores, **(more if i else {})))
+  return runs
+
+
+def make(runs, **changes):
+  given = {
+    "variants": VARIANTS,
+    "tuned": "tuned",
+    "overrides": {"tuned": ["train.weighting.method=static"], HOSTILE_VARIANT: ["model.note=<i> '"]},
+    "labels": {HOSTILE_TASK: 100, "spend": 9000},
+    "possible": {"churn": {"bayes": 0.6, "constant": 0.4}},
+  }
+  return seesaw.report(runs, **{**given, **changes})
+
+
+def written(report, tmp_path):
+  file = seesaw_page.write(report, tmp_path / "seesaw.html")
+  assert file == tmp_path / "seesaw.html" and [p.name for p in tmp_path.iterdir()] == ["seesaw.html"]
+  text = file.read_text()
+  page = Page(text)
+  assert page.open == []
+  assert [a.get("id") for a in page.all("h2")] == list(SECTIONS)
+  assert_self_contained(text, page)
+  return text, page
+
+
+def assert_self_contained(text, page):
+  assert not any(page.all(t) for t in ("link", "script", "img", "iframe"))
+  assert not re.search(r"@import|url\((?!#)|https?://", text)
+  for _, attributes in page.tags:
+    for name in ("src", "href", "xlink:href"):
+      assert (attributes.get(name) or "#").startswith("#")
+  ids = [a["id"] for _, a in page.tags if a.get("id")]
+  assert len(ids) == len(set(ids))
+  assert set(re.findall(r'(?:url\(|href=")#([^")]+)', text)) <= set(ids)
+
+
+def test_a_whole_study(tmp_path):
+  report = make(study())
+  text, page = written(report, tmp_path)
+  for name in (*METRIC, *VARIANTS):
+    assert page.text.count(name) >= 4
+  assert HOSTILE_TASK not in text and HOSTILE_VARIANT not in text and "<i>" not in text
+  assert "'--config.model.note=<i> '" in page.text  # quoted for a shell
+  for sentence in seesaw.words(report):
+    assert sentence in page.text
+  # gains, harm, shares; of two variants with traces: cosine, weights, two layers and a gate
+  assert len(page.all("svg")) == 3 + 2 * 5
+  for attributes in page.all("svg"):
+    assert attributes["role"] == "img" and attributes["aria-label"]
+  assert len(page.all("figure")) == len(page.all("figcaption")) == 3 + 2 * 2
+  assert report_figures.INK not in text and "currentColor" in text
+  assert "What is missing" not in page.text
+  assert "1.2M" in page.text and "of seed 0 alone" in page.text
+  # The words stand before the first picture, the picture before the table.
+  assert text.index("A negative result") < text.index("<svg") < text.index("<table")
+
+
+def test_losses_are_said_in_words_not_by_colour_alone(tmp_path):
+  _, page = written(make(study()), tmp_path)
+  marked = [a for a in page.all("span") if a.get("aria-label") in ("lost", "gained")]
+  verdicts = [v["tasks"][t]["verdict"] for v in make(study())["variants"].values() for t in METRIC]
+  assert len(marked) == sum(v in ("lost", "gained") for v in verdicts) > 3
+
+
+def test_a_study_that_has_only_begun(tmp_path):
+  _, page = written(make([], tasks=list(METRIC), seeds=(0, 1)), tmp_path)
+  assert not page.all("svg")
+  assert "there is nothing to compare" in page.text and "What is missing: 6" in page.text
+  for name in (*METRIC, *VARIANTS):
+    assert name in page.text
+
+
+def test_experts_of_a_task_without_test_snapshots_are_not_drawn(tmp_path):
+  load = {"spend": {"snapshots": 0, "load": [[0.0, 0.0]]}, "churn": {"snapshots": 9, "load": [[0.125, 0.875]]}}
+  runs = [run("tuned", 0, dict.fromkeys(METRIC, 0.5), expert_load=load)]
+  _, page = written(make(runs, variants=("tuned",)), tmp_path)
+  (svg,) = page.all("svg")
+  assert "churn expert 1 (87.5%)" in svg["aria-label"] and "spend" not in svg["aria-label"]
+
+
+def test_a_study_without_any_plan(tmp_path):
+  _, page = written(seesaw.report([], variants=(), tuned="", overrides={}), tmp_path)
+  assert "there is nothing to compare" in page.text and not page.all("svg")
+
+
+def test_a_study_of_one_seed_and_one_run_missing(tmp_path):
+  runs = [r for r in study(seeds=1) if r.task != "spend" and r.variant != "tuned"]
+  _, page = written(make(runs, possible=None), tmp_path)
+  assert "single spend: no run (seed 0)." in page.text and "tuned: no run (seed 0)." in page.text
+  assert "share of the possible" not in page.text
+  assert "reduces the seesaw" not in page.text
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_the_picture_stands_alone(tmp_path, kind):
+  file = seesaw_page.picture(make(study(variants=VARIANTS[:2]), variants=VARIANTS[:2]), tmp_path / f"gains.{kind}")
+  content = file.read_bytes()
+  assert [p.name for p in tmp_path.iterdir()] == [f"gains.{kind}"]
+  if kind == "png":
+    assert content.startswith(b"\x89PNG")
+    return
+  root = xml.etree.ElementTree.fromstring(content)
+  assert root.tag.endswith("svg")
+  text = "".join(root.itertext())
+  assert "shared" in text and "churn" in text and HOSTILE_TASK in text
+  assert report_figures.INK.encode() not in content and b"currentColor" not in content
+  assert b"#ffffff" in content and b"#24292f" in content  # its own background and a dark text on it
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"\.svg or \.png"):
+    seesaw_page.picture(make(study()), tmp_path / "gains.gif")
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_same_report_gives_the_same_picture(tmp_path):
+  report = make(study(variants=("tuned",)), variants=("tuned",))
+  first, second = (seesaw_page.picture(report, tmp_path / f"{n}.svg").read_bytes() for n in "ab")
+  assert first == second
+
+
+def test_names_of_crowded_points_do_not_cover_each_other():
+  """Ten variants in one place: every name stands somewhere else."""
+  found = {"mean": 0.5, "low": None, "high": None, "seeds": 1}
+  variants = {f"variant_{i}": {"harm": found, "mean_gain": {**found, "mean": i / 1000}} for i in range(10)}
+  svg = seesaw_figures.trade_off("t", {"variants": variants, "tuned": "variant_0"})
+  root = xml.etree.ElementTree.fromstring(str(svg))
+  places = {}
+  for text in (t for t in root.iter() if t.tag.endswith("text")):
+    if "variant_" in "".join(text.itertext()):
+      at = re.search(r"translate\(([\d.]+) ([\d.]+)\)", text.get("transform", ""))
+      x, y = (at[1], at[2]) if at else (text.get("x"), text.get("y"))
+      places["".join(text.itertext()).strip()] = (float(x), float(y))
+  assert len(places) == 10
+  where = list(places.values())
+  for i, (x, y) in enumerate(where):
+    for u, v in where[:i]:
+      assert abs(x - u) > 30 or abs(y - v) > 8
