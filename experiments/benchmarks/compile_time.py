@@ -36,8 +36,8 @@ def compile_seconds(layers: int) -> float:
   context = Context(position, position.astype(jnp.float32), visible, jnp.ones((B, L + S), bool))
 
   def loss(state: nnx.State, x: jax.Array) -> jax.Array:
-    y, record = nnx.merge(graph, state)(x, context)
-    return jnp.sum(y**2) + jnp.sum(record.aux.balance_loss)
+    out = nnx.merge(graph, state)(x, context)
+    return jnp.sum(out.x**2) + jnp.sum(out.experts.aux.balance_loss)
 
   begun = time.perf_counter()
   jax.jit(jax.value_and_grad(loss)).lower(state, jax.ShapeDtypeStruct((B, L + S, D), jnp.float32)).compile()

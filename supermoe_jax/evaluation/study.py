@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import threading
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -277,7 +278,7 @@ class _Study:
     context = multiprocessing.get_context("spawn")
     with (
       _ThreadLimit(self.jobs, self.workdir / "compiled"),
-      concurrent.futures.ProcessPoolExecutor(self.jobs, context) as pool,
+      concurrent.futures.ProcessPoolExecutor(self.jobs, context, _end_with, (os.getpid(),)) as pool,
     ):
       futures = {pool.submit(_execute_group, group): group for group in tasks}
       for future in concurrent.futures.as_completed(futures):
@@ -364,6 +365,17 @@ def _gain(result: RunResult, alone: RunResult, task: str, split: str) -> float |
 
 
 # ----------------------------------------------------------------------------------------------------- inside a process
+
+
+def _end_with(parent: int) -> None:
+  """Ends this process soon after `parent` has ended, however that was killed: nobody would take what it makes."""
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      clock.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _execute_group(group: Sequence[tuple[str, str | None, str, config.Config]]) -> list[str | None]:

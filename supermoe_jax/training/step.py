@@ -107,11 +107,17 @@ def abstract_model(cfg: config.Config, schema: Schema) -> tuple[nnx.GraphDef, nn
 def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
   """Creates the state directly in its place on the mesh; no host ever holds the whole of it."""
   program = compiled(cfg, schema, mesh)
-  # Copies, since a weigher may say one array twice, and a step is given each buffer for good.
-  weights = jax.tree.map(jnp.copy, weighting.make(cfg.train.weighting, cfg.active_tasks).initial())
   with jax.set_mesh(mesh):
     state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed))
-  return program.graph, state._replace(weighting=jax.device_put(weights, NamedSharding(mesh, PartitionSpec())))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return program.graph, state._replace(weighting=jax.device_put(initial_weights(cfg), everywhere))
+
+
+def initial_weights(cfg: config.Config) -> weighting.State:
+  """The state of the tasks' weights before the first step."""
+  state = weighting.make(cfg.train.weighting, cfg.active_tasks).initial()
+  # Copies, since a weigher may name one array twice, and a step is given each buffer for good.
+  return jax.tree.map(jnp.copy, state)
 
 
 class Program(NamedTuple):

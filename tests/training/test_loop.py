@@ -226,3 +226,33 @@ def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
   steps = np.asarray(bias) / 0.01  # up or down by the rate in each of 8 steps
   np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
   assert 0 < np.abs(steps).max() <= 8
+
+
+@pytest.mark.slow
+def test_a_run_of_every_kind_of_task_resumes_with_the_state_of_its_weights(
+  rich: config.Config, rich_dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
+  cfg = config.override(
+    rich,
+    [
+      "--config.model.conditioning=token",
+      "--config.train.task_information=0.01",
+      "--config.train.weighting.method=seesaw",
+      "--config.train.weighting.warmup_steps=3",
+      "--config.train.steps=8",
+    ],
+  )
+  once, twice = tmp_path / "once", tmp_path / "twice"
+  assert loop.train(cfg, once, say=lambda _: None) == 8
+  shutil.copytree(once, twice)
+  shutil.rmtree(twice / "checkpoints" / "8")
+  assert loop.train(cfg, twice, say=lambda _: None) == 8
+  for mine, wanted in zip(parameters(Run(twice)), parameters(Run(once)), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+  assert [without_speed(r) for r in rows(twice)] == [without_speed(r) for r in rows(once)]
+  last = rows(once)[-1]
+  assert set(last["weights"]) == set(cfg.active_tasks)
+  assert sum(last["weights"].values()) == pytest.approx(len(cfg.active_tasks), abs=1e-3)
+  assert len(set(last["weights"].values())) > 1
+  assert set(last["task_dropped"]) == set(cfg.active_views)
+  assert all(np.isfinite(r["loss"]) for r in rows(once))

@@ -1,5 +1,7 @@
 """A training step gives the same numbers on every mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import statistics
-from supermoe_jax.training.step import StepMetrics, TrainState, compiled, create_state, place
+from supermoe_jax.training.step import StepMetrics, TrainState, compiled, create_state, initial_weights, place
 
 STEPS = 3
 
@@ -56,3 +58,22 @@ def test_steps_and_their_metrics_are_the_same_on_every_mesh(
     np.testing.assert_allclose(mine, wanted, atol=2e-4)
   (bias,) = jax.tree.leaves(nnx.filter_state(state.model, BalanceBias))
   assert np.abs(bias).max() >= 0.009  # it moved
+
+
+@pytest.mark.parametrize("method", ["equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad"])
+def test_no_two_parts_of_the_weights_state_share_a_buffer(cfg: config.Config, dataset: Dataset, method: str) -> None:
+  """A step is given its state's buffers for good, and can be given each only once."""
+  weighing = dataclasses.replace(cfg.train.weighting, method=method)
+  state = initial_weights(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, weighting=weighing)))
+  leaves = jax.tree.leaves(state)
+  assert leaves and len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+def test_runs_that_differ_in_seed_and_numbers_of_the_weighting_share_a_program(
+  cfg: config.Config, dataset: Dataset
+) -> None:
+  mesh = sharding.make_mesh(cfg.train.mesh)
+  same = config.override(cfg, ["--config.train.seed=5", "--config.tasks.quiet.weight=3.0"])
+  assert compiled(same, dataset.schema, mesh) is compiled(cfg, dataset.schema, mesh)
+  other = config.override(cfg, ["--config.train.weighting.method=dwa"])
+  assert compiled(other, dataset.schema, mesh) is not compiled(cfg, dataset.schema, mesh)
