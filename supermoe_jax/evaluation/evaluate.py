@@ -13,7 +13,7 @@ from tqdm import tqdm
 from supermoe_jax import config
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.batches import Question
+from supermoe_jax.data.batches import Question, QuestionBatch
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.evaluation import baselines, metrics, ranking
 from supermoe_jax.evaluation.metrics import Metrics
@@ -71,6 +71,7 @@ def evaluate(
   progress: bool = True,
   splits: Sequence[str] = SPLITS,
   write: bool = True,
+  asked: Mapping[str, Sequence[QuestionBatch]] | None = None,
 ) -> dict[str, Any]:
   """Measures every active task that has labels and returns what `evaluation.json` holds.
 
@@ -80,6 +81,7 @@ def evaluate(
     progress: show a bar.
     splits: the splits to evaluate; expert load is that of the last.
     write: write the file into the run directory; it holds both splits.
+    asked: the questions of each split, where they are at hand already; they must be those of the run's config.
 
   Raises:
     ConfigError: a split has no snapshot.
@@ -92,7 +94,7 @@ def evaluate(
   aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
   measured, load = {}, {}
   for split in splits:
-    collected = _collect(run, split, progress)
+    collected = _collect(run, split, progress, asked[split] if asked is not None else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
     measured[split] = {n: v for n, v in found.items() if v is not None}
@@ -118,7 +120,10 @@ def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
   return MAIN_METRIC[config.answer(task)].format(k=max(cfg.evaluate.cutoffs))
 
 
-def _collect(run: Run, split: str, progress: bool) -> _Collected:
+def _collect(run: Run, split: str, progress: bool, at_hand: Sequence[QuestionBatch] | None) -> _Collected:
+  questions = (
+    at_hand if at_hand is not None else batches.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split])
+  )
   asked: list[Question] = []
   tasks = run.cfg.active_views
   answers: dict[str, list[np.ndarray]] = {n: [] for n in tasks}
@@ -130,7 +135,7 @@ def _collect(run: Run, split: str, progress: bool) -> _Collected:
   expected = run.dataset.manifest["snapshots"][split]
   bar = tqdm(total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1, disable=not progress)
   with bar:
-    for batch in batches.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split]):
+    for batch in questions:
       out = run.answer(batch.features, batch.given)
       n = len(batch.questions)
       asked += batch.questions

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax import config
+from supermoe_jax.data import batches
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data.batches import QuestionBatch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import seesaw
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
@@ -403,7 +407,7 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
   begun = clock.monotonic()
   loop.train(cfg, workdir, say=lambda _: None, progress=False)
   run = Run(workdir)
-  found = evaluate.evaluate(run, compare=False, progress=False, write=False)
+  found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_asked(cfg))
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   parameters, active = count_parameters(run)
   result = RunResult(
@@ -423,6 +427,33 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
   )
   shutil.rmtree(workdir)
   return result
+
+
+def _asked(cfg: config.Config) -> Mapping[str, Sequence[QuestionBatch]]:
+  """The questions of both splits about all tasks; a study's runs ask the same ones, so a process lays them out once."""
+  return _questions(_Asked(dataclasses.replace(cfg, exclude_tasks=())))
+
+
+class _Asked:
+  """What questions depend on; equal for configs that ask the same."""
+
+  def __init__(self, cfg: config.Config):
+    self.cfg = cfg
+    tasks = {n: config.to_dict(dataclasses.replace(t, weight=1.0)) for n, t in cfg.tasks.items()}
+    self._same = json.dumps([cfg.data.path, tasks, cfg.model.max_events, cfg.evaluate.batch_rows], sort_keys=True)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Asked) and self._same == other._same
+
+  def __hash__(self) -> int:
+    return hash(self._same)
+
+
+@functools.lru_cache(maxsize=1)
+def _questions(asked: _Asked) -> Mapping[str, Sequence[QuestionBatch]]:
+  dataset = Dataset(asked.cfg.data.path)
+  splits = ("validation", "test")
+  return {s: list(batches.questions(dataset, asked.cfg, split=labels_lib.SPLITS[s])) for s in splits}
 
 
 def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:

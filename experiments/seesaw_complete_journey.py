@@ -1,0 +1,43 @@
+"""The seesaw study on the Complete Journey retail data: nine tasks, a shortened configuration, three seeds.
+
+supermoe prepare --config experiments/seesaw_complete_journey.py
+supermoe seesaw --config experiments/seesaw_complete_journey.py --workdir runs/seesaw_complete_journey --jobs 2
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+
+def _base() -> ml_collections.ConfigDict:
+  file = pathlib.Path(__file__).with_name("complete_journey.py")
+  spec = importlib.util.spec_from_file_location("complete_journey", file)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = _base()
+  config.model.max_events = 96
+  config.train.steps = 200
+  config.train.checkpoint_every = 200
+  # K = 2 experts of d_expert 128 are as many active parameters as a dense block of d_hidden 256 (and a router).
+  dense = ("model.moe_every=0", "model.d_hidden=256")
+  config.seesaw = {
+    "seeds": (0, 1, 2),
+    "single": {"experts": (), "slower": ("train.learning_rate=0.001",)},
+    "variants": {
+      "shared_bottom": dense,
+      "mmoe": (*dense, "model.conditioning=mmoe"),
+      "ple": (*dense, "model.conditioning=ple"),
+      "tuned_static": (),
+      "equal": ("train.weighting.method=equal",),
+      "seesaw": ("train.weighting.method=seesaw",),
+      "token": ("model.conditioning=token",),
+    },
+    "static_candidates": 6,
+  }
+  return config
