@@ -21,9 +21,9 @@ def _base() -> ml_collections.ConfigDict:
 
 def get_config() -> ml_collections.ConfigDict:
   config = _base()
-  config.model.max_events = 96
-  config.train.steps = 200
-  config.train.checkpoint_every = 200
+  config.model.max_events = 32
+  config.train.steps = 320
+  config.train.checkpoint_every = 320
   # K = 2 experts of d_expert 128 are as many active parameters as a dense block of d_hidden 256 (and a router).
   dense = ("model.moe_every=0", "model.d_hidden=256")
   config.seesaw = {

@@ -5,8 +5,8 @@
 
 The first command simulates 8,000 users into runs/seesaw_simulated/data, unless they are there; another folder can be
 named after a colon. Two groups of three binary tasks (a_…, b_…) depend on bits of their own, with labels of all, 30 %
-and 5 % of the training users; a regression (c_value) and the next item ask for more. A width of 12 is too little for
-all of them: tasks with many labels lose by sharing, those with few gain from their siblings.
+and 5 % of the training users; a regression (c_value) and the next item ask for more. A width of 12 is meant to be too
+little for all of them: sharing should cost the tasks with many labels, and help those with few.
 """
 
 import ml_collections
@@ -77,5 +77,6 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
   # A task's reference is the better, on validation, of the same encoder with experts and without.
   single = {"experts": (), "dense": dense}
   seesaw = {"seeds": (0, 1, 2, 3, 4), "variants": variants, "single": single, "tuned": "tuned_static"}
+  seesaw |= {"static_candidates": 24, "static_spread": 5.0}
   sections = {**raw_config(folder), "model": model, "train": train, "seesaw": seesaw}
   return ml_collections.ConfigDict(sections)

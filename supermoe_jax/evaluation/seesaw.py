@@ -28,7 +28,8 @@ __all__ += ["report", "seesaw_index", "table", "verdict", "words"]
 class RunResult:
   """What one trained and evaluated model leaves behind.
 
-  `tasks[task][split][metric]` are its scores, `losses[task]` training losses over the best constant's. `weights` has
+  `tasks[task][split][metric]` are its scores, `losses[task]` training losses over the best constant's, which is in
+  `constants[task]`. `weights` has
   `step` and each task's weight at these steps; `cosine` the `matrix` of gradient cosines in the order of its `tasks`;
   `expert_load[task]` the `load [M, E]` of the MoE layers and, with conditioning by gate, a `gate [E]`.
   """
@@ -46,6 +47,7 @@ class RunResult:
   weights: Mapping[str, Sequence[float | None]] | None = None
   cosine: Mapping[str, Any] | None = None
   expert_load: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     if (self.variant == SINGLE) != (self.task is not None):
@@ -55,13 +57,13 @@ class RunResult:
   def from_json(cls, found: Mapping[str, Any]) -> RunResult:
     """Reads what `to_json` gave. Raises ValueError where a key is missing or unknown."""
     fields = {f.name for f in dataclasses.fields(cls)}
-    optional = {"weights", "cosine", "expert_load"}
+    optional = {"weights", "cosine", "expert_load", "constants"}
     if wrong := (fields - optional - set(found)) | (set(found) - fields):
       what = f"variant {found.get('variant')!r}, seed {found.get('seed')!r}"
       raise ValueError(
         f"run result of {what}: missing or unknown keys {sorted(wrong)}; run it again with this version."
       )
-    return cls(**{**found, "expert_load": found.get("expert_load") or {}})
+    return cls(**{**found, **{k: found.get(k) or {} for k in ("expert_load", "constants")}})
 
   def to_json(self) -> dict[str, Any]:
     """The run as JSON types; numbers that are not finite become None."""

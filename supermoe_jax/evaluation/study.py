@@ -10,15 +10,12 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import pathlib
-import shutil
-import threading
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,13 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.data import batches
-from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.batches import QuestionBatch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import seesaw
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.evaluation.seesaw import SINGLE, RunResult
+from supermoe_jax.evaluation.study_run import PlannedRun, end_with, execute
 
 # The variants of a study whose config names none; all of them are changes of that config.
 STANDARD: dict[str, tuple[str, ...]] = {
@@ -46,8 +41,8 @@ STANDARD: dict[str, tuple[str, ...]] = {
   "token": ("model.conditioning=token",),
 }
 
-# Training rows of metrics at the end of a run whose mean is its final loss.
-FINAL_ROWS = 3
+# Weightings that start from the tasks' own weights.
+_PRIORS = ("=static", "=seesaw")
 
 # Runs' own version: a change of what a run measures asks for new runs.
 FORMAT = 1
@@ -126,6 +121,9 @@ class _Study:
     self._failed: list[str] = []
 
   def _varied(self, path: str, cfg: config.Config, overrides: Sequence[str]) -> config.Config:
+    if any(o.startswith("train.weighting.method=") and not o.endswith(_PRIORS) for o in overrides):
+      # Such a weighting takes no prior, and the config's weights are one.
+      cfg = dataclasses.replace(cfg, tasks={n: dataclasses.replace(t, weight=1.0) for n, t in cfg.tasks.items()})
     try:
       varied = config.override(cfg, [f"--config.{o}" for o in overrides])
     except config.ConfigError as error:
@@ -184,13 +182,17 @@ class _Study:
     return max(scores, key=lambda n: scores[n]) if scores else None
 
   def _tuned_static(self, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-    """The tuned variant's config with the weights that are best on validation with the first seed."""
+    """The tuned variant's config with the weights that are best on validation with the first seed.
+
+    Tried are equal weights, the config's own, and random ones.
+    """
     base = self.variants[self.plan.tuned]
     rng = np.random.default_rng(0)
     names = list(base.active_tasks)
     spread = math.log(self.plan.static_spread)
-    draws = [np.zeros(len(names))]
-    draws += [rng.uniform(-spread, spread, len(names)) for _ in range(self.plan.static_candidates - 1)]
+    own = np.log([base.tasks[n].weight for n in names])
+    draws = [np.zeros(len(names))] + [own] * bool(np.ptp(own))
+    draws += [rng.uniform(-spread, spread, len(names)) for _ in range(self.plan.static_candidates - len(draws))]
     weighing = dataclasses.replace(base.train.weighting, method="static", references={})
     candidates = []
     for draw in draws:
@@ -261,46 +263,49 @@ class _Study:
       return
     self.say(f"{what}: {total} runs")
     groups = [work[i :: self.jobs] for i in range(self.jobs)] if together else [[w] for w in work]
-    tasks = [
-      [(job.variant, job.task, str(file), c) for job, missing in group for _, file, c in missing] for group in groups
+    planned = [
+      [PlannedRun(job.variant, job.task, c, file) for job, missing in group for _, file, c in missing]
+      for group in groups
+      if group
     ]
-    tasks = [t for t in tasks if t]
     with tqdm(total=total, desc=what, unit=" runs", dynamic_ncols=True) as bar:
-      for line, n in self._parallel(tasks):
+      for line, n in self._parallel(planned):
         bar.update(n)
         bar.write(line)
         if after is not None:
           after()
 
-  def _parallel(self, tasks: Sequence[list[tuple[str, str | None, str, config.Config]]]) -> Iterator[tuple[str, int]]:
-    """Runs groups of runs in the study's processes; yields a line for each group that ended, and its number of runs."""
+  def _parallel(self, planned: Sequence[list[PlannedRun]]) -> Iterator[tuple[str, int]]:
+    """Does groups of runs in the study's processes; yields a line for each run, and their number."""
     if self.jobs == 1:
-      for group in tasks:
+      for group in planned:
         for run in group:
-          yield from self._tell([run], _execute_group([run]))
+          yield from self._tell([run], execute([run]))
       return
     context = multiprocessing.get_context("spawn")
-    with (
-      _ThreadLimit(self.jobs, self.workdir / "compiled"),
-      concurrent.futures.ProcessPoolExecutor(self.jobs, context, _end_with, (os.getpid(),)) as pool,
-    ):
-      futures = {pool.submit(_execute_group, group): group for group in tasks}
+    limit = _ThreadLimit(self.jobs, self.workdir / "compiled")
+    with limit, concurrent.futures.ProcessPoolExecutor(self.jobs, context, end_with, (os.getpid(),)) as pool:
+      futures = {pool.submit(execute, group): group for group in planned}
       for future in concurrent.futures.as_completed(futures):
-        yield from self._tell(futures[future], future.result())
+        try:
+          errors = future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+          raise StudyError(
+            f"a process of the study was killed (out of memory?): {error} The runs that ended are kept; the same "
+            "command runs what is missing, with a smaller --jobs if memory is short."
+          ) from error
+        yield from self._tell(futures[future], errors)
 
-  def _tell(
-    self, group: Sequence[tuple[str, str | None, str, config.Config]], errors: Sequence[str | None]
-  ) -> Iterator[tuple[str, int]]:
-    for (variant, task, file, cfg), error in zip(group, errors):
-      name = f"{variant}{f' {task}' if task else ''}, seed {cfg.train.seed}"
+  def _tell(self, group: Sequence[PlannedRun], errors: Sequence[str | None]) -> Iterator[tuple[str, int]]:
+    for run, error in zip(group, errors):
       if error is not None:
-        self._failed.append(f"{name}: {error}")
-        yield f"  {name}: failed: {error}", 1
+        self._failed.append(f"{run.name}: {error}")
+        yield f"  {run.name}: failed: {error}", 1
         continue
-      result = RunResult.from_json(json.loads(pathlib.Path(file).read_text()))
+      result = RunResult.from_json(json.loads(run.file.read_text()))
       scores = {t: _score(result, t, "validation") for t in result.tasks}
       told = " ".join(f"{t}={s:.4f}" for t, s in scores.items() if s is not None)
-      yield f"  {name}: {told} (validation, {result.seconds:.0f} s)", 1
+      yield f"  {run.name}: {told} (validation, {result.seconds:.0f} s)", 1
 
 
 class _ThreadLimit:
@@ -351,12 +356,23 @@ def _referred(cfg: config.Config, references: Mapping[str, Sequence[RunResult]])
   """The config with the single-task losses as the references of the seesaw weights."""
   known = {}
   for task in cfg.active_tasks:
-    found = [r.losses.get(task) for r in references.get(task, ())]
-    values = [v for v in found if v is not None and v > 0]
+    values = [v for v in (_reached(r, task) for r in references.get(task, ())) if v is not None and v > 0]
     if values:
       known[task] = round(float(np.mean(values)), 5)
   weighing = dataclasses.replace(cfg.train.weighting, references=known)
   return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, weighting=weighing))
+
+
+def _reached(alone: RunResult, task: str) -> float | None:
+  """What a single-task run has reached, over b: its loss on validation where a metric is that loss, else in training.
+
+  A task with few labels is learned by heart alone; its training loss would ask the shared model to do the same.
+  """
+  metrics, b = alone.tasks.get(task, {}).get("validation", {}), alone.constants.get(task)
+  log_loss, rmse = metrics.get("log_loss"), metrics.get("rmse")
+  if b and log_loss is not None:
+    return log_loss / b
+  return rmse**2 / b if b and rmse is not None else alone.losses.get(task)
 
 
 def _score(result: RunResult, task: str, split: str) -> float | None:
@@ -366,117 +382,3 @@ def _score(result: RunResult, task: str, split: str) -> float | None:
 def _gain(result: RunResult, alone: RunResult, task: str, split: str) -> float | None:
   mine, other = _score(result, task, split), _score(alone, task, split)
   return None if mine is None or other is None else seesaw.gain(result.main_metric[task], mine, other)
-
-
-# ----------------------------------------------------------------------------------------------------- inside a process
-
-
-def _end_with(parent: int) -> None:
-  """Ends this process soon after `parent` has ended, however that was killed: nobody would take what it makes."""
-
-  def watch() -> None:
-    while os.getppid() == parent:
-      clock.sleep(1)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def _execute_group(group: Sequence[tuple[str, str | None, str, config.Config]]) -> list[str | None]:
-  """Runs each of a group; returns for each what went wrong, or None."""
-  out: list[str | None] = []
-  for variant, task, file, cfg in group:
-    try:
-      result = run_one(cfg, pathlib.Path(file).with_suffix(""), variant=variant, task=task)
-      target = pathlib.Path(file)
-      temporary = target.with_suffix(".incomplete")
-      temporary.write_text(json.dumps(result.to_json(), ensure_ascii=False) + "\n")
-      temporary.replace(target)
-      out.append(None)
-    except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
-      out.append(f"{type(error).__name__}: {error}")
-  return out
-
-
-def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
-  """Trains and evaluates one config in `workdir`, which is removed afterwards; a run that was cut goes on."""
-  from supermoe_jax.evaluation import evaluate, gradients
-  from supermoe_jax.training import loop
-  from supermoe_jax.training.run import Run
-
-  begun = clock.monotonic()
-  loop.train(cfg, workdir, say=lambda _: None, progress=False)
-  run = Run(workdir)
-  found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_asked(cfg))
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  parameters, active = count_parameters(run)
-  result = RunResult(
-    variant=variant,
-    task=task,
-    seed=cfg.train.seed,
-    config_hash=cfg.hash(),
-    tasks={t: {s: found["splits"][s].get(t, {}).get("metrics", {}) for s in found["splits"]} for t in cfg.active_views},
-    main_metric=found["main_metric"],
-    losses={t: _final_loss(rows, t, run.statistics[t].constant_loss) for t in cfg.active_tasks},
-    parameters=parameters,
-    active_parameters=active,
-    seconds=round(clock.monotonic() - begun, 1),
-    weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
-    cosine=gradients.cosines(run) if len(cfg.active_views) > 1 else None,
-    expert_load=found["expert_load"],
-  )
-  shutil.rmtree(workdir)
-  return result
-
-
-def _asked(cfg: config.Config) -> Mapping[str, Sequence[QuestionBatch]]:
-  """The questions of both splits about all tasks; a study's runs ask the same ones, so a process lays them out once."""
-  return _questions(_Asked(dataclasses.replace(cfg, exclude_tasks=())))
-
-
-class _Asked:
-  """What questions depend on; equal for configs that ask the same."""
-
-  def __init__(self, cfg: config.Config):
-    self.cfg = cfg
-    tasks = {n: config.to_dict(dataclasses.replace(t, weight=1.0)) for n, t in cfg.tasks.items()}
-    self._same = json.dumps([cfg.data.path, tasks, cfg.model.max_events, cfg.evaluate.batch_rows], sort_keys=True)
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, _Asked) and self._same == other._same
-
-  def __hash__(self) -> int:
-    return hash(self._same)
-
-
-@functools.lru_cache(maxsize=1)
-def _questions(asked: _Asked) -> Mapping[str, Sequence[QuestionBatch]]:
-  dataset = Dataset(asked.cfg.data.path)
-  splits = ("validation", "test")
-  return {s: list(batches.questions(dataset, asked.cfg, split=labels_lib.SPLITS[s])) for s in splits}
-
-
-def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:
-  """The mean loss of a label over b in the last rows of the metrics that have one."""
-  seen = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-FINAL_ROWS:]
-  weight = sum(s["weight"] for s in seen)
-  return sum(s["loss"] * s["weight"] for s in seen) / weight / constant_loss if weight else None
-
-
-def count_parameters(run: Any) -> tuple[int, int]:
-  """Returns the parameters of a run's model, and those that are active for a token.
-
-  Active are all but the rows of tables, and of the experts that a token may choose K of E.
-  """
-  import jax
-  from flax import nnx
-
-  share = run.cfg.model.experts_per_token / run.cfg.model.experts
-  total = active = 0.0
-  leaves = jax.tree.leaves(nnx.filter_state(run.variables, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
-  for variable in leaves:
-    size = math.prod(variable.get_value().shape)
-    names = variable.get_metadata().get("logical") or ()
-    total += size
-    active += 0 if "rows" in names else size * (share if "expert" in names else 1)
-  return int(total), round(active)

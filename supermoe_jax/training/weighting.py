@@ -204,13 +204,13 @@ class Seesaw(Weigher):
   """Most to the task furthest behind what it could reach alone: `w ∝ softmax(log π + r/μ) / avg`, `r = log(avg/R)`.
 
   avg is a moving average of the task's loss, weighted by its labels; R what a model of that task alone reaches, or avg
-  when the task's warm-up ends. Large μ is plain log-loss balancing; μ → 0 serves the worst task only. This project's
-  own.
+  when the task's warm-up ends. Large μ is plain log-loss balancing; at μ = 1 the average cancels and the weights are
+  fixed, π/R; μ → 0 serves the worst task only. This project's own.
   """
 
   references: tuple[float, ...] = ()  # 0: not given
   decay: float = 0.98
-  mu: float = 1.0
+  mu: float = 0.3
   warmup_steps: int = 50
 
   def initial(self) -> State:

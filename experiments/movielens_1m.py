@@ -1,0 +1,58 @@
+"""MovieLens 1M: the next film, whether it is liked, and the user's gender, age group and occupation, at once.
+
+The licence of the data forbids shipping them; name the folder that holds sequences.parquet, users.parquet and
+movies.parquet after a colon:
+
+    supermoe prepare --config experiments/movielens_1m.py:FOLDER
+    supermoe train --config experiments/movielens_1m.py:FOLDER --workdir runs/movielens_1m
+    supermoe evaluate --workdir runs/movielens_1m
+
+Time is each film's place in its user's sequence: timestamps are missing for half of the users.
+"""
+
+import pathlib
+
+import ml_collections
+
+
+def get_config(folder: str = "") -> ml_collections.ConfigDict:
+  if not folder:
+    raise ValueError("name the folder of the Parquet files: --config experiments/movielens_1m.py:FOLDER")
+  files = pathlib.Path(folder)
+  data = {
+    "path": "runs/movielens_1m/dataset",
+    "sources": {
+      "ratings": {
+        "files": str(files / "sequences.parquet"),
+        "time": "pos",
+        "time_unit": "s",
+        "items": {"file": str(files / "movies.parquet"), "key": "movie_id"},
+      },
+    },
+    "fields": {
+      "film": {"column": "movie_id"},
+      "genres": {},
+      "rating": {"kind": "numeric"},
+    },
+    "users": {"files": str(files / "users.parquet")},
+    "split": {"mode": "leave_one_out"},
+    "aggregates": {"enabled": False},
+  }
+  tasks = {
+    "next_film": {"kind": "next_event", "field": "film", "exclude_seen": True},
+    "like": {"kind": "event_label", "field": "rating", "at_least": 4.0, "given": ("film", "genres"), "per_snapshot": 1},
+    "female": {"kind": "user_label", "column": "gender", "positive": ("F",)},
+    "age_group": {"kind": "user_label", "column": "age", "type": "multiclass"},
+    "occupation": {"kind": "user_label", "column": "occupation", "type": "multiclass"},
+  }
+  model = {
+    "d_model": 64,
+    "layers": 2,
+    "heads": 2,
+    "d_hidden": 256,
+    "experts": 8,
+    "d_expert": 128,
+    "max_events": 128,
+  }
+  train = {"steps": 600, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 3e-3, "checkpoint_every": 200}
+  return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})

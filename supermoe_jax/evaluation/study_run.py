@@ -1,0 +1,150 @@
+"""One run of a study: trained, evaluated, measured, and reduced to what the study keeps of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import threading
+import time as clock
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from supermoe_jax import config
+from supermoe_jax.data import batches
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data.batches import QuestionBatch
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.evaluation import evaluate, gradients
+from supermoe_jax.evaluation.seesaw import RunResult
+from supermoe_jax.training import loop
+from supermoe_jax.training.run import Run
+
+# Training rows of metrics at the end of a run whose mean is its final loss.
+FINAL_ROWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+  """A run to do: its `variant` (and `task`, for a single-task reference), its config, and the file of its result."""
+
+  variant: str
+  task: str | None
+  cfg: config.Config
+  file: pathlib.Path
+
+  @property
+  def name(self) -> str:
+    """The run in words."""
+    return f"{self.variant}{f' {self.task}' if self.task else ''}, seed {self.cfg.train.seed}"
+
+
+def end_with(parent: int) -> None:
+  """Ends this process soon after `parent` has ended, however that was killed: nobody would take what it makes."""
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      clock.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def execute(group: Sequence[PlannedRun]) -> list[str | None]:
+  """Runs each of a group; returns for each what went wrong, or None."""
+  out: list[str | None] = []
+  for planned in group:
+    try:
+      result = run_one(planned.cfg, planned.file.with_suffix(""), variant=planned.variant, task=planned.task)
+      temporary = planned.file.with_suffix(".incomplete")
+      temporary.write_text(json.dumps(result.to_json(), ensure_ascii=False) + "\n")
+      temporary.replace(planned.file)
+      out.append(None)
+    except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
+      out.append(f"{type(error).__name__}: {error}")
+  return out
+
+
+def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
+  """Trains and evaluates one config in `workdir`, which is removed afterwards; a run that was cut goes on."""
+  begun = clock.monotonic()
+  loop.train(cfg, workdir, say=lambda _: None, progress=False)
+  run = Run(workdir)
+  found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_asked(cfg))
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  parameters, active = count_parameters(run)
+  result = RunResult(
+    variant=variant,
+    task=task,
+    seed=cfg.train.seed,
+    config_hash=cfg.hash(),
+    tasks={t: {s: found["splits"][s].get(t, {}).get("metrics", {}) for s in found["splits"]} for t in cfg.active_views},
+    main_metric=found["main_metric"],
+    constants={t: run.statistics[t].constant_loss for t in cfg.active_tasks},
+    losses={t: _final_loss(rows, t, run.statistics[t].constant_loss) for t in cfg.active_tasks},
+    parameters=parameters,
+    active_parameters=active,
+    seconds=round(clock.monotonic() - begun, 1),
+    weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
+    cosine=gradients.cosines(run) if len(cfg.active_views) > 1 else None,
+    expert_load=found["expert_load"],
+  )
+  shutil.rmtree(workdir)
+  return result
+
+
+def _asked(cfg: config.Config) -> Mapping[str, Sequence[QuestionBatch]]:
+  """The questions of both splits about all tasks; a study's runs ask the same ones, so a process lays them out once."""
+  return _questions(_Asked(dataclasses.replace(cfg, exclude_tasks=())))
+
+
+class _Asked:
+  """What questions depend on; equal for configs that ask the same."""
+
+  def __init__(self, cfg: config.Config):
+    self.cfg = cfg
+    tasks = {n: config.to_dict(dataclasses.replace(t, weight=1.0)) for n, t in cfg.tasks.items()}
+    self._same = json.dumps([cfg.data.path, tasks, cfg.model.max_events, cfg.evaluate.batch_rows], sort_keys=True)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Asked) and self._same == other._same
+
+  def __hash__(self) -> int:
+    return hash(self._same)
+
+
+@functools.lru_cache(maxsize=1)
+def _questions(asked: _Asked) -> Mapping[str, Sequence[QuestionBatch]]:
+  dataset = Dataset(asked.cfg.data.path)
+  splits = ("validation", "test")
+  return {s: list(batches.questions(dataset, asked.cfg, split=labels_lib.SPLITS[s])) for s in splits}
+
+
+def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:
+  """The mean loss of a label over b in the last rows of the metrics that have one."""
+  seen = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-FINAL_ROWS:]
+  weight = sum(s["weight"] for s in seen)
+  return sum(s["loss"] * s["weight"] for s in seen) / weight / constant_loss if weight else None
+
+
+def count_parameters(run: Run) -> tuple[int, int]:
+  """Returns the parameters of a run's model, and those that are active for a token.
+
+  Active are all but the rows of tables, and of the experts that a token may choose K of E.
+  """
+  share = run.cfg.model.experts_per_token / run.cfg.model.experts
+  total = active = 0.0
+  leaves = jax.tree.leaves(nnx.filter_state(run.variables, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
+  for variable in leaves:
+    size = math.prod(variable.get_value().shape)
+    names = variable.get_metadata().get("logical") or ()
+    total += size
+    active += 0 if "rows" in names else size * (share if "expert" in names else 1)
+  return int(total), round(active)
