@@ -65,16 +65,20 @@ def get_config() -> ml_collections.ConfigDict:
   kids = ("1", "2", "3+")
   rich = ("75-99K", "100-124K", "125-149K", "150-174K", "175-199K", "200-249K", "250K+")
   tasks = {
-    "next_category": {"kind": "next_event", "field": "category"},
+    "next_category": {"kind": "next_event", "field": "category", "weight": 4.0},
     "churn": {"kind": "future_event", "source": "purchases", "horizon_days": 28.0, "negate": True},
-    "categories": {"kind": "future_values", "field": "category", "top": 60, "horizon_days": 28.0},
-    "coupon": {"kind": "future_event", "source": "redemptions", "horizon_days": 28.0},
+    "categories": {"kind": "future_values", "field": "category", "top": 60, "horizon_days": 28.0, "weight": 10.0},
+    "coupon": {"kind": "future_event", "source": "redemptions", "horizon_days": 28.0, "weight": 0.3},
     "demo_age45": {"kind": "user_label", "column": "age", "positive": ("45-54", "55-64", "65+")},
     "demo_income75k": {"kind": "user_label", "column": "income", "positive": rich},
     "demo_children": {"kind": "user_label", "column": "kids_count", "positive": kids},
     "demo_married": {"kind": "user_label", "column": "marital_status", "positive": ("Married",)},
     "demo_alone": {"kind": "user_label", "column": "household_size", "positive": ("1",)},
   }
+  # Demographics are known of few households and are soon learned by heart; at full weight they drown the rest.
+  for name, task in tasks.items():
+    if name.startswith("demo_"):
+      task["weight"] = 0.04
   model = {
     "d_model": 128,
     "layers": 2,
@@ -89,7 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
     "steps": 300,
     "batch_rows": 32,
     "snapshots_per_row": 8,
-    "learning_rate": 3e-3,
+    "learning_rate": 4e-3,
     "balance_weight": 0.05,
     "checkpoint_every": 100,
   }
