@@ -250,6 +250,7 @@ def report(
   tasks: Sequence[str] = (),
   possible: Mapping[str, Mapping[str, float]] | None = None,
   labels: Mapping[str, int] | None = None,
+  references: Mapping[str, str | None] | None = None,
 ) -> Report:
   """Makes the report of a study, finished or not; what lacks is named in `missing`, never guessed.
 
@@ -261,6 +262,7 @@ def report(
     seeds: those planned; tasks: those planned, in order. More that `runs` know of are added.
     possible: of a task the best score there can be (`bayes`) and that of a `constant` answer, where these are known.
     labels: of a task, the number of its test labels.
+    references: of a task, the name of the candidate that its single-task model is.
 
   Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. Of a variant,
     `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are made in each seed that has a gain for all `compared` tasks,
@@ -281,6 +283,7 @@ def report(
       }
       for t in study.tasks
     },
+    "references": dict(references or {}),
     "compared": study.compared,
     "waiting": study.waiting,
     "seeds": study.seeds,

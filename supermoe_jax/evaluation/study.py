@@ -158,9 +158,7 @@ class _Study:
     jobs = [_Job(name, None, cfg, seeds) for name, cfg in self.variants.items()]
     self._execute("variants", jobs, lambda: self._report(references, chosen))
     report = self._report(references, chosen)
-    from supermoe_jax import seesaw_page  # pictures only when there is something to draw
-
-    seesaw_page.write(report, self.workdir / "seesaw.html")
+    _write_pages(report, self.workdir)
     self.say(f"study of {len(self.variants)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
     if self._failed:
       raise StudyError(
@@ -230,8 +228,8 @@ class _Study:
       possible=_possible(pathlib.Path(self.cfg.data.path)),
       labels=labels,
       seeds=self.plan.seeds,
+      references=chosen,
     )
-    report["references"] = dict(chosen)
     file = self.workdir / "seesaw.json"
     temporary = file.with_suffix(".incomplete")
     temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -332,6 +330,14 @@ class _ThreadLimit:
         os.environ.pop(name, None)
       else:
         os.environ[name] = value
+
+
+def _write_pages(report: seesaw.Report, workdir: pathlib.Path) -> None:
+  from supermoe_jax import seesaw_page  # pictures only when there is something to draw
+
+  seesaw_page.write(report, workdir / "seesaw.html")
+  seesaw_page.picture(report, workdir / "seesaw.svg")
+  (workdir / "seesaw.md").write_text(seesaw.markdown(report) + "\n", encoding="utf-8")
 
 
 def _identity(cfg: config.Config, encoding: str) -> str:
