@@ -52,7 +52,7 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "d_hidden": 256,
     "experts": 8,
     "d_expert": 128,
-    "max_events": 128,
+    "max_events": 64,
   }
-  train = {"steps": 600, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 3e-3, "checkpoint_every": 200}
+  train = {"steps": 200, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 3e-3, "checkpoint_every": 100}
   return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})

@@ -140,7 +140,8 @@ def compiled(cfg: config.Config, schema: Schema, mesh: Mesh) -> Program:
   train = dataclasses.replace(cfg.train, seed=0, weighting=weighing)
   tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in cfg.active_tasks.items()}
   same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
-  text = json.dumps([config.to_dict(same), config.to_dict(schema)])
+  # The order of keys says nothing in a config, but in a schema it is that of the columns.
+  text = json.dumps(config.to_dict(same), sort_keys=True) + json.dumps(config.to_dict(schema))
   return _program(_Key(text, mesh, same, schema))
 
 
