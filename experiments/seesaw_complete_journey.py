@@ -2,6 +2,9 @@
 
 supermoe prepare --config experiments/seesaw_complete_journey.py
 supermoe seesaw --config experiments/seesaw_complete_journey.py --workdir runs/seesaw_complete_journey --jobs 2
+
+68 runs took 50 minutes on 2 cores of an AMD EPYC, beside other work. The default loses significantly on no task, mean
+gain +0.4 % (-1.6 to +2.4); equal weights lose 4 % on the categories and 9 % on the next category. `results/` has all.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """The seesaw study on simulated users: tasks in known conflict, and the best score that each of them allows.
 
     supermoe prepare --config experiments/seesaw_simulated.py
-    supermoe seesaw --config experiments/seesaw_simulated.py --workdir runs/seesaw_simulated
+    supermoe seesaw --config experiments/seesaw_simulated.py --workdir runs/seesaw_simulated --jobs 2
 
 The first command simulates 8,000 users into runs/seesaw_simulated/data, unless they are there; another folder can be
 named after a colon. Two groups of three binary tasks (a_…, b_…) depend on bits of their own, with labels of all, 30 %
