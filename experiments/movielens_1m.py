@@ -7,9 +7,11 @@ movies.parquet after a colon:
     supermoe train --config experiments/movielens_1m.py:FOLDER --workdir runs/movielens_1m
     supermoe evaluate --workdir runs/movielens_1m
 
-Time is each film's place in its user's sequence: timestamps are missing for half of the users. These 200 steps are one
-pass over the users, enough to see all tasks move: like AUC .776, age group .557, gender .537, occupation .509 (mean
-one-vs-rest AUC), next film NDCG@10 .018, which is that of the most popular films. Add --config.train.steps=3000 for more.
+Time is each film's place in its user's sequence: timestamps are missing for half of the users.
+
+These 200 steps are one pass over the users, enough to see all tasks move: like AUC .776, age group .557, gender .537,
+occupation .509 (mean one-vs-rest AUC), next film NDCG@10 .018, which is that of the most popular films. Add
+--config.train.steps=3000 for more.
 """
 
 import pathlib
