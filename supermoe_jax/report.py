@@ -15,10 +15,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jinja2
 from flax import nnx
 
-from supermoe_jax import config, report_map
+from supermoe_jax import atomic, config, pages, report_map
 from supermoe_jax import report_sections as sections
 from supermoe_jax.data.dataset import Schema
 from supermoe_jax.data.events import DataError
@@ -40,19 +39,9 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   """
   workdir = pathlib.Path(workdir)
   run = _read(workdir)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters.update(number=number, percent=percent, score=_score)
-  page = environment.get_template("report.html.jinja").render(_page(run))
+  page = pages.render("report.html.jinja", _page(run), {"number": number, "percent": percent, "score": _score})
   file = workdir / "report.html"
-  temporary = file.with_suffix(".html.incomplete")
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(file)
+  atomic.write(file, page)
   return file
 
 

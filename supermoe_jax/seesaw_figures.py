@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
+from supermoe_jax import atomic
 from supermoe_jax.evaluation.seesaw_words import Report, signed
 from supermoe_jax.report_figures import (
   BLUE,
@@ -80,9 +81,7 @@ def picture(found: Report, file: pathlib.Path) -> pathlib.Path:
   if kind == "svg":
     text = re.sub(r"<metadata>.*?</metadata>", "", content.decode(), flags=re.DOTALL)
     content = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text).encode()
-  temporary = file.with_name(file.name + ".incomplete")
-  temporary.write_bytes(content)
-  temporary.replace(file)
+  atomic.write(file, content)
   return file
 
 

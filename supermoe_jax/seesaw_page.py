@@ -8,11 +8,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from supermoe_jax import report_figures
+from supermoe_jax import atomic, pages, report_figures
 from supermoe_jax import seesaw_figures as figures
 from supermoe_jax.evaluation import seesaw_words as said
 from supermoe_jax.evaluation.seesaw_words import Report
@@ -28,25 +27,9 @@ def write(report: Report, file: pathlib.Path) -> pathlib.Path:
   The study may be unfinished: whatever lacks is named on the page.
   """
   file = pathlib.Path(file)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters.update(
-    number=number,
-    cell=said.cell,
-    interval=said.interval,
-    score=_score,
-    share=_share,
-    signed=said.signed,
-  )
-  page = environment.get_template("seesaw.html.jinja").render(_page(report, file))
-  temporary = file.with_name(file.name + ".incomplete")
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(file)
+  filters = {"number": number, "cell": said.cell, "interval": said.interval, "signed": said.signed}
+  filters |= {"score": _score, "share": _share}
+  atomic.write(file, pages.render("seesaw.html.jinja", _page(report, file), filters))
   return file
 
 

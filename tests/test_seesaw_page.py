@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html.parser
 import re
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+from page import Page, assert_self_contained
 
 from supermoe_jax import report_figures, seesaw_figures, seesaw_page
 from supermoe_jax.evaluation import seesaw
@@ -17,35 +17,6 @@ HOSTILE_TASK, HOSTILE_VARIANT = "<b>x</b> & $y$", 'v"<script>'
 METRIC = {HOSTILE_TASK: "auc", "spend": "rmse", "churn": "auc"}
 VARIANTS = ("shared", "tuned", HOSTILE_VARIANT)
 SECTIONS = ("words", "gains", "table", "variants", "alone", "measured")
-
-
-class Page(html.parser.HTMLParser):
-  """Collects a page's tags, ids and visible text."""
-
-  def __init__(self, text: str):
-    super().__init__()
-    self.tags: list[tuple[str, dict[str, str | None]]] = []
-    self.open: list[str] = []
-    self.text = ""
-    self.feed(text)
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-    if tag != "meta":
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if "style" not in self.open:
-      self.text += data
-
-  def all(self, tag: str) -> list[dict[str, str | None]]:
-    return [attributes for name, attributes in self.tags if name == tag]
 
 
 def run(variant, seed, scores, **changes):
@@ -98,19 +69,8 @@ def written(report, tmp_path):
   page = Page(text)
   assert page.open == []
   assert [a.get("id") for a in page.all("h2")] == list(SECTIONS)
-  assert_self_contained(text, page)
+  assert_self_contained(text, page, embedded=("#",))
   return text, page
-
-
-def assert_self_contained(text, page):
-  assert not any(page.all(t) for t in ("link", "script", "img", "iframe"))
-  assert not re.search(r"@import|url\((?!#)|https?://", text)
-  for _, attributes in page.tags:
-    for name in ("src", "href", "xlink:href"):
-      assert (attributes.get(name) or "#").startswith("#")
-  ids = [a["id"] for _, a in page.tags if a.get("id")]
-  assert len(ids) == len(set(ids))
-  assert set(re.findall(r'(?:url\(|href=")#([^")]+)', text)) <= set(ids)
 
 
 def test_a_whole_study(tmp_path):

@@ -45,6 +45,11 @@ def _check_data(data: Data) -> None:
       f"config.data.aggregates.fields: {name!r} is not a vocabulary field"
       f"{nearest(name, [n for n, f in data.fields.items() if f.kind == 'vocabulary'])}",
     )
+    _require(
+      data.fields[name].input,
+      f"config.data.aggregates.fields holds {name!r}, which the model must not see (config.data.fields.{name}.input is "
+      "False); leave it out.",
+    )
   _check_split(data.split)
 
 

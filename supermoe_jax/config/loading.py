@@ -15,6 +15,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from supermoe_jax import atomic
 from supermoe_jax.config.checks import check
 from supermoe_jax.config.schema import Config, ConfigError, nearest, to_dict
 from supermoe_jax.config.tasks import TASK_KINDS, Task
@@ -154,7 +155,7 @@ def _map_lists(value: Any, kind: type) -> Any:
 
 def save(config: Config, path: pathlib.Path) -> None:
   """Writes the resolved config as JSON."""
-  path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+  atomic.write(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_json(path: pathlib.Path) -> Config:

@@ -1,4 +1,4 @@
-"""The kinds of tasks, each declared by a few words; `docs` of each say what its label is.
+"""The kinds of tasks, each declared by a few words; the docstring of each says what its label is.
 
 A task asks at *sites*: every kind at snapshots, and those about the following event (`AT_EVENTS`) at every event of a
 training row too.

@@ -224,21 +224,12 @@ def _classes(name: str, encoders: Encoders) -> Classes:
 
 
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
-  """The aggregates of a config, of fields that are inputs only; None when they are switched off.
-
-  Raises:
-    ConfigError: a field whose values are to be counted is no input.
-  """
+  """The aggregates of a config, of fields that are inputs only; None when they are switched off."""
   if not data.aggregates.enabled:
     return None
   columns = list(encoders.categorical)
   counted = {}
   for name in data.aggregates.fields:
-    if not data.fields[name].input:
-      raise config.ConfigError(
-        f"config.data.aggregates.fields holds {name!r}, which the model must not see (config.data.fields.{name}.input "
-        "is False); leave it out."
-      )
     encoder = encoders.categorical[name]
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
     counted[name] = (columns.index(name), tuple(encoder.values[: data.aggregates.top_values]))

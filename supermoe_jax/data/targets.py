@@ -8,6 +8,7 @@ N events of a user.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from supermoe_jax.data.dataset import Dataset, make_comparison, make_event_answe
 from supermoe_jax.data.events import UserHistory
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.vocabulary import UNKNOWN
+
+# Users whose labels are counted to tell how large a sample space is; a few milliseconds each.
+SPACE_USERS = 1000
 
 # A NumPy array on the host, a JAX array inside a step.
 Array = Any
@@ -49,8 +53,8 @@ class Supervision:
   """Reads what the active tasks know out of records."""
 
   def __init__(self, dataset: Dataset, cfg: config.Config, *, training: bool):
-    """With `training`, unknown labels are treated as `cfg.train.missing` says, and a next event that is out of
-    vocabulary is unknown: no row of the catalogue is right."""
+    """With `training`, unknown labels are treated as `cfg.train.missing` says, samples outside of a sample space count
+    as the task says, and a next event that is out of vocabulary is unknown: no row of the catalogue is right."""
     labelled = cfg.labelled_tasks
     self.tasks = {n: labelled[n] for n in cfg.active_tasks if n in labelled}
     self._training = training
@@ -129,7 +133,8 @@ class Supervision:
     task, (value, known) = self.tasks[name], found
     if self._training and isinstance(task, config.NextEvent):
       known = known & (value > UNKNOWN)
-    known, weight = labels_lib.supervision(known, inside, (task.in_space_weight, task.out_space_weight))
+    outside = task.out_space_weight if self._training else 0.0  # metrics are about the space itself
+    known, weight = labels_lib.supervision(known, inside, (task.in_space_weight, outside))
     codes = config.answer(task) in ("catalogue", "multiclass")
     return Targets(
       value.astype(np.int32 if codes else np.float32), known, weight, np.zeros((*known.shape, 0), np.int32)
@@ -156,6 +161,45 @@ class Supervision:
         padded = [np.concatenate([_pad(e, max_events), s]) for e, s in zip(events[name], padded, strict=True)]
       out[name] = Targets(*padded)
     return out
+
+
+class SpaceCount(NamedTuple):
+  """How the labels of the training snapshots of `users` users lie to a task's sample space.
+
+  `labels = inside + outside + unknown`; unknown are those where the label that is compared is not known.
+  """
+
+  users: int
+  labels: int
+  inside: int
+  outside: int
+  unknown: int
+
+
+def count_spaces(dataset: Dataset, cfg: config.Config, users: int = SPACE_USERS) -> dict[str, SpaceCount]:
+  """Counts, for each active task with a sample space, where the labels of the first `users` users lie (in any order:
+  records are shuffled)."""
+  names = [n for n, t in cfg.active_views.items() if t.sample_space]
+  if not names:
+    return {}
+  masked = dataclasses.replace(cfg.train, missing="masked")
+
+  def counted(**settings: Any) -> Supervision:
+    tasks = {n: dataclasses.replace(t, **settings) if n in names else t for n, t in cfg.tasks.items()}
+    return Supervision(dataset, dataclasses.replace(cfg, tasks=tasks, train=masked), training=True)
+
+  ways = (counted(sample_space=""), counted(out_space_weight=1.0), counted(out_space_weight=0.0))
+  total = np.zeros((len(names), len(ways)), np.int64)
+  users = min(users, len(dataset))
+  for index in range(users):
+    record = dataset[index]
+    chosen = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
+    found = [way.at_snapshots(record, dataset.history(record), chosen) for way in ways]
+    total += [[int(np.sum(f[n].known)) for f in found] for n in names]
+  return {
+    n: SpaceCount(users, int(labels), int(inside), int(placed - inside), int(labels - placed))
+    for n, (labels, placed, inside) in zip(names, total)
+  }
 
 
 class _EventLabels:

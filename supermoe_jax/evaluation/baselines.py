@@ -115,7 +115,6 @@ class AggregateModels:
 
 
 def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:
-  """The task's supervision indicator at each snapshot: bool `[S]`."""
+  """Whether the task has a label in its sample space at each snapshot: bool `[S]`."""
   inside = space and space(Labels(record[f"label_{space.task}"], record[f"known_{space.task}"] > 0))
-  weights = (task.in_space_weight, task.out_space_weight)
-  return labels_lib.supervision(record[f"known_{name}"] > 0, inside, weights)[0]
+  return labels_lib.supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]

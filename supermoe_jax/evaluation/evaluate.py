@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import config
+from supermoe_jax import atomic, config
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.batches import Question, QuestionBatch
@@ -108,10 +108,7 @@ def evaluate(
     "seconds": round(clock.monotonic() - begun, 1),
   }
   if write:
-    file = run.workdir / "evaluation.json"
-    temporary = file.with_suffix(".incomplete")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(file)
+    atomic.write(run.workdir / "evaluation.json", json.dumps(result, indent=1) + "\n")
   return result
 
 

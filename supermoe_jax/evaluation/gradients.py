@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import config
 from supermoe_jax.data import batches
@@ -36,8 +37,9 @@ def cosines(run: Run, n_batches: int = BATCHES) -> dict[str, Any] | None:
   total, count = np.zeros((len(names),) * 2), np.zeros((len(names),) * 2)
   stream = batches.training(run.dataset, run.cfg, seed=run.cfg.train.seed + 2)
   with jax.set_mesh(run.mesh):
+    constants = jax.device_put(run.statistics, NamedSharding(run.mesh, PartitionSpec()))
     for batch in itertools.islice(stream, n_batches):
-      gram = np.asarray(_gram(_Static(run), run.variables, place(batch, run.mesh), run.statistics), np.float64)
+      gram = np.asarray(_gram(_Static(run), run.variables, place(batch, run.mesh), constants), np.float64)
       gram = gram[np.ix_(place_of, place_of)]
       length = np.sqrt(np.diagonal(gram))
       met = np.outer(length > 0, length > 0)

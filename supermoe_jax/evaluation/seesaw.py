@@ -29,9 +29,9 @@ class RunResult:
   """What one trained and evaluated model leaves behind.
 
   `tasks[task][split][metric]` are its scores, `losses[task]` training losses over the best constant's, which is in
-  `constants[task]`. `weights` has
-  `step` and each task's weight at these steps; `cosine` the `matrix` of gradient cosines in the order of its `tasks`;
-  `expert_load[task]` the `load [M, E]` of the MoE layers and, with conditioning by gate, a `gate [E]`.
+  `constants[task]`. `weights` has `step` and each task's weight at these steps; `cosine` the `matrix` of gradient
+  cosines in the order of its `tasks`; `expert_load[task]` the `load [M, E]` of the MoE layers and, with conditioning by
+  gate, a `gate [E]`.
   """
 
   variant: str

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import config
+from supermoe_jax import atomic, config
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import seesaw
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
@@ -231,9 +231,7 @@ class _Study:
       references=chosen,
     )
     file = self.workdir / "seesaw.json"
-    temporary = file.with_suffix(".incomplete")
-    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(file)
+    atomic.write(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
   # ----------------------------------------------------------------------------------------------------------- running
@@ -337,7 +335,7 @@ def _write_pages(report: seesaw.Report, workdir: pathlib.Path) -> None:
 
   seesaw_page.write(report, workdir / "seesaw.html")
   seesaw_page.picture(report, workdir / "seesaw.svg")
-  (workdir / "seesaw.md").write_text(seesaw.markdown(report) + "\n", encoding="utf-8")
+  atomic.write(workdir / "seesaw.md", seesaw.markdown(report))
 
 
 def _identity(cfg: config.Config, encoding: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from supermoe_jax import config
+from supermoe_jax import atomic, config
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.batches import QuestionBatch
@@ -63,9 +63,7 @@ def execute(group: Sequence[PlannedRun]) -> list[str | None]:
   for planned in group:
     try:
       result = run_one(planned.cfg, planned.file.with_suffix(""), variant=planned.variant, task=planned.task)
-      temporary = planned.file.with_suffix(".incomplete")
-      temporary.write_text(json.dumps(result.to_json(), ensure_ascii=False) + "\n")
-      temporary.replace(planned.file)
+      atomic.write(planned.file, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
       out.append(None)
     except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
       out.append(f"{type(error).__name__}: {error}")

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from supermoe_jax import config, sharding
+from supermoe_jax import atomic, config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.targets import count_spaces
 from supermoe_jax.training import statistics as statistics_lib
 from supermoe_jax.training.checkpoint import Checkpoints, RunError
 from supermoe_jax.training.statistics import TaskStatistics
@@ -65,9 +67,10 @@ def train(
     for name, size in sharding.replicated(mesh, state.model).items():
       say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
     do_step = compiled(cfg, dataset.schema, mesh).step
+    constants = jax.device_put(statistics, NamedSharding(mesh, PartitionSpec()))
     with _Log(workdir, step, cfg, say if progress else None) as log:
       while step < cfg.train.steps:
-        state, metrics = do_step(state, place(next(stream), mesh), statistics)
+        state, metrics = do_step(state, place(next(stream), mesh), constants)
         step += 1
         log.add(step, metrics)
         if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
@@ -100,6 +103,13 @@ def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -
   n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
   wanted = {n: min(count["known"], MEASURED_LABELS) for n, count in known.items()}
   statistics = statistics_lib.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
+  for name, found in count_spaces(dataset, cfg).items():
+    space = cfg.active_views[name].sample_space
+    say(
+      f"task {name}: of {found.labels:,} labels at the training snapshots of {found.users:,} users "
+      f"{found.inside:,} lie in its sample space {space!r}, {found.outside:,} outside; where that is not known, "
+      f"{found.unknown:,}, they are left out"
+    )
   for name, count in known.items():
     if not count["known"]:
       say(f"warning: task {name} has no training label and contributes nothing")
@@ -117,9 +127,7 @@ def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
   file = workdir / "config.json"
   if not file.is_file():
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".json.incomplete")
-    config.save(cfg, temporary)
-    temporary.replace(file)
+    config.save(cfg, file)
     return
   old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
   for whole in (old, new):
@@ -218,9 +226,7 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
       break
     if row["step"] <= step:
       kept.append(line + "\n")
-  temporary = path.with_suffix(".incomplete")
-  temporary.write_text("".join(kept))
-  temporary.replace(path)
+  atomic.write(path, "".join(kept))
 
 
 def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:

@@ -44,8 +44,7 @@ class Loss(NamedTuple):
   Attributes:
     total: float32, what is differentiated.
     tasks: the sums of each task.
-    mean: float32 `[T]`, each task's mean loss of a label over b; 0 for an absent one.
-    present: bool `[T]`, a: whether the batch has a label of the task.
+    seen: who is present, and with what loss, `[T]` each.
     weights: float32 `[T]`, w.
     encoded: states and the experts' record.
     slices: the experts' counts `(routed, dropped)` in the passes over contrast slices, int32.
@@ -53,8 +52,7 @@ class Loss(NamedTuple):
 
   total: jax.Array
   tasks: dict[str, TaskLoss]
-  mean: jax.Array
-  present: jax.Array
+  seen: weighting.Seen
   weights: jax.Array
   encoded: Encoded
   slices: tuple[jax.Array, jax.Array]
@@ -213,12 +211,11 @@ def combine(
   return sum((jnp.where(losses[n].weight > 0, w[i] * terms[i], 0.0) for i, n in enumerate(losses)), jnp.zeros(()))
 
 
-def means(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> tuple[jax.Array, jax.Array]:
-  """Returns each task's mean loss of a label over b, `[T]`, 0 for the absent; and which tasks are present, `[T]`."""
-  weight = jnp.stack([loss.weight for loss in losses.values()])
+def seen(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> weighting.Seen:
+  """What a batch tells of the tasks' losses, `[T]` in the order of `losses`."""
   total = jnp.stack([loss.total / statistics[n].constant_loss for n, loss in losses.items()])
-  present = weight > 0
-  return jnp.where(present, total / jnp.where(present, weight, 1.0), 0.0), present
+  labels = jnp.stack([loss.weight for loss in losses.values()])
+  return weighting.Seen(labels > 0, total, labels)
 
 
 def loss(
@@ -255,16 +252,16 @@ def loss(
       slices = (slices[0] + counts[0], slices[1] + counts[1])
     else:
       tasks[name] = labelled_loss(model, name, encoded, batch.targets[name], statistics[name], draw)
-  mean, present = means(tasks, statistics)
+  met = seen(tasks, statistics)
   gram = None
   if weigher.needs_gram:
     gram = gradient_products(model, encoded, batch, statistics, train.norm, draw)
-  weights = jax.lax.stop_gradient(weigher.weights(state, weighting.Observed(present, gram, order)))
+  weights = jax.lax.stop_gradient(weigher.weights(state, weighting.Observed(met.present, gram, order)))
   total = combine(tasks, statistics, weights, len(batch.features.length), train.norm)
   aux = encoded.experts.aux
   total += train.balance_weight * jnp.sum(aux.balance_loss) + train.z_weight * jnp.sum(aux.z_loss)
   total -= train.task_information * jnp.sum(aux.mutual_information)
-  return Loss(total, tasks, mean, present, weights, encoded, slices)
+  return Loss(total, tasks, met, weights, encoded, slices)
 
 
 def gradient_products(

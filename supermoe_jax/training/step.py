@@ -209,10 +209,8 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(params)
     updates, moments = optimizer.update(gradient, state.optimizer, params)
     moved = optax.apply_updates(params, updates)
-    after = objective(moved)[1].mean if weigher.needs_after else None
-    total = jnp.stack([out.tasks[n].total / statistics[n].constant_loss for n in names])
-    count = jnp.stack([out.tasks[n].weight for n in names])
-    weights = weigher.update(state.weighting, weighting.Seen(out.present, total, count, after))
+    after = objective(moved)[1].seen.mean if weigher.needs_after else None
+    weights = weigher.update(state.weighting, out.seen._replace(after=after))
     # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
     stats = out.encoded.experts.stats
     biases = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)

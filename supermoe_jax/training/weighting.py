@@ -50,13 +50,14 @@ class Seen(NamedTuple):
   Attributes:
     present: bool `[T]`, a.
     total, labels: float32 `[T]`, Σ δωℓ over b, and Σ δω.
-    after: float32 `[T]`, mean loss of a label over b after the step, on the same batch, for a weigher that needs it.
+    after: float32 `[T]`, mean loss of a label over b after the step, on the same batch, for a weigher that needs it;
+      else None.
   """
 
   present: jax.Array
   total: jax.Array
   labels: jax.Array
-  after: jax.Array | None
+  after: jax.Array | None = None
 
   @property
   def mean(self) -> jax.Array:

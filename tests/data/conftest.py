@@ -12,9 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from labelled_log import raw_config, write_files
 
 from supermoe_jax import config
-from supermoe_jax.data import vocabulary
+from supermoe_jax.data import prepare, vocabulary
+from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import EventLog, UserHistory
 
 
@@ -99,3 +101,37 @@ def read(
       return list(log.histories(vocabulary.fit(log, data))), log.counts
 
   return run
+
+
+# ---------------------------------------------------------------------------------------- a dataset of every kind
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("rich")
+  write_files(folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def rich(folder: pathlib.Path) -> config.Config:
+  return config.resolve(raw_config(folder))
+
+
+@pytest.fixture(scope="session")
+def data(rich: config.Config) -> Dataset:
+  prepare.prepare(rich, say=lambda text: None)
+  return Dataset(rich.data.path)
+
+
+@pytest.fixture(scope="session")
+def raw_rating(folder: pathlib.Path) -> dict[str, list[float | None]]:
+  """Of each user the ratings of the events in the file, in order."""
+  shows = pq.read_table(folder / "shows.parquet").to_pydict()
+  searches = pq.read_table(folder / "searches.parquet").to_pydict()
+  events = [(str(u), t, 0, r) for u, t, r in zip(shows["user"], shows["time"], shows["rating"])]
+  events += [(str(u), t, 1, None) for u, t in zip(searches["user"], searches["time"])]
+  out: dict[str, list[float | None]] = {}
+  for user, _, _, rating in sorted(events, key=lambda e: e[:3]):
+    out.setdefault(user, []).append(rating)
+  return out

@@ -1,6 +1,9 @@
+"""The statistics of a seesaw study against slow references."""
+
+from __future__ import annotations
+
 import json
 import math
-import re
 import statistics
 
 import numpy as np
@@ -8,49 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from seesaw_runs import BAD, FINITE, GOOD, make, run, singles, study
 
 from supermoe_jax.evaluation import seesaw
 from supermoe_jax.evaluation.seesaw import RunResult
-
-METRIC = {"churn": "auc", "basket": "mean_auc", "spend": "rmse"}
-FINITE = st.floats(-50, 50, allow_nan=False)
-
-
-def run(variant, seed, scores, task=None, **changes):
-  given = {
-    "variant": variant,
-    "seed": seed,
-    "task": task,
-    "config_hash": "c",
-    "tasks": {t: {"validation": {}, "test": {METRIC.get(t, "auc"): v, "log_loss": 0.4}} for t, v in scores.items()},
-    "main_metric": {t: METRIC.get(t, "auc") for t in scores},
-    "losses": dict.fromkeys(scores, 0.9),
-    "parameters": 1000,
-    "active_parameters": 400,
-    "seconds": 10.0 + seed,
-  }
-  return RunResult(**{**given, **changes})
-
-
-def singles(seeds, scores):
-  return [run("single", s, {t: v}, task=t) for s in seeds for t, v in scores.items()]
-
-
-def study(gains, singles_score=0.5, tasks=("churn", "basket")):
-  """Runs whose gains are `gains[variant] [seed][task]`, in percent."""
-  seeds = range(max(len(rows) for rows in gains.values()))
-  runs = singles(seeds, dict.fromkeys(tasks, singles_score))
-  for variant, rows in gains.items():
-    for s, row in enumerate(rows):
-      runs.append(run(variant, s, {t: singles_score * (1 + g / 100) for t, g in zip(tasks, row)}))
-  return runs
-
-
-def make(runs, tuned="tuned", **changes):
-  variants = list(dict.fromkeys(r.variant for r in runs if r.task is None))
-  out = seesaw.report(runs, **{"variants": variants, "tuned": tuned, "overrides": {}, **changes})
-  assert json.loads(json.dumps(out, allow_nan=False)) == out  # JSON types throughout, no NaN
-  return out
 
 
 def slow_interval(values):
@@ -196,68 +160,6 @@ def test_what_counts_as_reducing_the_seesaw(harm, worst, mean, allowed):
   assert seesaw.reduces_seesaw({"harm": harm, "worst_gain": worst, "mean_gain": mean}) is allowed
 
 
-BAD = [[-3.0, 2.0], [-3.2, 2.1], [-2.9, 2.0]]
-GOOD = [[0.5, 2.0], [0.6, 2.1], [0.4, 2.2]]
-
-
-def test_words_claim_a_smaller_seesaw_where_it_is_shown():
-  found = make(study({"tuned": BAD, "good": GOOD, "same": BAD}), labels={"churn": 9000, "basket": 9000})
-  difference = found["variants"]["good"]["versus_tuned"]
-  assert difference["reduces_seesaw"] and difference["harm"]["significant"]
-  assert difference["harm"]["mean"] == pytest.approx(-np.mean([3.0, 3.2, 2.9]) / 2)
-  assert found["variants"]["tuned"]["versus_tuned"] is None
-  claims = [w for w in found["words"] if "reduces the seesaw" in w]
-  assert len(claims) == 2 and all(w.startswith("good") for w in claims)
-  assert any("not widened for their number" in w for w in found["words"])
-  assert any(w.startswith("same: lost on 1 of 2 tasks (churn −3.03% (") for w in found["words"])
-  assert not any("Few test labels" in w for w in found["words"])
-
-
-def test_words_publish_a_negative_result():
-  found = make(study({"tuned": GOOD, "bad": BAD}), labels={"churn": 120, "basket": 9000})
-  assert found["words"][0].startswith("A negative result")
-  assert "reduces the seesaw" not in " ".join(found["words"])
-  assert any("rest on 3 seeds" in w for w in found["words"])
-  assert any("churn has 120" in w and "basket" not in w for w in found["words"])
-  assert found["variants"]["bad"]["lost"] == ["churn"] and found["variants"]["bad"]["gained"] == ["basket"]
-
-
-def test_enough_seeds_need_no_warning():
-  assert not any("Few seeds" in w for w in make(study({"tuned": BAD + BAD, "good": GOOD + GOOD}))["words"])
-
-
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_words_never_claim_what_the_rule_forbids(data):
-  """Whatever the numbers and whichever runs are there, a claim stands only beside a variant that may make it."""
-  small = st.lists(st.lists(st.floats(-3, 3), min_size=2, max_size=2), min_size=1, max_size=3)
-  gains = {v: data.draw(small) for v in ("tuned", "a", "b")}
-  if data.draw(st.booleans()):
-    gains["a"] = [[g + 5 for g in row] for row in gains["tuned"]]
-  runs = study(gains)
-  kept = [r for r in runs if data.draw(st.integers(0, 5)) or r.variant == "a"]
-  found = make(kept, variants=["tuned", "a", "b"])
-  for sentence in found["words"]:
-    if re.search("reduces the seesaw", sentence, re.IGNORECASE):
-      name = re.match(r"\w+", sentence)[0]
-      difference = found["variants"][name]["versus_tuned"]
-      assert difference["reduces_seesaw"]
-      assert difference["harm"]["high"] < 0 < difference["worst_gain"]["low"]
-      assert difference["mean_gain"]["mean"] >= 0
-      assert not found["waiting"]
-
-
-def test_no_claim_while_a_task_has_no_single_model_yet():
-  runs = [r for r in study({"tuned": BAD, "good": GOOD}) if r.task != "basket"]
-  found = make(runs)
-  assert found["compared"] == ["churn"] and found["waiting"] == ["basket"]
-  assert not found["variants"]["good"]["versus_tuned"]["reduces_seesaw"]
-  assert "Still without scores to compare: basket" in found["words"][0]
-  assert any("scores without a single-task score to compare with (seeds 0, 1, 2)" in m for m in found["missing"])
-  assert found["variants"]["good"]["tasks"]["basket"]["score"]["mean"] is not None
-  assert seesaw.table(found)[1][2].strip() == "–"
-
-
 def test_a_task_without_a_metric_is_named_and_left_out():
   runs = study({"tuned": BAD, "good": GOOD})
   runs += [run("single", s, {"young": None}, task="young") for s in range(3)]
@@ -286,24 +188,6 @@ def test_differences_to_tuned_are_of_common_seeds():
   found = make(runs)["variants"]["good"]["versus_tuned"]
   expected = [np.mean(GOOD[s]) - np.mean(BAD[s]) for s in (1, 2)]
   assert found["mean_gain"]["seeds"] == 2 and found["mean_gain"]["mean"] == pytest.approx(np.mean(expected))
-
-
-def test_a_study_that_has_only_begun():
-  found = make([], variants=["tuned", "good"], tasks=["churn"], seeds=[0, 1])
-  assert found["variants"]["good"]["mean_gain"]["mean"] is None
-  assert "nothing to compare" in found["words"][0]
-  assert found["missing"] == [
-    "single churn: no run (seeds 0, 1).",
-    "tuned: no run (seeds 0, 1).",
-    "good: no run (seeds 0, 1).",
-  ]
-  assert seesaw.table(found)[1] == ["tuned", "–", "–", "–", "–", "–"]
-
-
-def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
-  found = make(study({"good": GOOD}), tuned="")
-  assert found["variants"]["good"]["versus_tuned"] is None
-  assert "Tuned static weights have no complete run" in found["words"][0]
 
 
 def test_one_seed_has_no_verdict():
@@ -388,15 +272,3 @@ def test_a_run_result_survives_json():
     RunResult.from_json({k: v for k, v in one.to_json().items() if k != "main_metric"})
   with pytest.raises(ValueError, match="'extra'"):
     RunResult.from_json({**one.to_json(), "extra": 1})
-
-
-def test_tables():
-  found = make(study({"tuned": BAD, "good|v": GOOD}))
-  rows = seesaw.table(found)
-  assert rows[0] == ["variant", "churn", "basket", "Δm", "worst Δ", "H", "lost"]
-  assert rows[1][0] == "tuned" and rows[1][-1] == "1/2"
-  assert rows[1][1] == "−3.03 ±0.38 ▼" and rows[1][2] == "+2.03 ±0.14 ▲"
-  assert all(len(r) == 7 for r in rows)
-  lines = seesaw.markdown(found).splitlines()
-  assert lines[3].startswith("| good\\|v | ")
-  assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {8}

@@ -69,9 +69,7 @@ def weighed(few: config.Config, rich_dataset: Dataset, measured: dict[str, TaskS
         return out.total, out
 
       (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(model)
-      total = jnp.stack([out.tasks[n].total / measured[n].constant_loss for n in few.active_tasks])
-      count = jnp.stack([out.tasks[n].weight for n in few.active_tasks])
-      seen = weighting.Seen(out.present, total, count, 0.9 * out.mean)
+      seen = out.seen._replace(after=0.9 * out.seen.mean)
       return out, gradient, weigher.update(state, seen)
 
     jitted = jax.jit(step)
@@ -124,7 +122,7 @@ def test_an_absent_task_moves_nothing(weighed, batch: Batch, few: config.Config,
       none = with_target(batch, gone, known=known, weight=np.zeros_like(batch.targets[gone].weight))
     out, gradient, after, before = weighed(method)(none)
     index = list(few.active_tasks).index(gone)
-    assert float(out.tasks[gone].weight) == 0 and not bool(out.present[index])
+    assert float(out.tasks[gone].weight) == 0 and not bool(out.seen.present[index])
     if gone != "alike":
       assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient["heads"][gone]))
     for name in few.active_tasks:

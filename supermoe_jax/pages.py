@@ -1,0 +1,22 @@
+"""HTML pages that need nothing beside them, from the package's Jinja templates and their common style."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+
+def render(template: str, values: Mapping[str, Any], filters: Mapping[str, Any]) -> str:
+  """Renders one of the package's templates; what it names and `values` lacks is an error, and text is escaped."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters.update(filters)
+  return environment.get_template(template).render(values)

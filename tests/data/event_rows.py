@@ -1,0 +1,23 @@
+"""Rows that the tests of event logs start from."""
+
+from __future__ import annotations
+
+from supermoe_jax import config
+from supermoe_jax.data import vocabulary
+
+SECOND = 1_000_000
+JUNE_1 = config.parse_time("2020-06-01", "") // SECOND  # in seconds, as the files have it
+ABSENT, UNKNOWN = vocabulary.ABSENT, vocabulary.UNKNOWN
+
+PRICE = {"item": {}, "price": {"kind": "numeric"}}
+LEAVE_ONE_OUT = {"mode": "leave_one_out"}
+
+
+def good_rows(**changes):
+  """Three events of two users; a change replaces a column or adds one."""
+  columns = {"user": ["a", "b", "a"], "time": [JUNE_1 + 2, JUNE_1 + 1, JUNE_1], "item": ["x", "y", "x"]}
+  return {**columns, "price": ["1.5", "2", "4"], **changes}
+
+
+def times(history):
+  return (history.time // SECOND).tolist()

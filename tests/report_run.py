@@ -1,0 +1,142 @@
+"""Run directories with what a report reads in them, made without training."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from supermoe_jax import config
+
+HOSTILE = "<b>x</b>"  # a field's name
+SPLITS = ("train", "validation", "test")
+NOVEMBER = config.parse_time("2017-11-01", "")
+
+
+TASKS = {
+  "churn": {"kind": "future_event", "source": "purchases", "negate": True},
+  "basket": {"kind": "future_values", "field": "item", "top": 4},
+  "following": {"kind": "next_event", "field": "item"},
+  "young": {"kind": "user_label", "column": "age", "positive": ["18-24"]},
+}
+
+
+def make_config(path: pathlib.Path, tasks=TASKS, **model) -> config.Config:
+  return config.resolve(
+    {
+      "data": {
+        "path": str(path / "dataset"),
+        "sources": {"purchases": {"files": ["p.parquet"]}},
+        "fields": {HOSTILE: {"column": "x"}, "item": {}, "price": {"kind": "numeric"}},
+        "users": {"files": ["u.parquet"]},
+        "split": {"train_end": "2017-10-01", "validation": ["2017-10-01"], "test": ["2017-11-01"]},
+        "aggregates": {"enabled": False},
+      },
+      "tasks": tasks,
+      "model": {"d_model": 8, "layers": 2, "heads": 2, "d_hidden": 16, "d_expert": 16, "experts": 4, **model},
+      "train": {"steps": 60, "warmup_steps": 5},
+    }
+  )
+
+
+def write_json(file: pathlib.Path, value) -> None:
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(value))
+
+
+def make_dataset(cfg: config.Config) -> None:
+  known = {s: {"known": 40, "positive": 10} for s in SPLITS}
+  source = {"rows_read": 1005, "rows_kept": 1000, "dropped": {"null_user": 5}, "items_missing": 2}
+  write_json(
+    pathlib.Path(cfg.data.path) / "manifest.json",
+    {
+      "data_hash": cfg.data_hash(),
+      "users": 40,
+      "events": 1000,
+      "log": {"first": "2017-01-01T00:00:00", "last": "2017-12-31T00:00:00", "observed_until": "2017-12-31T00:00:00"},
+      "lengths": {"p0": 1.0, "p50": 24.0, "p100": 90.0},
+      "reading": {
+        "dropped": {"null_user": 5},
+        "duplicate_rows": 3,
+        "tie_rate": 0.25,
+        "nulls": {HOSTILE: 7, "item": 0, "price": 0},
+        "sources": {"purchases": source},
+      },
+      "fields": {
+        HOSTILE: {"kind": "vocabulary", "codes": 12, "oov_training": 0.0, "oov_after": 0.125},
+        "item": {"kind": "hash", "codes": 22, "oov_training": 0.0, "oov_after": 0.0, "values": 30, "colliding": 0.4},
+      },
+      "snapshots": dict.fromkeys(SPLITS, 40),
+      "snapshots_with_too_few_events": 6,
+      "users_without_training_events": 2,
+      "users_without_snapshot": 1,
+      "user_table": {"user_rows": 20, "labelled_users_without_events": 0},
+      "labels": {
+        "churn": known,
+        "basket": known,
+        "following": {s: {"known": 40, "unseen_value": 1} for s in SPLITS},
+        "young": {**known, "test": {"known": 0, "positive": 0}},
+      },
+      "aggregates": {"mean": [], "scale": []},
+      "warnings": ["task young has no label in test & more"],
+    },
+  )
+
+
+def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60), **more) -> None:
+  load = [[0.1, 0.2, 0.3, 0.4]] if cfg.model.moe_every else []
+  rows = [
+    {
+      "step": s,
+      "loss": 10 / s,
+      "tasks": {n: {"loss": None if n == "young" and s == 40 else 1 / s, "labels": 9.0} for n in cfg.tasks},
+      "balance_loss": 1.1,
+      "z_loss": 0.1,
+      "load": load,
+      "dropped_share": 0.05,
+      "gradient_norm": float("nan") if s == 40 else 2.0,
+      "learning_rate": 1e-3,
+      "events_per_second": 12345.6,
+      **more,
+    }
+    for s in steps
+  ]
+  (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 80, "lo')  # cut short
+
+
+def make_evaluation(cfg: config.Config, workdir: pathlib.Path, **changes) -> None:
+  def binary(own, best):
+    own, constant, best = ({"auc": v, "log_loss": 0.5} for v in (own, 0.5, best))
+    return {"labels": 40, "positive": 0.25, "metrics": own, "baselines": {"constant": constant, "gbdt": best}}
+
+  tasks = {
+    "churn": binary(0.8, 0.75),
+    "basket": {"labels": 600, "positive": 0.1, "metrics": {"mean_auc": None}, "baselines": {"gbdt": {"mean_auc": 0.6}}},
+    "following": {"labels": 600, "metrics": {"ndcg@10": 0.1}, "baselines": {"most popular": {"ndcg@10": 0.15}}},
+  }
+  load = {n: {"snapshots": 10, "load": [[0.5, 0.25, 0.25, 0.0]] if cfg.model.moe_every else []} for n in tasks}
+  result = {
+    "step": 60,
+    "config_hash": cfg.hash(),
+    "main_metric": {"churn": "auc", "basket": "mean_auc", "following": "ndcg@10", "young": "auc"},
+    "splits": {"validation": {**tasks, "young": binary(0.55, 0.65)}, "test": tasks},
+    "expert_load": {**load, "young": {"snapshots": 0, "load": [[0.0] * 4]}},
+  }
+  write_json(workdir / "evaluation.json", {**result, **changes})
+
+
+def make_embeddings(cfg: config.Config, workdir: pathlib.Path, users: int = 40) -> None:
+  vectors = np.random.default_rng(0).normal(size=(users + 1, 8)).astype(np.float32)
+  table = pa.table(
+    {
+      "user_id": pa.array([*range(users), 0]),
+      "as_of": pa.array([NOVEMBER] * users + [NOVEMBER - 1], pa.timestamp("us")),
+      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 8),
+      "n_events": pa.array(range(1, users + 2)),
+    }
+  )
+  write_json(workdir / "embeddings" / "manifest.json", {"step": 60, "config_hash": cfg.hash(), "parts": 1})
+  pq.write_table(table, workdir / "embeddings" / "part-00000.parquet")
