@@ -193,6 +193,19 @@ def test_a_run_of_many_devices_opens_and_goes_on_on_one(
   assert dict(Run(copy).mesh.shape) == {"data": 1, "expert": 1, "tensor": 1}
 
 
+def cut_and_resumed(cfg: config.Config, folder: pathlib.Path) -> pathlib.Path:
+  """Trains a run of 8 steps whole, and another that is cut after step 4 and resumed; they must be bitwise equal."""
+  once, twice = folder / "once", folder / "twice"
+  assert loop.train(cfg, once, say=lambda _: None) == 8
+  shutil.copytree(once, twice)
+  shutil.rmtree(twice / "checkpoints" / "8")
+  assert loop.train(cfg, twice, say=lambda _: None) == 8
+  for mine, wanted in zip(parameters(Run(twice)), parameters(Run(once)), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+  assert [without_speed(r) for r in rows(twice)] == [without_speed(r) for r in rows(once)]
+  return once
+
+
 @pytest.mark.slow
 def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
   cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
@@ -213,13 +226,7 @@ def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
       "--config.train.mesh.tensor=2",
     ],
   )
-  once, twice = tmp_path / "once", tmp_path / "twice"
-  assert loop.train(other, once, say=lambda _: None) == 8
-  shutil.copytree(once, twice)
-  shutil.rmtree(twice / "checkpoints" / "8")
-  assert loop.train(other, twice, say=lambda _: None) == 8
-  for mine, wanted in zip(parameters(Run(twice)), parameters(Run(once)), strict=True):
-    np.testing.assert_array_equal(mine, wanted)
+  once = cut_and_resumed(other, tmp_path)
   assert all(np.isfinite(r["loss"]) and len(r["load"]) == 2 for r in rows(once))
   (bias,) = jax.tree.leaves(nnx.filter_state(Run(once).variables, BalanceBias))
   assert bias.shape == (2, 4)
@@ -242,14 +249,7 @@ def test_a_run_of_every_kind_of_task_resumes_with_the_state_of_its_weights(
       "--config.train.steps=8",
     ],
   )
-  once, twice = tmp_path / "once", tmp_path / "twice"
-  assert loop.train(cfg, once, say=lambda _: None) == 8
-  shutil.copytree(once, twice)
-  shutil.rmtree(twice / "checkpoints" / "8")
-  assert loop.train(cfg, twice, say=lambda _: None) == 8
-  for mine, wanted in zip(parameters(Run(twice)), parameters(Run(once)), strict=True):
-    np.testing.assert_array_equal(mine, wanted)
-  assert [without_speed(r) for r in rows(twice)] == [without_speed(r) for r in rows(once)]
+  once = cut_and_resumed(cfg, tmp_path)
   last = rows(once)[-1]
   assert set(last["weights"]) == set(cfg.active_tasks)
   assert sum(last["weights"].values()) == pytest.approx(len(cfg.active_tasks), abs=1e-3)
