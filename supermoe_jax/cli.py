@@ -158,10 +158,10 @@ def _seesaw(args: argparse.Namespace) -> None:
   if args.jobs < 1:
     raise config.ConfigError(f"--jobs={args.jobs} must be at least 1.")
   cfg = config.load(args.config, args.overrides)
-  from supermoe_jax.evaluation import evaluate, seesaw, study
+  from supermoe_jax.evaluation import evaluate, seesaw_words, study
 
   report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only)
-  print(evaluate.render(seesaw.table(report)))
+  print(evaluate.render(seesaw_words.table(report)))
   print(*report["words"], sep="\n")
   print(f"all figures: {args.workdir / 'seesaw.json'}; with pictures: {args.workdir / 'seesaw.html'}")
 

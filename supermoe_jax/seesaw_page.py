@@ -40,7 +40,7 @@ def _page(report: Report, file: pathlib.Path) -> dict[str, Any]:
   return {
     "title": file.resolve().parent.name,
     "report": report,
-    "conclusion": said.conclusion(report),
+    "conclusion": [*said.conclusion(report), *said.choice(report)],
     "warnings": said.warnings(report),
     "sentences": {n: said.describe(report, n).removeprefix(f"{n}: ") for n in variants},
     "marks": said.MARKS,

@@ -10,7 +10,7 @@ import pytest
 from page import Page, assert_self_contained
 
 from supermoe_jax import report_figures, seesaw_figures, seesaw_page
-from supermoe_jax.evaluation import seesaw
+from supermoe_jax.evaluation import seesaw, seesaw_words
 from supermoe_jax.evaluation.seesaw import RunResult
 
 HOSTILE_TASK, HOSTILE_VARIANT = "<b>x</b> & $y$", 'v"<script>'
@@ -80,7 +80,7 @@ def test_a_whole_study(tmp_path):
     assert page.text.count(name) >= 4
   assert HOSTILE_TASK not in text and HOSTILE_VARIANT not in text and "<i>" not in text
   assert "'--config.model.note=<i> '" in page.text  # quoted for a shell
-  for sentence in seesaw.words(report):
+  for sentence in seesaw_words.words(report):
     assert sentence in page.text
   # gains, harm, shares; of two variants with traces: cosine, weights, two layers and a gate
   assert len(page.all("svg")) == 3 + 2 * 5

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
+from supermoe_jax.evaluation.gains import SUMMARIES, Estimate, estimate, gain, reduces_seesaw, verdict
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.evaluation.seesaw_words import Estimate, Report, markdown, table, words
+from supermoe_jax.evaluation.seesaw_words import Report, words
 
 # The variant that every single-task reference belongs to.
 SINGLE = "single"
-
-__all__ = ["SINGLE", "RunResult", "estimate", "gain", "harm", "markdown", "mean_gain", "reduces_seesaw"]
-__all__ += ["report", "seesaw_index", "table", "verdict", "words"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +67,9 @@ class RunResult:
     out: dict[str, Any] = _plain(dataclasses.asdict(self))
     return out
 
-  def score(self, task: str) -> float | None:
-    """The main metric of `task` on test; None where it has none, or one that is not finite."""
-    metrics = self.tasks.get(task, {}).get("test") or {}
+  def score(self, task: str, split: str = "test") -> float | None:
+    """The main metric of `task`; None where it has none, or one that is not finite."""
+    metrics = self.tasks.get(task, {}).get(split) or {}
     return _finite(metrics.get(self.main_metric.get(task, "")))
 
 
@@ -90,79 +87,20 @@ def _plain(value: Any) -> Any:
   return _finite(value) if isinstance(value, float) else value
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def gain(metric: str, score: float, single: float) -> float | None:
-  """Gain Δ of `score` over the single-task score, in percent; above 0 is better whichever way the metric points.
-
-  Returns: None where the single-task score is 0, of which nothing is a percentage.
-  Source: the form of arXiv 1904.08918.
-  """
-  if single == 0:
-    return None
-  return 100 * (single - score if metric in LOWER_IS_BETTER else score - single) / abs(single)
-
-
-def harm(gains: Sequence[float]) -> float:
-  """H = mean of max(0, −Δ) over tasks, `gains [T]`."""
-  return sum(max(0.0, -g) for g in gains) / len(gains)
-
-
-def seesaw_index(gains: Sequence[float]) -> float:
-  """Σ max(0, −Δ) / Σ|Δ| over tasks, `gains [T]`: 0 where nothing was lost (or nothing moved), 1 where all was loss."""
-  moved = sum(abs(g) for g in gains)
-  return sum(max(0.0, -g) for g in gains) / moved if moved else 0.0
-
-
-def mean_gain(gains: Sequence[float]) -> float:
-  """Δm, the mean of Δ over tasks, `gains [T]`."""
-  return sum(gains) / len(gains)
-
-
-SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
-  "mean_gain": mean_gain,
-  "worst_gain": min,
-  "harm": harm,
-  "seesaw_index": seesaw_index,
-}
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-  """Mean of one value a seed, with its 95 % Student-t interval where there are two seeds or more."""
-  x = np.array(list(values), np.float64)
-  if not len(x):
-    return {"mean": None, "low": None, "high": None, "seeds": 0}
-  mean = float(x.mean())
-  if len(x) == 1:
-    return {"mean": mean, "low": None, "high": None, "seeds": 1}
-  half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / math.sqrt(len(x)))
-  return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(x)}
-
-
-def verdict(found: Estimate) -> str:
-  """`lost` or `gained` where the interval lies beyond 0, `even` where it holds 0, `unknown` without an interval."""
-  if found["low"] is None:
-    return "unknown"
-  return "lost" if found["high"] < 0 else "gained" if found["low"] > 0 else "even"
-
-
-def reduces_seesaw(difference: Mapping[str, Estimate]) -> bool:
-  """Whether differences to tuned static weights allow the words "reduces the seesaw".
-
-  Harm and worst gain must both be better with an interval that excludes 0, and the mean gain no lower.
-  """
-  better = verdict(difference["harm"]) == "lost" and verdict(difference["worst_gain"]) == "gained"
-  return better and difference["mean_gain"]["mean"] >= 0
-
-
 # --------------------------------------------------------------------------------------------------------------- report
 
 
 class _Study:
-  """Runs in order: scores by variant, task and seed, and which tasks can be compared."""
+  """Runs in order: scores of a split by variant, task and seed, and which tasks can be compared."""
 
-  def __init__(self, runs: Sequence[RunResult], tasks: Sequence[str], variants: Sequence[str], seeds: Sequence[int]):
+  def __init__(
+    self,
+    runs: Sequence[RunResult],
+    tasks: Sequence[str],
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    split: str = "test",
+  ):
     self.singles: dict[str, dict[int, RunResult]] = {}
     self.shared: dict[str, dict[int, RunResult]] = {v: {} for v in variants}
     for run in sorted(runs, key=lambda r: r.seed):
@@ -180,8 +118,8 @@ class _Study:
       if len(found) > 1:
         raise ValueError(f"task {task} has the main metrics {', '.join(found)} in one study; run it again with one.")
       self.metric[task] = found[0] if found else None
-    self.single = {t: _scores(self.singles.get(t, {}), t) for t in self.tasks}
-    self.score = {v: {t: _scores(of, t) for t in self.tasks} for v, of in self.shared.items()}
+    self.single = {t: _scores(self.singles.get(t, {}), t, split) for t in self.tasks}
+    self.score = {v: {t: _scores(of, t, split) for t in self.tasks} for v, of in self.shared.items()}
     self.compared = [t for t in self.tasks if self.single[t] and any(s[t] for s in self.score.values())]
     # Of the others, some have no score in any run; the rest may get theirs when the study goes on.
     scored = {t for t in self.tasks if self.single[t] or any(s[t] for s in self.score.values())}
@@ -231,13 +169,31 @@ class _Study:
     return out
 
 
-def _scores(runs: Mapping[int, RunResult], task: str) -> dict[int, float]:
-  found = {s: r.score(task) for s, r in runs.items()}
+def _scores(runs: Mapping[int, RunResult], task: str, split: str) -> dict[int, float]:
+  found = {s: r.score(task, split) for s, r in runs.items()}
   return {s: v for s, v in found.items() if v is not None}
 
 
 def _lack(what: str, cause: str, seeds: Sequence[int]) -> list[str]:
   return [f"{what}: {cause} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})."] if seeds else []
+
+
+def on_validation(runs: Sequence[RunResult], variants: Sequence[str]) -> dict[str, Any]:
+  """How variants stand on validation, which is what a configuration may be chosen by.
+
+  Returns: `variants`, of each the tasks `lost` and the `mean_gain`; and `best`, the variant that loses on the fewest
+    tasks and, of those, has the highest mean gain; None while no variant has all tasks in two seeds. The mean alone
+    would be led by the tasks with few labels, whose gains are mostly chance.
+  """
+  study = _Study(runs, (), variants, (), split="validation")
+  standing: dict[str, dict[str, Any]] = {}
+  for name in variants:
+    found = {t: verdict(estimate(study.gains[name][t].values())) for t in study.compared}
+    mean = estimate(study.summaries(name)["mean_gain"].values())
+    standing[name] = {"lost": [t for t, v in found.items() if v == "lost"], "mean_gain": mean}
+  judged = {n: s for n, s in standing.items() if s["mean_gain"]["seeds"] > 1}
+  best = min(judged, key=lambda n: (len(judged[n]["lost"]), -judged[n]["mean_gain"]["mean"]), default=None)
+  return {"variants": standing, "best": best}
 
 
 def report(
@@ -297,6 +253,7 @@ def report(
       for t in study.tasks
     },
     "variants": {v: _variant(study, v, tuned, overrides.get(v, ()), possible) for v in study.shared},
+    "validation": on_validation(runs, list(study.shared)),
     "missing": study.missing(),
   }
   for task, bounds in possible.items():

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from supermoe_jax.evaluation.gains import Estimate
+
 # Below so many seeds or test labels, words say how little a verdict is worth.
 FEW_SEEDS = 5
 FEW_LABELS = 500
 MARKS = {"lost": "▼", "gained": "▲"}
 
-# An estimate over seeds: {"mean", "low", "high", "seeds"}; mean is None without a seed, low and high below two seeds.
-Estimate = dict[str, Any]
 # The content of seesaw.json; see `seesaw.report`.
 Report = dict[str, Any]
 
@@ -38,7 +38,20 @@ def interval(found: Estimate, *, unit: str = "", plus: bool = True) -> str:
 
 def words(found: Report) -> list[str]:
   """The report in sentences: the conclusion, what to beware of, and what became of each variant."""
-  return [*conclusion(found), *warnings(found), *(describe(found, v) for v in found["variants"])]
+  return [*conclusion(found), *choice(found), *warnings(found), *(describe(found, v) for v in found["variants"])]
+
+
+def choice(found: Report) -> list[str]:
+  """Which variant one would choose without having seen the test."""
+  standing, best = found["validation"]["variants"], found["validation"]["best"]
+  if best is None:
+    return []
+  lost = standing[best]["lost"]
+  return [
+    f"On validation {best} is best: of {_count(len(standing), 'variant')} it loses on the fewest tasks "
+    f"({', '.join(lost) or 'none'}), and of those that do its mean gain is highest, "
+    f"{interval(standing[best]['mean_gain'], unit='%')}."
+  ]
 
 
 def conclusion(found: Report) -> list[str]:

@@ -12,7 +12,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -20,12 +19,11 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax import atomic, config
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.evaluation import seesaw
+from supermoe_jax.evaluation import seesaw, seesaw_words, study_weights
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.evaluation.seesaw import SINGLE, RunResult
 from supermoe_jax.evaluation.study_run import PlannedRun, end_with, execute
@@ -43,6 +41,9 @@ STANDARD: dict[str, tuple[str, ...]] = {
 
 # Weightings that start from the tasks' own weights.
 _PRIORS = ("=static", "=seesaw")
+
+# Random static weightings that are run with all seeds.
+FINALISTS = 3
 
 # Runs' own version: a change of what a run measures asks for new runs.
 FORMAT = 1
@@ -74,7 +75,7 @@ def study(
   jobs: int = 1,
   only: Sequence[str] = (),
   say: Callable[[str], None] = print,
-) -> seesaw.Report:
+) -> seesaw_words.Report:
   """Runs what is missing of the study of `cfg.seesaw` and returns the report, which it also writes.
 
   Args:
@@ -142,7 +143,7 @@ class _Study:
 
   # --------------------------------------------------------------------------------------------------------- the course
 
-  def run(self) -> seesaw.Report:
+  def run(self) -> seesaw_words.Report:
     seeds, first = self.plan.seeds, self.plan.seeds[:1]
     begun = clock.monotonic()
     several = {t: c for t, c in self.singles.items() if len(c) > 1}
@@ -154,7 +155,7 @@ class _Study:
       self.variants[self.plan.tuned] = self._tuned_static(references)
     for name, cfg in self.variants.items():
       if cfg.train.weighting.method == "seesaw" and not cfg.train.weighting.references:
-        self.variants[name] = _referred(cfg, references)
+        self.variants[name] = study_weights.referred(cfg, references)
     jobs = [_Job(name, None, cfg, seeds) for name, cfg in self.variants.items()]
     self._execute("variants", jobs, lambda: self._report(references, chosen))
     report = self._report(references, chosen)
@@ -174,48 +175,39 @@ class _Study:
     scores = {}
     for name, cfg in candidates.items():
       for result in self._results(_Job(SINGLE, task, cfg, self.plan.seeds[:1])):
-        score = _score(result, task, "validation")
+        score = result.score(task, "validation")
         if score is not None:
           scores[name] = -score if result.main_metric[task] in LOWER_IS_BETTER else score
     return max(scores, key=lambda n: scores[n]) if scores else None
 
   def _tuned_static(self, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-    """The tuned variant's config with the weights that are best on validation with the first seed.
+    """The tuned variant's config with the weights that are best on validation.
 
-    Tried are equal weights, the config's own, and random ones.
+    Tried with the first seed are equal weights, the config's own, and random ones; the equal ones, the config's own and
+    the best of the others by their mean gain are then run with all seeds, and compared as variants are.
     """
     base = self.variants[self.plan.tuned]
-    rng = np.random.default_rng(0)
     names = list(base.active_tasks)
-    spread = math.log(self.plan.static_spread)
-    own = np.log([base.tasks[n].weight for n in names])
-    draws = [np.zeros(len(names))] + [own] * bool(np.ptp(own))
-    draws += [rng.uniform(-spread, spread, len(names)) for _ in range(self.plan.static_candidates - len(draws))]
-    weighing = dataclasses.replace(base.train.weighting, method="static", references={})
-    candidates = []
-    for draw in draws:
-      weights = np.exp(draw) * len(names) / np.exp(draw).sum()
-      tasks = dict(base.tasks)
-      tasks |= {n: dataclasses.replace(tasks[n], weight=round(float(w), 4)) for n, w in zip(names, weights)}
-      train = dataclasses.replace(base.train, weighting=weighing)
-      candidates.append(dataclasses.replace(base, tasks=tasks, train=train))
-    jobs = [_Job(self.plan.tuned, None, c, self.plan.seeds[:1]) for c in candidates]
-    self._execute("tuning static weights", jobs, together=True)
+    candidates = {f"weights {i}": c for i, c in enumerate(study_weights.weighted(base, self.plan))}
+    first = {n: _Job(n, None, c, self.plan.seeds[:1]) for n, c in candidates.items()}
+    self._execute("tuning static weights", list(first.values()), together=True)
     alone = {t: r[0] for t, r in references.items() if r}
-    scores = {}
-    for i, job in enumerate(jobs):
-      for result in self._results(job):
-        gains = [_gain(result, alone[t], t, "validation") for t in alone]
-        scores[i] = float(np.mean([g for g in gains if g is not None]))
-    if not scores:
-      return candidates[0]
-    best = candidates[max(scores, key=lambda i: scores[i])]
+    scores = {n: study_weights.mean_gain(result, alone) for n, job in first.items() for result in self._results(job)}
+    fixed = len(study_weights.fixed_weights(base))
+    others = sorted((n for n in list(candidates)[fixed:] if n in scores), key=lambda n: -scores[n])
+    final = {n: _Job(n, None, candidates[n], self.plan.seeds) for n in (*list(candidates)[:fixed], *others[:FINALISTS])}
+    self._execute("the best static weights", list(final.values()), together=True)
+    runs = [r for results in references.values() for r in results]
+    runs += [r for job in final.values() for r in self._results(job)]
+    best = candidates[seesaw.on_validation(runs, list(final))["best"] or "weights 0"]
     told = ", ".join(f"{n}={best.tasks[n].weight:g}" for n in names)
     self.say(f"static weights of {self.plan.tuned}, best of {len(scores)} on validation: {told}")
     self.overrides[self.plan.tuned] += [f"tasks.{n}.weight={best.tasks[n].weight:g}" for n in names]
     return best
 
-  def _report(self, references: Mapping[str, Sequence[RunResult]], chosen: Mapping[str, str | None]) -> seesaw.Report:
+  def _report(
+    self, references: Mapping[str, Sequence[RunResult]], chosen: Mapping[str, str | None]
+  ) -> seesaw_words.Report:
     runs = [r for results in references.values() for r in results]
     for name, cfg in self.variants.items():
       runs += self._results(_Job(name, None, cfg, self.plan.seeds))
@@ -299,7 +291,7 @@ class _Study:
         yield f"  {run.name}: failed: {error}", 1
         continue
       result = RunResult.from_json(json.loads(run.file.read_text()))
-      scores = {t: _score(result, t, "validation") for t in result.tasks}
+      scores = {t: result.score(t, "validation") for t in result.tasks}
       told = " ".join(f"{t}={s:.4f}" for t, s in scores.items() if s is not None)
       yield f"  {run.name}: {told} (validation, {result.seconds:.0f} s)", 1
 
@@ -330,12 +322,12 @@ class _ThreadLimit:
         os.environ[name] = value
 
 
-def _write_pages(report: seesaw.Report, workdir: pathlib.Path) -> None:
+def _write_pages(report: seesaw_words.Report, workdir: pathlib.Path) -> None:
   from supermoe_jax import seesaw_page  # pictures only when there is something to draw
 
   seesaw_page.write(report, workdir / "seesaw.html")
   seesaw_page.picture(report, workdir / "seesaw.svg")
-  atomic.write(workdir / "seesaw.md", seesaw.markdown(report))
+  atomic.write(workdir / "seesaw.md", seesaw_words.markdown(report))
 
 
 def _identity(cfg: config.Config, encoding: str) -> str:
@@ -354,35 +346,3 @@ def _possible(dataset: pathlib.Path) -> dict[str, dict[str, float]] | None:
   """What the simulator says is possible, where the dataset was made from one: `possible.json` beside the dataset."""
   file = dataset.parent / "possible.json"
   return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _referred(cfg: config.Config, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-  """The config with the single-task losses as the references of the seesaw weights."""
-  known = {}
-  for task in cfg.active_tasks:
-    values = [v for v in (_reached(r, task) for r in references.get(task, ())) if v is not None and v > 0]
-    if values:
-      known[task] = round(float(np.mean(values)), 5)
-  weighing = dataclasses.replace(cfg.train.weighting, references=known)
-  return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, weighting=weighing))
-
-
-def _reached(alone: RunResult, task: str) -> float | None:
-  """What a single-task run has reached, over b: its loss on validation where a metric is that loss, else in training.
-
-  A task with few labels is learned by heart alone; its training loss would ask the shared model to do the same.
-  """
-  metrics, b = alone.tasks.get(task, {}).get("validation", {}), alone.constants.get(task)
-  log_loss, rmse = metrics.get("log_loss"), metrics.get("rmse")
-  if b and log_loss is not None:
-    return log_loss / b
-  return rmse**2 / b if b and rmse is not None else alone.losses.get(task)
-
-
-def _score(result: RunResult, task: str, split: str) -> float | None:
-  return result.tasks.get(task, {}).get(split, {}).get(result.main_metric[task])
-
-
-def _gain(result: RunResult, alone: RunResult, task: str, split: str) -> float | None:
-  mine, other = _score(result, task, split), _score(alone, task, split)
-  return None if mine is None or other is None else seesaw.gain(result.main_metric[task], mine, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from seesaw_runs import BAD, FINITE, GOOD, make, run, singles, study
 
-from supermoe_jax.evaluation import seesaw
+from supermoe_jax.evaluation import gains, seesaw
 from supermoe_jax.evaluation.seesaw import RunResult
 
 
@@ -29,7 +30,7 @@ def slow_interval(values):
 @given(st.lists(FINITE, min_size=1, max_size=7))
 @settings(max_examples=50, deadline=None)
 def test_an_interval_is_students(values):
-  found = seesaw.estimate(values)
+  found = gains.estimate(values)
   mean, low, high = slow_interval(values)
   assert found["seeds"] == len(values) and found["mean"] == pytest.approx(mean, abs=1e-9)
   if len(values) == 1:
@@ -41,16 +42,16 @@ def test_an_interval_is_students(values):
 
 
 def test_no_seed_has_no_mean():
-  assert seesaw.estimate([]) == {"mean": None, "low": None, "high": None, "seeds": 0}
+  assert gains.estimate([]) == {"mean": None, "low": None, "high": None, "seeds": 0}
 
 
 def test_a_gain_is_relative_and_points_to_the_better():
-  assert seesaw.gain("auc", 0.66, 0.6) == pytest.approx(10)
-  assert seesaw.gain("rmse", 0.66, 0.6) == pytest.approx(-10)
-  assert seesaw.gain("ndcg@10", 0.03, 0.06) == pytest.approx(-50)
-  assert all(seesaw.gain(m, 0.9, 1.0) > 0 for m in ("rmse", "mae", "log_loss", "ece"))
-  assert seesaw.gain("auc", -0.1, -0.2) == pytest.approx(50)  # higher is better even below 0
-  assert seesaw.gain("auc", 0.5, 0.0) is None
+  assert gains.gain("auc", 0.66, 0.6) == pytest.approx(10)
+  assert gains.gain("rmse", 0.66, 0.6) == pytest.approx(-10)
+  assert gains.gain("ndcg@10", 0.03, 0.06) == pytest.approx(-50)
+  assert all(gains.gain(m, 0.9, 1.0) > 0 for m in ("rmse", "mae", "log_loss", "ece"))
+  assert gains.gain("auc", -0.1, -0.2) == pytest.approx(50)  # higher is better even below 0
+  assert gains.gain("auc", 0.5, 0.0) is None
 
 
 @given(st.lists(st.lists(FINITE, min_size=3, max_size=3), min_size=2, max_size=5))
@@ -87,10 +88,10 @@ def test_summaries_against_a_slow_reference(rows):
 
 
 def test_the_index_is_the_share_of_movement_that_was_loss():
-  assert seesaw.seesaw_index([1.0, 2.0]) == 0
-  assert seesaw.seesaw_index([-1.0, -2.0]) == 1
-  assert seesaw.seesaw_index([3.0, -1.0]) == 0.25
-  assert seesaw.seesaw_index([0.0, 0.0]) == 0
+  assert gains.seesaw_index([1.0, 2.0]) == 0
+  assert gains.seesaw_index([-1.0, -2.0]) == 1
+  assert gains.seesaw_index([3.0, -1.0]) == 0.25
+  assert gains.seesaw_index([0.0, 0.0]) == 0
 
 
 def test_gains_are_paired_by_seed():
@@ -135,7 +136,7 @@ def test_order_of_runs_tasks_and_variants_changes_no_number(random):
   ],
 )
 def test_verdicts(values, expected):
-  assert seesaw.verdict(seesaw.estimate(values)) == expected
+  assert gains.verdict(gains.estimate(values)) == expected
 
 
 def point(mean, half):
@@ -152,12 +153,12 @@ def point(mean, half):
     (point(-1, 0.5), point(1, 1.0), point(0.2, 3), False),
     (point(1, 0.5), point(1, 0.5), point(0.2, 3), False),
     (point(-1, 0.5), point(-1, 0.5), point(0.2, 3), False),
-    (seesaw.estimate([-1]), seesaw.estimate([1]), seesaw.estimate([1]), False),
-    (seesaw.estimate([]), seesaw.estimate([]), seesaw.estimate([]), False),
+    (gains.estimate([-1]), gains.estimate([1]), gains.estimate([1]), False),
+    (gains.estimate([]), gains.estimate([]), gains.estimate([]), False),
   ],
 )
 def test_what_counts_as_reducing_the_seesaw(harm, worst, mean, allowed):
-  assert seesaw.reduces_seesaw({"harm": harm, "worst_gain": worst, "mean_gain": mean}) is allowed
+  assert gains.reduces_seesaw({"harm": harm, "worst_gain": worst, "mean_gain": mean}) is allowed
 
 
 def test_a_task_without_a_metric_is_named_and_left_out():
@@ -272,3 +273,34 @@ def test_a_run_result_survives_json():
     RunResult.from_json({k: v for k, v in one.to_json().items() if k != "main_metric"})
   with pytest.raises(ValueError, match="'extra'"):
     RunResult.from_json({**one.to_json(), "extra": 1})
+
+
+def validated(gains_by_variant):
+  """Runs whose gains on validation are `gains_by_variant[variant] [seed][task]`, and on test the opposite."""
+  runs = []
+  for r in study({v: [[-g for g in row] for row in rows] for v, rows in gains_by_variant.items()}):
+    score = {t: s["test"][r.main_metric[t]] for t, s in r.tasks.items()}
+    mirrored = {t: {"test": r.tasks[t]["test"], "validation": {r.main_metric[t]: 1.0 - score[t]}} for t in score}
+    runs.append(dataclasses.replace(r, tasks=mirrored))
+  return runs
+
+
+def test_a_variant_is_chosen_by_the_fewest_tasks_lost_on_validation_and_then_by_its_mean_gain():
+  rows = {
+    "rich": [[-3.0, 40.0], [-3.1, 41.0], [-2.9, 39.0]],  # the highest mean, but a task pays for it
+    "safe": [[0.1, 0.5], [0.0, 0.6], [-0.1, 0.4]],
+    "safer": [[0.2, 0.9], [0.1, 1.0], [0.0, 0.8]],
+    "waiting": [[5.0, 5.0]],  # one seed only
+  }
+  found = seesaw.on_validation(validated(rows), list(rows))
+  assert found["variants"]["rich"]["lost"] == ["churn"] and found["variants"]["safe"]["lost"] == []
+  assert found["best"] == "safer"
+  del rows["safe"], rows["safer"]
+  assert seesaw.on_validation(validated(rows), list(rows))["best"] == "rich"
+  assert seesaw.on_validation(validated({"waiting": rows["waiting"]}), ["waiting"])["best"] is None
+
+
+def test_the_choice_on_validation_is_told():
+  rows = {"safe": [[0.1, 0.5], [0.0, 0.6], [-0.1, 0.4]]}
+  (sentence,) = [w for w in make(validated(rows))["words"] if w.startswith("On validation")]
+  assert "safe is best" in sentence and "(none)" in sentence

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seesaw_runs import BAD, GOOD, make, study
 
-from supermoe_jax.evaluation import seesaw
+from supermoe_jax.evaluation import seesaw_words
 
 
 def test_words_claim_a_smaller_seesaw_where_it_is_shown():
@@ -68,7 +68,7 @@ def test_no_claim_while_a_task_has_no_single_model_yet():
   assert "Still without scores to compare: basket" in found["words"][0]
   assert any("scores without a single-task score to compare with (seeds 0, 1, 2)" in m for m in found["missing"])
   assert found["variants"]["good"]["tasks"]["basket"]["score"]["mean"] is not None
-  assert seesaw.table(found)[1][2].strip() == "–"
+  assert seesaw_words.table(found)[1][2].strip() == "–"
 
 
 def test_a_study_that_has_only_begun():
@@ -80,7 +80,7 @@ def test_a_study_that_has_only_begun():
     "tuned: no run (seeds 0, 1).",
     "good: no run (seeds 0, 1).",
   ]
-  assert seesaw.table(found)[1] == ["tuned", "–", "–", "–", "–", "–"]
+  assert seesaw_words.table(found)[1] == ["tuned", "–", "–", "–", "–", "–"]
 
 
 def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
@@ -91,11 +91,11 @@ def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
 
 def test_tables():
   found = make(study({"tuned": BAD, "good|v": GOOD}))
-  rows = seesaw.table(found)
+  rows = seesaw_words.table(found)
   assert rows[0] == ["variant", "churn", "basket", "Δm", "worst Δ", "H", "lost"]
   assert rows[1][0] == "tuned" and rows[1][-1] == "1/2"
   assert rows[1][1] == "−3.03 ±0.38 ▼" and rows[1][2] == "+2.03 ±0.14 ▲"
   assert all(len(r) == 7 for r in rows)
-  lines = seesaw.markdown(found).splitlines()
+  lines = seesaw_words.markdown(found).splitlines()
   assert lines[3].startswith("| good\\|v | ")
   assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {8}

@@ -11,6 +11,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import study as study_lib
+from supermoe_jax.evaluation import study_weights
 from supermoe_jax.evaluation.seesaw import RunResult
 from supermoe_jax.evaluation.study import StudyError, study
 from supermoe_jax.training import loop
@@ -126,7 +127,7 @@ def test_seesaw_weights_refer_to_what_a_task_reaches_alone_on_validation(
 ) -> None:
   runs = {t: [r for r in results(folder) if r.task == t] for t in ("pages", "quiet")}
   cfg = config.override(planned, ["--config.train.weighting.method=seesaw"])
-  known = study_lib._referred(cfg, runs).train.weighting.references
+  known = study_weights.referred(cfg, runs).train.weighting.references
   for task, found in runs.items():
     reached = [r.tasks[task]["validation"]["log_loss"] / r.constants[task] for r in found]
     assert known[task] == pytest.approx(sum(reached) / len(reached), abs=1e-4)
@@ -138,7 +139,7 @@ def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random
   weighted = config.override(planned, ["--config.tasks.quiet.weight=3.0", "--config.seesaw.static_candidates=4"])
   tried = []
   monkeypatch.setattr(
-    study_lib._Study, "_execute", lambda self, what, jobs, *a, **k: tried.extend(jobs) if "static" in what else None
+    study_lib._Study, "_execute", lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning" in what else None
   )
   monkeypatch.setattr(study_lib.seesaw, "report", lambda *a, **k: {"words": []})
   monkeypatch.setattr(study_lib, "_write_pages", lambda *a: None)
