@@ -18,6 +18,8 @@ from supermoe_jax.training import loop
 
 SMALL = [
   "--config.exclude_tasks=('next_page', 'paid')",
+  "--config.model.layers=1",
+  "--config.model.moe_every=1",
   "--config.train.steps=3",
   "--config.train.checkpoint_every=3",
 ]

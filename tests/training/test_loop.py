@@ -242,6 +242,8 @@ def test_a_run_of_every_kind_of_task_resumes_with_the_state_of_its_weights(
   cfg = config.override(
     rich,
     [
+      "--config.model.layers=1",
+      "--config.model.moe_every=1",
       "--config.model.conditioning=token",
       "--config.train.task_information=0.01",
       "--config.train.weighting.method=seesaw",

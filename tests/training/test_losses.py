@@ -43,11 +43,16 @@ def measured(rich: config.Config, rich_dataset: Dataset) -> dict[str, TaskStatis
   return statistics.measure(rich.active_tasks, rich_dataset.schema.outputs, stream, 30)
 
 
+# One block, with experts: enough for what the loss is asked here, and half of the compiling.
+SMALL = ["--config.model.layers=1", "--config.model.moe_every=1"]
+
+
 @pytest.fixture(scope="module")
 def few(rich: config.Config) -> config.Config:
   """Fewer tasks, one of each form of loss, for what is compiled once a weighting."""
   kept = ("next_page", "quiet", "bought", "paid", "long", "age", "alike")
-  return config.override(rich, [f"--config.exclude_tasks={tuple(n for n in rich.tasks if n not in kept)}"])
+  gone = tuple(n for n in rich.tasks if n not in kept)
+  return config.override(rich, [f"--config.exclude_tasks={gone}", *SMALL])
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +160,7 @@ def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
 @pytest.fixture(scope="module")
 def by_task(rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch):
   """Each task's loss differentiated by all parameters, without weights; some heads start at 0, so all are moved."""
-  graph, model = nnx.split(build(rich, rich_dataset.schema)())
+  graph, model = nnx.split(build(config.override(rich, SMALL), rich_dataset.schema)())
   model = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), model)
   weigher = weighting.make(config.Weighting(), rich.active_tasks)
 
@@ -182,7 +187,7 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
   rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch, method: str
 ) -> None:
   few = {n: rich.active_tasks[n] for n in ("paid", "quiet", "tier", "next_page")}
-  model = rich.model
+  model = config.override(rich, SMALL).model
 
   def loss_of(order: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     tasks = {n: few[n] for n in order}
@@ -215,6 +220,7 @@ def test_micro_batch_gradients_sum_to_the_whole_batchs(
       "--config.model.capacity_factor=4.0",
       "--config.train.balance_weight=0.0",  # the balance of a batch is no mean of its parts'
       "--config.train.z_weight=0.0",
+      *SMALL,
     ],
   )
   graph, model = nnx.split(build(labelled, rich_dataset.schema)())

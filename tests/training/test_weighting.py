@@ -159,7 +159,7 @@ def test_seesaw_is_log_loss_balancing_until_references_are_known_and_then_serves
 
 def test_seesaw_takes_given_references() -> None:
   tasks = {n: config.FutureEvent(source="s") for n in NAMES}
-  w = weighting.make(config.Weighting(method="seesaw", references={"a": 0.5, "b": 1.0, "c": 2.0}), tasks)
+  w = weighting.make(config.Weighting(method="seesaw", mu=1.0, references={"a": 0.5, "b": 1.0, "c": 2.0}), tasks)
   state = w.initial()
   state = w.update(state, Seen(jnp.ones(3, bool), jnp.ones(3), jnp.ones(3), None))
   found = np.asarray(w.weights(state, observed(0, np.array([True] * 3))))
