@@ -22,8 +22,9 @@ quickstart: $(VENV)/.ready
 	@echo "metrics     $(RUN)/evaluation.json, $(RUN)/metrics.jsonl, $(RUN)/tensorboard"
 	@echo "page        $(RUN)/report.html"
 
+# A process a core; the tests of a file stay together, for they share what they have compiled.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
