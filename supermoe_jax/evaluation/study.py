@@ -45,6 +45,9 @@ _PRIORS = ("=static", "=seesaw")
 # Random static weightings that are run with all seeds.
 FINALISTS = 3
 
+# How often a study looks for runs that have ended.
+POLL_SECONDS = 1.0
+
 # Runs' own version: a change of what a run measures asks for new runs.
 FORMAT = 1
 
@@ -268,32 +271,43 @@ class _Study:
     if self.jobs == 1:
       for group in planned:
         for run in group:
-          yield from self._tell([run], execute([run]))
+          yield self._tell(run, *execute([run]))
       return
     context = multiprocessing.get_context("spawn")
     limit = _ThreadLimit(self.jobs, self.workdir / "compiled")
     with limit, concurrent.futures.ProcessPoolExecutor(self.jobs, context, end_with, (os.getpid(),)) as pool:
       futures = {pool.submit(execute, group): group for group in planned}
-      for future in concurrent.futures.as_completed(futures):
-        try:
-          errors = future.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-          raise StudyError(
-            f"a process of the study was killed (out of memory?): {error} The runs that ended are kept; the same "
-            "command runs what is missing, with a smaller --jobs if memory is short."
-          ) from error
-        yield from self._tell(futures[future], errors)
+      try:
+        yield from self._as_they_end(futures)
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise StudyError(
+          f"a process of the study was killed (out of memory?): {error} The runs that ended are kept; the same "
+          "command runs what is missing, with a smaller --jobs if memory is short."
+        ) from error
 
-  def _tell(self, group: Sequence[PlannedRun], errors: Sequence[str | None]) -> Iterator[tuple[str, int]]:
-    for run, error in zip(group, errors):
-      if error is not None:
-        self._failed.append(f"{run.name}: {error}")
-        yield f"  {run.name}: failed: {error}", 1
-        continue
-      result = RunResult.from_json(json.loads(run.file.read_text()))
-      scores = {t: result.score(t, "validation") for t in result.tasks}
-      told = " ".join(f"{t}={s:.4f}" for t, s in scores.items() if s is not None)
-      yield f"  {run.name}: {told} (validation, {result.seconds:.0f} s)", 1
+  def _as_they_end(
+    self, futures: dict[concurrent.futures.Future[list[str | None]], list[PlannedRun]]
+  ) -> Iterator[tuple[str, int]]:
+    """Yields a line for each run when its result is there, which is long before its group has ended."""
+    told: set[pathlib.Path] = set()
+    while futures:
+      done, _ = concurrent.futures.wait(futures, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+      for run in [r for group in futures.values() for r in group if r.file not in told and r.file.is_file()]:
+        told.add(run.file)
+        yield self._tell(run, None)
+      for future in done:
+        for run, error in zip(futures.pop(future), future.result()):
+          if error is not None:
+            yield self._tell(run, error)
+
+  def _tell(self, run: PlannedRun, error: str | None) -> tuple[str, int]:
+    if error is not None:
+      self._failed.append(f"{run.name}: {error}")
+      return f"  {run.name}: failed: {error}", 1
+    result = RunResult.from_json(json.loads(run.file.read_text()))
+    scores = {t: result.score(t, "validation") for t in result.tasks}
+    told = " ".join(f"{t}={s:.4f}" for t, s in scores.items() if s is not None)
+    return f"  {run.name}: {told} (validation, {result.seconds:.0f} s)", 1
 
 
 class _ThreadLimit:
