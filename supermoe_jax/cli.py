@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
   verb = verbs.add_parser("prepare", help="turn the event log into a dataset directory")
   _add_config(verb)
   verb.add_argument("--overwrite", action="store_true", help="prepare again even if a dataset is there")
+  verb.add_argument("--memory", metavar="SIZE", help="DuckDB's budget, such as 4GB; short for --config.data.memory")
   verb.set_defaults(run=_prepare)
 
   verb = verbs.add_parser("train", help="train; the same command again resumes")
@@ -118,7 +119,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-  cfg = config.load(args.config, args.overrides)
+  memory = [f"--config.data.memory={args.memory}"] if args.memory else []
+  cfg = config.load(args.config, [*args.overrides, *memory])
   from supermoe_jax.data import prepare
 
   manifest = prepare.prepare(cfg, overwrite=args.overwrite)

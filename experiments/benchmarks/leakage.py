@@ -1,12 +1,13 @@
 """Does the future leak into an embedding? Appends events at and after τ to every user's history and embeds again.
 
-    python experiments/benchmarks/leakage.py runs/quickstart --as-of 2017-11-01
+    python experiments/benchmarks/leakage.py runs/quickstart --as-of 2017-11-01 [--json FILE]
 
 Every user's record loses its real events at or after τ and gets random others: any value, from τ on. The embeddings as
 of τ must not change by a single bit. Exit code 1 if one does.
 """
 
 import argparse
+import json
 import pathlib
 
 import numpy as np
@@ -54,6 +55,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("workdir", type=pathlib.Path)
   parser.add_argument("--as-of", required=True)
+  parser.add_argument("--json", type=pathlib.Path)
   args = parser.parse_args()
   time = config.parse_time(args.as_of, "--as-of")
   run = Run(args.workdir)
@@ -62,6 +64,8 @@ def main() -> int:
   after = vectors(run, time)
   changed = sum(after.get(user) != vector for user, vector in before.items())
   print(f"{len(before):,} embeddings as of {args.as_of}, another future for every user: {changed} changed")
+  if args.json:
+    args.json.write_text(json.dumps({"as_of": args.as_of, "embeddings": len(before), "changed": changed}) + "\n")
   return int(changed > 0 or before.keys() != after.keys())
 
 

@@ -1,7 +1,7 @@
 """Linear probes on user embeddings of the Complete Journey, with labels derived straight from the raw tables.
 
     supermoe embed --workdir runs/complete_journey --as-of 2017-10-01 2017-11-01
-    python experiments/benchmarks/probe_complete_journey.py runs/complete_journey/embeddings
+    python experiments/benchmarks/probe_complete_journey.py runs/complete_journey/embeddings [--json FILE]
 
 A logistic regression is fitted on the embeddings and labels of 2017-10-01 and scored on those of 2017-11-01: churn (no
 basket in 28 days), which of the 60 most frequent categories are bought in 28 days, a coupon redeemed in 28 days.
@@ -11,6 +11,7 @@ prepares these labels, so that they check its own as well.
 
 import argparse
 import importlib.util
+import json
 import pathlib
 
 import duckdb
@@ -33,7 +34,9 @@ DEMOGRAPHICS = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("embeddings", type=pathlib.Path, help="directory that 'supermoe embed' wrote")
-  table = embed.read(parser.parse_args().embeddings)
+  parser.add_argument("--json", type=pathlib.Path)
+  args = parser.parse_args()
+  table = embed.read(args.embeddings)
   width = table.schema.field("embedding").type.list_size
   vectors = table["embedding"].combine_chunks().values.to_numpy().reshape(-1, width)
   day = np.array([t.date().isoformat() for t in table["as_of"].to_pylist()])
@@ -68,21 +71,24 @@ def main() -> None:
     return float(roc_auc_score(y[SCORE], probes.Probe(features[FIT], y[FIT])(features[SCORE])))
 
   print(f"{len(x[FIT]):,} users on {FIT}, {len(x[SCORE]):,} on {SCORE}, width {width}")
-  churn = {d: buyers("transactions", "transaction_timestamp", d) for d in x}
-  print(f"churn AUC                 {transfer(churn, negate=True):.4f}")
+  found = {"churn": transfer({d: buyers("transactions", "transaction_timestamp", d) for d in x}, negate=True)}
   areas = []
   for category in top:
     quoted = category.replace("'", "''")
     source = f"(SELECT * FROM {joined} WHERE c = '{quoted}')"
     areas.append(transfer({d: buyers(source, "transaction_timestamp", d) for d in x}))
-  print(f"60 categories, mean AUC   {np.mean(areas):.4f}")
-  print(f"coupon AUC                {transfer({d: buyers('coupon_redemptions', 'redemption_date', d) for d in x}):.4f}")
+  found["60 categories, mean"] = float(np.mean(areas))
+  found["coupon"] = transfer({d: buyers("coupon_redemptions", "redemption_date", d) for d in x})
+  for name, area in found.items():
+    print(f"{name + ' AUC':<25} {area:.4f}")
   for name, condition in DEMOGRAPHICS.items():
     labels = con.execute(f"SELECT household_id, {condition} FROM demographics ORDER BY 1").fetchall()
     known = [(u, y) for u, y in labels if y is not None and u in x[FIT]]
     features, y = np.stack([x[FIT][u] for u, _ in known]), np.array([y for _, y in known], np.float32)
-    area = roc_auc_score(y, probes.out_of_fold(features, y))
+    area = found[name] = float(roc_auc_score(y, probes.out_of_fold(features, y)))
     print(f"{name + ' AUC':<25} {area:.4f}  ({len(y)} households, out of fold)")
+  if args.json:
+    args.json.write_text(json.dumps({"auc": found}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

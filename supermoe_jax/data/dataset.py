@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import threading
 from collections.abc import Hashable, Mapping
@@ -18,12 +17,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from supermoe_jax import config
+from supermoe_jax.data import integrity
 from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.events import DataError, UserHistory
 from supermoe_jax.data.labels import Comparison, EventAnswer
 from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Numeric, Vocabulary
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TFDS_NAME, TFDS_VERSION, TFDS_SPLIT = "event_log", "1.0.0", "users"
 
 SHOWN_VALUES = 20  # of a vocabulary, in a message about a value that it does not hold
@@ -70,20 +70,10 @@ class Dataset:
     """Opens a dataset directory.
 
     Raises:
-      DataError: there is no whole dataset at `path`.
+      DataError: there is no dataset at `path`, or it is not as it was written.
     """
     self.path = pathlib.Path(path)
-    file = self.path / "manifest.json"
-    if not file.is_file():
-      raise DataError(f"{self.path} holds no prepared dataset (no manifest.json); run 'supermoe prepare' first.")
-    try:
-      self.manifest: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-      raise DataError(f"{file} is damaged ({error}); prepare the dataset again.") from None
-    if self.manifest.get("format") != FORMAT_VERSION:
-      raise DataError(
-        f"{file} has format {self.manifest.get('format')!r}, this version reads {FORMAT_VERSION}; prepare again."
-      )
+    self.manifest: dict[str, Any] = integrity.read_manifest(self.path, FORMAT_VERSION)
     self.config = config.resolve(self.manifest["config"])
     self.encoders = Encoders.load(self.path / "encoders")
     self.aggregator = make_aggregator(self.config.data, self.encoders)
@@ -91,9 +81,6 @@ class Dataset:
     self.aggregate_mean = np.array(statistics["mean"], np.float32)
     self.aggregate_scale = np.array(statistics["scale"], np.float32)
     builder = tfds.builder_from_directory(str(self.path / TFDS_NAME / TFDS_VERSION))
-    for shard in builder.info.splits[TFDS_SPLIT].filepaths:
-      if not pathlib.Path(shard).is_file():
-        raise DataError(f"{shard} is missing; prepare again.")
     self._source = builder.as_data_source(split=TFDS_SPLIT)
     self._kept = _Kept(KEPT_BYTES)
     if len(self._source) != self.manifest["users"]:
@@ -129,16 +116,27 @@ class Dataset:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns a user's record; `records.features` lists its parts, arrays that cannot be written to."""
+    """Returns a user's record; `records.features` lists its parts, arrays that cannot be written to.
+
+    Raises:
+      DataError: the record's shard is damaged.
+    """
     kept = self._kept.get(("record", int(index)))
     if kept is None:
-      kept = self._source[int(index)]
+      kept = self._read(int(index))
       kept["user"] = kept["user"].decode()
       arrays = [v for v in kept.values() if isinstance(v, np.ndarray)]
       for array in arrays:
         array.setflags(write=False)
       self._kept.offer(("record", int(index)), kept, sum(a.nbytes for a in arrays))
     return dict(kept)
+
+  def _read(self, index: int) -> dict[str, Any]:
+    try:
+      found: dict[str, Any] = self._source[index]
+    except RuntimeError as error:  # ArrayRecord's: a checksum that does not fit
+      raise DataError(f"record {index} of {self.path} is damaged ({error}); prepare the dataset again.") from error
+    return found
 
   def history(self, record: Mapping[str, Any]) -> UserHistory:
     """The events of a record."""

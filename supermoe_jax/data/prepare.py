@@ -25,9 +25,9 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from supermoe_jax import config
+from supermoe_jax.data import integrity, replace, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import records as records_lib
-from supermoe_jax.data import replace, user_table, vocabulary
 from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.dataset import (
   FORMAT_VERSION,
@@ -197,8 +197,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     "warnings": tally.warnings(),
     "seconds": round(clock.monotonic() - begun, 1),
   }
-  (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-  return manifest
+  return integrity.write_manifest(work, manifest)
 
 
 def _encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:

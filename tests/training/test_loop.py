@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from supermoe_jax import config
+from supermoe_jax.data import integrity
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
 from supermoe_jax.layers.routing import BalanceBias
@@ -163,8 +164,7 @@ def test_a_dataset_that_came_out_otherwise_does_not_fit_a_trained_run(
   moved = config.override(cfg, [f"--config.data.path={data}"])
   config.save(moved, copy / "config.json")
   Run(copy)
-  manifest = json.loads((data / "manifest.json").read_text())
-  (data / "manifest.json").write_text(json.dumps({**manifest, "encoding_hash": "another"}))
+  integrity.write_manifest(data, {**Dataset(data).manifest, "encoding_hash": "another"})
   with pytest.raises(RunError, match="was prepared again since"):
     Run(copy)
   with pytest.raises(RunError, match="was prepared again since"):

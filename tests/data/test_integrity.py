@@ -1,0 +1,85 @@
+"""A dataset directory that is not as it was written is an error, and never a wrong batch."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import types
+
+import pytest
+
+from supermoe_jax.data import integrity
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.readers import DataError
+
+
+@pytest.fixture(scope="module")
+def corruption() -> types.ModuleType:
+  file = pathlib.Path(__file__).parents[2] / "experiments/benchmarks/corruption.py"
+  spec = importlib.util.spec_from_file_location("corruption", file)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def copy(dataset: Dataset, tmp_path: pathlib.Path) -> pathlib.Path:
+  shutil.copytree(dataset.path, tmp_path / "dataset")
+  return tmp_path / "dataset"
+
+
+def test_damage_is_noticed_or_harmless(dataset: Dataset, corruption: types.ModuleType) -> None:
+  found = corruption.trials(dataset.path, 1000)
+  assert {outcome for _, _, outcome in found} == {"error", "unchanged"}
+  assert {(kind, what) for kind, what, _ in found} == {
+    (kind, what) for kind in ("shard", "manifest", "other file") for what in ("cut", "byte changed")
+  }
+
+
+def test_the_trials_see_a_wrong_record(
+  dataset: Dataset, corruption: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Without the digests of the small files, damage to them is not always noticed: the trials can fail."""
+  monkeypatch.setattr(integrity, "_check", lambda *unused: None)
+  monkeypatch.setattr(integrity, "_own_digest", lambda manifest: manifest.get("digest"))
+  found = corruption.trials(dataset.path, 60, seed=7)
+  assert {outcome for _, _, outcome in found} - {"error", "unchanged"}
+
+
+@pytest.mark.parametrize("name", ["encoders/encoders.json", "event_log/1.0.0/features.json"])
+def test_the_file_that_is_damaged_is_named(copy: pathlib.Path, name: str) -> None:
+  data = bytearray((copy / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (copy / name).write_bytes(data)
+  with pytest.raises(DataError, match=rf"{name} is damaged: .*prepare again"):
+    Dataset(copy)
+
+
+def test_a_shard_that_was_cut_is_named_with_its_size(copy: pathlib.Path) -> None:
+  (shard,) = copy.rglob("*.array_record*")
+  size = shard.stat().st_size
+  shard.write_bytes(shard.read_bytes()[:-100])
+  with pytest.raises(DataError, match=rf"{shard.name} is damaged: it has {size - 100:,} bytes, {size:,} were written"):
+    Dataset(copy)
+
+
+def test_a_damaged_record_is_an_error_when_it_is_read(copy: pathlib.Path) -> None:
+  (shard,) = copy.rglob("*.array_record*")
+  data = bytearray(shard.read_bytes())
+  data[200] ^= 1
+  shard.write_bytes(data)
+  damaged = Dataset(copy)
+  with pytest.raises(DataError, match=r"record \d+ of .* is damaged .*prepare the dataset again"):
+    for index in range(len(damaged)):
+      damaged[index]
+
+
+def test_a_manifest_that_was_edited_is_noticed(copy: pathlib.Path) -> None:
+  file = copy / "manifest.json"
+  manifest = json.loads(file.read_text())
+  file.write_text(json.dumps({**manifest, "users": manifest["users"] + 1}))
+  with pytest.raises(DataError, match="its content does not have its digest"):
+    Dataset(copy)
+  file.write_text(json.dumps(manifest))  # laid out otherwise, and the same content
+  assert Dataset(copy).manifest == manifest
