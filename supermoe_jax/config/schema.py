@@ -37,7 +37,9 @@ class ItemTable:
   """A table joined to the events of a source by `key`, such as product attributes."""
 
   file: str = ""
-  key: str = ""
+  key: str = ""  # the column of the events
+  table_key: str = ""  # the same in the table, under another name; empty: `key`, of a JSON object keyed by id "key"
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "json_object"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Source:
   """One kind of event: files of one layout. The name of the source is the event's type."""
 
   files: tuple[str, ...] = ()  # paths or globs
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"  # auto: by the file's ending
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
   user: str = "user_id"
   time: str = "timestamp"
   time_unit: Literal["auto", "s", "ms", "us"] = "auto"  # of numeric times; auto: seconds, checked for plausibility

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import duckdb
 
+from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import parsing, proposal, readers, roles
 from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
 from supermoe_jax.data.roles import Measured, Role
@@ -135,7 +136,7 @@ def _group(
   """Opens the files; returns them grouped by their columns, and those that are empty."""
   groups: dict[tuple[str, ...], list[TableFile]] = {}
   empty = []
-  found = readers.find_files(files, "supermoe inspect")
+  found = files_lib.find_files(files, "supermoe inspect")
   for file in found:
     try:
       table = readers.open_table(con, file.path, format)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split
+from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import readers, roles
 from supermoe_jax.data.parsing import date
 
@@ -105,7 +106,7 @@ def _patterns(files: Sequence[pathlib.Path]) -> list[str]:
   """The files, or the one glob that means exactly them: a shell has expanded the one that was typed."""
   folder, ending = files[0].parent, "".join(files[0].suffixes)
   pattern = f"{glob.escape(str(folder))}/*{ending}"
-  if len(files) > 1 and set(readers.glob_files(pattern)) == set(files):
+  if len(files) > 1 and set(files_lib.glob_files(pattern)) == set(files):
     return [pattern]
   return [str(file) for file in files]
 

@@ -40,6 +40,8 @@ def test_every_format_gives_the_same_histories(name, write, make_data, read):
     ("json.gz", "jsonl"),
     ("user", "atomic"),
     ("item", "atomic"),
+    ("txt", "sequences"),
+    ("txt.gz", "sequences"),
     ("CSV", "csv"),
   ],
 )
