@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import glob
 import gzip
 import itertools
 import os
@@ -20,6 +19,8 @@ from collections.abc import Collection, Iterator, Mapping
 import duckdb
 
 from supermoe_jax.config import nearest
+from supermoe_jax.data import remote
+from supermoe_jax.data.remote import FilePath, RemoteFile
 
 ENDINGS = {
   "parquet": (".parquet", ".pq"),
@@ -37,6 +38,7 @@ LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers
 KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
 KEY, VALUES = "key", "values"  # the columns of such an object: its keys and, where its values are lists, those
 JSON_TEXT = 1 << 24  # bytes of a JSON value that DuckDB expects unless told more
+REMOTE_JSON_TEXT = 1 << 29  # the most that are expected of a file whose size is not looked up
 
 
 class DataError(ValueError):
@@ -82,7 +84,7 @@ def identifier(name: str) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: pathlib.Path, format: str) -> Iterator[None]:
+def naming(path: FilePath, format: str) -> Iterator[None]:
   """Turns DuckDB's complaint about a file's content into a `DataError` that names the file.
 
   What is not the file's fault passes through: memory or disk running out, or SQL of ours that is wrong.
@@ -100,7 +102,8 @@ def naming(path: pathlib.Path, format: str) -> Iterator[None]:
   except duckdb.Error as error:
     if "No space left" in str(error):
       raise
-    raise DataError(f"{path} cannot be read as {format}: {first_line(error)}") from error
+    remedy = f" {path.credentials}." if isinstance(path, RemoteFile) and isinstance(error, duckdb.IOException) else ""
+    raise DataError(f"{path} cannot be read as {format}: {first_line(error)}{remedy}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -120,7 +123,7 @@ class TableFile:
     columns: the DuckDB type of each column; VARCHAR throughout for text formats, but for a place in a sequence.
   """
 
-  path: pathlib.Path
+  path: FilePath
   format: str
   columns: Mapping[str, str]
   delimiter: str = ""
@@ -137,7 +140,7 @@ class TableFile:
     return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(set(wanted.values()))}"
 
   def _scan(self, names: Collection[str]) -> str:
-    path = literal(glob.escape(str(self.path)))
+    path = literal(remote.pattern(self.path))
     if self.format == "parquet":
       return f"read_parquet({path})"
     if self.format == "sequences":
@@ -167,13 +170,11 @@ class TableFile:
     return name
 
 
-def open_table(
-  con: duckdb.DuckDBPyConnection, path: pathlib.Path, format: str, wanted: Collection[str] = ()
-) -> TableFile:
+def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, wanted: Collection[str] = ()) -> TableFile:
   """Opens a file; JSON lines are searched to the end for `wanted` keys that do not show early.
 
   With the format "auto" its ending tells the format; a `.json` file that is one object, all of whose values are objects
-  or all of whose values are lists, is a "json_object", keyed by id.
+  or all of whose values are lists, is a "json_object", keyed by id; a remote one has to be called that.
 
   Raises:
     EmptyFileError: the file holds no row.
@@ -182,13 +183,13 @@ def open_table(
   given = format
   if format == "auto":
     format = format_of(path)
-  if path.stat().st_size == 0:
+  if isinstance(path, pathlib.Path) and path.stat().st_size == 0:
     raise EmptyFileError(f"{path} is empty (0 bytes).")
   with naming(path, format):
     if given == "auto" and format == "jsonl" and _is_json_object(con, path):
       format = "json_object"
     if format == "parquet":
-      query = f"DESCRIBE SELECT * FROM read_parquet({literal(glob.escape(str(path)))})"
+      query = f"DESCRIBE SELECT * FROM read_parquet({literal(remote.pattern(path))})"
       file = TableFile(path, format, {name: kind for name, kind, *_ in con.execute(query).fetchall()})
     elif format == "jsonl":
       file = TableFile(path, format, dict.fromkeys(_json_keys(con, path, wanted), "VARCHAR"))
@@ -197,14 +198,14 @@ def open_table(
     elif format == "json_object":
       file = TableFile(path, format, dict.fromkeys(_attributes(con, path), "VARCHAR"))
     else:
-      names, delimiter = _header(path, format)
+      names, delimiter = _header(con, path, format)
       file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter)
     if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
   return file
 
 
-def format_of(path: pathlib.Path) -> str:
+def format_of(path: FilePath) -> str:
   """The format that a file's ending tells.
 
   Raises:
@@ -218,34 +219,37 @@ def format_of(path: pathlib.Path) -> str:
   raise DataError(f"{path}: the format of this ending is unknown; set the source's format, or use one of {known}.")
 
 
-def _json_keys(con: duckdb.DuckDBPyConnection, path: pathlib.Path, wanted: Collection[str]) -> list[str]:
+def _json_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
   # Only the keys are asked for: depth 1 keeps nested values as JSON, and no number of keys turns a record into a map.
   options = "maximum_depth = 1, map_inference_threshold = -1"
   for sample in (20_480, -1):
-    query = f"DESCRIBE SELECT * FROM read_json({literal(glob.escape(str(path)))}, {options}, sample_size = {sample})"
+    query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
     keys = [name for name, *_ in con.execute(query).fetchall()]
     if all(w in keys for w in wanted):
       break
   return keys
 
 
-def lines_sql(path: pathlib.Path) -> str:
+def lines_sql(path: FilePath) -> str:
   """Returns a query of a file of sequences: each line's number from 1, its `user`, NULL if empty, and its `items`."""
-  # No character of the text delimits, quotes or escapes: a row is a whole line, and an empty one is NULL.
-  whole = (
-    f"read_csv({literal(glob.escape(str(path)))}, auto_detect = false, header = false, delim = '\x01', quote = '', "
-    f"escape = '', comment = '', max_line_size = {LONGEST_LINE}, columns = {{'text': 'VARCHAR'}})"
-  )
   parts = "string_split_regex(trim(text, ' \t\r'), '[ \t]+') AS parts"
   return (
     "SELECT line, nullif(parts[1], '') AS \"user\", parts[2:] AS items "
-    f"FROM (SELECT row_number() OVER () AS line, {parts} FROM {whole})"
+    f"FROM (SELECT row_number() OVER () AS line, {parts} FROM {_whole_lines_sql(path)})"
   )
 
 
-def _is_json_object(con: duckdb.DuckDBPyConnection, path: pathlib.Path) -> bool:
+def _whole_lines_sql(path: FilePath) -> str:
+  """A scan of a text file's lines, each one a row of the column `text`; an empty line is NULL."""
+  return (  # no character of the text delimits, quotes or escapes
+    f"read_csv({literal(remote.pattern(path))}, auto_detect = false, header = false, delim = '\x01', quote = '', "
+    f"escape = '', comment = '', max_line_size = {LONGEST_LINE}, columns = {{'text': 'VARCHAR'}})"
+  )
+
+
+def _is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
   """Whether a JSON file is one object, all of whose values are objects or all of whose values are lists."""
-  if not path.name.lower().endswith((".json", ".json.gz")):
+  if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
     return False
   opener = gzip.open if path.suffix.lower() == ".gz" else open
   with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
@@ -258,11 +262,11 @@ def _is_json_object(con: duckdb.DuckDBPyConnection, path: pathlib.Path) -> bool:
   return False
 
 
-def _json_sql(path: pathlib.Path, type: str) -> str:
+def _json_sql(path: FilePath, type: str) -> str:
   """A scan of a file's JSON values, most often one, as the column `json` of a type."""
-  size = max(JSON_TEXT, 2 * _unpacked_size(path))
+  size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
   return (
-    f"read_json({literal(glob.escape(str(path)))}, records = false, format = 'unstructured', "
+    f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
     f"maximum_object_size = {size}, columns = {{'json': '{type}'}})"
   )
 
@@ -274,12 +278,12 @@ def _unpacked_size(path: pathlib.Path) -> int:
     return text.seek(0, os.SEEK_END)
 
 
-def _entries_sql(path: pathlib.Path) -> str:
+def _entries_sql(path: FilePath) -> str:
   """A query of a JSON object's entries in order: the structs `e` of `key` and, as JSON, `value`."""
   return f"SELECT unnest(map_entries(json)) AS e FROM {_json_sql(path, 'MAP(VARCHAR, JSON)')}"
 
 
-def _kinds_sql(path: pathlib.Path) -> str:
+def _kinds_sql(path: FilePath) -> str:
   """A query of the JSON types of an object's values, and the first key of each; absent values have none."""
   return (
     "SELECT json_type(e.value) AS kind, arg_min(e.key, row) FROM (SELECT e, row_number() OVER () AS row "
@@ -287,7 +291,7 @@ def _kinds_sql(path: pathlib.Path) -> str:
   )
 
 
-def _attributes(con: duckdb.DuckDBPyConnection, path: pathlib.Path) -> list[str]:
+def _attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
   """The columns of a JSON object keyed by id: `key`, and the keys of its values, or `values` where they are lists.
 
   Raises:
@@ -323,16 +327,9 @@ def _of_entry(name: str) -> str:
   return f"{value} AS {identifier(name)}"
 
 
-def _header(path: pathlib.Path, format: str) -> tuple[list[str], str]:
+def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str]:
   """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file."""
-  opener = gzip.open if path.suffix.lower() == ".gz" else open
-  try:
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
-      first = lines.readline()
-  except UnicodeDecodeError as error:
-    raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first.") from None
-  except (gzip.BadGzipFile, EOFError, OSError) as error:
-    raise DataError(f"{path} cannot be read: {error}.") from None
+  first = _first_line_of(con, path)
   tabs = format == "atomic" or path.name.lower().endswith((".tsv", ".tsv.gz"))
   delimiter = "\t" if tabs else max(DELIMITERS, key=first.count)
   if format == "atomic":
@@ -345,3 +342,19 @@ def _header(path: pathlib.Path, format: str) -> tuple[list[str], str]:
     if names.count(name) > 1:
       raise DataError(f"{path} names the column {name!r} twice; rename one of them.")
   return names, delimiter
+
+
+def _first_line_of(con: duckdb.DuckDBPyConnection, path: FilePath) -> str:
+  if isinstance(path, RemoteFile):
+    lines = con.execute(f"SELECT text FROM {_whole_lines_sql(path)} LIMIT 1").fetchall()
+    if not lines:
+      raise EmptyFileError(f"{path} is empty.")
+    return lines[0][0] or ""
+  opener = gzip.open if path.suffix.lower() == ".gz" else open
+  try:
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
+      return text.readline()
+  except UnicodeDecodeError as error:
+    raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first.") from None
+  except (gzip.BadGzipFile, EOFError, OSError) as error:
+    raise DataError(f"{path} cannot be read: {error}.") from None

@@ -110,7 +110,7 @@ class SourceReader:
     if items and source.items:
       wanted = wanted - set(items.columns) | {source.items.key}
     tables = []
-    found = files_lib.find_files(source.files, f"{key}.files")
+    found = files_lib.find_files(self._con, source.files, f"{key}.files")
     for file in found:
       try:
         tables.append(readers.open_table(self._con, file.path, source.format, wanted))
@@ -275,7 +275,7 @@ class SourceReader:
     return _Items(table, file.columns, fields, sum(n for _, n, *_ in bad))
 
   def _open_items(self, items: config.ItemTable, key: str, wanted: Collection[str]) -> TableFile:
-    found = files_lib.find_files([items.file], f"{key}.file")
+    found = files_lib.find_files(self._con, [items.file], f"{key}.file")
     if len(found) > 1:
       raise DataError(f"{key}.file: {items.file} matches {len(found)} files; a table of items is one file.")
     return readers.open_table(self._con, found[0].path, items.format, wanted)

@@ -80,7 +80,7 @@ def _read(
   """Appends the user column and the tasks' columns of all files to the table `users`."""
   key = "config.data.users"
   files: list[TableFile] = []
-  found = files_lib.find_files(users.files, f"{key}.files")
+  found = files_lib.find_files(con, users.files, f"{key}.files")
   for file in found:
     try:
       table = readers.open_table(con, file.path, users.format, {users.user, *columns})
