@@ -64,7 +64,8 @@ class Field:
   sources: tuple[str, ...] = ()  # empty: every source; elsewhere the field is absent, which is not out-of-vocabulary
   size: int = 100_000  # vocabulary: most values kept, by count in the training period; hash: buckets
   min_count: int = 1  # vocabulary: rarer values become out-of-vocabulary
-  encoding: Literal["log1p", "standardise"] = "standardise"  # numeric: log1p is sign(x)·log(1+|x|), then standardised
+  # Of numeric: log1p is sign(x)·log(1+|x|), then standardised; quantile is the standard-normal quantile of the rank.
+  encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only, the model never sees it
 
 
