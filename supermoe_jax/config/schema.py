@@ -67,6 +67,8 @@ class Field:
   # Of numeric: log1p is sign(x)·log(1+|x|), then standardised; quantile is the standard-normal quantile of the rank.
   encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only, the model never sees it
+  many: int = 0  # vocabulary, hash: the column holds lists, of which the first `many` values are kept; 0: single values
+  separator: str = "|"  # of the values of such a list where the column is text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,11 @@ class Data:
   on_bad_rows: Literal["error", "drop"] = "error"  # rows without user or time, or with an unparsable value
   duplicates: Literal["keep", "drop"] = "keep"  # rows equal in user, time, source and every field
   memory: str = "2GB"  # DuckDB's budget; beyond it sorting spills to disk
+
+  @property
+  def further_values(self) -> tuple[str, ...]:
+    """The field of each column of an event's codes that follows the first ones, which are one a categorical field."""
+    return tuple(n for n, f in self.fields.items() if f.kind != "numeric" for _ in range(f.many - 1))
 
 
 # ----------------------------------------------------------------------------------------------------- model, training

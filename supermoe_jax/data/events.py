@@ -33,7 +33,9 @@ BATCH_ROWS = 1 << 17  # events handed from DuckDB to NumPy at a time
 class UserHistory:
   """The events of one user, in stable time order.
 
-  Shapes: N events, F categorical fields (kinds vocabulary and hash) and G numeric fields, each in config order.
+  Shapes: N events, F columns of codes: one of each categorical field (kinds vocabulary and hash) in config order, then
+  one of each further value of fields of many, as `config.Data.further_values` lists them; G numeric fields in config
+  order.
 
   Attributes:
     user: the user's id as text.
@@ -57,7 +59,8 @@ class EventLog:
 
   Its relation `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER,
   `ord` BIGINT, `training` BOOLEAN, and for each field the column that `columns` names: VARCHAR for categorical fields,
-  DOUBLE (log1p already taken where configured) for numeric ones, NULL where absent.
+  VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
+  where absent.
 
   Attributes:
     data: the config that it was read from.
@@ -108,6 +111,13 @@ class EventLog:
     finally:
       for name in tables:
         self._con.unregister(name)
+
+  def values_sql(self, name: str) -> str:
+    """A query of the values of a categorical field that are kept, none absent: `value` and the event's `training`."""
+    column, many = self.columns[name], self.data.fields[name].many
+    if many:
+      return f"SELECT unnest({column}[:{many}]) AS value, training FROM events"
+    return f"SELECT {column} AS value, training FROM events WHERE {column} IS NOT NULL"
 
   def arrow(self, sql: str) -> pa.Table:
     """Returns the result of a query over `events` as an Arrow table."""
@@ -219,8 +229,12 @@ class EventLog:
     con = self._con.cursor()
     con.execute("SET TimeZone = 'UTC'")
     joins, codes = [], []
-    for i, (name, encoder) in enumerate(encoders.categorical.items()):
-      column, table = f"e.{self.columns[name]}", f"codes_{i}"
+    place: dict[str, int] = {}
+    for i, name in enumerate([*encoders.categorical, *self.data.further_values]):
+      encoder, column, table = encoders.categorical[name], f"e.{self.columns[name]}", f"codes_{i}"
+      if self.data.fields[name].many:
+        place[name] = place.get(name, 0) + 1
+        column = f"{column}[{place[name]}]"
       if (known := encoder.table()) is not None:
         con.register(table, known)
         joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")

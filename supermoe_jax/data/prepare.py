@@ -268,6 +268,9 @@ def render(manifest: Mapping[str, Any]) -> str:
   for name, field in manifest["fields"].items():
     if field["oov_after"]:
       lines.append(f"field {name}: {field['oov_after']:.2%} of the values after the training period were unseen in it")
+    if cut := field.get("values_cut"):
+      many = manifest["config"]["data"]["fields"][name]["many"]
+      lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)

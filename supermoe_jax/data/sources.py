@@ -83,9 +83,7 @@ class SourceReader:
     self._con, self._data = con, data
     self._columns = field_columns(data)
     self._rows = 0
-    fields = "".join(
-      f", {c} {'DOUBLE' if data.fields[n].kind == 'numeric' else 'VARCHAR'}" for n, c in self._columns.items()
-    )
+    fields = "".join(f", {c} {_stored_type(data.fields[n])}" for n, c in self._columns.items())
     con.execute(
       'CREATE TABLE rows ("user" VARCHAR, time BIGINT, source INTEGER, ord BIGINT, fault UTINYINT, bad_value VARCHAR, '
       f"no_item BOOLEAN{fields})"
@@ -176,7 +174,12 @@ class SourceReader:
     values, faults = {}, []
     for name, column in fields.items():
       kind, alias = file.columns[column], self._columns[name]
-      if self._data.fields[name].kind != "numeric":
+      field = self._data.fields[name]
+      if field.many:
+        json = file.format in ("jsonl", "json_object")
+        values[alias] = parsing.list_sql(f"e.{alias}", kind, field.separator, json=json)
+        continue
+      if field.kind != "numeric":
         values[alias] = parsing.text_sql(f"e.{alias}", kind)
         continue
       try:
@@ -287,6 +290,12 @@ def _number(text: str) -> float | None:
   except ValueError:
     return None
   return number if math.isfinite(number) else None
+
+
+def _stored_type(field: config.Field) -> str:
+  if field.kind == "numeric":
+    return "DOUBLE"
+  return "VARCHAR[]" if field.many else "VARCHAR"
 
 
 def _aliased(values: Mapping[str, str]) -> str:

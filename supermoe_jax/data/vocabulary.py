@@ -175,13 +175,12 @@ def fit(log: EventLog, data: config.Data, labels: Mapping[str, LabelEncoder] | N
 
 
 def _fit_vocabulary(log: EventLog, name: str, field: config.Field) -> Vocabulary:
-  column = log.columns[name]
   counted = log.arrow(
-    f"SELECT {column} AS value, count(*) AS count FROM events WHERE training AND {column} IS NOT NULL GROUP BY value "
+    f"SELECT value, count(*) AS count FROM ({log.values_sql(name)}) WHERE training GROUP BY value "
     f"HAVING count >= {field.min_count} ORDER BY count DESC, value LIMIT {field.size}"
   )
   if not counted.num_rows:
-    ((present,),) = log.query(f"SELECT count({column}) FROM events WHERE training")
+    ((present,),) = log.query(f"SELECT count({log.columns[name]}) FROM events WHERE training")
     if present:
       raise DataError(
         f"No value of field {name!r} occurs {field.min_count} times in training; lower "
@@ -234,12 +233,12 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
 
   Returns: of each field its `kind`, `codes`, and `oov_training` and `oov_after`, the shares of the values present that
   are out of vocabulary (None without values). Of a hashed field `values`, the distinct ones in training, and
-  `colliding`, the share of them whose code is not theirs alone.
+  `colliding`, the share of them whose code is not theirs alone. Of a field of many `values_cut`, the values of lists
+  that are longer than the field keeps.
   """
   report: dict[str, dict[str, Any]] = {}
   for name, encoder in encoders.categorical.items():
-    column = log.columns[name]
-    present = f"(SELECT {column} AS value, training FROM events WHERE {column} IS NOT NULL)"
+    present = f"({log.values_sql(name)})"
     if isinstance(encoder, Hashing):
       code = encoder.code_sql("value", "")
       ((values, codes_shared),) = log.query(
@@ -262,4 +261,10 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
       "oov_training": shares.get(True),
       "oov_after": shares.get(False),
     }
+  for name, facts in report.items():
+    if many := log.data.fields[name].many:
+      ((cut,),) = log.query(
+        f"SELECT coalesce(sum(greatest(len({log.columns[name]}) - {many}, 0)), 0)::BIGINT FROM events"
+      )
+      facts["values_cut"] = cut
   return report
