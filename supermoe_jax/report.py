@@ -180,4 +180,5 @@ def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:
     outputs=outputs,
     inputs=tuple(n for n in codes if fields[n].input),
     numeric_inputs=tuple(i for i, n in enumerate(numeric) if fields[n].input),
+    further=cfg.data.further_values,
   )

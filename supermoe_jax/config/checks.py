@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supermoe_jax.config.schema import Config, Data, Split, nearest, parse_time
+from supermoe_jax.config.schema import Config, Data, Field, Split, nearest, parse_time
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
 from supermoe_jax.config.task_checks import require as _require
 
@@ -33,6 +33,7 @@ def _check_data(data: Data) -> None:
         f"config.data.fields.{name}.sources: no source named {wanted!r}{nearest(wanted, data.sources)}",
       )
     _require(field.size > 0, f"config.data.fields.{name}.size={field.size} must be positive.")
+    _check_list(f"config.data.fields.{name}", field)
   if data.users is not None:
     _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
   _require(
@@ -45,12 +46,21 @@ def _check_data(data: Data) -> None:
       f"config.data.aggregates.fields: {name!r} is not a vocabulary field"
       f"{nearest(name, [n for n, f in data.fields.items() if f.kind == 'vocabulary'])}",
     )
+    _require(not data.fields[name].many, f"config.data.aggregates.fields: {name!r} holds lists; leave it out.")
     _require(
       data.fields[name].input,
       f"config.data.aggregates.fields holds {name!r}, which the model must not see (config.data.fields.{name}.input is "
       "False); leave it out.",
     )
   _check_split(data.split)
+
+
+def _check_list(path: str, field: Field) -> None:
+  _require(field.many >= 0, f"{path}.many={field.many} must not be negative.")
+  _require(
+    not field.many or field.kind != "numeric", f"{path}.many={field.many} has no meaning for numbers; remove it."
+  )
+  _require(bool(field.separator), f"{path}.separator is empty: name what stands between the values of a text.")
 
 
 def _check_split(split: Split) -> None:

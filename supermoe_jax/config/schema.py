@@ -37,7 +37,9 @@ class ItemTable:
   """A table joined to the events of a source by `key`, such as product attributes."""
 
   file: str = ""
-  key: str = ""
+  key: str = ""  # the column of the events
+  table_key: str = ""  # the same in the table, under another name; empty: `key`, of a JSON object keyed by id "key"
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "json_object"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Source:
   """One kind of event: files of one layout. The name of the source is the event's type."""
 
   files: tuple[str, ...] = ()  # paths or globs
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"  # auto: by the file's ending
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
   user: str = "user_id"
   time: str = "timestamp"
   time_unit: Literal["auto", "s", "ms", "us"] = "auto"  # of numeric times; auto: seconds, checked for plausibility
@@ -62,8 +64,11 @@ class Field:
   sources: tuple[str, ...] = ()  # empty: every source; elsewhere the field is absent, which is not out-of-vocabulary
   size: int = 100_000  # vocabulary: most values kept, by count in the training period; hash: buckets
   min_count: int = 1  # vocabulary: rarer values become out-of-vocabulary
-  encoding: Literal["log1p", "standardise"] = "standardise"  # numeric: log1p is sign(x)·log(1+|x|), then standardised
+  # Of numeric: log1p is sign(x)·log(1+|x|), then standardised; quantile is the standard-normal quantile of the rank.
+  encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only, the model never sees it
+  many: int = 0  # vocabulary, hash: the column holds lists, of which the first `many` values are kept; 0: single values
+  separator: str = "|"  # of the values of such a list where the column is text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,11 @@ class Data:
   on_bad_rows: Literal["error", "drop"] = "error"  # rows without user or time, or with an unparsable value
   duplicates: Literal["keep", "drop"] = "keep"  # rows equal in user, time, source and every field
   memory: str = "2GB"  # DuckDB's budget; beyond it sorting spills to disk
+
+  @property
+  def further_values(self) -> tuple[str, ...]:
+    """The field of each column of an event's codes that follows the first ones, which are one a categorical field."""
+    return tuple(n for n, f in self.fields.items() if f.kind != "numeric" for _ in range(f.many - 1))
 
 
 # ----------------------------------------------------------------------------------------------------- model, training

@@ -57,6 +57,12 @@ def _check_contrast(path: str, task: Contrast, config: Config) -> None:
 
 def _check_label(path: str, task: LabelledTask, data: Data) -> None:
   vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
+  asked = [task.field] if isinstance(task, (NextEvent, FutureValues, EventLabel)) else []
+  for name in [*asked, *(task.given if isinstance(task, EventLabel) else ())]:
+    require(
+      name not in data.fields or not data.fields[name].many,
+      f"{path}: {name!r} holds lists, which are inputs only; a task needs a field of single values.",
+    )
   if isinstance(task, (NextEvent, FutureValues)):
     require(
       task.field in vocabularies,

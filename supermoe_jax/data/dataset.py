@@ -48,6 +48,7 @@ class Schema:
     outputs: of each task with labels, the number of its outputs.
     inputs: the categorical fields that the model may see.
     numeric_inputs: the columns, among the numeric fields, of those that the model may see.
+    further: the field of each further column of the codes, which follow those of `categorical`.
   """
 
   sources: tuple[str, ...]
@@ -57,6 +58,7 @@ class Schema:
   outputs: Mapping[str, int]
   inputs: tuple[str, ...]
   numeric_inputs: tuple[int, ...]
+  further: tuple[str, ...] = ()
 
   def field(self, name: str) -> int:
     """The column of a categorical field in the codes."""
@@ -96,7 +98,8 @@ class Dataset:
   @functools.cached_property
   def hidden_codes(self) -> tuple[int, ...]:
     """The columns of the codes that the model must not see."""
-    return tuple(i for i, n in enumerate(self.schema.categorical) if n not in self.schema.inputs)
+    columns = [*self.schema.categorical, *self.schema.further]
+    return tuple(i for i, n in enumerate(columns) if n not in self.schema.inputs)
 
   @functools.cached_property
   def hidden_numeric(self) -> tuple[int, ...]:
@@ -204,6 +207,7 @@ def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:
     {n: _n_outputs(n, t, encoders) for n, t in cfg.labelled_tasks.items()},
     tuple(n for n in encoders.categorical if fields[n].input),
     tuple(i for i, n in enumerate(encoders.numeric) if fields[n].input),
+    cfg.data.further_values,
   )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,6 +21,7 @@ from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.sources import SourceReader, field_columns
 
 if TYPE_CHECKING:
+  from supermoe_jax.data.numeric import NumberEncoder
   from supermoe_jax.data.vocabulary import Encoders
 
 __all__ = ["DataError", "EventLog", "UserHistory"]
@@ -32,14 +33,16 @@ BATCH_ROWS = 1 << 17  # events handed from DuckDB to NumPy at a time
 class UserHistory:
   """The events of one user, in stable time order.
 
-  Shapes: N events, F categorical fields (kinds vocabulary and hash) and G numeric fields, each in config order.
+  Shapes: N events, F columns of codes: one of each categorical field (kinds vocabulary and hash) in config order, then
+  one of each further value of fields of many, as `config.Data.further_values` lists them; G numeric fields in config
+  order.
 
   Attributes:
     user: the user's id as text.
     time: int64 `[N]`, microseconds since 1970 UTC, ascending.
     source: int32 `[N]`, the index of the event's source in config order.
     codes: int32 `[N, F]`: 0 absent, 1 out of vocabulary, 2 and up the values.
-    numeric: float32 `[N, G]`, standardised; NaN where absent.
+    numeric: float32 `[N, G]`, standardised or as quantiles; NaN where absent.
     n_train: how many events, the first ones, lie in the training period.
   """
 
@@ -56,7 +59,8 @@ class EventLog:
 
   Its relation `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER,
   `ord` BIGINT, `training` BOOLEAN, and for each field the column that `columns` names: VARCHAR for categorical fields,
-  DOUBLE (log1p already taken where configured) for numeric ones, NULL where absent.
+  VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
+  where absent.
 
   Attributes:
     data: the config that it was read from.
@@ -107,6 +111,13 @@ class EventLog:
     finally:
       for name in tables:
         self._con.unregister(name)
+
+  def values_sql(self, name: str) -> str:
+    """A query of the values of a categorical field that are kept, none absent: `value` and the event's `training`."""
+    column, many = self.columns[name], self.data.fields[name].many
+    if many:
+      return f"SELECT unnest({column}[:{many}]) AS value, training FROM events"
+    return f"SELECT {column} AS value, training FROM events WHERE {column} IS NOT NULL"
 
   def arrow(self, sql: str) -> pa.Table:
     """Returns the result of a query over `events` as an Arrow table."""
@@ -218,27 +229,30 @@ class EventLog:
     con = self._con.cursor()
     con.execute("SET TimeZone = 'UTC'")
     joins, codes = [], []
-    for i, (name, encoder) in enumerate(encoders.categorical.items()):
-      column, table = f"e.{self.columns[name]}", f"codes_{i}"
+    place: dict[str, int] = {}
+    for i, name in enumerate([*encoders.categorical, *self.data.further_values]):
+      encoder, column, table = encoders.categorical[name], f"e.{self.columns[name]}", f"codes_{i}"
+      if self.data.fields[name].many:
+        place[name] = place.get(name, 0) + 1
+        column = f"{column}[{place[name]}]"
       if (known := encoder.table()) is not None:
         con.register(table, known)
         joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")
       codes.append(f"({encoder.code_sql(column, table)})::INTEGER AS code_{i}")
-    numbers = [
-      f"((e.{self.columns[n]} - {s.mean!r}) / {s.std!r})::FLOAT AS number_{i}"
-      for i, (n, s) in enumerate(encoders.numeric.items())
-    ]
+    numbers = [f"e.{self.columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
     columns = ", ".join(['e."user"', "e.time", "e.source", "e.training", *codes, *numbers])
     stream = con.sql(
       f'SELECT {columns} FROM events e {" ".join(joins)} ORDER BY e."user", e.time, e.ord'
     ).to_arrow_reader(BATCH_ROWS)
     try:
-      yield from _cut_per_user(stream, len(codes))
+      yield from _cut_per_user(stream, len(codes), list(encoders.numeric.values()))
     finally:
       con.close()
 
 
-def _cut_per_user(stream: Iterator[pa.RecordBatch], n_codes: int) -> Iterator[UserHistory]:
+def _cut_per_user(
+  stream: Iterator[pa.RecordBatch], n_codes: int, numbers: Sequence[NumberEncoder]
+) -> Iterator[UserHistory]:
   """Cuts batches of sorted events into users; a user may span batches."""
   user = ""
   parts: list[list[np.ndarray]] = []  # of the current user, the columns of `_arrays` from each batch
@@ -248,7 +262,7 @@ def _cut_per_user(stream: Iterator[pa.RecordBatch], n_codes: int) -> Iterator[Us
     users = batch.column(0)
     changes = np.flatnonzero(pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)) + 1
     starts = np.concatenate([[0], changes, [batch.num_rows]])
-    arrays = _arrays(batch, n_codes)
+    arrays = _arrays(batch, n_codes, numbers)
     names = users.take(pa.array(starts[:-1])).to_pylist()
     for name, start, stop in zip(names, starts[:-1], starts[1:], strict=True):
       if name != user and parts:
@@ -260,13 +274,14 @@ def _cut_per_user(stream: Iterator[pa.RecordBatch], n_codes: int) -> Iterator[Us
     yield _history(user, parts)
 
 
-def _arrays(batch: pa.RecordBatch, n_codes: int) -> list[np.ndarray]:
-  """The columns time, source, training, codes `[N, F]` and numeric `[N, G]` of a batch of N events."""
+def _arrays(batch: pa.RecordBatch, n_codes: int, numbers: Sequence[NumberEncoder]) -> list[np.ndarray]:
+  """The columns time, source, training, codes `[N, F]` and numeric `[N, G]`, encoded, of a batch of N events."""
   columns = [c.to_numpy(zero_copy_only=False) for c in batch.columns[1:]]
   time, source, training, *rest = columns
   n = batch.num_rows
   codes = np.stack(rest[:n_codes], axis=1) if n_codes else np.zeros((n, 0))
-  numeric = np.stack(rest[n_codes:], axis=1) if rest[n_codes:] else np.zeros((n, 0))
+  encoded = [e.encode_all(values.astype(np.float64)) for e, values in zip(numbers, rest[n_codes:], strict=True)]
+  numeric = np.stack(encoded, axis=1) if encoded else np.zeros((n, 0))
   return [time.astype(np.int64), source.astype(np.int32), training, codes.astype(np.int32), numeric.astype(np.float32)]
 
 

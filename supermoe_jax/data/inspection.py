@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 import duckdb
 
+from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import parsing, proposal, readers, roles
 from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
+from supermoe_jax.data.remote import FilePath
 from supermoe_jax.data.roles import Measured, Role
 
 MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk
@@ -67,7 +69,7 @@ class Table:
   """
 
   name: str
-  files: tuple[pathlib.Path, ...]
+  files: tuple[FilePath, ...]
   format: str
   rows: int
   columns: tuple[Measured, ...]
@@ -96,7 +98,7 @@ class Inspection:
   """
 
   tables: tuple[Table, ...]
-  empty_files: tuple[pathlib.Path, ...]
+  empty_files: tuple[FilePath, ...]
   config: str
 
   def render(self) -> str:
@@ -131,11 +133,11 @@ def inspect(files: Sequence[str], format: str = "auto") -> Inspection:
 
 def _group(
   con: duckdb.DuckDBPyConnection, files: Sequence[str], format: str
-) -> tuple[list[list[TableFile]], list[pathlib.Path]]:
+) -> tuple[list[list[TableFile]], list[FilePath]]:
   """Opens the files; returns them grouped by their columns, and those that are empty."""
   groups: dict[tuple[str, ...], list[TableFile]] = {}
-  empty = []
-  found = readers.find_files(files, "supermoe inspect")
+  empty: list[FilePath] = []
+  found = files_lib.find_files(con, files, "supermoe inspect")
   for file in found:
     try:
       table = readers.open_table(con, file.path, format)
@@ -148,7 +150,7 @@ def _group(
   return list(groups.values()), empty
 
 
-def _names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:
+def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
   """Names tables after their files, and `part-0.parquet` and the like after their folder."""
   names: list[str] = []
   for paths in groups:
@@ -156,7 +158,7 @@ def _names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:
     if len(paths) > 1:
       stem = re.sub(r"[\d\W_]+$", "", stem)
     if stem.lower() in ("", "part", "data", "file"):
-      stem = paths[0].absolute().parent.name
+      stem = (paths[0].absolute() if isinstance(paths[0], pathlib.Path) else paths[0]).parent.name
     name = re.sub(r"\W+", "_", stem).strip("_").lower() or "events"
     name = name if name.isidentifier() else f"events_{name}"
     if name in names:

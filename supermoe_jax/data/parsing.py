@@ -41,6 +41,27 @@ def text_sql(column: str, kind: str) -> str:
   return f"nullif({column}::VARCHAR, '')"
 
 
+def list_sql(column: str, kind: str, separator: str, *, json: bool) -> str:
+  """Returns the SQL of a value as a list of texts, without absent ones: NULL where none is left.
+
+  Args:
+    column: the SQL of the value.
+    kind: its DuckDB type; a list gives its elements, what is no list is split as text.
+    separator: what stands between the values of a text.
+    json: whether a text may be a JSON array.
+  """
+  text = text_sql(column, kind)
+  parts = f"string_split({text}, {literal(separator)})"
+  if kind.endswith("]"):
+    element = kind[: kind.rindex("[")]  # of a list, or of an array of fixed length, which the cast makes a list
+    parts = f"list_transform({column}::{element}[], lambda x: {text_sql('x', element)})"
+  elif json:
+    array = f"json_valid({text}) AND json_type({text}) = 'ARRAY'"
+    parts = f"CASE WHEN {array} THEN from_json({text}, '[\"VARCHAR\"]') ELSE {parts} END"
+  kept = f"list_filter(list_transform({parts}, lambda x: nullif(trim(x), '')), lambda x: x IS NOT NULL)"
+  return f"CASE WHEN len({kept}) > 0 THEN {kept} END"
+
+
 def number_sql(column: str, kind: str) -> str:
   """Returns the SQL of a value as DOUBLE: NULL where it is no number.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from supermoe_jax import config
+from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import integrity, replace, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import records as records_lib
@@ -123,11 +123,10 @@ def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]
 
 
 def _files(cfg: config.Config) -> dict[str, list[int]]:
-  """Size in bytes and time of change (ns) of every file that the config reads."""
+  """Size in bytes and time of change of every file that the config reads."""
   patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
   patterns += cfg.data.users.files if cfg.data.users else ()
-  files = sorted({f for p in patterns for f in glob.glob(str(pathlib.Path(p).expanduser()))})  # noqa: PTH207 absolute too
-  return {f: [pathlib.Path(f).stat().st_size, pathlib.Path(f).stat().st_mtime_ns] for f in files}
+  return files_lib.stamps(patterns)
 
 
 def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -268,6 +267,9 @@ def render(manifest: Mapping[str, Any]) -> str:
   for name, field in manifest["fields"].items():
     if field["oov_after"]:
       lines.append(f"field {name}: {field['oov_after']:.2%} of the values after the training period were unseen in it")
+    if cut := field.get("values_cut"):
+      many = manifest["config"]["data"]["fields"][name]["many"]
+      lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)

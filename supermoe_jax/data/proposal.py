@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split
+from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import readers, roles
 from supermoe_jax.data.parsing import date
+from supermoe_jax.data.remote import FilePath
 
 if TYPE_CHECKING:
   from supermoe_jax.data.inspection import Table
@@ -94,19 +96,20 @@ def _source(table: Table, items: Table | None) -> dict[str, Any]:
   return source
 
 
-def _format_by_ending(file: pathlib.Path) -> str:
+def _format_by_ending(file: FilePath) -> str:
   try:
     return readers.format_of(file)
   except readers.DataError:
     return ""
 
 
-def _patterns(files: Sequence[pathlib.Path]) -> list[str]:
+def _patterns(files: Sequence[FilePath]) -> list[str]:
   """The files, or the one glob that means exactly them: a shell has expanded the one that was typed."""
-  folder, ending = files[0].parent, "".join(files[0].suffixes)
-  pattern = f"{glob.escape(str(folder))}/*{ending}"
-  if len(files) > 1 and set(readers.glob_files(pattern)) == set(files):
-    return [pattern]
+  first = files[0]
+  if len(files) > 1 and isinstance(first, pathlib.Path):
+    pattern = f"{glob.escape(str(first.parent))}/*{''.join(first.suffixes)}"
+    if set(files_lib.glob_files(pattern)) == set(files):
+      return [pattern]
   return [str(file) for file in files]
 
 

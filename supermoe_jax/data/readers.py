@@ -9,23 +9,36 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import glob
 import gzip
 import itertools
+import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 import duckdb
 
 from supermoe_jax.config import nearest
+from supermoe_jax.data import remote
+from supermoe_jax.data.remote import FilePath, RemoteFile
 
 ENDINGS = {
   "parquet": (".parquet", ".pq"),
   "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
   "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
   "atomic": (".inter", ".user", ".item"),
+  "sequences": (".txt", ".txt.gz"),
 }
 DELIMITERS = ",\t;|"  # tried in this order of preference on a CSV file's header
+
+SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}
+LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers are 16 times as large
+
+# How a JSON object keyed by id begins, as far as its head tells: its first value is an object or a list.
+KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
+KEY, VALUES = "key", "values"  # the columns of such an object: its keys and, where its values are lists, those
+JSON_TEXT = 1 << 24  # bytes of a JSON value that DuckDB expects unless told more
+REMOTE_JSON_TEXT = 1 << 29  # the most that are expected of a file whose size is not looked up
 
 
 class DataError(ValueError):
@@ -70,66 +83,8 @@ def identifier(name: str) -> str:
   return '"' + name.replace('"', '""') + '"'
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-@dataclasses.dataclass(frozen=True)
-class FoundFile:
-  """A file that a pattern of the config led to.
-
-  Attributes:
-    path: where it is.
-    may_be_empty: whether a glob found it; a file that was asked for by name has to hold rows.
-  """
-
-  path: pathlib.Path
-  may_be_empty: bool
-
-
-def find_files(patterns: Sequence[str], key: str) -> list[FoundFile]:
-  """Expands paths and globs (`~` too) in the order listed, each glob sorted by path.
-
-  Raises:
-    DataError: a path does not exist, is a directory, or is named twice; `key` says where in the config it stands.
-  """
-  found: dict[pathlib.Path, FoundFile] = {}
-  for pattern in patterns:
-    for file in _find(pattern, key):
-      if file.path in found:
-        raise DataError(f"{key}: {file.path} is named twice; its rows would count twice.")
-      found[file.path] = file
-  return list(found.values())
-
-
-def glob_files(pattern: str) -> list[pathlib.Path]:
-  """Returns the files that a glob matches, sorted by path; hidden ones only if it begins with a dot."""
-  # Not pathlib's glob, which matches hidden files, such as the checksums that Hadoop leaves, as well.
-  found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-  return [file for file in map(pathlib.Path, found) if file.is_file()]
-
-
-def _find(pattern: str, key: str) -> list[FoundFile]:
-  if "://" in pattern:
-    raise DataError(f"{key}: {pattern} is not a local file; copy it to a disk, or mount the bucket and name the path.")
-  path = pathlib.Path(pattern).expanduser()
-  if path.is_dir():
-    endings = sorted({p.suffix for p in path.iterdir() if p.is_file() and p.suffix}) or [".parquet"]
-    raise DataError(f"{key}: {path} is a directory; name its files, such as {path / ('*' + endings[0])}.")
-  if path.exists():
-    return [FoundFile(path, may_be_empty=False)]
-  if glob.has_magic(str(path)):
-    if files := glob_files(str(path)):
-      return [FoundFile(file, may_be_empty=True) for file in files]
-    raise DataError(f"{key}: {path} matches no file.")
-  if not path.parent.is_dir():
-    raise DataError(f"{key}: {path}: no such file; the folder {path.parent} does not exist either.")
-  siblings = [p.name for p in path.parent.iterdir() if p.is_file()]
-  hint = nearest(path.name, siblings) if len(siblings) <= 20 else nearest(path.name, siblings).partition("; valid")[0]
-  raise DataError(f"{key}: {path}: no such file{hint}")
-
-
 @contextlib.contextmanager
-def naming(path: pathlib.Path, format: str) -> Iterator[None]:
+def naming(path: FilePath, format: str) -> Iterator[None]:
   """Turns DuckDB's complaint about a file's content into a `DataError` that names the file.
 
   What is not the file's fault passes through: memory or disk running out, or SQL of ours that is wrong.
@@ -147,7 +102,8 @@ def naming(path: pathlib.Path, format: str) -> Iterator[None]:
   except duckdb.Error as error:
     if "No space left" in str(error):
       raise
-    raise DataError(f"{path} cannot be read as {format}: {first_line(error)}") from error
+    remedy = f" {path.credentials}." if isinstance(path, RemoteFile) and isinstance(error, duckdb.IOException) else ""
+    raise DataError(f"{path} cannot be read as {format}: {first_line(error)}{remedy}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -163,11 +119,11 @@ class TableFile:
 
   Attributes:
     path: where it is.
-    format: one of `ENDINGS`.
-    columns: the DuckDB type of each column; VARCHAR throughout for text formats.
+    format: one of `ENDINGS`, or "json_object".
+    columns: the DuckDB type of each column; VARCHAR throughout for text formats, but for a place in a sequence.
   """
 
-  path: pathlib.Path
+  path: FilePath
   format: str
   columns: Mapping[str, str]
   delimiter: str = ""
@@ -184,9 +140,14 @@ class TableFile:
     return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(set(wanted.values()))}"
 
   def _scan(self, names: Collection[str]) -> str:
-    path = literal(glob.escape(str(self.path)))
+    path = literal(remote.pattern(self.path))
     if self.format == "parquet":
       return f"read_parquet({path})"
+    if self.format == "sequences":
+      places = "unnest(items) AS item, generate_subscripts(items, 1) - 1 AS position"
+      return f'(SELECT "user", {places} FROM ({lines_sql(self.path)}))'
+    if self.format == "json_object":
+      return f"(SELECT {', '.join(_of_entry(n) for n in self.columns)} FROM ({_entries_sql(self.path)}))"
     if self.format == "jsonl":
       asked = sorted(names) or list(self.columns)[:1]  # at least one, as only counting rows needs
       types = ", ".join(f"{literal(n)}: 'VARCHAR'" for n in asked)
@@ -209,34 +170,42 @@ class TableFile:
     return name
 
 
-def open_table(
-  con: duckdb.DuckDBPyConnection, path: pathlib.Path, format: str, wanted: Collection[str] = ()
-) -> TableFile:
+def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, wanted: Collection[str] = ()) -> TableFile:
   """Opens a file; JSON lines are searched to the end for `wanted` keys that do not show early.
+
+  With the format "auto" its ending tells the format; a `.json` file that is one object, all of whose values are objects
+  or all of whose values are lists, is a "json_object", keyed by id; a remote one has to be called that.
 
   Raises:
     EmptyFileError: the file holds no row.
     DataError: its format is unknown, or it is not of its format.
   """
+  given = format
   if format == "auto":
     format = format_of(path)
-  if path.stat().st_size == 0:
+  if isinstance(path, pathlib.Path) and path.stat().st_size == 0:
     raise EmptyFileError(f"{path} is empty (0 bytes).")
   with naming(path, format):
+    if given == "auto" and format == "jsonl" and _is_json_object(con, path):
+      format = "json_object"
     if format == "parquet":
-      query = f"DESCRIBE SELECT * FROM read_parquet({literal(glob.escape(str(path)))})"
+      query = f"DESCRIBE SELECT * FROM read_parquet({literal(remote.pattern(path))})"
       file = TableFile(path, format, {name: kind for name, kind, *_ in con.execute(query).fetchall()})
     elif format == "jsonl":
       file = TableFile(path, format, dict.fromkeys(_json_keys(con, path, wanted), "VARCHAR"))
+    elif format == "sequences":
+      file = TableFile(path, format, SEQUENCE_COLUMNS)
+    elif format == "json_object":
+      file = TableFile(path, format, dict.fromkeys(_attributes(con, path), "VARCHAR"))
     else:
-      names, delimiter = _header(path, format)
+      names, delimiter = _header(con, path, format)
       file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter)
     if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
   return file
 
 
-def format_of(path: pathlib.Path) -> str:
+def format_of(path: FilePath) -> str:
   """The format that a file's ending tells.
 
   Raises:
@@ -250,27 +219,117 @@ def format_of(path: pathlib.Path) -> str:
   raise DataError(f"{path}: the format of this ending is unknown; set the source's format, or use one of {known}.")
 
 
-def _json_keys(con: duckdb.DuckDBPyConnection, path: pathlib.Path, wanted: Collection[str]) -> list[str]:
+def _json_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
   # Only the keys are asked for: depth 1 keeps nested values as JSON, and no number of keys turns a record into a map.
   options = "maximum_depth = 1, map_inference_threshold = -1"
   for sample in (20_480, -1):
-    query = f"DESCRIBE SELECT * FROM read_json({literal(glob.escape(str(path)))}, {options}, sample_size = {sample})"
+    query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
     keys = [name for name, *_ in con.execute(query).fetchall()]
     if all(w in keys for w in wanted):
       break
   return keys
 
 
-def _header(path: pathlib.Path, format: str) -> tuple[list[str], str]:
-  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file."""
+def lines_sql(path: FilePath) -> str:
+  """Returns a query of a file of sequences: each line's number from 1, its `user`, NULL if empty, and its `items`."""
+  parts = "string_split_regex(trim(text, ' \t\r'), '[ \t]+') AS parts"
+  return (
+    "SELECT line, nullif(parts[1], '') AS \"user\", parts[2:] AS items "
+    f"FROM (SELECT row_number() OVER () AS line, {parts} FROM {_whole_lines_sql(path)})"
+  )
+
+
+def _whole_lines_sql(path: FilePath) -> str:
+  """A scan of a text file's lines, each one a row of the column `text`; an empty line is NULL."""
+  return (  # no character of the text delimits, quotes or escapes
+    f"read_csv({literal(remote.pattern(path))}, auto_detect = false, header = false, delim = '\x01', quote = '', "
+    f"escape = '', comment = '', max_line_size = {LONGEST_LINE}, columns = {{'text': 'VARCHAR'}})"
+  )
+
+
+def _is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
+  """Whether a JSON file is one object, all of whose values are objects or all of whose values are lists."""
+  if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
+    return False
   opener = gzip.open if path.suffix.lower() == ".gz" else open
-  try:
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
-      first = lines.readline()
-  except UnicodeDecodeError as error:
-    raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first.") from None
-  except (gzip.BadGzipFile, EOFError, OSError) as error:
-    raise DataError(f"{path} cannot be read: {error}.") from None
+  with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
+    if not KEYED_BY_ID.match(text.read(1 << 16)):
+      return False
+  with contextlib.suppress(duckdb.Error):  # what is no such object is read, and complained about, as JSON lines
+    objects = con.execute(f"SELECT 1 FROM {_json_sql(path, 'JSON')} LIMIT 2").fetchall()
+    kinds = con.execute(_kinds_sql(path)).fetchall() if len(objects) == 1 else []
+    return [kind for kind, *_ in kinds] in (["OBJECT"], ["ARRAY"])
+  return False
+
+
+def _json_sql(path: FilePath, type: str) -> str:
+  """A scan of a file's JSON values, most often one, as the column `json` of a type."""
+  size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
+  return (
+    f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
+    f"maximum_object_size = {size}, columns = {{'json': '{type}'}})"
+  )
+
+
+def _unpacked_size(path: pathlib.Path) -> int:
+  if path.suffix.lower() != ".gz":
+    return path.stat().st_size
+  with gzip.open(path) as text:
+    return text.seek(0, os.SEEK_END)
+
+
+def _entries_sql(path: FilePath) -> str:
+  """A query of a JSON object's entries in order: the structs `e` of `key` and, as JSON, `value`."""
+  return f"SELECT unnest(map_entries(json)) AS e FROM {_json_sql(path, 'MAP(VARCHAR, JSON)')}"
+
+
+def _kinds_sql(path: FilePath) -> str:
+  """A query of the JSON types of an object's values, and the first key of each; absent values have none."""
+  return (
+    "SELECT json_type(e.value) AS kind, arg_min(e.key, row) FROM (SELECT e, row_number() OVER () AS row "
+    f"FROM ({_entries_sql(path)})) WHERE e.value IS NOT NULL GROUP BY kind ORDER BY min(row)"
+  )
+
+
+def _attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
+  """The columns of a JSON object keyed by id: `key`, and the keys of its values, or `values` where they are lists.
+
+  Raises:
+    DataError: its values are not all objects, nor all lists.
+  """
+  kinds = con.execute(_kinds_sql(path)).fetchall()
+  for kind, key in kinds:
+    if kind not in ("OBJECT", "ARRAY") or kind != kinds[0][0]:
+      raise DataError(
+        f"{path}: the value of {key!r} is of the JSON type {kind}; write every value as an object of attributes, or "
+        "every value as a list."
+      )
+  if not kinds or kinds[0][0] == "ARRAY":
+    return [KEY, VALUES]
+  found = con.execute(
+    "SELECT name, min(row) FROM (SELECT unnest(json_keys(e.value)) AS name, row_number() OVER () AS row "
+    f"FROM ({_entries_sql(path)})) GROUP BY name ORDER BY 2"
+  ).fetchall()
+  names = [name for name, _ in found]
+  if KEY in names:
+    raise DataError(f"{path} holds an attribute {KEY!r}, which is what the objects' ids are called; rename it.")
+  return [KEY, *names]
+
+
+def _of_entry(name: str) -> str:
+  """The SQL of a column of a JSON object's entry `e`."""
+  if name == KEY:
+    return f"e.key AS {KEY}"
+  pointer = "/" + name.replace("~", "~0").replace("/", "~1")  # a JSON pointer can name any key, a path cannot
+  value = f"json_extract_string(e.value, {literal(pointer)})"
+  if name == VALUES:
+    value = f"CASE json_type(e.value) WHEN 'ARRAY' THEN e.value::VARCHAR ELSE {value} END"
+  return f"{value} AS {identifier(name)}"
+
+
+def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str]:
+  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file."""
+  first = _first_line_of(con, path)
   tabs = format == "atomic" or path.name.lower().endswith((".tsv", ".tsv.gz"))
   delimiter = "\t" if tabs else max(DELIMITERS, key=first.count)
   if format == "atomic":
@@ -283,3 +342,19 @@ def _header(path: pathlib.Path, format: str) -> tuple[list[str], str]:
     if names.count(name) > 1:
       raise DataError(f"{path} names the column {name!r} twice; rename one of them.")
   return names, delimiter
+
+
+def _first_line_of(con: duckdb.DuckDBPyConnection, path: FilePath) -> str:
+  if isinstance(path, RemoteFile):
+    lines = con.execute(f"SELECT text FROM {_whole_lines_sql(path)} LIMIT 1").fetchall()
+    if not lines:
+      raise EmptyFileError(f"{path} is empty.")
+    return lines[0][0] or ""
+  opener = gzip.open if path.suffix.lower() == ".gz" else open
+  try:
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
+      return text.readline()
+  except UnicodeDecodeError as error:
+    raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first.") from None
+  except (gzip.BadGzipFile, EOFError, OSError) as error:
+    raise DataError(f"{path} cannot be read: {error}.") from None

@@ -58,7 +58,7 @@ def features(schema: Schema, tasks: Mapping[str, config.LabelledTask]) -> dict[s
     "snapshot_split": tensor(None),
   }
   if schema.categorical:
-    out["codes"] = tensor(None, len(schema.categorical))
+    out["codes"] = tensor(None, len(schema.categorical) + len(schema.further))
   if schema.numeric:
     out["numeric"] = tensor(None, len(schema.numeric), dtype=np.float32)
   for name, task in tasks.items():

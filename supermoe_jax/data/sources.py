@@ -15,7 +15,8 @@ from typing import Any
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data import parsing, readers
+from supermoe_jax.data import files as files_lib
+from supermoe_jax.data import parsing, readers, sequences
 from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
 
 DROP_REMEDY = "set config.data.on_bad_rows='drop' to leave such rows out and count them"
@@ -82,9 +83,7 @@ class SourceReader:
     self._con, self._data = con, data
     self._columns = field_columns(data)
     self._rows = 0
-    fields = "".join(
-      f", {c} {'DOUBLE' if data.fields[n].kind == 'numeric' else 'VARCHAR'}" for n, c in self._columns.items()
-    )
+    fields = "".join(f", {c} {_stored_type(data.fields[n])}" for n, c in self._columns.items())
     con.execute(
       'CREATE TABLE rows ("user" VARCHAR, time BIGINT, source INTEGER, ord BIGINT, fault UTINYINT, bad_value VARCHAR, '
       f"no_item BOOLEAN{fields})"
@@ -108,17 +107,19 @@ class SourceReader:
     wanted = {source.user, source.time, *self._carried(name).values()}
     if items and source.items:
       wanted = wanted - set(items.columns) | {source.items.key}
-    found = readers.find_files(source.files, f"{key}.files")
+    tables = []
+    found = files_lib.find_files(self._con, source.files, f"{key}.files")
     for file in found:
       try:
-        table = readers.open_table(self._con, file.path, source.format, wanted)
+        tables.append(readers.open_table(self._con, file.path, source.format, wanted))
       except EmptyFileError as error:
         if not file.may_be_empty:
           raise DataError(f"{error} Remove it from {key}.files.") from None
         counts["empty_files"].append(str(file.path))
-        continue
+    sequences.check(self._con, tables)
+    for table in tables:
       self._read_file(index, name, table, items)
-    if not counts["files"]:
+    if not tables:
       raise DataError(f"{key}.files: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
 
   def _carried(self, source: str) -> dict[str, str]:
@@ -173,7 +174,12 @@ class SourceReader:
     values, faults = {}, []
     for name, column in fields.items():
       kind, alias = file.columns[column], self._columns[name]
-      if self._data.fields[name].kind != "numeric":
+      field = self._data.fields[name]
+      if field.many:
+        json = file.format in ("jsonl", "json_object")
+        values[alias] = parsing.list_sql(f"e.{alias}", kind, field.separator, json=json)
+        continue
+      if field.kind != "numeric":
         values[alias] = parsing.text_sql(f"e.{alias}", kind)
         continue
       try:
@@ -240,13 +246,14 @@ class SourceReader:
       DataError: its file cannot be used, or a key has two rows.
     """
     key = f"config.data.sources.{name}.items"
-    file = self._open_items(items, key, {items.key, *self._carried(name).values()})
-    file.require(items.key, f"{key}.key")
-    fields = {f: c for f, c in self._carried(name).items() if c in file.columns and c != items.key}
+    file = self._open_items(items, key, {items.table_key or items.key, *self._carried(name).values()})
+    there = items.table_key or (readers.KEY if file.format == "json_object" else items.key)
+    file.require(there, f"{key}.{'table_key' if items.table_key else 'key'}")
+    fields = {f: c for f, c in self._carried(name).items() if c in file.columns and c not in (items.key, there)}
     values, faults = self._field_values(file, fields)
-    faults = [Fault("null_key", items.key, "key IS NULL"), *faults]
-    values["key"] = parsing.text_sql("e.key", file.columns[items.key])
-    wanted = {"key": items.key, **{self._columns[f]: c for f, c in fields.items()}}
+    faults = [Fault("null_key", there, "key IS NULL"), *faults]
+    values["key"] = parsing.text_sql("e.key", file.columns[there])
+    wanted = {"key": there, **{self._columns[f]: c for f, c in fields.items()}}
     table = f"items_{index}"
     with readers.naming(file.path, file.format):
       self._con.execute(
@@ -265,16 +272,16 @@ class SourceReader:
     ).fetchall()
     for value, n, row in twice:
       raise DataError(
-        f"{file.path}: {n} rows have {items.key}={value!r}, the first is row {row + 1}; an item needs exactly one row "
+        f"{file.path}: {n} rows have {there}={value!r}, the first is row {row + 1}; an item needs exactly one row "
         f"({key})."
       )
     return _Items(table, file.columns, fields, sum(n for _, n, *_ in bad))
 
   def _open_items(self, items: config.ItemTable, key: str, wanted: Collection[str]) -> TableFile:
-    found = readers.find_files([items.file], f"{key}.file")
+    found = files_lib.find_files(self._con, [items.file], f"{key}.file")
     if len(found) > 1:
       raise DataError(f"{key}.file: {items.file} matches {len(found)} files; a table of items is one file.")
-    return readers.open_table(self._con, found[0].path, "auto", wanted)
+    return readers.open_table(self._con, found[0].path, items.format, wanted)
 
 
 def _number(text: str) -> float | None:
@@ -283,6 +290,12 @@ def _number(text: str) -> float | None:
   except ValueError:
     return None
   return number if math.isfinite(number) else None
+
+
+def _stored_type(field: config.Field) -> str:
+  if field.kind == "numeric":
+    return "DOUBLE"
+  return "VARCHAR[]" if field.many else "VARCHAR"
 
 
 def _aliased(values: Mapping[str, str]) -> str:

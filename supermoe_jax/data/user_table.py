@@ -10,6 +10,7 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import parsing, readers
 from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
@@ -79,7 +80,7 @@ def _read(
   """Appends the user column and the tasks' columns of all files to the table `users`."""
   key = "config.data.users"
   files: list[TableFile] = []
-  found = readers.find_files(users.files, f"{key}.files")
+  found = files_lib.find_files(con, users.files, f"{key}.files")
   for file in found:
     try:
       table = readers.open_table(con, file.path, users.format, {users.user, *columns})

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import pathlib
 import urllib.parse
 from collections.abc import Mapping
@@ -18,12 +17,10 @@ import pyarrow.parquet as pq
 
 from supermoe_jax import config
 from supermoe_jax.data.events import EventLog
+from supermoe_jax.data.numeric import MAX_KNOTS, NumberEncoder, Numeric, Quantile, number_encoder
 from supermoe_jax.data.readers import DataError
 
 ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
-
-# Sums over threads differ in their last bits from run to run; statistics are kept to fewer digits than that.
-STATISTIC_DIGITS = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,26 +90,6 @@ class Hashing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Numeric:
-  """Mean and standard deviation of numbers, after log1p where configured; of constant numbers the deviation is 1."""
-
-  mean: float
-  std: float
-
-  @classmethod
-  def of(cls, mean: float, std: float) -> Numeric:
-    """Rounds the statistics to the digits that are the same in every run."""
-    mean, std = (float(f"{v:.{STATISTIC_DIGITS}g}") for v in (mean, std))
-    return cls(mean, std if std > 0 else 1.0)
-
-  def encode(self, value: float, encoding: str = "standardise") -> np.float32:
-    """A raw number as events hold it: after log1p if that is the field's `encoding`, standardised."""
-    if encoding == "log1p":
-      value = math.copysign(math.log(1 + abs(value)), value)
-    return np.float32((value - self.mean) / self.std)
-
-
-@dataclasses.dataclass(frozen=True)
 class Classes:
   """The classes of a user label, most frequent among the training users first, ties by value.
 
@@ -134,7 +111,7 @@ class Encoders:
   """The encoder of each field, in config order, and of each user label that needs one (classes, numbers)."""
 
   categorical: Mapping[str, Categorical]
-  numeric: Mapping[str, Numeric]
+  numeric: Mapping[str, NumberEncoder]
   labels: Mapping[str, LabelEncoder] = dataclasses.field(default_factory=dict)
 
   def save(self, path: pathlib.Path) -> None:
@@ -176,7 +153,7 @@ class Encoders:
       n: Classes(tuple(e["values"]), tuple(e["counts"])) if "values" in e else Numeric(**e)
       for n, e in saved["labels"].items()
     }
-    return cls(categorical, {n: Numeric(**s) for n, s in saved["numeric"].items()}, labels)
+    return cls(categorical, {n: number_encoder(s) for n, s in saved["numeric"].items()}, labels)
 
 
 def fit(log: EventLog, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:
@@ -186,10 +163,10 @@ def fit(log: EventLog, data: config.Data, labels: Mapping[str, LabelEncoder] | N
     DataError: a field has no value in the training period, or none that is frequent enough.
   """
   categorical: dict[str, Categorical] = {}
-  numeric: dict[str, Numeric] = {}
+  numeric: dict[str, NumberEncoder] = {}
   for name, field in data.fields.items():
     if field.kind == "numeric":
-      numeric[name] = _fit_numeric(log, name)
+      numeric[name] = _fit_quantile(log, name) if field.encoding == "quantile" else _fit_numeric(log, name)
     elif field.kind == "hash":
       categorical[name] = _fit_hashing(log, name, field)
     else:
@@ -198,13 +175,12 @@ def fit(log: EventLog, data: config.Data, labels: Mapping[str, LabelEncoder] | N
 
 
 def _fit_vocabulary(log: EventLog, name: str, field: config.Field) -> Vocabulary:
-  column = log.columns[name]
   counted = log.arrow(
-    f"SELECT {column} AS value, count(*) AS count FROM events WHERE training AND {column} IS NOT NULL GROUP BY value "
+    f"SELECT value, count(*) AS count FROM ({log.values_sql(name)}) WHERE training GROUP BY value "
     f"HAVING count >= {field.min_count} ORDER BY count DESC, value LIMIT {field.size}"
   )
   if not counted.num_rows:
-    ((present,),) = log.query(f"SELECT count({column}) FROM events WHERE training")
+    ((present,),) = log.query(f"SELECT count({log.columns[name]}) FROM events WHERE training")
     if present:
       raise DataError(
         f"No value of field {name!r} occurs {field.min_count} times in training; lower "
@@ -228,6 +204,22 @@ def _fit_numeric(log: EventLog, name: str) -> Numeric:
   return Numeric.of(mean, std)
 
 
+def _fit_quantile(log: EventLog, name: str) -> Quantile:
+  """Takes the first number of each of equally large shares of the ranks as a knot, and the last number of all."""
+  shares = MAX_KNOTS - 1
+  column = log.columns[name]
+  values = f"SELECT {column} AS value, count(*) AS n FROM events WHERE training AND {column} IS NOT NULL GROUP BY value"
+  ranked = f"SELECT value, (sum(n) OVER (ORDER BY value) - n / 2) / sum(n) OVER () AS rank FROM ({values})"
+  shared = f"SELECT *, floor(rank * {shares}) AS share, max(value) OVER () AS last FROM ({ranked})"
+  counted = log.arrow(
+    f"SELECT value, rank FROM (SELECT *, lag(share) OVER (ORDER BY value) AS before FROM ({shared})) "
+    "WHERE share IS DISTINCT FROM before OR value = last ORDER BY value"
+  )
+  if not counted.num_rows:
+    raise _no_value(log, name)
+  return Quantile.of(counted["value"].to_pylist(), counted["rank"].to_pylist())
+
+
 def _no_value(log: EventLog, name: str) -> DataError:
   ((later,),) = log.query(f"SELECT count({log.columns[name]}) FROM events")
   return DataError(
@@ -241,12 +233,12 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
 
   Returns: of each field its `kind`, `codes`, and `oov_training` and `oov_after`, the shares of the values present that
   are out of vocabulary (None without values). Of a hashed field `values`, the distinct ones in training, and
-  `colliding`, the share of them whose code is not theirs alone.
+  `colliding`, the share of them whose code is not theirs alone. Of a field of many `values_cut`, the values of lists
+  that are longer than the field keeps.
   """
   report: dict[str, dict[str, Any]] = {}
   for name, encoder in encoders.categorical.items():
-    column = log.columns[name]
-    present = f"(SELECT {column} AS value, training FROM events WHERE {column} IS NOT NULL)"
+    present = f"({log.values_sql(name)})"
     if isinstance(encoder, Hashing):
       code = encoder.code_sql("value", "")
       ((values, codes_shared),) = log.query(
@@ -269,4 +261,10 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
       "oov_training": shares.get(True),
       "oov_after": shares.get(False),
     }
+  for name, facts in report.items():
+    if many := log.data.fields[name].many:
+      ((cut,),) = log.query(
+        f"SELECT coalesce(sum(greatest(len({log.columns[name]}) - {many}, 0)), 0)::BIGINT FROM events"
+      )
+      facts["values_cut"] = cut
   return report

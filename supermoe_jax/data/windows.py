@@ -27,7 +27,7 @@ class Features(NamedTuple):
   """What the encoder sees.
 
   Attributes:
-    codes: int32 `[B, L, F]`; 0 absent, padding, or a field that is no input.
+    codes: int32 `[B, L, F]`, columns as in `events.UserHistory`; 0 absent, padding, or a field that is no input.
     source: int32 `[B, L]`; 0 padding, otherwise 1 + the source's index.
     numeric: float32 `[B, L, G]`; NaN absent, padding, or a field that is no input.
     calendar: float32 `[B, L, 6]`, phases of day, week and year.

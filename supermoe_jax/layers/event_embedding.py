@@ -37,6 +37,7 @@ class EventEmbedding(nnx.Module):
     numeric_inputs: Sequence[int],
     calendar: int,
     *,
+    further: Sequence[str] = (),
     rngs: nnx.Rngs,
   ):
     """Creates the tables; fields that are no inputs have none, and nothing of them is read.
@@ -44,10 +45,11 @@ class EventEmbedding(nnx.Module):
     Args:
       d_model: D.
       sources: how many sources of events there are.
-      categorical: the number of codes of each categorical field, in the order of the codes' columns.
+      categorical: the number of codes of each categorical field, in the order of the codes' first columns.
       inputs: the categorical fields that the model may see.
       numeric_inputs: the columns of the numeric fields that the model may see.
       calendar: how many numbers describe an event's place in the calendar.
+      further: the field of each further column of the codes, whose values share the field's table.
       rngs: of the initial parameters.
 
     Raises:
@@ -58,6 +60,7 @@ class EventEmbedding(nnx.Module):
         raise ValueError(f"input {name!r} is not a categorical field; there are {', '.join(categorical) or 'none'}")
     self.source = EmbeddingTable(sources + 1, d_model, rngs=rngs)
     self.columns = {n: i for i, n in enumerate(categorical) if n in inputs}
+    self.further = tuple((i, n) for i, n in enumerate(further, len(categorical)) if n in inputs)
     self.fields = nnx.Dict({n: EmbeddingTable(categorical[n], d_model, rngs=rngs) for n in self.columns})
     self.numeric_columns = tuple(numeric_inputs)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), rngs=rngs)
@@ -76,7 +79,7 @@ class EventEmbedding(nnx.Module):
     Returns: `[B, L, D]`; padding gives an arbitrary vector.
     """
     x = self.source(source) + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
-    for name, column in self.columns.items():
+    for column, name in (*((i, n) for n, i in self.columns.items()), *self.further):
       x = x + self.fields[name](codes[..., column])
     if self.numeric is not None:
       numeric = numeric[..., np.array(self.numeric_columns)]

@@ -60,9 +60,8 @@ def task_key(key: jax.Array, name: str) -> jax.Array:
 def embeddings(model: config.Model, schema: Schema, rngs: nnx.Rngs) -> tuple[EventEmbedding, QueryEmbedding]:
   """Creates what every encoder reads a row with."""
   d = model.d_model
-  events = EventEmbedding(
-    d, len(schema.sources), schema.categorical, schema.inputs, schema.numeric_inputs, CALENDAR, rngs=rngs
-  )
+  fields = schema.categorical, schema.inputs, schema.numeric_inputs
+  events = EventEmbedding(d, len(schema.sources), *fields, CALENDAR, further=schema.further, rngs=rngs)
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
 
 

@@ -72,7 +72,8 @@ def make_data() -> Callable[..., config.Data]:
     log = {"files": [str(f) for f in files], "user": "user", "time": "time", **(source or {})}
     split = {"train_end": "2021-01-01", "validation": ["2021-01-01"], "test": ["2021-02-01"]}
     raw = {"path": "unused", "sources": {"log": log}, "fields": {"item": {}}, "split": split, **changes}
-    field = next(n for n, f in raw["fields"].items() if f.get("kind", "vocabulary") == "vocabulary")
+    single = {n: f for n, f in raw["fields"].items() if not f.get("many")} or raw["fields"]
+    field = next(n for n, f in single.items() if f.get("kind", "vocabulary") == "vocabulary")
     return config.resolve({"data": raw, "tasks": {"next": {"kind": "next_event", "field": field}}}).data
 
   return run

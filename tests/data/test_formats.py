@@ -40,6 +40,8 @@ def test_every_format_gives_the_same_histories(name, write, make_data, read):
     ("json.gz", "jsonl"),
     ("user", "atomic"),
     ("item", "atomic"),
+    ("txt", "sequences"),
+    ("txt.gz", "sequences"),
     ("CSV", "csv"),
   ],
 )
@@ -148,9 +150,9 @@ def test_a_file_named_twice_is_an_error(write, make_data, read, tmp_path):
     read(make_data(file, tmp_path / "*.csv"))
 
 
-def test_a_remote_file_is_an_error(make_data, read):
-  with pytest.raises(DataError, match=r"gs://bucket/e\.csv is not a local file"):
-    read(make_data("gs://bucket/e.csv"))
+def test_a_file_behind_a_scheme_that_is_not_read_is_an_error(make_data, read):
+  with pytest.raises(DataError, match=r"az://bucket/e\.csv is not a local file"):
+    read(make_data("az://bucket/e.csv"))
 
 
 def test_the_home_directory_is_expanded(write, make_data, read, tmp_path, monkeypatch):

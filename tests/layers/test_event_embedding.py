@@ -70,3 +70,15 @@ def test_fields_that_cannot_be_read_are_errors() -> None:
     embedding.values(("label",), jnp.zeros((3, 1), int))
   with pytest.raises(ValueError, match=r"codes of shape \(3, 2\) for the 1 fields"):
     embedding.values(("item",), jnp.zeros((3, 2), int))
+
+
+def test_further_values_of_a_field_add_their_rows_of_its_table() -> None:
+  inputs = ("item", "device")
+  fields = {"item": 9, "label": 5, "device": 4}
+  one = EventEmbedding(D, 2, fields, inputs, (1,), CALENDAR, rngs=nnx.Rngs(0))
+  many = EventEmbedding(D, 2, fields, inputs, (1,), CALENDAR, further=("item", "label"), rngs=nnx.Rngs(0))
+  codes, *rest = arguments()
+  further = jnp.stack([(codes[..., 0] + 3) % 9, codes[..., 1]], axis=-1).at[1, 2, 0].set(0)  # absent
+  difference = many(jnp.concatenate([codes, further], axis=-1), *rest) - one(codes, *rest)
+  wanted = jnp.where((further[..., 0] > 0)[..., None], one.fields["item"].rows[...][further[..., 0]], 0.0)
+  np.testing.assert_allclose(difference, wanted, atol=1e-5)  # `label` is no input
