@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supermoe_jax.config.schema import Config, Data, Field, Split, nearest, parse_time
+from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, Config, Data, Field, Split, nearest, parse_time
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
 from supermoe_jax.config.task_checks import require as _require
 
@@ -75,15 +75,26 @@ def _check_split(split: Split) -> None:
   )
   if split.log_end:
     parse_time(split.log_end, "config.data.split.log_end")
+  for key in _WITHOUT_MEANING.get(split.mode, ()):
+    _require(not getattr(split, key), f"config.data.split.{key} has no meaning with mode={split.mode!r}; remove it.")
   if split.mode == "leave_one_out":
-    for key in ("train_start", "train_end", "validation", "test", "log_end"):
-      _require(not getattr(split, key), f"config.data.split.{key} has no meaning with mode='leave_one_out'; remove it.")
+    _require(
+      split.snapshots == "calendar",
+      f"config.data.split.snapshots={split.snapshots!r} has no meaning with mode='leave_one_out', whose snapshots lie "
+      "before each event; remove it.",
+    )
+    return
+  _require(split.every_days > 0, f"config.data.split.every_days={split.every_days} must be positive.")
+  _require(split.every_events > 0, f"config.data.split.every_events={split.every_events} must be positive.")
+  if split.mode == "user":
+    _check_user_split(split)
     return
   _require(
     bool(split.train_end),
     "config.data.split.train_end is empty: a temporal split needs the end of the training period.",
   )
-  _require(split.every_days > 0, f"config.data.split.every_days={split.every_days} must be positive.")
+  _require(split.gap_days >= 0, f"config.data.split.gap_days={split.gap_days} must not be negative.")
+  gap = int(split.gap_days * MICROSECONDS_PER_DAY)
   train_end = parse_time(split.train_end, "config.data.split.train_end")
   if split.train_start:
     start = parse_time(split.train_start, "config.data.split.train_start")
@@ -96,7 +107,30 @@ def _check_split(split: Split) -> None:
     _require(bool(times), f"config.data.split.{key} is empty: name at least one snapshot time.")
     for text, time in zip(getattr(split, key), times):
       _require(time >= latest, f"config.data.split.{key}: {text} lies before the end of the period that precedes it.")
+      _require(
+        time >= latest + gap,
+        f"config.data.split.{key}: {text} lies less than gap_days={split.gap_days:g} after the end of the period that "
+        "precedes it; set it later, or lower config.data.split.gap_days.",
+      )
     latest = max(times)
+
+
+# Settings of a split that only other modes read.
+_WITHOUT_MEANING = {
+  "leave_one_out": ("train_start", "train_end", "validation", "test", "log_end", "gap_days"),
+  "user": ("train_end", "validation", "test", "gap_days"),
+}
+
+
+def _check_user_split(split: Split) -> None:
+  for key in ("user_validation", "user_test"):
+    _require(
+      getattr(split, key) > 0,
+      f"config.data.split.{key}={getattr(split, key)} leaves no user for {key.removeprefix('user_')}; with mode='user' "
+      "it must be positive.",
+    )
+  if split.train_start:
+    parse_time(split.train_start, "config.data.split.train_start")
 
 
 def _check_sizes(config: Config) -> None:

@@ -85,21 +85,38 @@ class Split:
   """How time and users are divided into training, validation and test.
 
   `temporal`: snapshots at fixed times; the training period ends at `train_end`, and no training label window reaches
-  past it. `leave_one_out`: the last event of each user is the test target, the last but one validation.
+  past it. `leave_one_out`: the last event of each user is the test target, the last but one validation. `user`: users
+  are divided by hash, and every snapshot of a user belongs to the user's split; vocabularies and statistics are fitted
+  on the training users' events only, and all label windows lie within the log.
+
+  `gap_days` (mode `temporal`) is a distance between the periods: every validation snapshot lies at least so long after
+  `train_end`, where the last training label window may end, and every test snapshot at least so long after the last
+  validation snapshot; a label window of validation ends at least so long before the first test snapshot. Only labels
+  and snapshots keep out of a gap: its events are history that later snapshots see, as all events before them.
+
+  `snapshots` says where training snapshots lie (with mode `user` those of all users; `leave_one_out` has its own).
+  `calendar`: at the same times for all users, `every_days` apart. `every_events`: just after every k-th event of a user
+  in the training period. `end`: once, just after a user's last event in it; nothing is left to ask about the future,
+  so it suits user labels, and tasks that ask at events. "Just after" is one microsecond after the event's time: events
+  at equal times are seen together, and of snapshots that fall on one moment one is kept and the others are counted.
+  Validation and test snapshots of mode `temporal` stay at their times.
   """
 
-  mode: Literal["temporal", "leave_one_out"] = "temporal"
-  train_start: str = ""  # first training snapshot; empty: one `every_days` after the first event
+  mode: Literal["temporal", "leave_one_out", "user"] = "temporal"
+  train_start: str = ""  # first training snapshot; empty: one `every_days` after the first event, or as soon as any
   train_end: str = ""
+  snapshots: Literal["calendar", "every_events", "end"] = "calendar"
   every_days: float = (
-    5.0  # distance of training snapshots, back from train_end; no multiple of a week meets all weekdays
+    5.0  # calendar: distance of training snapshots, back from train_end; no multiple of a week meets all weekdays
   )
+  every_events: int = 10  # every_events: k
   validation: tuple[str, ...] = ()
   test: tuple[str, ...] = ()
-  log_end: str = ""  # the log is complete up to here; empty: the time of the last event
+  gap_days: float = 0.0
+  log_end: str = ""  # the log is complete up to here; empty: the time of the last event (mode user: just after it)
   min_events: int = 1  # a snapshot with fewer events before it is left out, and counted
   user_validation: float = 0.1  # share of users (by hash) whose user labels are held out for validation
-  user_test: float = 0.2  # and for test
+  user_test: float = 0.2  # and for test; with mode user whole users are
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,11 +73,23 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
     require(task.negatives > 0, f"{path}.negatives={task.negatives} must be positive.")
   if isinstance(task, EventLabel):
     _check_event_label(path, task, data)
+  if isinstance(task, (NextEvent, EventLabel)):
+    require(
+      data.split.mode != "user" or data.split.snapshots != "end",
+      f"{path}: with config.data.split.snapshots='end' and mode='user' no event follows a snapshot, so nothing could "
+      "be evaluated; set snapshots='every_events' or 'calendar', or leave the task out.",
+    )
   if isinstance(task, (FutureEvent, FutureValues)):
     require(task.horizon_days > 0, f"{path}.horizon_days={task.horizon_days} must be positive.")
     require(
-      data.split.mode == "temporal",
-      f"{path}: a task about the future needs config.data.split.mode='temporal'; leave_one_out has no calendar.",
+      data.split.mode != "leave_one_out",
+      f"{path}: a task about the future needs config.data.split.mode='temporal' or 'user'; leave_one_out has no "
+      "calendar.",
+    )
+    require(
+      data.split.snapshots != "end",
+      f"{path}: with config.data.split.snapshots='end' nothing follows a training snapshot, so that every answer about "
+      "the future would be the same; set snapshots='every_events' or 'calendar', or leave the task out.",
     )
   if isinstance(task, FutureEvent):
     require(

@@ -19,6 +19,7 @@ from supermoe_jax import config
 from supermoe_jax.data import parsing, readers
 from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.sources import SourceReader, field_columns
+from supermoe_jax.data.splits import training_user_sql
 
 if TYPE_CHECKING:
   from supermoe_jax.data.numeric import NumberEncoder
@@ -43,7 +44,8 @@ class UserHistory:
     source: int32 `[N]`, the index of the event's source in config order.
     codes: int32 `[N, F]`: 0 absent, 1 out of vocabulary, 2 and up the values.
     numeric: float32 `[N, G]`, standardised or as quantiles; NaN where absent.
-    n_train: how many events, the first ones, lie in the training period.
+    n_train: how many events, the first ones, lie in the training period; where users are divided, 0 of a user outside
+      training.
   """
 
   user: str
@@ -177,12 +179,17 @@ class EventLog:
     return repeats
 
   def _mark_training(self) -> None:
-    """Creates `events`: the rows, and whether each lies in the training period."""
+    """Creates `events`: the rows, and whether each lies in the training period, or is of a training user."""
     split = self.data.split
     columns = ", ".join(['"user"', "time", "source", "ord", *self.columns.values()])
     if split.mode == "temporal":
       train_end = config.parse_time(split.train_end, "config.data.split.train_end")
       self._con.execute(f"CREATE VIEW events AS SELECT {columns}, time < {train_end} AS training FROM rows")
+    elif split.mode == "user":
+      training = training_user_sql('"user"', split)
+      if split.log_end:
+        training += f" AND time < {config.parse_time(split.log_end, 'config.data.split.log_end')}"
+      self._con.execute(f"CREATE TABLE events AS SELECT {columns}, {training} AS training FROM rows")
     else:
       self._con.execute(
         f"CREATE TABLE events AS SELECT {columns}, left_over > 2 OR total < 3 AS training FROM ("
@@ -203,6 +210,11 @@ class EventLog:
       + " FROM events"
     )
     events, users, training, self.start, self.end = row[:5]
+    if not training and self.data.split.mode == "user":
+      raise DataError(
+        f"None of the {users} users has an event in training: by their hash all belong to validation or test, or their "
+        "events lie after config.data.split.log_end. Lower user_validation and user_test, or bring more users."
+      )
     if not training:
       raise DataError(
         f"No event lies before config.data.split.train_end={self.data.split.train_end}: the log runs from "

@@ -10,7 +10,6 @@ Shapes: N events of the user, S snapshots, F categorical and G numeric fields.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,34 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.splits import SPLITS, TEST, TRAIN, VALIDATION, user_split
 from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
-SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+__all__ = [
+  "SPLITS",
+  "TEST",
+  "TRAIN",
+  "VALIDATION",
+  "Calendar",
+  "Comparison",
+  "EventAnswer",
+  "Labels",
+  "Snapshots",
+  "at_events",
+  "calendar",
+  "cumulative_counts",
+  "following_events",
+  "future_event",
+  "future_values",
+  "iso",
+  "leave_one_out_snapshots",
+  "next_carrier",
+  "next_event",
+  "supervision",
+  "temporal_snapshots",
+  "user_label",
+  "user_split",
+]
 
 
 class Snapshots(NamedTuple):
@@ -53,11 +76,11 @@ class Labels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
-  """The times of a temporal split, in microseconds since 1970 UTC.
+  """The times of a temporal split or of one by users, in microseconds since 1970 UTC.
 
   Attributes:
-    snapshots: τ of each snapshot, ascending.
-    split: the split of each.
+    snapshots: τ of each snapshot that all users share, ascending; `snapshots.user_snapshots` adds those of their own.
+    split: the split of each; of a split by users TRAIN, in whose place every user's own comes.
     observed_until: for each split, the end of the period that its label windows must lie in.
   """
 
@@ -67,25 +90,21 @@ class Calendar:
 
 
 def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
-  """Lays out a temporal split over a log that starts and ends (exclusively) at these microseconds.
+  """Lays out a temporal split, or one by users, over a log that starts and ends (exclusively) at these microseconds.
 
-  Training snapshots lie `every_days` apart, counted back from the end of the training period. Validation windows end
-  at the first test snapshot, so that choosing a model by validation uses nothing of the test period.
+  Training snapshots lie `every_days` apart, counted back from the end of the training period, which is the end of the
+  log where users are divided. With another policy than `calendar` they are each user's own and not among these.
+  Validation windows end `gap_days` before the first test snapshot, so that choosing a model by validation uses nothing
+  of the test period.
 
   Raises:
     ConfigError: a snapshot lies outside the log, or there is no room for a training snapshot.
   """
+  if split.mode == "user":
+    shared = _regular(split, log_start, log_end, f"the end of the log, {iso(log_end)},")
+    return Calendar(shared, np.full(len(shared), TRAIN, np.int32), (log_end,) * 3)
   train_end = config.parse_time(split.train_end, "config.data.split.train_end")
-  step = int(split.every_days * MICROSECONDS_PER_DAY)
-  first = (
-    config.parse_time(split.train_start, "config.data.split.train_start") if split.train_start else log_start + step
-  )
-  train = np.arange(train_end - step, first - 1, -step, dtype=np.int64)[::-1]
-  if not len(train):
-    raise config.ConfigError(
-      f"config.data.split: no training snapshot fits between {iso(first)} and train_end={split.train_end} every "
-      f"{split.every_days:g} days; lower every_days or set train_start earlier."
-    )
+  train = _regular(split, log_start, train_end, f"train_end={split.train_end}")
   validation, test = (
     np.array([config.parse_time(t, f"config.data.split.{k}") for t in getattr(split, k)], np.int64)
     for k in ("validation", "test")
@@ -100,21 +119,30 @@ def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
   return Calendar(
     np.concatenate([train, validation, test]),
     np.repeat(np.array([TRAIN, VALIDATION, TEST], np.int32), [len(train), len(validation), len(test)]),
-    (train_end, int(test.min()), log_end),
+    (train_end, int(test.min()) - int(split.gap_days * MICROSECONDS_PER_DAY), log_end),
   )
+
+
+def _regular(split: config.Split, log_start: int, end: int, end_text: str) -> np.ndarray:
+  """The snapshots `every_days` apart, back from `end`; none where the policy is another one."""
+  if split.snapshots != "calendar":
+    return np.zeros(0, np.int64)
+  step = int(split.every_days * MICROSECONDS_PER_DAY)
+  first = (
+    config.parse_time(split.train_start, "config.data.split.train_start") if split.train_start else log_start + step
+  )
+  found = np.arange(end - step, first - 1, -step, dtype=np.int64)[::-1]
+  if not len(found):
+    raise config.ConfigError(
+      f"config.data.split: no training snapshot fits between {iso(first)} and {end_text} every "
+      f"{split.every_days:g} days; lower every_days or set train_start earlier."
+    )
+  return found
 
 
 def iso(microseconds: int) -> str:
   """Writes a time as ISO 8601 in UTC, to the second."""
   return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
-
-
-def user_split(user: str, split: config.Split) -> int:
-  """Assigns a user to TRAIN, VALIDATION or TEST for user labels, by a hash that is the same everywhere."""
-  share = int.from_bytes(hashlib.md5(user.encode()).digest()[:8], "little") / 2**64
-  if share < split.user_test:
-    return TEST
-  return VALIDATION if share < split.user_test + split.user_validation else TRAIN
 
 
 def temporal_snapshots(history: UserHistory, times: Calendar, min_events: int) -> tuple[Snapshots, int]:

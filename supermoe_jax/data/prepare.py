@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
-from supermoe_jax.data import integrity, replace, user_table, vocabulary
+from supermoe_jax.data import integrity, replace, snapshots, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import records as records_lib
 from supermoe_jax.data.aggregates import Aggregator
@@ -38,8 +38,8 @@ from supermoe_jax.data.dataset import (
   make_comparison,
   make_schema,
 )
-from supermoe_jax.data.events import DataError, EventLog, UserHistory
-from supermoe_jax.data.labels import Calendar, Snapshots
+from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.labels import Calendar
 from supermoe_jax.data.records import Labeller, Record
 from supermoe_jax.data.tally import Tally
 
@@ -148,10 +148,8 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
           f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training."
         )
     schema = make_schema(cfg, encoders)
-    log_end = (
-      config.parse_time(cfg.data.split.log_end, "config.data.split.log_end") if cfg.data.split.log_end else log.end
-    )
-    times = labels_lib.calendar(cfg.data.split, log.start, log_end) if cfg.data.split.mode == "temporal" else None
+    log_end = _log_end(cfg.data.split, log)
+    times = None if cfg.data.split.mode == "leave_one_out" else labels_lib.calendar(cfg.data.split, log.start, log_end)
     tally = Tally(schema, cfg.labelled_tasks, encoders)
     seen_users: set[str] = set()
     labeller = Labeller(cfg, encoders, times, user_labels.values)
@@ -186,6 +184,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     "events_by_period": tally.periods,
     "snapshots": tally.snapshots,
     "snapshots_with_too_few_events": tally.too_early,
+    "repeated_snapshots": tally.repeated,
     "users_without_training_events": tally.without_training,
     "users_without_snapshot": tally.without_snapshot,
     "user_table": {**user_labels.counts, "labelled_users_without_events": len(labelled - seen_users)},
@@ -225,38 +224,45 @@ def _records(
   tasks = cfg.labelled_tasks
   if times is not None and not any(isinstance(t, config.AT_EVENTS) for t in tasks.values()):
     horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
-    last_use = int(times.snapshots[-1]) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
+    # Where all snapshots are the users' own, any event of the log may lie before one.
+    last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[labels_lib.TEST]
+    last_use = int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
   with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1) as bar:
     for history in log.histories(encoders):
-      snapshots, left_out = _snapshots(cfg.data.split, history, times)
       owner = labels_lib.user_split(history.user, cfg.data.split)
-      labels = labeller(history, snapshots, owner)
+      found, left_out = snapshots.user_snapshots(cfg.data.split, history, times, owner)
+      labels = labeller(history, found, owner)
       if any(history.user in known for known in user_labels.values()):
         seen_users.add(history.user)
-      tally.too_early += left_out
-      tally.add(history, snapshots, {n: found.labels for n, found in labels.items()}, last_use)
-      train = snapshots.split == labels_lib.TRAIN
+      tally.too_early += left_out.too_early
+      tally.repeated += left_out.repeated
+      tally.add(history, found, {n: of_task.labels for n, of_task in labels.items()}, last_use)
+      train = found.split == labels_lib.TRAIN
       if aggregator is not None and train.any():
-        tally.add_aggregates(aggregator(history, snapshots.time[train], snapshots.n_events[train]))
+        tally.add_aggregates(aggregator(history, found.time[train], found.n_events[train]))
       bar.update(len(history.time))
-      yield history.user, records_lib.make_record(history, snapshots, labels, tasks, owner)
+      yield history.user, records_lib.make_record(history, found, labels, tasks, owner)
 
 
-def _snapshots(split: config.Split, history: UserHistory, times: Calendar | None) -> tuple[Snapshots, int]:
-  if times is None:
-    return labels_lib.leave_one_out_snapshots(history, split.min_events)
-  return labels_lib.temporal_snapshots(history, times, split.min_events)
+def _log_end(split: config.Split, log: EventLog) -> int:
+  """The microsecond up to which the log is complete; users' own snapshots may follow its last event at once."""
+  if split.log_end:
+    return config.parse_time(split.log_end, "config.data.split.log_end")
+  return log.end + 1 if split.mode == "user" else log.end
 
 
 def render(manifest: Mapping[str, Any]) -> str:
   """Says in a few lines what was prepared and what to know about it."""
   lengths, reading = manifest["lengths"], manifest["reading"]
+  by_user = manifest["config"]["data"]["split"]["mode"] == "user"
   lines = [
     f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to "
     f"{manifest['log']['last']} (median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); "
     f"{reading['tie_rate']:.1%} share user and time",
     "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
   ]
+  if repeated := manifest.get("repeated_snapshots"):
+    lines.append(f"  {repeated:,} at the moment of another (events at equal times) were left out")
   for task, splits in manifest["labels"].items():
     lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
   for task, count in manifest["user_table"].get("user_labels", {}).items():
@@ -266,7 +272,8 @@ def render(manifest: Mapping[str, Any]) -> str:
       lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
   for name, field in manifest["fields"].items():
     if field["oov_after"]:
-      lines.append(f"field {name}: {field['oov_after']:.2%} of the values after the training period were unseen in it")
+      where = "of users outside training were unseen" if by_user else "after the training period were unseen"
+      lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where} in it")
     if cut := field.get("values_cut"):
       many = manifest["config"]["data"]["fields"][name]["many"]
       lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")

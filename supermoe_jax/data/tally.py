@@ -37,6 +37,7 @@ class Tally:
     self._totals = {n: np.zeros((len(labels_lib.SPLITS), 2, k)) for n, k in shape.items()}
     self.snapshots = dict.fromkeys(labels_lib.SPLITS, 0)
     self.too_early = 0
+    self.repeated = 0
     self.without_training = 0
     self.without_snapshot = 0
     self.periods = dict.fromkeys(("training", "later", "beyond_every_label"), 0)

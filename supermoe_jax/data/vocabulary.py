@@ -1,4 +1,5 @@
-"""Encoders of event fields, fitted on the training period only, and of user labels, fitted on the training users."""
+"""Encoders of event fields, fitted on the training period (or the training users) only, and of user labels, fitted on
+the training users."""
 
 from __future__ import annotations
 
@@ -222,9 +223,14 @@ def _fit_quantile(log: EventLog, name: str) -> Quantile:
 
 def _no_value(log: EventLog, name: str) -> DataError:
   ((later,),) = log.query(f"SELECT count({log.columns[name]}) FROM events")
+  where = (
+    "of the training users, and {} of the others"
+    if log.data.split.mode == "user"
+    else "in the training period, and {} after it"
+  )
   return DataError(
-    f"Field {name!r} (column {log.data.fields[name].column or name!r}) has no value at all in the training period, and "
-    f"{later} after it; correct config.data.fields.{name}.column, or leave the field out."
+    f"Field {name!r} (column {log.data.fields[name].column or name!r}) has no value at all {where.format(later)}; "
+    f"correct config.data.fields.{name}.column, or leave the field out."
   )
 
 

@@ -1,0 +1,28 @@
+"""The three splits, and which of them a user belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+
+from supermoe_jax import config
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+
+
+def user_split(user: str, split: config.Split) -> int:
+  """Assigns a user to TRAIN, VALIDATION or TEST for user labels, by a hash that is the same everywhere.
+
+  With mode `user` all of the user's snapshots belong there.
+  """
+  share = int.from_bytes(hashlib.md5(user.encode()).digest()[:8], "little") / 2**64
+  if share < split.user_test:
+    return TEST
+  return VALIDATION if share < split.user_test + split.user_validation else TRAIN
+
+
+def training_user_sql(column: str, split: config.Split) -> str:
+  """The SQL of whether `user_split` of the user in `column` is TRAIN: the same hash, the same arithmetic."""
+  return (
+    f"md5_number_upper({column})::DOUBLE / {2.0**64!r}::DOUBLE >= {split.user_test + split.user_validation!r}::DOUBLE"
+  )
