@@ -223,6 +223,8 @@ class Train:
   steps: int = 1000
   batch_rows: int = 32
   snapshots_per_row: int = 8
+  packing: bool = False  # rows hold as many users as fit, who share the row's snapshots; see data/packing.py
+  workers: int = 0  # processes that make batches, the same ones with any number; 0: threads of the training process
   learning_rate: float = 1e-3
   warmup_steps: int = 50
   final_learning_rate: float = 0.02  # share of the peak that the cosine schedule ends on

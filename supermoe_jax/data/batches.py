@@ -1,6 +1,7 @@
 """From a dataset to batches: windows of a history with several snapshots for training, one snapshot a row otherwise.
 
-The pipeline is Grain's: deterministic by seed, randomly accessible, and its position can be saved and restored.
+The pipeline is Grain's: deterministic by seed, randomly accessible, and its position can be saved and restored. In
+training, several users may share a row; see `packing`.
 
 Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G fields given of them.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -17,11 +18,14 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import packing, windows
+from supermoe_jax.data import targets as targets_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import UserHistory
 from supermoe_jax.data.labels import Labels
+from supermoe_jax.data.stream import MOST_ROWS, Stream
 from supermoe_jax.data.targets import Array, Supervision, Targets
-from supermoe_jax.data.windows import CALENDAR, MICROSECONDS_PER_HOUR, Features, calendar_phases, stack, window
+from supermoe_jax.data.windows import CALENDAR, MICROSECONDS_PER_HOUR, Features, calendar_phases, join, stack, window
 
 __all__ = [
   "CALENDAR",
@@ -39,12 +43,9 @@ __all__ = [
   "window",
 ]
 
-# A training stream is endless for all purposes; Grain overflows where it has truly no end.
-MOST_ROWS = 2**48
-
 
 class Slices(NamedTuple):
-  """Two slices of each row's user, for a contrast task.
+  """Two slices of one user of each row, for a contrast task.
 
   Attributes:
     features: shapes as in `Features`, with the dimensions `[B, 2, …]`, L the most events of a slice and one snapshot
@@ -68,11 +69,31 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Part:
+  """What one user brings to a row: its record, the window [start, stop), and the snapshots that see enough of it."""
+
+  user: int
+  record: Mapping[str, Any]
+  history: UserHistory
+  start: int
+  stop: int
+  snapshots: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class _TrainingRow(grain.transforms.RandomMap):
-  """Cuts a random window out of a user's training period and picks up to S of its snapshots."""
+  """Cuts a random window out of each user's training period and picks up to S of their snapshots.
+
+  Several users share a row's S snapshots (`packing.share`). A row has one pair of slices a contrast task, of a user
+  that is drawn among those with a long enough history: the cost of a contrast, and the pairs that a batch compares, do
+  not depend on packing.
+  """
 
   dataset: Dataset
   cfg: config.Config
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {"dataset": self.dataset, "cfg": self.cfg}  # what is cached below is made again in each process
 
   @functools.cached_property
   def _supervision(self) -> Supervision:
@@ -82,9 +103,20 @@ class _TrainingRow(grain.transforms.RandomMap):
   def _contrasts(self) -> dict[str, config.Contrast]:
     return {n: t for n, t in self.cfg.active_tasks.items() if isinstance(t, config.Contrast)}
 
-  def random_map(self, item: tuple[int, Mapping[str, Any]], rng: np.random.Generator) -> Batch:
-    user, record = item
-    max_events, n_snapshots = self.cfg.model.max_events, self.cfg.train.snapshots_per_row
+  def random_map(self, users: int | np.ndarray, rng: np.random.Generator) -> Batch:
+    """Makes the row of one user, or of several; without a batch dimension."""
+    size = self.cfg.model.max_events, self.cfg.train.snapshots_per_row
+    parts = [self._part(int(user), rng) for user in np.atleast_1d(users)]
+    features, targets = [], []
+    for part, n in zip(parts, packing.share(np.array([len(p.snapshots) for p in parts]), size[1], rng)):
+      features.append(self._features(part, chosen := self._pick(part.snapshots, n, rng)))
+      targets.append(self._supervision.part(part.record, part.history, part.start, part.stop, chosen))
+    slices = {n: self._slices(task, parts, rng) for n, task in self._contrasts.items()}
+    of_row = {n: targets_lib.join([t[n] for t in targets], *size) for n in targets[0]}
+    return Batch(join(features, *size), of_row, slices)
+
+  def _part(self, user: int, rng: np.random.Generator) -> _Part:
+    record = self.dataset[user]
     history = self.dataset.history(record)
     train = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
     seen = record["snapshot_events"][train]
@@ -92,24 +124,9 @@ class _TrainingRow(grain.transforms.RandomMap):
     visible = seen - start
     # A snapshot near the window's start would see less than it does in evaluation; it must see all there is, or a
     # quarter.
-    enough = (seen <= stop) & (visible >= np.minimum(seen, max_events // 4)) & (visible > 0)
-    chosen = train[enough]
-    if len(chosen) > n_snapshots:
-      chosen = np.sort(rng.choice(chosen, n_snapshots, replace=False))
-    features = window(
-      self.dataset,
-      history,
-      start,
-      stop,
-      record["snapshot_time"][chosen],
-      record["snapshot_events"][chosen],
-      max_events,
-      n_snapshots,
-      self.dataset.snapshot_aggregates(user, record, history, chosen),
-    )
-    targets = self._supervision.row(record, history, start, stop, chosen, max_events, n_snapshots)
-    slices = {n: _slices(self.dataset, history, task, rng) for n, task in self._contrasts.items()}
-    return Batch(features, targets, slices)
+    least = np.minimum(seen, self.cfg.model.max_events // 4)
+    enough = (seen <= stop) & (visible >= least) & (visible > 0)
+    return _Part(user, record, history, start, stop, train[enough])
 
   def _cut(self, n_train: int, seen: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """Chooses the window [start, stop): it ends at a random snapshot, and holds all of a history that fits."""
@@ -118,6 +135,20 @@ class _TrainingRow(grain.transforms.RandomMap):
       return max(0, n_train - max_events), n_train
     stop = min(max(int(rng.choice(seen)), max_events), n_train)
     return stop - max_events, stop
+
+  def _pick(self, snapshots: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    return snapshots if len(snapshots) <= n else np.sort(rng.choice(snapshots, n, replace=False))
+
+  def _features(self, part: _Part, chosen: np.ndarray) -> Features:
+    record, history = part.record, part.history
+    time, n_events = record["snapshot_time"][chosen], record["snapshot_events"][chosen]
+    aggregates = self.dataset.snapshot_aggregates(part.user, record, history, chosen)
+    return windows.part(self.dataset, history, part.start, part.stop, time, n_events, aggregates)
+
+  def _slices(self, task: config.Contrast, parts: Sequence[_Part], rng: np.random.Generator) -> Slices:
+    able = [p.history for p in parts if p.history.n_train >= 2 * task.least_events]
+    history = able[int(rng.integers(len(able)))] if len(able) > 1 else (able or [parts[0].history])[0]
+    return _slices(self.dataset, history, task, rng)
 
 
 def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: np.random.Generator) -> Slices:
@@ -147,20 +178,58 @@ def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: 
   return Slices(stack(pair), np.bool_(known))
 
 
-def training(dataset: Dataset, cfg: config.Config, *, seed: int | None = None) -> grain.IterDataset:
+@dataclasses.dataclass(frozen=True)
+class _PackedUsers(grain.transforms.MapWithIndex):
+  """The users of a row of an epoch; rows are numbered through all epochs."""
+
+  plan: packing.Plan
+
+  def map_with_index(self, index: int, row: int) -> np.ndarray:
+    return self.plan.users(index // len(self.plan), row)
+
+
+def training(
+  dataset: Dataset,
+  cfg: config.Config,
+  *,
+  seed: int | None = None,
+  shard: tuple[int, int] = (0, 1),
+  workers: int = 0,
+  say: Callable[[str], None] | None = None,
+) -> Stream[Batch]:
   """Returns an endless stream of training `Batch`es, shuffled anew each epoch.
 
-  A user without training events gives a row of padding; the manifest counts them.
+  With `cfg.train.packing` rows hold several users. Without, a user without training events gives a row of padding; the
+  manifest counts them.
+
+  Args:
+    dataset: the users.
+    cfg: the run.
+    seed: of the order and all draws; None: `cfg.train.seed`.
+    shard: `(index, count)` of this host; each makes `batch_rows / count` rows of every batch. See `stream`.
+    workers: processes that make the batches, which are the same with any number; 0: threads of this process.
+    say: is told what packing brings.
+
+  Raises:
+    ConfigError: a batch does not divide over the hosts.
+    ValueError: `shard` names no host.
   """
-  rows = (
-    grain.MapDataset.source(_Numbered(dataset))
-    .seed(cfg.train.seed if seed is None else seed)
-    .shuffle()
-    .repeat(MOST_ROWS // max(len(dataset), 1))
-    .random_map(_TrainingRow(dataset, cfg))
-    .batch(cfg.train.batch_rows, batch_fn=stack)
-  )
-  return rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+  (index, count), rows = shard, cfg.train.batch_rows
+  if not 0 <= index < count:
+    raise ValueError(f"shard={shard} must be (index, count) with 0 ≤ index < count")
+  if rows % count:
+    raise config.ConfigError(f"config.train.batch_rows={rows} must be a multiple of the {count} hosts.")
+  seed = cfg.train.seed if seed is None else seed
+  plan = packing.Plan(packing.sizes(dataset, cfg), cfg, seed) if cfg.train.packing else None
+  if plan is not None and say is not None:
+    say(plan.describe())
+  epoch = len(dataset) if plan is None else len(plan)
+  order = grain.MapDataset.range(epoch).seed(seed).shuffle().repeat(MOST_ROWS // max(epoch, 1))
+  if plan is not None:
+    order = order.map_with_index(_PackedUsers(plan))
+  runs = order.random_map(_TrainingRow(dataset, cfg)).batch(rows // count, batch_fn=stack)
+  identity = {"seed": seed, "rows_of_an_epoch": epoch, "packing": plan is not None}
+  return Stream(runs, identity, rows, shard, workers)
 
 
 # ----------------------------------------------------------------------------------------------- evaluation, embedding

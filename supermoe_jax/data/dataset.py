@@ -6,6 +6,7 @@ and `manifest.json`, which is written last: a directory without it is not a data
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -20,7 +21,7 @@ from supermoe_jax import config
 from supermoe_jax.data import integrity
 from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.events import DataError, UserHistory
-from supermoe_jax.data.labels import Comparison, EventAnswer
+from supermoe_jax.data.labels import TRAIN, Comparison, EventAnswer
 from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Numeric, Vocabulary
 
 FORMAT_VERSION = 3
@@ -34,6 +35,10 @@ KEPT_BYTES = 512 * 2**20
 
 # All snapshots of a user cost little more than a few, unless they are this many times as many.
 MANY_SNAPSHOTS = 16
+
+# Threads that read all records, and how many each reads at a time.
+READERS = 4
+READ_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,9 @@ class Dataset:
         "--overwrite, or name another config.data.path."
       )
 
+  def __reduce__(self) -> tuple[type[Dataset], tuple[pathlib.Path]]:
+    return Dataset, (self.path,)  # another process opens the files itself
+
   def __len__(self) -> int:
     return len(self._source)
 
@@ -140,6 +148,21 @@ class Dataset:
     except RuntimeError as error:  # ArrayRecord's: a checksum that does not fit
       raise DataError(f"record {index} of {self.path} is damaged ({error}); prepare the dataset again.") from error
     return found
+
+  @functools.cached_property
+  def training_sizes(self) -> np.ndarray:
+    """Of each user the training events and the training snapshots that see one: int32 `[N, 2]`; reads every record."""
+    sizes = np.zeros((len(self), 2), np.int32)
+
+    def read(start: int) -> None:
+      for index in range(start, min(start + READ_AT_ONCE, len(self))):
+        record = self[index]
+        n_train, seen = int(record["n_train"]), record["snapshot_events"][record["snapshot_split"] == TRAIN]
+        sizes[index] = n_train, np.sum((seen > 0) & (seen <= n_train))
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+      list(readers.map(read, range(0, len(self), READ_AT_ONCE)))
+    return sizes
 
   def history(self, record: Mapping[str, Any]) -> UserHistory:
     """The events of a record."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from supermoe_jax.data.dataset import Dataset, make_comparison, make_event_answe
 from supermoe_jax.data.events import UserHistory
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.vocabulary import UNKNOWN
+from supermoe_jax.data.windows import pad
 
 # Users whose labels are counted to tell how large a sample space is; a few milliseconds each.
 SPACE_USERS = 1000
@@ -33,7 +34,8 @@ class Targets(NamedTuple):
   """A task's answers for a batch.
 
   Sites are the S snapshots; of a next-event task the L events before them; of an event label the L events, then the m
-  events after snapshot 0, those after snapshot 1, and so on.
+  events after snapshot 0, those after snapshot 1, and so on. The sites of a packed row are those of its users, one
+  behind the other.
 
   Attributes:
     value: float32 `[B, sites]` of 0 and 1 or standardised numbers, float32 `[B, S, values]` of 0 and 1, or int32
@@ -140,27 +142,35 @@ class Supervision:
       value.astype(np.int32 if codes else np.float32), known, weight, np.zeros((*known.shape, 0), np.int32)
     )
 
-  def row(
-    self,
-    record: Mapping[str, Any],
-    history: UserHistory,
-    start: int,
-    stop: int,
-    chosen: np.ndarray,
-    max_events: int,
-    n_snapshots: int,
-  ) -> dict[str, Targets]:
-    """The targets of a training row: of the events [start, stop) and of the snapshots `chosen`, padded."""
+  def part(
+    self, record: Mapping[str, Any], history: UserHistory, start: int, stop: int, chosen: np.ndarray
+  ) -> dict[str, Part]:
+    """The targets of a user's part of a training row: at the events [start, stop) and at the snapshots `chosen`."""
     events = self.at_events(history, start, stop)
-    out = {}
-    for name, targets in self.at_snapshots(record, history, chosen).items():
-      padded = [_pad(part, n_snapshots) for part in targets]
-      if isinstance(self.tasks[name], config.EventLabel):
-        padded = [part.reshape(part.shape[0] * part.shape[1], *part.shape[2:]) for part in padded]
-      if name in events:
-        padded = [np.concatenate([_pad(e, max_events), s]) for e, s in zip(events[name], padded, strict=True)]
-      out[name] = Targets(*padded)
-    return out
+    snapshots = self.at_snapshots(record, history, chosen)
+    return {name: Part(events.get(name), targets) for name, targets in snapshots.items()}
+
+
+class Part(NamedTuple):
+  """A task's targets of one user, without padding: at n events, None where the task asks at none, and at s snapshots.
+
+  Those of an event label at snapshots are `[s, m]`, `given` `[s, m, G]`.
+  """
+
+  events: Targets | None
+  snapshots: Targets
+
+
+def join(parts: Sequence[Part], max_events: int, n_snapshots: int) -> Targets:
+  """Lays a task's targets of one or more users out as one row, with the sites of the users as in `windows.join`."""
+  snapshots = [pad(column, n_snapshots) for column in zip(*(p.snapshots for p in parts))]
+  if snapshots[1].ndim > 1:  # of an event label
+    snapshots = [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in snapshots]
+  events = [p.events for p in parts if p.events is not None]
+  if not events:
+    return Targets(*snapshots)
+  before = (pad(column, max_events) for column in zip(*events))
+  return Targets(*(np.concatenate(both) for both in zip(before, snapshots, strict=True)))
 
 
 class SpaceCount(NamedTuple):
@@ -216,11 +226,3 @@ def _following(carried: np.ndarray, start: int, stop: int, limit: int) -> np.nda
   """For each event in [start, stop) the next one before `limit` that carries the field; -1 none."""
   event = labels_lib.next_carrier(carried)[start + 1 : stop + 1]
   return np.where(event < limit, event, -1)
-
-
-def _pad(x: np.ndarray, size: int) -> np.ndarray:
-  if len(x) == size:
-    return x
-  out = np.zeros((size, *x.shape[1:]), x.dtype)
-  out[: len(x)] = x
-  return out

@@ -12,6 +12,7 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Schema
+from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
 from supermoe_jax.models.encoder import Encoded, embed, embeddings, no_experts
 
@@ -153,23 +154,29 @@ class GRUEncoder(nnx.Module):
 
     events, queries = embed(self.event_embedding, self.query_embedding, features)
     states = sharding.constrain(events, "batch", None, None)
+    visible, position = visibility(features.segment, features.query_segment, features.query_events)
+    (batch, length), snapshots = features.segment.shape, features.query_segment.shape[1]
+    first = (position[:, :length] == 0) & (features.segment > 0)
     for cell in self.cells:
-      states = _recurrent(cell, drop(states))
-    batch, snapshots = features.query_valid.shape
-    seen = jnp.minimum(features.query_events, features.length[:, None])  # more than exist means all of them
-    before = jnp.take_along_axis(states, jnp.maximum(seen - 1, 0)[..., None], axis=1)
+      states = _recurrent(cell, drop(states), first)
+    seen, last = position[:, length:], visible.end[:, length:] - 1
+    before = jnp.take_along_axis(states, jnp.maximum(last, 0)[..., None], axis=1)
     before = jnp.where((seen > 0)[..., None], before, 0.0)
     z = self.norm(drop(before) + self.query_mlp(queries))
     return Encoded(self.norm(drop(states)), z, None, None, no_experts(self.experts, self.k, batch, snapshots))
 
 
-def _recurrent(cell: nnx.GRUCell, x: jax.Array) -> jax.Array:
-  """The states `[B, L, D]` of a recurrent layer after each input of `x [B, L, D]`, from a state of 0."""
+def _recurrent(cell: nnx.GRUCell, x: jax.Array, first: jax.Array) -> jax.Array:
+  """The states `[B, L, D]` of a recurrent layer after each input of `x [B, L, D]`, from a state of 0.
+
+  It is 0 again before each input with `first [B, L]`, which is the first event of a user.
+  """
   graph, state = nnx.split(cell)
 
-  def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    h, _ = nnx.merge(graph, state)(h, x)
+  def step(h: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    x, first = now
+    h, _ = nnx.merge(graph, state)(jnp.where(first[:, None], 0.0, h), x)
     return h, h
 
-  _, states = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))
+  _, states = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), (x.swapaxes(0, 1), first.swapaxes(0, 1)))
   return states.swapaxes(0, 1)

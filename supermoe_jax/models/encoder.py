@@ -77,7 +77,7 @@ class Encoder(nnx.Module):
   """Turns a row of L events and S snapshots into one user representation a snapshot, in one pass.
 
   A snapshot's z depends on the events it sees and on nothing else: not on later events, other snapshots, padding, the
-  tasks, or, when nothing is dropped, other rows. So do the tasks' views:
+  tasks, other users of the row, or, when nothing is dropped, other rows. So do the tasks' views:
 
   - `conditioning="token"`: T task tokens a snapshot travel along, the snapshot's embedding plus a learned vector of the
     task. A task token sees what its snapshot sees, and the snapshot. The routers are told the task.
@@ -118,15 +118,13 @@ class Encoder(nnx.Module):
     """Encodes a batch; with `rngs`, dropout is on."""
     events, queries = embed(self.event_embedding, self.query_embedding, features)
     (batch, length, d), snapshots = events.shape, queries.shape[1]
-    is_event = jnp.arange(length) < features.length[:, None]
-    is_snapshot = features.query_valid
-    visible, position = visibility(is_event.astype(jnp.int32), is_snapshot.astype(jnp.int32), features.query_events)
+    visible, position = visibility(features.segment, features.query_segment, features.query_events)
     x = jnp.concatenate([events, queries], axis=1)
     context = Context(
       position=position,
       time=jnp.concatenate([features.time, features.query_time], axis=1),
       visible=visible,
-      valid=jnp.concatenate([is_event, is_snapshot], axis=1),
+      valid=jnp.concatenate([features.segment, features.query_segment], axis=1) > 0,
     )
     if self.task_vectors is not None:
       tokens = queries[:, :, None] + self.task_vectors.get_value()

@@ -3,6 +3,7 @@ stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -50,9 +51,9 @@ def train(
   mesh = sharding.make_mesh(cfg.train.mesh)
   _claim(workdir, cfg)
   check_encoding(workdir, dataset, create=True)
-  stream = iter(batches.training(dataset, cfg))
   _, state = create_state(cfg, dataset.schema, mesh)
-  with Checkpoints(workdir, cfg.train) as checkpoints, jax.set_mesh(mesh):
+  stream = iter(batches.training(dataset, cfg, workers=cfg.train.workers, say=say))
+  with contextlib.closing(stream), Checkpoints(workdir, cfg.train) as checkpoints, jax.set_mesh(mesh):
     step = checkpoints.latest
     if step is None:
       step = 0
@@ -131,7 +132,7 @@ def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
     return
   old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
   for whole in (old, new):
-    del whole["train"]["mesh"]  # a run may go on on other devices
+    del whole["train"]["mesh"], whole["train"]["workers"]  # a run may go on on other devices, with other processes
   if old != new:
     changed = config.differences(old, new)
     raise RunError(
@@ -253,7 +254,8 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
     "router_entropy": np.round(np.mean([s.entropy for s in steps], axis=0), 4).tolist(),
     "dropped_share": dropped / max(routed + dropped, 1),
     "task_dropped": {n: sum(int(s.task_dropped[n]) for s in steps) for n in steps[0].task_dropped},
-    "events": sum(int(s.events) for s in steps),
+    "events": (events := sum(int(s.events) for s in steps)),
+    "padding_share": round(1 - events / sum(int(s.positions) for s in steps), 4),
     "gradient_norm": mean([s.gradient_norm for s in steps]),
     "learning_rate": float(steps[-1].learning_rate),
   }
@@ -261,7 +263,7 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
 
 def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
   out = [(f"train/{k}", row[k]) for k in ("loss", "balance_loss", "z_loss", "dropped_share", "gradient_norm")]
-  out += [(f"train/{k}", row[k]) for k in ("learning_rate", "events_per_second")]
+  out += [(f"train/{k}", row[k]) for k in ("learning_rate", "events_per_second", "padding_share")]
   out += [(f"task/{n}", v["loss"]) for n, v in row["tasks"].items() if v["loss"] is not None]
   out += [(f"weight/{n}", w) for n, w in row["weights"].items()]
   out += [(f"router_entropy/layer{i}", v) for i, v in enumerate(row["router_entropy"])]

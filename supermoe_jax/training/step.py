@@ -57,6 +57,7 @@ class StepMetrics(NamedTuple):
     task_dropped: int32, the drops of each task's own tokens, where it has any.
     slice_routed, slice_dropped: int32, of the passes over contrast slices.
     events: int32, events that are not padding.
+    positions: int32, events that the rows have room for.
     gradient_norm: float32, before clipping.
     learning_rate: float32.
   """
@@ -74,6 +75,7 @@ class StepMetrics(NamedTuple):
   slice_routed: jax.Array
   slice_dropped: jax.Array
   events: jax.Array
+  positions: jax.Array
   gradient_norm: jax.Array
   learning_rate: jax.Array
 
@@ -137,7 +139,7 @@ class Program(NamedTuple):
 def compiled(cfg: config.Config, schema: Schema, mesh: Mesh) -> Program:
   """Returns the program of a config, compiled once a process for all seeds, task weights and references."""
   weighing = dataclasses.replace(cfg.train.weighting, references={})
-  train = dataclasses.replace(cfg.train, seed=0, weighting=weighing)
+  train = dataclasses.replace(cfg.train, seed=0, workers=0, weighting=weighing)
   tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in cfg.active_tasks.items()}
   same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
   # The order of keys says nothing in a config, but in a schema it is that of the columns.
@@ -252,6 +254,7 @@ def _metrics(
     slice_routed=out.slices[0],
     slice_dropped=out.slices[1],
     events=jnp.sum(batch.features.length),
+    positions=jnp.int32(batch.features.segment.size),
     gradient_norm=optax.global_norm(gradient),
     learning_rate=learning_rate,
   )

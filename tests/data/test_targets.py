@@ -13,7 +13,7 @@ from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import UserHistory
-from supermoe_jax.data.targets import Supervision, Targets, count_spaces
+from supermoe_jax.data.targets import Supervision, Targets, count_spaces, join
 
 Site = tuple[float, float] | None  # value and weight; None unknown
 
@@ -52,7 +52,7 @@ def test_event_labels_equal_a_plain_reference_at_events_and_snapshots(
     history, ratings = data.history(record), raw_rating[record["user"]]
     n_train = history.n_train
     chosen = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
-    row = supervision.row(record, history, 0, n_train, chosen, n_train + 2, len(chosen) + 1)[name]
+    row = join([supervision.part(record, history, 0, n_train, chosen)[name]], n_train + 2, len(chosen) + 1)
 
     carriers = [i for i in range(n_train) if carries(history, i)]
     asked: list[int | None] = [next((c for c in carriers if c > i), None) for i in range(n_train)] + [None, None]
@@ -86,7 +86,8 @@ def test_snapshot_tasks_equal_a_plain_reference(data: Dataset, rich: config.Conf
     record = data[index]
     user, history = int(record["user"]), data.history(record)
     chosen = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
-    row = supervision.row(record, history, 0, 0, chosen, 1, len(chosen))
+    parts = supervision.part(record, history, 0, 0, chosen)
+    row = {n: join([part], 1, len(chosen)) for n, part in parts.items()}
     has_label = user % 3 < 2 and record["user_split"] == labels_lib.TRAIN
     age = 20.0 + user
     for s, at in enumerate(chosen):

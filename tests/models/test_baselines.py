@@ -92,7 +92,7 @@ def test_a_snapshot_reads_the_state_after_the_last_event_that_it_sees(gru: GRUEn
   np.testing.assert_allclose(encoded.events, gru.norm(states), atol=1e-4)
   query = gru.query_mlp(gru.query_embedding(features.query_calendar, features.query_gap, features.query_aggregates))
   for row in range(B):
-    for snapshot in range(S):
+    for snapshot in np.flatnonzero(features.query_valid[row]):
       n = min(features.query_events[row, snapshot], features.length[row])
       state = states[row, n - 1] if n else jnp.zeros(D)
       np.testing.assert_allclose(encoded.z[row, snapshot], gru.norm(state + query[row, snapshot]), atol=1e-4)

@@ -79,9 +79,9 @@ def changed_after(features: Features, row: int, n: int) -> Features:
   copied.numeric[row, n:] = 9.0
   copied.time[row, n:] = 1e4
   copied.gap[row, n:] = 77.0
-  length = features.length.copy()
-  length[row] = L
-  return copied._replace(length=length)
+  segment = features.segment.copy()
+  segment[row] = 1
+  return copied._replace(segment=segment)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -106,12 +106,12 @@ def test_earlier_events_change_z_and_every_view(kind: str) -> None:
 def test_other_snapshots_padding_and_other_rows_change_neither_z_nor_views(kind: str) -> None:
   snapshots = FEATURES._replace(
     query_events=FEATURES.query_events.copy(),
-    query_valid=REAL.copy(),
+    query_segment=FEATURES.query_segment.copy(),
     query_gap=FEATURES.query_gap.copy(),
     query_aggregates=FEATURES.query_aggregates.copy(),
   )
   snapshots.query_events[:, 1:] = 1
-  snapshots.query_valid[:, 1:] = False
+  snapshots.query_segment[:, 1:] = 0
   snapshots.query_gap[:, 1:] = 1234.0
   snapshots.query_aggregates[:, 1:] = -3.0
   assert_same(run(kind)(snapshots), plain(kind), (slice(None), 0))

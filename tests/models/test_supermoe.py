@@ -45,8 +45,8 @@ def test_events_at_or_after_a_snapshot_do_not_change_it(encode, features: Featur
       changed.numeric[row, n:] = 9.0
       changed.time[row, n:] = 1e4
       changed.gap[row, n:] = 77.0
-      changed = changed._replace(length=features.length.copy())
-      changed.length[row] = len(features.codes[row])
+      changed = changed._replace(segment=features.segment.copy())
+      changed.segment[row] = 1
       np.testing.assert_array_equal(encode(changed)[row, snapshot], before[row, snapshot])
 
 
@@ -62,12 +62,12 @@ def test_other_snapshots_of_the_pass_do_not_change_it(encode, features: Features
   before = encode(features)
   changed = features._replace(
     query_events=features.query_events.copy(),
-    query_valid=features.query_valid.copy(),
+    query_segment=features.query_segment.copy(),
     query_gap=features.query_gap.copy(),
   )
   changed.query_events[:, 1:] = 1
   changed.query_gap[:, 1:] = 1234.0
-  changed.query_valid[:, 1:] = False
+  changed.query_segment[:, 1:] = 0
   np.testing.assert_array_equal(encode(changed)[:, 0], before[:, 0])
 
 

@@ -1,0 +1,158 @@
+"""The position of the training stream: one number for all hosts, good for any number of them and of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+import pickle
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data import batches
+from supermoe_jax.data.batches import Batch
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.events import DataError
+
+BATCH = 4  # rows of a batch, of all hosts
+
+
+def wide(cfg: config.Config, *, packing: bool, **train: Any) -> config.Config:
+  """Rows that hold every history whole, so that a record is known by what its row holds."""
+  settings = {"batch_rows": BATCH, "packing": packing, "snapshots_per_row": 12, **train}
+  return dataclasses.replace(
+    cfg, model=dataclasses.replace(cfg.model, max_events=100), train=dataclasses.replace(cfg.train, **settings)
+  )
+
+
+def hosts(dataset: Dataset, cfg: config.Config, count: int) -> list[Any]:
+  return [iter(batches.training(dataset, cfg, shard=(index, count))) for index in range(count)]
+
+
+def step(streams: list[Any]) -> Batch:
+  """A batch of all hosts, their rows side by side."""
+  return jax.tree.map(lambda *rows: np.concatenate(rows), *(next(s) for s in streams))
+
+
+def assert_equal(one: Batch, two: Batch) -> None:
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def records(batch: Batch) -> list[bytes]:
+  """What tells the users of a batch's rows apart: the numbers that their events carry."""
+  out = []
+  for segment, numeric in zip(batch.features.segment, batch.features.numeric):
+    out += [numeric[segment == user].tobytes() for user in np.unique(segment[segment > 0])]
+  return out
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_rows_of_all_hosts_are_those_of_one_host(
+  dataset: Dataset, cfg: config.Config, packing: bool, count: int
+) -> None:
+  cfg = wide(cfg, packing=packing)
+  one, many = hosts(dataset, cfg, 1), hosts(dataset, cfg, count)
+  for _ in range(12):  # beyond an epoch
+    assert_equal(step(many), step(one))
+    assert [s.get_state() for s in many] == [one[0].get_state()] * count
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_every_record_is_seen_once_when_the_number_of_hosts_changes(
+  dataset: Dataset, cfg: config.Config, packing: bool, after: int
+) -> None:
+  cfg = wide(cfg, packing=packing)
+  before = hosts(dataset, cfg, 2)
+  seen = [step(before) for _ in range(2)]
+  state = json.loads(json.dumps(before[1].get_state()))  # any host's, as a checkpoint holds it
+  rest = hosts(dataset, cfg, after)
+  for stream in rest:
+    stream.set_state(state)
+  rows_left = state["rows_of_an_epoch"] - 2 * BATCH
+  assert 0 < rows_left < state["rows_of_an_epoch"]
+  while rows_left > 0:
+    batch = step(rest)
+    kept = slice(0, rows_left)  # the last batch may reach into the next epoch
+    seen.append(jax.tree.map(operator.itemgetter(kept), batch))
+    rows_left -= BATCH
+  found = [record for batch in seen for record in records(batch)]
+  histories = [dataset.history(dataset[i]) for i in range(len(dataset))]
+  assert sorted(found) == sorted(h.numeric[: h.n_train].astype(np.float32).tobytes() for h in histories if h.n_train)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_restored_stream_goes_on_bit_for_bit(dataset: Dataset, cfg: config.Config, packing: bool) -> None:
+  cfg = wide(cfg, packing=packing)
+  for count in (1, 2):
+    streams = hosts(dataset, cfg, count)
+    for _ in range(9):
+      step(streams)
+    states = [s.get_state() for s in streams]
+    restored = hosts(dataset, cfg, count)
+    for stream, state in zip(restored, states):
+      stream.set_state(state)
+    for _ in range(3):
+      assert_equal(step(restored), step(streams))
+    for stream, state in zip(streams, states):  # back again, after it has gone on
+      stream.set_state(state)
+    again = hosts(dataset, cfg, count)
+    for stream in again:
+      stream.set_state(states[0])
+    assert_equal(step(streams), step(again))
+
+
+def test_a_position_holds_for_another_batch_size_that_divides_it(dataset: Dataset, cfg: config.Config) -> None:
+  large, small = (wide(cfg, packing=True, batch_rows=rows) for rows in (8, 4))
+  stream = iter(batches.training(dataset, large))
+  next(stream)
+  half = iter(batches.training(dataset, small))
+  half.set_state(stream.get_state())
+  both = [next(half), next(half)]
+  assert_equal(jax.tree.map(lambda *rows: np.concatenate(rows), *both), next(stream))
+  next(half)
+  with pytest.raises(DataError, match=r"12 rows, lies within a batch of config\.train\.batch_rows=8"):
+    stream.set_state(half.get_state())
+
+
+def test_a_position_of_other_rows_is_an_error(dataset: Dataset, cfg: config.Config) -> None:
+  alone, packed = (iter(batches.training(dataset, wide(cfg, packing=p))) for p in (False, True))
+  with pytest.raises(DataError, match=r"one of other rows \(position.packing: True → False; position.rows_of_an_epoch"):
+    alone.set_state(packed.get_state())
+  with pytest.raises(DataError, match=r"position\.seed: 0 → 5"):
+    iter(batches.training(dataset, wide(cfg, packing=False), seed=5)).set_state(alone.get_state())
+  with pytest.raises(DataError, match=r"has the parts \['next_index'\].*written by another version"):
+    alone.set_state({"next_index": 3})
+
+
+def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error(dataset: Dataset, cfg: config.Config) -> None:
+  with pytest.raises(config.ConfigError, match=r"config\.train\.batch_rows=8 must be a multiple of the 3 hosts"):
+    batches.training(dataset, cfg, shard=(0, 3))
+  with pytest.raises(ValueError, match=r"shard=\(2, 2\)"):
+    batches.training(dataset, cfg, shard=(2, 2))
+
+
+def test_a_dataset_opens_itself_in_another_process(dataset: Dataset) -> None:
+  there = pickle.loads(pickle.dumps(dataset))
+  assert len(there) == len(dataset)
+  np.testing.assert_array_equal(there[3]["time"], dataset[3]["time"])
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_batches(dataset: Dataset, cfg: config.Config) -> None:
+  cfg = wide(cfg, packing=True)
+  plain = iter(batches.training(dataset, cfg))
+  worked = iter(batches.training(dataset, cfg, workers=2))
+  for _ in range(5):
+    assert_equal(next(worked), next(plain))
+  assert worked.get_state() == plain.get_state()
+  worked.close()
+  back = iter(batches.training(dataset, cfg, workers=2))
+  back.set_state(plain.get_state())
+  assert_equal(next(back), next(plain))
+  back.close()
