@@ -35,7 +35,8 @@ class OtherFuture(Dataset):
     record["time"] = np.append(record["time"][:past], later)
     record["source"] = np.append(record["source"][:past], rng.integers(0, len(self.schema.sources), n).astype(np.int32))
     if "codes" in record:
-      codes = rng.integers(0, list(self.schema.categorical.values()), (n, len(self.schema.categorical)))
+      sizes = [self.schema.categorical[name] for name in (*self.schema.categorical, *self.schema.further)]
+      codes = rng.integers(0, sizes, (n, len(sizes)))
       record["codes"] = np.concatenate([record["codes"][:past], codes.astype(np.int32)])
     if "numeric" in record:
       numeric = rng.normal(scale=100, size=(n, len(self.schema.numeric)))
