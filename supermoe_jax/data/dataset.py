@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import json
 import pathlib
 import threading
@@ -125,6 +126,17 @@ class Dataset:
         "--overwrite, or name another config.data.path."
       )
 
+  def check_files(self) -> None:
+    """Raises DataError if a file that the dataset was prepared from has changed since, or is not there."""
+    then, now = self.manifest["files"], input_files(self.config)
+    if then != now:
+      file = min(f for f in then.keys() | now.keys() if then.get(f) != now.get(f))
+      what = "has changed" if file in then and file in now else ("is not there" if file in then else "is new")
+      raise DataError(
+        f"the files that {self.path} was prepared from have changed; prepare again with --overwrite. The first of them "
+        f"is {file}, which {what} (relative paths start at the working directory)."
+      )
+
   def __len__(self) -> int:
     return len(self._source)
 
@@ -193,6 +205,14 @@ class _Kept:
       if size <= self.room and key not in self._kept:
         self._kept[key] = value
         self.room -= size
+
+
+def input_files(cfg: config.Config) -> dict[str, list[int]]:
+  """Size in bytes and time of change (ns) of every file that the config reads."""
+  patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
+  patterns += cfg.data.users.files if cfg.data.users else ()
+  files = sorted({f for p in patterns for f in glob.glob(str(pathlib.Path(p).expanduser()))})  # noqa: PTH207 absolute too
+  return {f: [pathlib.Path(f).stat().st_size, pathlib.Path(f).stat().st_mtime_ns] for f in files}
 
 
 def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -34,6 +33,7 @@ from supermoe_jax.data.dataset import (
   TFDS_NAME,
   TFDS_SPLIT,
   TFDS_VERSION,
+  input_files,
   make_aggregator,
   make_comparison,
   make_schema,
@@ -116,23 +116,14 @@ def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]
 
   dataset = Dataset(path)
   dataset.check_matches(cfg)
-  if dataset.manifest["files"] != _files(cfg):
-    raise DataError(f"the files that {path} was prepared from have changed; prepare again with --overwrite.")
+  dataset.check_files()
   say(f"{path} is already prepared from this configuration; --overwrite prepares it again")
   return dataset.manifest
 
 
-def _files(cfg: config.Config) -> dict[str, list[int]]:
-  """Size in bytes and time of change (ns) of every file that the config reads."""
-  patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
-  patterns += cfg.data.users.files if cfg.data.users else ()
-  files = sorted({f for p in patterns for f in glob.glob(str(pathlib.Path(p).expanduser()))})  # noqa: PTH207 absolute too
-  return {f: [pathlib.Path(f).stat().st_size, pathlib.Path(f).stat().st_mtime_ns] for f in files}
-
-
 def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
   begun = clock.monotonic()
-  files = _files(cfg)
+  files = input_files(cfg)
   scratch = work / "scratch"
   scratch.mkdir()
   user_labels = user_table.UserLabels({}, {}, {})
