@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
   verb.add_argument("--memory", metavar="SIZE", help="DuckDB's budget, such as 4GB; short for --config.data.memory")
   verb.set_defaults(run=_prepare)
 
+  verb = verbs.add_parser("check", help="derive labels of a prepared dataset again, straight from the raw files")
+  verb.add_argument("--data", required=True, type=pathlib.Path, help="dataset directory")
+  verb.add_argument("--sample", type=int, default=200, help="users to check; default: 200")
+  verb.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
+  verb.set_defaults(run=_check)
+
   verb = verbs.add_parser("train", help="train; the same command again resumes")
   _add_config(verb)
   _add_workdir(verb)
@@ -125,6 +131,12 @@ def _prepare(args: argparse.Namespace) -> None:
 
   manifest = prepare.prepare(cfg, overwrite=args.overwrite)
   print(prepare.render(manifest))
+
+
+def _check(args: argparse.Namespace) -> None:
+  from supermoe_jax.data import check
+
+  print(check.render(check.check(args.data, sample=args.sample, seed=args.seed)))
 
 
 def _train(args: argparse.Namespace) -> None:

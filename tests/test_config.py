@@ -55,6 +55,19 @@ def changed(raw: dict, key: str, value: object) -> dict:
       r"validation: 2024-04-01 lies before the end of the period that precedes it",
     ),
     ("data.split.test", [], r"split\.test is empty"),
+    (
+      "data.split.gap_days",
+      2.0,
+      r"validation: 2024-05-02 lies less than gap_days=2 after the end .*lower config\.data\.split\.gap",
+    ),
+    ("data.split.gap_days", -1.0, r"gap_days=-1\.0 must not be negative"),
+    ("data.split.mode", "user", r"split\.(train_end|validation|test) has no meaning with mode='user'; remove it"),
+    ("data.split", {"mode": "user", "gap_days": 1.0}, r"gap_days has no meaning with mode='user'"),
+    ("data.split", {"mode": "user", "user_test": 0.0}, r"user_test=0\.0 leaves no user for test"),
+    ("data.split", {"mode": "user", "snapshots": "end"}, r"no event follows a snapshot|nothing follows a training"),
+    ("data.split.snapshots", "end", r"tasks\.\w+: with .*snapshots='end' nothing follows a training snapshot"),
+    ("data.split.snapshots", "each_event", r"'each_event' is not a choice; did you mean 'every_events'"),
+    ("data.split.every_events", 0, r"every_events=0 must be positive"),
     ("data.split.mode", "leave_one_out", r"needs config\.data\.split\.mode='temporal'|no meaning with mode"),
     ("data.aggregates.fields", ["device"], r"'device' is not a vocabulary field"),
     ("data.users", None, r"a user label needs config\.data\.users"),
@@ -116,3 +129,11 @@ def test_the_data_hash_ignores_what_preparation_does_not_depend_on(raw: dict) ->
   for key, value in (("data.path", "x"), ("train.steps", 20), ("tasks.quiet.weight", 2.0), ("data.memory", "1GB")):
     assert config.resolve(changed(raw, key, value)).data_hash() == base
   assert config.resolve(changed(raw, "tasks.quiet.horizon_days", 7.0)).data_hash() != base
+
+
+def test_settings_of_a_split_that_came_later_change_the_data_hash_only_when_they_are_used(raw: dict) -> None:
+  cfg = config.resolve(raw)
+  assert not {"snapshots", "every_events", "gap_days"} & cfg.data_identity()["data"]["split"].keys()
+  for key, value in (("snapshots", "every_events"), ("gap_days", 0.5)):
+    other = config.resolve(changed(raw, f"data.split.{key}", value))
+    assert other.data_hash() != cfg.data_hash() and other.data_identity()["data"]["split"][key] == value

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from supermoe_jax import config
-from supermoe_jax.data import integrity
+from supermoe_jax.data import files, integrity
 from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.events import DataError, UserHistory
 from supermoe_jax.data.labels import TRAIN, Comparison, EventAnswer
@@ -123,6 +123,17 @@ class Dataset:
   def __reduce__(self) -> tuple[type[Dataset], tuple[pathlib.Path]]:
     return Dataset, (self.path,)  # another process opens the files itself
 
+  def check_files(self) -> None:
+    """Raises DataError if a file that the dataset was prepared from has changed since, or is not there."""
+    then, now = self.manifest["files"], input_files(self.config)
+    if then != now:
+      file = min(f for f in then.keys() | now.keys() if then.get(f) != now.get(f))
+      what = "has changed" if file in then and file in now else ("is not there" if file in then else "is new")
+      raise DataError(
+        f"the files that {self.path} was prepared from have changed; prepare again with --overwrite. The first of them "
+        f"is {file}, which {what} (relative paths start at the working directory)."
+      )
+
   def __len__(self) -> int:
     return len(self._source)
 
@@ -217,6 +228,13 @@ class _Kept:
       if size <= self.room and key not in self._kept:
         self._kept[key] = value
         self.room -= size
+
+
+def input_files(cfg: config.Config) -> dict[str, list[int]]:
+  """Size in bytes and time of change of every file that the config reads; see `files.stamps`."""
+  patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
+  patterns += cfg.data.users.files if cfg.data.users else ()
+  return files.stamps(patterns)
 
 
 def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:

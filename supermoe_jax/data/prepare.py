@@ -24,7 +24,6 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import integrity, replace, snapshots, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import records as records_lib
@@ -34,6 +33,7 @@ from supermoe_jax.data.dataset import (
   TFDS_NAME,
   TFDS_SPLIT,
   TFDS_VERSION,
+  input_files,
   make_aggregator,
   make_comparison,
   make_schema,
@@ -116,22 +116,14 @@ def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]
 
   dataset = Dataset(path)
   dataset.check_matches(cfg)
-  if dataset.manifest["files"] != _files(cfg):
-    raise DataError(f"the files that {path} was prepared from have changed; prepare again with --overwrite.")
+  dataset.check_files()
   say(f"{path} is already prepared from this configuration; --overwrite prepares it again")
   return dataset.manifest
 
 
-def _files(cfg: config.Config) -> dict[str, list[int]]:
-  """Size in bytes and time of change of every file that the config reads."""
-  patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
-  patterns += cfg.data.users.files if cfg.data.users else ()
-  return files_lib.stamps(patterns)
-
-
 def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
   begun = clock.monotonic()
-  files = _files(cfg)
+  files = input_files(cfg)
   scratch = work / "scratch"
   scratch.mkdir()
   user_labels = user_table.UserLabels({}, {}, {})

@@ -17,6 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
+from supermoe_jax import config
+from supermoe_jax.data import prepare
+from supermoe_jax.data.dataset import Dataset
+
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 DAY = 86_400_000_000
 ZONES = ("UTC", "Europe/Berlin", "America/New_York")  # summer time began there on 2024-03-31 and on 2024-03-10
@@ -81,11 +85,11 @@ class Case:
   buys: tuple[Row, ...]
   users: tuple[dict[str, Any], ...]
   formats: tuple[str, str, str]  # of views, buys and the user table
-  zone: str | None  # of Parquet's times
-  duplicates: str
-  encoding: str
-  min_count: int
-  log_end: str
+  zone: str | None = None  # of Parquet's times
+  duplicates: str = "keep"
+  encoding: str = "log1p"
+  min_count: int = 2
+  log_end: str = ""
 
 
 def random_rows(rng: random.Random, source: str, n: int, users: Sequence[str] = USERS[:8]) -> list[Row]:
@@ -117,10 +121,9 @@ def _anchors() -> list[Row]:
   return rows
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
+def random_case(seed: int, views: int, buys: int, formats: tuple[str, str, str] = ("csv", "jsonl", "parquet")) -> Case:
   """A log of two sources and a table of users; some users are in one of them only."""
-  rng = random.Random(draw(st.integers(0, 99_999)))
+  rng = random.Random(seed)
   table = [
     {"user": u, "plan": ("paid", "free")[i], "tier": TIERS[i], "age": 30.0 + 9 * i} for i, u in enumerate(ANCHORS)
   ]
@@ -128,18 +131,23 @@ def cases(draw: st.DrawFn) -> Case:
     if user not in ANCHORS and rng.random() < 0.8:
       known = {"plan": (None, "free", "paid"), "tier": (None, *TIERS[:2], *TIERS), "age": (None, 18.0, 44.5, 71.0)}
       table.append({"user": user} | {k: rng.choice(v) for k, v in known.items()})
-  views = random_rows(rng, "views", draw(st.integers(4, 60)))
-  at = rng.randrange(len(views) + 1)
-  return Case(
-    tuple(views[:at] + _anchors() + views[at:]),
-    (Row("buys", ANCHORS[0], FIRST + 1, "b"), *random_rows(rng, "buys", draw(st.integers(2, 25)))),
-    tuple(table),
-    draw(st.tuples(*[st.sampled_from(FORMATS)] * 3)),
-    draw(st.sampled_from((None, *ZONES))),
-    draw(st.sampled_from(("keep", "drop"))),
-    draw(st.sampled_from(("log1p", "standardise"))),
-    draw(st.sampled_from((1, 2))),
-    draw(st.sampled_from(("", "2024-05-01"))),
+  rows = random_rows(rng, "views", views)
+  at = rng.randrange(views + 1)
+  bought = (Row("buys", ANCHORS[0], FIRST + 1, "b"), *random_rows(rng, "buys", buys))
+  return Case((*rows[:at], *_anchors(), *rows[at:]), bought, tuple(table), formats)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+  """Random cases, written and read in random ways."""
+  return dataclasses.replace(
+    random_case(draw(st.integers(0, 99_999)), draw(st.integers(4, 60)), draw(st.integers(2, 25))),
+    formats=draw(st.tuples(*[st.sampled_from(FORMATS)] * 3)),
+    zone=draw(st.sampled_from((None, *ZONES))),
+    duplicates=draw(st.sampled_from(("keep", "drop"))),
+    encoding=draw(st.sampled_from(("log1p", "standardise"))),
+    min_count=draw(st.sampled_from((1, 2))),
+    log_end=draw(st.sampled_from(("", "2024-05-01"))),
   )
 
 
@@ -185,8 +193,48 @@ def write_case(folder: pathlib.Path, case: Case) -> None:
   _write(folder / f"users.{case.formats[2]}", {k: [row[k] for row in case.users] for k in case.users[0]})
 
 
-def raw_config(folder: pathlib.Path, case: Case, split: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------ ways to split, and tasks
+
+M = 2  # events that a snapshot of an event label asks about
+AT_LEAST, TOP = 2.0, 3
+
+FUTURE = {
+  "bought": {"kind": "future_event", "source": "buys", "horizon_days": 4.0},
+  "quiet": {"kind": "future_event", "source": "views", "horizon_days": 2.5, "negate": True},
+  "items": {"kind": "future_values", "field": "item", "top": TOP, "horizon_days": 6.0},
+}
+FOLLOWING = {
+  "next_item": {"kind": "next_event", "field": "item"},
+  "click": {"kind": "event_label", "field": "click", "positive": ["yes"], "per_snapshot": M},
+  "dear": {"kind": "event_label", "field": "price", "at_least": AT_LEAST, "per_snapshot": M},
+  "price": {"kind": "event_label", "field": "price", "per_snapshot": M},
+}
+OF_USER = {
+  "paid": {"kind": "user_label", "column": "plan", "positive": ["paid"]},
+  "tier": {"kind": "user_label", "column": "tier", "type": "multiclass"},
+  "age": {"kind": "user_label", "column": "age", "type": "regression"},
+}
+TEMPORAL = {"train_end": "2024-04-01", "validation": ["2024-04-03T12:00"], "test": ["2024-04-16", "2024-04-12"]}
+GAP = {"gap_days": 2.0}
+
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+  "calendar": ({**TEMPORAL, "every_days": 3.0}, {**FUTURE, **FOLLOWING, **OF_USER}),
+  "gap": ({**TEMPORAL, **GAP, "every_days": 3.0, "min_events": 2}, {**FUTURE, **FOLLOWING, **OF_USER}),
+  "every_events": ({**TEMPORAL, **GAP, "snapshots": "every_events", "every_events": 2}, FUTURE | FOLLOWING | OF_USER),
+  "end": ({**TEMPORAL, "snapshots": "end", "train_start": "2024-03-10T07:00"}, FOLLOWING | OF_USER),
+  "leave_one_out": ({"mode": "leave_one_out"}, FOLLOWING | OF_USER),
+  "user": ({"mode": "user", "every_days": 4.0}, FUTURE | FOLLOWING | OF_USER),
+  "user, every_events": (
+    {"mode": "user", "snapshots": "every_events", "every_events": 3, "train_start": "2024-03-10T07:00"},
+    FUTURE | FOLLOWING | OF_USER,
+  ),
+  "user, end": ({"mode": "user", "snapshots": "end"}, OF_USER),
+}
+
+
+def raw_config(folder: pathlib.Path, case: Case, way: str) -> dict[str, Any]:
   """The config that reads a case's files."""
+  split, tasks = WAYS[way]
   who = {"user": "user", "time": "time"}
   if split.get("mode") != "leave_one_out":
     split = {"log_end": case.log_end, **split}
@@ -210,3 +258,13 @@ def raw_config(folder: pathlib.Path, case: Case, split: dict[str, Any], tasks: d
     },
     "tasks": tasks,
   }
+
+
+def prepared(folder: str | pathlib.Path, case: Case, way: str, name: str = "one") -> Dataset:
+  """Writes the files of a case into a folder of this name, and prepares them."""
+  path = pathlib.Path(folder) / name
+  path.mkdir()
+  write_case(path, case)
+  cfg = config.resolve(raw_config(path, case, way))
+  prepare.prepare(cfg, say=lambda text: None)
+  return Dataset(cfg.data.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import pathlib
 import random
 import statistics
 import tempfile
@@ -16,48 +15,28 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from raw_case import DAY, FIRST, USERS, Case, Row, cases, moment, owner, random_rows, raw_config, write_case
+from raw_case import (
+  AT_LEAST,
+  DAY,
+  FIRST,
+  FOLLOWING,
+  TOP,
+  USERS,
+  WAYS,
+  Case,
+  M,
+  Row,
+  cases,
+  moment,
+  owner,
+  prepared,
+  random_rows,
+)
 
-from supermoe_jax import config
-from supermoe_jax.data import prepare, windows
+from supermoe_jax.data import windows
 from supermoe_jax.data.dataset import Dataset
 
 SPLITS = ("train", "validation", "test")
-M = 2  # events that a snapshot of an event label asks about
-AT_LEAST, TOP = 2.0, 3
-
-FUTURE = {
-  "bought": {"kind": "future_event", "source": "buys", "horizon_days": 4.0},
-  "quiet": {"kind": "future_event", "source": "views", "horizon_days": 2.5, "negate": True},
-  "items": {"kind": "future_values", "field": "item", "top": TOP, "horizon_days": 6.0},
-}
-FOLLOWING = {
-  "next_item": {"kind": "next_event", "field": "item"},
-  "click": {"kind": "event_label", "field": "click", "positive": ["yes"], "per_snapshot": M},
-  "dear": {"kind": "event_label", "field": "price", "at_least": AT_LEAST, "per_snapshot": M},
-  "price": {"kind": "event_label", "field": "price", "per_snapshot": M},
-}
-OF_USER = {
-  "paid": {"kind": "user_label", "column": "plan", "positive": ["paid"]},
-  "tier": {"kind": "user_label", "column": "tier", "type": "multiclass"},
-  "age": {"kind": "user_label", "column": "age", "type": "regression"},
-}
-TEMPORAL = {"train_end": "2024-04-01", "validation": ["2024-04-03T12:00"], "test": ["2024-04-16", "2024-04-12"]}
-GAP = {"gap_days": 2.0}
-
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-  "calendar": ({**TEMPORAL, "every_days": 3.0}, {**FUTURE, **FOLLOWING, **OF_USER}),
-  "gap": ({**TEMPORAL, **GAP, "every_days": 3.0, "min_events": 2}, {**FUTURE, **FOLLOWING, **OF_USER}),
-  "every_events": ({**TEMPORAL, **GAP, "snapshots": "every_events", "every_events": 2}, FUTURE | FOLLOWING | OF_USER),
-  "end": ({**TEMPORAL, "snapshots": "end", "train_start": "2024-03-10T07:00"}, FOLLOWING | OF_USER),
-  "leave_one_out": ({"mode": "leave_one_out"}, FOLLOWING | OF_USER),
-  "user": ({"mode": "user", "every_days": 4.0}, FUTURE | FOLLOWING | OF_USER),
-  "user, every_events": (
-    {"mode": "user", "snapshots": "every_events", "every_events": 3, "train_start": "2024-03-10T07:00"},
-    FUTURE | FOLLOWING | OF_USER,
-  ),
-  "user, end": ({"mode": "user", "snapshots": "end"}, OF_USER),
-}
 
 
 # ------------------------------------------------------------------------------------------------------ the reference
@@ -250,15 +229,6 @@ def check_record(record: dict[str, Any], user: str, wanted: Reference) -> None:
         assert label == expected if isinstance(expected, list) else close(label, expected), where
 
 
-def prepared(folder: str, case: Case, split: dict[str, Any], tasks: dict[str, Any], name: str = "one") -> Dataset:
-  path = pathlib.Path(folder) / name
-  path.mkdir()
-  write_case(path, case)
-  cfg = config.resolve(raw_config(path, case, split, tasks))
-  prepare.prepare(cfg, say=lambda text: None)
-  return Dataset(cfg.data.path)
-
-
 def records(dataset: Dataset) -> dict[str, dict[str, Any]]:
   return {r["user"]: r for r in map(dataset.__getitem__, range(len(dataset)))}
 
@@ -285,7 +255,7 @@ def test_every_record_equals_a_plain_reference(way: str) -> None:
   @given(case=cases())
   def compare(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
-      dataset = prepared(folder, case, split, tasks)
+      dataset = prepared(folder, case, way)
       found, wanted = records(dataset), Reference(case, split, tasks)
       assert found.keys() == wanted.histories.keys()
       for user, record in found.items():
@@ -334,8 +304,8 @@ def test_rows_at_or_after_a_snapshot_change_nothing_of_it(case: Case, seed: int,
   time = (moment(split["train_end"]), moment(min(split["test"])))[cut]
   case = dataclasses.replace(case, log_end="2024-05-01")
   with tempfile.TemporaryDirectory() as folder:
-    one = prepared(folder, case, split, tasks)
-    other = prepared(folder, another_future(case, time, list(USERS[:8]), random.Random(seed)), split, tasks, "two")
+    one = prepared(folder, case, way)
+    other = prepared(folder, another_future(case, time, list(USERS[:8]), random.Random(seed)), way, "two")
     found, changed = records(one), records(other)
     assert (one.path / "encoders" / "encoders.json").read_bytes() == (
       other.path / "encoders" / "encoders.json"
@@ -362,13 +332,12 @@ def test_rows_at_or_after_a_snapshot_change_nothing_of_it(case: Case, seed: int,
 @given(case=cases(), seed=st.integers(0, 999))
 def test_held_out_users_change_nothing_of_the_training_users(case: Case, seed: int) -> None:
   """Other events of theirs: no vocabulary, statistic or record of a training user differs."""
-  split, tasks = WAYS["user"]
   case = dataclasses.replace(case, log_end="2024-05-01")
   held_out = [u for u in USERS[:8] if owner(u) != "train"]
   changed = another_future(case, FIRST, held_out, random.Random(seed))
   assert changed != case
   with tempfile.TemporaryDirectory() as folder:
-    one, other = prepared(folder, case, split, tasks), prepared(folder, changed, split, tasks, "two")
+    one, other = prepared(folder, case, "user"), prepared(folder, changed, "user", "two")
     assert one.manifest["encoding_hash"] == other.manifest["encoding_hash"]
     assert one.manifest["label_rates"] == other.manifest["label_rates"]
     a, b = records(one), records(other)

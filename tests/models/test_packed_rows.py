@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich_log import rich_config, write_rich_log
-from small_model import SCHEMA, filled, random_features
+from small_model import filled, random_features
 from unpacking import alone, users
 
 from supermoe_jax import config
@@ -143,7 +143,7 @@ def test_the_loss_of_packed_rows_is_the_sum_of_the_users_alone(rich: config.Conf
     summed = {n: [0.0, 0.0] for n in met}
     size = len(batch.features.length)
     for start in range(0, len(own.features.length), size):
-      some = jax.tree.map(lambda x, start=start: filled_up(x[start : start + size], size), own)
+      some = jax.tree.map(lambda x, start=start, size=size: filled_up(x[start : start + size], size), own)
       for name, loss in total(state, some).items():
         summed[name] = [a + float(b) for a, b in zip(summed[name], loss)]
     for name, loss in total(state, batch).items():
