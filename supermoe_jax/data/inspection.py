@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import duckdb
 
 from supermoe_jax.data import files as files_lib
-from supermoe_jax.data import parsing, proposal, readers, roles
+from supermoe_jax.data import parsing, proposal, readers, roles, sequences
 from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
 from supermoe_jax.data.remote import FilePath
 from supermoe_jax.data.roles import Measured, Role
@@ -147,6 +147,8 @@ def _group(
     groups.setdefault((table.format, *sorted(table.columns)), []).append(table)
   if not groups:
     raise DataError(f"supermoe inspect: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+  for group in groups.values():
+    sequences.check(con, group)
   return list(groups.values()), empty
 
 
@@ -176,11 +178,17 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
   with readers.naming(files[0].path if len(files) == 1 else files[0].path.parent, files[0].format):
     con.execute("CREATE OR REPLACE TEMP VIEW found AS " + " UNION ALL ".join(selects))
     columns = _measure(con, aliases)
-    time = roles.choose_time(columns)
+    time = roles.sequence_time(columns) if files[0].format == "sequences" else roles.choose_time(columns)
     candidates = roles.user_candidates(columns, time[0] if time else None)
     users = [_rows_per_user(con, columns, place) for place in candidates[:CANDIDATES]]
     user = candidates[0] if candidates else None
     found = _roles(con, columns, time, user)
+    if files[0].format in readers.JSON_FORMATS:
+      for i in [i for i, c in enumerate(columns) if c.holds_lists]:
+        array = f"json_valid(c{i}) AND json_type(c{i}) = 'ARRAY'"
+        query = f"SELECT max(CASE WHEN {array} THEN json_array_length(c{i}) END) FROM found"
+        ((longest,),) = con.execute(query).fetchall()
+        found[i] = roles.list_role(longest) if longest else found[i]
     events = _event_facts(con, columns, time, user) if time and user is not None else None
   rows = columns[0].rows
   return Table(
@@ -289,7 +297,9 @@ def _render_table(table: Table) -> str:
       (column.name, kind, null, f"{column.distinct:,}", _examples(column), f"{role.kind}{settings}: {role.reason}")
     )
   lines += _aligned(rows, right={2, 3})
-  if table.events:
+  if table.format == "sequences" and table.events:
+    lines += ["", f"  time      none, only an order: places up to {table.events.last // 1_000_000 + 1:,}"]
+  elif table.events:
     days = (table.events.last - table.events.first) / 86_400e6
     lines += [
       "",
