@@ -27,13 +27,24 @@ SNAPSHOTS = 4  # training snapshots that have to fit, at least
 _Comments = dict[tuple[str, ...], str]  # path of keys → comment on that line
 
 
+def sources_of(tables: Sequence[Table]) -> list[Table]:
+  """The tables that hold events."""
+  return [t for t in tables if _is_source(t, tables)]
+
+
+def users_of(tables: Sequence[Table]) -> Table | None:
+  """The table of users: one without events whose key is the user of one with events."""
+  sources = sources_of(tables)
+  return _users(sources, [t for t in tables if t not in sources])
+
+
 def propose(tables: Sequence[Table]) -> str:
   """Returns the text of a config file for the tables that hold events; empty if none has a field.
 
   Of the other tables, one whose key is a field of the events becomes their table of items, and one whose key is the
   user becomes the table of users.
   """
-  sources = [t for t in tables if _is_source(t, tables)]
+  sources = sources_of(tables)
   others = [t for t in tables if t not in sources]
   items = {t.name: table for t in sources if (table := _items(t, others)) is not None}
   comments: _Comments = {}
@@ -46,7 +57,7 @@ def propose(tables: Sequence[Table]) -> str:
     "sources": {t.name: _source(t, items.get(t.name)) for t in sources},
     "fields": fields,
   }
-  if (users := _users(sources, others)) is not None:
+  if (users := users_of(tables)) is not None:
     data["users"] = {"files": _patterns(users.files), "user": users.having("user")[0][0].name}
   data["split"] = _split(sources, comments)
   if any(t.format == "sequences" for t in sources):
@@ -170,7 +181,7 @@ def _field(column: Measured, role: Role, name: str) -> dict[str, Any]:
 def _comment(column: Measured, role: Role) -> str:
   if role.kind == "numeric":
     return f"{column.low:g} to {column.high:g}"
-  return f"{column.distinct:,} values"
+  return f"{column.distinct:,} different lists" if "many" in role.settings else f"{column.distinct:,} values"
 
 
 def _identifier(name: str) -> str:

@@ -31,6 +31,10 @@ ITEM_WORDS = (
 ID_WORDS = (
   *("id", "code", "class", "group", "store", "shop", "upc", "brand", "department", "campaign", "zip", "key", "status"),
 )
+LABEL_WORDS = (
+  *("label", "target", "outcome", "click", "convert", "conversion", "purchased", "bought", "churn", "like", "fraud"),
+  *("default", "returned", "refund", "rating", "cancel", "subscribed"),
+)
 TIME_WORDS = ("time", "timestamp", "ts", "date", "datetime", "created", "occurred", "epoch", "at")
 CALENDAR_WORDS = ("week", "month", "year", "day", "hour", "weekday", "quarter")
 
