@@ -1,16 +1,16 @@
 """Amazon reviews, Beauty or Toys, as sequences of items: the next item, by leave-one-out and full ranking.
 
-The data cannot be shipped; name the folder that holds sequences.txt (a user a line: `user item item …`, oldest first) and
-item_attributes.json (`{"item": [attribute, …]}`) after a colon:
+The data cannot be shipped; name the folder that holds sequences.txt (a user a line: `user item item …`, oldest first)
+and item_attributes.json (`{"item": [attribute, …]}`) after a colon:
 
     supermoe prepare --config experiments/amazon_reviews.py:FOLDER
     supermoe train --config experiments/amazon_reviews.py:FOLDER --workdir runs/beauty
     supermoe evaluate --workdir runs/beauty
 
 Preparing gives 22,363 users, 198,502 events and 12,101 items of Beauty (Toys: 19,412, 167,597 and 11,924), a test and a
-validation snapshot a user and 131,413 (109,361) training snapshots. In test 138 (279) of the items asked for are unseen in
-training and count as misses. An item has up to 6 attributes of 637; of Toys' 1,027 some items have up to 31, and 5,054
-values of events beyond the sixth are cut off. Training has been tried for a few steps only; nothing is claimed of it.
+validation snapshot a user and 131,413 (109,361) training snapshots. In test 138 (279) of the items asked for are unseen
+in training and count as misses. An item of Beauty has up to 6 of 637 attributes; of Toys' 1,027 some items have up to
+31, and 5,054 values of events beyond the sixth are cut off. Training was tried for a few steps: no result is known.
 """
 
 import pathlib

@@ -52,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
 
   verb = verbs.add_parser("inspect", help="read event files and propose a config")
   verb.add_argument("files", nargs="+", help="paths or globs of event files")
-  verb.add_argument("--format", default="auto", help="parquet, csv, jsonl or atomic; default: by the file's ending")
+  verb.add_argument(
+    "--format",
+    default="auto",
+    help="parquet, csv, jsonl, json_object, atomic or sequences; default: by the file's ending",
+  )
   verb.add_argument("--out", type=pathlib.Path, help="also save the proposed config here")
   verb.set_defaults(run=_inspect)
 

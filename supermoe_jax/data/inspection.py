@@ -10,12 +10,13 @@ import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import duckdb
 
 from supermoe_jax.data import files as files_lib
-from supermoe_jax.data import parsing, proposal, readers, roles
+from supermoe_jax.data import leaks, parsing, proposal, readers, roles, sequences
+from supermoe_jax.data.leaks import Suspect
 from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
 from supermoe_jax.data.remote import FilePath
 from supermoe_jax.data.roles import Measured, Role
@@ -94,11 +95,13 @@ class Inspection:
   Attributes:
     tables: in the order of their first file.
     empty_files: files without a row.
+    suspects: columns of events that nearly tell a label.
     config: the text of a complete config file; empty if no table has a user, a time and a field.
   """
 
   tables: tuple[Table, ...]
   empty_files: tuple[FilePath, ...]
+  suspects: tuple[Suspect, ...]
   config: str
 
   def render(self) -> str:
@@ -106,6 +109,8 @@ class Inspection:
     parts = [_render_table(table) for table in self.tables]
     if self.empty_files:
       parts.append("Without a row: " + ", ".join(str(f) for f in self.empty_files))
+    if self.suspects:
+      parts.append("Suspicious columns:\n" + "\n".join(f"  {suspect}" for suspect in self.suspects))
     if self.config:
       rule = "─" * 100
       parts.append(f"Proposed config. Read it through, save it, and give it to --config.\n{rule}\n{self.config}{rule}")
@@ -126,9 +131,10 @@ def inspect(files: Sequence[str], format: str = "auto") -> Inspection:
       groups, empty = _group(con, files, format)
       names = _names([[file.path for file in group] for group in groups])
       tables = tuple(_inspect_table(con, name, group) for name, group in zip(names, groups, strict=True))
+      suspects = _suspects(con, tables, {name: _rows(group) for name, group in zip(names, groups, strict=True)})
     finally:
       con.close()
-  return Inspection(tables, tuple(empty), proposal.propose(tables))
+  return Inspection(tables, tuple(empty), tuple(suspects), proposal.propose(tables))
 
 
 def _group(
@@ -147,6 +153,8 @@ def _group(
     groups.setdefault((table.format, *sorted(table.columns)), []).append(table)
   if not groups:
     raise DataError(f"supermoe inspect: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+  for group in groups.values():
+    sequences.check(con, group)
   return list(groups.values()), empty
 
 
@@ -172,20 +180,39 @@ def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
 
 def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[TableFile]) -> Table:
   aliases = {f"c{i}": column for i, column in enumerate(files[0].columns)}
-  selects = [f"SELECT {', '.join(aliases)} FROM ({file.select(aliases)})" for file in files]
   with readers.naming(files[0].path if len(files) == 1 else files[0].path.parent, files[0].format):
-    con.execute("CREATE OR REPLACE TEMP VIEW found AS " + " UNION ALL ".join(selects))
+    con.execute(f"CREATE OR REPLACE TEMP VIEW found AS {_rows(files)}")
     columns = _measure(con, aliases)
-    time = roles.choose_time(columns)
+    time = roles.sequence_time(columns) if files[0].format == "sequences" else roles.choose_time(columns)
     candidates = roles.user_candidates(columns, time[0] if time else None)
     users = [_rows_per_user(con, columns, place) for place in candidates[:CANDIDATES]]
     user = candidates[0] if candidates else None
     found = _roles(con, columns, time, user)
+    if files[0].format in readers.JSON_FORMATS:
+      for i in [i for i, c in enumerate(columns) if c.holds_lists]:
+        array = f"json_valid(c{i}) AND json_type(c{i}) = 'ARRAY'"
+        query = f"SELECT max(CASE WHEN {array} THEN json_array_length(c{i}) END) FROM found"
+        ((longest,),) = con.execute(query).fetchall()
+        found[i] = roles.list_role(longest) if longest else found[i]
     events = _event_facts(con, columns, time, user) if time and user is not None else None
   rows = columns[0].rows
   return Table(
     name, tuple(f.path for f in files), files[0].format, rows, tuple(columns), tuple(found), tuple(users), events
   )
+
+
+def _rows(files: Sequence[TableFile]) -> str:
+  """A query of the rows of a table's files, its columns named c0, c1, … in the order of the first file."""
+  aliases = {f"c{i}": column for i, column in enumerate(files[0].columns)}
+  return " UNION ALL ".join(f"SELECT {', '.join(aliases)} FROM ({file.select(aliases)})" for file in files)
+
+
+def _suspects(con: duckdb.DuckDBPyConnection, tables: Sequence[Table], rows: Mapping[str, str]) -> list[Suspect]:
+  users = proposal.users_of(tables)
+  found: list[Suspect] = []
+  for table in proposal.sources_of(tables):
+    found += leaks.find(con, table, rows[table.name], users, rows[users.name] if users else "")
+  return found
 
 
 def _measure(con: duckdb.DuckDBPyConnection, aliases: dict[str, str]) -> list[Measured]:
@@ -289,7 +316,9 @@ def _render_table(table: Table) -> str:
       (column.name, kind, null, f"{column.distinct:,}", _examples(column), f"{role.kind}{settings}: {role.reason}")
     )
   lines += _aligned(rows, right={2, 3})
-  if table.events:
+  if table.format == "sequences" and table.events:
+    lines += ["", f"  time      none, only an order: places up to {table.events.last // 1_000_000 + 1:,}"]
+  elif table.events:
     days = (table.events.last - table.events.first) / 86_400e6
     lines += [
       "",

@@ -27,13 +27,24 @@ SNAPSHOTS = 4  # training snapshots that have to fit, at least
 _Comments = dict[tuple[str, ...], str]  # path of keys → comment on that line
 
 
+def sources_of(tables: Sequence[Table]) -> list[Table]:
+  """The tables that hold events."""
+  return [t for t in tables if _is_source(t, tables)]
+
+
+def users_of(tables: Sequence[Table]) -> Table | None:
+  """The table of users: one without events whose key is the user of one with events."""
+  sources = sources_of(tables)
+  return _users(sources, [t for t in tables if t not in sources])
+
+
 def propose(tables: Sequence[Table]) -> str:
   """Returns the text of a config file for the tables that hold events; empty if none has a field.
 
   Of the other tables, one whose key is a field of the events becomes their table of items, and one whose key is the
   user becomes the table of users.
   """
-  sources = [t for t in tables if _is_source(t, tables)]
+  sources = sources_of(tables)
   others = [t for t in tables if t not in sources]
   items = {t.name: table for t in sources if (table := _items(t, others)) is not None}
   comments: _Comments = {}
@@ -46,9 +57,11 @@ def propose(tables: Sequence[Table]) -> str:
     "sources": {t.name: _source(t, items.get(t.name)) for t in sources},
     "fields": fields,
   }
-  if (users := _users(sources, others)) is not None:
+  if (users := users_of(tables)) is not None:
     data["users"] = {"files": _patterns(users.files), "user": users.having("user")[0][0].name}
   data["split"] = _split(sources, comments)
+  if any(t.format == "sequences" for t in sources):
+    data["aggregates"] = {"enabled": False}  # they count within windows of time
   if (bad := sum(_bad_rows(t) for t in [*sources, *items.values()])) > 0:
     data["on_bad_rows"] = "drop"
     comments["data", "on_bad_rows"] = f"up to {bad:,} rows have no user, no time or a number that cannot be read"
@@ -69,9 +82,20 @@ def _is_source(table: Table, tables: Sequence[Table]) -> bool:
 
 
 def _items(source: Table, others: Sequence[Table]) -> Table | None:
-  """The first table whose key, of a file of its own, is a field of the source."""
-  fields = [column.name for column, _ in source.having("vocabulary", "hash")]
-  return next((t for t in others if len(t.files) == 1 and any(k in fields for k in t.keys)), None)
+  """The first table of a file of its own whose key is a field of the source."""
+  return next((t for t in others if len(t.files) == 1 and _key(source, t) is not None), None)
+
+
+def _key(source: Table, items: Table) -> str | None:
+  """The source's field that is the key of a table of items: one of its name, or what the events are likeliest about.
+
+  An object keyed by id does not say what its keys are called.
+  """
+  fields = [(c, r) for c, r in source.having("vocabulary", "hash") if "many" not in r.settings]
+  if items.format == "json_object":
+    named = [column for column, _ in fields if column.named(roles.ITEM_WORDS) is not None]
+    return min(named, key=roles.next_event_rank).name if named else None
+  return next((column.name for column, _ in fields if column.name in items.keys), None)
 
 
 def _users(sources: Sequence[Table], others: Sequence[Table]) -> Table | None:
@@ -91,8 +115,7 @@ def _source(table: Table, items: Table | None) -> dict[str, Any]:
   if any(_format_by_ending(file) != table.format for file in table.files):
     source["format"] = table.format
   if items is not None:
-    names = [column.name for column, _ in table.having("vocabulary", "hash")]
-    source["items"] = {"file": str(items.files[0]), "key": next(k for k in items.keys if k in names)}
+    source["items"] = {"file": str(items.files[0]), "key": _key(table, items)}
   return source
 
 
@@ -124,6 +147,8 @@ def _fields(
     own = table.having("vocabulary", "hash", "numeric")
     taken = {column.name for column in table.columns}
     joined = items[table.name].having("vocabulary", "hash", "numeric") if table.name in items else []
+    if table.name in items and items[table.name].format == "json_object":
+      taken.add(readers.KEY)
     for column, role in [*own, *((c, r) for c, r in joined if c.name not in taken)]:
       name = _identifier(column.name)
       settings = _field(column, role, name)
@@ -133,7 +158,7 @@ def _fields(
       fields[name] = settings
       carriers.setdefault(name, []).append(table.name)
       comments["data", "fields", name] = _comment(column, role)
-      if role.kind != "numeric":
+      if role.kind != "numeric" and "many" not in role.settings:
         ranks[name] = min(roles.next_event_rank(column), ranks.get(name, (len(roles.ITEM_WORDS), 0)))
   for name, carrying in carriers.items():
     if len(carrying) < len(sources):
@@ -156,7 +181,7 @@ def _field(column: Measured, role: Role, name: str) -> dict[str, Any]:
 def _comment(column: Measured, role: Role) -> str:
   if role.kind == "numeric":
     return f"{column.low:g} to {column.high:g}"
-  return f"{column.distinct:,} values"
+  return f"{column.distinct:,} different lists" if "many" in role.settings else f"{column.distinct:,} values"
 
 
 def _identifier(name: str) -> str:
@@ -166,6 +191,9 @@ def _identifier(name: str) -> str:
 
 def _split(sources: Sequence[Table], comments: _Comments) -> dict[str, Any]:
   """A temporal split at quantiles of the largest table's events; leave one out if its times are too few for that."""
+  if any(t.format == "sequences" for t in sources):
+    comments["data", "split"] = "a place in a sequence is no time"
+    return {"mode": "leave_one_out"}
   facts = [t.events for t in sources if t.events]
   first, last = min(f.first for f in facts), max(f.last for f in facts)
   largest = max(sources, key=lambda t: t.rows).events
@@ -196,7 +224,8 @@ def _iso(microseconds: int) -> str:
 def _lines(value: Any, comments: Mapping[tuple[str, ...], str], path: tuple[str, ...], indent: str) -> list[str]:
   """Writes nested mappings one key a line, small ones of scalars in one; comments stand at the end of their line."""
   if not isinstance(value, Mapping):
-    return [json.dumps(value, ensure_ascii=False)]  # of texts, numbers and lists of them, the same in Python
+    # Of texts, numbers and lists of them JSON is Python too.
+    return [repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)]
   if (path[:2] == ("data", "fields") and len(path) == 3) or not value:
     return ["{" + ", ".join(f'"{k}": {_lines(v, comments, (*path, k), indent)[0]}' for k, v in value.items()) + "}"]
   out = ["{"]

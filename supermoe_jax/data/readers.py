@@ -29,6 +29,7 @@ ENDINGS = {
   "atomic": (".inter", ".user", ".item"),
   "sequences": (".txt", ".txt.gz"),
 }
+JSON_FORMATS = ("jsonl", "json_object")  # in whose values a list is a JSON array, as text
 DELIMITERS = ",\t;|"  # tried in this order of preference on a CSV file's header
 
 SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}

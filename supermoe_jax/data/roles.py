@@ -17,6 +17,7 @@ VOCABULARY_LIMIT = 100_000  # values beyond which a field is hashed
 FEW_VALUES = 20  # up to which numbers are taken for categories, such as ratings
 MOSTLY = 0.95  # the share of values that makes a column one of numbers or of times; the rest are then bad values
 LONG_TEXT = 60  # characters on average
+MANY = 8  # values of a list that are kept, at most
 SKEW = 10  # the largest value over the mean that calls for log1p
 
 USER_WORDS = (
@@ -29,6 +30,10 @@ ITEM_WORDS = (
 )
 ID_WORDS = (
   *("id", "code", "class", "group", "store", "shop", "upc", "brand", "department", "campaign", "zip", "key", "status"),
+)
+LABEL_WORDS = (
+  *("label", "target", "outcome", "click", "convert", "conversion", "purchased", "bought", "churn", "like", "fraud"),
+  *("default", "returned", "refund", "rating", "cancel", "subscribed"),
 )
 TIME_WORDS = ("time", "timestamp", "ts", "date", "datetime", "created", "occurred", "epoch", "at")
 CALENDAR_WORDS = ("week", "month", "year", "day", "hour", "weekday", "quarter")
@@ -79,6 +84,11 @@ class Measured:
     return self.present > 0 and self.numbers >= MOSTLY * self.present
 
   @property
+  def holds_lists(self) -> bool:
+    """Whether the values that were looked at are all JSON arrays."""
+    return bool(self.sample) and all(v.startswith("[") and v.endswith("]") for v in self.sample)
+
+  @property
   def words(self) -> list[str]:
     """The words of the name: `productId` and `product_id` are `product`, `id`."""
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", self.name)]
@@ -112,9 +122,20 @@ def time_sql(column: str, type: str, role: Role) -> str:
     return parsing.instant_sql(column, type)
   if format := role.settings.get("time_format"):
     return parsing.formatted_sql(column, type, str(format))
-  if role.reason.startswith("epoch"):
+  if role.reason.startswith("epoch") or parsing.is_number(type):
     return parsing.epoch_sql(column, type, str(role.settings.get("time_unit", "s")))
   return parsing.iso_sql(column)
+
+
+def sequence_time(columns: Sequence[Measured]) -> tuple[int, Role]:
+  """Returns the place and the role of the column of a file of sequences that stands in for the time."""
+  names = [column.name for column in columns]
+  return names.index("position"), Role("time", "the place in the sequence", {"time_unit": "s"})
+
+
+def list_role(longest: int) -> Role:
+  """Returns the role of a column of lists of at most `longest` values."""
+  return Role("vocabulary", f"lists of up to {longest:,} values", {"many": min(longest, MANY)})
 
 
 def choose_time(columns: Sequence[Measured]) -> tuple[int, Role] | None:

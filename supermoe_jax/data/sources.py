@@ -176,7 +176,7 @@ class SourceReader:
       kind, alias = file.columns[column], self._columns[name]
       field = self._data.fields[name]
       if field.many:
-        json = file.format in ("jsonl", "json_object")
+        json = file.format in readers.JSON_FORMATS
         values[alias] = parsing.list_sql(f"e.{alias}", kind, field.separator, json=json)
         continue
       if field.kind != "numeric":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 
 import pyarrow as pa
 import pytest
@@ -243,6 +244,44 @@ def test_tables_of_items_and_users_are_joined(write, load):
   assert data.sources["log"].items.key == "item_id"
   assert "brand" in data.fields
   assert data.users is not None and data.users.user == "user_id"
+
+
+@pytest.mark.parametrize("values", ["lists", "objects"])
+def test_the_config_of_sequences_and_a_json_object_prepares_them(values, load, tmp_path):
+  (tmp_path / "log.txt").write_text(
+    "".join(f"u{u} {' '.join(f'i{u * k % 50}' for k in range(9))}\n" for u in range(40))
+  )
+  lists = {f"i{i}": [i % 3, i % 5, *range(i % 12)] for i in range(50)}
+  objects = {key: {"brand": v[0], "tags": v} for key, v in lists.items()}
+  (tmp_path / "items.json").write_text(json.dumps(lists if values == "lists" else objects))
+  cfg = load(tmp_path / "log.txt", tmp_path / "items.json")
+  assert list(cfg.tasks) == ["next_item"] and cfg.data.split.mode == "leave_one_out"
+  assert not cfg.data.aggregates.enabled
+  expected = {"lists": {"item": 0, "values": 8}, "objects": {"item": 0, "brand": 0, "tags": 8}}[values]
+  assert {name: field.many for name, field in cfg.data.fields.items()} == expected
+  scratch = tmp_path / "scratch"
+  scratch.mkdir()
+  with EventLog(cfg.data, scratch) as events:
+    assert events.counts["events"] == 360 and events.counts["sources"]["log"]["items_missing"] == 0
+    assert len(list(events.histories(vocabulary.fit(events, cfg.data)))) == 40
+
+
+def test_lists_in_json_lines_are_fields_of_many_but_not_what_is_predicted(load, write):
+  tags = [[f"t{k}" for k in range(i % 4)] for i in range(N)]
+  cfg = load(write("log.jsonl", log(item_id=tags, shop=[f"s{i % 7}" for i in range(N)])))
+  assert cfg.data.fields["item_id"].many == 3
+  assert "next_item_id" not in cfg.tasks
+
+
+def test_lines_of_sequences_that_cannot_be_used_are_named(tmp_path):
+  (tmp_path / "log.txt").write_text("u1 x\nu1 y\n")
+  with pytest.raises(DataError, match=r"log\.txt line 1 and .*log\.txt line 2: the user 'u1' stands in 2 lines"):
+    inspect([str(tmp_path / "log.txt")])
+
+
+def test_sequences_are_rendered_without_a_calendar(tmp_path):
+  (tmp_path / "log.txt").write_text("u1 x y z\nu2 x\n")
+  assert "time      none, only an order: places up to 3" in inspect([str(tmp_path / "log.txt")]).render()
 
 
 def test_two_sources_share_fields_of_the_same_column(write, load):
