@@ -120,9 +120,6 @@ class Dataset:
         "--overwrite, or name another config.data.path."
       )
 
-  def __reduce__(self) -> tuple[type[Dataset], tuple[pathlib.Path]]:
-    return Dataset, (self.path,)  # another process opens the files itself
-
   def check_files(self) -> None:
     """Raises DataError if a file that the dataset was prepared from has changed since, or is not there."""
     then, now = self.manifest["files"], input_files(self.config)
@@ -221,6 +218,9 @@ class _Kept:
     self._kept: dict[Hashable, Any] = {}
     self._lock = threading.Lock()
     self.get = self._kept.get
+
+  def __reduce__(self) -> tuple[type[_Kept], tuple[int]]:
+    return _Kept, (KEPT_BYTES,)  # another process keeps its own
 
   def offer(self, key: Hashable, value: Any, size: int) -> None:
     """Keeps the value of `size` bytes if there is room."""

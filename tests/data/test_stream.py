@@ -137,7 +137,7 @@ def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error(dataset: Datase
     batches.training(dataset, cfg, shard=(2, 2))
 
 
-def test_a_dataset_opens_itself_in_another_process(dataset: Dataset) -> None:
+def test_a_dataset_can_be_sent_to_another_process(dataset: Dataset) -> None:
   there = pickle.loads(pickle.dumps(dataset))
   assert len(there) == len(dataset)
   np.testing.assert_array_equal(there[3]["time"], dataset[3]["time"])

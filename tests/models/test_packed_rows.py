@@ -136,12 +136,12 @@ def test_the_loss_of_packed_rows_is_the_sum_of_the_users_alone(rich: config.Conf
     key = jax.random.key(1)  # one draw of a sampled softmax's values
     return {n: losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], key) for n in model.view_names}
 
+  size = rich.train.batch_rows
   several, met = 0, dict.fromkeys(rich.active_views, 0.0)
   for _, batch in zip(range(3), stream):
     own = alone(batch, rich.tasks)
-    several += len(own.features.length) > 2 * rich.train.batch_rows
+    several += len(own.features.length) > 2 * size
     summed = {n: [0.0, 0.0] for n in met}
-    size = len(batch.features.length)
     for start in range(0, len(own.features.length), size):
       some = jax.tree.map(lambda x, start=start, size=size: filled_up(x[start : start + size], size), own)
       for name, loss in total(state, some).items():

@@ -137,11 +137,12 @@ def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
       self.weights, self.task_dropped, self.slice_routed, self.slice_dropped = {"t": 1.0}, {}, 0, 0
       self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
       self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
-      self.entropy = np.array([0.5])
+      self.entropy, self.positions = np.array([0.5]), 40
 
   row = loop.summarise([Step(8.0, 2, 10), Step(0.0, 0, 0), Step(1.0, 7, 0)])
   assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9}
   assert row["dropped_share"] == pytest.approx(10 / 280)
+  assert row["padding_share"] == 0.75
   assert loop.summarise([Step(0.0, 0, 0)])["tasks"]["t"]["loss"] is None
 
 
@@ -233,6 +234,28 @@ def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
   steps = np.asarray(bias) / 0.01  # up or down by the rate in each of 8 steps
   np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
   assert 0 < np.abs(steps).max() <= 8
+
+
+@pytest.mark.slow
+def test_a_packed_run_has_little_padding_and_resumes_with_worker_processes_or_without(
+  cfg: config.Config, dataset: Dataset, workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  settings = ["encoder=gru", "conditioning=mmoe", "max_events=60"]
+  packed = config.override(
+    cfg,
+    [f"--config.model.{s}" for s in settings]
+    + ["--config.train.packing=True", "--config.train.snapshots_per_row=12", "--config.train.steps=8"],
+  )
+  once = cut_and_resumed(packed, tmp_path)
+  assert max(r["padding_share"] for r in rows(once)) < 0.12 < min(r["padding_share"] for r in rows(workdir))
+  worked = tmp_path / "worked"
+  shutil.copytree(once, worked)
+  shutil.rmtree(worked / "checkpoints" / "8")
+  said: list[str] = []
+  assert loop.train(config.override(packed, ["--config.train.workers=1"]), worked, say=said.append) == 8
+  assert said[0].startswith("packing: ") and "of the positions are padding" in said[0]
+  for mine, wanted in zip(parameters(Run(worked)), parameters(Run(once)), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
 
 
 @pytest.mark.slow
