@@ -65,7 +65,8 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
     "uncertainty": ("train.weighting.method=uncertainty",),
     "dwa": ("train.weighting.method=dwa",),
     "famo": ("train.weighting.method=famo",),
-    "seesaw": ("train.weighting.method=seesaw",),
+    # mu = 1: fixed weights, one over what each task's loss is alone.
+    "seesaw": ("train.weighting.method=seesaw", "train.weighting.mu=1.0"),
     "seesaw_mu03": ("train.weighting.method=seesaw", "train.weighting.mu=0.3"),
     "seesaw_mu3": ("train.weighting.method=seesaw", "train.weighting.mu=3.0"),
     "pcgrad": ("train.weighting.method=pcgrad",),
@@ -74,7 +75,7 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
     "gate": ("model.conditioning=gate",),
     "token_shuffled": (token, "model.task_ids=shuffled"),
     "missing_negative": ("train.missing=negative",),
-    "token_seesaw": (token, "train.weighting.method=seesaw"),
+    "token_seesaw": (token, "train.weighting.method=seesaw", "train.weighting.mu=1.0"),
   }
   # A task's reference is the better, on validation, of the same encoder with experts and without.
   single = {"experts": (), "dense": dense}
