@@ -209,7 +209,7 @@ class Weighting:
   window: int = 20  # dwa: steps that a loss is averaged over
   temperature: float = 2.0  # dwa
   decay: float = 0.98  # seesaw: of the moving average of a loss, a step
-  mu: float = 0.3  # seesaw: large is plain log-loss balancing, 1 fixed weights π/R, small serves the worst task only
+  mu: float = 1.0  # seesaw: large is plain log-loss balancing, 1 fixed weights π/R, small serves the worst task only
   warmup_steps: int = 50  # seesaw: the losses at their end are the references, where none is given
   references: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seesaw: loss alone, over b
   c: float = 0.4  # cagrad: how far from the mean gradient, as a share of its length

@@ -211,7 +211,7 @@ class Seesaw(Weigher):
 
   references: tuple[float, ...] = ()  # 0: not given
   decay: float = 0.98
-  mu: float = 0.3
+  mu: float = 1.0  # of .3, 1 and 3 the best on validation in the study of `experiments/seesaw_simulated.py`
   warmup_steps: int = 50
 
   def initial(self) -> State:
