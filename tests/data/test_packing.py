@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from unpacking import alone
 
@@ -22,14 +22,15 @@ SNAPSHOTS = 12
 
 
 def packed(cfg: config.Config, **train: object) -> config.Config:
-  settings = {"packing": True, "snapshots_per_row": SNAPSHOTS, **train}
+  values = {"packing": True, "snapshots_per_row": SNAPSHOTS, **train}
   return dataclasses.replace(
     cfg,
     model=dataclasses.replace(cfg.model, max_events=ROOM),
-    train=dataclasses.replace(cfg.train, **settings),
+    train=dataclasses.replace(cfg.train, **values),
   )
 
 
+@settings(deadline=None)
 @given(
   sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60),
   room=st.integers(20, 40),
@@ -55,6 +56,7 @@ def test_short_histories_leave_less_than_a_twelfth_of_the_positions_empty() -> N
     assert 1 - sizes.sum() / (rows * 256) < 0.08
 
 
+@settings(deadline=None)
 @given(wanted=st.lists(st.integers(0, 9), min_size=1, max_size=8), room=st.integers(8, 20), seed=st.integers(0, 9))
 def test_snapshots_are_shared_evenly_and_everyone_gets_one(wanted: list[int], room: int, seed: int) -> None:
   given = packing.share(np.array(wanted), room, np.random.default_rng(seed))

@@ -116,7 +116,7 @@ def test_a_position_holds_for_another_batch_size_that_divides_it(dataset: Datase
   both = [next(half), next(half)]
   assert_equal(jax.tree.map(lambda *rows: np.concatenate(rows), *both), next(stream))
   next(half)
-  with pytest.raises(DataError, match=r"12 rows, lies within a batch of config\.train\.batch_rows=8"):
+  with pytest.raises(DataError, match=r"20 rows, lies within a batch of config\.train\.batch_rows=8"):
     stream.set_state(half.get_state())
 
 
