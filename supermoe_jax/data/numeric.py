@@ -73,11 +73,20 @@ class Quantile:
 
   def encode_all(self, values: np.ndarray) -> np.ndarray:
     """Numbers `[N]` as events hold them: float32 `[N]`; NaN stays NaN."""
-    values = np.asarray(values, np.float64)
-    low, high = self.knots[0], self.knots[-1]
-    scale = high - low or max(abs(low), 1.0)
-    inside = np.interp(values, self.knots, self.scores)
-    above, below = (np.log1p(np.maximum(d, 0) / scale) for d in (values - high, low - values))
+    # Of quarters no difference overflows. np.interp will not do: its slope does, between knots that nearly touch.
+    values, knots = np.asarray(values, np.float64) / 4, np.array(self.knots) / 4
+    low, high = knots[0], knots[-1]
+    left = np.clip(np.searchsorted(knots, values, side="right") - 1, 0, max(len(knots) - 2, 0))
+    right = np.minimum(left + 1, len(knots) - 1)
+    width = knots[right] - knots[left]
+    scale = np.log(high - low or max(abs(low), 1.0))
+    # A share beyond 1 is cut, the log of no distance is -inf, and NaN stays NaN.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+      share = np.clip((values - knots[left]) / np.where(width > 0, width, 1), 0, 1)
+      # log(1 + distance / scale), though the ratio be too large for a number
+      above, below = (np.logaddexp(0, np.log(np.maximum(d, 0)) - scale) for d in (values - high, low - values))
+    first, last = np.array(self.scores)[left], np.array(self.scores)[right]
+    inside = np.minimum(first + share * (last - first), last)
     return (inside + BEYOND * (above - below)).astype(np.float32)
 
 
