@@ -4,8 +4,8 @@ supermoe prepare --config experiments/seesaw_complete_journey.py
 supermoe seesaw --config experiments/seesaw_complete_journey.py --workdir runs/seesaw_complete_journey --jobs 2
 
 75 runs took 40 minutes on 2 cores of an Intel Xeon, beside other work. On validation `gate` is best, which is what
-complete_journey.py has: it loses significantly on no task, mean gain +0.2 % (-2.1 to +2.5). Equal weights lose 4 % on the
-categories and 9 % on the next category. `results/` has all.
+complete_journey.py has: it loses significantly on no task, mean gain +0.2 % (-2.1 to +2.5). Equal weights lose 4 % on
+the categories and 9 % on the next category. `results/` has all.
 """
 
 import importlib.util
