@@ -18,7 +18,10 @@ from supermoe_jax.training.run import Run
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share what they compile
+    folder = folder.parent
+  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
