@@ -9,9 +9,9 @@ movies.parquet after a colon:
 
 Time is each film's place in its user's sequence: timestamps are missing for half of the users.
 
-These 200 steps are one pass over the users, enough to see all tasks move: like AUC .776, age group .557, gender .537,
-occupation .509 (mean one-vs-rest AUC), next film NDCG@10 .018, which is that of the most popular films. Add
---config.train.steps=3000 for more.
+On 2 cores of an Intel Xeon 5.4 minutes, one seed. Test: like AUC .799, gender .774, age group .778 and occupation .622
+(mean one-vs-rest AUC), next film NDCG@10 .031 among all films, of which the most popular reach .018. The next
+film is far below what models for it alone reach with more steps; this config shows five tasks side by side.
 """
 
 import pathlib
@@ -33,11 +33,7 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
         "items": {"file": str(files / "movies.parquet"), "key": "movie_id"},
       },
     },
-    "fields": {
-      "film": {"column": "movie_id"},
-      "genres": {},
-      "rating": {"kind": "numeric"},
-    },
+    "fields": {"film": {"column": "movie_id"}, "genres": {}, "rating": {"kind": "numeric"}},
     "users": {"files": str(files / "users.parquet")},
     "split": {"mode": "leave_one_out"},
     "aggregates": {"enabled": False},
@@ -58,5 +54,5 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "d_expert": 128,
     "max_events": 64,
   }
-  train = {"steps": 200, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 3e-3, "checkpoint_every": 100}
+  train = {"steps": 3000, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 3e-3, "checkpoint_every": 500}
   return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})
