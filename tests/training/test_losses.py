@@ -8,26 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from supermoe_jax import config
 from supermoe_jax.data import batches
-from supermoe_jax.data.batches import Batch, Targets
+from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, statistics, weighting
-from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import build
 
-BINARY = config.FutureEvent(source="visits")
 METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
 KEY = jax.random.key(3)
-
-
-def targets(value: np.ndarray, known: np.ndarray) -> Targets:
-  return Targets(value, known, known.astype(np.float32), np.zeros((*known.shape, 0), np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -256,135 +248,6 @@ def test_the_jitted_loss_is_the_eager_one(
 
   for a, b in zip(jax.jit(value)(model, small), value(model, small), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 999), st.integers(1, 7), st.floats(0.05, 5.0))
-def test_micro_batches_add_up_to_the_whole_batch(seed: int, cut: int, rate: float) -> None:
-  rng = np.random.default_rng(seed)
-  logits, value, known = rng.normal(size=(8, 3)), rng.integers(0, 2, (8, 3)), rng.random((8, 3)) < 0.4
-  measured = {"t": TaskStatistics(rate, 0.7)}
-
-  def loss(rows: slice) -> float:
-    asked = targets(value[rows].astype(np.float32), known[rows])
-    each = losses.per_sample(BINARY, jnp.asarray(logits[rows], jnp.float32), losses.safe_value(asked))
-    return float(losses.combine({"t": losses.task_loss(asked, each)}, measured, jnp.ones(1), 8))
-
-  assert loss(slice(0, cut)) + loss(slice(cut, 8)) == pytest.approx(loss(slice(0, 8)), rel=1e-5)
-
-
-def test_normalising_by_the_rate_is_unbiased_and_by_the_batch_is_not() -> None:
-  """Over random batches the loss is the mean loss of a label, however rare labels are."""
-  rng = np.random.default_rng(0)
-  every = rng.exponential(size=20_000).astype(np.float32)
-  known = rng.random(20_000) < 0.02
-  measured = TaskStatistics(float(known.mean()), 1.0)
-  normalise = jax.jit(losses.normalised, static_argnums=(2, 3))
-  means: dict[str, list[float]] = {"rate": [], "batch": []}
-  for _ in range(400):
-    rows = rng.integers(0, 20_000, 64)
-    part = TaskLoss(jnp.float32(every[rows][known[rows]].sum()), jnp.float32(known[rows].sum()))
-    for norm, found in means.items():
-      found.append(float(normalise(part, measured, 64, norm)))
-  error = np.std(means["rate"]) / np.sqrt(400)
-  assert abs(np.mean(means["rate"]) - every[known].mean()) < 4 * error
-  # A batch without a label delivers nothing: 1 - .98^64 of the nominal weight is left.
-  expected = (1 - 0.98**64) * every[known].mean()
-  assert np.mean(means["batch"]) == pytest.approx(expected, rel=0.12)
-
-
-def test_a_sum_is_divided_by_the_constant_loss_only() -> None:
-  part = TaskLoss(jnp.float32(6.0), jnp.float32(4.0))
-  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "sum")) == 3.0
-  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "batch")) == 0.75
-  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "rate")) == 0.75
-
-
-def test_no_gradient_flows_through_the_weights() -> None:
-  part = TaskLoss(jnp.float32(2.0), jnp.float32(1.0))
-  measured = {"t": TaskStatistics(1.0, 1.0)}
-  gradient = jax.grad(lambda w: losses.combine({"t": part}, measured, w, 1))(jnp.ones(1))
-  assert float(gradient[0]) == 0.0
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 9999), st.integers(2, 40))
-def test_log_uniform_counts_are_a_distribution(seed: int, items: int) -> None:
-  counts = np.exp(losses.log_expected_count(jnp.arange(items), items, 7))
-  assert counts.sum() == pytest.approx(7, rel=1e-4)
-  drawn = np.asarray(losses.log_uniform(items, 4000, jax.random.key(seed)))
-  assert drawn.min() >= 0 and drawn.max() < items
-  share = np.bincount(drawn, minlength=items) / 4000
-  assert np.abs(share - counts / 7).max() < 0.04
-
-
-def test_the_sampled_softmax_with_log_q_correction_has_the_full_ones_gradient_in_the_limit() -> None:
-  rng = np.random.default_rng(0)
-  rows, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((30, 4), (30,)))
-  state, target = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), jnp.asarray(rng.integers(0, 30, 5))
-
-  def full(state: jax.Array) -> jax.Array:
-    logits = state @ rows.T + bias
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(5), target])
-
-  def sampled(state: jax.Array, draws: int) -> jax.Array:
-    return jnp.sum(losses.sampled_softmax(state, target, rows, bias, draws, jax.random.key(1)))
-
-  wanted = jax.grad(full)(state)
-  near, far = (jax.grad(sampled)(state, n) for n in (200_000, 20))
-  np.testing.assert_allclose(near, wanted, atol=0.03)
-  assert np.abs(far - wanted).max() > np.abs(near - wanted).max()
-
-
-def test_info_nce_equals_a_plain_loop() -> None:
-  rng = np.random.default_rng(2)
-  z = rng.normal(size=(4, 2, 3))
-  known = np.array([True, False, True, True])
-  flat = [(i, s) for i in range(4) if known[i] for s in range(2)]
-  unit = z / np.linalg.norm(z, axis=-1, keepdims=True)
-  total = 0.0
-  for i, s in flat:
-    scores = {o: unit[i, s] @ unit[o] / 0.2 for o in flat if o != (i, s)}
-    total += np.log(sum(np.exp(v) for v in scores.values())) - scores[i, 1 - s]
-  out = losses.info_nce(jnp.asarray(z, jnp.float32), jnp.asarray(known), 0.2)
-  assert float(out.total) == pytest.approx(total, rel=1e-4) and float(out.weight) == 6
-  gradient = jax.grad(lambda z: losses.info_nce(z, jnp.asarray(known), 0.2).total)(jnp.asarray(z, jnp.float32))
-  assert not np.asarray(gradient)[1].any() and np.isfinite(np.asarray(gradient)).all()
-
-
-class _Length:
-  """Features of which only the number of rows matters."""
-
-  codes = np.zeros((4, 3, 1))
-
-  def __init__(self, rows: int):
-    self.length = np.zeros(rows)
-
-
-def test_constant_losses_are_those_of_the_best_constant() -> None:
-  known = np.array([[1, 1], [1, 0], [1, 1], [0, 0]], bool)
-  kinds = {
-    "binary": (BINARY, np.float32([[1, 0], [0, 0], [1, 1], [0, 1]])),
-    "classes": (config.UserLabel(column="c", type="multiclass"), np.int32([[2, 0], [0, 0], [2, 1], [0, 1]])),
-    "number": (config.UserLabel(column="c", type="regression"), np.float32([[2, 0], [1, 0], [2, -1], [9, 9]])),
-  }
-  asked = {n: targets(value, known) for n, (_, value) in kinds.items()}
-  found = statistics.measure(
-    {n: t for n, (t, _) in kinds.items()}, {"binary": 1, "classes": 3, "number": 1}, [Batch(_Length(4), asked, {})], 1
-  )
-  share = 3 / 5
-  assert (found["binary"].rate, found["binary"].snapshot_weight) == (pytest.approx(5 / 4), 1.0)
-  assert found["binary"].constant_loss == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
-  shares = np.array([2, 1, 2]) / 5
-  assert found["classes"].constant_loss == pytest.approx(-np.sum(shares * np.log(shares)))
-  assert found["number"].constant_loss == pytest.approx(np.var([2, 0, 1, 2, -1]))
-
-
-def test_a_task_without_any_label_contributes_nothing_and_stays_finite() -> None:
-  none = targets(np.zeros((2, 1), np.float32), np.zeros((2, 1), bool))
-  measured = statistics.measure({"t": BINARY}, {"t": 1}, [Batch(_Length(2), {"t": none}, {})], 1)
-  total = losses.combine({"t": TaskLoss(jnp.float32(0), jnp.float32(0))}, measured, jnp.ones(1), 2)
-  assert float(total) == 0.0
 
 
 def test_the_snapshots_of_a_task_about_events_carry_half_of_its_weight(
