@@ -131,10 +131,9 @@ def _inspect(args: argparse.Namespace) -> None:
 def _prepare(args: argparse.Namespace) -> None:
   memory = [f"--config.data.memory={args.memory}"] if args.memory else []
   cfg = config.load(args.config, [*args.overrides, *memory])
-  from supermoe_jax.data import prepare
+  from supermoe_jax.data import prepare, summary
 
-  manifest = prepare.prepare(cfg, overwrite=args.overwrite)
-  print(prepare.render(manifest))
+  print(summary.render(prepare.prepare(cfg, overwrite=args.overwrite)))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -19,8 +19,8 @@ from flax import nnx
 
 from supermoe_jax import atomic, config, pages, report_map
 from supermoe_jax import report_sections as sections
-from supermoe_jax.data.dataset import Schema
 from supermoe_jax.data.events import DataError
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.report_figures import number, percent

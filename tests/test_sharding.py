@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.dataset import Schema
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.moe import MoE
 from supermoe_jax.training.step import abstract_model
 

@@ -1,6 +1,6 @@
-"""Point-in-time aggregates of a user's history: an optional input of every query token.
+"""Point-in-time aggregates of users' histories: an optional input of every query token.
 
-Shapes: N events of the user, S snapshots, A aggregates.
+Shapes: N events of a block of users, S snapshots of all of them, A aggregates.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
-from supermoe_jax.data.events import UserHistory
-from supermoe_jax.data.vocabulary import FIRST_VALUE
+from supermoe_jax.data.histories import UserBlock
+from supermoe_jax.data.labels import counts_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Aggregator:
       names += [f"{field} {v} {w}" for w in windows for v in values] + [f"distinct {field}"]
     return [*names, "recency", "tenure"]
 
-  def __call__(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Returns float32 `[S, A]` for the snapshots at `time [S]` that see `n_events [S]` (at least one) events."""
-    starts = [
-      np.searchsorted(history.time, time - int(d * MICROSECONDS_PER_DAY), side="left") for d in self.windows_days
-    ]
-    # The events of window w of snapshot s are [bounds[w, s], bounds[-1, s]).
-    bounds = np.stack([*(np.minimum(s, n_events) for s in starts), np.zeros_like(n_events), n_events])
+  def __call__(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Returns float32 `[S, A]` for the snapshots of the users `user [S]` of a block at `time [S]`, which see `n_events
+    [S]` (at least one) events."""
+    first = block.offsets[user]
+    starts = [block.before(user, time - int(d * MICROSECONDS_PER_DAY)) for d in self.windows_days]
+    # The events of window w of snapshot s are [bounds[w, s], bounds[-1, s]) of the block.
+    bounds = first + np.stack([*(np.minimum(s, n_events) for s in starts), np.zeros_like(n_events), n_events])
 
     def windowed(before: np.ndarray) -> np.ndarray:  # sums over the events before each bound → [S, windows, X]
       return np.swapaxes(before[-1] - before[:-1], 0, 1)
@@ -53,38 +53,46 @@ class Aggregator:
     def flat(x: np.ndarray) -> np.ndarray:
       return x.reshape(len(time), x.shape[1] * x.shape[2])
 
-    n = len(history.time)
+    n = len(block.time)
     per_source = np.zeros((n + 1, len(self.sources)), np.int64)
-    per_source[np.arange(1, n + 1), history.source] = 1
-    moments = np.append(0, np.cumsum(np.diff(history.time, prepend=history.time[0] - 1) > 0))
+    per_source[np.arange(1, n + 1), block.source] = 1
+    begins = np.diff(block.time, prepend=0) != 0  # a moment of its own
+    begins[block.offsets[:-1]] = True
     columns = [
       flat(np.log1p(windowed(np.cumsum(per_source, axis=0)[bounds]))),
-      flat(np.log1p(windowed(moments[bounds][..., None]))),
+      flat(np.log1p(windowed(_count(begins)[bounds][..., None]))),
     ]
-    numeric = history.numeric[:, list(self.numeric.values())]
+    numeric = block.numeric[:, list(self.numeric.values())]
     present = np.isfinite(numeric)
-    total = _running_sum(np.where(present, numeric, 0.0))
-    count = _running_sum(present)
-    columns.append(flat(windowed(total[bounds]) / np.maximum(windowed(count[bounds]), 1)))
+    total = _sums_before(block, np.where(present, numeric, 0.0), bounds, first)
+    count = np.concatenate([np.zeros((1, numeric.shape[1]), np.int64), np.cumsum(present, axis=0)])
+    columns.append(flat(windowed(total) / np.maximum(windowed(count[bounds]), 1)))
     for column, values in self.values.values():
-      codes = history.codes[:, column]
-      columns.append(flat(np.log1p(windowed(_counts_before(codes, len(values), bounds)))))
-      value, first = np.unique(codes, return_index=True)
-      columns.append(np.log1p(np.searchsorted(np.sort(first[value > 0]), n_events))[:, None])
+      codes = block.codes[:, column]
+      columns.append(flat(np.log1p(windowed(counts_before(codes, len(values), bounds)))))
+      new = np.zeros(n, bool)  # the user's first event with this value
+      new[np.unique(block.owner * (int(codes.max(initial=0)) + 1) + codes, return_index=True)[1]] = True
+      distinct = _count(new & (codes > 0))
+      columns.append(np.log1p(distinct[bounds[-1]] - distinct[first])[:, None])
     hour = MICROSECONDS_PER_DAY / 24
-    columns.append(np.log1p((time - history.time[n_events - 1]) / hour)[:, None])
-    columns.append(np.log1p((time - history.time[0]) / hour)[:, None])
+    columns.append(np.log1p((time - block.time[bounds[-1] - 1]) / hour)[:, None])
+    columns.append(np.log1p((time - block.time[first]) / hour)[:, None])
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
-def _counts_before(codes: np.ndarray, top: int, bounds: np.ndarray) -> np.ndarray:
-  """How often the codes 2 … top + 1 occur among the events before each bound: int64 `[…, top]` of bounds `[…]`."""
-  distinct, place = np.unique(bounds, return_inverse=True)
-  chosen = np.flatnonzero((codes >= FIRST_VALUE) & (codes < top + FIRST_VALUE))
-  first = np.searchsorted(distinct, chosen, side="right")  # the first bound that each event lies before
-  cells = np.bincount(first * top + codes[chosen] - FIRST_VALUE, minlength=(len(distinct) + 1) * top)
-  return np.cumsum(cells.reshape(len(distinct) + 1, top)[:-1], axis=0)[place.reshape(bounds.shape)]
+def _count(which: np.ndarray) -> np.ndarray:
+  """How many are true before each place: `[N]` → int64 `[N + 1]`."""
+  return np.append(0, np.cumsum(which))
 
 
-def _running_sum(x: np.ndarray) -> np.ndarray:
-  return np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, axis=0, dtype=np.float64)])
+def _sums_before(block: UserBlock, x: np.ndarray, bounds: np.ndarray, first: np.ndarray) -> np.ndarray:
+  """The sums of a user's rows of `x [N, X]` before each bound: float64 `[…, S, X]`.
+
+  Each user's sums start afresh: a number is not rounded for the sake of a huge one of another user.
+  """
+  sums = np.zeros((len(x) + 1, x.shape[1]))
+  if x.shape[1]:
+    x = x.astype(np.float64)
+    for start, stop in zip(block.offsets[:-1].tolist(), block.offsets[1:].tolist()):
+      np.cumsum(x[start:stop], axis=0, out=sums[start + 1 : stop + 1])
+  return np.where((bounds > first)[..., None], sums[bounds], 0.0)

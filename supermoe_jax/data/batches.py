@@ -21,7 +21,7 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import packing, windows
 from supermoe_jax.data import targets as targets_lib
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.stream import MOST_ROWS, Stream
 from supermoe_jax.data.targets import Array, Supervision, Targets

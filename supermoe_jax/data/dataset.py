@@ -7,7 +7,6 @@ and `manifest.json`, which is written last: a directory without it is not a data
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import functools
 import pathlib
 import threading
@@ -15,19 +14,17 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from supermoe_jax import config
-from supermoe_jax.data import files, integrity
-from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.events import DataError, UserHistory
-from supermoe_jax.data.labels import TRAIN, Comparison, EventAnswer
-from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Numeric, Vocabulary
+from supermoe_jax.data import files, integrity, records, shards
+from supermoe_jax.data.events import DataError
+from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.labels import TRAIN
+from supermoe_jax.data.schema import Schema, make_aggregator, make_schema
+from supermoe_jax.data.vocabulary import Encoders
 
-FORMAT_VERSION = 3
-TFDS_NAME, TFDS_VERSION, TFDS_SPLIT = "event_log", "1.0.0", "users"
-
-SHOWN_VALUES = 20  # of a vocabulary, in a message about a value that it does not hold
+FORMAT_VERSION = 4
 
 # Decoded records, and the aggregates of their snapshots, are kept up to this many bytes of arrays: the two made most of
 # what a training row costs, and a small dataset shows its records many times. Beyond it they are made again.
@@ -39,35 +36,6 @@ MANY_SNAPSHOTS = 16
 # Threads that read all records, and how many each reads at a time.
 READERS = 4
 READ_AT_ONCE = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Schema:
-  """What a model must know of a dataset to be built.
-
-  Attributes:
-    sources: names of the event sources; an event's type.
-    categorical: codes of each categorical field, 0 absent and 1 out of vocabulary included.
-    numeric: names of the numeric fields.
-    aggregates: A, the length of a snapshot's aggregates; 0 without.
-    outputs: of each task with labels, the number of its outputs.
-    inputs: the categorical fields that the model may see.
-    numeric_inputs: the columns, among the numeric fields, of those that the model may see.
-    further: the field of each further column of the codes, which follow those of `categorical`.
-  """
-
-  sources: tuple[str, ...]
-  categorical: Mapping[str, int]
-  numeric: tuple[str, ...]
-  aggregates: int
-  outputs: Mapping[str, int]
-  inputs: tuple[str, ...]
-  numeric_inputs: tuple[int, ...]
-  further: tuple[str, ...] = ()
-
-  def field(self, name: str) -> int:
-    """The column of a categorical field in the codes."""
-    return list(self.categorical).index(name)
 
 
 class Dataset:
@@ -87,8 +55,8 @@ class Dataset:
     statistics = self.manifest["aggregates"]
     self.aggregate_mean = np.array(statistics["mean"], np.float32)
     self.aggregate_scale = np.array(statistics["scale"], np.float32)
-    builder = tfds.builder_from_directory(str(self.path / TFDS_NAME / TFDS_VERSION))
-    self._source = builder.as_data_source(split=TFDS_SPLIT)
+    self._parts = records.parts(self.schema, self.config.labelled_tasks)
+    self._source = ArrayRecordDataSource([str(self.path / shards.DIRECTORY / name) for name in self.manifest["shards"]])
     self._kept = _Kept(KEPT_BYTES)
     if len(self._source) != self.manifest["users"]:
       raise DataError(
@@ -143,19 +111,15 @@ class Dataset:
     kept = self._kept.get(("record", int(index)))
     if kept is None:
       kept = self._read(int(index))
-      kept["user"] = kept["user"].decode()
-      arrays = [v for v in kept.values() if isinstance(v, np.ndarray)]
-      for array in arrays:
-        array.setflags(write=False)
-      self._kept.offer(("record", int(index)), kept, sum(a.nbytes for a in arrays))
+      self._kept.offer(("record", int(index)), kept, sum(a.nbytes for a in kept.values() if isinstance(a, np.ndarray)))
     return dict(kept)
 
   def _read(self, index: int) -> dict[str, Any]:
     try:
-      found: dict[str, Any] = self._source[index]
-    except RuntimeError as error:  # ArrayRecord's: a checksum that does not fit
+      (content,) = self._source.__getitems__([index])
+      return records.decode(content, self._parts)
+    except (RuntimeError, ValueError) as error:  # ArrayRecord's, of a checksum that does not fit; no record of ours
       raise DataError(f"record {index} of {self.path} is damaged ({error}); prepare the dataset again.") from error
-    return found
 
   @functools.cached_property
   def training_sizes(self) -> np.ndarray:
@@ -203,7 +167,8 @@ class Dataset:
     """Standardised aggregates `[S, A]` at snapshots; A is 0 when the config has none."""
     if self.aggregator is None:
       return np.zeros((len(time), 0), np.float32)
-    return (self.aggregator(history, time, n_events) - self.aggregate_mean) / self.aggregate_scale
+    raw = self.aggregator(history.block, np.zeros(len(time), np.int64), time, n_events)
+    return (raw - self.aggregate_mean) / self.aggregate_scale
 
 
 class _Kept:
@@ -235,103 +200,3 @@ def input_files(cfg: config.Config) -> dict[str, list[int]]:
   patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
   patterns += cfg.data.users.files if cfg.data.users else ()
   return files.stamps(patterns)
-
-
-def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:
-  """The schema of data encoded by `encoders`."""
-  aggregator, fields = make_aggregator(cfg.data, encoders), cfg.data.fields
-  return Schema(
-    tuple(cfg.data.sources),
-    {n: e.n_codes for n, e in encoders.categorical.items()},
-    tuple(encoders.numeric),
-    len(aggregator.names) if aggregator else 0,
-    {n: _n_outputs(n, t, encoders) for n, t in cfg.labelled_tasks.items()},
-    tuple(n for n in encoders.categorical if fields[n].input),
-    tuple(i for i, n in enumerate(encoders.numeric) if fields[n].input),
-    cfg.data.further_values,
-  )
-
-
-def _n_outputs(name: str, task: config.LabelledTask, encoders: Encoders) -> int:
-  if isinstance(task, config.NextEvent):
-    return encoders.categorical[task.field].n_codes - FIRST_VALUE
-  if isinstance(task, config.UserLabel) and task.type == "multiclass":
-    return len(_classes(name, encoders).values)
-  return task.top if isinstance(task, config.FutureValues) else 1
-
-
-def _classes(name: str, encoders: Encoders) -> Classes:
-  encoder = encoders.labels[name]
-  assert isinstance(encoder, Classes)  # that is how `user_table` encodes a multiclass label
-  return encoder
-
-
-def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
-  """The aggregates of a config, of fields that are inputs only; None when they are switched off."""
-  if not data.aggregates.enabled:
-    return None
-  columns = list(encoders.categorical)
-  counted = {}
-  for name in data.aggregates.fields:
-    encoder = encoders.categorical[name]
-    assert isinstance(encoder, Vocabulary)  # config.resolve checked
-    counted[name] = (columns.index(name), tuple(encoder.values[: data.aggregates.top_values]))
-  numeric = {n: i for i, n in enumerate(encoders.numeric) if data.fields[n].input}
-  return Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, counted)
-
-
-def make_event_answer(name: str, task: config.EventLabel, data: config.Data, encoders: Encoders) -> EventAnswer:
-  """What an event label says of single events.
-
-  Raises:
-    DataError: a positive value is not in the field's vocabulary: it is most likely misspelt.
-  """
-  if not task.positive:
-    statistics = encoders.numeric[task.field]
-    least = None if task.at_least is None else statistics.encode(task.at_least, data.fields[task.field].encoding)
-    return EventAnswer(list(encoders.numeric).index(task.field), at_least=least)
-  encoder = encoders.categorical[task.field]
-  assert isinstance(encoder, Vocabulary)  # config.resolve checked
-  positive = np.zeros(encoder.n_codes, bool)
-  for value in task.positive:
-    code = encoder.code(value)
-    if code < FIRST_VALUE:
-      hint = config.nearest(value, encoder.values).partition("; valid")[0]
-      shown = ", ".join(repr(v) for v in encoder.values[:SHOWN_VALUES])
-      more = ", …" if len(encoder.values) > SHOWN_VALUES else ""
-      raise DataError(
-        f"config.tasks.{name}.positive: {value!r} never occurs in the vocabulary of field {task.field!r}, which is of "
-        f"the training period{hint} (it holds {shown}{more})."
-      )
-    positive[code] = True
-  return EventAnswer(list(encoders.categorical).index(task.field), positive)
-
-
-def make_comparison(cfg: config.Config, name: str, encoders: Encoders) -> Comparison | None:
-  """The sample space of a task; numbers in it are as the data have them, so they are encoded as the labels are.
-
-  Raises:
-    ConfigError: it compares classes that are no numbers.
-  """
-  space = config.parse_sample_space(cfg.labelled_tasks[name].sample_space)
-  if space is None:
-    return None
-  other = cfg.labelled_tasks[space.task]
-  if config.answer(other) == "multiclass":
-    values = _classes(space.task, encoders).values
-    try:
-      return Comparison(*space, np.array([float(v) for v in values], np.float32))
-    except ValueError:
-      raise config.ConfigError(
-        f"config.tasks.{name}.sample_space={cfg.labelled_tasks[name].sample_space!r}: the classes of {space.task} are "
-        f"not all numbers ({', '.join(map(repr, values[:SHOWN_VALUES]))}); compare a binary task."
-      ) from None
-  if config.answer(other) == "regression":
-    if isinstance(other, config.EventLabel):
-      number = encoders.numeric[other.field].encode(space.value, cfg.data.fields[other.field].encoding)
-    else:
-      statistics = encoders.labels[space.task]
-      assert isinstance(statistics, Numeric)  # that is how `user_table` encodes a number
-      number = statistics.encode(space.value)
-    return Comparison(space.task, space.operator, float(number))
-  return Comparison(*space)

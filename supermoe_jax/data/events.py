@@ -1,4 +1,4 @@
-"""Event logs: read, checked and ordered in DuckDB, then handed out one user at a time.
+"""Event logs: read, checked and ordered in DuckDB, then handed out one shard of users at a time.
 
 Every event has its place in the log, `ord`: files in the order listed, rows in the order of their file. Events of a
 user at equal times stay in that order. Ties are never broken by a value, which would leak it into the sequence.
@@ -6,54 +6,30 @@ user at equal times stay in that order. Ties are never broken by a value, which 
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from supermoe_jax import config
 from supermoe_jax.data import parsing, readers
 from supermoe_jax.data.readers import DataError
+from supermoe_jax.data.replace import replacing_file
 from supermoe_jax.data.sources import SourceReader, field_columns
-from supermoe_jax.data.splits import training_user_sql
+from supermoe_jax.data.splits import training_user_sql, user_hash_sql
 
 if TYPE_CHECKING:
-  from supermoe_jax.data.numeric import NumberEncoder
   from supermoe_jax.data.vocabulary import Encoders
 
-__all__ = ["DataError", "EventLog", "UserHistory"]
+__all__ = ["DataError", "EventLog"]
 
 BATCH_ROWS = 1 << 17  # events handed from DuckDB to NumPy at a time
 
-
-@dataclasses.dataclass(frozen=True)
-class UserHistory:
-  """The events of one user, in stable time order.
-
-  Shapes: N events, F columns of codes: one of each categorical field (kinds vocabulary and hash) in config order, then
-  one of each further value of fields of many, as `config.Data.further_values` lists them; G numeric fields in config
-  order.
-
-  Attributes:
-    user: the user's id as text.
-    time: int64 `[N]`, microseconds since 1970 UTC, ascending.
-    source: int32 `[N]`, the index of the event's source in config order.
-    codes: int32 `[N, F]`: 0 absent, 1 out of vocabulary, 2 and up the values.
-    numeric: float32 `[N, G]`, standardised or as quantiles; NaN where absent.
-    n_train: how many events, the first ones, lie in the training period; where users are divided, 0 of a user outside
-      training.
-  """
-
-  user: str
-  time: np.ndarray
-  source: np.ndarray
-  codes: np.ndarray
-  numeric: np.ndarray
-  n_train: int
+TIE = 'hash("user", time)'
 
 
 class EventLog:
@@ -62,7 +38,7 @@ class EventLog:
   Its relation `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER,
   `ord` BIGINT, `training` BOOLEAN, and for each field the column that `columns` names: VARCHAR for categorical fields,
   VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
-  where absent.
+  where absent. Its table `users` has a row a user: `user`, and `uid`, from 0 in the order of the hashes of their ids.
 
   Attributes:
     data: the config that it was read from.
@@ -71,10 +47,13 @@ class EventLog:
     end: the last event's time.
     user_type: the DuckDB type of the user column in the first source's first file.
     columns: the column of each field in `events`.
+    resumed: whether it was read before.
   """
 
   def __init__(self, data: config.Data, scratch: pathlib.Path):
     """Reads the sources into a database in `scratch`, an existing directory; sorts beyond the memory spill there too.
+
+    A database of the same data that stands there already is taken, if it was read to its end.
 
     Raises:
       DataError: a file or a value cannot be used; `data.on_bad_rows` says whether such rows may be dropped instead.
@@ -84,10 +63,18 @@ class EventLog:
     self.start = self.end = 0
     self.user_type = ""
     self.counts: dict[str, Any] = {}
-    self._database = scratch / "events.duckdb"
+    self.resumed = False
+    self._database, self._facts_file = scratch / "events.duckdb", scratch / "events.json"
+    if not self._facts_file.is_file():
+      for file in scratch.glob(self._database.name + "*"):
+        file.unlink()
     self._con = readers.connect(self._database, memory=data.memory, spill=scratch / "spill")
     try:
-      self._read()
+      if self._facts_file.is_file():
+        self._recall()
+      else:
+        self._read()
+        self._remember()
     except BaseException:
       self.close()
       raise
@@ -99,10 +86,20 @@ class EventLog:
     self.close()
 
   def close(self) -> None:
-    """Closes the database and removes it."""
+    """Closes the database; its files stay in the scratch directory."""
     self._con.close()
-    for file in self._database.parent.glob(self._database.name + "*"):
-      file.unlink()
+
+  def _remember(self) -> None:
+    """Puts the database on disk, and beside it what is known of it."""
+    self._con.execute("CHECKPOINT")
+    facts = {"counts": self.counts, "start": self.start, "end": self.end, "user_type": self.user_type}
+    with replacing_file(self._facts_file) as part:
+      part.write_text(json.dumps(facts))
+
+  def _recall(self) -> None:
+    facts = json.loads(self._facts_file.read_text())
+    self.counts, self.start, self.end = facts["counts"], facts["start"], facts["end"]
+    self.user_type, self.resumed = facts["user_type"], True
 
   def query(self, sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
     """Returns the rows of a query over `events` and over the tables given, each under its keyword."""
@@ -125,6 +122,16 @@ class EventLog:
     """Returns the result of a query over `events` as an Arrow table."""
     return self._con.sql(sql).to_arrow_table()
 
+  def users(self) -> pa.RecordBatchReader:
+    """Every user: `user`, and `record`, the user's number in the order of the hashes, in that order."""
+    return self._con.sql('SELECT "user", uid AS record FROM users ORDER BY uid').to_arrow_reader(BATCH_ROWS)
+
+  def count_users(self, named: Iterable[str]) -> int:
+    """How many of the users named have an event."""
+    table = pa.table({"user": pa.array(named, pa.string())})
+    ((count,),) = self.query('SELECT count(*) FROM users SEMI JOIN named USING ("user")', named=table)
+    return count
+
   # ------------------------------------------------------------------------------------------------------------ reading
 
   def _read(self) -> None:
@@ -141,9 +148,11 @@ class EventLog:
     if read == sum(dropped.values()):
       listed = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
       raise DataError(f"No event is left of {read} rows ({listed}); correct config.data.sources.")
+    self._find_ties()
     duplicates = self._find_duplicates()
     if duplicates and self.data.duplicates == "drop":
       dropped["duplicate"] = duplicates
+    self._number_users()
     self._mark_training()
     self.counts = {
       "rows_read": read,
@@ -157,26 +166,35 @@ class EventLog:
     for index, source in enumerate(reader.counts.values()):
       source["rows_kept"] = kept.get(index, 0)
 
+  def _find_ties(self) -> None:
+    """Creates `tied`, the hashes of user and time that several rows have: only such rows can be tied, or duplicates.
+
+    Comparing columns is slow; it is kept to these rows.
+    """
+    self._con.execute(f"CREATE TEMP TABLE tied AS SELECT {TIE} AS tie FROM rows GROUP BY tie HAVING count(*) > 1")
+
   def _find_duplicates(self) -> int:
     """Counts rows that repeat an earlier one in user, time, source and every field; removes them if so configured."""
     equal = ['"user"', "time", "source", *self.columns.values()]
-    columns, hashed = ", ".join(equal), f"hash({', '.join(equal)})"
-    # Comparing every column of every row is slow; it is kept to the rows whose hashes are equal.
-    self._con.execute(
-      f"CREATE TEMP TABLE alike AS SELECT {hashed} AS hashed FROM rows GROUP BY ALL HAVING count(*) > 1"
-    )
+    columns = ", ".join(equal)
     self._con.execute(
       f"CREATE TEMP TABLE duplicates AS SELECT {columns}, min(ord) AS first, count(*) - 1 AS repeats "
-      f"FROM (SELECT *, {hashed} AS hashed FROM rows) SEMI JOIN alike USING (hashed) GROUP BY {columns} "
-      "HAVING repeats > 0"
+      f"FROM (SELECT *, {TIE} AS tie FROM rows) SEMI JOIN tied USING (tie) GROUP BY {columns} HAVING repeats > 0"
     )
     ((repeats,),) = self.query("SELECT coalesce(sum(repeats), 0)::BIGINT FROM duplicates")
     if repeats and self.data.duplicates == "drop":
       same = " AND ".join(f"rows.{c} IS NOT DISTINCT FROM d.{c}" for c in equal)
       self._con.execute(f"DELETE FROM rows USING duplicates d WHERE {same} AND rows.ord > d.first")
     self._con.execute("DROP TABLE duplicates")
-    self._con.execute("DROP TABLE alike")
     return repeats
+
+  def _number_users(self) -> None:
+    """Creates `users`, in the order in which records stand: by a hash, so that any stretch of users is a sample."""
+    hashed = user_hash_sql('"user"')
+    self._con.execute(
+      f'CREATE TABLE users AS SELECT "user", row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
+      'FROM (SELECT DISTINCT "user" FROM rows) ORDER BY uid'
+    )
 
   def _mark_training(self) -> None:
     """Creates `events`: the rows, and whether each lies in the training period, or is of a training user."""
@@ -205,7 +223,7 @@ class EventLog:
       carriers = [names.index(s) for s in self.data.fields[name].sources] or range(len(names))
       nulls.append(f"count_if({column} IS NULL AND source IN ({', '.join(map(str, carriers))}))")
     (row,) = self.query(
-      'SELECT count(*), count(DISTINCT "user"), count_if(training), min(time), max(time), '
+      "SELECT count(*), (SELECT count(*) FROM users), count_if(training), min(time), max(time), "
       + ", ".join(nulls)
       + " FROM events"
     )
@@ -221,8 +239,10 @@ class EventLog:
         f"{parsing.date(self.start)} to {parsing.date(self.end)}. Set a train_end within it."
       )
     ((tied,),) = self.query(
-      'SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM events GROUP BY "user", time) WHERE n > 1'
+      f"SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM (SELECT *, {TIE} AS tie FROM rows) "
+      'SEMI JOIN tied USING (tie) GROUP BY "user", time) WHERE n > 1'
     )
+    self._con.execute("DROP TABLE tied")
     return {
       "events": events,
       "users": users,
@@ -233,71 +253,58 @@ class EventLog:
       "last": parsing.date(self.end),
     }
 
-  # ---------------------------------------------------------------------------------------------------------- histories
+  # ------------------------------------------------------------------------------------------------------------- shards
 
-  def histories(self, encoders: Encoders) -> Iterator[UserHistory]:
-    """Yields each user's encoded events, users in the order of their ids as text; holds one batch at a time."""
-    # A connection of its own: queries elsewhere must not end this stream.
-    con = self._con.cursor()
-    con.execute("SET TimeZone = 'UTC'")
-    joins, codes = [], []
-    place: dict[str, int] = {}
-    for i, name in enumerate([*encoders.categorical, *self.data.further_values]):
-      encoder, column, table = encoders.categorical[name], f"e.{self.columns[name]}", f"codes_{i}"
-      if self.data.fields[name].many:
-        place[name] = place.get(name, 0) + 1
-        column = f"{column}[{place[name]}]"
-      if (known := encoder.table()) is not None:
-        con.register(table, known)
-        joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")
-      codes.append(f"({encoder.code_sql(column, table)})::INTEGER AS code_{i}")
-    numbers = [f"e.{self.columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
-    columns = ", ".join(['e."user"', "e.time", "e.source", "e.training", *codes, *numbers])
-    stream = con.sql(
-      f'SELECT {columns} FROM events e {" ".join(joins)} ORDER BY e."user", e.time, e.ord'
-    ).to_arrow_reader(BATCH_ROWS)
-    try:
-      yield from _cut_per_user(stream, len(codes), list(encoders.numeric.values()))
-    finally:
-      con.close()
+  def shards(
+    self, encoders: Encoders, n_shards: int, done: Collection[int] = ()
+  ) -> Iterator[tuple[int, list[str], pa.Table]]:
+    """Yields the encoded events of the users of each of `n_shards` shards that is not `done`; holds one at a time.
+
+    Users are ordered by a hash of their ids, and each shard has the next n-th of them.
+
+    Returns: of each shard with users its index, the users' ids, and their events sorted by user, time and place in the
+      log, as `histories.read_block` reads them: `uid`, the user's number in that order, `time`, `source`, `training`,
+      the codes, the numbers.
+    """
+    # Connections of their own: queries elsewhere must not end this stream.
+    with contextlib.closing(self._con.cursor()) as con, contextlib.closing(self._con.cursor()) as ids:
+      joins, codes = [], []
+      place: dict[str, int] = {}
+      for i, name in enumerate([*encoders.categorical, *self.data.further_values]):
+        encoder, column, table = encoders.categorical[name], f"e.{self.columns[name]}", f"codes_{i}"
+        if self.data.fields[name].many:
+          place[name] = place.get(name, 0) + 1
+          column = f"{column}[{place[name]}]"
+        if (known := encoder.table()) is not None:
+          con.register(table, known)
+          joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")
+        codes.append(f"({encoder.code_sql(column, table)})::INTEGER AS code_{i}")
+      numbers = [f"e.{self.columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
+      columns = ", ".join(["u.uid", "e.time", "e.source", "e.training", *codes, *numbers])
+      users = self.counts["users"]
+      wanted = f"WHERE u.uid * {n_shards} // {users} NOT IN ({', '.join(map(str, done))})" if done else ""
+      stream = con.sql(
+        f'SELECT {columns} FROM events e JOIN users u USING ("user") {" ".join(joins)} {wanted} '
+        "ORDER BY u.uid, e.time, e.ord"
+      ).to_arrow_reader(BATCH_ROWS)
+      for shard, rows in _cut(stream, n_shards, users):
+        first, last = (-(-n * users // n_shards) for n in (shard, shard + 1))
+        of_shard = ids.sql(f'SELECT "user" FROM users WHERE uid >= {first} AND uid < {last} ORDER BY uid')
+        yield shard, of_shard.to_arrow_table()["user"].to_pylist(), rows
 
 
-def _cut_per_user(
-  stream: Iterator[pa.RecordBatch], n_codes: int, numbers: Sequence[NumberEncoder]
-) -> Iterator[UserHistory]:
-  """Cuts batches of sorted events into users; a user may span batches."""
-  user = ""
-  parts: list[list[np.ndarray]] = []  # of the current user, the columns of `_arrays` from each batch
+def _cut(stream: Iterator[pa.RecordBatch], n_shards: int, users: int) -> Iterator[tuple[int, pa.Table]]:
+  """Cuts batches of events sorted by user into shards; a shard may span batches."""
+  current = 0
+  parts: list[pa.RecordBatch] = []
   for batch in stream:
-    if not batch.num_rows:
-      continue
-    users = batch.column(0)
-    changes = np.flatnonzero(pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)) + 1
-    starts = np.concatenate([[0], changes, [batch.num_rows]])
-    arrays = _arrays(batch, n_codes, numbers)
-    names = users.take(pa.array(starts[:-1])).to_pylist()
-    for name, start, stop in zip(names, starts[:-1], starts[1:], strict=True):
-      if name != user and parts:
-        yield _history(user, parts)
+    shard = batch.column(0).to_numpy() * n_shards // users
+    starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+    for start, stop in zip(starts, [*starts[1:], batch.num_rows], strict=True):
+      if parts and shard[start] != current:
+        yield current, pa.Table.from_batches(parts)
         parts = []
-      user = name
-      parts.append([a[start:stop] for a in arrays])
+      current = int(shard[start])
+      parts.append(batch.slice(start, stop - start))
   if parts:
-    yield _history(user, parts)
-
-
-def _arrays(batch: pa.RecordBatch, n_codes: int, numbers: Sequence[NumberEncoder]) -> list[np.ndarray]:
-  """The columns time, source, training, codes `[N, F]` and numeric `[N, G]`, encoded, of a batch of N events."""
-  columns = [c.to_numpy(zero_copy_only=False) for c in batch.columns[1:]]
-  time, source, training, *rest = columns
-  n = batch.num_rows
-  codes = np.stack(rest[:n_codes], axis=1) if n_codes else np.zeros((n, 0))
-  encoded = [e.encode_all(values.astype(np.float64)) for e, values in zip(numbers, rest[n_codes:], strict=True)]
-  numeric = np.stack(encoded, axis=1) if encoded else np.zeros((n, 0))
-  return [time.astype(np.int64), source.astype(np.int32), training, codes.astype(np.int32), numeric.astype(np.float32)]
-
-
-def _history(user: str, parts: list[list[np.ndarray]]) -> UserHistory:
-  # concatenate copies, so that a history that is kept does not keep its whole batch
-  time, source, training, codes, numeric = (np.concatenate(p) for p in zip(*parts, strict=True))
-  return UserHistory(user, time, source, codes, numeric, int(training.sum()))
+    yield current, pa.Table.from_batches(parts)

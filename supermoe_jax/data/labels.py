@@ -1,10 +1,11 @@
 """Snapshots of a user, and what is known and asked at each: labels and supervision indicators.
 
-Everything here is a pure function of one user's history, and strictly point in time: a snapshot sees the events before
-it and no other; its labels look at [τ, τ + horizon), or at the next event, only; a label that is not wholly observed
-within the period of the snapshot's split is masked by its indicator, not guessed.
+Everything here is a pure function of each user's history, worked out for a block of users at once, and strictly point
+in time: a snapshot sees the events before it and no other; its labels look at [τ, τ + horizon), or at the next event,
+only; a label that is not wholly observed within the period of the snapshot's split is masked by its indicator, not
+guessed.
 
-Shapes: N events of the user, S snapshots, F categorical and G numeric fields.
+Shapes: U users, N events of all of them, S snapshots of all of them, F categorical and G numeric fields.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserBlock, UserHistory
 from supermoe_jax.data.splits import SPLITS, TEST, TRAIN, VALIDATION, user_split
-from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN
+from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN
 
 __all__ = [
   "SPLITS",
@@ -32,7 +33,7 @@ __all__ = [
   "Snapshots",
   "at_events",
   "calendar",
-  "cumulative_counts",
+  "counts_before",
   "following_events",
   "future_event",
   "future_values",
@@ -48,14 +49,16 @@ __all__ = [
 
 
 class Snapshots(NamedTuple):
-  """The moments at which a user is looked at.
+  """The moments at which users are looked at, the users of a block in order.
 
   Attributes:
+    user: int64 `[S]`, the index of the user in the block, ascending.
     time: int64 `[S]`, τ in microseconds since 1970 UTC.
     n_events: int32 `[S]`, how many of the user's events are visible.
     split: int32 `[S]`, TRAIN, VALIDATION or TEST.
   """
 
+  user: np.ndarray
   time: np.ndarray
   n_events: np.ndarray
   split: np.ndarray
@@ -145,27 +148,28 @@ def iso(microseconds: int) -> str:
   return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
 
 
-def temporal_snapshots(history: UserHistory, times: Calendar, min_events: int) -> tuple[Snapshots, int]:
-  """Returns the user's snapshots, and how many were left out for fewer than `min_events` events before them."""
-  n_events = np.searchsorted(history.time, times.snapshots, side="left").astype(np.int32)
-  enough = n_events >= min_events
-  return Snapshots(times.snapshots[enough], n_events[enough], times.split[enough]), int(np.sum(~enough))
+def temporal_snapshots(block: UserBlock, times: Calendar) -> Snapshots:
+  """The calendar's snapshots of every user, also those that see no event."""
+  users, n = len(block.users), len(times.snapshots)
+  user, time = np.repeat(np.arange(users), n), np.tile(times.snapshots, users)
+  return Snapshots(user, time, block.before(user, time).astype(np.int32), np.tile(times.split, users))
 
 
-def leave_one_out_snapshots(history: UserHistory, min_events: int) -> tuple[Snapshots, int]:
+def leave_one_out_snapshots(block: UserBlock, min_events: int) -> tuple[Snapshots, int]:
   """Returns a snapshot before each event (the last is for test, the last but one for validation), and how many are left
-  out.
+  out for fewer than `min_events` events before them.
 
   A snapshot's τ is the time of the last event it sees, so that not even the time of the next event is known. Users with
   fewer than three events have training snapshots only.
   """
-  n = len(history.time)
-  n_events = np.arange(min_events, n, dtype=np.int32)
-  split = np.full(len(n_events), TRAIN, np.int32)
-  if n >= 3:
-    split[n_events == n - 2] = VALIDATION
-    split[n_events == n - 1] = TEST
-  return Snapshots(history.time[n_events - 1], n_events, split), min(n, min_events) - 1
+  lengths = block.lengths
+  n_events = np.arange(len(block.time)) - block.offsets[block.owner]
+  event = np.flatnonzero(n_events >= min_events)
+  user, n_events = block.owner[event], n_events[event]
+  left, enough = lengths[user] - n_events, lengths[user] >= 3
+  split = np.where(enough & (left == 1), TEST, np.where(enough & (left == 2), VALIDATION, TRAIN))
+  too_early = int(np.sum(np.minimum(lengths, min_events) - 1))
+  return Snapshots(user, block.time[event - 1], n_events.astype(np.int32), split.astype(np.int32)), too_early
 
 
 def next_carrier(carried: np.ndarray) -> np.ndarray:
@@ -178,63 +182,81 @@ def next_carrier(carried: np.ndarray) -> np.ndarray:
   return np.append(np.minimum.accumulate(index[::-1])[::-1], n)
 
 
-def next_event(history: UserHistory, snapshots: Snapshots, field: int, times: Calendar | None) -> Labels:
-  """The code of the next event that carries the field; without a calendar (leave one out) of the very next event, or
-  none.
+def _limit(block: UserBlock, snapshots: Snapshots, times: Calendar | None) -> np.ndarray:
+  """The place in the block up to which the answers of each snapshot may lie: int64 `[S]`.
 
-  The answer must itself lie in the period of the snapshot's split: of training in the training period, of validation
+  An answer must itself lie in the period of the snapshot's split: of training in the training period, of validation
   before the first test snapshot.
   """
-  codes = history.codes[:, field]
-  n = len(codes)
+  user = snapshots.user
   if times is None:
-    at = snapshots.n_events.astype(np.int64)
-    limit = np.where(snapshots.split == TRAIN, history.n_train, n)
+    within = np.where(snapshots.split == TRAIN, block.n_train[user], block.lengths[user])
   else:
-    at = next_carrier(codes > ABSENT)[snapshots.n_events]
-    limit = np.searchsorted(history.time, times.observed_until, side="left")[snapshots.split]
-  known = at < limit
-  value = np.where(known, codes[np.minimum(at, n - 1)], 0)
+    within = block.before(user, np.array(times.observed_until)[snapshots.split])
+  return block.offsets[user] + within
+
+
+def _start(block: UserBlock, snapshots: Snapshots) -> np.ndarray:
+  """The place in the block of the first event that each snapshot does not see: int64 `[S]`."""
+  return block.offsets[snapshots.user] + snapshots.n_events
+
+
+def next_event(block: UserBlock, snapshots: Snapshots, field: int, times: Calendar | None) -> Labels:
+  """The code of the next event that carries the field; without a calendar (leave one out) of the very next event, or
+  none. It must lie in the period of the snapshot's split."""
+  codes = block.codes[:, field]
+  at = _start(block, snapshots)
+  if times is not None:
+    at = next_carrier(codes > ABSENT)[at]
+  known = at < _limit(block, snapshots, times)
+  value = np.where(known, codes[np.minimum(at, len(codes) - 1)], 0)
   return Labels(value.astype(np.int32), known & (value > 0))
 
 
-def _window(history: UserHistory, snapshots: Snapshots, times: Calendar, days: float) -> tuple[np.ndarray, np.ndarray]:
+def _window(
+  block: UserBlock, snapshots: Snapshots, times: Calendar, days: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The places in the block where [τ, τ + days) starts and stops, and whether it is wholly observed: each `[S]`."""
   end = snapshots.time + int(days * MICROSECONDS_PER_DAY)
   known = end <= np.array(times.observed_until)[snapshots.split]
-  return np.searchsorted(history.time, end, side="left"), known
+  stop = block.offsets[snapshots.user] + block.before(snapshots.user, end)
+  return _start(block, snapshots), stop, known
 
 
 def future_event(
-  history: UserHistory, snapshots: Snapshots, times: Calendar, source: int, days: float, negate: bool
+  block: UserBlock, snapshots: Snapshots, times: Calendar, source: int, days: float, negate: bool
 ) -> Labels:
   """Whether an event of `source` happens in [τ, τ + days); with `negate`, whether none does."""
-  stop, known = _window(history, snapshots, times, days)
-  count = np.append(0, np.cumsum(history.source == source))
-  happens = count[stop] > count[snapshots.n_events]
+  start, stop, known = _window(block, snapshots, times, days)
+  count = np.append(0, np.cumsum(block.source == source))
+  happens = count[stop] > count[start]
   return Labels((happens != negate).astype(np.float32), known)
 
 
-def future_values(
-  history: UserHistory, snapshots: Snapshots, times: Calendar, field: int, top: int, days: float
-) -> Labels:
+def future_values(block: UserBlock, snapshots: Snapshots, times: Calendar, field: int, top: int, days: float) -> Labels:
   """Which of the `top` most frequent values of the field (codes 2 … top + 1) occur in [τ, τ + days)."""
-  stop, known = _window(history, snapshots, times, days)
-  count = cumulative_counts(history.codes[:, field], top)
-  return Labels((count[stop] > count[snapshots.n_events]).astype(np.float32), known)
+  start, stop, known = _window(block, snapshots, times, days)
+  before = counts_before(block.codes[:, field], top, np.stack([start, stop]))
+  return Labels((before[1] > before[0]).astype(np.float32), known)
 
 
-def user_label(value: float | None, snapshots: Snapshots, split_of_user: int) -> Labels:
-  """A label of the user, used only at the snapshots of the split that the user belongs to."""
-  known = (snapshots.split == split_of_user) & (value is not None)
-  return Labels(np.full(len(snapshots.time), value or 0.0, np.float32), known)
+def user_label(value: np.ndarray, snapshots: Snapshots, split_of_user: np.ndarray) -> Labels:
+  """Labels of users, float `[U]`, NaN unknown, used only at the snapshots of the split `[U]` that each belongs to."""
+  of_user = value[snapshots.user]
+  known = (snapshots.split == split_of_user[snapshots.user]) & ~np.isnan(of_user)
+  return Labels(np.nan_to_num(of_user).astype(np.float32), known)
 
 
-def cumulative_counts(codes: np.ndarray, top: int) -> np.ndarray:
-  """Counts of the codes 2 … top + 1 among the first n events, for n in 0…N: int32 `[N + 1, top]`."""
-  count = np.zeros((len(codes) + 1, top), np.int32)
-  chosen = np.flatnonzero((codes >= 2) & (codes < top + 2))
-  count[chosen + 1, codes[chosen] - 2] = 1
-  return np.cumsum(count, axis=0, out=count)
+def counts_before(codes: np.ndarray, top: int, bounds: np.ndarray) -> np.ndarray:
+  """How often the codes 2 … top + 1 occur among the events before each bound: int64 `[…, top]` of bounds `[…]`.
+
+  Only differences between bounds of one user mean anything, as the events of the users before are counted too.
+  """
+  distinct, place = np.unique(bounds, return_inverse=True)
+  chosen = np.flatnonzero((codes >= FIRST_VALUE) & (codes < top + FIRST_VALUE))
+  first = np.searchsorted(distinct, chosen, side="right")  # the first bound that each event lies before
+  cells = np.bincount(first * top + codes[chosen] - FIRST_VALUE, minlength=(len(distinct) + 1) * top)
+  return np.cumsum(cells.reshape(len(distinct) + 1, top)[:-1], axis=0)[place.reshape(bounds.shape)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,13 +273,13 @@ class EventAnswer:
   positive: np.ndarray | None = None
   at_least: np.float32 | None = None
 
-  def carried(self, history: UserHistory) -> np.ndarray:
+  def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
     """Whether each event has the field: bool `[N]`."""
     if self.positive is not None:
       return history.codes[:, self.column] > ABSENT
     return np.isfinite(history.numeric[:, self.column])
 
-  def __call__(self, history: UserHistory) -> Labels:
+  def __call__(self, history: UserHistory | UserBlock) -> Labels:
     """The labels of all events, `[N]`; unknown where the field is absent, or its value out of vocabulary."""
     if self.positive is not None:
       codes = history.codes[:, self.column]
@@ -268,30 +290,28 @@ class EventAnswer:
 
 
 def following_events(
-  carried: np.ndarray, history: UserHistory, snapshots: Snapshots, per_snapshot: int, times: Calendar | None
+  carried: np.ndarray, block: UserBlock, snapshots: Snapshots, per_snapshot: int, times: Calendar | None
 ) -> np.ndarray:
   """The next events that carry a field; without a calendar (leave one out) the very next event only, if it does.
 
   They lie in the period of the snapshot's split, as for `next_event`.
 
-  Shapes: `carried [N]` → int32 `[S, per_snapshot]`, indices of events; -1 none.
+  Shapes: `carried [N]` → int64 `[S, per_snapshot]`, places in the block; -1 none.
   """
-  n = len(history.time)
-  out = np.full((len(snapshots.time), per_snapshot), -1, np.int32)
+  n = len(block.time)
+  start, limit = _start(block, snapshots), _limit(block, snapshots, times)
   if times is None:
-    limit = np.where(snapshots.split == TRAIN, history.n_train, n)
-    at = snapshots.n_events.astype(np.int64)
-    out[:, 0] = np.where((at < limit) & carried[np.minimum(at, n - 1)], at, -1)
+    out = np.full((len(start), per_snapshot), -1, np.int64)
+    out[:, 0] = np.where((start < limit) & carried[np.minimum(start, n - 1)], start, -1)
     return out
-  limit = np.searchsorted(history.time, times.observed_until, side="left")[snapshots.split]
   carriers = np.flatnonzero(carried)
-  place = np.searchsorted(carriers, snapshots.n_events)[:, None] + np.arange(per_snapshot)
+  place = np.searchsorted(carriers, start)[:, None] + np.arange(per_snapshot)
   event = np.append(carriers, n)[np.minimum(place, len(carriers))]
-  return np.where(event < limit[:, None], event, -1).astype(np.int32)
+  return np.where(event < limit[:, None], event, -1)
 
 
 def at_events(labels: Labels, event: np.ndarray) -> Labels:
-  """Gathers the labels `[N]` of a user's events at the indices `event [...]`; -1 is unknown."""
+  """Gathers the labels `[N]` of events at the indices `event [...]`; -1 is unknown."""
   known = (event >= 0) & labels.known[np.maximum(event, 0)]
   return Labels(np.where(known, labels.value[np.maximum(event, 0)], 0), known)
 

@@ -1,15 +1,16 @@
 """Preparation: from event files to a dataset directory.
 
 Everything is written into a directory of another name, the manifest last, and then renamed: a directory under the
-dataset's own name is whole, and a run that is cut leaves the one before untouched.
+dataset's own name is whole, and a run that is cut leaves the one before untouched. What it had done stays under the
+other name, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import contextlib
+import concurrent.futures.process
 import errno
+import functools
 import hashlib
-import io
 import json
 import pathlib
 import shutil
@@ -20,28 +21,15 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.data import integrity, replace, snapshots, user_table, vocabulary
+from supermoe_jax.data import integrity, replace, shards, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data import records as records_lib
-from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.dataset import (
-  FORMAT_VERSION,
-  TFDS_NAME,
-  TFDS_SPLIT,
-  TFDS_VERSION,
-  input_files,
-  make_aggregator,
-  make_comparison,
-  make_schema,
-)
+from supermoe_jax.data.dataset import FORMAT_VERSION, Dataset, input_files
 from supermoe_jax.data.events import DataError, EventLog
-from supermoe_jax.data.labels import Calendar
-from supermoe_jax.data.records import Labeller, Record
-from supermoe_jax.data.tally import Tally
+from supermoe_jax.data.schema import make_comparison
+from supermoe_jax.data.shards import RecordMaker, Rows, Shard
 
 # DuckDB's types of user ids that are written as integers again, if every id is one that 64 bits hold.
 INTEGER_TYPES = (
@@ -57,35 +45,17 @@ INTEGER_TYPES = (
   "DOUBLE",
 )
 
-SHOWN_CLASSES = 5  # of a task, in the summary
-
 # What the manifest calls such a directory.
 KIND = "dataset"
 
-
-class _Builder(tfds.core.GeneratorBasedBuilder):
-  """Writes one record a user; TFDS shuffles them by key and writes the ArrayRecord shards."""
-
-  name = TFDS_NAME
-  VERSION = tfds.core.Version(TFDS_VERSION)
-
-  def __init__(self, parts: Mapping[str, Any], records: Iterator[tuple[str, Record]], data_dir: str):
-    self._parts, self._records = dict(parts), records
-    super().__init__(data_dir=data_dir, file_format="array_record")
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self._parts))
-
-  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Record]]]:
-    del dl_manager
-    return {TFDS_SPLIT: self._records}
-
-  def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[str, Record]]:
-    raise AssertionError("the records are given to _split_generators")
+STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
 
 
 def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
   """Prepares the dataset at `cfg.data.path` and returns its manifest; one prepared from the same config is kept.
+
+  A preparation that was cut, by the user, the machine or a full disk, is taken up where it stopped: neither reading nor
+  the shards that were finished are done again.
 
   Raises:
     DataError: the data cannot be used, the disk is full, or another dataset is in the place.
@@ -95,12 +65,24 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str],
   there = path.is_dir() and any(path.iterdir())
   if there and not overwrite and replace.manifest_kind(path) == KIND:
     return _existing(cfg, path, say)
-  replace.check_replaceable(path, KIND, ("manifest.json", "encoders", TFDS_NAME))
-  if path.with_name(path.name + ".incomplete").exists():
-    say(f"removing {path}.incomplete, left by a preparation that did not finish")
+  replace.check_replaceable(path, KIND, ("manifest.json", "encoders", "users.parquet", shards.TFDS_NAME))
+  identity = json.loads(json.dumps({"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg)}))
+
+  def resume(work: pathlib.Path) -> bool:
+    same = _state(work) == identity
+    say(f"going on in {work}" if same else f"removing {work}, left by another preparation that did not finish")
+    return same
+
   try:
-    with replace.replacing(path) as work:
+    with replace.replacing(path, resume=resume) as work:
+      (work / STATE).write_text(json.dumps(identity))
       return _prepare_into(cfg, work, say)
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise DataError(
+      "a process that writes shards ended before its time, most likely for want of memory: lower config.data.memory. "
+      "(A script that calls prepare() must do so under `if __name__ == '__main__':`.) What was done is kept; the same "
+      "command goes on from there."
+    ) from error
   except (OSError, duckdb.Error) as error:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     reason = "the disk is full" if full else (str(error).splitlines() or [type(error).__name__])[0]
@@ -108,12 +90,20 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str],
     remedy = (
       "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
     )
-    raise DataError(f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; nothing was kept.") from error
+    raise DataError(
+      f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; the same command goes on with "
+      f"what was done, which is kept in {path}.incomplete."
+    ) from error
+
+
+def _state(work: pathlib.Path) -> Any:
+  try:
+    return json.loads((work / STATE).read_text())
+  except (OSError, ValueError):
+    return None
 
 
 def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
-  from supermoe_jax.data.dataset import Dataset
-
   dataset = Dataset(path)
   dataset.check_matches(cfg)
   dataset.check_files()
@@ -125,72 +115,99 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
   begun = clock.monotonic()
   files = input_files(cfg)
   scratch = work / "scratch"
-  scratch.mkdir()
-  user_labels = user_table.UserLabels({}, {}, {})
-  label_tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
-  if cfg.data.users is not None and label_tasks:
-    user_labels = user_table.read_user_table(cfg.data.users, label_tasks, cfg.data.split, cfg.data.on_bad_rows)
+  scratch.mkdir(exist_ok=True)
+  user_labels = read_user_labels(cfg)
   say(f"reading {', '.join(cfg.data.sources)} …")
   with EventLog(cfg.data, scratch) as log:
-    encoders = vocabulary.fit(log, cfg.data, user_labels.encoders)
-    for name, task in cfg.tasks.items():
-      if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
-        known = encoders.categorical[task.field].n_codes - 2
-        raise config.ConfigError(
-          f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training."
-        )
-    schema = make_schema(cfg, encoders)
+    encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
+    check_tasks(cfg, encoders)
     log_end = _log_end(cfg.data.split, log)
     times = None if cfg.data.split.mode == "leave_one_out" else labels_lib.calendar(cfg.data.split, log.start, log_end)
-    tally = Tally(schema, cfg.labelled_tasks, encoders)
-    seen_users: set[str] = set()
-    labeller = Labeller(cfg, encoders, times, user_labels.values)
-    for name in cfg.labelled_tasks:
-      make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
-    aggregator = make_aggregator(cfg.data, encoders)
-    records = _records(cfg, log, encoders, times, labeller, user_labels.values, tally, seen_users, aggregator)
-    with contextlib.redirect_stdout(io.StringIO()):
-      tfds.disable_progress_bar()
-      _Builder(records_lib.features(schema, cfg.labelled_tasks), records, str(work)).download_and_prepare()
-    counts, unseen = dict(log.counts), vocabulary.unseen(log, encoders)
-    first, last, user_type = log.start, log.end, log.user_type
+    maker = RecordMaker(cfg, encoders, times)
+    written = _write_shards(log, encoders, maker, user_labels.values, work / shards.DIRECTORY, say)
+    shards.write_info(work / shards.DIRECTORY, maker, written)
+    _write_users(log, work / "users.parquet")
+    unseen = vocabulary.unseen(log, encoders)
+    with_labels = set().union(*user_labels.values.values())
+    counts, user_type = dict(log.counts), log.user_type
+    first, last = log.start, log.end
+    with_events = log.count_users(with_labels)
   shutil.rmtree(scratch)
-  shutil.rmtree(work / "downloads", ignore_errors=True)
-  encoders.save(work / "encoders")
+  shards.remove_notes(work / shards.DIRECTORY)
+  (work / STATE).unlink()
+  tally = maker.tally()
+  for shard in written:
+    tally.merge(shard.tally)
+  state = tally.state
   aggregates = tally.aggregate_statistics()
-  labelled = set().union(*user_labels.values.values())
   manifest = {
     "kind": KIND,
     "format": FORMAT_VERSION,
     "files": files,
     "config": config.to_dict(cfg),
     "data_hash": cfg.data_hash(),
-    "users": len(tally.lengths),
-    "events": int(sum(tally.lengths)),
+    "users": tally.users,
+    "events": tally.events,
+    "shards": {shard.file: shard.users for shard in written},
     "log": {"first": labels_lib.iso(first), "last": labels_lib.iso(last), "observed_until": labels_lib.iso(log_end)},
+    "first_event_microseconds": first,
     "last_event_microseconds": last,
-    "user_type": "integer" if tally.integer_users and user_type in INTEGER_TYPES else "text",
-    "lengths": {f"p{q}": float(np.percentile(tally.lengths, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)},
+    "user_type": "text" if state["text_users"] or user_type not in INTEGER_TYPES else "integer",
+    "lengths": tally.length_percentiles(),
     "reading": counts,
     "fields": unseen,
-    "events_by_period": tally.periods,
-    "snapshots": tally.snapshots,
-    "snapshots_with_too_few_events": tally.too_early,
-    "repeated_snapshots": tally.repeated,
-    "users_without_training_events": tally.without_training,
-    "users_without_snapshot": tally.without_snapshot,
-    "user_table": {**user_labels.counts, "labelled_users_without_events": len(labelled - seen_users)},
-    "labels": tally.labels,
+    "events_by_period": state["periods"],
+    "snapshots": state["snapshots"],
+    "snapshots_with_too_few_events": state["too_early"],
+    "repeated_snapshots": state["repeated"],
+    "users_without_training_events": state["without_training"],
+    "users_without_snapshot": state["without_snapshot"],
+    "user_table": {**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
+    "labels": tally.labels(encoders),
     "aggregates": aggregates,
     "label_rates": tally.label_rates(),
-    "encoding_hash": _encoding_hash(work / "encoders", aggregates),
-    "warnings": tally.warnings(),
+    "encoding_hash": encoding_hash(work / "encoders", aggregates),
+    "warnings": tally.warnings(encoders),
     "seconds": round(clock.monotonic() - begun, 1),
   }
   return integrity.write_manifest(work, manifest)
 
 
-def _encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
+def read_user_labels(cfg: config.Config) -> user_table.UserLabels:
+  """The labels of users, where the config has any; see `user_table`."""
+  tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
+  if cfg.data.users is None or not tasks:
+    return user_table.UserLabels({}, {}, {})
+  return user_table.read_user_table(cfg.data.users, tasks, cfg.data.split, cfg.data.on_bad_rows)
+
+
+def _encoders(
+  log: EventLog, cfg: config.Config, labels: Mapping[str, vocabulary.LabelEncoder], path: pathlib.Path
+) -> vocabulary.Encoders:
+  """Fits the encoders and saves them; where shards may have been written with them, those that were saved."""
+  if path.is_dir():
+    return vocabulary.Encoders.load(path)
+  encoders = vocabulary.fit(log, cfg.data, labels)
+  part = path.with_name(path.name + ".part")
+  shutil.rmtree(part, ignore_errors=True)
+  encoders.save(part)
+  part.replace(path)
+  return encoders
+
+
+def check_tasks(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
+  """Raises ConfigError if a task asks what data with these encoders cannot answer."""
+  for name, task in cfg.tasks.items():
+    if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
+      known = encoders.categorical[task.field].n_codes - 2
+      raise config.ConfigError(
+        f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training."
+      )
+  for name in cfg.labelled_tasks:
+    make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
+
+
+def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
   """Identifies how events and snapshots become numbers; parameters trained with one encoding mean nothing in
   another."""
   digest = hashlib.sha256(json.dumps(aggregates).encode())
@@ -200,40 +217,51 @@ def _encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str
   return digest.hexdigest()[:16]
 
 
-def _records(
-  cfg: config.Config,
+def _write_shards(
   log: EventLog,
   encoders: vocabulary.Encoders,
-  times: Calendar | None,
-  labeller: Labeller,
+  maker: RecordMaker,
   user_labels: Mapping[str, Mapping[str, float]],
-  tally: Tally,
-  seen_users: set[str],
-  aggregator: Aggregator | None,
-) -> Iterator[tuple[str, Record]]:
-  """Yields each user's key and record, and counts it."""
-  last_use = None
-  tasks = cfg.labelled_tasks
-  if times is not None and not any(isinstance(t, config.AT_EVENTS) for t in tasks.values()):
-    horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
-    # Where all snapshots are the users' own, any event of the log may lie before one.
-    last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[labels_lib.TEST]
-    last_use = int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
-  with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1) as bar:
-    for history in log.histories(encoders):
-      owner = labels_lib.user_split(history.user, cfg.data.split)
-      found, left_out = snapshots.user_snapshots(cfg.data.split, history, times, owner)
-      labels = labeller(history, found, owner)
-      if any(history.user in known for known in user_labels.values()):
-        seen_users.add(history.user)
-      tally.too_early += left_out.too_early
-      tally.repeated += left_out.repeated
-      tally.add(history, found, {n: of_task.labels for n, of_task in labels.items()}, last_use)
-      train = found.split == labels_lib.TRAIN
-      if aggregator is not None and train.any():
-        tally.add_aggregates(aggregator(history, found.time[train], found.n_events[train]))
-      bar.update(len(history.time))
-      yield history.user, records_lib.make_record(history, found, labels, tasks, owner)
+  directory: pathlib.Path,
+  say: Callable[[str], None],
+) -> list[Shard]:
+  """Writes the shards that are not there yet, and returns all of them in order."""
+  directory.mkdir(parents=True, exist_ok=True)
+  count = shards.count_shards(log.counts["events"], log.counts["users"])
+  done = shards.finished(directory, count)
+  if done:
+    say(f"{len(done)} of {count} shards are there already")
+
+  def tasks() -> Iterator[tuple[pathlib.Path, Rows]]:
+    for index, users, rows in log.shards(encoders, count, done):
+      labels = {name: of_users(known, users) for name, known in user_labels.items()}
+      yield directory / shards.shard_name(index, count), Rows(users, rows, labels)
+
+  written = {shard.file: shard for shard in done.values()}
+  bar = tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)
+  with bar, shards.Writers(count - len(done)) as writers:
+    bar.update(sum(shard.events for shard in written.values()))
+    for shard in writers.run(functools.partial(_write, maker), tasks()):
+      written[shard.file] = shard
+      bar.update(shard.events)
+  return [written[name] for name in sorted(written)]
+
+
+def _write(maker: RecordMaker, task: tuple[pathlib.Path, Rows]) -> Shard:
+  return shards.write(maker, *task)
+
+
+def of_users(known: Mapping[str, float], users: list[str]) -> np.ndarray:
+  """The labels of users, float64 `[U]`; NaN of those that have none."""
+  return np.array([known.get(user, np.nan) for user in users], np.float64)
+
+
+def _write_users(log: EventLog, file: pathlib.Path) -> None:
+  """Writes which user each record is of: `user`, and `record`, the place in the dataset, in that order."""
+  batches = log.users()
+  with pq.ParquetWriter(file, batches.schema, write_page_checksum=True) as writer:
+    for batch in batches:
+      writer.write_batch(batch)
 
 
 def _log_end(split: config.Split, log: EventLog) -> int:
@@ -241,44 +269,3 @@ def _log_end(split: config.Split, log: EventLog) -> int:
   if split.log_end:
     return config.parse_time(split.log_end, "config.data.split.log_end")
   return log.end + 1 if split.mode == "user" else log.end
-
-
-def render(manifest: Mapping[str, Any]) -> str:
-  """Says in a few lines what was prepared and what to know about it."""
-  lengths, reading = manifest["lengths"], manifest["reading"]
-  by_user = manifest["config"]["data"]["split"]["mode"] == "user"
-  lines = [
-    f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to "
-    f"{manifest['log']['last']} (median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); "
-    f"{reading['tie_rate']:.1%} share user and time",
-    "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
-  ]
-  if repeated := manifest.get("repeated_snapshots"):
-    lines.append(f"  {repeated:,} at the moment of another (events at equal times) were left out")
-  for task, splits in manifest["labels"].items():
-    lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
-  for task, count in manifest["user_table"].get("user_labels", {}).items():
-    if unseen := count.get("unseen_class"):
-      lines.append(f"  {task}: {unseen:,} users have a class that no training user has; they have no label")
-    if dropped := count.get("dropped"):
-      lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
-  for name, field in manifest["fields"].items():
-    if field["oov_after"]:
-      where = "of users outside training were unseen" if by_user else "after the training period were unseen"
-      lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where} in it")
-    if cut := field.get("values_cut"):
-      many = manifest["config"]["data"]["fields"][name]["many"]
-      lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
-  lines += [f"warning: {w}" for w in manifest["warnings"]]
-  lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
-  return "\n".join(lines)
-
-
-def _label_text(split: str, count: Mapping[str, Any]) -> str:
-  text = f"{split} {count['known']:,} known"
-  if "classes" in count:
-    return f"{text} ({', '.join(f'{n:,} {value}' for value, n in list(count['classes'].items())[:SHOWN_CLASSES])})"
-  if "mean" in count:
-    return f"{text} (mean {count['mean']:.3g}, deviation {count['std']:.3g}, standardised)" if count["known"] else text
-  kind = next(k for k in count if k != "known")
-  return f"{text} ({count[kind]:,} {kind.replace('_', ' ')})"

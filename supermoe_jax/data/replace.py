@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from supermoe_jax.config import ConfigError
 from supermoe_jax.data.readers import DataError
 
 
@@ -45,15 +47,22 @@ def manifest_kind(path: pathlib.Path) -> str | None:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | None = None) -> Iterator[pathlib.Path]:
   """Gives a directory to write into, which takes the place of `path` when the block ends without an error.
 
   What stood at `path` stays until the new directory is whole, and comes back if it cannot take its place.
+
+  Args:
+    path: the directory to be replaced.
+    resume: whether the block can go on in the directory that an earlier one left. Without it, and after errors that
+      going on cannot mend, those of the data and of the configuration, nothing is left.
   """
   work, before = path.with_name(path.name + ".incomplete"), path.with_name(path.name + ".before")
-  shutil.rmtree(work, ignore_errors=True)
+  if resume is None or not (work.is_dir() and resume(work)):
+    shutil.rmtree(work, ignore_errors=True)
+  left = False
   try:
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     yield work
     if before.exists() and path.exists():
       shutil.rmtree(before)
@@ -66,5 +75,25 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         before.replace(path)
       raise
     shutil.rmtree(before, ignore_errors=True)
+  except BaseException as error:
+    left = resume is not None and not isinstance(error, DataError | ConfigError)
+    raise
   finally:
-    shutil.rmtree(work, ignore_errors=True)
+    if not left:
+      shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a path to write to, which takes the place of `file` when the block ends without an error: whole, on disk."""
+  part = file.with_name(file.name + ".part")
+  try:
+    yield part
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+    part.replace(file)
+  finally:
+    part.unlink(missing_ok=True)

@@ -1,23 +1,22 @@
-"""At which moments a user is looked at: the calendar of a split, or moments of the user's own history.
+"""At which moments users are looked at: the calendar of a split, or moments of each user's own history.
 
-Shapes: N events of the user, S snapshots.
+Shapes: U users of a block, N events of all of them, S snapshots of all of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import TRAIN, Calendar, Snapshots
 
 
 class LeftOut(NamedTuple):
-  """Snapshots of a user that there are not.
+  """Snapshots of users that there are not.
 
   Attributes:
     too_early: how many have fewer than `min_events` events before them.
@@ -29,37 +28,45 @@ class LeftOut(NamedTuple):
 
 
 def user_snapshots(
-  split: config.Split, history: UserHistory, times: Calendar | None, owner: int
+  split: config.Split, block: UserBlock, times: Calendar | None, owner: np.ndarray
 ) -> tuple[Snapshots, LeftOut]:
-  """Returns the snapshots of a user who belongs to the split `owner`; `times` is None for leave one out."""
+  """Returns the snapshots of users who belong to the splits `owner [U]`; `times` is None for leave one out."""
   if times is None:
-    found, too_early = labels_lib.leave_one_out_snapshots(history, split.min_events)
+    found, too_early = labels_lib.leave_one_out_snapshots(block, split.min_events)
     return found, LeftOut(too_early, 0)
-  repeated = 0
+  found, repeated = labels_lib.temporal_snapshots(block, times), 0
   if split.snapshots != "calendar":
-    own, repeated = _own_moments(split, history, times)
-    moments = np.concatenate([own, times.snapshots])
-    splits = np.concatenate([np.full(len(own), TRAIN, np.int32), times.split])
-    times = dataclasses.replace(times, snapshots=moments, split=splits)
-  found, too_early = labels_lib.temporal_snapshots(history, times, split.min_events)
+    own, repeated = _own_moments(split, block, times)
+    both = Snapshots(*(np.concatenate(parts) for parts in zip(own, found)))
+    order = np.argsort(both.user, kind="stable")  # of each user first the own moments
+    found = Snapshots(*(part[order] for part in both))
+  enough = found.n_events >= split.min_events
+  too_early = int(np.sum(~enough))
+  found = Snapshots(*(part[enough] for part in found))
   if split.mode == "user":
-    found = found._replace(split=np.full(len(found.time), owner, np.int32))
+    found = found._replace(split=owner[found.user].astype(np.int32))
   return found, LeftOut(too_early, repeated)
 
 
-def _own_moments(split: config.Split, history: UserHistory, times: Calendar) -> tuple[np.ndarray, int]:
-  """Moments just after events of the training period (with mode `user`: of the log): int64 `[S]`, ascending.
+def _own_moments(split: config.Split, block: UserBlock, times: Calendar) -> tuple[Snapshots, int]:
+  """Moments just after events of the training period (with mode `user`: of the log), ascending.
 
   A snapshot sees the events strictly before it, so a moment is one microsecond after its event, and sees all events at
   that event's time or none. Also returns how many moments there are more than once.
   """
-  n = int(np.searchsorted(history.time, times.observed_until[TRAIN], side="left"))
-  if split.snapshots == "end":
-    chosen = np.arange(n)[-1:]
-  else:
-    chosen = np.arange(split.every_events - 1, n, split.every_events)
-  moments = history.time[chosen] + 1
+  n = block.before(np.arange(len(block.users)), times.observed_until[TRAIN])
+  place = np.arange(len(block.time)) - block.offsets[block.owner]
+  left = n[block.owner] - place  # events of the training period from this one on
+  chosen = (
+    left == 1 if split.snapshots == "end" else (place % split.every_events == split.every_events - 1) & (left > 0)
+  )
+  event = np.flatnonzero(chosen)
+  user, moment = block.owner[event], block.time[event] + 1
   if split.train_start:
-    moments = moments[moments >= config.parse_time(split.train_start, "config.data.split.train_start")]
-  distinct = np.unique(moments)
-  return distinct, len(moments) - len(distinct)
+    late = moment >= config.parse_time(split.train_start, "config.data.split.train_start")
+    user, moment = user[late], moment[late]
+  again = np.zeros(len(user), bool)
+  again[1:] = (user[1:] == user[:-1]) & (moment[1:] == moment[:-1])
+  user, moment = user[~again], moment[~again]
+  seen = block.before(user, moment).astype(np.int32)
+  return Snapshots(user, moment, seen, np.full(len(user), TRAIN, np.int32)), int(again.sum())

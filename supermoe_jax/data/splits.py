@@ -21,6 +21,19 @@ def user_split(user: str, split: config.Split) -> int:
   return VALIDATION if share < split.user_test + split.user_validation else TRAIN
 
 
+def user_hash(user: str) -> str:
+  """What users are ordered by in a dataset, another hash than that which divides them: 32 hexadecimal digits.
+
+  It is the order that TensorFlow Datasets gives the keys of a split named `users`.
+  """
+  return hashlib.md5(b"users" + user.encode()).hexdigest()
+
+
+def user_hash_sql(column: str) -> str:
+  """The SQL of `user_hash` of the user in `column`."""
+  return f"md5('users' || {column})"
+
+
 def training_user_sql(column: str, split: config.Split) -> str:
   """The SQL of whether `user_split` of the user in `column` is TRAIN: the same hash, the same arithmetic."""
   return (

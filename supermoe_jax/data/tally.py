@@ -1,18 +1,23 @@
-"""What the manifest says of the records, counted as they pass by."""
+"""What the manifest says of the records, counted shard by shard.
+
+Every count is an integer, sums of numbers too (in units of 2⁻³⁶): they come out the same in whatever order users are
+counted, on however many machines, and what a user added can be taken away again.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.dataset import Schema
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Labels, Snapshots
+from supermoe_jax.data.schema import Schema
+from supermoe_jax.data.snapshots import LeftOut
 from supermoe_jax.data.vocabulary import Classes, Encoders
 
 # Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
@@ -22,105 +27,180 @@ SMALLEST_SCALE = 0.25
 # Standardised numbers that deviate by less are all the same but for rounding.
 SMALLEST_DEVIATION = 1e-4
 
+UNIT = 2.0**36  # of sums, a number's share of 1
+
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that 64 bits hold, written as integers are
+
+SPLITS = tuple(labels_lib.SPLITS)
+
+
+def exact_sums(values: np.ndarray, starts: np.ndarray) -> list[int]:
+  """Sums of `values [N, X]` in units of 2⁻³⁶, from the sums of each user, whose rows begin at `starts [U]`, ascending.
+
+  A user's sum is rounded on its own, and integers have no order: the result does not depend on the users around.
+  """
+  if not len(values):
+    return [0] * values.shape[1]
+  of_users = np.rint(np.add.reduceat(values.astype(np.float64), starts, axis=0) * UNIT)
+  if np.abs(of_users).max(initial=0.0) * len(of_users) < 2.0**62:
+    return [int(total) for total in of_users.astype(np.int64).sum(axis=0)]
+  return [sum(int(of_user) for of_user in column) for column in of_users.T.tolist()]
+
 
 class Tally:
-  """What the manifest says of the records, counted as they pass by."""
+  """Counts users, their snapshots and their labels; `state` is all that it knows, ready for JSON.
 
-  def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask], encoders: Encoders):
+  Of `state["totals"][task][split]` the first list has the sums of the label's outputs (of a catalogue how many values
+  training could not teach, of classes how many labels each has), the second those of their squares; of a regression
+  both are in units of 2⁻³⁶.
+  """
+
+  def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask]):
     self._answers = {n: config.answer(t) for n, t in tasks.items()}
-    self._outputs, self._encoders = schema.outputs, encoders
-    self.lengths: list[int] = []
-    self.integer_users = True
-    self._known = {n: [0] * len(labels_lib.SPLITS) for n in tasks}
-    # Of each split the sum of the values, or of a catalogue how many are unseen in training; and of their squares.
+    self._outputs = schema.outputs
     shape = {n: 1 if a == "catalogue" else schema.outputs[n] for n, a in self._answers.items()}
-    self._totals = {n: np.zeros((len(labels_lib.SPLITS), 2, k)) for n, k in shape.items()}
-    self.snapshots = dict.fromkeys(labels_lib.SPLITS, 0)
-    self.too_early = 0
-    self.repeated = 0
-    self.without_training = 0
-    self.without_snapshot = 0
-    self.periods = dict.fromkeys(("training", "later", "beyond_every_label"), 0)
-    self._sums = np.zeros((2, schema.aggregates))
-    self._rows = 0
+    self.state: dict[str, Any] = {
+      "lengths": {},  # how many users have so many events
+      "text_users": 0,  # users whose ids are no integers
+      "without_training": 0,
+      "without_snapshot": 0,
+      "too_early": 0,
+      "repeated": 0,
+      "tied": 0,  # events that share user and time with another
+      "snapshots": dict.fromkeys(SPLITS, 0),
+      "periods": dict.fromkeys(("training", "later", "beyond_every_label"), 0),
+      "known": {n: dict.fromkeys(SPLITS, 0) for n in tasks},
+      "totals": {n: {s: [[0] * k, [0] * k] for s in SPLITS} for n, k in shape.items()},
+      "aggregates": {"rows": 0, "sums": [0] * schema.aggregates, "squares": [0] * schema.aggregates},
+    }
 
-  def add(self, history: UserHistory, snapshots: Snapshots, labels: Mapping[str, Labels], last_use: int | None) -> None:
-    """Counts a user; events at or after `last_use` (microseconds) lie in no label window and before no snapshot."""
-    beyond = 0 if last_use is None else len(history.time) - int(np.searchsorted(history.time, last_use))
-    self.periods["training"] += history.n_train
-    self.periods["later"] += len(history.time) - history.n_train - beyond
-    self.periods["beyond_every_label"] += beyond
-    self.lengths.append(len(history.time))
-    self.integer_users &= re.fullmatch(r"0|-?[1-9]\d{0,17}", history.user) is not None
-    self.without_training += history.n_train == 0
-    self.without_snapshot += len(snapshots.time) == 0
+  def merge(self, state: Mapping[str, Any], sign: int = 1) -> Self:
+    """Adds what another tally of the same tasks counted; with `sign` -1 takes it away."""
+    lengths = _merged_lengths(self.state["lengths"], state["lengths"], sign)
+    rest = _merged({**self.state, "lengths": 0}, {**state, "lengths": 0}, sign)
+    self.state = {**rest, "lengths": lengths}
+    return self
+
+  def add(
+    self,
+    block: UserBlock,
+    snapshots: Snapshots,
+    labels: Mapping[str, Labels],
+    left_out: LeftOut,
+    last_use: int | None,
+  ) -> None:
+    """Counts users; events at or after `last_use` (microseconds) lie in no label window and before no snapshot."""
+    state, users, lengths = self.state, len(block.users), block.lengths
+    counted = dict(zip(*(x.tolist() for x in np.unique(lengths, return_counts=True))))
+    state["lengths"] = _merged_lengths(state["lengths"], {str(n): count for n, count in counted.items()})
+    used = lengths if last_use is None else block.before(np.arange(users), last_use)
+    state["periods"]["training"] += int(block.n_train.sum())
+    state["periods"]["later"] += int((used - block.n_train).sum())
+    state["periods"]["beyond_every_label"] += int((lengths - used).sum())
+    same = np.zeros(len(block.time) + 1, bool)  # an event at the time of the one before it
+    same[1:-1] = (np.diff(block.time) == 0) & (np.diff(block.owner) == 0)
+    state["tied"] += int(np.sum(same[1:] | same[:-1]))
+    state["text_users"] += sum(_INTEGER.fullmatch(u) is None for u in block.users)
+    state["without_training"] += int(np.sum(block.n_train == 0))
+    state["without_snapshot"] += users - len(np.unique(snapshots.user))
+    state["too_early"] += left_out.too_early
+    state["repeated"] += left_out.repeated
     for split, index in labels_lib.SPLITS.items():
       here = snapshots.split == index
-      self.snapshots[split] += int(here.sum())
+      state["snapshots"][split] += int(here.sum())
       for task, label in labels.items():
-        value = label.value[label.known & (here if label.known.ndim == 1 else here[:, None])]
-        self._known[task][index] += len(value)
-        self._totals[task][index] += self._total(task, value)
+        which = label.known & (here if label.known.ndim == 1 else here[:, None])
+        user = snapshots.user[np.nonzero(which)[0]]
+        self.state["known"][task][split] += len(user)
+        totals = self.state["totals"][task][split]
+        for total, more in zip(totals, self._total(task, label.value[which], user)):
+          total[:] = [a + b for a, b in zip(total, more, strict=True)]
 
-  def _total(self, task: str, value: np.ndarray) -> np.ndarray:
+  def _total(self, task: str, value: np.ndarray, user: np.ndarray) -> tuple[Sequence[int], Sequence[int]]:
     answer, outputs = self._answers[task], self._outputs[task]
+    if answer == "regression":
+      starts = np.flatnonzero(np.diff(user, prepend=-1))
+      column = value[:, None].astype(np.float64)
+      return exact_sums(column, starts), exact_sums(np.square(column), starts)
     if answer == "catalogue":
-      per_output = np.array([np.sum(value == 1)])
+      counts = np.array([np.sum(value == 1)])
     elif answer == "multiclass":
-      per_output = np.bincount(value.astype(np.int64), minlength=outputs)
+      counts = np.bincount(value.astype(np.int64), minlength=outputs)
     else:
-      per_output = value.reshape(len(value), outputs).sum(axis=0, dtype=np.float64)
-    squares = np.square(value, dtype=np.float64).sum() if answer == "regression" else per_output
-    return np.stack([per_output, np.broadcast_to(squares, per_output.shape)])
+      counts = value.reshape(len(value), outputs).sum(axis=0, dtype=np.float64).astype(np.int64)
+    return counts.tolist(), counts.tolist()
+
+  def add_aggregates(self, aggregates: np.ndarray, user: np.ndarray) -> None:
+    """Takes training snapshots' aggregates `[S, A]` of the users `[S]`, ascending, into the statistics."""
+    counted = self.state["aggregates"]
+    starts = np.flatnonzero(np.diff(user, prepend=-1))
+    counted["rows"] += len(aggregates)
+    wide = aggregates.astype(np.float64)
+    for name, values in (("sums", wide), ("squares", np.square(wide))):
+      counted[name] = [a + b for a, b in zip(counted[name], exact_sums(values, starts), strict=True)]
 
   @property
-  def labels(self) -> dict[str, dict[str, dict[str, Any]]]:
+  def users(self) -> int:
+    """How many were counted."""
+    return sum(self.state["lengths"].values())
+
+  @property
+  def events(self) -> int:
+    """How many they have."""
+    return sum(int(n) * count for n, count in self.state["lengths"].items())
+
+  def length_percentiles(self) -> dict[str, float]:
+    """How many events users have, as percentiles."""
+    lengths = sorted((int(n), count) for n, count in self.state["lengths"].items())
+    number = np.repeat([n for n, _ in lengths], [c for _, c in lengths])
+    return {f"p{q}": float(np.percentile(number, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)}
+
+  def labels(self, encoders: Encoders) -> dict[str, dict[str, dict[str, Any]]]:
     """Of each task and split the labels known, and what they say.
 
     That is `positive`, how many are; `classes`, how many labels each has; `mean` and `std` of standardised numbers; of
     a catalogue `unseen_value`, how many values training could not teach. Sample spaces are not applied.
     """
-    return {n: {s: self._count(n, i) for s, i in labels_lib.SPLITS.items()} for n in self._answers}
+    return {n: {s: self._count(n, s, encoders) for s in SPLITS} for n in self._answers}
 
-  def _count(self, task: str, split: int) -> dict[str, Any]:
-    known, (total, squares) = self._known[task][split], self._totals[task][split]
+  def _count(self, task: str, split: str, encoders: Encoders) -> dict[str, Any]:
+    known, (total, squares) = self.state["known"][task][split], self.state["totals"][task][split]
     answer = self._answers[task]
     if answer == "multiclass":
-      classes = self._encoders.labels[task]
+      classes = encoders.labels[task]
       assert isinstance(classes, Classes)
-      return {"known": known, "classes": {v: int(n) for v, n in zip(classes.values, total, strict=True)}}
+      return {"known": known, "classes": dict(zip(classes.values, total, strict=True))}
     if answer == "regression":
-      mean = float(total[0] / max(known, 1))
-      return {"known": known, "mean": mean, "std": float(np.sqrt(max(squares[0] / max(known, 1) - mean**2, 0.0)))}
-    return {"known": known, "unseen_value" if answer == "catalogue" else "positive": int(total.sum())}
-
-  def add_aggregates(self, aggregates: np.ndarray) -> None:
-    """Takes training snapshots' aggregates `[S, A]` into the statistics."""
-    self._sums += np.stack([aggregates.sum(0, dtype=np.float64), np.square(aggregates, dtype=np.float64).sum(0)])
-    self._rows += len(aggregates)
+      ((mean, deviation),) = _moments(known, total, squares)
+      return {"known": known, "mean": mean, "std": deviation}
+    return {"known": known, "unseen_value" if answer == "catalogue" else "positive": sum(total)}
 
   def label_rates(self) -> dict[str, list[float]]:
     """The best constant answers to the training labels of each task but next event: of each output the share of
     positives or of the class, or the mean of the standardised numbers."""
-    train = labels_lib.TRAIN
-    return {
-      n: (self._totals[n][train, 0] / max(self._known[n][train], 1)).tolist()
-      for n, answer in self._answers.items()
-      if answer != "catalogue"
-    }
+    rates = {}
+    for name, answer in self._answers.items():
+      known, (total, squares) = self.state["known"][name]["train"], self.state["totals"][name]["train"]
+      if answer == "regression":
+        rates[name] = [mean for mean, _ in _moments(known, total, squares)]
+      elif answer != "catalogue":
+        rates[name] = [n / max(known, 1) for n in total]
+    return rates
 
   def aggregate_statistics(self) -> dict[str, list[float]]:
     """Mean and scale of each aggregate over the training snapshots."""
-    mean, square = self._sums / max(self._rows, 1)
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    counted = self.state["aggregates"]
+    moments = _moments(counted["rows"], counted["sums"], counted["squares"])
     # An aggregate that training never varies teaches nothing; divided by this it stays 0 whatever it is later.
-    scale = np.where(deviation > 1e-6, np.maximum(deviation, SMALLEST_SCALE), 1e30)
-    return {"mean": mean.tolist(), "scale": scale.tolist()}
+    return {
+      "mean": [mean for mean, _ in moments],
+      "scale": [max(deviation, SMALLEST_SCALE) if deviation > 1e-4 else 1e30 for _, deviation in moments],
+    }
 
-  def warnings(self) -> list[str]:
+  def warnings(self, encoders: Encoders) -> list[str]:
     """What a user should know before training on these labels."""
     out = []
-    for task, splits in self.labels.items():
+    for task, splits in self.labels(encoders).items():
       for split, count in splits.items():
         values = count["known"] * self._outputs[task]
         if not count["known"]:
@@ -132,3 +212,25 @@ class Tally:
         elif count.get("unseen_value") == count["known"]:
           out.append(f"every label of task {task} in {split} is a value unseen in training")
     return out
+
+
+def _moments(n: int, sums: Sequence[int], squares: Sequence[int]) -> list[tuple[float, float]]:
+  """Mean and standard deviation of n numbers from their exact sums; the variance too is worked out in integers."""
+  n, unit = max(n, 1), int(UNIT)
+  return [
+    (total / unit / n, float(np.sqrt(max(n * square * unit - total * total, 0) / (n * unit) ** 2)))
+    for total, square in zip(sums, squares, strict=True)
+  ]
+
+
+def _merged(mine: Any, other: Any, sign: int) -> Any:
+  if isinstance(mine, dict):
+    return {k: _merged(v, other[k], sign) for k, v in mine.items()}
+  if isinstance(mine, list):
+    return [_merged(a, b, sign) for a, b in zip(mine, other, strict=True)]
+  return mine + sign * other
+
+
+def _merged_lengths(mine: Mapping[str, int], other: Mapping[str, int], sign: int = 1) -> dict[str, int]:
+  total = {int(n): mine.get(n, 0) + sign * other.get(n, 0) for n in mine.keys() | other.keys()}
+  return {str(n): count for n, count in sorted(total.items()) if count}

@@ -17,9 +17,10 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.dataset import Dataset, make_comparison, make_event_answer
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.labels import Labels
+from supermoe_jax.data.schema import make_comparison, make_event_answer
 from supermoe_jax.data.vocabulary import UNKNOWN
 from supermoe_jax.data.windows import pad
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserHistory
 
 MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
 

@@ -10,8 +10,9 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.batches import Question
-from supermoe_jax.data.dataset import Dataset, make_comparison
+from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.labels import Comparison, Labels
+from supermoe_jax.data.schema import make_comparison
 from supermoe_jax.evaluation import probes
 
 # Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred

@@ -11,7 +11,7 @@ from flax import nnx
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Features
-from supermoe_jax.data.dataset import Schema
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
 from supermoe_jax.models.encoder import Encoded, embed, embeddings, no_experts

@@ -12,7 +12,7 @@ from flax import nnx
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import CALENDAR, Features
-from supermoe_jax.data.dataset import Schema
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.moe import Mlp, MoE, Stats, TaskGates

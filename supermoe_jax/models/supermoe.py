@@ -13,7 +13,7 @@ from flax import nnx
 
 from supermoe_jax import config
 from supermoe_jax.data.batches import Features
-from supermoe_jax.data.dataset import Schema
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.heads import EventLabelHead, LinearHead, NextValueHead
 from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key

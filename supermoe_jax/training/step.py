@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Batch
-from supermoe_jax.data.dataset import Schema
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, weighting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from event_rows import histories
 from labelled_log import raw_config, write_files
 
 from supermoe_jax import config
 from supermoe_jax.data import prepare, vocabulary
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import EventLog, UserHistory
+from supermoe_jax.data.events import EventLog
+from supermoe_jax.data.histories import UserHistory
 
 
 @pytest.fixture(params=["events.parquet", "events.csv", "events.jsonl", "events.inter"])
@@ -82,10 +85,11 @@ def make_data() -> Callable[..., config.Data]:
 @pytest.fixture
 def open_log(tmp_path: pathlib.Path) -> Callable[[config.Data], EventLog]:
   """Opens an event log with scratch space of its own."""
+  number = itertools.count()
 
   def run(data: config.Data) -> EventLog:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch = tmp_path / f"scratch-{next(number)}"
+    scratch.mkdir()
     return EventLog(data, scratch)
 
   return run
@@ -99,7 +103,7 @@ def read(
 
   def run(data: config.Data) -> tuple[list[UserHistory], dict[str, Any]]:
     with open_log(data) as log:
-      return list(log.histories(vocabulary.fit(log, data))), log.counts
+      return histories(log, vocabulary.fit(log, data)), log.counts
 
   return run
 

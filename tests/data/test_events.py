@@ -11,7 +11,7 @@ from event_rows import ABSENT, JUNE_1, LEAVE_ONE_OUT, PRICE, SECOND, UNKNOWN, go
 
 from supermoe_jax import config
 from supermoe_jax.data import events, vocabulary
-from supermoe_jax.data.events import DataError
+from supermoe_jax.data.events import DataError, EventLog
 
 # ---------------------------------------------------------------------------------------------------------------- order
 
@@ -258,13 +258,22 @@ def test_counts_are_json_and_complete(write, make_data, open_log, tmp_path):
   assert (counts["first"], counts["last"]) == ("2020-06-01T00:00:00", "2020-06-01T00:00:02")
 
 
-def test_the_database_is_removed_when_the_log_is_closed_or_fails(write, make_data, open_log, tmp_path):
-  with open_log(make_data(write("e.csv", good_rows()))):
-    assert list((tmp_path / "scratch").iterdir())
-  assert not list((tmp_path / "scratch").iterdir())
+def test_a_log_that_was_read_to_its_end_is_not_read_again(write, make_data, tmp_path):
+  data = make_data(write("e.csv", good_rows()))
+  with EventLog(data, tmp_path) as log:
+    first = log.counts, log.start, log.end, log.user_type, log.query("SELECT * FROM events ORDER BY ord")
+    assert not log.resumed
+  write("e.csv", good_rows(user=["z"] * 3))
+  with EventLog(data, tmp_path) as log:
+    assert log.resumed
+    assert first == (log.counts, log.start, log.end, log.user_type, log.query("SELECT * FROM events ORDER BY ord"))
+
+
+def test_a_log_that_was_not_read_to_its_end_is_read_again(write, make_data, tmp_path):
   with pytest.raises(DataError):
-    open_log(make_data(write("e.csv", good_rows(user=[None] * 3))))
-  assert not list((tmp_path / "scratch").iterdir())
+    EventLog(make_data(write("e.csv", good_rows(user=[None] * 3))), tmp_path)
+  with EventLog(make_data(write("f.csv", good_rows())), tmp_path) as log:
+    assert not log.resumed and log.counts["events"] == 3
 
 
 def test_a_memory_limit_that_is_no_amount_is_an_error(write, make_data, read):
@@ -272,15 +281,14 @@ def test_a_memory_limit_that_is_no_amount_is_an_error(write, make_data, read):
     read(make_data(write("e.csv", good_rows()), memory="much"))
 
 
-def test_queries_do_not_end_a_stream_of_histories(write, make_data, open_log, monkeypatch):
+def test_queries_do_not_end_a_stream_of_shards(write, make_data, open_log, monkeypatch):
   monkeypatch.setattr(events, "BATCH_ROWS", 2)
   n = 5_000
   data = make_data(write("e.parquet", {"user": list(range(n)), "time": [JUNE_1] * n, "item": ["x"] * n}))
   with open_log(data) as log:
-    encoders = vocabulary.fit(log, data)
-    users = 0
-    for _ in log.histories(encoders):
-      users += 1
-      if users == 3:
-        log.query("SELECT count(*) FROM events")
-    assert users == n
+    found = []
+    for shard, users, rows in log.shards(vocabulary.fit(log, data), 7):
+      assert rows.num_rows == len(users)
+      found.append((shard, len(users)))
+      log.query("SELECT count(*) FROM events")
+    assert [shard for shard, _ in found] == list(range(7)) and sum(u for _, u in found) == n

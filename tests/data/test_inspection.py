@@ -7,6 +7,7 @@ import json
 
 import pyarrow as pa
 import pytest
+from event_rows import histories
 
 from supermoe_jax import config
 from supermoe_jax.data import labels, vocabulary
@@ -217,7 +218,7 @@ def test_the_proposed_config_prepares_the_files(name, write, load, tmp_path):
     calendar = labels.calendar(cfg.data.split, events.start, events.end)
     assert {*calendar.split.tolist()} == {0, 1, 2}
     assert 0.6 < events.counts["training_events"] / events.counts["events"] < 0.8
-    assert len(list(events.histories(vocabulary.fit(events, cfg.data)))) == 20
+    assert len(histories(events, vocabulary.fit(events, cfg.data))) == 20
 
 
 def test_a_log_of_a_few_seconds_still_has_a_temporal_split(write, load):
@@ -263,7 +264,7 @@ def test_the_config_of_sequences_and_a_json_object_prepares_them(values, load, t
   scratch.mkdir()
   with EventLog(cfg.data, scratch) as events:
     assert events.counts["events"] == 360 and events.counts["sources"]["log"]["items_missing"] == 0
-    assert len(list(events.histories(vocabulary.fit(events, cfg.data)))) == 40
+    assert len(histories(events, vocabulary.fit(events, cfg.data))) == 40
 
 
 def test_lists_in_json_lines_are_fields_of_many_but_not_what_is_predicted(load, write):

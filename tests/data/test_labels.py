@@ -12,8 +12,9 @@ from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data import labels
 from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION, EventAnswer
+from supermoe_jax.data.snapshots import user_snapshots
 
 SPLIT = config.Split(
   train_end="1970-02-10", every_days=5.0, validation=("1970-02-10",), test=("1970-02-20", "1970-03-01")
@@ -32,6 +33,10 @@ def histories(draw: st.DrawFn) -> UserHistory:
   codes = rng.integers(0, 6, (n, 2)).astype(np.int32)
   source = rng.integers(0, 2, n).astype(np.int32)
   return UserHistory("u", time, source, codes, numeric, int(np.sum(time < TRAIN_END)))
+
+
+def looks(history: UserHistory) -> labels.Snapshots:
+  return user_snapshots(SPLIT, history.block, TIMES, np.array([TRAIN]))[0]
 
 
 def cut(history: UserHistory, n: int) -> UserHistory:
@@ -58,15 +63,15 @@ def test_no_room_for_a_training_snapshot_is_an_error() -> None:
 @settings(max_examples=150, deadline=None)
 @given(histories(), st.sampled_from([3.0, 7.0, 12.0]))
 def test_labels_equal_a_plain_reference(history: UserHistory, days: float) -> None:
-  snapshots, left_out = labels.temporal_snapshots(history, TIMES, 1)
-  assert left_out + len(snapshots.time) == len(TIMES.snapshots)
-  event = labels.future_event(history, snapshots, TIMES, 1, days, False)
-  churn = labels.future_event(history, snapshots, TIMES, 1, days, True)
-  values = labels.future_values(history, snapshots, TIMES, 0, 3, days)
-  following = labels.next_event(history, snapshots, 1, TIMES)
+  snapshots, left_out = user_snapshots(SPLIT, history.block, TIMES, np.array([TRAIN]))
+  assert left_out.too_early + len(snapshots.time) == len(TIMES.snapshots)
+  event = labels.future_event(history.block, snapshots, TIMES, 1, days, False)
+  churn = labels.future_event(history.block, snapshots, TIMES, 1, days, True)
+  values = labels.future_values(history.block, snapshots, TIMES, 0, 3, days)
+  following = labels.next_event(history.block, snapshots, 1, TIMES)
   limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
   events = list(zip(history.time.tolist(), history.source.tolist(), history.codes.tolist()))
-  for s, (time, n, split) in enumerate(zip(*snapshots)):
+  for s, (_, time, n, split) in enumerate(zip(*snapshots)):
     assert n == sum(t < time for t, _, _ in events) >= 1
     end = int(time) + int(days * DAY)
     inside = [e for e in events if time <= e[0] < end]
@@ -106,12 +111,12 @@ def has_field(answer: EventAnswer, history: UserHistory, i: int) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(histories(), event_answers(), st.integers(1, 4))
 def test_event_labels_equal_a_plain_reference(history: UserHistory, answer: EventAnswer, m: int) -> None:
-  snapshots, _ = labels.temporal_snapshots(history, TIMES, 1)
-  event = labels.following_events(answer.carried(history), history, snapshots, m, TIMES)
+  snapshots = looks(history)
+  event = labels.following_events(answer.carried(history), history.block, snapshots, m, TIMES)
   got = labels.at_events(answer(history), event)
   assert event.shape == got.value.shape == got.known.shape == (len(snapshots.time), m)
   limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
-  for s, (time, _, split) in enumerate(zip(*snapshots)):
+  for s, (_, time, _, split) in enumerate(zip(*snapshots)):
     period = [i for i, t in enumerate(history.time) if time <= t < limits[split]]
     wanted = [i for i in period if has_field(answer, history, i)][:m]
     assert event[s].tolist() == wanted + [-1] * (m - len(wanted))
@@ -125,9 +130,9 @@ def test_event_labels_equal_a_plain_reference(history: UserHistory, answer: Even
 def test_leave_one_out_asks_about_the_very_next_event_only(history: UserHistory, answer: EventAnswer) -> None:
   n = len(history.time)
   history = dataclasses.replace(history, n_train=n if n < 3 else n - 2)
-  snapshots, _ = labels.leave_one_out_snapshots(history, 1)
-  event = labels.following_events(answer.carried(history), history, snapshots, 3, None)
-  for s, (_, n_events, split) in enumerate(zip(*snapshots)):
+  snapshots, _ = labels.leave_one_out_snapshots(history.block, 1)
+  event = labels.following_events(answer.carried(history), history.block, snapshots, 3, None)
+  for s, (_, _, n_events, split) in enumerate(zip(*snapshots)):
     asked = (split != TRAIN or n_events < history.n_train) and has_field(answer, history, int(n_events))
     assert event[s].tolist() == [int(n_events) if asked else -1, -1, -1]
 
@@ -142,8 +147,8 @@ def test_events_after_a_period_do_not_change_its_event_labels(history: UserHisto
       continue
     both = []
     for h in (history, past):
-      snapshots, _ = labels.temporal_snapshots(h, TIMES, 1)
-      event = labels.following_events(answer.carried(h), h, snapshots, 2, TIMES)
+      snapshots = looks(h)
+      event = labels.following_events(answer.carried(h), h.block, snapshots, 2, TIMES)
       here = np.isin(snapshots.split, splits)
       both.append((event[here], *(part[here] for part in labels.at_events(answer(h), event))))
     for a, b in zip(*both):
@@ -191,8 +196,8 @@ AGGREGATOR = Aggregator((2.0, 10.0), ("a", "b"), {"x": 0}, {"c": (0, ("p", "q", 
 @settings(max_examples=100, deadline=None)
 @given(histories())
 def test_aggregates_equal_a_plain_reference(history: UserHistory) -> None:
-  snapshots, _ = labels.temporal_snapshots(history, TIMES, 1)
-  rows = AGGREGATOR(history, snapshots.time, snapshots.n_events)
+  snapshots = looks(history)
+  rows = AGGREGATOR(history.block, *snapshots[:3])
   assert rows.shape == (len(snapshots.time), len(AGGREGATOR.names))
   for row, time, n in zip(rows, snapshots.time, snapshots.n_events):
     got = dict(zip(AGGREGATOR.names, row))
@@ -219,14 +224,15 @@ def test_aggregates_do_not_change_when_later_events_are_removed(history: UserHis
   n = min(n, len(history.time))
   time = np.array([history.time[n - 1] + 1], np.int64)
   seen = np.array([n], np.int32)
-  np.testing.assert_array_equal(AGGREGATOR(history, time, seen), AGGREGATOR(cut(history, n), time, seen))
+  whole, past = (AGGREGATOR(h.block, np.array([0]), time, seen) for h in (history, cut(history, n)))
+  np.testing.assert_array_equal(whole, past)
 
 
 def test_distinct_values_are_counted_of_a_field_none_of_whose_values_is() -> None:
   codes = np.array([[2], [3], [2]], np.int32)
   history = UserHistory("u", np.array([0, DAY, 2 * DAY]), np.zeros(3, np.int32), codes, np.ones((3, 1), np.float32), 3)
   only = Aggregator((), ("a",), {}, {"c": (0, ())})
-  row = only(history, np.array([3 * DAY]), np.array([3]))[0]
+  row = only(history.block, np.array([0]), np.array([3 * DAY]), np.array([3]))[0]
   assert dict(zip(only.names, row))["distinct c"] == np.log1p(np.float32(2)) and len(row) == len(only.names)
 
 
@@ -235,9 +241,9 @@ def test_leave_one_out_keeps_the_last_two_events_from_training(n: int) -> None:
   codes = np.arange(2, n + 2, dtype=np.int32)[:, None]
   n_train = n if n < 3 else n - 2
   history = UserHistory("u", np.zeros(n, np.int64), np.zeros(n, np.int32), codes, np.zeros((n, 0), np.float32), n_train)
-  snapshots, left_out = labels.leave_one_out_snapshots(history, 1)
+  snapshots, left_out = labels.leave_one_out_snapshots(history.block, 1)
   assert left_out == 0
-  target = labels.next_event(history, snapshots, 0, None)
+  target = labels.next_event(history.block, snapshots, 0, None)
   by_split = {s: target.value[(snapshots.split == s) & target.known].tolist() for s in (TRAIN, VALIDATION, TEST)}
   if n >= 3:
     assert (by_split[VALIDATION], by_split[TEST]) == ([n], [n + 1])
@@ -248,11 +254,11 @@ def test_leave_one_out_keeps_the_last_two_events_from_training(n: int) -> None:
 
 def test_a_user_label_counts_only_in_the_split_of_its_user() -> None:
   history = UserHistory("u", np.array([0]), np.zeros(1, np.int32), np.zeros((1, 0), np.int32), np.zeros((1, 0)), 1)
-  snapshots, _ = labels.temporal_snapshots(history, TIMES, 1)
+  snapshots = looks(history)
   for owner in (TRAIN, VALIDATION, TEST):
-    label = labels.user_label(1.0, snapshots, owner)
+    label = labels.user_label(np.array([1.0]), snapshots, np.array([owner]))
     assert (label.known == (snapshots.split == owner)).all() and label.value.all()
-  assert not labels.user_label(None, snapshots, TRAIN).known.any()
+  assert not labels.user_label(np.array([np.nan]), snapshots, np.array([TRAIN])).known.any()
 
 
 def test_users_are_divided_by_hash_in_the_stated_shares() -> None:

@@ -6,10 +6,10 @@ import json
 
 import pyarrow as pa
 import pytest
-from event_rows import ABSENT, JUNE_1, UNKNOWN
+from event_rows import ABSENT, JUNE_1, UNKNOWN, histories
 
 from supermoe_jax import config
-from supermoe_jax.data import prepare, vocabulary
+from supermoe_jax.data import prepare, summary, vocabulary
 from supermoe_jax.data.dataset import Dataset
 
 TAGS = [["p", "q", "p"], ["q"], None, [], ["r", "", "q", "p"]]
@@ -29,7 +29,7 @@ def encoded(make_data, open_log):
     data = make_data(file, **{"fields": FIELDS, **changes})
     with open_log(data) as log:
       encoders = vocabulary.fit(log, data)
-      (history,) = log.histories(encoders)
+      (history,) = histories(log, encoders)
       return encoders, history.codes, vocabulary.unseen(log, encoders), log.counts
 
   return run
@@ -131,7 +131,7 @@ def dataset(tmp_path, write, **field):
 def test_a_dataset_holds_the_further_values_and_counts_those_cut(tmp_path, write):
   manifest, data = dataset(tmp_path, write)
   assert manifest["fields"]["tags"]["values_cut"] == 3
-  assert "field tags: 3 values of lists longer than 2 were cut off" in prepare.render(manifest)
+  assert "field tags: 3 values of lists longer than 2 were cut off" in summary.render(manifest)
   assert data.schema.further == ("tags",) and data.schema.categorical == {"tags": 5, "item": 3}
   tags = data.encoders.categorical["tags"]
   expected = {"a": [["p", "q"], ["q", None]], "b": [["r", "q"], ["p", None]]}

@@ -94,11 +94,20 @@ def test_a_preparation_that_fails_keeps_the_dataset_before_it(
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   monkeypatch.setattr(prepare.vocabulary.Encoders, "save", full)
-  with pytest.raises(DataError, match=r"the disk is full .*nothing was kept"):
+  with pytest.raises(DataError, match=r"the disk is full .*the same command goes on"):
     prepare.prepare(small, overwrite=True)
   path = pathlib.Path(small.data.path)
   assert (path / "manifest.json").read_text() == before
-  assert not path.with_name("dataset.incomplete").exists()
+  assert Dataset(path).manifest["users"] == 12
+
+
+def test_after_an_error_of_the_data_nothing_is_left(small: config.Config) -> None:
+  file = pathlib.Path(small.data.sources["buys"].files[0])
+  table = pq.read_table(file).to_pydict()
+  pq.write_table(pa.table({**table, "user": [None] * len(table["user"])}), file)
+  with pytest.raises(DataError, match="column 'user' is empty"):
+    prepare.prepare(small)
+  assert not list(pathlib.Path(small.data.path).parent.glob("dataset*"))
 
 
 def test_a_half_written_dataset_is_not_a_dataset(small: config.Config) -> None:
@@ -109,7 +118,7 @@ def test_a_half_written_dataset_is_not_a_dataset(small: config.Config) -> None:
     Dataset(path)
 
 
-def test_what_a_cut_preparation_left_is_removed_and_said(small: config.Config) -> None:
+def test_what_another_cut_preparation_left_is_removed_and_said(small: config.Config) -> None:
   left = pathlib.Path(small.data.path).with_name("dataset.incomplete")
   left.mkdir()
   said: list[str] = []

@@ -6,11 +6,12 @@ import statistics
 
 import numpy as np
 import pytest
+from event_rows import histories
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config
-from supermoe_jax.data import dataset, vocabulary
+from supermoe_jax.data import schema, vocabulary
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.numeric import MAX_KNOTS, Numeric, Quantile
 from supermoe_jax.data.vocabulary import Encoders
@@ -34,7 +35,7 @@ def fitted(write, make_data, open_log):
     data = make_data(write("e.parquet", columns), fields=FIELDS, **changes)
     with open_log(data) as log:
       encoders = vocabulary.fit(log, data)
-      (history,) = log.histories(encoders)
+      (history,) = histories(log, encoders)
     return encoders.numeric["price"], history.numeric[:, 0]
 
   return run
@@ -133,7 +134,7 @@ def test_a_threshold_of_an_event_label_means_the_raw_number(least, write, make_d
   task = config.EventLabel(field="price", at_least=least)
   with open_log(data) as log:
     encoders = vocabulary.fit(log, data)
-    (history,) = log.histories(encoders)
-  labels = dataset.make_event_answer("like", task, data, encoders)(history)
+    (history,) = histories(log, encoders)
+  labels = schema.make_event_answer("like", task, data, encoders)(history)
   assert labels.known.all()
   assert labels.value.tolist() == [float(p >= least) for p in [*prices, *late]]

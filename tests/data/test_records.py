@@ -9,7 +9,7 @@ import pytest
 from labelled_log import raw_config
 
 from supermoe_jax import config
-from supermoe_jax.data import batches, prepare
+from supermoe_jax.data import batches, prepare, summary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
@@ -36,7 +36,7 @@ def test_the_manifest_counts_every_kind(data: Dataset) -> None:
   rates = data.manifest["label_rates"]
   assert set(rates) == set(data.config.labelled_tasks) - {"next_item"}
   assert sum(rates["segment"]) == pytest.approx(1) and len(rates["items"]) == 4
-  text = prepare.render(data.manifest)
+  text = summary.render(data.manifest)
   assert "segment: train" in text and "standardised" in text
 
 

@@ -9,7 +9,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data import labels, snapshots, splits
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION
 
 TEMPORAL = {"train_end": "1970-02-10", "validation": ("1970-02-12",), "test": ("1970-02-20",)}
@@ -25,8 +25,8 @@ def found(
   split: config.Split, h: UserHistory, owner: int = TRAIN
 ) -> tuple[list[tuple[int, int, int]], snapshots.LeftOut]:
   times = labels.calendar(split, 0, 80 * DAY)
-  of_user, left_out = snapshots.user_snapshots(split, h, times, owner)
-  return list(zip(*(part.tolist() for part in of_user))), left_out
+  of_user, left_out = snapshots.user_snapshots(split, h.block, times, np.array([owner]))
+  return list(zip(*(part.tolist() for part in of_user[1:]))), left_out
 
 
 def test_every_second_event_gives_a_snapshot_just_after_it() -> None:
@@ -72,11 +72,11 @@ def test_validation_windows_end_a_gap_before_the_first_test_snapshot() -> None:
   times = labels.calendar(split, 0, 80 * DAY)
   assert times.observed_until == (40 * DAY, int(48.5 * DAY), 80 * DAY)
   h = history(41, 48.75, 49)
-  found, _ = snapshots.user_snapshots(split, h, times, TRAIN)
+  found, _ = snapshots.user_snapshots(split, h.block, times, np.array([TRAIN]))
   at = found.split == VALIDATION
-  assert labels.future_event(h, found, times, 0, 6.5, False).known[at].all()
-  assert not labels.future_event(h, found, times, 0, 6.51, False).known[at].any()
-  assert not labels.next_event(h, found, 0, times).known[at].any()  # the next one lies in the gap
+  assert labels.future_event(h.block, found, times, 0, 6.5, False).known[at].all()
+  assert not labels.future_event(h.block, found, times, 0, 6.51, False).known[at].any()
+  assert not labels.next_event(h.block, found, 0, times).known[at].any()  # the next one lies in the gap
   assert found.n_events[found.split == TEST].tolist() == [3]  # which test snapshots see all the same
 
 

@@ -12,7 +12,7 @@ from supermoe_jax import config
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.targets import Supervision, Targets, count_spaces, join
 
 Site = tuple[float, float] | None  # value and weight; None unknown

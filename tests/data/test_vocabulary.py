@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from event_rows import histories
 
 from supermoe_jax import config
 from supermoe_jax.data import vocabulary
@@ -28,7 +29,7 @@ def fitted(write, make_data, open_log):
     data = make_data(write("e.parquet", columns), **changes)
     with open_log(data) as log:
       encoders = vocabulary.fit(log, data)
-      (history,) = log.histories(encoders)
+      (history,) = histories(log, encoders)
       return encoders, history, vocabulary.unseen(log, encoders)
 
   return run

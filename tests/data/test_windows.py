@@ -13,7 +13,7 @@ from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import UserHistory
+from supermoe_jax.data.histories import UserHistory
 
 
 def test_fields_that_are_no_inputs_are_hidden_from_features_and_aggregates(data: Dataset, rich: config.Config) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from supermoe_jax import config
 from supermoe_jax.data.batches import CALENDAR, Features
-from supermoe_jax.data.dataset import Schema
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.models.supermoe import SuperMoE
 
 B, L, S, D, E, K = 4, 10, 3, 16, 4, 2

@@ -1,0 +1,259 @@
+"""Shards of a dataset: the events of some users become records in a file, in as many processes as there are cores.
+
+A shard is written under another name and renamed when it is whole; then a note beside it says what it holds. A
+preparation that was cut finds by these notes which shards it need not make again.
+
+Files: `event_log/1.0.0/event_log-users.array_record-00000-of-00012`, ArrayRecord, as TensorFlow Datasets names them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from supermoe_jax import config
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import records, snapshots
+from supermoe_jax.data.histories import UserBlock, read_block
+from supermoe_jax.data.labels import Calendar
+from supermoe_jax.data.replace import replacing_file
+from supermoe_jax.data.schema import make_aggregator, make_schema
+from supermoe_jax.data.splits import user_split
+from supermoe_jax.data.tally import Tally
+from supermoe_jax.data.vocabulary import Encoders
+
+TFDS_NAME, TFDS_VERSION, TFDS_SPLIT = "event_log", "1.0.0", "users"
+DIRECTORY = f"{TFDS_NAME}/{TFDS_VERSION}"  # of the shards, in that of the dataset
+
+SHARD_EVENTS = 250_000  # of which there are as many shards as this gives
+MOST_SHARDS = 4096
+
+# Each record is compressed alone, for records are read in any order.
+WRITER_OPTIONS = "group_size:1,snappy"
+
+
+class RecordMaker:
+  """Makes the records of blocks of users, and counts them. Small enough to be sent to other processes."""
+
+  def __init__(self, cfg: config.Config, encoders: Encoders, times: Calendar | None):
+    """`times` is None for leave one out.
+
+    Raises:
+      DataError: a positive value of an event label is not in the field's vocabulary.
+    """
+    self.schema = make_schema(cfg, encoders)
+    self.tasks = cfg.labelled_tasks
+    self.parts = records.parts(self.schema, self.tasks)
+    self.n_codes = len(self.schema.categorical) + len(self.schema.further)
+    self.numbers = list(encoders.numeric.values())
+    self._split, self._times = cfg.data.split, times
+    self._labeller = records.Labeller(cfg, encoders, times)
+    self._aggregator = make_aggregator(cfg.data, encoders)
+    self._last_use = _last_use(self.tasks, times)
+
+  def tally(self) -> Tally:
+    """One that has counted nothing yet."""
+    return Tally(self.schema, self.tasks)
+
+  def __call__(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally) -> Iterator[bytes]:
+    """Yields the record of each user, in order; `user_labels [U]` of each such task are NaN where unknown."""
+    done = 0
+    for block in users.halves():
+      n = len(block.users)
+      of_block = {name: values[done : done + n] for name, values in user_labels.items()}
+      yield from self._make(block, of_block, tally)
+      done += n
+
+  def _make(self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally) -> Iterator[bytes]:
+    owner = np.array([user_split(user, self._split) for user in block.users], np.int32)
+    found, left_out = snapshots.user_snapshots(self._split, block, self._times, owner)
+    labels = self._labeller(block, found, owner, user_labels)
+    tally.add(block, found, {n: of_task.labels for n, of_task in labels.items()}, left_out, self._last_use)
+    if self._aggregator is not None:
+      user, time, n_events, split = found
+      train = split == labels_lib.TRAIN
+      aggregates = self._aggregator(block, user[train], time[train], n_events[train])
+      tally.add_aggregates(aggregates, user[train])
+    return records.encode(block, found, labels, owner, self.parts)
+
+
+def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) -> int | None:
+  """The microsecond from which on events lie in no label window and before no snapshot; None: there is none."""
+  if times is None or any(isinstance(t, config.AT_EVENTS) for t in tasks.values()):
+    return None
+  horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
+  # Where all snapshots are the users' own, any event of the log may lie before one.
+  last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[labels_lib.TEST]
+  return int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A file of records.
+
+  Attributes:
+    file: its name.
+    users: how many records it has.
+    bytes: how many bytes they have before compression.
+    tally: the state of their `Tally`.
+  """
+
+  file: str
+  users: int
+  bytes: int
+  tally: Mapping[str, Any]
+
+  @property
+  def events(self) -> int:
+    """How many events its users have."""
+    return sum(int(n) * count for n, count in self.tally["lengths"].items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What a shard is made from; see `EventLog.shards`.
+
+  Attributes:
+    users: the ids of U users.
+    rows: their sorted events.
+    labels: float64 `[U]` of each user label, NaN unknown.
+  """
+
+  users: Sequence[str]
+  rows: pa.Table
+  labels: Mapping[str, np.ndarray]
+
+
+def count_shards(events: int, users: int) -> int:
+  """How many shards a dataset gets; it depends on the data alone."""
+  return max(1, min(-(-events // SHARD_EVENTS), MOST_SHARDS, users))
+
+
+def shard_name(index: int, count: int) -> str:
+  """The file of a shard, as TensorFlow Datasets names it."""
+  return f"{TFDS_NAME}-{TFDS_SPLIT}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write(maker: RecordMaker, file: pathlib.Path, rows: Rows) -> Shard:
+  """Writes a shard and its note."""
+  tally, size = maker.tally(), 0
+  block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
+  with replacing_file(file) as part:
+    writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+    try:
+      for record in maker(block, rows.labels, tally):
+        writer.write(record)
+        size += len(record)
+    finally:
+      writer.close()
+  shard = Shard(file.name, len(rows.users), size, tally.state)
+  with replacing_file(_note(file)) as part:
+    part.write_text(json.dumps(dataclasses.asdict(shard)))
+  return shard
+
+
+def finished(directory: pathlib.Path, count: int) -> dict[int, Shard]:
+  """The shards of `count` that an earlier preparation finished in the directory, by their index."""
+  out = {}
+  for index in range(count):
+    file = directory / shard_name(index, count)
+    if file.is_file() and _note(file).is_file():
+      out[index] = Shard(**json.loads(_note(file).read_text()))
+  return out
+
+
+def write_info(directory: pathlib.Path, maker: RecordMaker, shards: Sequence[Shard]) -> None:
+  """Writes what TensorFlow Datasets needs to read the shards: `dataset_info.json` and `features.json`."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import dataset_info, naming
+
+  features = records.features(maker.parts)
+  version = tfds.core.Version(TFDS_VERSION)
+  identity = dataset_info.DatasetIdentity(TFDS_NAME, version, str(directory), module_name=records.__name__)
+  info = tfds.core.DatasetInfo(builder=identity, features=features)
+  info.set_file_format("array_record")
+  template = naming.ShardedFileTemplate(
+    data_dir=directory,
+    dataset_name=TFDS_NAME,
+    split=TFDS_SPLIT,
+    filetype_suffix="array_record",
+    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+  )
+  split = tfds.core.SplitInfo(
+    name=TFDS_SPLIT,
+    shard_lengths=[s.users for s in shards],
+    num_bytes=sum(s.bytes for s in shards),
+    filename_template=template,
+  )
+  info.set_splits(tfds.core.splits.SplitDict([split]))
+  info.write_to_directory(directory)
+
+
+def remove_notes(directory: pathlib.Path) -> None:
+  """Removes what only an unfinished preparation needs."""
+  for file in directory.glob("*.note"):
+    file.unlink()
+
+
+def _note(file: pathlib.Path) -> pathlib.Path:
+  return file.with_name(file.name + ".note")
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def processes(count: int) -> int:
+  """How many processes write `count` shards: one a core that this process may use."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return min(cores, count)
+
+
+class Writers:
+  """Processes that write shards, or this process where one is enough; use it as a context manager."""
+
+  def __init__(self, count: int):
+    """Starts them, for `count` shards; they get ready while the rows are sorted."""
+    self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+    self._most = processes(count)
+    if self._most > 1:
+      # Not forked: threads of DuckDB and JAX do not live on in a fork.
+      context = multiprocessing.get_context("spawn")
+      self._pool = concurrent.futures.ProcessPoolExecutor(self._most, context, _ignore_interrupts)
+      for _ in range(self._most):
+        self._pool.submit(os.getpid)
+
+  def __enter__(self) -> Writers:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self._pool is not None:
+      self._pool.shutdown(wait=True, cancel_futures=True)
+
+  def run(self, write: Callable[[Any], Shard], tasks: Iterable[Any]) -> Iterator[Shard]:
+    """Yields what `write` returns of every task, as they end; takes a new task only when a process is free for it."""
+    if self._pool is None:
+      yield from map(write, tasks)
+      return
+    running: set[concurrent.futures.Future[Shard]] = set()
+    for task in tasks:
+      running.add(self._pool.submit(write, task))
+      if len(running) > self._most:
+        ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        yield from (future.result() for future in ended)
+    for future in concurrent.futures.as_completed(running):
+      yield future.result()
+
+
+def _ignore_interrupts() -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for them ends them
