@@ -66,7 +66,7 @@ def make_dataset(cfg: config.Config) -> None:
         "sources": {"purchases": source},
       },
       "fields": {
-        HOSTILE: {"kind": "vocabulary", "codes": 12, "oov_training": 0.0, "oov_after": 0.125},
+        HOSTILE: {"kind": "vocabulary", "codes": 12, "oov_training": 0.0, "oov_after": 0.125, "colliding": None},
         "item": {"kind": "hash", "codes": 22, "oov_training": 0.0, "oov_after": 0.0, "values": 30, "colliding": 0.4},
       },
       "snapshots": dict.fromkeys(SPLITS, 40),

@@ -71,9 +71,31 @@ def changed(raw: dict, key: str, value: object) -> dict:
     ("data.split.mode", "leave_one_out", r"needs config\.data\.split\.mode='temporal'|no meaning with mode"),
     ("data.aggregates.fields", ["device"], r"'device' is not a vocabulary field"),
     ("data.users", None, r"a user label needs config\.data\.users"),
+    ("data.fields.page.buckets", -1, r"fields\.page\.buckets=-1 must not be negative"),
+    ("data.fields.hashed", {"kind": "hash", "buckets": 9}, r"hashed\.buckets=9 has no meaning with kind='hash'"),
+    ("data.fields.number", {"kind": "numeric", "buckets": 9}, r"number\.buckets=9 has no meaning for numbers"),
+    (
+      "tasks.next_page.field",
+      "mixed",
+      r"tasks\.next_page\.field='mixed': with .*mixed\.buckets=9 .*second field of the same column without buckets, "
+      r"such as mixed_asked=dict\(column='page'\)",
+    ),
+    (
+      "tasks.next_page",
+      {"kind": "future_values", "field": "mixed", "horizon_days": 1.0},
+      r"tasks\.next_page\.field='mixed': .* same column with input=False without buckets, such as "
+      r"mixed_asked=dict\(column='page', input=False\)",
+    ),
+    (
+      "tasks.next_page",
+      {"kind": "event_label", "field": "mixed", "positive": ["a"]},
+      r"tasks\.next_page\.field='mixed': .*input=False",
+    ),
+    ("data.aggregates.fields", ["mixed"], r"aggregates\.fields: .*mixed\.buckets=9 lets values share codes; leave it"),
   ],
 )
 def test_an_impossible_config_names_the_key_and_the_remedy(raw: dict, key: str, value: object, message: str) -> None:
+  raw["data"]["fields"]["mixed"] = {"column": "page", "buckets": 9}
   with pytest.raises(config.ConfigError, match=message):
     config.resolve(changed(raw, key, value))
 

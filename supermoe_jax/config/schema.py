@@ -57,13 +57,19 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """A value carried by events: the model's vocabulary of what happened."""
+  """A value carried by events: the model's vocabulary of what happened.
+
+  With `buckets` a value outside the vocabulary has one of so many codes, by its hash, rather than the one code of all
+  such values. These codes are learned from the values of training that the vocabulary leaves out, so `min_count` or
+  `size` has to leave some. Such a field is an input only: nothing can be asked about it, and it is not counted.
+  """
 
   kind: Literal["vocabulary", "hash", "numeric"] = "vocabulary"
   column: str = ""  # empty: the field's own name
   sources: tuple[str, ...] = ()  # empty: every source; elsewhere the field is absent, which is not out-of-vocabulary
   size: int = 100_000  # vocabulary: most values kept, by count in the training period; hash: buckets
   min_count: int = 1  # vocabulary: rarer values become out-of-vocabulary
+  buckets: int = 0  # vocabulary: codes that the values out of it are hashed into; 0: they share one
   # Of numeric: log1p is sign(x)·log(1+|x|), then standardised; quantile is the standard-normal quantile of the rank.
   encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only, the model never sees it

@@ -69,6 +69,7 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
       f"{path}.field={task.field!r} is not a vocabulary field{nearest(task.field, vocabularies)}",
     )
   if isinstance(task, NextEvent):
+    _require_no_buckets(path, task.field, data, "")
     require(data.fields[task.field].input, f"{path}.field={task.field!r} is no input, so it has no embeddings to rank.")
     require(task.negatives > 0, f"{path}.negatives={task.negatives} must be positive.")
   if isinstance(task, EventLabel):
@@ -97,6 +98,7 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
       f"{path}.source={task.source!r} is not a source{nearest(task.source, data.sources)}",
     )
   if isinstance(task, FutureValues):
+    _require_no_buckets(path, task.field, data, " with input=False")
     require(task.top > 0, f"{path}.top={task.top} must be positive.")
   if isinstance(task, UserLabel):
     require(data.users is not None, f"{path}: a user label needs config.data.users.")
@@ -110,12 +112,23 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
     )
 
 
+def _require_no_buckets(path: str, field: str, data: Data, settings: str) -> None:
+  """A task asks for values, and a bucket is none; `settings` are those of a field that could be asked about instead."""
+  require(
+    not data.fields[field].buckets,
+    f"{path}.field={field!r}: with config.data.fields.{field}.buckets={data.fields[field].buckets} values share codes, "
+    f"so that a task cannot tell them apart; name a second field of the same column{settings} without buckets, such as "
+    f"{field}_asked=dict(column={data.fields[field].column or field!r}{', input=False' if settings else ''}).",
+  )
+
+
 def _check_event_label(path: str, task: EventLabel, data: Data) -> None:
   require(task.field in data.fields, f"{path}.field={task.field!r} is not a field{nearest(task.field, data.fields)}")
   kind = data.fields[task.field].kind
   if task.positive:
     require(kind == "vocabulary", f"{path}.positive needs a vocabulary field; {task.field!r} is {kind}.")
     require(task.at_least is None, f"{path}: positive and at_least exclude each other; keep one.")
+    _require_no_buckets(path, task.field, data, " with input=False")
   else:
     require(kind == "numeric", f"{path}: name the values of {task.field!r} that are positive; it is a {kind} field.")
   for name in task.given:

@@ -197,6 +197,7 @@ def write_case(folder: pathlib.Path, case: Case) -> None:
 
 M = 2  # events that a snapshot of an event label asks about
 AT_LEAST, TOP = 2.0, 3
+EITHER = 4  # least count of the items that are not hashed, in the field of both kinds
 
 FUTURE = {
   "bought": {"kind": "future_event", "source": "buys", "horizon_days": 4.0},
@@ -248,6 +249,7 @@ def raw_config(folder: pathlib.Path, case: Case, way: str) -> dict[str, Any]:
       "fields": {
         "item": {"min_count": case.min_count},
         "bucket": {"kind": "hash", "column": "item", "size": 3},
+        "either": {"column": "item", "min_count": EITHER, "buckets": 2},
         "click": {"sources": ["views"], "input": False},
         "price": {"sources": ["views"], "kind": "numeric", "encoding": case.encoding},
       },

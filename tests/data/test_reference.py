@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from raw_case import (
   AT_LEAST,
   DAY,
+  EITHER,
   FIRST,
   FOLLOWING,
   TOP,
@@ -67,6 +68,7 @@ class Reference:
     self.training = {u: self._n_training(u, h) for u, h in self.histories.items()}
     trained = [r for u, h in self.histories.items() for r in h[: self.training[u]]]
     self.items = self._vocabulary([r.item for r in trained], case.min_count)
+    self.frequent = self._vocabulary([r.item for r in trained], EITHER)
     self.clicks = self._vocabulary([r.click for r in trained], 1)
     self.prices = self._moments([self._bent(r.price) for r in trained if r.price is not None])
     of_training = [u for u in case.users if owner(u["user"]) == "train"]
@@ -98,11 +100,12 @@ class Reference:
 
   def event(self, row: Row) -> tuple[list[int], float | None]:
     """The codes of an event's fields, and its standardised price."""
-    bucket = 0
+    bucket, either = 0, self._code(self.frequent, row.item)
     if row.item is not None:
-      bucket = 2 + int.from_bytes(hashlib.md5(row.item.encode()).digest()[8:], "little") % 3
+      hashed = int.from_bytes(hashlib.md5(row.item.encode()).digest()[8:], "little")
+      bucket, either = 2 + hashed % 3, 2 + len(self.frequent) + hashed % 2 if either == 1 else either
     price = None if row.price is None else (self._bent(row.price) - self.prices[0]) / self.prices[1]
-    return [self._code(self.items, row.item), bucket, self._code(self.clicks, row.click)], price
+    return [self._code(self.items, row.item), bucket, either, self._code(self.clicks, row.click)], price
 
   # ---------------------------------------------------------------------------------------------------- snapshots
 
