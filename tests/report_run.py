@@ -49,7 +49,7 @@ def write_json(file: pathlib.Path, value) -> None:
 
 def make_dataset(cfg: config.Config) -> None:
   known = {s: {"known": 40, "positive": 10} for s in SPLITS}
-  source = {"rows_read": 1005, "rows_kept": 1000, "dropped": {"null_user": 5}, "items_missing": 2}
+  source = {"rows_read": 1005, "rows_kept": 1000, "dropped": {"null_user": 5}, "items_missing": 2, "users_missing": 4}
   write_json(
     pathlib.Path(cfg.data.path) / "manifest.json",
     {

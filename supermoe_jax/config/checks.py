@@ -34,6 +34,10 @@ def _check_data(data: Data) -> None:
       )
     _require(field.size > 0, f"config.data.fields.{name}.size={field.size} must be positive.")
     _check_field(f"config.data.fields.{name}", field)
+    _require(
+      field.table == "events" or data.users is not None,
+      f"config.data.fields.{name}.table='users' needs config.data.users: name the file of the table of users.",
+    )
   if data.users is not None:
     _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
   _require(
@@ -51,6 +55,10 @@ def _check_data(data: Data) -> None:
       not data.fields[name].buckets,
       f"config.data.aggregates.fields: config.data.fields.{name}.buckets={data.fields[name].buckets} lets values share "
       "codes; leave it out, or name a second field of the same column without buckets.",
+    )
+    _require(
+      data.fields[name].table == "events",
+      f"config.data.aggregates.fields: {name!r} is of the table of users, the same at every event; leave it out.",
     )
     _require(
       data.fields[name].input,

@@ -63,6 +63,12 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
       name not in data.fields or not data.fields[name].many,
       f"{path}: {name!r} holds lists, which are inputs only; a task needs a field of single values.",
     )
+  for name in asked:
+    require(
+      name not in data.fields or data.fields[name].table == "events",
+      f"{path}.field={name!r} is of the table of users (config.data.fields.{name}.table), the same at every event; ask "
+      "about its column by a task of kind 'user_label'.",
+    )
   if isinstance(task, (NextEvent, FutureValues)):
     require(
       task.field in vocabularies,
@@ -103,6 +109,12 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
   if isinstance(task, UserLabel):
     require(data.users is not None, f"{path}: a user label needs config.data.users.")
     require(bool(task.column), f"{path}.column is empty: name the user table's column.")
+    for name, field in data.fields.items():
+      require(
+        field.table == "events" or not field.input or (field.column or name) != task.column,
+        f"{path}.column={task.column!r} is also the column of the input config.data.fields.{name}, which would tell "
+        f"the label; leave one of the two out, or set config.data.fields.{name}.input=False.",
+      )
     require(
       bool(task.positive) or task.type != "binary",
       f"{path}.positive is empty: name the values that count as positive, or set type='multiclass' or 'regression'.",

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 
 from supermoe_jax import config
 from supermoe_jax.data import parsing, readers
+from supermoe_jax.data.field_values import field_columns
 from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.sources import SourceReader, field_columns
+from supermoe_jax.data.sources import SourceReader
 from supermoe_jax.data.splits import training_user_sql
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class EventLog:
       "dropped": dropped,
       "duplicate_rows": duplicates,
       **self._facts(),
+      "user_rows_dropped": reader.user_rows_dropped,
       "sources": reader.counts,
     }
     self.counts["rows_kept"] = self.counts["events"]
