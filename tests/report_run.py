@@ -49,7 +49,7 @@ def write_json(file: pathlib.Path, value) -> None:
 
 def make_dataset(cfg: config.Config) -> None:
   known = {s: {"known": 40, "positive": 10} for s in SPLITS}
-  source = {"rows_read": 1005, "rows_kept": 1000, "dropped": {"null_user": 5}, "items_missing": 2}
+  source = {"rows_read": 1005, "rows_kept": 1000, "dropped": {"null_user": 5}, "items_missing": 2, "users_missing": 4}
   write_json(
     pathlib.Path(cfg.data.path) / "manifest.json",
     {
@@ -66,7 +66,7 @@ def make_dataset(cfg: config.Config) -> None:
         "sources": {"purchases": source},
       },
       "fields": {
-        HOSTILE: {"kind": "vocabulary", "codes": 12, "oov_training": 0.0, "oov_after": 0.125},
+        HOSTILE: {"kind": "vocabulary", "codes": 12, "oov_training": 0.0, "oov_after": 0.125, "colliding": None},
         "item": {"kind": "hash", "codes": 22, "oov_training": 0.0, "oov_after": 0.0, "values": 30, "colliding": 0.4},
       },
       "snapshots": dict.fromkeys(SPLITS, 40),

@@ -70,12 +70,58 @@ def changed(raw: dict, key: str, value: object) -> dict:
     ("data.split.every_events", 0, r"every_events=0 must be positive"),
     ("data.split.mode", "leave_one_out", r"needs config\.data\.split\.mode='temporal'|no meaning with mode"),
     ("data.aggregates.fields", ["device"], r"'device' is not a vocabulary field"),
-    ("data.users", None, r"a user label needs config\.data\.users"),
+    ("data.users", None, r"config\.data\.fields\.town\.table='users' needs config\.data\.users"),
+    ("data.fields.page.buckets", -1, r"fields\.page\.buckets=-1 must not be negative"),
+    ("data.fields.hashed", {"kind": "hash", "buckets": 9}, r"hashed\.buckets=9 has no meaning with kind='hash'"),
+    ("data.fields.number", {"kind": "numeric", "buckets": 9}, r"number\.buckets=9 has no meaning for numbers"),
+    (
+      "tasks.next_page.field",
+      "mixed",
+      r"tasks\.next_page\.field='mixed': with .*mixed\.buckets=9 .*second field of the same column without buckets, "
+      r"such as mixed_asked=dict\(column='page'\)",
+    ),
+    (
+      "tasks.next_page",
+      {"kind": "future_values", "field": "mixed", "horizon_days": 1.0},
+      r"tasks\.next_page\.field='mixed': .* same column with input=False without buckets, such as "
+      r"mixed_asked=dict\(column='page', input=False\)",
+    ),
+    (
+      "tasks.next_page",
+      {"kind": "event_label", "field": "mixed", "positive": ["a"]},
+      r"tasks\.next_page\.field='mixed': .*input=False",
+    ),
+    ("data.aggregates.fields", ["town"], r"aggregates\.fields: 'town' is of the table of users.*; leave it out"),
+    ("tasks.next_page.field", "town", r"tasks\.next_page\.field='town' is of the table of users .*kind 'user_label'"),
+    ("tasks.pages.field", "town", r"tasks\.pages\.field='town' is of the table of users"),
+    (
+      "tasks.pages",
+      {"kind": "event_label", "field": "town", "positive": ["a"]},
+      r"tasks\.pages\.field='town' is of the table of users",
+    ),
+    (
+      "data.fields.known",
+      {"table": "users", "column": "plan"},
+      r"tasks\.paid\.column='plan' is also the column of the input config\.data\.fields\.known.*known\.input=False",
+    ),
+    ("data.fields.plan", {"table": "users"}, r"tasks\.paid\.column='plan' is also .*config\.data\.fields\.plan,"),
+    ("data.aggregates.fields", ["mixed"], r"aggregates\.fields: .*mixed\.buckets=9 lets values share codes; leave it"),
   ],
 )
 def test_an_impossible_config_names_the_key_and_the_remedy(raw: dict, key: str, value: object, message: str) -> None:
+  raw["data"]["fields"] |= {"mixed": {"column": "page", "buckets": 9}, "town": {"table": "users"}}
   with pytest.raises(config.ConfigError, match=message):
     config.resolve(changed(raw, key, value))
+
+
+def test_a_user_label_needs_a_table_of_users(raw: dict) -> None:
+  with pytest.raises(config.ConfigError, match=r"a user label needs config\.data\.users"):
+    config.resolve(changed(raw, "data.users", None))
+
+
+def test_a_column_may_be_a_label_and_a_field_that_is_no_input(raw: dict) -> None:
+  config.resolve(changed(raw, "data.fields.plan", {"table": "users", "input": False}))
+  config.resolve(changed(raw, "data.fields.plan", {"sources": ["visits"]}))
 
 
 def write(tmp_path: pathlib.Path, raw: dict) -> str:

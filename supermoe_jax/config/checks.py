@@ -33,7 +33,11 @@ def _check_data(data: Data) -> None:
         f"config.data.fields.{name}.sources: no source named {wanted!r}{nearest(wanted, data.sources)}",
       )
     _require(field.size > 0, f"config.data.fields.{name}.size={field.size} must be positive.")
-    _check_list(f"config.data.fields.{name}", field)
+    _check_field(f"config.data.fields.{name}", field)
+    _require(
+      field.table == "events" or data.users is not None,
+      f"config.data.fields.{name}.table='users' needs config.data.users: name the file of the table of users.",
+    )
   if data.users is not None:
     _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
   _require(
@@ -48,6 +52,15 @@ def _check_data(data: Data) -> None:
     )
     _require(not data.fields[name].many, f"config.data.aggregates.fields: {name!r} holds lists; leave it out.")
     _require(
+      not data.fields[name].buckets,
+      f"config.data.aggregates.fields: config.data.fields.{name}.buckets={data.fields[name].buckets} lets values share "
+      "codes; leave it out, or name a second field of the same column without buckets.",
+    )
+    _require(
+      data.fields[name].table == "events",
+      f"config.data.aggregates.fields: {name!r} is of the table of users, the same at every event; leave it out.",
+    )
+    _require(
       data.fields[name].input,
       f"config.data.aggregates.fields holds {name!r}, which the model must not see (config.data.fields.{name}.input is "
       "False); leave it out.",
@@ -55,7 +68,16 @@ def _check_data(data: Data) -> None:
   _check_split(data.split)
 
 
-def _check_list(path: str, field: Field) -> None:
+def _check_field(path: str, field: Field) -> None:
+  _require(field.buckets >= 0, f"{path}.buckets={field.buckets} must not be negative.")
+  _require(
+    not field.buckets or field.kind != "hash",
+    f"{path}.buckets={field.buckets} has no meaning with kind='hash', whose buckets are `size`; remove it.",
+  )
+  _require(
+    not field.buckets or field.kind != "numeric",
+    f"{path}.buckets={field.buckets} has no meaning for numbers; remove it.",
+  )
   _require(field.many >= 0, f"{path}.many={field.many} must not be negative.")
   _require(
     not field.many or field.kind != "numeric", f"{path}.many={field.many} has no meaning for numbers; remove it."

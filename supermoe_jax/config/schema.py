@@ -57,13 +57,25 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """A value carried by events: the model's vocabulary of what happened."""
+  """A value carried by events: the model's vocabulary of what happened.
+
+  With `buckets` a value outside the vocabulary has one of so many codes, by its hash, rather than the one code of all
+  such values. These codes are learned from the values of training that the vocabulary leaves out, so `min_count` or
+  `size` has to leave some. Such a field is an input only: nothing can be asked about it, and it is not counted.
+
+  With `table="users"` the column is one of the table of users, and every event of a user carries the user's value; it
+  is absent where the user has no row, or no value in it. Such a column has no time, and the model sees it from the
+  first event on: it must hold what was known from the start, such as the country of signing up. What was found out
+  later, such as the lifetime value, leaks the future into every snapshot.
+  """
 
   kind: Literal["vocabulary", "hash", "numeric"] = "vocabulary"
   column: str = ""  # empty: the field's own name
+  table: Literal["events", "users"] = "events"  # users: `data.users`; events: a source's files, or its table of items
   sources: tuple[str, ...] = ()  # empty: every source; elsewhere the field is absent, which is not out-of-vocabulary
   size: int = 100_000  # vocabulary: most values kept, by count in the training period; hash: buckets
   min_count: int = 1  # vocabulary: rarer values become out-of-vocabulary
+  buckets: int = 0  # vocabulary: codes that the values out of it are hashed into; 0: they share one
   # Of numeric: log1p is sign(x)·log(1+|x|), then standardised; quantile is the standard-normal quantile of the rank.
   encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only, the model never sees it
@@ -73,7 +85,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class UserTable:
-  """Columns known of some users, such as demographics; the source of user labels."""
+  """Columns known of some users, such as demographics: the source of user labels and of fields with `table="users"`."""
 
   files: tuple[str, ...] = ()
   format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"

@@ -63,12 +63,19 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
       name not in data.fields or not data.fields[name].many,
       f"{path}: {name!r} holds lists, which are inputs only; a task needs a field of single values.",
     )
+  for name in asked:
+    require(
+      name not in data.fields or data.fields[name].table == "events",
+      f"{path}.field={name!r} is of the table of users (config.data.fields.{name}.table), the same at every event; ask "
+      "about its column by a task of kind 'user_label'.",
+    )
   if isinstance(task, (NextEvent, FutureValues)):
     require(
       task.field in vocabularies,
       f"{path}.field={task.field!r} is not a vocabulary field{nearest(task.field, vocabularies)}",
     )
   if isinstance(task, NextEvent):
+    _require_no_buckets(path, task.field, data, "")
     require(data.fields[task.field].input, f"{path}.field={task.field!r} is no input, so it has no embeddings to rank.")
     require(task.negatives > 0, f"{path}.negatives={task.negatives} must be positive.")
   if isinstance(task, EventLabel):
@@ -97,10 +104,17 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
       f"{path}.source={task.source!r} is not a source{nearest(task.source, data.sources)}",
     )
   if isinstance(task, FutureValues):
+    _require_no_buckets(path, task.field, data, " with input=False")
     require(task.top > 0, f"{path}.top={task.top} must be positive.")
   if isinstance(task, UserLabel):
     require(data.users is not None, f"{path}: a user label needs config.data.users.")
     require(bool(task.column), f"{path}.column is empty: name the user table's column.")
+    for name, field in data.fields.items():
+      require(
+        field.table == "events" or not field.input or (field.column or name) != task.column,
+        f"{path}.column={task.column!r} is also the column of the input config.data.fields.{name}, which would tell "
+        f"the label; leave one of the two out, or set config.data.fields.{name}.input=False.",
+      )
     require(
       bool(task.positive) or task.type != "binary",
       f"{path}.positive is empty: name the values that count as positive, or set type='multiclass' or 'regression'.",
@@ -110,12 +124,23 @@ def _check_label(path: str, task: LabelledTask, data: Data) -> None:
     )
 
 
+def _require_no_buckets(path: str, field: str, data: Data, settings: str) -> None:
+  """A task asks for values, and a bucket is none; `settings` are those of a field that could be asked about instead."""
+  require(
+    not data.fields[field].buckets,
+    f"{path}.field={field!r}: with config.data.fields.{field}.buckets={data.fields[field].buckets} values share codes, "
+    f"so that a task cannot tell them apart; name a second field of the same column{settings} without buckets, such as "
+    f"{field}_asked=dict(column={data.fields[field].column or field!r}{', input=False' if settings else ''}).",
+  )
+
+
 def _check_event_label(path: str, task: EventLabel, data: Data) -> None:
   require(task.field in data.fields, f"{path}.field={task.field!r} is not a field{nearest(task.field, data.fields)}")
   kind = data.fields[task.field].kind
   if task.positive:
     require(kind == "vocabulary", f"{path}.positive needs a vocabulary field; {task.field!r} is {kind}.")
     require(task.at_least is None, f"{path}: positive and at_least exclude each other; keep one.")
+    _require_no_buckets(path, task.field, data, " with input=False")
   else:
     require(kind == "numeric", f"{path}: name the values of {task.field!r} that are positive; it is a {kind} field.")
   for name in task.given:

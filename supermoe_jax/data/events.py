@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.data import parsing, readers
+from supermoe_jax.data.field_values import field_columns
 from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.replace import replacing_file
-from supermoe_jax.data.sources import SourceReader, field_columns
+from supermoe_jax.data.sources import SourceReader
 from supermoe_jax.data.splits import training_user_sql, user_hash_sql
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class EventLog:
   Its relation `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER,
   `ord` BIGINT, `training` BOOLEAN, and for each field the column that `columns` names: VARCHAR for categorical fields,
   VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
-  where absent. Its table `users` has a row a user: `user`, and `uid`, from 0 in the order of the hashes of their ids.
+  where absent. Its table `ordered_users` has a row a user: `user`, and `uid`, from 0 in the order of the hashes of the
+  ids: any stretch of users is a sample.
 
   Attributes:
     data: the config that it was read from.
@@ -124,12 +126,12 @@ class EventLog:
 
   def users(self) -> pa.RecordBatchReader:
     """Every user: `user`, and `record`, the user's number in the order of the hashes, in that order."""
-    return self._con.sql('SELECT "user", uid AS record FROM users ORDER BY uid').to_arrow_reader(BATCH_ROWS)
+    return self._con.sql('SELECT "user", uid AS record FROM ordered_users ORDER BY uid').to_arrow_reader(BATCH_ROWS)
 
   def count_users(self, named: Iterable[str]) -> int:
     """How many of the users named have an event."""
     table = pa.table({"user": pa.array(named, pa.string())})
-    ((count,),) = self.query('SELECT count(*) FROM users SEMI JOIN named USING ("user")', named=table)
+    ((count,),) = self.query('SELECT count(*) FROM ordered_users SEMI JOIN named USING ("user")', named=table)
     return count
 
   # ------------------------------------------------------------------------------------------------------------ reading
@@ -159,6 +161,7 @@ class EventLog:
       "dropped": dropped,
       "duplicate_rows": duplicates,
       **self._facts(),
+      "user_rows_dropped": reader.user_rows_dropped,
       "sources": reader.counts,
     }
     self.counts["rows_kept"] = self.counts["events"]
@@ -189,10 +192,10 @@ class EventLog:
     return repeats
 
   def _number_users(self) -> None:
-    """Creates `users`, in the order in which records stand: by a hash, so that any stretch of users is a sample."""
+    """Creates `ordered_users`, in the order in which records stand."""
     hashed = user_hash_sql('"user"')
     self._con.execute(
-      f'CREATE TABLE users AS SELECT "user", row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
+      f'CREATE TABLE ordered_users AS SELECT "user", row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
       'FROM (SELECT DISTINCT "user" FROM rows) ORDER BY uid'
     )
 
@@ -223,7 +226,7 @@ class EventLog:
       carriers = [names.index(s) for s in self.data.fields[name].sources] or range(len(names))
       nulls.append(f"count_if({column} IS NULL AND source IN ({', '.join(map(str, carriers))}))")
     (row,) = self.query(
-      "SELECT count(*), (SELECT count(*) FROM users), count_if(training), min(time), max(time), "
+      "SELECT count(*), (SELECT count(*) FROM ordered_users), count_if(training), min(time), max(time), "
       + ", ".join(nulls)
       + " FROM events"
     )
@@ -284,12 +287,12 @@ class EventLog:
       users = self.counts["users"]
       wanted = f"WHERE u.uid * {n_shards} // {users} NOT IN ({', '.join(map(str, done))})" if done else ""
       stream = con.sql(
-        f'SELECT {columns} FROM events e JOIN users u USING ("user") {" ".join(joins)} {wanted} '
+        f'SELECT {columns} FROM events e JOIN ordered_users u USING ("user") {" ".join(joins)} {wanted} '
         "ORDER BY u.uid, e.time, e.ord"
       ).to_arrow_reader(BATCH_ROWS)
       for shard, rows in _cut(stream, n_shards, users):
         first, last = (-(-n * users // n_shards) for n in (shard, shard + 1))
-        of_shard = ids.sql(f'SELECT "user" FROM users WHERE uid >= {first} AND uid < {last} ORDER BY uid')
+        of_shard = ids.sql(f'SELECT "user" FROM ordered_users WHERE uid >= {first} AND uid < {last} ORDER BY uid')
         yield shard, of_shard.to_arrow_table()["user"].to_pylist(), rows
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import duckdb
 
 from supermoe_jax.config import nearest
 from supermoe_jax.data import readers, remote
-from supermoe_jax.data.readers import DataError, literal
+from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile, literal
 from supermoe_jax.data.remote import FilePath, RemoteFile
 
 
@@ -28,6 +29,13 @@ class FoundFile:
   may_be_empty: bool
 
 
+class OpenedFiles(NamedTuple):
+  """Files that were opened: those with rows, at least one, and those without."""
+
+  tables: list[TableFile]
+  empty: list[FilePath]
+
+
 def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str) -> list[FoundFile]:
   """Expands paths and globs (`~` too) in the order listed, each glob sorted by path; DuckDB lists the remote ones.
 
@@ -42,6 +50,28 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
         raise DataError(f"{key}: {file.path} is named twice; its rows would count twice.")
       found[file.path] = file
   return list(found.values())
+
+
+def open_files(
+  con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
+) -> OpenedFiles:
+  """Finds the `files` of the config section `key` and opens them as `readers.open_table` does.
+
+  Raises:
+    DataError: a file cannot be found or opened, one that was asked for by name is empty, or all are.
+  """
+  opened = OpenedFiles([], [])
+  found = find_files(con, patterns, f"{key}.files")
+  for file in found:
+    try:
+      opened.tables.append(readers.open_table(con, file.path, format, wanted))
+    except EmptyFileError as error:
+      if not file.may_be_empty:
+        raise DataError(f"{error} Remove it from {key}.files.") from None
+      opened.empty.append(file.path)
+  if not opened.tables:
+    raise DataError(f"{key}.files: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+  return opened
 
 
 def glob_files(pattern: str) -> list[pathlib.Path]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import duckdb
 
+from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import leaks, parsing, proposal, readers, roles, sequences
 from supermoe_jax.data.leaks import Suspect
@@ -188,17 +189,25 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
     users = [_rows_per_user(con, columns, place) for place in candidates[:CANDIDATES]]
     user = candidates[0] if candidates else None
     found = _roles(con, columns, time, user)
-    if files[0].format in readers.JSON_FORMATS:
-      for i in [i for i, c in enumerate(columns) if c.holds_lists]:
-        array = f"json_valid(c{i}) AND json_type(c{i}) = 'ARRAY'"
-        query = f"SELECT max(CASE WHEN {array} THEN json_array_length(c{i}) END) FROM found"
-        ((longest,),) = con.execute(query).fetchall()
-        found[i] = roles.list_role(longest) if longest else found[i]
+    json = files[0].format in readers.JSON_FORMATS
+    for i, column in enumerate(columns):
+      # Text of other formats that looks like a JSON array is not read as one.
+      if column.holds_lists and column.distinct > 1 and (json or column.type != "VARCHAR"):
+        lengths = _lengths(con, i, column.type, json)
+        found[i] = roles.list_role(lengths) if lengths else found[i]
     events = _event_facts(con, columns, time, user) if time and user is not None else None
   rows = columns[0].rows
   return Table(
     name, tuple(f.path for f in files), files[0].format, rows, tuple(columns), tuple(found), tuple(users), events
   )
+
+
+def _lengths(con: duckdb.DuckDBPyConnection, place: int, type: str, json: bool) -> dict[int, int]:
+  """How many lists of a column have each length, in order; empty lists and absent values in them are left out."""
+  values = parsing.list_sql(f"c{place}", type, config.Field.separator, json=json)
+  lengths = f"SELECT len({values}) AS length FROM found"
+  query = f"SELECT length, count(*) FROM ({lengths}) WHERE length > 0 GROUP BY length ORDER BY length"
+  return dict(con.execute(query).fetchall())
 
 
 def _rows(files: Sequence[TableFile]) -> str:

@@ -181,7 +181,7 @@ def _field(column: Measured, role: Role, name: str) -> dict[str, Any]:
 def _comment(column: Measured, role: Role) -> str:
   if role.kind == "numeric":
     return f"{column.low:g} to {column.high:g}"
-  return f"{column.distinct:,} different lists" if "many" in role.settings else f"{column.distinct:,} values"
+  return f"{column.distinct:,} different lists; {role.note}" if role.note else f"{column.distinct:,} values"
 
 
 def _identifier(name: str) -> str:

@@ -26,7 +26,8 @@ def load_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Sequen
   """Creates the table `events` of the users: rows that can be used, once each where duplicates are dropped.
 
   Its columns: `user`, `time` in microseconds since 1970 UTC, `source` as an index, `position` among the user's events
-  from 0, `total`, how many the user has, and `field_0`, … with the raw values.
+  from 0, `total`, how many the user has, and `field_0`, … with the raw values. Those of the table of users are left
+  NULL: no task may ask about them, and they are equal in all rows of a user.
 
   Returns: the time of the last event of any user.
   """
@@ -85,7 +86,8 @@ def _opened(
 
 def _columns(data: config.Data, source: str) -> dict[str, str]:
   """The fields of a source, and the column of each in its files or its table of items."""
-  return {n: f.column or n for n, f in data.fields.items() if not f.sources or source in f.sources}
+  own = {n: f for n, f in data.fields.items() if f.table == "events"}
+  return {n: f.column or n for n, f in own.items() if not f.sources or source in f.sources}
 
 
 def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple[dict[str, str], list[str]]:

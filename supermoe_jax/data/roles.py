@@ -18,6 +18,7 @@ FEW_VALUES = 20  # up to which numbers are taken for categories, such as ratings
 MOSTLY = 0.95  # the share of values that makes a column one of numbers or of times; the rest are then bad values
 LONG_TEXT = 60  # characters on average
 MANY = 8  # values of a list that are kept, at most
+WHOLE_LISTS = 0.95  # the share of the lists that are kept whole, unless that takes more values
 SKEW = 10  # the largest value over the mean that calls for log1p
 
 USER_WORDS = (
@@ -85,8 +86,10 @@ class Measured:
 
   @property
   def holds_lists(self) -> bool:
-    """Whether the values that were looked at are all JSON arrays."""
-    return bool(self.sample) and all(v.startswith("[") and v.endswith("]") for v in self.sample)
+    """Whether the values are lists of texts or whole numbers; of text whether those looked at are all JSON arrays."""
+    if self.type == "VARCHAR":
+      return bool(self.sample) and all(v.startswith("[") and v.endswith("]") for v in self.sample)
+    return re.fullmatch(r"(VARCHAR|U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT))\[\d*\]", self.type) is not None
 
   @property
   def words(self) -> list[str]:
@@ -109,11 +112,13 @@ class Role:
     kind: user, time, vocabulary, hash, numeric or ignore.
     reason: why, in a few words.
     settings: what its entry in the config needs besides the column's name.
+    note: what is to be known of these settings.
   """
 
   kind: str
   reason: str
   settings: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+  note: str = ""
 
 
 def time_sql(column: str, type: str, role: Role) -> str:
@@ -133,9 +138,14 @@ def sequence_time(columns: Sequence[Measured]) -> tuple[int, Role]:
   return names.index("position"), Role("time", "the place in the sequence", {"time_unit": "s"})
 
 
-def list_role(longest: int) -> Role:
-  """Returns the role of a column of lists of at most `longest` values."""
-  return Role("vocabulary", f"lists of up to {longest:,} values", {"many": min(longest, MANY)})
+def list_role(lengths: Mapping[int, int]) -> Role:
+  """Returns the role of a column of lists; `lengths` says how many there are of each length, in order, from 1."""
+  reached = itertools.accumulate(lengths.values())
+  usual = next(k for k, n in zip(lengths, reached, strict=True) if n >= WHOLE_LISTS * sum(lengths.values()))
+  many, longest = min(usual, MANY), max(lengths)
+  kept = sum(min(k, many) * n for k, n in lengths.items()) / sum(k * n for k, n in lengths.items())
+  note = f"many={many} keeps {kept:.1%} of their values"
+  return Role("vocabulary", f"lists of up to {longest:,} values", {"many": many}, note)
 
 
 def choose_time(columns: Sequence[Measured]) -> tuple[int, Role] | None:

@@ -78,7 +78,7 @@ def _classes(name: str, encoders: Encoders) -> Classes:
 
 
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
-  """The aggregates of a config, of fields that are inputs only; None when they are switched off."""
+  """The aggregates of a config, of the events' fields that are inputs only; None when they are switched off."""
   if not data.aggregates.enabled:
     return None
   columns = list(encoders.categorical)
@@ -87,7 +87,9 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
     encoder = encoders.categorical[name]
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
     counted[name] = (columns.index(name), tuple(encoder.values[: data.aggregates.top_values]))
-  numeric = {n: i for i, n in enumerate(encoders.numeric) if data.fields[n].input}
+  # The mean of a user's own number is that number.
+  own = {n for n, f in data.fields.items() if f.input and f.table == "events"}
+  numeric = {n: i for i, n in enumerate(encoders.numeric) if n in own}
   return Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, counted)
 
 

@@ -13,7 +13,7 @@ from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import parsing, readers
-from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
+from supermoe_jax.data.readers import DataError, TableFile
 from supermoe_jax.data.vocabulary import Classes, LabelEncoder, Numeric
 
 SHOWN_VALUES = 20  # of a column, in a message about a value that it does not hold
@@ -79,23 +79,13 @@ def _read(
 ) -> list[TableFile]:
   """Appends the user column and the tasks' columns of all files to the table `users`."""
   key = "config.data.users"
-  files: list[TableFile] = []
-  found = files_lib.find_files(con, users.files, f"{key}.files")
-  for file in found:
-    try:
-      table = readers.open_table(con, file.path, users.format, {users.user, *columns})
-    except EmptyFileError as error:
-      if not file.may_be_empty:
-        raise DataError(f"{error} Remove it from {key}.files.") from None
-      continue
+  files = files_lib.open_files(con, users.files, users.format, {users.user, *columns}, key).tables
+  for index, table in enumerate(files):
     wanted = {"user": table.require(users.user, f"{key}.user")}
     wanted |= {columns[t.column]: table.require(t.column, f"config.tasks.{n}.column") for n, t in tasks.items()}
     values = [parsing.text_sql(f"e.{readers.identifier(a)}", table.columns[n]) for a, n in wanted.items()]
     with readers.naming(table.path, table.format):
-      con.execute(f"INSERT INTO users SELECT {len(files)}, e.row, {', '.join(values)} FROM ({table.select(wanted)}) e")
-    files.append(table)
-  if not files:
-    raise DataError(f"{key}.files: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+      con.execute(f"INSERT INTO users SELECT {index}, e.row, {', '.join(values)} FROM ({table.select(wanted)}) e")
   return files
 
 

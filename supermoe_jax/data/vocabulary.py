@@ -24,21 +24,39 @@ from supermoe_jax.data.readers import DataError
 ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
 
 
+def _bucket(value: str, buckets: int) -> int:
+  """The bucket of a value, from 0, by the lower half of MD5 as DuckDB has it: the same on every machine, in every
+  version."""
+  return int.from_bytes(hashlib.md5(value.encode()).digest()[8:], "little") % buckets
+
+
+def _bucket_sql(column: str, buckets: int) -> str:
+  return f"md5_number_lower({column}) % {buckets}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
   """The values of a field, most frequent first, ties by value; the value at index i has the code i + 2.
 
+  Values that it does not hold have the code 1 or, with buckets, one of the codes that follow those of the values.
+
   Attributes:
     values: the values as text.
     counts: int64, how often each occurs in the training period.
+    buckets: how many codes other values are hashed into; 0: none.
   """
 
   values: list[str]
   counts: np.ndarray
+  buckets: int = 0
 
   @property
   def n_codes(self) -> int:
     """The number of codes, absent and out of vocabulary included."""
+    return self._first_bucket + self.buckets
+
+  @property
+  def _first_bucket(self) -> int:
     return len(self.values) + FIRST_VALUE
 
   @functools.cached_property
@@ -47,7 +65,11 @@ class Vocabulary:
 
   def code(self, value: str | None) -> int:
     """The code of a value; None is absent."""
-    return ABSENT if value is None else self._codes.get(value, UNKNOWN)
+    if value is None:
+      return ABSENT
+    if self.buckets and value not in self._codes:
+      return self._first_bucket + _bucket(value, self.buckets)
+    return self._codes.get(value, UNKNOWN)
 
   def table(self) -> pa.Table:
     """The columns `value` and `code`, for a join."""
@@ -57,15 +79,13 @@ class Vocabulary:
 
   def code_sql(self, column: str, table: str) -> str:
     """The SQL of a column's code; `table` is `table()`, joined by an outer join on its `value`."""
-    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE coalesce({table}.code, {UNKNOWN}) END"
+    unknown = f"{self._first_bucket} + {_bucket_sql(column, self.buckets)}" if self.buckets else f"{UNKNOWN}"
+    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE coalesce({table}.code, {unknown}) END"
 
 
 @dataclasses.dataclass(frozen=True)
 class Hashing:
-  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code.
-
-  The hash is the lower half of MD5 as DuckDB has it, the same on every machine and in every version.
-  """
+  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code."""
 
   buckets: int
 
@@ -76,9 +96,7 @@ class Hashing:
 
   def code(self, value: str | None) -> int:
     """The code of a value; None is absent."""
-    if value is None:
-      return ABSENT
-    return FIRST_VALUE + int.from_bytes(hashlib.md5(value.encode()).digest()[8:], "little") % self.buckets
+    return ABSENT if value is None else FIRST_VALUE + _bucket(value, self.buckets)
 
   def table(self) -> None:
     """A hash needs no table."""
@@ -86,8 +104,7 @@ class Hashing:
   def code_sql(self, column: str, table: str) -> str:
     """The SQL of a column's code."""
     del table
-    hashed = f"{FIRST_VALUE} + md5_number_lower({column}) % {self.buckets}"
-    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE {hashed} END"
+    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE {FIRST_VALUE} + {_bucket_sql(column, self.buckets)} END"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +146,9 @@ class Encoders:
         continue
       file = f"{urllib.parse.quote(name, safe='')}.parquet"
       pq.write_table(pa.table({"value": pa.array(encoder.values, pa.string()), "count": encoder.counts}), path / file)
-      saved["categorical"][name] = {"kind": "vocabulary", "file": file}
+      # Without buckets nothing is said of them: datasets that had none before keep their encoding hash.
+      buckets = {"buckets": encoder.buckets} if encoder.buckets else {}
+      saved["categorical"][name] = {"kind": "vocabulary", "file": file, **buckets}
     (path / "encoders.json").write_text(json.dumps(saved, indent=1) + "\n")
 
   @classmethod
@@ -149,7 +168,8 @@ class Encoders:
         categorical[name] = Hashing(spec["buckets"])
       else:
         table = pq.read_table(path / spec["file"])
-        categorical[name] = Vocabulary(table["value"].to_pylist(), table["count"].to_numpy())
+        values, counts = table["value"].to_pylist(), table["count"].to_numpy()
+        categorical[name] = Vocabulary(values, counts, spec.get("buckets", 0))
     labels: dict[str, LabelEncoder] = {
       n: Classes(tuple(e["values"]), tuple(e["counts"])) if "values" in e else Numeric(**e)
       for n, e in saved["labels"].items()
@@ -188,7 +208,7 @@ def _fit_vocabulary(log: EventLog, name: str, field: config.Field) -> Vocabulary
         f"config.data.fields.{name}.min_count."
       )
     raise _no_value(log, name)
-  return Vocabulary(counted["value"].to_pylist(), counted["count"].to_numpy())
+  return Vocabulary(counted["value"].to_pylist(), counted["count"].to_numpy(), field.buckets)
 
 
 def _fit_hashing(log: EventLog, name: str, field: config.Field) -> Hashing:
@@ -238,20 +258,15 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
   """Reports how well the encoders cover the log: of each categorical field, what training could not teach.
 
   Returns: of each field its `kind`, `codes`, and `oov_training` and `oov_after`, the shares of the values present that
-  are out of vocabulary (None without values). Of a hashed field `values`, the distinct ones in training, and
-  `colliding`, the share of them whose code is not theirs alone. Of a field of many `values_cut`, the values of lists
-  that are longer than the field keeps.
+  are out of vocabulary (None without values), those in buckets included. Where values are hashed `values`, the distinct
+  ones in training that are, and `colliding`, the share of them whose code is not theirs alone (None without any). Of a
+  field of many `values_cut`, the values of lists that are longer than the field keeps.
   """
   report: dict[str, dict[str, Any]] = {}
   for name, encoder in encoders.categorical.items():
     present = f"({log.values_sql(name)})"
+    hashed = _hashed(log, encoder, present) if encoder.buckets else {}
     if isinstance(encoder, Hashing):
-      code = encoder.code_sql("value", "")
-      ((values, codes_shared),) = log.query(
-        f"SELECT coalesce(sum(n), 0)::BIGINT, coalesce(sum(n) FILTER (n > 1), 0)::BIGINT FROM ("
-        f"SELECT {code} AS code, count(DISTINCT value) AS n FROM {present} WHERE training GROUP BY code)"
-      )
-      hashed = {"values": values, "colliding": codes_shared / values if values else None}
       report[name] = {"kind": "hash", "codes": encoder.n_codes, "oov_training": 0.0, "oov_after": 0.0, **hashed}
       continue
     shares = dict(
@@ -266,6 +281,7 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
       "codes": encoder.n_codes,
       "oov_training": shares.get(True),
       "oov_after": shares.get(False),
+      **hashed,
     }
   for name, facts in report.items():
     if many := log.data.fields[name].many:
@@ -274,3 +290,17 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
       )
       facts["values_cut"] = cut
   return report
+
+
+def _hashed(log: EventLog, encoder: Categorical, present: str) -> dict[str, Any]:
+  """How many distinct values of `present`, a query of `value` and `training`, are hashed in training, and the share of
+  them that share a code."""
+  known = encoder.table()
+  join, tables = ("", {}) if known is None else ("ANTI JOIN known USING (value)", {"known": known})
+  bucket = _bucket_sql("value", encoder.buckets)
+  ((values, colliding),) = log.query(
+    "SELECT coalesce(sum(n), 0)::BIGINT, coalesce(sum(n) FILTER (n > 1), 0)::BIGINT FROM ("
+    f"SELECT {bucket} AS bucket, count(DISTINCT value) AS n FROM {present} {join} WHERE training GROUP BY bucket)",
+    **tables,
+  )
+  return {"values": values, "colliding": colliding / values if values else None}

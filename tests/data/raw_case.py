@@ -125,11 +125,13 @@ def random_case(seed: int, views: int, buys: int, formats: tuple[str, str, str] 
   """A log of two sources and a table of users; some users are in one of them only."""
   rng = random.Random(seed)
   table = [
-    {"user": u, "plan": ("paid", "free")[i], "tier": TIERS[i], "age": 30.0 + 9 * i} for i, u in enumerate(ANCHORS)
+    {"user": u, "plan": ("paid", "free")[i], "tier": TIERS[i], "age": 30.0 + 9 * i, "town": "x", "height": 1.5}
+    for i, u in enumerate(ANCHORS)
   ]
   for user in USERS:
     if user not in ANCHORS and rng.random() < 0.8:
       known = {"plan": (None, "free", "paid"), "tier": (None, *TIERS[:2], *TIERS), "age": (None, 18.0, 44.5, 71.0)}
+      known |= {"town": (None, "x", "y", "z"), "height": (None, 1.5, 1.75, 2.0)}
       table.append({"user": user} | {k: rng.choice(v) for k, v in known.items()})
   rows = random_rows(rng, "views", views)
   at = rng.randrange(views + 1)
@@ -197,6 +199,7 @@ def write_case(folder: pathlib.Path, case: Case) -> None:
 
 M = 2  # events that a snapshot of an event label asks about
 AT_LEAST, TOP = 2.0, 3
+EITHER = 4  # least count of the items that are not hashed, in the field of both kinds
 
 FUTURE = {
   "bought": {"kind": "future_event", "source": "buys", "horizon_days": 4.0},
@@ -248,8 +251,11 @@ def raw_config(folder: pathlib.Path, case: Case, way: str) -> dict[str, Any]:
       "fields": {
         "item": {"min_count": case.min_count},
         "bucket": {"kind": "hash", "column": "item", "size": 3},
+        "either": {"column": "item", "min_count": EITHER, "buckets": 2},
         "click": {"sources": ["views"], "input": False},
         "price": {"sources": ["views"], "kind": "numeric", "encoding": case.encoding},
+        "town": {"table": "users"},
+        "height": {"table": "users", "sources": ["buys"], "kind": "numeric"},
       },
       "users": {"files": [str(folder / f"users.{case.formats[2]}")], "user": "user"},
       "split": {**SHARES, **split},

@@ -178,7 +178,7 @@ def test_columns_that_say_nothing_of_behaviour_are_left_out(found):
     "a value of its own for each row": [f"event {i}" for i in range(N)],
     "each value has one user: it says who, not what": [f"basket {i % 20} {i // 40}" for i in range(N)],
     "long text": [f"{i % 30} " + "words " * 20 for i in range(N)],
-    "nested values": [[1, 2]] * (N - 1) + [[3]],
+    "nested values": [[[1, 2]]] * (N - 1) + [[[3]]],
   }
   table = found(log(**{f"c{i}": values for i, values in enumerate(columns.values())}))
   assert [reason(table, f"c{i}") for i in range(len(columns))] == list(columns)
@@ -272,6 +272,56 @@ def test_lists_in_json_lines_are_fields_of_many_but_not_what_is_predicted(load, 
   cfg = load(write("log.jsonl", log(item_id=tags, shop=[f"s{i % 7}" for i in range(N)])))
   assert cfg.data.fields["item_id"].many == 3
   assert "next_item_id" not in cfg.tasks
+
+
+@pytest.mark.parametrize(
+  ("type", "value"), [(pa.string(), "t{}".format), (pa.int64(), int), (pa.uint16(), int), (pa.int8(), int)]
+)
+def test_lists_of_parquet_are_fields_of_many_that_keep_most_of_them_whole(type, value, write, load, tmp_path):
+  # 30 of 602 lists are longer than three, and two hold no value at all.
+  lengths = [12 if i % 20 == 0 else 1 + i % 3 for i in range(N)] + [0, None]
+  tags = pa.array([None if n is None else [value(k) for k in range(n)] for n in lengths], pa.list_(type))
+  columns = log(shop=[f"s{i % 7}" for i in range(N)])
+  columns = {k: [*v, v[0], v[1]] for k, v in columns.items()} | {"tags": tags}
+  file = write("log.parquet", pa.table(columns))
+  kept = sum(min(n or 0, 3) for n in lengths) / sum(n or 0 for n in lengths)
+  comment = f"5 different lists; many=3 keeps {kept:.1%} of their values"
+  assert f'"tags": {{"many": 3}},  # {comment}\n' in inspect([str(file)]).config
+  cfg = load(file)
+  assert cfg.data.fields["tags"] == config.Field(many=3) and "next_tags" not in cfg.tasks
+  (tmp_path / "scratch").mkdir()
+  with EventLog(cfg.data, tmp_path / "scratch") as events:
+    assert vocabulary.fit(events, cfg.data).categorical["tags"].values == [str(value(k)) for k in range(3)]
+
+
+def test_a_field_of_many_keeps_no_more_than_eight_values(write, load):
+  tags = [[str(k) for k in range(9 + i % 2)] for i in range(N)]
+  assert load(write("log.parquet", log(tags=tags))).data.fields["tags"].many == 8
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    [[0.5, 1.5], [2.5]] * (N // 2),
+    [[datetime.date(2020, 1, 1)], [datetime.date(2020, 1, 2)]] * (N // 2),
+    pa.array([[], None] * (N // 2), pa.list_(pa.string())),
+    [["one", "value"]] * N,
+  ],
+)
+def test_lists_of_other_values_or_that_say_nothing_are_left_out(values, found):
+  assert roles(found(log(tags=values)))["tags"] == "ignore"
+
+
+def test_lists_of_a_parquet_table_of_items_are_fields_of_many(write, load):
+  items = {"item_id": [f"i{i}" for i in range(50)], "genres": [["A", "B"][: 1 + i % 2] for i in range(50)]}
+  data = load(write("log.parquet", log()), write("items.parquet", items)).data
+  assert data.sources["log"].items.key == "item_id" and data.fields["genres"].many == 2
+
+
+def test_text_that_looks_like_a_list_is_one_value_where_it_is_read_so(found):
+  table = found(log(tags=["[1, 2]", "[3]"] * (N // 2)), "log.csv")
+  ((_, role),) = [(c, r) for c, r in table.having("vocabulary") if c.name == "tags"]
+  assert not role.settings
 
 
 def test_lines_of_sequences_that_cannot_be_used_are_named(tmp_path):

@@ -96,6 +96,15 @@ def test_lists_can_be_hashed(write, encoded):
   assert report["tags"]["values"] == 2 and report["tags"]["values_cut"] == 0
 
 
+def test_values_of_lists_out_of_a_vocabulary_can_be_hashed(write, encoded):
+  fields = {"tags": {"many": 2, "min_count": 2, "buckets": 50}, "item": {}}
+  encoders, codes, report, _ = encoded(write("e.parquet", columns([["p", "q"], ["r", "p"], ["p"]])), fields=fields)
+  tags = encoders.categorical["tags"]
+  assert tags.values == ["p"] and min(tags.code("q"), tags.code("r")) >= 3
+  assert codes[:, [0, 2]].tolist() == [[2, tags.code("q")], [tags.code("r"), 2], [2, ABSENT]]
+  assert report["tags"]["values"] == 2 and report["tags"]["oov_training"] == 2 / 5
+
+
 def test_lists_of_a_table_of_items_are_joined(tmp_path, write, encoded):
   (tmp_path / "items.json").write_text(json.dumps({"x": [7, 8, 9], "y": [8]}))
   log = write("e.csv", {"user": ["a"] * 3, "time": [JUNE_1 + i for i in range(3)], "item": ["x", "y", "z"]})

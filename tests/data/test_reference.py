@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from raw_case import (
   AT_LEAST,
   DAY,
+  EITHER,
   FIRST,
   FOLLOWING,
   TOP,
@@ -67,9 +68,14 @@ class Reference:
     self.training = {u: self._n_training(u, h) for u, h in self.histories.items()}
     trained = [r for u, h in self.histories.items() for r in h[: self.training[u]]]
     self.items = self._vocabulary([r.item for r in trained], case.min_count)
+    self.frequent = self._vocabulary([r.item for r in trained], EITHER)
     self.clicks = self._vocabulary([r.click for r in trained], 1)
     self.prices = self._moments([self._bent(r.price) for r in trained if r.price is not None])
     of_training = [u for u in case.users if owner(u["user"]) == "train"]
+    self.of_user = {u["user"]: u for u in case.users}
+    self.towns = self._vocabulary([self._known(r, "town") for r in trained], 1)
+    heights = [self._known(r, "height") for r in trained if r.source == "buys"]
+    self.heights = self._moments([h for h in heights if h is not None])
     self.tiers = self._vocabulary([u["tier"] for u in of_training], 1)
     self.ages = self._moments([u["age"] for u in of_training if u["age"] is not None])
 
@@ -96,13 +102,22 @@ class Reference:
   def _code(vocabulary: list[str], value: str | None) -> int:
     return 0 if value is None else (vocabulary.index(value) + 2 if value in vocabulary else 1)
 
-  def event(self, row: Row) -> tuple[list[int], float | None]:
-    """The codes of an event's fields, and its standardised price."""
-    bucket = 0
+  def _known(self, row: Row, column: str) -> Any:
+    """What the table of users holds of an event's user."""
+    return self.of_user.get(row.user, {}).get(column)
+
+  def event(self, row: Row) -> tuple[list[int], list[float | None]]:
+    """The codes of an event's fields, and its standardised numbers."""
+    bucket, either = 0, self._code(self.frequent, row.item)
     if row.item is not None:
-      bucket = 2 + int.from_bytes(hashlib.md5(row.item.encode()).digest()[8:], "little") % 3
+      hashed = int.from_bytes(hashlib.md5(row.item.encode()).digest()[8:], "little")
+      bucket, either = 2 + hashed % 3, 2 + len(self.frequent) + hashed % 2 if either == 1 else either
     price = None if row.price is None else (self._bent(row.price) - self.prices[0]) / self.prices[1]
-    return [self._code(self.items, row.item), bucket, self._code(self.clicks, row.click)], price
+    height = self._known(row, "height") if row.source == "buys" else None
+    height = None if height is None else (height - self.heights[0]) / self.heights[1]
+    codes = [(self.items, row.item), (self.clicks, row.click), (self.towns, self._known(row, "town"))]
+    item, *rest = [self._code(*of) for of in codes]
+    return [item, bucket, either, *rest], [price, height]
 
   # ---------------------------------------------------------------------------------------------------- snapshots
 
@@ -184,7 +199,7 @@ class Reference:
     if name == "click":
       return float(row.click == "yes") if row.click in self.clicks else None
     assert row.price is not None
-    return float(row.price >= AT_LEAST) if name == "dear" else self.event(row)[1]
+    return float(row.price >= AT_LEAST) if name == "dear" else self.event(row)[1][0]
 
   def _of_user(self, name: str, user: str) -> float | None:
     (row,) = [u for u in self.case.users if u["user"] == user] or [None]
@@ -208,9 +223,10 @@ def check_record(record: dict[str, Any], user: str, wanted: Reference) -> None:
   history = wanted.histories[user]
   assert record["time"].tolist() == [r.time for r in history]
   assert record["source"].tolist() == [("views", "buys").index(r.source) for r in history]
-  for row, codes, number in zip(history, record["codes"].tolist(), record["numeric"][:, 0].tolist(), strict=True):
-    own_codes, own_number = wanted.event(row)
-    assert codes == own_codes and close(None if math.isnan(number) else number, own_number)
+  for row, codes, numbers in zip(history, record["codes"].tolist(), record["numeric"].tolist(), strict=True):
+    own_codes, own_numbers = wanted.event(row)
+    assert codes == own_codes
+    assert all(close(None if math.isnan(a) else a, b) for a, b in zip(numbers, own_numbers, strict=True))
   assert record["n_train"] == wanted.training[user] and SPLITS[record["user_split"]] == owner(user)
   snapshots = wanted.snapshots(user)
   columns = (record["snapshot_split"], record["snapshot_time"], record["snapshot_events"])

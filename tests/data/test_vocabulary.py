@@ -109,6 +109,35 @@ def test_collisions_of_a_hash_are_reported(fitted):
   assert report["item"]["colliding"] == pytest.approx(np.mean([codes.count(c) > 1 for c in codes]))
 
 
+def test_values_out_of_a_vocabulary_with_buckets_have_codes_that_follow_its_own(fitted):
+  values = ["a", "a", "b", "b", *(f"rare {i}" for i in range(9)), None]
+  new = ["new", "a", "日本", None]
+  fields = {"user": {}, "item": {"min_count": 2, "buckets": 5}}
+  encoders, history, report = fitted(rows(values, late=new), fields=fields)
+  encoder = encoders.categorical["item"]
+  assert encoder.values == ["a", "b"] and encoder.n_codes == 2 + 2 + 5
+  hashed = Hashing(5)
+  expected = [{"a": 2, "b": 3, None: ABSENT}.get(v) for v in (*values, *new)]
+  expected = [hashed.code(v) + 2 if code is None else code for v, code in zip((*values, *new), expected, strict=True)]
+  assert history.codes[:, 1].tolist() == [encoder.code(v) for v in (*values, *new)] == expected
+  assert UNKNOWN not in expected
+  codes = [hashed.code(v) for v in values[4:-1]]
+  assert report["item"] == {
+    "kind": "vocabulary",
+    "codes": 9,
+    "oov_training": pytest.approx(9 / 13),
+    "oov_after": pytest.approx(2 / 3),
+    "values": 9,
+    "colliding": pytest.approx(np.mean([codes.count(c) > 1 for c in codes])),
+  }
+
+
+def test_buckets_that_hold_no_value_of_training_have_no_collisions(fitted):
+  encoders, history, report = fitted(rows(["a", "b"], late=["c"]), fields={"user": {}, "item": {"buckets": 1}})
+  assert history.codes[:, 1].tolist() == [2, 3, 4] and encoders.categorical["item"].n_codes == 5
+  assert report["item"]["values"] == 0 and report["item"]["colliding"] is None
+
+
 def test_a_log_that_ends_with_training_has_no_rate_after_it(fitted):
   _, _, report = fitted(rows(["a", "b"]))
   assert report["item"]["oov_after"] is None
@@ -141,10 +170,13 @@ def test_encoders_are_in_config_order(fitted):
 
 def test_encoders_survive_saving(fitted, tmp_path):
   fields = {"a/b c": {"column": "item"}, "hashed": {"column": "item", "kind": "hash"}, "price": {"kind": "numeric"}}
+  fields |= {"both": {"column": "item", "min_count": 2, "buckets": 3}}
   encoders, _, _ = fitted({**rows(["a", "b", "b"]), "price": [1, 2, 4]}, fields=fields)
   encoders.save(tmp_path / "encoders")
   loaded = Encoders.load(tmp_path / "encoders")
-  assert list(loaded.categorical) == ["a/b c", "hashed"]
+  assert list(loaded.categorical) == ["a/b c", "hashed", "both"]
+  assert loaded.categorical["a/b c"].buckets == 0 and loaded.categorical["both"].buckets == 3
+  assert [loaded.categorical["both"].code(v) for v in "bax"] == [encoders.categorical["both"].code(v) for v in "bax"]
   assert loaded.categorical["a/b c"].values == ["b", "a"]
   assert loaded.categorical["a/b c"].counts.tolist() == [2, 1]
   assert loaded.categorical["hashed"] == encoders.categorical["hashed"]
