@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures.process
 import errno
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
@@ -24,29 +23,13 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.data import integrity, replace, shards, user_table, vocabulary
+from supermoe_jax.data import fitting, integrity, replace, shards, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import manifest as manifest_lib
 from supermoe_jax.data.dataset import FORMAT_VERSION, Dataset, input_files
 from supermoe_jax.data.events import DataError, EventLog
 from supermoe_jax.data.schema import make_comparison
 from supermoe_jax.data.shards import RecordMaker, Rows, Shard
-
-# DuckDB's types of user ids that are written as integers again, if every id is one that 64 bits hold.
-INTEGER_TYPES = (
-  "TINYINT",
-  "SMALLINT",
-  "INTEGER",
-  "BIGINT",
-  "UTINYINT",
-  "USMALLINT",
-  "UINTEGER",
-  "UBIGINT",
-  "HUGEINT",
-  "DOUBLE",
-)
-
-# What the manifest calls such a directory.
-KIND = "dataset"
 
 STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
 
@@ -63,9 +46,9 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str],
   """
   path = pathlib.Path(cfg.data.path)
   there = path.is_dir() and any(path.iterdir())
-  if there and not overwrite and replace.manifest_kind(path) == KIND:
+  if there and not overwrite and replace.manifest_kind(path) == manifest_lib.KIND:
     return _existing(cfg, path, say)
-  replace.check_replaceable(path, KIND, ("manifest.json", "encoders", "users.parquet", shards.TFDS_NAME))
+  replace.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", "users.parquet", shards.TFDS_NAME))
   identity = json.loads(json.dumps({"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg)}))
 
   def resume(work: pathlib.Path) -> bool:
@@ -127,7 +110,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
     written = _write_shards(log, encoders, maker, user_labels.values, work / shards.DIRECTORY, say)
     shards.write_info(work / shards.DIRECTORY, maker, written)
     _write_users(log, work / "users.parquet")
-    unseen = vocabulary.unseen(log, encoders)
+    unseen = fitting.unseen(log, encoders)
     with_labels = set().union(*user_labels.values.values())
     counts, user_type = dict(log.counts), log.user_type
     first, last = log.start, log.end
@@ -138,38 +121,19 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], N
   tally = maker.tally()
   for shard in written:
     tally.merge(shard.tally)
-  state = tally.state
-  aggregates = tally.aggregate_statistics()
-  manifest = {
-    "kind": KIND,
-    "format": FORMAT_VERSION,
-    "files": files,
-    "config": config.to_dict(cfg),
-    "data_hash": cfg.data_hash(),
-    "users": tally.users,
-    "events": tally.events,
-    "shards": {shard.file: shard.users for shard in written},
-    "log": {"first": labels_lib.iso(first), "last": labels_lib.iso(last), "observed_until": labels_lib.iso(log_end)},
-    "first_event_microseconds": first,
-    "last_event_microseconds": last,
-    "user_type": "text" if state["text_users"] or user_type not in INTEGER_TYPES else "integer",
-    "lengths": tally.length_percentiles(),
-    "reading": counts,
-    "fields": unseen,
-    "events_by_period": state["periods"],
-    "snapshots": state["snapshots"],
-    "snapshots_with_too_few_events": state["too_early"],
-    "repeated_snapshots": state["repeated"],
-    "users_without_training_events": state["without_training"],
-    "users_without_snapshot": state["without_snapshot"],
-    "user_table": {**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
-    "labels": tally.labels(encoders),
-    "aggregates": aggregates,
-    "label_rates": tally.label_rates(),
-    "encoding_hash": encoding_hash(work / "encoders", aggregates),
-    "warnings": tally.warnings(encoders),
-    "seconds": round(clock.monotonic() - begun, 1),
-  }
+  facts = manifest_lib.LogFacts(counts, first, last, log_end, user_type)
+  manifest = manifest_lib.build(
+    cfg,
+    facts,
+    encoders,
+    work / "encoders",
+    tally,
+    files=files,
+    shards=written,
+    fields=unseen,
+    user_table={**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
+    seconds=clock.monotonic() - begun,
+  )
   return integrity.write_manifest(work, manifest)
 
 
@@ -187,7 +151,7 @@ def _encoders(
   """Fits the encoders and saves them; where shards may have been written with them, those that were saved."""
   if path.is_dir():
     return vocabulary.Encoders.load(path)
-  encoders = vocabulary.fit(log, cfg.data, labels)
+  encoders = fitting.fit(log, cfg.data, labels)
   part = path.with_name(path.name + ".part")
   shutil.rmtree(part, ignore_errors=True)
   encoders.save(part)
@@ -205,16 +169,6 @@ def check_tasks(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
       )
   for name in cfg.labelled_tasks:
     make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
-
-
-def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
-  """Identifies how events and snapshots become numbers; parameters trained with one encoding mean nothing in
-  another."""
-  digest = hashlib.sha256(json.dumps(aggregates).encode())
-  digest.update((encoders / "encoders.json").read_bytes())
-  for file in sorted(encoders.glob("*.parquet")):
-    digest.update("\n".join(map(str, pq.read_table(file)["value"].to_pylist())).encode())
-  return digest.hexdigest()[:16]
 
 
 def _write_shards(

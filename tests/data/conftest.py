@@ -17,7 +17,7 @@ from event_rows import histories
 from labelled_log import raw_config, write_files
 
 from supermoe_jax import config
-from supermoe_jax.data import prepare, vocabulary
+from supermoe_jax.data import fitting, prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.histories import UserHistory
@@ -103,7 +103,7 @@ def read(
 
   def run(data: config.Data) -> tuple[list[UserHistory], dict[str, Any]]:
     with open_log(data) as log:
-      return histories(log, vocabulary.fit(log, data)), log.counts
+      return histories(log, fitting.fit(log, data)), log.counts
 
   return run
 

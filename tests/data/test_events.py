@@ -10,7 +10,7 @@ import pytest
 from event_rows import ABSENT, JUNE_1, LEAVE_ONE_OUT, PRICE, SECOND, UNKNOWN, good_rows
 
 from supermoe_jax import config
-from supermoe_jax.data import events, vocabulary
+from supermoe_jax.data import events, fitting
 from supermoe_jax.data.events import DataError, EventLog
 
 # ---------------------------------------------------------------------------------------------------------------- order
@@ -100,7 +100,7 @@ def test_the_type_of_the_user_column_is_known(user, expected, write, make_data, 
 def test_categories_are_text(column, expected, write, make_data, open_log):
   data = make_data(write("e.parquet", good_rows(item=column)))
   with open_log(data) as log:
-    assert vocabulary.fit(log, data).categorical["item"].values == expected
+    assert fitting.fit(log, data).categorical["item"].values == expected
 
 
 def test_a_field_of_another_source_is_absent_and_not_counted_as_null(write, make_data, read):
@@ -287,7 +287,7 @@ def test_queries_do_not_end_a_stream_of_shards(write, make_data, open_log, monke
   data = make_data(write("e.parquet", {"user": list(range(n)), "time": [JUNE_1] * n, "item": ["x"] * n}))
   with open_log(data) as log:
     found = []
-    for shard, users, rows in log.shards(vocabulary.fit(log, data), 7):
+    for shard, users, rows in log.shards(fitting.fit(log, data), 7):
       assert rows.num_rows == len(users)
       found.append((shard, len(users)))
       log.query("SELECT count(*) FROM events")

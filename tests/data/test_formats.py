@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
-from supermoe_jax.data import readers, vocabulary
+from supermoe_jax.data import fitting, readers
 from supermoe_jax.data.events import DataError
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -89,13 +89,13 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(write, 
 def test_quoted_csv_values_may_hold_delimiters_and_line_ends(write, make_data, open_log):
   data = make_data(write("e.csv", good_rows(item=['x,"1"', "y\nz", 'x,"1"'])))
   with open_log(data) as log:
-    assert vocabulary.fit(log, data).categorical["item"].values == ['x,"1"', "y\nz"]
+    assert fitting.fit(log, data).categorical["item"].values == ['x,"1"', "y\nz"]
 
 
 def test_atomic_files_are_not_quoted(write, make_data, open_log):
   data = make_data(write("e.inter", good_rows(item=['"x', "y", '"x'])))
   with open_log(data) as log:
-    assert vocabulary.fit(log, data).categorical["item"].values == ['"x', "y"]
+    assert fitting.fit(log, data).categorical["item"].values == ['"x', "y"]
 
 
 def test_names_of_columns_may_hold_any_character(name, write, make_data, read):

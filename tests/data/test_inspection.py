@@ -10,7 +10,7 @@ import pytest
 from event_rows import histories
 
 from supermoe_jax import config
-from supermoe_jax.data import labels, vocabulary
+from supermoe_jax.data import fitting, labels
 from supermoe_jax.data.events import DataError, EventLog
 from supermoe_jax.data.inspection import inspect
 from supermoe_jax.data.roles import Measured, field_role, user_candidates
@@ -218,7 +218,7 @@ def test_the_proposed_config_prepares_the_files(name, write, load, tmp_path):
     calendar = labels.calendar(cfg.data.split, events.start, events.end)
     assert {*calendar.split.tolist()} == {0, 1, 2}
     assert 0.6 < events.counts["training_events"] / events.counts["events"] < 0.8
-    assert len(histories(events, vocabulary.fit(events, cfg.data))) == 20
+    assert len(histories(events, fitting.fit(events, cfg.data))) == 20
 
 
 def test_a_log_of_a_few_seconds_still_has_a_temporal_split(write, load):
@@ -264,7 +264,7 @@ def test_the_config_of_sequences_and_a_json_object_prepares_them(values, load, t
   scratch.mkdir()
   with EventLog(cfg.data, scratch) as events:
     assert events.counts["events"] == 360 and events.counts["sources"]["log"]["items_missing"] == 0
-    assert len(histories(events, vocabulary.fit(events, cfg.data))) == 40
+    assert len(histories(events, fitting.fit(events, cfg.data))) == 40
 
 
 def test_lists_in_json_lines_are_fields_of_many_but_not_what_is_predicted(load, write):
@@ -291,7 +291,7 @@ def test_lists_of_parquet_are_fields_of_many_that_keep_most_of_them_whole(type, 
   assert cfg.data.fields["tags"] == config.Field(many=3) and "next_tags" not in cfg.tasks
   (tmp_path / "scratch").mkdir()
   with EventLog(cfg.data, tmp_path / "scratch") as events:
-    assert vocabulary.fit(events, cfg.data).categorical["tags"].values == [str(value(k)) for k in range(3)]
+    assert fitting.fit(events, cfg.data).categorical["tags"].values == [str(value(k)) for k in range(3)]
 
 
 def test_a_field_of_many_keeps_no_more_than_eight_values(write, load):

@@ -9,7 +9,7 @@ import pytest
 from event_rows import ABSENT, JUNE_1, UNKNOWN, histories
 
 from supermoe_jax import config
-from supermoe_jax.data import prepare, summary, vocabulary
+from supermoe_jax.data import fitting, prepare, summary
 from supermoe_jax.data.dataset import Dataset
 
 TAGS = [["p", "q", "p"], ["q"], None, [], ["r", "", "q", "p"]]
@@ -28,9 +28,9 @@ def encoded(make_data, open_log):
   def run(file, **changes):
     data = make_data(file, **{"fields": FIELDS, **changes})
     with open_log(data) as log:
-      encoders = vocabulary.fit(log, data)
+      encoders = fitting.fit(log, data)
       (history,) = histories(log, encoders)
-      return encoders, history.codes, vocabulary.unseen(log, encoders), log.counts
+      return encoders, history.codes, fitting.unseen(log, encoders), log.counts
 
   return run
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config
-from supermoe_jax.data import schema, vocabulary
+from supermoe_jax.data import fitting, schema
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.numeric import MAX_KNOTS, Numeric, Quantile
 from supermoe_jax.data.vocabulary import Encoders
@@ -34,7 +34,7 @@ def fitted(write, make_data, open_log):
     columns = {"user": ["a"] * len(values), "time": time, "item": ["x"] * len(values), "price": values}
     data = make_data(write("e.parquet", columns), fields=FIELDS, **changes)
     with open_log(data) as log:
-      encoders = vocabulary.fit(log, data)
+      encoders = fitting.fit(log, data)
       (history,) = histories(log, encoders)
     return encoders.numeric["price"], history.numeric[:, 0]
 
@@ -133,7 +133,7 @@ def test_a_threshold_of_an_event_label_means_the_raw_number(least, write, make_d
   data = make_data(write("e.parquet", columns), fields=FIELDS)
   task = config.EventLabel(field="price", at_least=least)
   with open_log(data) as log:
-    encoders = vocabulary.fit(log, data)
+    encoders = fitting.fit(log, data)
     (history,) = histories(log, encoders)
   labels = schema.make_event_answer("like", task, data, encoders)(history)
   assert labels.known.all()

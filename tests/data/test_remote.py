@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from event_rows import PRICE, good_rows
 
-from supermoe_jax.data import files, inspection, readers, remote, vocabulary
+from supermoe_jax.data import files, fitting, inspection, readers, remote
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.remote import RemoteFile
 
@@ -143,7 +143,7 @@ def test_sequences_and_items_in_a_store_are_read(store, tmp_path, make_data, ope
   source["items"] = {"file": f"{folder}/items.json", "key": "item", "format": "json_object"}
   data = make_data(f"{folder}/e.txt", source=source, fields={"item": {}, "brand": {}})
   with open_log(data) as log:
-    assert vocabulary.fit(log, data).categorical["brand"].values == ["5"]
+    assert fitting.fit(log, data).categorical["brand"].values == ["5"]
 
 
 def test_a_damaged_file_in_a_store_is_named(store, tmp_path, make_data, read):

@@ -87,7 +87,7 @@ def test_after_a_sudden_death_neither_reading_nor_finished_shards_are_done_again
   finished = {f.name: f.stat().st_ino for f in left.rglob("*.array_record-*") if not f.name.endswith(("note", "part"))}
   assert len(finished) == 2 and not pathlib.Path(cfg.data.path).exists()
   monkeypatch.setattr(events.EventLog, "_read", lambda self: pytest.fail("the files were read again"))
-  monkeypatch.setattr(prepare.vocabulary, "fit", lambda *unused: pytest.fail("the encoders were fitted again"))
+  monkeypatch.setattr(prepare.fitting, "fit", lambda *unused: pytest.fail("the encoders were fitted again"))
   said: list[str] = []
   prepare.prepare(cfg, say=said.append)
   assert any("going on in" in s for s in said) and any("2 of" in s for s in said)

@@ -9,7 +9,7 @@ from event_rows import ABSENT, JUNE_1, UNKNOWN, good_rows, histories
 from raw_case import prepared, random_case
 
 from supermoe_jax import config
-from supermoe_jax.data import check, vocabulary
+from supermoe_jax.data import check, fitting
 from supermoe_jax.data.events import DataError
 
 FIELDS = {"item": {}, "country": {"table": "users"}}
@@ -28,7 +28,7 @@ def joined(write, make_data, open_log):
     events = write("e.parquet", good_rows() if log is None else log)
     data = make_data(events, fields=fields, users={"files": files, "user": "user"}, **changes)
     with open_log(data) as log:
-      encoders = vocabulary.fit(log, data)
+      encoders = fitting.fit(log, data)
       return encoders, histories(log, encoders), log.counts
 
   return run

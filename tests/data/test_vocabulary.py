@@ -7,7 +7,7 @@ import pytest
 from event_rows import histories
 
 from supermoe_jax import config
-from supermoe_jax.data import vocabulary
+from supermoe_jax.data import fitting
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN, Classes, Encoders, Hashing, Numeric, Vocabulary
 
@@ -28,9 +28,9 @@ def fitted(write, make_data, open_log):
   def run(columns, **changes):
     data = make_data(write("e.parquet", columns), **changes)
     with open_log(data) as log:
-      encoders = vocabulary.fit(log, data)
+      encoders = fitting.fit(log, data)
       (history,) = histories(log, encoders)
-      return encoders, history, vocabulary.unseen(log, encoders)
+      return encoders, history, fitting.unseen(log, encoders)
 
   return run
 
@@ -127,6 +127,7 @@ def test_values_out_of_a_vocabulary_with_buckets_have_codes_that_follow_its_own(
     "codes": 9,
     "oov_training": pytest.approx(9 / 13),
     "oov_after": pytest.approx(2 / 3),
+    **{"values_training": 13, "outside_training": 9, "values_after": 3, "outside_after": 2},
     "values": 9,
     "colliding": pytest.approx(np.mean([codes.count(c) > 1 for c in codes])),
   }
