@@ -127,7 +127,10 @@ def test_values_out_of_a_vocabulary_with_buckets_have_codes_that_follow_its_own(
     "codes": 9,
     "oov_training": pytest.approx(9 / 13),
     "oov_after": pytest.approx(2 / 3),
-    **{"values_training": 13, "outside_training": 9, "values_after": 3, "outside_after": 2},
+    "values_training": 13,
+    "outside_training": 9,
+    "values_after": 3,
+    "outside_after": 2,
     "values": 9,
     "colliding": pytest.approx(np.mean([codes.count(c) > 1 for c in codes])),
   }
