@@ -52,15 +52,17 @@ class EventLog:
     resumed: whether it was read before.
   """
 
-  def __init__(self, data: config.Data, scratch: pathlib.Path):
+  def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
     """Reads the sources into a database in `scratch`, an existing directory; sorts beyond the memory spill there too.
+
+    With `part` it is a part of a log, which may have no event in training, and sources without files.
 
     A database of the same data that stands there already is taken, if it was read to its end.
 
     Raises:
       DataError: a file or a value cannot be used; `data.on_bad_rows` says whether such rows may be dropped instead.
     """
-    self.data = data
+    self.data, self._part = data, part
     self.columns = field_columns(data)
     self.start = self.end = 0
     self.user_type = ""
@@ -124,9 +126,17 @@ class EventLog:
     """Returns the result of a query over `events` as an Arrow table."""
     return self._con.sql(sql).to_arrow_table()
 
-  def users(self) -> pa.RecordBatchReader:
+  @contextlib.contextmanager
+  def stream(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
+    """Gives the rows of a query, as `query` does, a batch at a time."""
+    with contextlib.closing(self._con.cursor()) as con:  # its own: queries elsewhere must not end the stream
+      for name, table in tables.items():
+        con.register(name, table)
+      yield con.sql(sql).to_arrow_reader(BATCH_ROWS)
+
+  def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
     """Every user: `user`, and `record`, the user's number in the order of the hashes, in that order."""
-    return self._con.sql('SELECT "user", uid AS record FROM ordered_users ORDER BY uid').to_arrow_reader(BATCH_ROWS)
+    return self.stream('SELECT "user", uid AS record FROM ordered_users ORDER BY uid')
 
   def count_users(self, named: Iterable[str]) -> int:
     """How many of the users named have an event."""
@@ -166,8 +176,8 @@ class EventLog:
     }
     self.counts["rows_kept"] = self.counts["events"]
     kept = dict(self.query("SELECT source, count(*) FROM rows GROUP BY source"))
-    for index, source in enumerate(reader.counts.values()):
-      source["rows_kept"] = kept.get(index, 0)
+    for name, source in reader.counts.items():
+      source["rows_kept"] = kept.get(list(self.data.sources).index(name), 0)
 
   def _find_ties(self) -> None:
     """Creates `tied`, the hashes of user and time that several rows have: only such rows can be tied, or duplicates.
@@ -231,12 +241,12 @@ class EventLog:
       + " FROM events"
     )
     events, users, training, self.start, self.end = row[:5]
-    if not training and self.data.split.mode == "user":
+    if not training and not self._part and self.data.split.mode == "user":
       raise DataError(
         f"None of the {users} users has an event in training: by their hash all belong to validation or test, or their "
         "events lie after config.data.split.log_end. Lower user_validation and user_test, or bring more users."
       )
-    if not training:
+    if not training and not self._part:
       raise DataError(
         f"No event lies before config.data.split.train_end={self.data.split.train_end}: the log runs from "
         f"{parsing.date(self.start)} to {parsing.date(self.end)}. Set a train_end within it."

@@ -117,12 +117,17 @@ def unseen(log: EventLog, encoders: Encoders) -> dict[str, dict[str, Any]]:
       report[name] |= share_outside(when, *counts.get(training, (0, 0)))
     report[name] |= hashed
   for name, facts in report.items():
-    if many := log.data.fields[name].many:
-      ((cut,),) = log.query(
-        f"SELECT coalesce(sum(greatest(len({log.columns[name]}) - {many}, 0)), 0)::BIGINT FROM events"
-      )
-      facts["values_cut"] = cut
+    if log.data.fields[name].many:
+      facts["values_cut"] = values_cut(log, name)
   return report
+
+
+def values_cut(log: EventLog, name: str) -> int:
+  """How many values of the lists of a field of many are not kept."""
+  ((cut,),) = log.query(
+    f"SELECT coalesce(sum(greatest(len({log.columns[name]}) - {log.data.fields[name].many}, 0)), 0)::BIGINT FROM events"
+  )
+  return cut
 
 
 def share_outside(when: str, values: int, outside: int) -> dict[str, Any]:

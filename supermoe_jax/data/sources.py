@@ -65,8 +65,9 @@ class SourceReader:
     if any(f.table == "users" for f in self._data.fields.values()):
       users = joined.load_users(self._con, self._data)
       self.user_rows_dropped = users.rows_dropped
-    for index, name in enumerate(self._data.sources):
-      self._read_source(index, name, users if carried(self._data, name, "users") else None)
+    for index, (name, source) in enumerate(self._data.sources.items()):
+      if source.files:  # a part of a log may have none
+        self._read_source(index, name, users if carried(self._data, name, "users") else None)
 
   def _read_source(self, index: int, name: str, users: JoinedTable | None) -> None:
     source, key = self._data.sources[name], f"config.data.sources.{name}"
