@@ -5,8 +5,8 @@ that models stay of use: no code changes its meaning, and numbers and aggregates
 vocabulary follow the old ones, if they are as frequent in the new training events as fitting asks; the events of other
 users, that had such a value when it was out of vocabulary, keep that code.
 
-When the log's end moves, labels that were not wholly observed may be now, of any user. Then every record is looked at,
-and those that come out different are written anew too.
+When the log's end moves, labels that were not wholly observed may be now, also of other users. Then their records are
+looked at, and those that come out different are written anew too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,25 @@ from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
-from supermoe_jax.data import histories, integrity, merging, parsing, prepare, readers, replace, shards, totals
+from supermoe_jax.data import (
+  histories,
+  integrity,
+  merging,
+  observed,
+  parsing,
+  prepare,
+  readers,
+  replace,
+  shards,
+  totals,
+)
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import manifest as manifest_lib
 from supermoe_jax.data.dataset import USERS, Dataset, input_files, read_users
 from supermoe_jax.data.events import DataError, EventLog
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Calendar
+from supermoe_jax.data.rewritten import Rewritten
 from supermoe_jax.data.shards import RecordMaker
 from supermoe_jax.data.splits import user_hash_sql
 from supermoe_jax.data.tally import Tally
@@ -175,16 +187,15 @@ class _Append:
       new = RecordMaker(cfg, extension.encoders, now)
       covered = merging.CodeCounts(extension.encoders, self._further)
       tally = new.tally().merge(self._dataset.manifest["tally"])
-      written = _Written(self._work / shards.DIRECTORY, self._dataset.records)
+      written = Rewritten(self._work / shards.DIRECTORY, self._dataset.records)
       for file, places in merged:
         block = extension.apply(pickle.loads(file.read_bytes()), self._further)
         covered.add(block)
         if len(places):
           covered.add(self._forget(old, places, tally), sign=-1)
-        written.add(block.users, new(block, self._labels(block.users), tally))
+        written.add(block, new(block, self._labels(block.users), tally))
       touched = len(written.users)
-      if not _same(then, now):
-        self._look_at_all(old, new, tally, written)
+      self._look_at_others(observed.concerned(cfg.data.split, cfg.labelled_tasks, then, now), old, new, tally, written)
       appended = self._describe(log, extension, touched, written)
       written.finish(f"appended_{appended['number']}")
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
@@ -250,10 +261,16 @@ class _Append:
     then = labels_lib.calendar(split, manifest["first_event_microseconds"], manifest["observed_until_microseconds"])
     return then, labels_lib.calendar(split, first, labels_lib.log_end(split, last))
 
-  def _look_at_all(self, old: RecordMaker, new: RecordMaker, tally: Tally, written: _Written) -> None:
-    """Writes the other records that come out different now that the log's end, or its start, is another."""
+  def _look_at_others(
+    self, whom: observed.Concerned, old: RecordMaker, new: RecordMaker, tally: Tally, written: Rewritten
+  ) -> None:
+    """Writes the records of users without new events that come out different now that the log's end is another."""
+    if not whom.everyone and whom.since is None:
+      return
     known = read_users(self._dataset.path)
     left = ~pc.is_in(known["user"], pa.array(written.users, pa.string())).to_numpy()
+    if not whom.everyone:
+      left &= known["last_event"].to_numpy() >= whom.since
     places = known["record"].to_numpy()[left]
     with tqdm(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1) as bar:
       for start in range(0, len(places), LOOKED_AT):
@@ -264,10 +281,10 @@ class _Append:
         if differ:
           self._forget(old, here[differ], tally)
           changed = histories.end_to_end([block.history(i) for i in differ])
-          written.add(changed.users, new(changed, self._labels(changed.users), tally))
+          written.add(changed, new(changed, self._labels(changed.users), tally))
         bar.update(len(here))
 
-  def _describe(self, log: EventLog, extension: merging.Extension, touched: int, written: _Written) -> dict[str, Any]:
+  def _describe(self, log: EventLog, extension: merging.Extension, touched: int, written: Rewritten) -> dict[str, Any]:
     """What the manifest says of this append."""
     values = {
       name: {"added": len(added), "first": added[:SHOWN_VALUES], "left_out": extension.left_out[name]}
@@ -291,7 +308,7 @@ class _Append:
     covered: merging.CodeCounts,
     new: RecordMaker,
     tally: Tally,
-    written: _Written,
+    written: Rewritten,
     appended: Mapping[str, Any],
   ) -> dict[str, Any]:
     """Writes all but the records, links the shards that stay, and returns the manifest."""
@@ -327,15 +344,21 @@ class _Append:
     shutil.rmtree(self._scratch)
     return integrity.write_manifest(self._work, manifest)
 
-  def _write_users(self, written: _Written) -> None:
+  def _write_users(self, written: Rewritten) -> None:
     """The table of users: who was written anew has a new place, all are in the order of their hashes."""
-    places = pa.table({"user": pa.array(written.users, pa.string()), "record": pa.array(written.places, pa.int64())})
+    rows = pa.table(
+      {
+        "user": pa.array(written.users, pa.string()),
+        "record": pa.array(written.places, pa.int64()),
+        "last_event": pa.array(written.last_events, pa.int64()),
+      }
+    )
     path = readers.literal(str(self._dataset.path / USERS))
     order = user_hash_sql('"user"')
     with self._log.stream(
-      'SELECT "user", coalesce(w.record, p.record)::BIGINT AS record '
+      'SELECT "user", coalesce(w.record, p.record) AS record, coalesce(w.last_event, p.last_event) AS last_event '
       f'FROM read_parquet({path}) p FULL JOIN written w USING ("user") ORDER BY {order}, "user"',
-      written=places,
+      written=rows,
     ) as batches:
       prepare.write_users(batches, self._work / USERS)
 
@@ -343,51 +366,6 @@ class _Append:
     """Of the new files, and of the tables joined to their events."""
     sources = {n: dataclasses.replace(s, files=self._part.sources[n].files) for n, s in self._cfg.data.sources.items()}
     return input_files(dataclasses.replace(self._cfg, data=dataclasses.replace(self._cfg.data, sources=sources)))
-
-
-class _Written:
-  """Records written anew, in files that get their names at the end.
-
-  Attributes:
-    users: whose they are, in order.
-    places: the place of each among all records of the dataset.
-    lengths: how many records each file has.
-    bytes: how many bytes the records have before compression.
-    files: by name how many records each has, once they have names.
-  """
-
-  def __init__(self, directory: pathlib.Path, records: int):
-    """The dataset holds so many `records` already."""
-    directory.mkdir(parents=True)
-    self._directory, self._records = directory, records
-    self.users: list[str] = []
-    self.lengths: list[int] = []
-    self.files: dict[str, int] = {}
-    self.bytes = 0
-
-  @property
-  def places(self) -> range:
-    return range(self._records, self._records + len(self.users))
-
-  def add(self, users: Sequence[str], records: Iterator[bytes]) -> None:
-    """Writes the records of users into a file of their own."""
-    count, size = shards.write_records(self._directory / f"unnamed-{len(self.lengths)}", records)
-    self.users += users
-    self.lengths.append(count)
-    self.bytes += size
-
-  def finish(self, split: str) -> None:
-    """Names the files."""
-    for i, length in enumerate(self.lengths):
-      name = shards.shard_name(i, len(self.lengths), split)
-      (self._directory / f"unnamed-{i}").replace(self._directory / name)
-      self.files[name] = length
-
-
-def _same(one: Calendar | None, other: Calendar | None) -> bool:
-  if one is None or other is None:
-    return one is other
-  return np.array_equal(one.snapshots, other.snapshots) and one.observed_until == other.observed_until
 
 
 def _link(file: pathlib.Path, new: pathlib.Path) -> None:

@@ -213,8 +213,8 @@ class Dataset:
     return (raw - self.aggregate_mean) / self.aggregate_scale
 
 
-def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record")) -> pa.Table:
-  """Which user each record is of, in the order of the dataset: `user`, and `record`, its place in the shards.
+def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record", "last_event")) -> pa.Table:
+  """The users in the order of the dataset: `user`, `record`, its place in the shards, and `last_event`, microseconds.
 
   Raises:
     DataError: the table is damaged.

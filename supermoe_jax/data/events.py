@@ -137,8 +137,8 @@ class EventLog:
       yield con.sql(sql).to_arrow_reader(BATCH_ROWS)
 
   def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
-    """Every user: `user`, and `record`, the user's number in the order of the hashes, in that order."""
-    return self.stream('SELECT "user", uid AS record FROM ordered_users ORDER BY uid')
+    """Every user, as `dataset.read_users` has them: the record is the user's number in the order of the hashes."""
+    return self.stream('SELECT "user", uid AS record, last_event FROM ordered_users ORDER BY uid')
 
   def count_users(self, named: Iterable[str]) -> int:
     """How many of the users named have an event."""
@@ -207,8 +207,9 @@ class EventLog:
     """Creates `ordered_users`, in the order in which records stand."""
     hashed = user_hash_sql('"user"')
     self._con.execute(
-      f'CREATE TABLE ordered_users AS SELECT "user", row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
-      'FROM (SELECT DISTINCT "user" FROM rows) ORDER BY uid'
+      'CREATE TABLE ordered_users AS SELECT "user", last_event, '
+      f'row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
+      'FROM (SELECT "user", max(time) AS last_event FROM rows GROUP BY "user") ORDER BY uid'
     )
 
   def _mark_training(self) -> None:

@@ -374,3 +374,29 @@ def test_the_command_names_sources_and_tells_what_came(
   assert cli.main(["append", "--data", small.data.path, f"visits={file}"]) == 0
   said = capsys.readouterr().out
   assert "1 events appended: 1 users written anew, 0 of them new; 11 left as they were" in said
+
+
+def test_only_whom_a_later_end_concerns_is_looked_at(tmp_path: pathlib.Path) -> None:
+  """A log that goes on after every label window concerns the user of its last event, which no period held before."""
+  write_log(tmp_path, users=12)
+  cfg = config.resolve(small_config(tmp_path))
+  prepare.prepare(cfg, **QUIET)
+  path = pathlib.Path(cfg.data.path)
+  before = Dataset(path)
+  last = before.manifest["last_event_microseconds"]
+  users = dataset_users(path)
+  at_end = {user for user, time in users.items() if time == last}
+  read: list[int] = []
+  other = "3" if "3" not in at_end else "4"
+  with pytest.MonkeyPatch.context() as patch:
+    contents = Dataset.contents
+    patch.setattr(Dataset, "contents", lambda self, places: [*map(read.append, places)] and contents(self, places))
+    append.append(path, {"visits": [write_visits(tmp_path, "x.parquet", int(other), ["page0"], "2024-07-10")]}, **QUIET)
+  assert {before[i]["user"] for i in set(read)} == at_end | {other}
+  assert dataset_users(path)[other] == np.datetime64("2024-07-10", "us").astype(np.int64)
+  check.check(path, sample=12)
+
+
+def dataset_users(path: pathlib.Path) -> dict[str, int]:
+  users = pq.read_table(path / "users.parquet")
+  return dict(zip(users["user"].to_pylist(), users["last_event"].to_pylist(), strict=True))

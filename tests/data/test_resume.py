@@ -175,4 +175,5 @@ def test_records_are_what_tensorflow_datasets_reads(cfg: config.Config) -> None:
       np.testing.assert_array_equal(theirs[key], ours[key])
   users = pq.read_table(data.path / "users.parquet")
   assert users["user"].to_pylist() == [data[i]["user"] for i in range(len(data))]
+  assert users["last_event"].to_pylist() == [int(data[i]["time"][-1]) for i in range(len(data))]
   assert users["record"].to_pylist() == list(range(len(data))) and users.schema.field("record").type == pa.int64()
