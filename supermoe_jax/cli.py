@@ -70,6 +70,19 @@ def _parser() -> argparse.ArgumentParser:
   )
   verb.set_defaults(run=_prepare)
 
+  verb = verbs.add_parser("append", help="add the events of new files to a prepared dataset")
+  verb.add_argument("--data", required=True, type=pathlib.Path, help="dataset directory")
+  verb.add_argument(
+    "files",
+    nargs="*",
+    metavar="SOURCE=FILE",
+    help="new files, paths or globs; of a dataset with one source FILE alone; none: the files that the patterns of its "
+    "config match by now and that it does not hold yet",
+  )
+  verb.add_argument("--keep-vocabularies", action="store_true", help="give no new value a code of its own")
+  verb.add_argument("--memory", metavar="SIZE", default="", help="DuckDB's budget, such as 4GB; default: the config's")
+  verb.set_defaults(run=_append)
+
   verb = verbs.add_parser("check", help="derive labels of a prepared dataset again, straight from the raw files")
   verb.add_argument("--data", required=True, type=pathlib.Path, help="dataset directory")
   verb.add_argument("--sample", type=int, default=200, help="users to check; default: 200")
@@ -145,6 +158,14 @@ def _prepare(args: argparse.Namespace) -> None:
 
     engine = beam.Beam(args.runner, args.beam)
   print(summary.render(prepare.prepare(cfg, overwrite=args.overwrite, engine=engine)))
+
+
+def _append(args: argparse.Namespace) -> None:
+  from supermoe_jax.data import append, summary
+
+  files = append.named_files(args.data, args.files) if args.files else None
+  manifest = append.append(args.data, files, keep_vocabularies=args.keep_vocabularies, memory=args.memory)
+  print(summary.render_append(manifest))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -175,9 +175,13 @@ class _Check:
 
   def _compare(self, name: str, task: config.LabelledTask) -> Compared:
     derived = self._derived(name, task)
+    # A value that got its code by a later append may still be out of vocabulary in a record that was not touched since.
+    first = self._derived(name, task, before_appends=True) if self._has_late_values(task) else derived
     labels = unknown = 0
     for i, asked in enumerate(self._asked):
       stored, mine = self._stored(name, task, asked), derived.get(i)
+      if not _equal(stored, mine) and _equal(stored, first.get(i)):
+        mine = first.get(i)
       if not _equal(stored, mine):
         raise self._differ(asked, f"task {name}", stored, mine)
       answers = [answer for _, answer in mine or ()] if isinstance(task, config.EventLabel) else [mine]
@@ -203,14 +207,22 @@ class _Check:
       return _at(self._classes(name), int(value))
     return float(value)
 
-  def _derived(self, name: str, task: config.LabelledTask) -> dict[int, Any]:
-    """What the raw files say, by the snapshot's number in the sample; what is unknown is left out or None."""
+  def _has_late_values(self, task: config.LabelledTask) -> bool:
+    appends = self._dataset.manifest.get("appends", ())
+    field = getattr(task, "field", None)
+    return any(append["vocabularies"].get(field, {}).get("added") for append in appends)
+
+  def _derived(self, name: str, task: config.LabelledTask, *, before_appends: bool = False) -> dict[int, Any]:
+    """What the raw files say, by the snapshot's number in the sample; what is unknown is left out or None.
+
+    With `before_appends` values that an append gave a code are taken to be out of vocabulary.
+    """
     if isinstance(task, config.UserLabel):
       return self._user_label(name, task)
     if isinstance(task, config.NextEvent):
-      return self._next_event(task)
+      return self._next_event(task, before_appends)
     if isinstance(task, config.EventLabel):
-      return self._event_label(task)
+      return self._event_label(task, before_appends)
     end = f"a.time + {int(task.horizon_days * MICROSECONDS_PER_DAY)}"
     within = f'e."user" = a."user" AND e.time >= a.time AND e.time < {end}'
     if isinstance(task, config.FutureEvent):
@@ -231,20 +243,21 @@ class _Check:
     )
     return {i: tuple(sorted(values or ())) for i, values in found}
 
-  def _next_event(self, task: config.NextEvent) -> dict[int, Any]:
+  def _next_event(self, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
     column = field_column(self._cfg.data, task.field)
     found = self._rows(
       f"SELECT a.id, arg_min(e.{column}, e.position) FROM asked a JOIN events e "
       f'ON e."user" = a."user" AND {self._next} AND e.{column} IS NOT NULL GROUP BY a.id'
     )
-    known = set(self._values(task.field))
+    known = set(self._values(task.field, before_appends))
     return {i: value if value in known else OUTSIDE for i, value in found}
 
-  def _event_label(self, task: config.EventLabel) -> dict[int, Any]:
+  def _event_label(self, task: config.EventLabel, before_appends: bool) -> dict[int, Any]:
     column, tables = f"e.{field_column(self._cfg.data, task.field)}", {}
     regression = config.answer(task) == "regression"
     if task.positive:
-      tables["vocabulary"] = pa.table({"value": pa.array(self._values(task.field), pa.string())})
+      values = self._values(task.field, before_appends)
+      tables["vocabulary"] = pa.table({"value": pa.array(values, pa.string())})
       yes = ", ".join(map(readers.literal, task.positive))
       said = f"CASE WHEN {column} IN (SELECT value FROM vocabulary) THEN ({column} IN ({yes}))::INTEGER::DOUBLE END"
     else:
@@ -277,10 +290,11 @@ class _Check:
     assert isinstance(scale, Numeric)  # that is how `user_table` encodes a number
     return {i: (n - scale.mean) / scale.std for i, _, n in found if n is not None and math.isfinite(n)}
 
-  def _values(self, field: str) -> list[str]:
+  def _values(self, field: str, before_appends: bool = False) -> list[str]:
     encoder = self._dataset.encoders.categorical[field]
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
-    return encoder.values
+    appends = self._dataset.manifest.get("appends", ()) if before_appends else ()
+    return encoder.values[: len(encoder.values) - sum(a["vocabularies"][field]["added"] for a in appends)]
 
   def _classes(self, name: str) -> tuple[str, ...]:
     encoder = self._dataset.encoders.labels[name]

@@ -10,10 +10,12 @@ import concurrent.futures
 import functools
 import pathlib
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from supermoe_jax import config
@@ -25,6 +27,8 @@ from supermoe_jax.data.schema import Schema, make_aggregator, make_schema
 from supermoe_jax.data.vocabulary import Encoders
 
 FORMAT_VERSION = 4
+
+USERS = "users.parquet"  # which user each record is of
 
 # Decoded records, and the aggregates of their snapshots, are kept up to this many bytes of arrays: the two made most of
 # what a training row costs, and a small dataset shows its records many times. Beyond it they are made again.
@@ -58,10 +62,13 @@ class Dataset:
     self._parts = records.parts(self.schema, self.config.labelled_tasks)
     self._source = ArrayRecordDataSource([str(self.path / shards.DIRECTORY / name) for name in self.manifest["shards"]])
     self._kept = _Kept(KEPT_BYTES)
-    if len(self._source) != self.manifest["users"]:
-      raise DataError(
-        f"{self.path} holds {len(self._source)} users, its manifest says {self.manifest['users']}; prepare again."
-      )
+    # The place of each user's record; None: the records are the users in order, as they are until some are appended.
+    self.places: np.ndarray | None = None
+    if self.manifest.get("appends"):
+      self.places = read_users(self.path, ["record"])["record"].to_numpy()
+    held = len(self._source) if self.places is None else len(self.places)
+    if held != self.manifest["users"]:
+      raise DataError(f"{self.path} holds {held} users, its manifest says {self.manifest['users']}; prepare again.")
 
   @functools.cached_property
   def schema(self) -> Schema:
@@ -95,12 +102,13 @@ class Dataset:
       file = min(f for f in then.keys() | now.keys() if then.get(f) != now.get(f))
       what = "has changed" if file in then and file in now else ("is not there" if file in then else "is new")
       raise DataError(
-        f"the files that {self.path} was prepared from have changed; prepare again with --overwrite. The first of them "
-        f"is {file}, which {what} (relative paths start at the working directory)."
+        f"the files that {self.path} was prepared from have changed; prepare again with --overwrite, or, where files "
+        f"are new, add them with 'supermoe append'. The first of them is {file}, which {what} (relative paths start at "
+        "the working directory)."
       )
 
   def __len__(self) -> int:
-    return len(self._source)
+    return self.manifest["users"]
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns a user's record; `records.features` lists its parts, arrays that cannot be written to.
@@ -115,11 +123,34 @@ class Dataset:
     return dict(kept)
 
   def _read(self, index: int) -> dict[str, Any]:
+    return self.decode(self.contents([int(index if self.places is None else self.places[index])])[0])
+
+  @property
+  def records(self) -> int:
+    """How many records the shards hold, those that others have taken the place of included."""
+    return len(self._source)
+
+  def contents(self, places: Sequence[int]) -> list[bytes]:
+    """The bytes of the records at these places among all that the shards hold.
+
+    Raises:
+      DataError: the shard is damaged.
+    """
     try:
-      (content,) = self._source.__getitems__([index])
+      return self._source.__getitems__(list(places))
+    except RuntimeError as error:  # ArrayRecord's, of a checksum that does not fit
+      raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
+
+  def decode(self, content: bytes) -> dict[str, Any]:
+    """The record in its bytes.
+
+    Raises:
+      DataError: they are no record of this dataset.
+    """
+    try:
       return records.decode(content, self._parts)
-    except (RuntimeError, ValueError) as error:  # ArrayRecord's, of a checksum that does not fit; no record of ours
-      raise DataError(f"record {index} of {self.path} is damaged ({error}); prepare the dataset again.") from error
+    except ValueError as error:
+      raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
   @functools.cached_property
   def training_sizes(self) -> np.ndarray:
@@ -169,6 +200,18 @@ class Dataset:
       return np.zeros((len(time), 0), np.float32)
     raw = self.aggregator(history.block, np.zeros(len(time), np.int64), time, n_events)
     return (raw - self.aggregate_mean) / self.aggregate_scale
+
+
+def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record")) -> pa.Table:
+  """Which user each record is of, in the order of the dataset: `user`, and `record`, its place in the shards.
+
+  Raises:
+    DataError: the table is damaged.
+  """
+  try:
+    return pq.read_table(path / USERS, columns=list(columns), page_checksum_verification=True)
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{path / USERS} is damaged ({error}); prepare the dataset again.") from error
 
 
 class _Kept:

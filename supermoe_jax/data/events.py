@@ -40,10 +40,10 @@ class EventLog(Log):
     columns: the column of each field in `events`.
   """
 
-  def __init__(self, data: config.Data, scratch: pathlib.Path):
+  def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
     """Reads the sources, as `Log` says."""
     self.columns = field_columns(data)
-    super().__init__(data, scratch)
+    super().__init__(data, scratch, part=part)
 
   def _read(self) -> tuple[Reading, Facts]:
     reading = SourceReader(self._con, self.data).read()

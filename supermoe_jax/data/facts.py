@@ -108,11 +108,11 @@ class Facts:
     return cls(**{**saved, "fields": {name: FieldFacts(**field) for name, field in saved["fields"].items()}})
 
 
-def log_counts(data: config.Data, reading: Reading, facts: Facts) -> dict[str, Any]:
+def log_counts(data: config.Data, reading: Reading, facts: Facts, *, part: bool = False) -> dict[str, Any]:
   """What was read of a log, kept, dropped and found, ready for JSON.
 
   Raises:
-    DataError: no event is left, or none in training.
+    DataError: no event is left, or none in training, unless it is a `part` of a log.
   """
   dropped = reading.dropped
   if not facts.events:
@@ -121,12 +121,12 @@ def log_counts(data: config.Data, reading: Reading, facts: Facts) -> dict[str, A
   assert facts.first is not None and facts.last is not None
   if facts.duplicates and data.duplicates == "drop":
     dropped["duplicate"] = facts.duplicates
-  if not facts.training and data.split.mode == "user":
+  if not facts.training and not part and data.split.mode == "user":
     raise DataError(
       f"None of the {facts.users} users has an event in training: by their hash all belong to validation or test, or "
       "their events lie after config.data.split.log_end. Lower user_validation and user_test, or bring more users."
     )
-  if not facts.training:
+  if not facts.training and not part:
     raise DataError(
       f"No event lies before config.data.split.train_end={data.split.train_end}: the log runs from "
       f"{parsing.date(facts.first)} to {parsing.date(facts.last)}. Set a train_end within it."
@@ -144,8 +144,8 @@ def log_counts(data: config.Data, reading: Reading, facts: Facts) -> dict[str, A
     "last": parsing.date(facts.last),
     "user_rows_dropped": reading.user_rows_dropped,
     "sources": {
-      name: {**counts, "rows_kept": kept}
-      for (name, counts), kept in zip(reading.sources.items(), facts.kept, strict=True)
+      name: {**counts, "rows_kept": facts.kept[list(data.sources).index(name)]}
+      for name, counts in reading.sources.items()
     },
     "rows_kept": facts.events,
   }

@@ -131,6 +131,19 @@ class UserBlock:
       yield from UserBlock(self.users[first:last], offsets, *parts, self.n_train[first:last]).halves()
 
 
+def end_to_end(users: Sequence[UserHistory]) -> UserBlock:
+  """Lays the histories of users, at least one, one after another."""
+  return UserBlock(
+    [user.user for user in users],
+    np.append(0, np.cumsum([len(user.time) for user in users])),
+    np.concatenate([user.time for user in users]),
+    np.concatenate([user.source for user in users]),
+    np.concatenate([user.codes for user in users]),
+    np.concatenate([user.numeric for user in users]),
+    np.array([user.n_train for user in users], np.int64),
+  )
+
+
 def read_block(rows: pa.Table, users: Sequence[str], n_codes: int, numbers: Sequence[NumberEncoder]) -> UserBlock:
   """The histories in a table of sorted events: `uid`, `time`, `source`, `training`, the codes, the raw numbers.
 

@@ -1,7 +1,8 @@
 """Whether a dataset directory is the one that was written: nothing of it may change without being noticed.
 
-What guards what: the manifest holds a digest of itself, a digest of every small file, and the size of every shard. The
-content of a shard is guarded by the checksums of ArrayRecord, which are looked at whenever a record is read.
+What guards what: the manifest holds a digest of itself, a digest of every small file, and the size of every large one:
+the shards, and the table of users. The content of a shard is guarded by the checksums of ArrayRecord, which are looked
+at whenever a record is read, that of the table by those of Parquet's pages.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from typing import Any
 from supermoe_jax.data.readers import DataError
 
 MANIFEST = "manifest.json"
-SHARD = ".array_record-"  # part of the names of shards, which are too large to be read whole at every start
+LARGE = (".array_record-", "users.parquet")  # in the names of files too large to be read whole at every start
 
 
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
   """Writes the manifest of a finished directory, with what later shows whether it is intact, and returns it."""
   contents = {}
   for file in sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / MANIFEST):
-    shard = SHARD in file.name
+    large = any(part in file.name for part in LARGE)
     contents[file.relative_to(directory).as_posix()] = {
       "bytes": file.stat().st_size,
-      "sha256": None if shard else _digest(file.read_bytes()),
+      "sha256": None if large else _digest(file.read_bytes()),
     }
   sealed = {**manifest, "contents": contents}
   sealed["digest"] = _own_digest(sealed)

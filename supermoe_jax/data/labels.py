@@ -39,6 +39,7 @@ __all__ = [
   "future_values",
   "iso",
   "leave_one_out_snapshots",
+  "log_end",
   "next_carrier",
   "next_event",
   "supervision",
@@ -124,6 +125,14 @@ def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
     np.repeat(np.array([TRAIN, VALIDATION, TEST], np.int32), [len(train), len(validation), len(test)]),
     (train_end, int(test.min()) - int(split.gap_days * MICROSECONDS_PER_DAY), log_end),
   )
+
+
+def log_end(split: config.Split, last: int) -> int:
+  """The microsecond up to which a log is complete whose last event is at `last`; users' own snapshots may follow it at
+  once."""
+  if split.log_end:
+    return config.parse_time(split.log_end, "config.data.split.log_end")
+  return last + 1 if split.mode == "user" else last
 
 
 def _regular(split: config.Split, log_start: int, end: int, end_text: str) -> np.ndarray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import pyarrow as pa
@@ -38,8 +39,10 @@ class Log(abc.ABC):
 
   facts: Facts
 
-  def __init__(self, data: config.Data, scratch: pathlib.Path):
+  def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
     """Reads the log into a database in `scratch`, an existing directory; sorts beyond the memory spill there too.
+
+    With `part` it is a part of a log, which may have no event in training, and sources without files.
 
     A database of the same data that stands there already is taken, if it was read to its end.
 
@@ -61,7 +64,7 @@ class Log(abc.ABC):
         self._recall()
       else:
         reading, self.facts = self._read()
-        self.counts = log_counts(data, reading, self.facts)
+        self.counts = log_counts(data, reading, self.facts, part=part)
         self.user_type = reading.user_type
         self._remember()
       assert self.facts.first is not None and self.facts.last is not None  # `log_counts` has seen an event
@@ -115,9 +118,17 @@ class Log(abc.ABC):
     """A query of the values that events hold of a field, those that are kept: `value`, `training`, and `n`, how often
     it occurs in training, or after it. Numbers are counted where the field's encoding needs it."""
 
-  def users(self) -> pa.RecordBatchReader:
+  @contextlib.contextmanager
+  def stream(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
+    """Gives the rows of a query, as `query` does, a batch at a time."""
+    with contextlib.closing(self._con.cursor()) as con:  # its own: queries elsewhere must not end the stream
+      for name, table in tables.items():
+        con.register(name, table)
+      yield con.sql(sql).to_arrow_reader(BATCH_ROWS)
+
+  def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
     """Every user: `user`, and `record`, the user's number in the order of the hashes, in that order."""
-    return self._con.sql('SELECT "user", uid AS record FROM ordered_users ORDER BY uid').to_arrow_reader(BATCH_ROWS)
+    return self.stream('SELECT "user", uid AS record FROM ordered_users ORDER BY uid')
 
   def count_users(self, named: Iterable[str]) -> int:
     """How many of the users named have an event."""

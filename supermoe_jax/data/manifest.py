@@ -65,6 +65,7 @@ def build(
   fields: Mapping[str, Any],
   user_table: Mapping[str, Any],
   seconds: float,
+  aggregates: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns the manifest, but for what `integrity.write_manifest` adds.
 
@@ -79,8 +80,11 @@ def build(
     fields: how well the encoders cover the log; see `fitting.unseen`.
     user_table: see `user_table.UserLabels.counts`.
     seconds: that it took.
+    aggregates: the statistics that aggregates are standardised by; None: those of the tally.
   """
-  state, aggregates = tally.state, tally.aggregate_statistics()
+  state = tally.state
+  if aggregates is None:
+    aggregates = tally.aggregate_statistics()
   return {
     "kind": KIND,
     "format": FORMAT_VERSION,
@@ -107,7 +111,7 @@ def build(
     "users_without_snapshot": state["without_snapshot"],
     "user_table": dict(user_table),
     "labels": tally.labels(encoders),
-    "aggregates": aggregates,
+    "aggregates": dict(aggregates),
     "label_rates": tally.label_rates(),
     "encoding_hash": encoding_hash(encoder_path, aggregates),
     "warnings": tally.warnings(encoders),

@@ -27,7 +27,7 @@ from supermoe_jax import config
 from supermoe_jax.data import fitting, integrity, replace, shards, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import manifest as manifest_lib
-from supermoe_jax.data.dataset import FORMAT_VERSION, Dataset, input_files
+from supermoe_jax.data.dataset import FORMAT_VERSION, USERS, Dataset, input_files
 from supermoe_jax.data.events import DataError, EventLog
 from supermoe_jax.data.log import Log
 from supermoe_jax.data.schema import make_comparison
@@ -90,7 +90,7 @@ def prepare(
   there = path.is_dir() and any(path.iterdir())
   if there and not overwrite and replace.manifest_kind(path) == manifest_lib.KIND:
     return _existing(cfg, path, say)
-  replace.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", "users.parquet", shards.TFDS_NAME))
+  replace.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", USERS, shards.TFDS_NAME))
   identity = {"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg), "by": engine.name}
   identity = json.loads(json.dumps(identity))
 
@@ -147,14 +147,16 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: S
   with engine.open(cfg, scratch, say) as log:
     encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
     check_tasks(cfg, encoders)
-    log_end = _log_end(cfg.data.split, log)
+    log_end = labels_lib.log_end(cfg.data.split, log.end)
     times = None if cfg.data.split.mode == "leave_one_out" else labels_lib.calendar(cfg.data.split, log.start, log_end)
     maker = RecordMaker(cfg, encoders, times)
     plan = Plan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
     (work / shards.DIRECTORY).mkdir(parents=True, exist_ok=True)
     written = engine.write(log, plan, work / shards.DIRECTORY, say)
-    shards.write_info(work / shards.DIRECTORY, maker, written)
-    write_users(log.users(), work / "users.parquet")
+    sizes = [s.users for s in written], sum(s.bytes for s in written)
+    shards.write_info(work / shards.DIRECTORY, maker, {shards.TFDS_SPLIT: sizes})
+    with log.users() as users:
+      write_users(users, work / USERS)
     unseen = fitting.unseen(log, encoders)
     with_labels = set().union(*user_labels.values.values())
     counts, user_type = dict(log.counts), log.user_type
@@ -259,14 +261,7 @@ def of_users(known: Mapping[str, float], users: Sequence[str]) -> np.ndarray:
 
 
 def write_users(batches: pa.RecordBatchReader, file: pathlib.Path) -> None:
-  """Writes which user each record is of: `user`, and `record`, the place in the dataset, in that order."""
+  """Writes which user each record is of; see `dataset.read_users`."""
   with pq.ParquetWriter(file, batches.schema, write_page_checksum=True) as writer:
     for batch in batches:
       writer.write_batch(batch)
-
-
-def _log_end(split: config.Split, log: Log) -> int:
-  """The microsecond up to which the log is complete; users' own snapshots may follow its last event at once."""
-  if split.log_end:
-    return config.parse_time(split.log_end, "config.data.split.log_end")
-  return log.end + 1 if split.mode == "user" else log.end

@@ -140,24 +140,30 @@ def count_shards(events: int, users: int) -> int:
   return max(1, min(-(-events // SHARD_EVENTS), MOST_SHARDS, users))
 
 
-def shard_name(index: int, count: int) -> str:
+def shard_name(index: int, count: int, split: str = TFDS_SPLIT) -> str:
   """The file of a shard, as TensorFlow Datasets names it."""
-  return f"{TFDS_NAME}-{TFDS_SPLIT}.array_record-{index:05d}-of-{count:05d}"
+  return f"{TFDS_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_records(file: pathlib.Path, records: Iterable[bytes]) -> tuple[int, int]:
+  """Writes a shard of records, and returns how many there are, and how many bytes they have."""
+  count = size = 0
+  with replacing_file(file) as part:
+    writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+    try:
+      for record in records:
+        writer.write(record)
+        count, size = count + 1, size + len(record)
+    finally:
+      writer.close()
+  return count, size
 
 
 def write(maker: RecordMaker, file: pathlib.Path, rows: Rows) -> Shard:
   """Writes a shard and its note."""
-  tally, size = maker.tally(), 0
+  tally = maker.tally()
   block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
-  with replacing_file(file) as part:
-    writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
-    try:
-      for record in maker(block, rows.labels, tally):
-        writer.write(record)
-        size += len(record)
-    finally:
-      writer.close()
-  shard = Shard(file.name, len(rows.users), size, tally.state)
+  shard = Shard(file.name, *write_records(file, maker(block, rows.labels, tally)), tally.state)
   with replacing_file(_note(file)) as part:
     part.write_text(json.dumps(dataclasses.asdict(shard)))
   return shard
@@ -173,8 +179,14 @@ def finished(directory: pathlib.Path, count: int) -> dict[int, Shard]:
   return out
 
 
-def write_info(directory: pathlib.Path, maker: RecordMaker, shards: Sequence[Shard]) -> None:
-  """Writes what TensorFlow Datasets needs to read the shards: `dataset_info.json` and `features.json`."""
+def write_info(directory: pathlib.Path, maker: RecordMaker, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
+  """Writes what TensorFlow Datasets needs to read the shards: `dataset_info.json` and `features.json`.
+
+  Args:
+    directory: of the shards.
+    maker: of their records.
+    splits: of each split how many records each of its shards has, and their bytes before compression.
+  """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import dataset_info, naming
 
@@ -183,21 +195,26 @@ def write_info(directory: pathlib.Path, maker: RecordMaker, shards: Sequence[Sha
   identity = dataset_info.DatasetIdentity(TFDS_NAME, version, str(directory), module_name=records.__name__)
   info = tfds.core.DatasetInfo(builder=identity, features=features)
   info.set_file_format("array_record")
-  template = naming.ShardedFileTemplate(
-    data_dir=directory,
-    dataset_name=TFDS_NAME,
-    split=TFDS_SPLIT,
-    filetype_suffix="array_record",
-    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-  )
-  split = tfds.core.SplitInfo(
-    name=TFDS_SPLIT,
-    shard_lengths=[s.users for s in shards],
-    num_bytes=sum(s.bytes for s in shards),
-    filename_template=template,
-  )
-  info.set_splits(tfds.core.splits.SplitDict([split]))
+  infos = []
+  for name, (lengths, size) in splits.items():
+    template = naming.ShardedFileTemplate(
+      data_dir=directory,
+      dataset_name=TFDS_NAME,
+      split=name,
+      filetype_suffix="array_record",
+      template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    infos.append(
+      tfds.core.SplitInfo(name=name, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
+    )
+  info.set_splits(tfds.core.splits.SplitDict(infos))
   info.write_to_directory(directory)
+
+
+def read_info(directory: pathlib.Path) -> dict[str, tuple[list[int], int]]:
+  """The splits that `write_info` named in a directory."""
+  info = json.loads((directory / "dataset_info.json").read_text())
+  return {s["name"]: ([int(n) for n in s["shardLengths"]], int(s["numBytes"])) for s in info["splits"]}
 
 
 def remove_notes(directory: pathlib.Path) -> None:

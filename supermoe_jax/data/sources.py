@@ -133,7 +133,8 @@ class SourceReader:
     """
     files: list[SourceFile] = []
     users = self._users() if any(f.table == "users" for f in self._data.fields.values()) else None
-    reading = {name: self._open_source(name, files) for name in self._data.sources}
+    # A part of a log may have no files of a source.
+    reading = {name: self._open_source(name, files) for name, source in self._data.sources.items() if source.files}
     user_type = files[0].table.columns.get(self._data.sources[files[0].source].user, "")
     return files, Reading(
       reading, users.rows_dropped if users else 0, "VARCHAR" if user_type.startswith("ENUM") else user_type

@@ -47,3 +47,32 @@ def _label_text(split: str, count: Mapping[str, Any]) -> str:
     return f"{text} (mean {count['mean']:.3g}, deviation {count['std']:.3g}, standardised)" if count["known"] else text
   kind = next(k for k in count if k != "known")
   return f"{text} ({count[kind]:,} {kind.replace('_', ' ')})"
+
+
+def render_append(manifest: Mapping[str, Any]) -> str:
+  """Says in a few lines what the last append brought."""
+  last, reading = manifest["appends"][-1], manifest["reading"]
+  held = sum(manifest["shards"].values())
+  touched, others = last["users_with_new_events"], last["users_with_other_labels"]
+  lines = [
+    f"{last['events']:,} events appended: {touched:,} users written anew, {last['new_users']:,} of them new; "
+    f"{manifest['users'] - touched - others:,} left as they were"
+  ]
+  if others:
+    lines.append(f"{others:,} users without new events were written anew, as more of their labels is observed now")
+  if repeats := last["repeats_of_earlier_events"]:
+    dropped = "and were left out" if "duplicate" in reading["dropped"] else "and were kept (config.data.duplicates)"
+    lines.append(f"{repeats:,} events repeat earlier ones {dropped}")
+  for name, values in last["vocabularies"].items():
+    if values["added"]:
+      shown = ", ".join(map(repr, values["first"][:SHOWN_CLASSES])) + (", …" if values["added"] > SHOWN_CLASSES else "")
+      lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); train models anew")
+    if values["left_out"]:
+      lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
+  if held > 2 * manifest["users"]:
+    lines.append(f"of {held:,} records {held - manifest['users']:,} are out of date; preparing again frees their space")
+  lines.append(
+    f"{manifest['users']:,} users, {manifest['events']:,} events up to {manifest['log']['last']}; "
+    f"appended in {manifest['seconds']:.0f} s"
+  )
+  return "\n".join(lines)

@@ -1,0 +1,398 @@
+"""New events for a dataset: the records of their users are written anew, all others stay where they are.
+
+What a record says is what preparing all files at once would have given, but for the encoding, which stays as it is so
+that models stay of use: no code changes its meaning, and numbers and aggregates keep their statistics. New values of a
+vocabulary follow the old ones, if they are as frequent in the new training events as fitting asks; the events of other
+users, that had such a value when it was out of vocabulary, keep that code.
+
+When the log's end moves, labels that were not wholly observed may be now, of any user. Then every record is looked at,
+and those that come out different are written anew too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import pickle
+import shutil
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.data import files as files_lib
+from supermoe_jax.data import histories, integrity, merging, parsing, prepare, readers, replace, shards, totals
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import manifest as manifest_lib
+from supermoe_jax.data.dataset import USERS, Dataset, input_files, read_users
+from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.histories import UserBlock
+from supermoe_jax.data.labels import Calendar
+from supermoe_jax.data.shards import RecordMaker
+from supermoe_jax.data.splits import user_hash_sql
+from supermoe_jax.data.tally import Tally
+from supermoe_jax.data.vocabulary import Encoders
+
+LOOKED_AT = 4096  # records at a time
+SHOWN_VALUES = 20  # of those that a vocabulary gained, in the manifest
+
+
+def append(
+  path: pathlib.Path,
+  files: Mapping[str, Sequence[str]] | None = None,
+  *,
+  keep_vocabularies: bool = False,
+  memory: str = "",
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Adds the events of new files to the dataset at `path` and returns its manifest.
+
+  Until all is written the dataset stays as it was.
+
+  Args:
+    path: the dataset directory.
+    files: paths or globs of new files, of each source that has any; None: the files that the dataset's patterns match
+      by now and that it was not prepared from.
+    keep_vocabularies: gives no new value a code.
+    memory: DuckDB's budget; empty: that of the dataset's config.
+    say: is told what is done.
+
+  Raises:
+    DataError: the dataset or the files cannot be used, or there is nothing to append.
+    ConfigError: a source has another name.
+  """
+  dataset = Dataset(path)
+  cfg, part = _configs(dataset, files, memory)
+  try:
+    with replace.replacing(path) as work:
+      return _Append(dataset, cfg, part, keep_vocabularies, work, say).run()
+  except OSError as error:
+    raise DataError(f"appending to {path} failed: {error}; the dataset is as it was.") from error
+
+
+def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[str]]:
+  """The files of each source from arguments `SOURCE=FILE`; of a dataset with one source `FILE` alone will do.
+
+  Raises:
+    ConfigError: an argument names no source, and there are several.
+  """
+  sources = list(Dataset(path).config.data.sources)
+  out: dict[str, list[str]] = {}
+  for argument in arguments:
+    source, equals, file = argument.partition("=")
+    if len(sources) == 1 and source != sources[0]:
+      source, equals, file = sources[0], "=", argument
+    if not equals:
+      raise config.ConfigError(f"{argument!r} names no source; write SOURCE=FILE, SOURCE one of {', '.join(sources)}.")
+    out.setdefault(source, []).append(file)
+  return out
+
+
+def _configs(
+  dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str
+) -> tuple[config.Config, config.Data]:
+  """The config of the dataset with the new files, and the data section of these alone."""
+  cfg, read = dataset.config, dataset.manifest["files"]
+  known = {name: source.files for name, source in cfg.data.sources.items()}
+  new: dict[str, tuple[str, ...]] = {}
+  if files is None:
+    new = {n: tuple(f for f in files_lib.stamps(patterns) if f not in read) for n, patterns in known.items()}
+    if not any(new.values()):
+      raise DataError(
+        f"{dataset.path}: no file is new of those that config.data.sources names; name files: "
+        f"supermoe append --data {dataset.path} {next(iter(known))}=FILE"
+      )
+  else:
+    for name, patterns in files.items():
+      if name not in known:
+        raise config.ConfigError(f"{dataset.path} has no source {name!r}{config.nearest(name, known)}")
+      new[name] = tuple(files_lib.stamps(patterns))
+      for file in new[name]:
+        if file in read:
+          raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
+  for name, source in cfg.data.sources.items():
+    if new.get(name) and source.format == "sequences":
+      raise config.ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")
+  _check_users_table(dataset)
+
+  def having(of_sources: Mapping[str, tuple[str, ...]], memory: str) -> config.Data:
+    sources = {n: dataclasses.replace(s, files=of_sources.get(n, ())) for n, s in cfg.data.sources.items()}
+    return dataclasses.replace(cfg.data, sources=sources, memory=memory)
+
+  # A file that a glob of the config matches need not be named there.
+  matched = {n: set(files_lib.stamps(patterns)) if files else set(new[n]) for n, patterns in known.items()}
+  listed = {n: (*patterns, *(f for f in new.get(n, ()) if f not in matched[n])) for n, patterns in known.items()}
+  whole = dataclasses.replace(cfg, data=having(listed, cfg.data.memory))
+  return whole, having(new, memory or cfg.data.memory)
+
+
+def _check_users_table(dataset: Dataset) -> None:
+  """Raises DataError if the table of users is another one by now: labels of users without new events rest on it."""
+  if dataset.config.data.users is not None:
+    then = dataset.manifest["files"]
+    for file, stamp in files_lib.stamps(dataset.config.data.users.files).items():
+      if then.get(file) != stamp:
+        raise DataError(f"{file}: the table of users has changed; prepare {dataset.path} again with --overwrite.")
+
+
+class _Append:
+  """One run; `work` becomes the dataset."""
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    cfg: config.Config,
+    part: config.Data,
+    keep: bool,
+    work: pathlib.Path,
+    say: Callable[[str], None],
+  ):
+    self._begun = clock.monotonic()
+    self._dataset, self._cfg, self._keep, self._say = dataset, cfg, keep, say
+    self._work, self._scratch = work, work / "scratch"
+    self._scratch.mkdir()
+    self._part, self._further = part, cfg.data.further_values
+    self._user_labels = prepare.read_user_labels(cfg).values
+    self._log = EventLog(part, self._scratch, part=True)
+    self._repeats, self._new_users = totals.RepeatCounts(cfg.data), 0
+
+  def run(self) -> dict[str, Any]:
+    """Does it."""
+    before, cfg = self._dataset.encoders, self._cfg
+    with self._log as log:
+      grown = merging.provisional(before, log)
+      counts = merging.CodeCounts(grown, self._further)
+      merged = list(self._merge(grown, counts))
+      extension = merging.extend(before, grown, counts, cfg.data, keep=self._keep)
+      then, now = self._calendars()
+      old = RecordMaker(self._dataset.config, before, then)
+      new = RecordMaker(cfg, extension.encoders, now)
+      covered = merging.CodeCounts(extension.encoders, self._further)
+      tally = new.tally().merge(self._dataset.manifest["tally"])
+      written = _Written(self._work / shards.DIRECTORY, self._dataset.records)
+      for file, places in merged:
+        block = extension.apply(pickle.loads(file.read_bytes()), self._further)
+        covered.add(block)
+        if len(places):
+          covered.add(self._forget(old, places, tally), sign=-1)
+        written.add(block.users, new(block, self._labels(block.users), tally))
+      touched = len(written.users)
+      if not _same(then, now):
+        self._look_at_all(old, new, tally, written)
+      appended = self._describe(log, extension, touched, written)
+      written.finish(f"appended_{appended['number']}")
+      return self._finish(log, extension.encoders, covered, new, tally, written, appended)
+
+  def _merge(self, grown: Encoders, counts: merging.CodeCounts) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Yields the file of each block of merged histories, with provisional codes, and the places of earlier records."""
+    log, path = self._log, self._dataset.path / USERS
+    found = log.arrow(
+      'SELECT u."user", p.record FROM ordered_users u '
+      f'LEFT JOIN read_parquet({readers.literal(str(path))}) p USING ("user") ORDER BY u.uid'
+    )
+    place = found["record"].fill_null(-1).to_numpy()
+    self._new_users, done = int(np.sum(place < 0)), 0
+    n_codes, numbers = len(grown.categorical) + len(self._further), list(grown.numeric.values())
+    count = shards.count_shards(log.counts["events"], log.counts["users"])
+    with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:
+      for index, users, rows in log.shards(grown, count):
+        block = histories.read_block(rows, users, n_codes, numbers)
+        places = place[done : done + len(users)]
+        done, places = done + len(users), places[places >= 0]
+        if len(places):
+          old = self._earlier(places)
+          counts.add(old, sign=-1)
+          drop = self._cfg.data.duplicates == "drop"
+          block, repeats = merging.merge(old, block, self._cfg.data.split, drop_repeats=drop)
+          self._repeats.add(repeats)
+        else:
+          block = dataclasses.replace(block, n_train=merging.training_events(block, self._cfg.data.split))
+        counts.add(block)
+        file = self._scratch / f"merged-{index}.pickle"
+        file.write_bytes(pickle.dumps(block))
+        yield file, places
+        bar.update(rows.num_rows)
+
+  def _earlier(self, places: np.ndarray) -> UserBlock:
+    """The histories in the records at these places."""
+    records = map(self._dataset.decode, self._dataset.contents(places.tolist()))
+    return histories.end_to_end([self._dataset.history(record) for record in records])
+
+  def _labels(self, users: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: prepare.of_users(known, users) for name, known in self._user_labels.items()}
+
+  def _forget(self, old: RecordMaker, places: np.ndarray, tally: Tally) -> UserBlock:
+    """Takes the records at these places out of the tally, and returns their histories."""
+    block, gone = self._earlier(places), old.tally()
+    for _ in old(block, self._labels(block.users), gone):
+      pass
+    tally.merge(gone.state, sign=-1)
+    return block
+
+  def _times(self) -> tuple[int, int]:
+    """The first and the last event's time, of the dataset and the new events."""
+    manifest = self._dataset.manifest
+    first, last = manifest["first_event_microseconds"], manifest["last_event_microseconds"]
+    return min(first, self._log.start), max(last, self._log.end)
+
+  def _calendars(self) -> tuple[Calendar | None, Calendar | None]:
+    """The calendar of the dataset, and the one with the new events."""
+    split, manifest = self._cfg.data.split, self._dataset.manifest
+    if split.mode == "leave_one_out":
+      return None, None
+    first, last = self._times()
+    then = labels_lib.calendar(split, manifest["first_event_microseconds"], manifest["observed_until_microseconds"])
+    return then, labels_lib.calendar(split, first, labels_lib.log_end(split, last))
+
+  def _look_at_all(self, old: RecordMaker, new: RecordMaker, tally: Tally, written: _Written) -> None:
+    """Writes the other records that come out different now that the log's end, or its start, is another."""
+    known = read_users(self._dataset.path)
+    left = ~pc.is_in(known["user"], pa.array(written.users, pa.string())).to_numpy()
+    places = known["record"].to_numpy()[left]
+    with tqdm(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1) as bar:
+      for start in range(0, len(places), LOOKED_AT):
+        here = places[start : start + LOOKED_AT]
+        block = self._earlier(here)
+        again = list(new(block, self._labels(block.users), new.tally()))
+        differ = [i for i, (was, now) in enumerate(zip(self._dataset.contents(here.tolist()), again)) if was != now]
+        if differ:
+          self._forget(old, here[differ], tally)
+          changed = histories.end_to_end([block.history(i) for i in differ])
+          written.add(changed.users, new(changed, self._labels(changed.users), tally))
+        bar.update(len(here))
+
+  def _describe(self, log: EventLog, extension: merging.Extension, touched: int, written: _Written) -> dict[str, Any]:
+    """What the manifest says of this append."""
+    values = {
+      name: {"added": len(added), "first": added[:SHOWN_VALUES], "left_out": extension.left_out[name]}
+      for name, added in extension.added.items()
+    }
+    return {
+      "number": len(self._dataset.manifest.get("appends", ())) + 1,
+      "files": [file for source in log.counts["sources"].values() for file in source["files"]],
+      "events": log.counts["events"],
+      "repeats_of_earlier_events": self._repeats.total,
+      "new_users": self._new_users,
+      "users_with_new_events": touched,
+      "users_with_other_labels": len(written.users) - touched,
+      "vocabularies": values,
+    }
+
+  def _finish(
+    self,
+    log: EventLog,
+    encoders: Encoders,
+    covered: merging.CodeCounts,
+    new: RecordMaker,
+    tally: Tally,
+    written: _Written,
+    appended: Mapping[str, Any],
+  ) -> dict[str, Any]:
+    """Writes all but the records, links the shards that stay, and returns the manifest."""
+    before, cfg = self._dataset.manifest, self._cfg
+    for name in before["shards"]:
+      _link(self._dataset.path / shards.DIRECTORY / name, self._work / shards.DIRECTORY / name)
+    splits = shards.read_info(self._dataset.path / shards.DIRECTORY)
+    splits[f"appended_{appended['number']}"] = written.lengths, written.bytes
+    shards.write_info(self._work / shards.DIRECTORY, new, splits)
+    encoders.save(self._work / "encoders")
+    self._write_users(written)
+    first, last = self._times()
+    until = labels_lib.log_end(cfg.data.split, last)
+    counts = totals.reading(before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop")
+    counts |= {"first": parsing.date(first), "last": parsing.date(last)}
+    with_labels = set().union(*self._user_labels.values())
+    users = read_users(self._work, ["user"])["user"]
+    with_events = pc.sum(pc.is_in(users, pa.array(with_labels, pa.string()))).as_py() or 0
+    manifest = manifest_lib.build(
+      cfg,
+      manifest_lib.LogFacts(counts, first, last, until, before["source_user_type"]),
+      encoders,
+      self._work / "encoders",
+      tally,
+      files={**before["files"], **self._stamps()},
+      shards=[shards.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
+      fields=totals.coverage(before["fields"], encoders, covered, log, cfg.data.fields),
+      user_table={**before["user_table"], "labelled_users_without_events": len(with_labels) - with_events},
+      seconds=clock.monotonic() - self._begun,
+      aggregates=before["aggregates"],
+    )
+    manifest["appends"] = [*before.get("appends", ()), dict(appended)]
+    shutil.rmtree(self._scratch)
+    return integrity.write_manifest(self._work, manifest)
+
+  def _write_users(self, written: _Written) -> None:
+    """The table of users: who was written anew has a new place, all are in the order of their hashes."""
+    places = pa.table({"user": pa.array(written.users, pa.string()), "record": pa.array(written.places, pa.int64())})
+    path = readers.literal(str(self._dataset.path / USERS))
+    order = user_hash_sql('"user"')
+    with self._log.stream(
+      'SELECT "user", coalesce(w.record, p.record)::BIGINT AS record '
+      f'FROM read_parquet({path}) p FULL JOIN written w USING ("user") ORDER BY {order}, "user"',
+      written=places,
+    ) as batches:
+      prepare.write_users(batches, self._work / USERS)
+
+  def _stamps(self) -> dict[str, list[int]]:
+    """Of the new files, and of the tables joined to their events."""
+    sources = {n: dataclasses.replace(s, files=self._part.sources[n].files) for n, s in self._cfg.data.sources.items()}
+    return input_files(dataclasses.replace(self._cfg, data=dataclasses.replace(self._cfg.data, sources=sources)))
+
+
+class _Written:
+  """Records written anew, in files that get their names at the end.
+
+  Attributes:
+    users: whose they are, in order.
+    places: the place of each among all records of the dataset.
+    lengths: how many records each file has.
+    bytes: how many bytes the records have before compression.
+    files: by name how many records each has, once they have names.
+  """
+
+  def __init__(self, directory: pathlib.Path, records: int):
+    """The dataset holds so many `records` already."""
+    directory.mkdir(parents=True)
+    self._directory, self._records = directory, records
+    self.users: list[str] = []
+    self.lengths: list[int] = []
+    self.files: dict[str, int] = {}
+    self.bytes = 0
+
+  @property
+  def places(self) -> range:
+    return range(self._records, self._records + len(self.users))
+
+  def add(self, users: Sequence[str], records: Iterator[bytes]) -> None:
+    """Writes the records of users into a file of their own."""
+    count, size = shards.write_records(self._directory / f"unnamed-{len(self.lengths)}", records)
+    self.users += users
+    self.lengths.append(count)
+    self.bytes += size
+
+  def finish(self, split: str) -> None:
+    """Names the files."""
+    for i, length in enumerate(self.lengths):
+      name = shards.shard_name(i, len(self.lengths), split)
+      (self._directory / f"unnamed-{i}").replace(self._directory / name)
+      self.files[name] = length
+
+
+def _same(one: Calendar | None, other: Calendar | None) -> bool:
+  if one is None or other is None:
+    return one is other
+  return np.array_equal(one.snapshots, other.snapshots) and one.observed_until == other.observed_until
+
+
+def _link(file: pathlib.Path, new: pathlib.Path) -> None:
+  """Gives a file a second name, or copies it where the file system knows no such thing."""
+  try:
+    os.link(file, new)
+  except OSError:
+    shutil.copy2(file, new)
