@@ -124,7 +124,10 @@ class Beam:
         result.cancel()
       raise
     except Exception as error:
-      raise parts.failures.first() or error from error
+      failure = parts.failures.first(passing=True)
+      if failure is None:
+        raise
+      raise failure from error
     if failure := parts.failures.first():
       raise failure
     if state != runners.PipelineState.DONE:
@@ -203,4 +206,6 @@ class _Write(beam.DoFn):
       with parts_lib.opened(self._cfg.data, self._parts, part) as tables:
         for _, users, rows in tables.shards(self._encoders, 1):
           labels = {task: prepare.of_users(known, users) for task, known in self._labels.items()}
-          shards.write(self._maker, self._directory / name, Rows(users, rows, labels))
+          with self._parts.own_folder() as own:
+            shards.write(self._maker, own / name, Rows(users, rows, labels))
+            shards.move(own / name, self._directory)

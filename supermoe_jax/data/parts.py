@@ -7,7 +7,8 @@ What machines find is left in one folder, which all of them must be able to reac
                            occurs, and, written last, its facts
     failures/              what went wrong
 
-Whoever does something again writes the same again.
+Machines may do the same thing twice, even at the same time: each writes into a folder of its own, and moves what is
+whole into place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -50,6 +52,12 @@ class Parts:
     for name in ("files", "parts", "failures"):
       (self.folder / name).mkdir(parents=True)
 
+  @contextlib.contextmanager
+  def own_folder(self) -> Iterator[pathlib.Path]:
+    """Gives a new folder, which is removed in the end."""
+    with tempfile.TemporaryDirectory(dir=self.folder, prefix="own-", ignore_cleanup_errors=True) as own:
+      yield pathlib.Path(own)
+
   @property
   def failures(self) -> Failures:
     """What went wrong."""
@@ -80,7 +88,8 @@ class PartReader(contextlib.ExitStack):
     """The log has `count` parts."""
     super().__init__()
     self._parts = parts
-    self._con = self.enter_context(_database(data, parts))
+    self._own = self.enter_context(parts.own_folder())
+    self._con = self.enter_context(_database(data, self._own))
     self._reader = SourceReader(self._con, data)
     # The same order as that of users: of the hash's text, of which these digits are the first.
     hashed = splits.user_hash_sql('"user"')
@@ -95,8 +104,9 @@ class PartReader(contextlib.ExitStack):
     """
     try:
       counts = self._reader.read_file(file)
-      with replacing_file(self._parts.found(file)) as part:
+      with replacing_file(self._own / "counts.json") as part:
         part.write_text(json.dumps(counts._asdict()))
+      (self._own / "counts.json").replace(self._parts.found(file))
       with contextlib.closing(self._con.cursor()) as con:
         stream = con.sql(f"SELECT {self._part} AS part, {self._columns} FROM rows WHERE fault = 0 ORDER BY part")
         for batch in stream.to_arrow_reader(BATCH_ROWS):
@@ -118,9 +128,7 @@ def _packed(rows: pa.RecordBatch) -> bytes:
 
 def settle(data: config.Data, parts: Parts, part: int, packed: Iterable[bytes]) -> None:
   """Makes a part of all its rows, as `PartReader.read` gives them, in any order."""
-  folder = parts[part]
-  folder.mkdir(exist_ok=True)
-  with _database(data, parts) as con:
+  with parts.own_folder() as own, _database(data, own) as con:
     create_rows(con, data)
     for rows in _batches(packed):
       con.register("packed", rows)
@@ -128,21 +136,32 @@ def settle(data: config.Data, parts: Parts, part: int, packed: Iterable[bytes]) 
       con.unregister("packed")
     tables = EventTables(con, data)
     facts = tables.settle()
-    none = "SELECT 0 AS field, '' AS value, 0.0::DOUBLE AS number, false AS training, 0::BIGINT AS n WHERE false"
-    counted = [none]
-    for i, (name, field) in enumerate(data.fields.items()):
-      if field.kind != "numeric" or field.encoding == "quantile":
-        value = "NULL, value" if field.kind == "numeric" else "value, NULL"
-        counted.append(f"SELECT {i}, {value}, training, n FROM ({tables.values_sql(name)})")
+    folder = own / "part"
+    folder.mkdir()
     for name, query in (
       ("events", "SELECT * FROM events"),
       ("users", "SELECT * FROM ordered_users ORDER BY uid"),
-      ("values", " UNION ALL ".join(counted)),
+      ("values", _counted_sql(data, tables)),
     ):
       with replacing_file(folder / f"{name}.parquet") as file:
         con.execute(f"COPY ({query}) TO {readers.literal(str(file))} (FORMAT parquet, COMPRESSION zstd)")
-  with replacing_file(folder / "facts.json") as file:
-    file.write_text(json.dumps(dataclasses.asdict(facts)))
+    with replacing_file(folder / "facts.json") as file:
+      file.write_text(json.dumps(dataclasses.asdict(facts)))
+    try:
+      folder.rename(parts[part])
+    except OSError:
+      if not (parts[part] / "facts.json").is_file():  # else another machine was first
+        raise
+
+
+def _counted_sql(data: config.Data, tables: EventTables) -> str:
+  """A query of how often values occur: the field's number, `value` or, of numbers, `number`, `training` and `n`."""
+  counted = ["SELECT 0 AS field, '' AS value, 0.0::DOUBLE AS number, false AS training, 0::BIGINT AS n WHERE false"]
+  for i, (name, field) in enumerate(data.fields.items()):
+    if field.kind != "numeric" or field.encoding == "quantile":
+      value = "NULL, value" if field.kind == "numeric" else "value, NULL"
+      counted.append(f"SELECT {i}, {value}, training, n FROM ({tables.values_sql(name)})")
+  return " UNION ALL ".join(counted)
 
 
 def _batches(packed: Iterable[bytes]) -> Iterator[pa.Table]:
@@ -160,7 +179,7 @@ def _batches(packed: Iterable[bytes]) -> Iterator[pa.Table]:
 @contextlib.contextmanager
 def opened(data: config.Data, parts: Parts, part: int) -> Iterator[EventTables]:
   """Gives the events of a part that was settled."""
-  with _database(data, parts) as con:
+  with parts.own_folder() as own, _database(data, own) as con:
     con.execute(f"CREATE VIEW events AS SELECT * FROM {parquet_sql([parts[part] / 'events.parquet'])}")
     tables = EventTables(con, data)
     tables.number_users()
@@ -173,21 +192,23 @@ def parquet_sql(files: Iterable[pathlib.Path], options: str = "") -> str:
 
 
 @contextlib.contextmanager
-def _database(data: config.Data, parts: Parts) -> Iterator[duckdb.DuckDBPyConnection]:
-  """A database in memory, which spills into a folder of its own."""
-  with tempfile.TemporaryDirectory(dir=parts.folder, prefix="spill-", ignore_cleanup_errors=True) as spill:
-    con = readers.connect(memory=data.memory, spill=pathlib.Path(spill))
-    try:
-      yield con
-    finally:
-      con.close()
+def _database(data: config.Data, own: pathlib.Path) -> Iterator[duckdb.DuckDBPyConnection]:
+  """A database in memory, which spills into the folder."""
+  con = readers.connect(memory=data.memory, spill=own / "spill")
+  try:
+    yield con
+  finally:
+    con.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
 
 
 class Failures:
-  """What went wrong on machines, for one that waits for them: how errors travel there is not for sure."""
+  """What went wrong on machines, for the one that waits for them: how errors travel between them is not for sure.
+
+  An error of the data or the configuration is the same whoever tries again; others may not be.
+  """
 
   KINDS: tuple[tuple[type[Exception], Callable[[str], Exception]], ...] = (
     (DataError, DataError),
@@ -195,6 +216,7 @@ class Failures:
     (OSError, OSError),
     (duckdb.Error, OSError),
   )
+  LASTING, PASSING = "lasting", "passing"  # endings of the notes
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -206,23 +228,27 @@ class Failures:
 
   @contextlib.contextmanager
   def noting(self, place: str) -> Iterator[None]:
-    """Notes errors of the block; those that doing it again cannot mend, of data and config, end here."""
+    """Notes errors of the block; those that last end here, since to raise them would only be to try again."""
     try:
       yield
     except tuple(kind for kind, _ in self.KINDS) as error:
+      lasting = isinstance(error, DataError | config.ConfigError)
       kind = next(i for i, (kind, _) in enumerate(self.KINDS) if isinstance(error, kind))
-      with replacing_file(self.folder / f"{place}.json") as part:
-        part.write_text(json.dumps({"kind": kind, "message": str(error)}))
-      if not isinstance(error, DataError | config.ConfigError):
+      note = self.folder / f"{place}.{uuid.uuid4().hex}"
+      note.write_text(json.dumps({"kind": kind, "message": str(error)}))
+      note.replace(self.folder / f"{place}.{self.LASTING if lasting else self.PASSING}")
+      if not lasting:
         raise
 
   def before(self, place: str) -> bool:
-    """Whether an error was noted in a place that is in front of this one, in the order of their names."""
-    return any(file.stem < place for file in self.folder.glob("*.json"))
+    """Whether a lasting error was noted in a place that is in front of this one, in the order of their names."""
+    return any(file.stem < place for file in self.folder.glob(f"*.{self.LASTING}"))
 
-  def first(self) -> Exception | None:
-    """The error in the place that is in front of all others."""
-    for file in sorted(self.folder.glob("*.json")):
+  def first(self, *, passing: bool = False) -> Exception | None:
+    """The lasting error in front of all others; with `passing`, if there is none, the first that may pass."""
+    files = sorted(self.folder.glob(f"*.{self.LASTING}"))
+    files += sorted(self.folder.glob(f"*.{self.PASSING}")) if passing else []
+    for file in files:
       saved: dict[str, Any] = json.loads(file.read_text())
       return self.KINDS[saved["kind"]][1](saved["message"])
     return None

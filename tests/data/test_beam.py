@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ def quiet(text: str) -> None:
   del text
 
 
-def on_beam(cfg: config.Config, say: Callable[[str], None] = quiet) -> dict[str, Any]:
-  return prepare.prepare(cfg, say=say, engine=beam.Beam("DirectRunner"))
+def on_beam(cfg: config.Config, say: Callable[[str], None] = quiet, runner: str = "DirectRunner") -> dict[str, Any]:
+  return prepare.prepare(cfg, say=say, engine=beam.Beam(runner))
 
 
 def moved(cfg: config.Config, name: str) -> config.Config:
@@ -280,6 +281,45 @@ def test_after_a_failure_neither_reading_nor_finished_shards_are_done_again(
   assert before.items() <= after.items() and len(after) >= 4
   assert any("2 of" in text for text in said)
   assert_same(moved(cfg, "here"))
+
+
+def test_what_is_done_twice_is_done_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  settle, move = parts.settle, shards.move
+
+  def twice(data: config.Data, folder: parts.Parts, part: int, packed: Iterable[bytes]) -> None:
+    rows = list(packed)
+    settle(data, folder, part, rows)
+    settle(data, folder, part, rows[::-1])
+
+  def again(file: pathlib.Path, directory: pathlib.Path) -> None:
+    move(file, directory)
+    for name in (file.name, f"{file.name}.note"):
+      shutil.copy(directory / name, file.with_name(name))
+    move(file, directory)
+
+  monkeypatch.setattr(parts, "settle", twice)
+  monkeypatch.setattr(shards, "move", again)
+  assert_same(written(tmp_path, random_case(12, 40, 12)))
+
+
+def test_an_error_that_passes_when_the_runner_tries_again_is_none(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  cfg = written(tmp_path, random_case(13, 30, 8))
+  write, failed = shards.write, []
+
+  def failing(maker: shards.RecordMaker, file: pathlib.Path, rows: shards.Rows) -> shards.Shard:
+    if not failed:
+      failed.append(file.name)
+      raise OSError("a moment, please")
+    return write(maker, file, rows)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, "write", failing)
+    there = on_beam(moved(cfg, "there"), runner="BundleBasedDirectRunner")
+  here = locally(cfg)
+  assert len(failed) == 1
+  assert {k: here[k] for k in here.keys() - set(DIFFER)} == {k: there[k] for k in here.keys() - set(DIFFER)}
 
 
 def test_beam_does_not_go_on_with_what_this_machine_began(
