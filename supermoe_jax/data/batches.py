@@ -179,6 +179,16 @@ def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: 
 
 
 @dataclasses.dataclass(frozen=True)
+class _TrainingUser(grain.transforms.Map):
+  """The user of a place among those that train."""
+
+  users: np.ndarray
+
+  def map(self, place: int) -> int:
+    return int(self.users[place])
+
+
+@dataclasses.dataclass(frozen=True)
 class _PackedUsers(grain.transforms.MapWithIndex):
   """The users of a row of an epoch; rows are numbered through all epochs."""
 
@@ -200,7 +210,7 @@ def training(
   """Returns an endless stream of training `Batch`es, shuffled anew each epoch.
 
   With `cfg.train.packing` rows hold several users. Without, a user without training events gives a row of padding; the
-  manifest counts them.
+  manifest counts them. Users whom the split `user` holds out are not among the rows.
 
   Args:
     dataset: the users.
@@ -223,10 +233,13 @@ def training(
   plan = packing.Plan(packing.sizes(dataset, cfg), cfg, seed) if cfg.train.packing else None
   if plan is not None and say is not None:
     say(plan.describe())
-  epoch = len(dataset) if plan is None else len(plan)
+  users = dataset.training_users
+  epoch = len(users) if plan is None else len(plan)
   order = grain.MapDataset.range(epoch).seed(seed).shuffle().repeat(MOST_ROWS // max(epoch, 1))
   if plan is not None:
     order = order.map_with_index(_PackedUsers(plan))
+  elif len(users) < len(dataset):
+    order = order.map(_TrainingUser(users))
   runs = order.random_map(_TrainingRow(dataset, cfg)).batch(rows // count, batch_fn=stack)
   identity = {"seed": seed, "rows_of_an_epoch": epoch, "packing": plan is not None}
   return Stream(runs, identity, rows, shard, workers)

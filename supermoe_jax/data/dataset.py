@@ -24,6 +24,7 @@ from supermoe_jax.data.events import DataError
 from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.labels import TRAIN
 from supermoe_jax.data.schema import Schema, make_aggregator, make_schema
+from supermoe_jax.data.splits import user_split
 from supermoe_jax.data.vocabulary import Encoders
 
 FORMAT_VERSION = 4
@@ -151,6 +152,15 @@ class Dataset:
       return records.decode(content, self._parts)
     except ValueError as error:
       raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
+
+  @functools.cached_property
+  def training_users(self) -> np.ndarray:
+    """The users that training may look at, ascending: all of them, but for those that the split `user` holds out."""
+    split = self.config.data.split
+    if split.mode != "user":
+      return np.arange(len(self))
+    users = read_users(self.path, ["user"])["user"].to_pylist()
+    return np.flatnonzero([user_split(user, split) == TRAIN for user in users])
 
   @functools.cached_property
   def training_sizes(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from supermoe_jax import config
@@ -147,7 +148,7 @@ def decode(content: bytes, parts: Mapping[str, Part]) -> Record:
     for name, part in parts.items():
       array = np.frombuffer(feature[name].bytes_list.value[0], np.dtype(part.dtype).newbyteorder("<"))
       record[name] = array.reshape(-1, *part.row) if part.row else array
-  except (tf_example_pb2.DecodeError, IndexError) as error:
+  except (DecodeError, IndexError) as error:
     raise ValueError(f"no record of this dataset: {error}") from error
   return record
 

@@ -1,10 +1,12 @@
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
+from small_log import raw_config, write_log
 
 from supermoe_jax import config
-from supermoe_jax.data import batches
+from supermoe_jax.data import batches, prepare
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
 
@@ -106,3 +108,19 @@ def test_a_row_that_does_not_fit_is_an_error(dataset: Dataset) -> None:
   none = np.zeros(0, np.int64)
   with pytest.raises(ValueError, match="do not fit a row of 1"):
     batches.window(dataset, history, 0, 3, none, none, 1, 1)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_held_out_users_are_not_among_the_training_rows(tmp_path: pathlib.Path, packing: bool) -> None:
+  write_log(tmp_path, users=30)
+  raw = raw_config(tmp_path)
+  raw["data"]["split"] = {"mode": "user", "every_days": 30.0, "user_validation": 0.3, "user_test": 0.3}
+  raw["train"]["packing"] = packing
+  cfg = config.resolve(raw)
+  prepare.prepare(cfg, say=lambda text: None)
+  data = Dataset(cfg.data.path)
+  training = [i for i in range(len(data)) if data[i]["user_split"] == labels_lib.TRAIN]
+  assert data.training_users.tolist() == training and 0 < len(training) < 20
+  stream = iter(batches.training(data, cfg))
+  rows = [next(stream).features for _ in range(-(-4 * len(training) // cfg.train.batch_rows))]
+  assert min(int(row.length.min()) for row in rows) > 0  # a held-out user has no event that training may see

@@ -92,3 +92,14 @@ def test_records_beyond_the_room_are_decoded_again(data: Dataset, monkeypatch: p
   assert small[0]["time"] is small[0]["time"]
   assert small[1]["time"] is not small[1]["time"]
   np.testing.assert_array_equal(small[1]["time"], data[1]["time"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xff\xff", b"", b"\x0a\x00"])
+def test_bytes_that_are_no_record_are_an_error(data: Dataset, content: bytes) -> None:
+  with pytest.raises(DataError, match="a record of .* is damaged"):
+    data.decode(content)
+
+
+def test_a_record_cannot_be_changed(data: Dataset) -> None:
+  with pytest.raises(ValueError, match="read-only"):
+    data[0]["time"][0] = 0
