@@ -96,7 +96,7 @@ def test_records_beyond_the_room_are_decoded_again(data: Dataset, monkeypatch: p
 
 @pytest.mark.parametrize("content", [b"\xff\xff\xff", b"", b"\x0a\x00"])
 def test_bytes_that_are_no_record_are_an_error(data: Dataset, content: bytes) -> None:
-  with pytest.raises(DataError, match="a record of .* is damaged"):
+  with pytest.raises(DataError, match=r"a record of .* is damaged"):
     data.decode(content)
 
 
