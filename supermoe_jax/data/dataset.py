@@ -140,7 +140,8 @@ class Dataset:
     try:
       return self._source.__getitems__(list(places))
     except RuntimeError as error:  # ArrayRecord's, of a checksum that does not fit
-      raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
+      which = f"record {places[0]}" if len(places) == 1 else f"one of {len(places)} records"
+      raise DataError(f"{which} of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
   def decode(self, content: bytes) -> dict[str, Any]:
     """The record in its bytes.

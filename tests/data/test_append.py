@@ -96,7 +96,7 @@ def at_once(folder: pathlib.Path, case: Case, way: str, parts: list[Any]) -> con
   return whole_config(folder, case, way, (1, *range(3, 3 + len(parts))))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 99_999), st.sampled_from(["keep", "drop"]), st.sampled_from(["", "2024-05-01"]))
 @pytest.mark.parametrize("way", sorted(WAYS))
 def test_appending_twice_is_preparing_once_with_the_first_encoders(
@@ -136,7 +136,7 @@ def saved(encoders: Encoders, path: pathlib.Path) -> Encoders:
   return encoders
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 99_999), st.sampled_from(["", "2024-05-01"]), st.integers(1, 3))
 @pytest.mark.parametrize("way", ["calendar", "gap", "every_events", "end"])
 def test_days_after_the_training_period_leave_nothing_different(way: str, seed: int, end: str, n: int) -> None:
