@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
   _add_config(verb)
   verb.add_argument("--overwrite", action="store_true", help="prepare again even if a dataset is there")
   verb.add_argument("--memory", metavar="SIZE", help="DuckDB's budget, such as 4GB; short for --config.data.memory")
+  verb.add_argument("--runner", metavar="NAME", help="prepare on Apache Beam with this runner, such as DirectRunner")
+  verb.add_argument(
+    "--beam", action="append", default=[], metavar="KEY=VALUE", help="an option of Beam's; may be given several times"
+  )
   verb.set_defaults(run=_prepare)
 
   verb = verbs.add_parser("append", help="add the events of new files to a prepared dataset")
@@ -144,9 +148,16 @@ def _inspect(args: argparse.Namespace) -> None:
 def _prepare(args: argparse.Namespace) -> None:
   memory = [f"--config.data.memory={args.memory}"] if args.memory else []
   cfg = config.load(args.config, [*args.overrides, *memory])
+  if args.beam and not args.runner:
+    raise config.ConfigError("--beam has no effect without --runner.")
   from supermoe_jax.data import prepare, summary
 
-  print(summary.render(prepare.prepare(cfg, overwrite=args.overwrite)))
+  engine: prepare.Engine | None = None
+  if args.runner:
+    from supermoe_jax.data import beam
+
+    engine = beam.Beam(args.runner, args.beam)
+  print(summary.render(prepare.prepare(cfg, overwrite=args.overwrite, engine=engine)))
 
 
 def _append(args: argparse.Namespace) -> None:

@@ -7,179 +7,101 @@ user at equal times stay in that order. Ties are never broken by a value, which 
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
 from supermoe_jax import config
-from supermoe_jax.data import parsing, readers
+from supermoe_jax.data.facts import Facts, FieldFacts
 from supermoe_jax.data.field_values import field_columns
+from supermoe_jax.data.log import BATCH_ROWS, Log
 from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.replace import replacing_file
-from supermoe_jax.data.sources import SourceReader
+from supermoe_jax.data.sources import Reading, SourceReader
 from supermoe_jax.data.splits import training_user_sql, user_hash_sql
 
 if TYPE_CHECKING:
   from supermoe_jax.data.vocabulary import Encoders
 
-__all__ = ["DataError", "EventLog"]
-
-BATCH_ROWS = 1 << 17  # events handed from DuckDB to NumPy at a time
+__all__ = ["DataError", "EventLog", "EventTables"]
 
 TIE = 'hash("user", time)'
 
 
-class EventLog:
+class EventLog(Log):
   """All events of a config, checked, in a DuckDB database on disk; use it as a context manager.
 
-  Its relation `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER,
-  `ord` BIGINT, `training` BOOLEAN, and for each field the column that `columns` names: VARCHAR for categorical fields,
-  VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
-  where absent. Its table `ordered_users` has a row a user: `user`, and `uid`, from 0 in the order of the hashes of the
-  ids: any stretch of users is a sample.
+  Besides `ordered_users` the database has the relation `events` of `EventTables`.
 
   Attributes:
-    data: the config that it was read from.
-    counts: what was read, kept, dropped and found, ready for JSON.
-    start: the first event's time, microseconds since 1970 UTC.
-    end: the last event's time.
-    user_type: the DuckDB type of the user column in the first source's first file.
     columns: the column of each field in `events`.
-    resumed: whether it was read before.
   """
 
   def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
-    """Reads the sources into a database in `scratch`, an existing directory; sorts beyond the memory spill there too.
-
-    With `part` it is a part of a log, which may have no event in training, and sources without files.
-
-    A database of the same data that stands there already is taken, if it was read to its end.
-
-    Raises:
-      DataError: a file or a value cannot be used; `data.on_bad_rows` says whether such rows may be dropped instead.
-    """
-    self.data, self._part = data, part
+    """Reads the sources, as `Log` says."""
     self.columns = field_columns(data)
-    self.start = self.end = 0
-    self.user_type = ""
-    self.counts: dict[str, Any] = {}
-    self.resumed = False
-    self._database, self._facts_file = scratch / "events.duckdb", scratch / "events.json"
-    if not self._facts_file.is_file():
-      for file in scratch.glob(self._database.name + "*"):
-        file.unlink()
-    self._con = readers.connect(self._database, memory=data.memory, spill=scratch / "spill")
-    # To look for the best compression of each column took half of the time of reading, for files that are soon removed.
-    self._con.execute("SET force_compression = 'dictionary'")
-    try:
-      if self._facts_file.is_file():
-        self._recall()
-      else:
-        self._read()
-        self._remember()
-    except BaseException:
-      self.close()
-      raise
+    super().__init__(data, scratch, part=part)
 
-  def __enter__(self) -> Self:
-    return self
+  def _read(self) -> tuple[Reading, Facts]:
+    reading = SourceReader(self._con, self.data).read()
+    if reading.dropped:
+      self._con.execute("DELETE FROM rows WHERE fault > 0")
+    return reading, self._tables.settle()
 
-  def __exit__(self, *exception: object) -> None:
-    self.close()
-
-  def close(self) -> None:
-    """Closes the database; its files stay in the scratch directory."""
-    self._con.close()
-
-  def _remember(self) -> None:
-    """Puts the database on disk, and beside it what is known of it."""
-    self._con.execute("CHECKPOINT")
-    facts = {"counts": self.counts, "start": self.start, "end": self.end, "user_type": self.user_type}
-    with replacing_file(self._facts_file) as part:
-      part.write_text(json.dumps(facts))
-
-  def _recall(self) -> None:
-    facts = json.loads(self._facts_file.read_text())
-    self.counts, self.start, self.end = facts["counts"], facts["start"], facts["end"]
-    self.user_type, self.resumed = facts["user_type"], True
-
-  def query(self, sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
-    """Returns the rows of a query over `events` and over the tables given, each under its keyword."""
-    for name, table in tables.items():
-      self._con.register(name, table)
-    try:
-      return self._con.execute(sql).fetchall()
-    finally:
-      for name in tables:
-        self._con.unregister(name)
+  @property
+  def _tables(self) -> EventTables:
+    return EventTables(self._con, self.data)
 
   def values_sql(self, name: str) -> str:
-    """A query of the values of a categorical field that are kept, none absent: `value` and the event's `training`."""
-    column, many = self.columns[name], self.data.fields[name].many
-    if many:
-      return f"SELECT unnest({column}[:{many}]) AS value, training FROM events"
-    return f"SELECT {column} AS value, training FROM events WHERE {column} IS NOT NULL"
+    """See `Log.values_sql`."""
+    return self._tables.values_sql(name)
 
-  def arrow(self, sql: str) -> pa.Table:
-    """Returns the result of a query over `events` as an Arrow table."""
-    return self._con.sql(sql).to_arrow_table()
+  def shards(
+    self, encoders: Encoders, n_shards: int, done: Collection[int] = ()
+  ) -> Iterator[tuple[int, list[str], pa.Table]]:
+    """See `EventTables.shards`."""
+    return self._tables.shards(encoders, n_shards, done)
 
-  @contextlib.contextmanager
-  def stream(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
-    """Gives the rows of a query, as `query` does, a batch at a time."""
-    with contextlib.closing(self._con.cursor()) as con:  # its own: queries elsewhere must not end the stream
-      for name, table in tables.items():
-        con.register(name, table)
-      yield con.sql(sql).to_arrow_reader(BATCH_ROWS)
 
-  def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
-    """Every user, as `dataset.read_users` has them: the record is the user's number in the order of the hashes."""
-    return self.stream('SELECT "user", uid AS record, last_event FROM ordered_users ORDER BY uid')
+class EventTables:
+  """The events of whole users in a DuckDB database: the relations `events` and `ordered_users`.
 
-  def count_users(self, named: Iterable[str]) -> int:
-    """How many of the users named have an event."""
-    table = pa.table({"user": pa.array(named, pa.string())})
-    ((count,),) = self.query('SELECT count(*) FROM ordered_users SEMI JOIN named USING ("user")', named=table)
-    return count
+  `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER, `ord`
+  BIGINT, `training` BOOLEAN, and for each field the column that `field_columns` names: VARCHAR for categorical fields,
+  VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
+  where absent. `ordered_users` has a row a user: `user`, `uid`, from 0 in the order of the hashes of the
+  ids, and `last_event`, the time of the user's last one.
+  """
 
-  # ------------------------------------------------------------------------------------------------------------ reading
+  def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
+    self._con, self._data = con, data
+    self._columns = field_columns(data)
 
-  def _read(self) -> None:
-    reader = SourceReader(self._con, self.data)
-    reader.read()
-    self.user_type = reader.user_type
-    dropped: dict[str, int] = {}
-    for source in reader.counts.values():
-      for reason, n in source["dropped"].items():
-        dropped[reason] = dropped.get(reason, 0) + n
-    if dropped:
-      self._con.execute("DELETE FROM rows WHERE fault > 0")
-    read = sum(source["rows_read"] for source in reader.counts.values())
-    if read == sum(dropped.values()):
-      listed = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
-      raise DataError(f"No event is left of {read} rows ({listed}); correct config.data.sources.")
+  def _query(self, sql: str) -> list[tuple[Any, ...]]:
+    return self._con.execute(sql).fetchall()
+
+  def values_sql(self, name: str) -> str:
+    """A query of the values of a field; see `Log.values_sql`."""
+    column, field = self._columns[name], self._data.fields[name]
+    if field.many:
+      values = f"SELECT unnest({column}[:{field.many}]) AS value, training FROM events"
+    else:
+      value = f"{column} + 0" if field.kind == "numeric" else column  # of the zeros, -0.0 becomes the other one
+      values = f"SELECT {value} AS value, training FROM events WHERE {column} IS NOT NULL"
+    return f"SELECT value, training, count(*) AS n FROM ({values}) GROUP BY value, training"
+
+  # ------------------------------------------------------------------------------------------------ from rows to events
+
+  def settle(self) -> Facts:
+    """Makes the relations from the table `rows`, all rows of which can be used, and says what they hold."""
     self._find_ties()
     duplicates = self._find_duplicates()
-    if duplicates and self.data.duplicates == "drop":
-      dropped["duplicate"] = duplicates
-    self._number_users()
     self._mark_training()
-    self.counts = {
-      "rows_read": read,
-      "dropped": dropped,
-      "duplicate_rows": duplicates,
-      **self._facts(),
-      "user_rows_dropped": reader.user_rows_dropped,
-      "sources": reader.counts,
-    }
-    self.counts["rows_kept"] = self.counts["events"]
-    kept = dict(self.query("SELECT source, count(*) FROM rows GROUP BY source"))
-    for name, source in reader.counts.items():
-      source["rows_kept"] = kept.get(list(self.data.sources).index(name), 0)
+    self.number_users()
+    return self._facts(duplicates)
 
   def _find_ties(self) -> None:
     """Creates `tied`, the hashes of user and time that several rows have: only such rows can be tied, or duplicates.
@@ -190,32 +112,32 @@ class EventLog:
 
   def _find_duplicates(self) -> int:
     """Counts rows that repeat an earlier one in user, time, source and every field; removes them if so configured."""
-    equal = ['"user"', "time", "source", *self.columns.values()]
+    equal = ['"user"', "time", "source", *self._columns.values()]
     columns = ", ".join(equal)
     self._con.execute(
       f"CREATE TEMP TABLE duplicates AS SELECT {columns}, min(ord) AS first, count(*) - 1 AS repeats "
       f"FROM (SELECT *, {TIE} AS tie FROM rows) SEMI JOIN tied USING (tie) GROUP BY {columns} HAVING repeats > 0"
     )
-    ((repeats,),) = self.query("SELECT coalesce(sum(repeats), 0)::BIGINT FROM duplicates")
-    if repeats and self.data.duplicates == "drop":
+    ((repeats,),) = self._query("SELECT coalesce(sum(repeats), 0)::BIGINT FROM duplicates")
+    if repeats and self._data.duplicates == "drop":
       same = " AND ".join(f"rows.{c} IS NOT DISTINCT FROM d.{c}" for c in equal)
       self._con.execute(f"DELETE FROM rows USING duplicates d WHERE {same} AND rows.ord > d.first")
     self._con.execute("DROP TABLE duplicates")
     return repeats
 
-  def _number_users(self) -> None:
-    """Creates `ordered_users`, in the order in which records stand."""
+  def number_users(self) -> None:
+    """Creates `ordered_users` from `events`, in the order in which records stand."""
     hashed = user_hash_sql('"user"')
     self._con.execute(
       'CREATE TABLE ordered_users AS SELECT "user", last_event, '
       f'row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
-      'FROM (SELECT "user", max(time) AS last_event FROM rows GROUP BY "user") ORDER BY uid'
+      'FROM (SELECT "user", max(time) AS last_event FROM events GROUP BY "user") ORDER BY uid'
     )
 
   def _mark_training(self) -> None:
     """Creates `events`: the rows, and whether each lies in the training period, or is of a training user."""
-    split = self.data.split
-    columns = ", ".join(['"user"', "time", "source", "ord", *self.columns.values()])
+    split = self._data.split
+    columns = ", ".join(['"user"', "time", "source", "ord", *self._columns.values()])
     if split.mode == "temporal":
       train_end = config.parse_time(split.train_end, "config.data.split.train_end")
       self._con.execute(f"CREATE VIEW events AS SELECT {columns}, time < {train_end} AS training FROM rows")
@@ -231,43 +153,51 @@ class EventLog:
         'row_number() OVER (PARTITION BY "user" ORDER BY time DESC, ord DESC) AS left_over FROM rows)'
       )
 
-  def _facts(self) -> dict[str, Any]:
-    """Counts what the log holds, and sets its first and last time."""
-    names = list(self.data.sources)
-    nulls = []
-    for name, column in self.columns.items():
-      carriers = [names.index(s) for s in self.data.fields[name].sources] or range(len(names))
-      nulls.append(f"count_if({column} IS NULL AND source IN ({', '.join(map(str, carriers))}))")
-    (row,) = self.query(
+  def _facts(self, duplicates: int) -> Facts:
+    names = list(self._data.sources)
+    (row,) = self._query(
       "SELECT count(*), (SELECT count(*) FROM ordered_users), count_if(training), min(time), max(time), "
-      + ", ".join(nulls)
+      + ", ".join(self._facts_sql(name) for name in self._columns)
       + " FROM events"
     )
-    events, users, training, self.start, self.end = row[:5]
-    if not training and not self._part and self.data.split.mode == "user":
-      raise DataError(
-        f"None of the {users} users has an event in training: by their hash all belong to validation or test, or their "
-        "events lie after config.data.split.log_end. Lower user_validation and user_test, or bring more users."
-      )
-    if not training and not self._part:
-      raise DataError(
-        f"No event lies before config.data.split.train_end={self.data.split.train_end}: the log runs from "
-        f"{parsing.date(self.start)} to {parsing.date(self.end)}. Set a train_end within it."
-      )
-    ((tied,),) = self.query(
+    events, users, training, first, last, *found = row
+    kept = dict(self._query("SELECT source, count(*) FROM rows GROUP BY source"))
+    return Facts(
+      events=events,
+      users=users,
+      training=training,
+      first=first,
+      last=last,
+      tied=self._count_tied(),
+      duplicates=duplicates,
+      kept=[kept.get(i, 0) for i in range(len(names))],
+      # What is not there to be summed up is NULL.
+      fields={n: FieldFacts(**{k: v for k, v in of.items() if v is not None}) for n, of in zip(self._columns, found)},
+    )
+
+  def _facts_sql(self, name: str) -> str:
+    """The SQL of a struct of a field's facts."""
+    names, column, field = list(self._data.sources), self._columns[name], self._data.fields[name]
+    carriers = [names.index(s) for s in field.sources] or range(len(names))
+    facts = {
+      "absent": f"count_if({column} IS NULL AND source IN ({', '.join(map(str, carriers))}))",
+      "present": f"count({column})",
+      "training": f"count({column}) FILTER (training)",
+    }
+    if field.many:
+      facts["cut"] = f"sum(greatest(len({column}) - {field.many}, 0))::BIGINT"
+    if field.kind == "numeric":
+      of = {"sum": "sum", "deviation": "stddev_pop", "low": "min", "high": "max"}
+      facts |= {fact: f"{function}({column}) FILTER (training)" for fact, function in of.items()}
+    return "{" + ", ".join(f"'{fact}': {sql}" for fact, sql in facts.items()) + "}"
+
+  def _count_tied(self) -> int:
+    ((tied,),) = self._query(
       f"SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM (SELECT *, {TIE} AS tie FROM rows) "
       'SEMI JOIN tied USING (tie) GROUP BY "user", time) WHERE n > 1'
     )
     self._con.execute("DROP TABLE tied")
-    return {
-      "events": events,
-      "users": users,
-      "training_events": training,
-      "tie_rate": tied / events,
-      "nulls": dict(zip(self.columns, row[5:], strict=True)),
-      "first": parsing.date(self.start),
-      "last": parsing.date(self.end),
-    }
+    return tied
 
   # ------------------------------------------------------------------------------------------------------------- shards
 
@@ -286,18 +216,18 @@ class EventLog:
     with contextlib.closing(self._con.cursor()) as con, contextlib.closing(self._con.cursor()) as ids:
       joins, codes = [], []
       place: dict[str, int] = {}
-      for i, name in enumerate([*encoders.categorical, *self.data.further_values]):
-        encoder, column, table = encoders.categorical[name], f"e.{self.columns[name]}", f"codes_{i}"
-        if self.data.fields[name].many:
+      for i, name in enumerate([*encoders.categorical, *self._data.further_values]):
+        encoder, column, table = encoders.categorical[name], f"e.{self._columns[name]}", f"codes_{i}"
+        if self._data.fields[name].many:
           place[name] = place.get(name, 0) + 1
           column = f"{column}[{place[name]}]"
         if (known := encoder.table()) is not None:
           con.register(table, known)
           joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")
         codes.append(f"({encoder.code_sql(column, table)})::INTEGER AS code_{i}")
-      numbers = [f"e.{self.columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
+      numbers = [f"e.{self._columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
       columns = ", ".join(["u.uid", "e.time", "e.source", "e.training", *codes, *numbers])
-      users = self.counts["users"]
+      ((users,),) = con.execute("SELECT count(*) FROM ordered_users").fetchall()
       wanted = f"WHERE u.uid * {n_shards} // {users} NOT IN ({', '.join(map(str, done))})" if done else ""
       stream = con.sql(
         f'SELECT {columns} FROM events e JOIN ordered_users u USING ("user") {" ".join(joins)} {wanted} '

@@ -121,6 +121,12 @@ def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list
   return [FoundFile(RemoteFile(file), may_be_empty=glob.has_magic(pattern)) for (file,) in found]
 
 
+def make_readable(con: duckdb.DuckDBPyConnection, path: FilePath, key: str) -> None:
+  """Lets the connection read a file that another one has found; `key` says where in the config it stands."""
+  if isinstance(path, RemoteFile):
+    _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{key}: {path}")
+
+
 def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
   """Loads the extension of DuckDB that a remote file needs; installing it is left to the user, as it is a download."""
   if not extension:

@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import duckdb
 import numpy as np
@@ -29,28 +29,70 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import manifest as manifest_lib
 from supermoe_jax.data.dataset import FORMAT_VERSION, USERS, Dataset, input_files
 from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.log import Log
 from supermoe_jax.data.schema import make_comparison
 from supermoe_jax.data.shards import RecordMaker, Rows, Shard
 
 STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
 
+Say = Callable[[str], None]
 
-def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+
+class Plan(NamedTuple):
+  """What records are made by.
+
+  Attributes:
+    cfg: the run.
+    encoders: of the events' fields and of the labels.
+    encoder_path: where they are saved.
+    times: None for leave one out.
+    maker: of the records.
+    user_labels: the labels of users, of each task.
+  """
+
+  cfg: config.Config
+  encoders: vocabulary.Encoders
+  encoder_path: pathlib.Path
+  times: labels_lib.Calendar | None
+  maker: RecordMaker
+  user_labels: Mapping[str, Mapping[str, float]]
+
+
+class Engine(Protocol):
+  """Who reads a log and writes its records; all of them come to the same dataset, but for where shards begin.
+
+  Attributes:
+    name: what it is; one does not go on with what another has begun.
+  """
+
+  name: str
+
+  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> Log:
+    """Reads the log, or finds that it was read; its work files go to `scratch`."""
+
+  def write(self, log: Log, plan: Plan, directory: pathlib.Path, say: Say) -> list[Shard]:
+    """Writes the shards that are not there yet, and returns all of them in order; `log` is what `open` gave."""
+
+
+def prepare(
+  cfg: config.Config, *, overwrite: bool = False, say: Say = print, engine: Engine | None = None
+) -> dict[str, Any]:
   """Prepares the dataset at `cfg.data.path` and returns its manifest; one prepared from the same config is kept.
 
   A preparation that was cut, by the user, the machine or a full disk, is taken up where it stopped: neither reading nor
-  the shards that were finished are done again.
+  the shards that were finished are done again. `engine` is who does it; None is this machine.
 
   Raises:
     DataError: the data cannot be used, the disk is full, or another dataset is in the place.
     ConfigError: the split does not fit the log.
   """
-  path = pathlib.Path(cfg.data.path)
+  path, engine = pathlib.Path(cfg.data.path), engine or ThisMachine()
   there = path.is_dir() and any(path.iterdir())
   if there and not overwrite and replace.manifest_kind(path) == manifest_lib.KIND:
     return _existing(cfg, path, say)
   replace.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", USERS, shards.TFDS_NAME))
-  identity = json.loads(json.dumps({"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg)}))
+  identity = {"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg), "by": engine.name}
+  identity = json.loads(json.dumps(identity))
 
   def resume(work: pathlib.Path) -> bool:
     same = _state(work) == identity
@@ -60,7 +102,7 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, say: Callable[[str],
   try:
     with replace.replacing(path, resume=resume) as work:
       (work / STATE).write_text(json.dumps(identity))
-      return _prepare_into(cfg, work, say)
+      return _prepare_into(cfg, work, engine, say)
   except concurrent.futures.process.BrokenProcessPool as error:
     raise DataError(
       "a process that writes shards ended before its time, most likely for want of memory: lower config.data.memory. "
@@ -87,7 +129,7 @@ def _state(work: pathlib.Path) -> Any:
     return None
 
 
-def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _existing(cfg: config.Config, path: pathlib.Path, say: Say) -> dict[str, Any]:
   dataset = Dataset(path)
   dataset.check_matches(cfg)
   dataset.check_files()
@@ -95,20 +137,22 @@ def _existing(cfg: config.Config, path: pathlib.Path, say: Callable[[str], None]
   return dataset.manifest
 
 
-def _prepare_into(cfg: config.Config, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: Say) -> dict[str, Any]:
   begun = clock.monotonic()
   files = input_files(cfg)
   scratch = work / "scratch"
   scratch.mkdir(exist_ok=True)
   user_labels = read_user_labels(cfg)
   say(f"reading {', '.join(cfg.data.sources)} …")
-  with EventLog(cfg.data, scratch) as log:
+  with engine.open(cfg, scratch, say) as log:
     encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
     check_tasks(cfg, encoders)
     log_end = labels_lib.log_end(cfg.data.split, log.end)
     times = None if cfg.data.split.mode == "leave_one_out" else labels_lib.calendar(cfg.data.split, log.start, log_end)
     maker = RecordMaker(cfg, encoders, times)
-    written = _write_shards(log, encoders, maker, user_labels.values, work / shards.DIRECTORY, say)
+    plan = Plan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
+    (work / shards.DIRECTORY).mkdir(parents=True, exist_ok=True)
+    written = engine.write(log, plan, work / shards.DIRECTORY, say)
     sizes = [s.users for s in written], sum(s.bytes for s in written)
     shards.write_info(work / shards.DIRECTORY, maker, {shards.TFDS_SPLIT: sizes})
     with log.users() as users:
@@ -149,7 +193,7 @@ def read_user_labels(cfg: config.Config) -> user_table.UserLabels:
 
 
 def _encoders(
-  log: EventLog, cfg: config.Config, labels: Mapping[str, vocabulary.LabelEncoder], path: pathlib.Path
+  log: Log, cfg: config.Config, labels: Mapping[str, vocabulary.LabelEncoder], path: pathlib.Path
 ) -> vocabulary.Encoders:
   """Fits the encoders and saves them; where shards may have been written with them, those that were saved."""
   if path.is_dir():
@@ -174,34 +218,37 @@ def check_tasks(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
     make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
 
 
-def _write_shards(
-  log: EventLog,
-  encoders: vocabulary.Encoders,
-  maker: RecordMaker,
-  user_labels: Mapping[str, Mapping[str, float]],
-  directory: pathlib.Path,
-  say: Callable[[str], None],
-) -> list[Shard]:
-  """Writes the shards that are not there yet, and returns all of them in order."""
-  directory.mkdir(parents=True, exist_ok=True)
-  count = shards.count_shards(log.counts["events"], log.counts["users"])
-  done = shards.finished(directory, count)
-  if done:
-    say(f"{len(done)} of {count} shards are there already")
+class ThisMachine:
+  """Reads a log with DuckDB, and writes its records in as many processes as there are cores; see `Engine`."""
 
-  def tasks() -> Iterator[tuple[pathlib.Path, Rows]]:
-    for index, users, rows in log.shards(encoders, count, done):
-      labels = {name: of_users(known, users) for name, known in user_labels.items()}
-      yield directory / shards.shard_name(index, count), Rows(users, rows, labels)
+  name = "this machine"
 
-  written = {shard.file: shard for shard in done.values()}
-  bar = tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)
-  with bar, shards.Writers(count - len(done)) as writers:
-    bar.update(sum(shard.events for shard in written.values()))
-    for shard in writers.run(functools.partial(_write, maker), tasks()):
-      written[shard.file] = shard
-      bar.update(shard.events)
-  return [written[name] for name in sorted(written)]
+  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> EventLog:
+    """See `Engine`."""
+    del say
+    return EventLog(cfg.data, scratch)
+
+  def write(self, log: Log, plan: Plan, directory: pathlib.Path, say: Say) -> list[Shard]:
+    """See `Engine`."""
+    assert isinstance(log, EventLog)
+    count = shards.count_shards(log.counts["events"], log.counts["users"])
+    done = shards.finished(directory, count)
+    if done:
+      say(f"{len(done)} of {count} shards are there already")
+
+    def tasks() -> Iterator[tuple[pathlib.Path, Rows]]:
+      for index, users, rows in log.shards(plan.encoders, count, done):
+        labels = {name: of_users(known, users) for name, known in plan.user_labels.items()}
+        yield directory / shards.shard_name(index, count), Rows(users, rows, labels)
+
+    written = {shard.file: shard for shard in done.values()}
+    bar = tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)
+    with bar, shards.Writers(count - len(done)) as writers:
+      bar.update(sum(shard.events for shard in written.values()))
+      for shard in writers.run(functools.partial(_write, plan.maker), tasks()):
+        written[shard.file] = shard
+        bar.update(shard.events)
+    return [written[name] for name in sorted(written)]
 
 
 def _write(maker: RecordMaker, task: tuple[pathlib.Path, Rows]) -> Shard:

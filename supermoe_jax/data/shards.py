@@ -169,6 +169,12 @@ def write(maker: RecordMaker, file: pathlib.Path, rows: Rows) -> Shard:
   return shard
 
 
+def move(file: pathlib.Path, directory: pathlib.Path) -> None:
+  """Moves a shard and its note into a directory of the same file system."""
+  for moved in (file, _note(file)):  # a note stands beside a whole shard only
+    moved.replace(directory / moved.name)
+
+
 def finished(directory: pathlib.Path, count: int) -> dict[int, Shard]:
   """The shards of `count` that an earlier preparation finished in the directory, by their index."""
   out = {}

@@ -103,6 +103,6 @@ def coverage(
     if encoder.buckets and covered.training[name].any():
       facts |= {"values": None, "colliding": None}  # which values were hashed before is not known any more
     if fields[name].many:
-      facts["values_cut"] += fitting.values_cut(log, name)
+      facts["values_cut"] += log.facts.fields[name].cut
     out[name] = facts
   return out
