@@ -219,8 +219,7 @@ class _Append:
         if len(places):
           old = self._earlier(places)
           counts.add(old, sign=-1)
-          drop = self._cfg.data.duplicates == "drop"
-          block, repeats = merging.merge(old, block, self._cfg.data.split, drop_repeats=drop)
+          block, repeats = merging.merge(old, block, self._cfg.data)
           self._repeats.add(repeats)
         else:
           block = dataclasses.replace(block, n_train=merging.training_events(block, self._cfg.data.split))

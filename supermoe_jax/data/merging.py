@@ -36,7 +36,7 @@ class Repeats(NamedTuple):
   numeric: np.ndarray
 
 
-def merge(old: UserBlock, new: UserBlock, split: config.Split, *, drop_repeats: bool) -> tuple[UserBlock, Repeats]:
+def merge(old: UserBlock, new: UserBlock, data: config.Data) -> tuple[UserBlock, Repeats]:
   """Returns the histories of the users of `new`, with their earlier events, and what is repeated in them.
 
   Of events at equal times those of earlier sources come first, as when all files are read at once, and of one source
@@ -45,8 +45,7 @@ def merge(old: UserBlock, new: UserBlock, split: config.Split, *, drop_repeats: 
   Args:
     old: the earlier histories of some of the users, in the order that they have in `new`.
     new: the new events.
-    split: says which events lie in training.
-    drop_repeats: leaves out the new events that are repeats.
+    data: says which events lie in training, and whether new events that are repeats are left out.
   """
   place = {user: i for i, user in enumerate(new.users)}
   user = np.concatenate([np.array([place[u] for u in old.users], np.int64)[old.owner], new.owner])
@@ -56,13 +55,17 @@ def merge(old: UserBlock, new: UserBlock, split: config.Split, *, drop_repeats: 
   is_new = np.repeat([False, True], [len(old.time), len(new.time)])
   order = np.lexsort((is_new, source, time, user))  # stable: what is equal in all keeps its order
   user, time, source, codes, numeric, is_new = (a[order] for a in (user, time, source, codes, numeric, is_new))
-  repeats = _repeats(user, time, source, codes, numeric, is_new)
+  categorical = [*(n for n, f in data.fields.items() if f.kind != "numeric"), *data.further_values]
+  own = [
+    data.fields[name].table == "events" for name in categorical
+  ]  # the others are the same in all of a user's events
+  repeats = _repeats(user, time, source, codes[:, own], numeric, is_new)
   found = Repeats(source[repeats], codes[repeats], numeric[repeats])
-  if drop_repeats:
+  if data.duplicates == "drop":
     user, time, source, codes, numeric = (a[~repeats] for a in (user, time, source, codes, numeric))
   offsets = np.append(0, np.cumsum(np.bincount(user, minlength=len(new.users))))
   block = UserBlock(new.users, offsets, time, source, codes, numeric, np.zeros(len(new.users), np.int64))
-  return dataclasses.replace(block, n_train=training_events(block, split)), found
+  return dataclasses.replace(block, n_train=training_events(block, data.split)), found
 
 
 def _repeats(

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from raw_case import TEMPORAL, USERS, WAYS, Case, Row, moment, random_case, random_rows, raw_config, write_case
 from small_log import raw_config as small_config
@@ -97,6 +97,7 @@ def at_once(folder: pathlib.Path, case: Case, way: str, parts: list[Any]) -> con
 
 
 @settings(max_examples=3, deadline=None)
+@example(449, "drop", "")
 @given(st.integers(0, 99_999), st.sampled_from(["keep", "drop"]), st.sampled_from(["", "2024-05-01"]))
 @pytest.mark.parametrize("way", sorted(WAYS))
 def test_appending_twice_is_preparing_once_with_the_first_encoders(
