@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import duckdb
+from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
@@ -177,8 +178,11 @@ class SourceReader:
       DataError: a file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
     """
     files, reading = self.open()
-    for file in files:
-      reading.add(file, self.read_file(file))
+    with tqdm(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
+      for file in files:
+        found = self.read_file(file)
+        reading.add(file, found)
+        bar.update(found.rows)
     return reading
 
   def read_file(self, source_file: SourceFile) -> FileCounts:
