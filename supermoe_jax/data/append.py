@@ -188,11 +188,13 @@ class _Append:
       covered = merging.CodeCounts(extension.encoders, self._further)
       tally = new.tally().merge(self._dataset.manifest["tally"])
       written = Rewritten(self._work / shards.DIRECTORY, self._dataset.records)
-      for file, places in merged:
-        block = extension.apply(pickle.loads(file.read_bytes()), self._further)
+      for file in merged:
+        earlier, block = pickle.loads(file.read_bytes())
+        block = extension.apply(block, self._further)
         covered.add(block)
-        if len(places):
-          covered.add(self._forget(old, places, tally), sign=-1)
+        if earlier is not None:
+          covered.add(earlier, sign=-1)
+          self._forget(old, earlier, tally)
         written.add(block, new(block, self._labels(block.users), tally))
       touched = len(written.users)
       self._look_at_others(observed.concerned(cfg.data.split, cfg.labelled_tasks, then, now), old, new, tally, written)
@@ -200,8 +202,8 @@ class _Append:
       written.finish(f"appended_{appended['number']}")
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
 
-  def _merge(self, grown: Encoders, counts: merging.CodeCounts) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Yields the file of each block of merged histories, with provisional codes, and the places of earlier records."""
+  def _merge(self, grown: Encoders, counts: merging.CodeCounts) -> Iterator[pathlib.Path]:
+    """Yields the files of some users' earlier histories (None if all are new) and merged ones, in provisional codes."""
     log, path = self._log, self._dataset.path / USERS
     found = log.arrow(
       'SELECT u."user", p.record FROM ordered_users u '
@@ -216,17 +218,17 @@ class _Append:
         block = histories.read_block(rows, users, n_codes, numbers)
         places = place[done : done + len(users)]
         done, places = done + len(users), places[places >= 0]
-        if len(places):
-          old = self._earlier(places)
-          counts.add(old, sign=-1)
-          block, repeats = merging.merge(old, block, self._cfg.data)
+        earlier = self._earlier(places) if len(places) else None
+        if earlier is not None:
+          counts.add(earlier, sign=-1)
+          block, repeats = merging.merge(earlier, block, self._cfg.data)
           self._repeats.add(repeats)
         else:
           block = dataclasses.replace(block, n_train=merging.training_events(block, self._cfg.data.split))
         counts.add(block)
         file = self._scratch / f"merged-{index}.pickle"
-        file.write_bytes(pickle.dumps(block))
-        yield file, places
+        file.write_bytes(pickle.dumps((earlier, block)))
+        yield file
         bar.update(rows.num_rows)
 
   def _earlier(self, places: np.ndarray) -> UserBlock:
@@ -237,13 +239,11 @@ class _Append:
   def _labels(self, users: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: prepare.of_users(known, users) for name, known in self._user_labels.items()}
 
-  def _forget(self, old: RecordMaker, places: np.ndarray, tally: Tally) -> UserBlock:
-    """Takes the records at these places out of the tally, and returns their histories."""
-    block, gone = self._earlier(places), old.tally()
-    for _ in old(block, self._labels(block.users), gone):
-      pass
+  def _forget(self, old: RecordMaker, earlier: UserBlock, tally: Tally) -> None:
+    """Takes records out of the tally."""
+    gone = old.tally()
+    old.count(earlier, self._labels(earlier.users), gone)
     tally.merge(gone.state, sign=-1)
-    return block
 
   def _times(self) -> tuple[int, int]:
     """The first and the last event's time, of the dataset and the new events."""
@@ -278,8 +278,8 @@ class _Append:
         again = list(new(block, self._labels(block.users), new.tally()))
         differ = [i for i, (was, now) in enumerate(zip(self._dataset.contents(here.tolist()), again)) if was != now]
         if differ:
-          self._forget(old, here[differ], tally)
           changed = histories.end_to_end([block.history(i) for i in differ])
+          self._forget(old, changed, tally)
           written.add(changed, new(changed, self._labels(changed.users), tally))
         bar.update(len(here))
 

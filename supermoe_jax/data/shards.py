@@ -26,7 +26,7 @@ from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import records, snapshots
 from supermoe_jax.data.histories import UserBlock, read_block
-from supermoe_jax.data.labels import Calendar
+from supermoe_jax.data.labels import Calendar, Snapshots
 from supermoe_jax.data.replace import replacing_file
 from supermoe_jax.data.schema import make_aggregator, make_schema
 from supermoe_jax.data.splits import user_split
@@ -68,14 +68,27 @@ class RecordMaker:
 
   def __call__(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally) -> Iterator[bytes]:
     """Yields the record of each user, in order; `user_labels [U]` of each such task are NaN where unknown."""
+    for made in self._made(users, user_labels, tally):
+      yield from records.encode(*made, self.parts)
+
+  def count(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally) -> None:
+    """Counts the users as if their records were made."""
+    for _ in self._made(users, user_labels, tally):
+      pass
+
+  def _made(
+    self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally
+  ) -> Iterator[tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]]:
+    """Yields some of the users at a time, with their snapshots, labels and splits."""
     done = 0
     for block in users.halves():
       n = len(block.users)
-      of_block = {name: values[done : done + n] for name, values in user_labels.items()}
-      yield from self._make(block, of_block, tally)
+      yield self._make(block, {name: values[done : done + n] for name, values in user_labels.items()}, tally)
       done += n
 
-  def _make(self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally) -> Iterator[bytes]:
+  def _make(
+    self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: Tally
+  ) -> tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]:
     owner = np.array([user_split(user, self._split) for user in block.users], np.int32)
     found, left_out = snapshots.user_snapshots(self._split, block, self._times, owner)
     labels = self._labeller(block, found, owner, user_labels)
@@ -85,7 +98,7 @@ class RecordMaker:
       train = split == labels_lib.TRAIN
       aggregates = self._aggregator(block, user[train], time[train], n_events[train])
       tally.add_aggregates(aggregates, user[train])
-    return records.encode(block, found, labels, owner, self.parts)
+    return block, found, labels, owner
 
 
 def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) -> int | None:
