@@ -30,7 +30,8 @@ except ModuleNotFoundError as error:
   if error.name != "apache_beam":
     raise
   raise config.ConfigError(
-    "--runner needs Apache Beam, which is not installed: pip install 'supermoe_jax[beam]'"
+    "--runner needs Apache Beam, which is not installed: pip install 'supermoe_jax[beam]', or in a clone "
+    "pip install -e '.[beam]'"
   ) from None
 
 from apache_beam.options.pipeline_options import PipelineOptions
