@@ -110,11 +110,12 @@ def _configs(
   dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str
 ) -> tuple[config.Config, config.Data]:
   """The config of the dataset with the new files, and the data section of these alone."""
-  cfg, read = dataset.config, dataset.manifest["files"]
+  cfg, read = dataset.config, {files_lib.place(file) for file in dataset.manifest["files"]}
   known = {name: source.files for name, source in cfg.data.sources.items()}
   new: dict[str, tuple[str, ...]] = {}
   if files is None:
-    new = {n: tuple(f for f in files_lib.stamps(patterns) if f not in read) for n, patterns in known.items()}
+    found = {n: files_lib.stamps(patterns) for n, patterns in known.items()}
+    new = {n: tuple(f for f in files if files_lib.place(f) not in read) for n, files in found.items()}
     if not any(new.values()):
       raise DataError(
         f"{dataset.path}: no file is new of those that config.data.sources names; name files: "
@@ -124,9 +125,9 @@ def _configs(
     for name, patterns in files.items():
       if name not in known:
         raise config.ConfigError(f"{dataset.path} has no source {name!r}{config.nearest(name, known)}")
-      new[name] = tuple(files_lib.stamps(patterns))
+      new[name] = _named(name, patterns)
       for file in new[name]:
-        if file in read:
+        if files_lib.place(file) in read:
           raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
   for name, source in cfg.data.sources.items():
     if new.get(name) and source.format == "sequences":
@@ -138,10 +139,24 @@ def _configs(
     return dataclasses.replace(cfg.data, sources=sources, memory=memory)
 
   # A file that a glob of the config matches need not be named there.
-  matched = {n: set(files_lib.stamps(patterns)) if files else set(new[n]) for n, patterns in known.items()}
-  listed = {n: (*patterns, *(f for f in new.get(n, ()) if f not in matched[n])) for n, patterns in known.items()}
+  matched = {n: {files_lib.place(f) for f in files_lib.stamps(patterns)} for n, patterns in known.items()}
+  further = {n: tuple(f for f in files if files_lib.place(f) not in matched[n]) for n, files in new.items()}
+  listed = {n: (*patterns, *further.get(n, ())) for n, patterns in known.items()}
   whole = dataclasses.replace(cfg, data=having(listed, cfg.data.memory))
   return whole, having(new, memory or cfg.data.memory)
+
+
+def _named(source: str, patterns: Sequence[str]) -> tuple[str, ...]:
+  """The files that paths or globs name, in their order.
+
+  Raises:
+    DataError: one names no file, or two the same.
+  """
+  con = readers.connect()
+  try:
+    return tuple(str(file.path) for file in files_lib.find_files(con, patterns, f"source {source!r}"))
+  finally:
+    con.close()
 
 
 def _check_users_table(dataset: Dataset) -> None:

@@ -43,12 +43,12 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
     DataError: a path does not exist, is a directory, or is named twice, or what is remote cannot be reached; `key`
       says where in the config it stands.
   """
-  found: dict[FilePath, FoundFile] = {}
+  found: dict[str, FoundFile] = {}
   for pattern in patterns:
     for file in _find_remote(con, pattern, key) if remote.scheme(pattern) else _find(pattern, key):
-      if file.path in found:
+      if place(str(file.path)) in found:
         raise DataError(f"{key}: {file.path} is named twice; its rows would count twice.")
-      found[file.path] = file
+      found[place(str(file.path))] = file
   return list(found.values())
 
 
@@ -72,6 +72,11 @@ def open_files(
   if not opened.tables:
     raise DataError(f"{key}.files: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
   return opened
+
+
+def place(file: str) -> str:
+  """What tells a file from others, however it is named: its absolute path without links; a remote one's own name."""
+  return file if remote.scheme(file) else str(pathlib.Path(file).expanduser().resolve())
 
 
 def glob_files(pattern: str) -> list[pathlib.Path]:
@@ -140,14 +145,19 @@ def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
     ) from error
 
 
+def _there(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files that a local path or glob leads to, as `find_files` finds them; maybe none."""
+  return [path] if path.is_file() else glob_files(str(path))
+
+
 def stamps(patterns: Sequence[str]) -> dict[str, list[int]]:
   """Size in bytes and time of change (local: ns, remote: µs since 1970) of every file that the patterns match.
 
   Raises:
     DataError: what is remote cannot be reached.
   """
-  local = {f for p in patterns if not remote.scheme(p) for f in glob.glob(str(pathlib.Path(p).expanduser()))}  # noqa: PTH207 absolute too
-  out = {f: [pathlib.Path(f).stat().st_size, pathlib.Path(f).stat().st_mtime_ns] for f in sorted(local)}
+  local = {f for p in patterns if not remote.scheme(p) for f in _there(pathlib.Path(p).expanduser())}
+  out = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(local)}
   if elsewhere := [p for p in dict.fromkeys(patterns) if remote.scheme(p)]:
     con = readers.connect()
     try:

@@ -325,6 +325,46 @@ def test_a_file_is_not_appended_twice(small: config.Config, tmp_path: pathlib.Pa
     append.append(path, {"visit": [file]}, **QUIET)
 
 
+def test_a_file_is_the_same_by_whatever_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.chdir(tmp_path)
+  write_log(tmp_path, users=12)
+  raw = small_config(tmp_path)
+  raw["data"]["sources"]["visits"]["files"] = ["visits*.parquet"]
+  raw["data"]["split"]["log_end"] = "2024-09-01"
+  cfg = config.resolve(raw)
+  prepare.prepare(cfg, **QUIET)
+  path = pathlib.Path(cfg.data.path)
+  (tmp_path / "link.parquet").symlink_to(tmp_path / "visits.parquet")
+  for name in (str(tmp_path / "visits.parquet"), "./visits.parquet", "link.parquet"):
+    with pytest.raises(DataError, match="already; its rows would count twice"):
+      append.append(path, {"visits": [name]}, **QUIET)
+  append.append(path, {"visits": [write_visits(tmp_path, "visits-2.parquet", 3, ["page0"])]}, **QUIET)
+  assert Dataset(path).config.data.sources["visits"].files == ("visits*.parquet",)
+  file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
+  with pytest.raises(DataError, match=r"day.parquet is named twice"):
+    append.append(path, {"visits": [file, "day.parquet"]}, **QUIET)
+
+
+def test_every_name_has_to_be_that_of_a_file(small: config.Config, tmp_path: pathlib.Path) -> None:
+  path = pathlib.Path(small.data.path)
+  file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
+  for files in ({"visits": [file, str(tmp_path / "dya.parquet")]}, {"visits": [file], "buys": [str(tmp_path / "x*")]}):
+    with pytest.raises(DataError, match=r"dya.parquet: no such file; did you mean 'day.parquet'|matches no file"):
+      append.append(path, files, **QUIET)
+  assert "appends" not in Dataset(path).manifest
+
+
+def test_globs_over_folders_in_folders_are_followed(small: config.Config, tmp_path: pathlib.Path) -> None:
+  path = pathlib.Path(small.data.path)
+  for folder in ("new", "new/x", "new/x/y"):
+    (tmp_path / folder).mkdir()
+    write_visits(tmp_path, f"{folder}/day.parquet", 3, ["page0"])
+  pattern = str(tmp_path / "new/**/*.parquet")
+  assert append.append(path, {"visits": [pattern]}, **QUIET)["appends"][0]["events"] == 3
+  with pytest.raises(DataError, match="already; its rows would count twice"):
+    append.append(path, {"visits": [str(tmp_path / "new/day.parquet")]}, **QUIET)
+
+
 def test_a_bad_file_leaves_the_dataset_as_it_was(small: config.Config, tmp_path: pathlib.Path) -> None:
   path = pathlib.Path(small.data.path)
   before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
