@@ -55,7 +55,8 @@ class Log(abc.ABC):
     self.counts: dict[str, Any] = {}
     self.resumed = False
     self._database, self._known = scratch / "log.duckdb", scratch / "log.json"
-    if not self._known.is_file():
+    if not (self._known.is_file() and self._database.is_file()):  # one alone: the other was being made, or removed
+      self._known.unlink(missing_ok=True)
       for file in scratch.glob(self._database.name + "*"):
         file.unlink()
     self._con = readers.connect(self._database, memory=data.memory, spill=scratch / "spill")

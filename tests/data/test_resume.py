@@ -110,6 +110,16 @@ def test_an_interrupt_leaves_what_was_done(cfg: config.Config, monkeypatch: pyte
   assert "going on in" in said[0] and Dataset(cfg.data.path).manifest["users"] == 24
 
 
+@pytest.mark.parametrize("gone", ["log.duckdb", "log.json"])
+def test_a_preparation_that_was_cut_while_it_tidied_up_ends_all_the_same(cfg: config.Config, gone: str) -> None:
+  left = die(cfg, after=2)
+  (left / "scratch" / gone).unlink()
+  prepare.prepare(cfg)
+  whole = moved(cfg, "whole")
+  prepare.prepare(whole)
+  assert contents(cfg.data.path) == contents(whole.data.path)
+
+
 @pytest.mark.parametrize("what", ["files", "config"])
 def test_a_preparation_of_something_else_begins_anew(cfg: config.Config, what: str) -> None:
   die(cfg, after=2)
