@@ -79,6 +79,7 @@ def append(
     DataError: the dataset or the files cannot be used, or there is nothing to append.
     ConfigError: a source has another name.
   """
+  replace.restore(path, manifest_lib.KIND)
   dataset = Dataset(path)
   cfg, part = _configs(dataset, files, memory)
   try:

@@ -87,6 +87,7 @@ def prepare(
     ConfigError: the split does not fit the log.
   """
   path, engine = pathlib.Path(cfg.data.path), engine or ThisMachine()
+  replace.restore(path, manifest_lib.KIND)
   there = path.is_dir() and any(path.iterdir())
   if there and not overwrite and replace.manifest_kind(path) == manifest_lib.KIND:
     return _existing(cfg, path, say)

@@ -46,6 +46,19 @@ def manifest_kind(path: pathlib.Path) -> str | None:
     return None
 
 
+def restore(path: pathlib.Path, kind: str) -> None:
+  """Puts back what stood at `path`, of this kind, if a replacement was killed when it had moved it away."""
+  before = path.with_name(path.name + ".before")
+  if not path.exists() and manifest_kind(before) == kind:
+    before.replace(path)
+
+
+def _remove(directory: pathlib.Path) -> None:
+  """Removes a directory, its manifest first: what a kill leaves of it is not taken for whole."""
+  (directory / "manifest.json").unlink(missing_ok=True)
+  shutil.rmtree(directory)
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | None = None) -> Iterator[pathlib.Path]:
   """Gives a directory to write into, which takes the place of `path` when the block ends without an error.
@@ -65,7 +78,7 @@ def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | No
     work.mkdir(parents=True, exist_ok=True)
     yield work
     if before.exists() and path.exists():
-      shutil.rmtree(before)
+      _remove(before)
     if path.exists():
       path.replace(before)
     try:
@@ -74,7 +87,8 @@ def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | No
       if before.exists():
         before.replace(path)
       raise
-    shutil.rmtree(before, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      _remove(before)
   except BaseException as error:
     left = resume is not None and not isinstance(error, DataError | ConfigError)
     raise

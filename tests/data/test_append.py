@@ -376,6 +376,22 @@ def test_a_bad_file_leaves_the_dataset_as_it_was(small: config.Config, tmp_path:
   assert not list(path.parent.glob("dataset.*"))
 
 
+def test_a_dataset_that_a_kill_left_beside_its_place_is_put_back(small: config.Config, tmp_path: pathlib.Path) -> None:
+  """Between the two renames, or while what stood there before is removed."""
+  path = pathlib.Path(small.data.path)
+  before, whole = path.with_name("dataset.before"), Dataset(path).manifest
+  path.rename(before)
+  assert prepare.prepare(small, **QUIET) == whole and not before.exists()
+  path.rename(before)
+  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
+  assert Dataset(path).manifest["appends"] and not before.exists()
+  before.mkdir()
+  (before / "users.parquet").touch()
+  shutil.rmtree(path)
+  with pytest.raises(DataError, match="holds no prepared dataset"):
+    append.append(path, {"visits": [str(tmp_path / "day.parquet")]}, **QUIET)
+
+
 def test_another_table_of_users_is_an_error(small: config.Config, tmp_path: pathlib.Path) -> None:
   assert small.data.users is not None
   table = pathlib.Path(small.data.users.files[0])
