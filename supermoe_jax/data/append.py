@@ -202,7 +202,10 @@ class _Append:
       old = RecordMaker(self._dataset.config, before, then)
       new = RecordMaker(cfg, extension.encoders, now)
       covered = merging.CodeCounts(extension.encoders, self._further)
-      tally = new.tally().merge(self._dataset.manifest["tally"])
+      whom = observed.concerned(cfg.data.split, cfg.labelled_tasks, then, now)
+      tally = new.tally()
+      if not whom.everyone:  # else all are counted anew, those too whose records stay: there may be snapshots they lack
+        tally.merge(self._dataset.manifest["tally"])
       written = Rewritten(self._work / shards.DIRECTORY, self._dataset.records)
       for file in merged:
         earlier, block = pickle.loads(file.read_bytes())
@@ -210,10 +213,11 @@ class _Append:
         covered.add(block)
         if earlier is not None:
           covered.add(earlier, sign=-1)
-          self._forget(old, earlier, tally)
+          if not whom.everyone:
+            self._forget(old, earlier, tally)
         written.add(block, new(block, self._labels(block.users), tally))
       touched = len(written.users)
-      self._look_at_others(observed.concerned(cfg.data.split, cfg.labelled_tasks, then, now), old, new, tally, written)
+      self._look_at_others(whom, old, new, tally, written)
       appended = self._describe(log, extension, touched, written)
       written.finish(f"appended_{appended['number']}")
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
@@ -279,7 +283,8 @@ class _Append:
   def _look_at_others(
     self, whom: observed.Concerned, old: RecordMaker, new: RecordMaker, tally: Tally, written: Rewritten
   ) -> None:
-    """Writes the records of users without new events that come out different now that the log's end is another."""
+    """Counts the records of users without new events whom another calendar concerns, and writes those that come out
+    different."""
     if not whom.everyone and whom.since is None:
       return
     known = read_users(self._dataset.path)
@@ -291,12 +296,13 @@ class _Append:
       for start in range(0, len(places), LOOKED_AT):
         here = places[start : start + LOOKED_AT]
         block = self._earlier(here)
-        again = list(new(block, self._labels(block.users), new.tally()))
+        if not whom.everyone:
+          self._forget(old, block, tally)
+        again = list(new(block, self._labels(block.users), tally))
         differ = [i for i, (was, now) in enumerate(zip(self._dataset.contents(here.tolist()), again)) if was != now]
         if differ:
           changed = histories.end_to_end([block.history(i) for i in differ])
-          self._forget(old, changed, tally)
-          written.add(changed, new(changed, self._labels(changed.users), tally))
+          written.add(changed, (again[i] for i in differ))
         bar.update(len(here))
 
   def _describe(self, log: EventLog, extension: merging.Extension, touched: int, written: Rewritten) -> dict[str, Any]:

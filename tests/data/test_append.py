@@ -162,6 +162,26 @@ def test_days_after_the_training_period_leave_nothing_different(way: str, seed: 
       assert a.read_bytes() == (got.path / "encoders" / a.name).read_bytes()
 
 
+@pytest.mark.parametrize("way", ["calendar", "gap", "every_events", "user", "user, every_events"])
+@pytest.mark.parametrize("days", [-20, 30])
+def test_events_before_the_first_or_after_the_last_move_the_calendar_of_all_users(way: str, days: int) -> None:
+  case = dataclasses.replace(random_case(1, 30, 12), min_count=1)
+  views, buys = new_rows(1, 9, 4, lambda row: row.item in KNOWN and row.click != "maybe")
+  shift = days * 86_400_000_000
+  parts = [tuple(tuple(dataclasses.replace(row, time=row.time + shift) for row in rows) for rows in (views, buys))]
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    got = appended(folder / "one", case, way, parts, keep_vocabularies=True)
+    cfg = at_once(folder / "two", case, way, parts)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(prepare, "_encoders", lambda log, cfg, labels, path: saved(got.encoders, path))
+      prepare.prepare(cfg, **QUIET)
+    wanted = Dataset(cfg.data.path)
+    compare(got, wanted)
+    for key in ("tally", "snapshots_with_too_few_events", "repeated_snapshots", "events_by_period", "labels", "log"):
+      assert got.manifest[key] == wanted.manifest[key]
+
+
 # ----------------------------------------------------------------------------------------------- what is written anew
 
 
