@@ -117,10 +117,15 @@ class UserBlock:
     start, stop = self.offsets[first], self.offsets[last]
     return self.time[start:stop], self.source[start:stop], self.codes[start:stop], self.numeric[start:stop]
 
-  def halves(self) -> Iterator[UserBlock]:
-    """The block itself, or parts of it with so few users and events that nothing overflows or grows too large."""
+  def halves(self, event: float = 1.0, user: float = 0.0) -> Iterator[UserBlock]:
+    """The block itself, or parts of it with so few users and events that nothing overflows or grows too large.
+
+    Args:
+      event: how many events' worth of memory each event takes, with what is worked out at it.
+      user: how many each user takes besides, at the snapshots that all have.
+    """
     n = len(self.users)
-    if n == 1 or (n * self._times[1] < LARGEST_KEY and len(self.time) <= BLOCK_EVENTS):
+    if n == 1 or (n * self._times[1] < LARGEST_KEY and len(self.time) * event + n * user <= BLOCK_EVENTS):
       yield self
       return
     # Where half of the events end, so that a user with very many of them is soon alone.
@@ -128,7 +133,7 @@ class UserBlock:
     for first, last in ((0, middle), (middle, n)):
       offsets = self.offsets[first : last + 1] - self.offsets[first]
       parts = self._events(first, last)
-      yield from UserBlock(self.users[first:last], offsets, *parts, self.n_train[first:last]).halves()
+      yield from UserBlock(self.users[first:last], offsets, *parts, self.n_train[first:last]).halves(event, user)
 
 
 def end_to_end(users: Sequence[UserHistory]) -> UserBlock:

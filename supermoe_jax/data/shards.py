@@ -39,6 +39,8 @@ DIRECTORY = f"{TFDS_NAME}/{TFDS_VERSION}"  # of the shards, in that of the datas
 SHARD_EVENTS = 250_000  # of which there are as many shards as this gives
 MOST_SHARDS = 4096
 
+SNAPSHOT_NUMBERS = 256  # labels and aggregates of snapshots that take as much memory as a block may for an event
+
 # Each record is compressed alone, for records are read in any order.
 WRITER_OPTIONS = "group_size:1,snappy"
 
@@ -61,6 +63,17 @@ class RecordMaker:
     self._labeller = records.Labeller(cfg, encoders, times)
     self._aggregator = make_aggregator(cfg.data, encoders)
     self._last_use = _last_use(self.tasks, times)
+    # Of all users of a block labels and aggregates are worked out together: wide ones want fewer users.
+    width = (sum(map(self._asked, self.tasks)) + self.schema.aggregates) / SNAPSHOT_NUMBERS
+    own = times is None or cfg.data.split.snapshots != "calendar"
+    self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
+
+  def _asked(self, name: str) -> int:
+    """How many labels of a task a snapshot has."""
+    task = self.tasks[name]
+    if isinstance(task, config.EventLabel):
+      return task.per_snapshot
+    return task.top if isinstance(task, config.FutureValues) else 1
 
   def tally(self) -> Tally:
     """One that has counted nothing yet."""
@@ -81,7 +94,7 @@ class RecordMaker:
   ) -> Iterator[tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]]:
     """Yields some of the users at a time, with their snapshots, labels and splits."""
     done = 0
-    for block in users.halves():
+    for block in users.halves(self._event, self._user):
       n = len(block.users)
       yield self._make(block, {name: values[done : done + n] for name, values in user_labels.items()}, tally)
       done += n

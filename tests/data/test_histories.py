@@ -106,6 +106,13 @@ def test_a_block_is_cut_between_users_and_counts_events_before_a_time(
       assert part.before(np.array(i), time) == int(np.sum(theirs.time < time))
 
 
+def test_users_with_wide_snapshots_share_a_block_with_fewer() -> None:
+  users = [UserHistory(f"u{i}", *np.zeros((2, 1), np.int64), *np.zeros((2, 1, 0)), 1) for i in range(1000)]
+  sizes = [len(block.users) for block in end_to_end(users).halves(1.0, 1 << 10)]
+  assert sum(sizes) == 1000 and max(sizes) <= 128 and min(sizes) > 50
+  assert [len(block.users) for block in end_to_end(users).halves(float(1 << 10))] == sizes
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e38, 1e38) | st.floats(-9, 9), min_size=1, max_size=4), max_size=8))
 def test_exact_sums_do_not_depend_on_the_order_of_users(users: list[list[float]]) -> None:
