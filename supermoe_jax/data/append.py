@@ -241,7 +241,7 @@ class _Append:
         earlier = self._earlier(places) if len(places) else None
         if earlier is not None:
           counts.add(earlier, sign=-1)
-          block, repeats = merging.merge(earlier, block, self._cfg.data)
+          block, repeats = merging.merge(earlier, block, grown, self._cfg.data)
           self._repeats.add(repeats)
         else:
           block = dataclasses.replace(block, n_train=merging.training_events(block, self._cfg.data.split))

@@ -19,7 +19,7 @@ from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import TRAIN
 from supermoe_jax.data.splits import user_split
-from supermoe_jax.data.vocabulary import FIRST_VALUE, UNKNOWN, Categorical, Encoders, Vocabulary
+from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Categorical, Encoders, Vocabulary
 
 
 class Repeats(NamedTuple):
@@ -36,15 +36,17 @@ class Repeats(NamedTuple):
   numeric: np.ndarray
 
 
-def merge(old: UserBlock, new: UserBlock, data: config.Data) -> tuple[UserBlock, Repeats]:
+def merge(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data) -> tuple[UserBlock, Repeats]:
   """Returns the histories of the users of `new`, with their earlier events, and what is repeated in them.
 
   Of events at equal times those of earlier sources come first, as when all files are read at once, and of one source
-  the earlier events. Values out of vocabulary are never taken to be equal.
+  the earlier events. Repeats are left out if the config says so. Values that are not known any more, those that are out
+  of vocabulary or hashed and lists that may have been cut, are never taken to be equal.
 
   Args:
     old: the earlier histories of some of the users, in the order that they have in `new`.
     new: the new events.
+    encoders: those that gave both their codes.
     data: says which events lie in training, and whether new events that are repeats are left out.
   """
   place = {user: i for i, user in enumerate(new.users)}
@@ -55,11 +57,7 @@ def merge(old: UserBlock, new: UserBlock, data: config.Data) -> tuple[UserBlock,
   is_new = np.repeat([False, True], [len(old.time), len(new.time)])
   order = np.lexsort((is_new, source, time, user))  # stable: what is equal in all keeps its order
   user, time, source, codes, numeric, is_new = (a[order] for a in (user, time, source, codes, numeric, is_new))
-  categorical = [*(n for n, f in data.fields.items() if f.kind != "numeric"), *data.further_values]
-  own = [
-    data.fields[name].table == "events" for name in categorical
-  ]  # the others are the same in all of a user's events
-  repeats = _repeats(user, time, source, codes[:, own], numeric, is_new)
+  repeats = _repeats(user, time, source, codes, numeric, is_new, _comparable(codes, encoders, data))
   found = Repeats(source[repeats], codes[repeats], numeric[repeats])
   if data.duplicates == "drop":
     user, time, source, codes, numeric = (a[~repeats] for a in (user, time, source, codes, numeric))
@@ -68,8 +66,42 @@ def merge(old: UserBlock, new: UserBlock, data: config.Data) -> tuple[UserBlock,
   return dataclasses.replace(block, n_train=training_events(block, data.split)), found
 
 
+def _comparable(codes: np.ndarray, encoders: Encoders, data: config.Data) -> np.ndarray:
+  """Whether the codes of each event tell all its values: bool `[N]`.
+
+  Fields of the table of users do not matter: all events of a user have the same.
+  """
+  fields, out = [*encoders.categorical, *data.further_values], np.ones(len(codes), bool)
+  for name, encoder in encoders.categorical.items():
+    if data.fields[name].table == "users":
+      continue
+    columns = [i for i, other in enumerate(fields) if other == name]
+    out &= (codes[:, columns] != UNKNOWN).all(axis=1)
+    if encoder.buckets and not any(
+      _same_values(data, name, n) and not e.buckets for n, e in encoders.categorical.items()
+    ):
+      out &= (codes[:, columns] < encoder.n_codes - encoder.buckets).all(axis=1)
+    if data.fields[name].many:
+      out &= codes[:, columns[-1]] == ABSENT  # else the list may go on
+  return out
+
+
+def _same_values(data: config.Data, one: str, other: str) -> bool:
+  """Whether two fields have the values of one column."""
+  a, b = (
+    (f.column or n, f.table, f.sources, f.many, f.separator) for n, f in ((n, data.fields[n]) for n in (one, other))
+  )
+  return a == b
+
+
 def _repeats(
-  user: np.ndarray, time: np.ndarray, source: np.ndarray, codes: np.ndarray, numeric: np.ndarray, is_new: np.ndarray
+  user: np.ndarray,
+  time: np.ndarray,
+  source: np.ndarray,
+  codes: np.ndarray,
+  numeric: np.ndarray,
+  is_new: np.ndarray,
+  comparable: np.ndarray,
 ) -> np.ndarray:
   """Whether each event is the first new one that equals earlier ones: bool `[N]`; users and times are sorted.
 
@@ -77,7 +109,7 @@ def _repeats(
   """
   tied = np.zeros(len(user) + 1, bool)
   tied[1:-1] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
-  at = np.flatnonzero((tied[1:] | tied[:-1]) & ~(codes == UNKNOWN).any(axis=1))
+  at = np.flatnonzero((tied[1:] | tied[:-1]) & comparable)
   bits = np.ascontiguousarray(numeric[at]).view(np.int32).reshape(len(at), numeric.shape[1])
   rows = np.concatenate([np.stack([user[at], time[at], source[at]], axis=1), codes[at], bits], axis=1)
   _, same = np.unique(rows, axis=0, return_inverse=True)

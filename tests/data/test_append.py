@@ -247,6 +247,34 @@ def test_labels_that_are_observed_now_are_written_of_users_without_new_events(tm
   check.check(path, sample=12)
 
 
+@pytest.mark.parametrize(
+  ("fields", "pages", "repeats"),
+  [
+    ({"page": {"kind": "hash", "size": 2}}, [f"page{i}" for i in range(7)], 0),
+    ({"page": {"size": 2, "buckets": 2}}, [f"other{i}" for i in range(7)], 0),
+    ({"page": {"many": 2, "separator": "|"}}, ["page0|page1|page2", "page0|page1|page3", "page0"], 1),
+    ({"page": {}, "hashed": {"kind": "hash", "size": 2, "column": "page"}}, ["page0", "page1"], 2),
+  ],
+)
+def test_events_are_repeats_only_if_their_values_are_known_to_be_equal(
+  tmp_path: pathlib.Path, fields: dict[str, Any], pages: list[str], repeats: int
+) -> None:
+  """Not those whose values are hashed alike, or whose lists are alike as far as they are kept."""
+  write_log(tmp_path, users=12)
+  raw = small_config(tmp_path)
+  raw["data"] |= {"fields": {**fields, "seconds": {"kind": "numeric"}}, "duplicates": "drop", "aggregates": {}}
+  raw["data"]["sources"].pop("buys")
+  raw["data"]["sources"]["visits"]["files"].append(write_visits(tmp_path, "day.parquet", 3, pages))
+  raw["tasks"] = {"quiet": raw["tasks"]["quiet"]}
+  cfg = config.resolve(raw)
+  events = prepare.prepare(cfg, **QUIET)["events"]
+  again = append.append(
+    pathlib.Path(cfg.data.path), {"visits": [write_visits(tmp_path, "new.parquet", 3, pages)]}, **QUIET
+  )
+  assert again["appends"][0]["repeats_of_earlier_events"] == repeats
+  assert again["events"] == events + len(pages) - repeats
+
+
 # ------------------------------------------------------------------------------------------------------- vocabularies
 
 
