@@ -7,7 +7,10 @@ and `manifest.json`, which is written last: a directory without it is not a data
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
 import functools
+import os
 import pathlib
 import threading
 from collections.abc import Hashable, Mapping, Sequence
@@ -27,6 +30,11 @@ from supermoe_jax.data.schema import Schema, make_aggregator, make_schema
 from supermoe_jax.data.splits import user_split
 from supermoe_jax.data.vocabulary import Encoders
 
+try:
+  import resource
+except ImportError:  # Windows has no such limit
+  resource = None  # type: ignore[assignment]
+
 FORMAT_VERSION = 4
 
 USERS = "users.parquet"  # which user each record is of
@@ -41,6 +49,9 @@ MANY_SNAPSHOTS = 16
 # Threads that read all records, and how many each reads at a time.
 READERS = 4
 READ_AT_ONCE = 256
+
+# Files that a process has open besides a dataset's shards, of which each stays open once it was read.
+OTHER_FILES = 256
 
 
 class Dataset:
@@ -61,6 +72,7 @@ class Dataset:
     self.aggregate_mean = np.array(statistics["mean"], np.float32)
     self.aggregate_scale = np.array(statistics["scale"], np.float32)
     self._parts = records.parts(self.schema, self.config.labelled_tasks)
+    _allow_files(len(self.manifest["shards"]) + OTHER_FILES)
     self._source = ArrayRecordDataSource([str(self.path / shards.DIRECTORY / name) for name in self.manifest["shards"]])
     self._kept = _Kept(KEPT_BYTES)
     # The place of each user's record; None: the records are the users in order, as they are until some are appended.
@@ -140,6 +152,11 @@ class Dataset:
     try:
       return self._source.__getitems__(list(places))
     except RuntimeError as error:  # ArrayRecord's, of a checksum that does not fit
+      if os.strerror(errno.EMFILE) in str(error):
+        n = len(self.manifest["shards"])
+        raise DataError(
+          f"{self.path} has {n} shards, and this process may not open so many files; raise the limit: ulimit -n {2 * n}"
+        ) from error
       which = f"record {places[0]}" if len(places) == 1 else f"one of {len(places)} records"
       raise DataError(f"{which} of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
@@ -211,6 +228,17 @@ class Dataset:
       return np.zeros((len(time), 0), np.float32)
     raw = self.aggregator(history.block, np.zeros(len(time), np.int64), time, n_events)
     return (raw - self.aggregate_mean) / self.aggregate_scale
+
+
+def _allow_files(count: int) -> None:
+  """Lets this process have so many files open, as far as it may: the limit is often 1024, where 65,536 are allowed."""
+  if resource is None:
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record", "last_event")) -> pa.Table:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from small_log import raw_config, write_log
 from supermoe_jax import config
 from supermoe_jax.data import events, prepare, shards
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.events import DataError
 
 SHARD_EVENTS = 150
 
@@ -169,6 +172,25 @@ def test_neither_processes_nor_shards_change_a_record_or_a_statistic(
   assert {k: v for k, v in facts(one.data.path).items() if k not in differ} == {
     k: v for k, v in facts(three.data.path).items() if k not in differ
   }
+
+
+def test_a_dataset_of_more_shards_than_files_may_be_open_is_read(
+  cfg: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(shards, "SHARD_EVENTS", 5)
+  prepare.prepare(cfg)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  here = len(os.listdir("/proc/self/fd")) if pathlib.Path("/proc/self/fd").exists() else 64  # noqa: PTH208
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (here + 12, limits[1]))
+    data = Dataset(cfg.data.path)
+    assert len(data.manifest["shards"]) == 24 == len([data[i] for i in range(len(data))])
+    again = Dataset(cfg.data.path)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (here + 30, limits[1]))
+    with pytest.raises(DataError, match="24 shards, and this process may not open so many files"):
+      [again[i] for i in range(len(again))]
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_records_are_what_tensorflow_datasets_reads(cfg: config.Config) -> None:
