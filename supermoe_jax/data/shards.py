@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -278,7 +279,7 @@ class Writers:
     if self._most > 1:
       # Not forked: threads of DuckDB and JAX do not live on in a fork.
       context = multiprocessing.get_context("spawn")
-      self._pool = concurrent.futures.ProcessPoolExecutor(self._most, context, _ignore_interrupts)
+      self._pool = concurrent.futures.ProcessPoolExecutor(self._most, context, _begin)
       for _ in range(self._most):
         self._pool.submit(os.getpid)
 
@@ -304,5 +305,14 @@ class Writers:
       yield future.result()
 
 
-def _ignore_interrupts() -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for them ends them
+def _begin() -> None:
+  """In each process that writes: it ends with the one that started it, which alone minds interrupts."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(1)  # it was killed; else a shard would be written beside the next command's, and the process stay for ever

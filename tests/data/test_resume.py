@@ -46,6 +46,19 @@ shards.write = dying
 prepare.prepare(config.resolve(raw))
 """
 
+# Starts processes that write shards, and dies by a signal.
+ORPHANING = """
+import os, signal
+from supermoe_jax.data import shards
+
+if __name__ == "__main__":
+  shards.processes = lambda count: count
+  with shards.Writers(2) as writers:
+    assert list(writers.run(abs, [-1, -2, -3])) != []
+    print("begun", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 @pytest.fixture
 def cfg(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> config.Config:
@@ -98,6 +111,14 @@ def test_after_a_sudden_death_neither_reading_nor_finished_shards_are_done_again
   assert facts(cfg.data.path) == facts(whole.data.path)
   now = {f.name: f.stat().st_ino for f in pathlib.Path(cfg.data.path).rglob("*.array_record-*")}
   assert finished.items() <= now.items() and not left.exists()
+
+
+def test_processes_that_write_end_with_the_one_that_started_them(tmp_path: pathlib.Path) -> None:
+  script = tmp_path / "script.py"
+  script.write_text(ORPHANING)
+  # Its output ends when the last process that has inherited it does.
+  died = subprocess.run([sys.executable, str(script)], capture_output=True, timeout=60)
+  assert died.returncode == -signal.SIGKILL and died.stdout == b"begun\n", died.stderr.decode()
 
 
 def test_an_interrupt_leaves_what_was_done(cfg: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
