@@ -80,10 +80,11 @@ def append(
     ConfigError: a source has another name.
   """
   replace.restore(path, manifest_lib.KIND)
-  dataset = Dataset(path)
-  cfg, part = _configs(dataset, files, memory)
+  Dataset(path)  # raises where there is none
   try:
     with replace.replacing(path) as work:
+      dataset = Dataset(path)  # no other process can replace it any more
+      cfg, part = _configs(dataset, files, memory)
       return _Append(dataset, cfg, part, keep_vocabularies, work, say).run()
   except OSError as error:
     raise DataError(f"appending to {path} failed: {error}; the dataset is as it was.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -69,13 +70,17 @@ def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | No
     path: the directory to be replaced.
     resume: whether the block can go on in the directory that an earlier one left. Without it, and after errors that
       going on cannot mend, those of the data and of the configuration, nothing is left.
+
+  Raises:
+    DataError: another process is doing so.
   """
   work, before = path.with_name(path.name + ".incomplete"), path.with_name(path.name + ".before")
-  if resume is None or not (work.is_dir() and resume(work)):
-    shutil.rmtree(work, ignore_errors=True)
-  left = False
+  found = work.is_dir()
+  left, lock = False, _lock(work)
   try:
-    work.mkdir(parents=True, exist_ok=True)
+    if found and not (resume is not None and resume(work)):
+      for entry in work.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     yield work
     if before.exists() and path.exists():
       _remove(before)
@@ -95,6 +100,31 @@ def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | No
   finally:
     if not left:
       shutil.rmtree(work, ignore_errors=True)
+    os.close(lock)
+
+
+def _lock(work: pathlib.Path) -> int:
+  """Makes a directory, or takes the one that is there, and locks it until the descriptor is closed: nobody else may.
+
+  The lock is the directory's own: it ends with the process, leaves no file, and goes along when it is renamed.
+
+  Raises:
+    DataError: another process has it.
+  """
+  while True:
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      os.close(descriptor)
+      raise DataError(f"{work} is being written by another process; wait until it has ended.") from None
+    except OSError:
+      pass  # a file system without locks
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(descriptor), work.stat()):
+        return descriptor
+    os.close(descriptor)  # the other process has just ended, and renamed or removed it
 
 
 @contextlib.contextmanager

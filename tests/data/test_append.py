@@ -22,7 +22,7 @@ from small_log import raw_config as small_config
 from small_log import write_log
 
 from supermoe_jax import cli, config
-from supermoe_jax.data import append, batches, check, prepare, shards, splits
+from supermoe_jax.data import append, batches, check, prepare, replace, shards, splits
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.vocabulary import UNKNOWN, Encoders
@@ -438,6 +438,22 @@ def test_a_dataset_that_a_kill_left_beside_its_place_is_put_back(small: config.C
   shutil.rmtree(path)
   with pytest.raises(DataError, match="holds no prepared dataset"):
     append.append(path, {"visits": [str(tmp_path / "day.parquet")]}, **QUIET)
+
+
+def test_only_one_process_at_a_time_writes_a_dataset(small: config.Config, tmp_path: pathlib.Path) -> None:
+  path = pathlib.Path(small.data.path)
+  file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
+  with replace.replacing(path.with_name("other")), replace.replacing(path) as work:
+    (work / "half").touch()
+    with pytest.raises(DataError, match=r"dataset.incomplete is being written by another process"):
+      append.append(path, {"visits": [file]}, **QUIET)
+    with pytest.raises(DataError, match=r"dataset.incomplete is being written by another process"):
+      prepare.prepare(small, overwrite=True, **QUIET)
+    assert (work / "half").exists()
+    shutil.copytree(path, work, dirs_exist_ok=True)
+    (work / "half").unlink()
+  append.append(path, {"visits": [file]}, **QUIET)
+  assert not list(path.parent.glob("dataset.*"))
 
 
 def test_another_table_of_users_is_an_error(small: config.Config, tmp_path: pathlib.Path) -> None:
