@@ -20,6 +20,7 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -86,8 +87,9 @@ def append(
       dataset = Dataset(path)  # no other process can replace it any more
       cfg, part = _configs(dataset, files, memory)
       return _Append(dataset, cfg, part, keep_vocabularies, work, say).run()
-  except OSError as error:
-    raise DataError(f"appending to {path} failed: {error}; the dataset is as it was.") from error
+  except (OSError, duckdb.Error) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise DataError(f"appending to {path} failed: {reason}; the dataset is as it was.") from error
 
 
 def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -131,6 +133,8 @@ def _configs(
       for file in new[name]:
         if files_lib.place(file) in read:
           raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
+    if not any(new.values()):
+      raise DataError(f"no file is named to be appended to {dataset.path}.")
   for name, source in cfg.data.sources.items():
     if new.get(name) and source.format == "sequences":
       raise config.ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")

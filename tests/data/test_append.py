@@ -456,6 +456,16 @@ def test_only_one_process_at_a_time_writes_a_dataset(small: config.Config, tmp_p
   assert not list(path.parent.glob("dataset.*"))
 
 
+def test_what_stops_duckdb_is_told_in_one_line(small: config.Config, tmp_path: pathlib.Path) -> None:
+  path = pathlib.Path(small.data.path)
+  file = write_visits(tmp_path, "day.parquet", 3, ["page0"] * 200_000)
+  with pytest.raises(DataError, match=r"appending to .*dataset failed: Out of Memory.*; the dataset is as it was"):
+    append.append(path, {"visits": [file]}, memory="1MB", **QUIET)
+  with pytest.raises(DataError, match="no file is named to be appended"):
+    append.append(path, {"visits": []}, **QUIET)
+  assert "appends" not in Dataset(path).manifest
+
+
 def test_another_table_of_users_is_an_error(small: config.Config, tmp_path: pathlib.Path) -> None:
   assert small.data.users is not None
   table = pathlib.Path(small.data.users.files[0])
