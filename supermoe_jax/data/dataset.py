@@ -83,6 +83,10 @@ class Dataset:
     if held != self.manifest["users"]:
       raise DataError(f"{self.path} holds {held} users, its manifest says {self.manifest['users']}; prepare again.")
 
+    # The users that training may look at, ascending: all of them, but for those that the split `user` holds out. Found
+    # now, for an append may put another table of users in the place.
+    self.training_users = self._training_users()
+
   @functools.cached_property
   def schema(self) -> Schema:
     """The sizes that a model is built from."""
@@ -171,9 +175,7 @@ class Dataset:
     except ValueError as error:
       raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
-  @functools.cached_property
-  def training_users(self) -> np.ndarray:
-    """The users that training may look at, ascending: all of them, but for those that the split `user` holds out."""
+  def _training_users(self) -> np.ndarray:
     split = self.config.data.split
     if split.mode != "user":
       return np.arange(len(self))

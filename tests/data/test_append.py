@@ -275,6 +275,23 @@ def test_events_are_repeats_only_if_their_values_are_known_to_be_equal(
   assert again["events"] == events + len(pages) - repeats
 
 
+def test_a_dataset_that_was_opened_before_stays_what_it_was(tmp_path: pathlib.Path) -> None:
+  """A training process goes on with the users that it knows, and with those of them that it may look at."""
+  write_log(tmp_path, users=12)
+  raw = small_config(tmp_path)
+  raw["data"]["split"] = {"mode": "user", "log_end": "2024-09-01", "user_validation": 0.3, "user_test": 0.3}
+  raw["tasks"] = {"paid": raw["tasks"]["paid"]}
+  cfg = config.resolve(raw)
+  prepare.prepare(cfg, **QUIET)
+  path = pathlib.Path(cfg.data.path)
+  opened, training = Dataset(path), Dataset(path).training_users
+  files = [write_visits(tmp_path, f"{user}.parquet", user, ["page0"]) for user in range(50, 58)]
+  append.append(path, {"visits": files}, **QUIET)
+  assert len(Dataset(path)) == 20 and len(opened) == 12
+  np.testing.assert_array_equal(opened.training_users, training)
+  assert all(opened[i]["user_split"] == splits.TRAIN for i in opened.training_users)
+
+
 # ------------------------------------------------------------------------------------------------------- vocabularies
 
 
