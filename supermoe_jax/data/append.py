@@ -52,7 +52,7 @@ from supermoe_jax.data.splits import user_hash_sql
 from supermoe_jax.data.tally import Tally
 from supermoe_jax.data.vocabulary import Encoders
 
-LOOKED_AT = 4096  # records at a time
+LOOKED_AT = 4096  # users at a time
 SHOWN_VALUES = 20  # of those that a vocabulary gained, in the manifest
 
 
@@ -211,20 +211,20 @@ class _Append:
       tally = new.tally()
       if not whom.everyone:  # else all are counted anew, those too whose records stay: there may be snapshots they lack
         tally.merge(self._dataset.manifest["tally"])
-      written = Rewritten(self._work / shards.DIRECTORY, self._dataset.records)
-      for file in merged:
-        earlier, block = pickle.loads(file.read_bytes())
-        block = extension.apply(block, self._further)
-        covered.add(block)
-        if earlier is not None:
-          covered.add(earlier, sign=-1)
-          if not whom.everyone:
-            self._forget(old, earlier, tally)
-        written.add(block, new(block, self._labels(block.users), tally))
-      touched = len(written.users)
-      self._look_at_others(whom, old, new, tally, written)
-      appended = self._describe(log, extension, touched, written)
-      written.finish(f"appended_{appended['number']}")
+      with Rewritten(self._work / shards.DIRECTORY, self._dataset.records) as written:
+        for file in merged:
+          earlier, block = pickle.loads(file.read_bytes())
+          block = extension.apply(block, self._further)
+          covered.add(block)
+          if earlier is not None:
+            covered.add(earlier, sign=-1)
+            if not whom.everyone:
+              self._forget(old, earlier, tally)
+          written.add(block, new(block, self._labels(block.users), tally))
+        touched = len(written.users)
+        self._look_at_others(whom, old, new, tally, written)
+        appended = self._describe(log, extension, touched, written)
+        written.finish(f"appended_{appended['number']}")
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
 
   def _merge(self, grown: Encoders, counts: merging.CodeCounts) -> Iterator[pathlib.Path]:
@@ -237,7 +237,8 @@ class _Append:
     place = found["record"].fill_null(-1).to_numpy()
     self._new_users, done = int(np.sum(place < 0)), 0
     n_codes, numbers = len(grown.categorical) + len(self._further), list(grown.numeric.values())
-    count = shards.count_shards(log.counts["events"], log.counts["users"])
+    # Few at a time: the earlier histories of users with little that is new may be long.
+    count = -(-log.counts["users"] // LOOKED_AT)
     with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:
       for index, users, rows in log.shards(grown, count):
         block = histories.read_block(rows, users, n_codes, numbers)
@@ -318,6 +319,10 @@ class _Append:
     }
     return {
       "number": len(self._dataset.manifest.get("appends", ())) + 1,
+      "beyond_patterns": {
+        name: list(source.files[len(self._dataset.config.data.sources[name].files) :])
+        for name, source in self._cfg.data.sources.items()
+      },
       "files": [file for source in log.counts["sources"].values() for file in source["files"]],
       "events": log.counts["events"],
       "repeats_of_earlier_events": self._repeats.total,

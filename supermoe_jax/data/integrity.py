@@ -16,14 +16,15 @@ from typing import Any
 from supermoe_jax.data.readers import DataError
 
 MANIFEST = "manifest.json"
-LARGE = (".array_record-", "users.parquet")  # in the names of files too large to be read whole at every start
+# Too large to be read whole at every start: shards, by a part of their names, and the table of users.
+SHARD, USERS = ".array_record-", "users.parquet"
 
 
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
   """Writes the manifest of a finished directory, with what later shows whether it is intact, and returns it."""
   contents = {}
   for file in sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / MANIFEST):
-    large = any(part in file.name for part in LARGE)
+    large = SHARD in file.name or file == directory / USERS
     contents[file.relative_to(directory).as_posix()] = {
       "bytes": file.stat().st_size,
       "sha256": None if large else _digest(file.read_bytes()),

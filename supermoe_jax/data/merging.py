@@ -57,7 +57,9 @@ def merge(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data)
   is_new = np.repeat([False, True], [len(old.time), len(new.time)])
   order = np.lexsort((is_new, source, time, user))  # stable: what is equal in all keeps its order
   user, time, source, codes, numeric, is_new = (a[order] for a in (user, time, source, codes, numeric, is_new))
-  repeats = _repeats(user, time, source, codes, numeric, is_new, _comparable(codes, encoders, data))
+  # Fields of the table of users do not matter: all events of a user have the same, though it may have got a code since.
+  own = [data.fields[name].table == "events" for name in (*encoders.categorical, *data.further_values)]
+  repeats = _repeats(user, time, source, codes[:, own], numeric, is_new, _comparable(codes, encoders, data))
   found = Repeats(source[repeats], codes[repeats], numeric[repeats])
   if data.duplicates == "drop":
     user, time, source, codes, numeric = (a[~repeats] for a in (user, time, source, codes, numeric))
@@ -67,10 +69,7 @@ def merge(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data)
 
 
 def _comparable(codes: np.ndarray, encoders: Encoders, data: config.Data) -> np.ndarray:
-  """Whether the codes of each event tell all its values: bool `[N]`.
-
-  Fields of the table of users do not matter: all events of a user have the same.
-  """
+  """Whether the codes of each event tell all its values, those of the table of users left out: bool `[N]`."""
   fields, out = [*encoders.categorical, *data.further_values], np.ones(len(codes), bool)
   for name, encoder in encoders.categorical.items():
     if data.fields[name].table == "users":

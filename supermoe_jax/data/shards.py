@@ -9,6 +9,7 @@ Files: `event_log/1.0.0/event_log-users.array_record-00000-of-00012`, ArrayRecor
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -172,25 +173,43 @@ def shard_name(index: int, count: int, split: str = TFDS_SPLIT) -> str:
   return f"{TFDS_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
-def write_records(file: pathlib.Path, records: Iterable[bytes]) -> tuple[int, int]:
-  """Writes a shard of records, and returns how many there are, and how many bytes they have."""
-  count = size = 0
+class ShardFile:
+  """A file of records that is being written.
+
+  Attributes:
+    records: how many it has.
+    bytes: how many bytes they have before compression.
+  """
+
+  def __init__(self, writer: ArrayRecordWriter):
+    self._writer = writer
+    self.records = self.bytes = 0
+
+  def write(self, records: Iterable[bytes]) -> None:
+    """Appends records."""
+    for record in records:
+      self._writer.write(record)
+      self.records, self.bytes = self.records + 1, self.bytes + len(record)
+
+
+@contextlib.contextmanager
+def writing(file: pathlib.Path) -> Iterator[ShardFile]:
+  """Gives a file of records to be written, which has its name when the block ends without an error."""
   with replacing_file(file) as part:
     writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
     try:
-      for record in records:
-        writer.write(record)
-        count, size = count + 1, size + len(record)
+      yield ShardFile(writer)
     finally:
       writer.close()
-  return count, size
 
 
 def write(maker: RecordMaker, file: pathlib.Path, rows: Rows) -> Shard:
   """Writes a shard and its note."""
   tally = maker.tally()
   block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
-  shard = Shard(file.name, *write_records(file, maker(block, rows.labels, tally)), tally.state)
+  with writing(file) as out:
+    out.write(maker(block, rows.labels, tally))
+  shard = Shard(file.name, out.records, out.bytes, tally.state)
   with replacing_file(_note(file)) as part:
     part.write_text(json.dumps(dataclasses.asdict(shard)))
   return shard

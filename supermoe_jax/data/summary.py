@@ -63,6 +63,11 @@ def render_append(manifest: Mapping[str, Any]) -> str:
   if repeats := last["repeats_of_earlier_events"]:
     dropped = "and were left out" if "duplicate" in reading["dropped"] else "and were kept (config.data.duplicates)"
     lines.append(f"{repeats:,} events repeat earlier ones {dropped}")
+  for name, files in last["beyond_patterns"].items():
+    if files:
+      lines.append(
+        f"config.data.sources.{name}.files must match {', '.join(files)} too, for train to take this dataset"
+      )
   for name, values in last["vocabularies"].items():
     if values["added"]:
       shown = ", ".join(map(repr, values["first"][:SHOWN_CLASSES])) + (", …" if values["added"] > SHOWN_CLASSES else "")

@@ -221,6 +221,7 @@ def test_only_users_with_new_events_are_written_anew(small: config.Config, tmp_p
     assert same == (record["user"] != "3")
   assert after.manifest["appends"][0] | {"files": []} == {
     "number": 1,
+    "beyond_patterns": {"visits": [str(tmp_path / "day.parquet")], "buys": []},
     "files": [],
     "events": 1,
     "repeats_of_earlier_events": 0,
@@ -521,6 +522,7 @@ def test_the_command_names_sources_and_tells_what_came(
   assert "names no source; write SOURCE=FILE, SOURCE one of visits, buys" in capsys.readouterr().err
   assert cli.main(["append", "--data", small.data.path, f"visits={file}"]) == 0
   said = capsys.readouterr().out
+  assert f"config.data.sources.visits.files must match {file} too" in said
   assert "1 events appended: 1 users written anew, 0 of them new; 11 left as they were" in said
 
 
