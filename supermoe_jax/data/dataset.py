@@ -73,7 +73,11 @@ class Dataset:
     self.aggregate_scale = np.array(statistics["scale"], np.float32)
     self._parts = records.parts(self.schema, self.config.labelled_tasks)
     _allow_files(len(self.manifest["shards"]) + OTHER_FILES)
-    self._source = ArrayRecordDataSource([str(self.path / shards.DIRECTORY / name) for name in self.manifest["shards"]])
+    try:
+      files = [str(self.path / shards.DIRECTORY / name) for name in self.manifest["shards"]]
+      self._source = ArrayRecordDataSource(files)
+    except RuntimeError as error:  # ArrayRecord's, of the end of a file, where it says how many records there are
+      raise DataError(f"a shard of {self.path} is damaged ({error}); prepare the dataset again.") from error
     self._kept = _Kept(KEPT_BYTES)
     # The place of each user's record; None: the records are the users in order, as they are until some are appended.
     self.places: np.ndarray | None = None
@@ -82,7 +86,6 @@ class Dataset:
     held = len(self._source) if self.places is None else len(self.places)
     if held != self.manifest["users"]:
       raise DataError(f"{self.path} holds {held} users, its manifest says {self.manifest['users']}; prepare again.")
-
     # The users that training may look at, ascending: all of them, but for those that the split `user` holds out. Found
     # now, for an append may put another table of users in the place.
     self.training_users = self._training_users()
