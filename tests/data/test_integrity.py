@@ -75,6 +75,13 @@ def test_a_damaged_record_is_an_error_when_it_is_read(copy: pathlib.Path) -> Non
       damaged[index]
 
 
+def test_a_shard_without_its_beginning_is_an_error_when_the_dataset_is_opened(copy: pathlib.Path) -> None:
+  (shard,) = copy.rglob("*.array_record*")
+  shard.write_bytes(bytes(shard.stat().st_size))
+  with pytest.raises(DataError, match=r"a shard of .* is damaged .*prepare the dataset again"):
+    Dataset(copy)
+
+
 def test_a_manifest_that_was_edited_is_noticed(copy: pathlib.Path) -> None:
   file = copy / "manifest.json"
   manifest = json.loads(file.read_text())
