@@ -161,9 +161,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _append(args: argparse.Namespace) -> None:
-  from supermoe_jax.data import append, summary
+  from supermoe_jax.data import append, new_files, summary
 
-  files = append.named_files(args.data, args.files) if args.files else None
+  files = new_files.named_files(args.data, args.files) if args.files else None
   manifest = append.append(args.data, files, keep_vocabularies=args.keep_vocabularies, memory=args.memory)
   print(summary.render_append(manifest))
 

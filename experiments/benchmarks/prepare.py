@@ -6,6 +6,7 @@
 Generates Parquet logs of 30 events a user on average: as many items as users, their frequencies falling as a power
 law, and four fields (item, category, price, device). Then times `supermoe prepare` as a process of its own, from the
 files to the dataset directory: events a second, and the most memory that the process and its children held at once.
+Then a day follows, as many events as each day before it had, which `supermoe append` adds to the dataset.
 
 `--peers` measures other libraries on the same log in the same way, from its files to what their users train on:
 pytorch-lifestream's pandas preprocessor with its records written to a file, and RecBole's dataset for SASRec (each
@@ -70,22 +71,27 @@ def get_config():
 
 
 def generate(folder: pathlib.Path, events: int) -> None:
-  """Writes the log as PARTS Parquet files in order of time, with users of very different activity."""
+  """Writes the log as PARTS Parquet files in order of time, and the day that follows as `day.parquet`."""
+  for part in range(PARTS):
+    write(folder / f"log-{part}.parquet", events * part // PARTS, events * (part + 1) // PARTS, events)
+  write(folder / "day.parquet", events, events + events // DAYS, events)
+
+
+def write(file: pathlib.Path, first: int, last: int, events: int) -> None:
+  """Writes some events of a log of so many, whose users are of very different activity."""
   users = items = max(1, events // EVENTS_PER_USER)
   con = duckdb.connect()
   con.execute("SET threads = 2; SET memory_limit = '3GB'; SET preserve_insertion_order = false")
   # A draw x in [0, 1) to the power of 2 or 3 makes few users and items very frequent; hashes are the random numbers.
   draw = "(hash(i * {0} + {0}) % 1000000007) / 1000000007.0"
-  for part in range(PARTS):
-    first, last = events * part // PARTS, events * (part + 1) // PARTS
-    con.execute(
-      f"COPY (SELECT 'u' || floor(pow({draw.format(3)}, 1.5) * {users})::BIGINT AS \"user\", "
-      f"TIMESTAMP '2024-01-01' + to_microseconds((i * {DAYS * 86400_000_000 / events!r})::BIGINT) AS time, "
-      f"'i' || item AS item, 'c' || item % 997 AS category, round(exp(item % 700 / 100.0), 2) AS price, "
-      "CASE hash(i) % 3 WHEN 0 THEN 'phone' WHEN 1 THEN 'web' ELSE 'tablet' END AS device "
-      f"FROM (SELECT i, floor(pow({draw.format(7)}, 2) * {items})::BIGINT AS item FROM range({first}, {last}) t(i))"
-      f") TO '{folder / f'log-{part}.parquet'}' (FORMAT parquet)"
-    )
+  con.execute(
+    f"COPY (SELECT 'u' || floor(pow({draw.format(3)}, 1.5) * {users})::BIGINT AS \"user\", "
+    f"TIMESTAMP '2024-01-01' + to_microseconds((i * {DAYS * 86400_000_000 / events!r})::BIGINT) AS time, "
+    f"'i' || item AS item, 'c' || item % 997 AS category, round(exp(item % 700 / 100.0), 2) AS price, "
+    "CASE hash(i) % 3 WHEN 0 THEN 'phone' WHEN 1 THEN 'web' ELSE 'tablet' END AS device "
+    f"FROM (SELECT i, floor(pow({draw.format(7)}, 2) * {items})::BIGINT AS item FROM range({first}, {last}) t(i))"
+    f") TO '{file}' (FORMAT parquet)"
+  )
 
 
 def resident(process: int) -> int:
@@ -132,11 +138,22 @@ def prepare(folder: pathlib.Path, events: int, memory: str) -> dict[str, Any]:
   """Prepares the log in `folder` and measures it."""
   config = folder / "config.py"
   config.write_text(CONFIG.format(events=events, files=str(folder / "log-*.parquet"), path=str(folder / "dataset")))
-  command = [sys.executable, "-m", "supermoe_jax", "prepare", "--config", str(config), "--memory", memory]
+  return supermoe("supermoe_jax", folder, events, "prepare", "--config", str(config), "--memory", memory)
+
+
+def append(folder: pathlib.Path, events: int, memory: str) -> dict[str, Any]:
+  """Appends the day after the log to its dataset and measures it."""
+  arguments = ("--data", str(folder / "dataset"), "--memory", memory, str(folder / "day.parquet"))
+  return supermoe("supermoe_jax append", folder, events // DAYS, "append", *arguments)
+
+
+def supermoe(name: str, folder: pathlib.Path, events: int, *arguments: str) -> dict[str, Any]:
+  """Runs a verb on so many events; returns its row of the table."""
+  command = [sys.executable, "-m", "supermoe_jax", *arguments]
   code, seconds, peak = watched(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
   if code:
-    raise SystemExit(f"supermoe prepare ended with code {code}")
-  return measured("supermoe_jax", folder, events, seconds, peak)
+    raise SystemExit(f"supermoe {arguments[0]} ended with code {code}")
+  return measured(name, folder, events, seconds, peak)
 
 
 def prepare_peer(python: pathlib.Path, package: str, folder: pathlib.Path, events: int) -> dict[str, Any]:
@@ -200,7 +217,7 @@ def main() -> None:
       folder = pathlib.Path(name).absolute()
       print(f"generating {events:,} events")
       generate(folder, events)
-      rows.append(prepare(folder, events, args.memory))
+      rows += [prepare(folder, events, args.memory), append(folder, events, args.memory)]
       shutil.rmtree(folder / "dataset")
       if python and events <= PEERS_EVENTS:
         write_text(folder)

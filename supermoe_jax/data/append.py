@@ -27,11 +27,11 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import (
   histories,
   integrity,
   merging,
+  new_files,
   observed,
   parsing,
   prepare,
@@ -42,7 +42,7 @@ from supermoe_jax.data import (
 )
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import manifest as manifest_lib
-from supermoe_jax.data.dataset import USERS, Dataset, input_files, read_users
+from supermoe_jax.data.dataset import USERS, Dataset, read_users
 from supermoe_jax.data.events import DataError, EventLog
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Calendar
@@ -85,93 +85,13 @@ def append(
   try:
     with replace.replacing(path) as work:
       dataset = Dataset(path)  # no other process can replace it any more
-      cfg, part = _configs(dataset, files, memory)
-      return _Append(dataset, cfg, part, keep_vocabularies, work, say).run()
+      cfg, part = new_files.configs(dataset, files, memory)
+      for file in (items := new_files.changed_items(dataset, part)):
+        say(f"{file} has changed: new events are joined to it as it is now, earlier ones keep what they had")
+      return _Append(dataset, cfg, part, keep_vocabularies, work, items).run()
   except (OSError, duckdb.Error) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise DataError(f"appending to {path} failed: {reason}; the dataset is as it was.") from error
-
-
-def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[str]]:
-  """The files of each source from arguments `SOURCE=FILE`; of a dataset with one source `FILE` alone will do.
-
-  Raises:
-    ConfigError: an argument names no source, and there are several.
-  """
-  sources = list(Dataset(path).config.data.sources)
-  out: dict[str, list[str]] = {}
-  for argument in arguments:
-    source, equals, file = argument.partition("=")
-    if len(sources) == 1 and source != sources[0]:
-      source, equals, file = sources[0], "=", argument
-    if not equals:
-      raise config.ConfigError(f"{argument!r} names no source; write SOURCE=FILE, SOURCE one of {', '.join(sources)}.")
-    out.setdefault(source, []).append(file)
-  return out
-
-
-def _configs(
-  dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str
-) -> tuple[config.Config, config.Data]:
-  """The config of the dataset with the new files, and the data section of these alone."""
-  cfg, read = dataset.config, {files_lib.place(file) for file in dataset.manifest["files"]}
-  known = {name: source.files for name, source in cfg.data.sources.items()}
-  new: dict[str, tuple[str, ...]] = {}
-  if files is None:
-    found = {n: files_lib.stamps(patterns) for n, patterns in known.items()}
-    new = {n: tuple(f for f in files if files_lib.place(f) not in read) for n, files in found.items()}
-    if not any(new.values()):
-      raise DataError(
-        f"{dataset.path}: no file is new of those that config.data.sources names; name files: "
-        f"supermoe append --data {dataset.path} {next(iter(known))}=FILE"
-      )
-  else:
-    for name, patterns in files.items():
-      if name not in known:
-        raise config.ConfigError(f"{dataset.path} has no source {name!r}{config.nearest(name, known)}")
-      new[name] = _named(name, patterns)
-      for file in new[name]:
-        if files_lib.place(file) in read:
-          raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
-    if not any(new.values()):
-      raise DataError(f"no file is named to be appended to {dataset.path}.")
-  for name, source in cfg.data.sources.items():
-    if new.get(name) and source.format == "sequences":
-      raise config.ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")
-  _check_users_table(dataset)
-
-  def having(of_sources: Mapping[str, tuple[str, ...]], memory: str) -> config.Data:
-    sources = {n: dataclasses.replace(s, files=of_sources.get(n, ())) for n, s in cfg.data.sources.items()}
-    return dataclasses.replace(cfg.data, sources=sources, memory=memory)
-
-  # A file that a glob of the config matches need not be named there.
-  matched = {n: {files_lib.place(f) for f in files_lib.stamps(patterns)} for n, patterns in known.items()}
-  further = {n: tuple(f for f in files if files_lib.place(f) not in matched[n]) for n, files in new.items()}
-  listed = {n: (*patterns, *further.get(n, ())) for n, patterns in known.items()}
-  whole = dataclasses.replace(cfg, data=having(listed, cfg.data.memory))
-  return whole, having(new, memory or cfg.data.memory)
-
-
-def _named(source: str, patterns: Sequence[str]) -> tuple[str, ...]:
-  """The files that paths or globs name, in their order.
-
-  Raises:
-    DataError: one names no file, or two the same.
-  """
-  con = readers.connect()
-  try:
-    return tuple(str(file.path) for file in files_lib.find_files(con, patterns, f"source {source!r}"))
-  finally:
-    con.close()
-
-
-def _check_users_table(dataset: Dataset) -> None:
-  """Raises DataError if the table of users is another one by now: labels of users without new events rest on it."""
-  if dataset.config.data.users is not None:
-    then = dataset.manifest["files"]
-    for file, stamp in files_lib.stamps(dataset.config.data.users.files).items():
-      if then.get(file) != stamp:
-        raise DataError(f"{file}: the table of users has changed; prepare {dataset.path} again with --overwrite.")
 
 
 class _Append:
@@ -184,10 +104,10 @@ class _Append:
     part: config.Data,
     keep: bool,
     work: pathlib.Path,
-    say: Callable[[str], None],
+    changed_items: Sequence[str],
   ):
     self._begun = clock.monotonic()
-    self._dataset, self._cfg, self._keep, self._say = dataset, cfg, keep, say
+    self._dataset, self._cfg, self._keep, self._changed_items = dataset, cfg, keep, changed_items
     self._work, self._scratch = work, work / "scratch"
     self._scratch.mkdir()
     self._part, self._further = part, cfg.data.further_values
@@ -244,7 +164,7 @@ class _Append:
         block = histories.read_block(rows, users, n_codes, numbers)
         places = place[done : done + len(users)]
         done, places = done + len(users), places[places >= 0]
-        earlier = self._earlier(places) if len(places) else None
+        earlier = self._histories(self._dataset.contents(places.tolist())) if len(places) else None
         if earlier is not None:
           counts.add(earlier, sign=-1)
           block, repeats = merging.merge(earlier, block, grown, self._cfg.data)
@@ -257,10 +177,9 @@ class _Append:
         yield file
         bar.update(rows.num_rows)
 
-  def _earlier(self, places: np.ndarray) -> UserBlock:
-    """The histories in the records at these places."""
-    records = map(self._dataset.decode, self._dataset.contents(places.tolist()))
-    return histories.end_to_end([self._dataset.history(record) for record in records])
+  def _histories(self, contents: Sequence[bytes]) -> UserBlock:
+    """The histories in records."""
+    return histories.end_to_end([self._dataset.history(self._dataset.decode(content)) for content in contents])
 
   def _labels(self, users: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: prepare.of_users(known, users) for name, known in self._user_labels.items()}
@@ -301,11 +220,12 @@ class _Append:
     with tqdm(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1) as bar:
       for start in range(0, len(places), LOOKED_AT):
         here = places[start : start + LOOKED_AT]
-        block = self._earlier(here)
+        contents = self._dataset.contents(here.tolist())
+        block = self._histories(contents)
         if not whom.everyone:
           self._forget(old, block, tally)
         again = list(new(block, self._labels(block.users), tally))
-        differ = [i for i, (was, now) in enumerate(zip(self._dataset.contents(here.tolist()), again)) if was != now]
+        differ = [i for i, (was, now) in enumerate(zip(contents, again, strict=True)) if was != now]
         if differ:
           changed = histories.end_to_end([block.history(i) for i in differ])
           written.add(changed, (again[i] for i in differ))
@@ -324,6 +244,7 @@ class _Append:
         for name, source in self._cfg.data.sources.items()
       },
       "files": [file for source in log.counts["sources"].values() for file in source["files"]],
+      "changed_item_tables": list(self._changed_items),
       "events": log.counts["events"],
       "repeats_of_earlier_events": self._repeats.total,
       "new_users": self._new_users,
@@ -364,7 +285,7 @@ class _Append:
       encoders,
       self._work / "encoders",
       tally,
-      files={**before["files"], **self._stamps()},
+      files={**before["files"], **new_files.stamps(self._part)},
       shards=[shards.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
       fields=totals.coverage(before["fields"], encoders, covered, log, cfg.data.fields),
       user_table={**before["user_table"], "labelled_users_without_events": len(with_labels) - with_events},
@@ -392,11 +313,6 @@ class _Append:
       written=rows,
     ) as batches:
       prepare.write_users(batches, self._work / USERS)
-
-  def _stamps(self) -> dict[str, list[int]]:
-    """Of the new files, and of the tables joined to their events."""
-    sources = {n: dataclasses.replace(s, files=self._part.sources[n].files) for n, s in self._cfg.data.sources.items()}
-    return input_files(dataclasses.replace(self._cfg, data=dataclasses.replace(self._cfg.data, sources=sources)))
 
 
 def _link(file: pathlib.Path, new: pathlib.Path) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small_log
 from event_rows import histories
 from labelled_log import raw_config, write_files
+from small_log import write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import fitting, prepare
@@ -140,3 +142,17 @@ def raw_rating(folder: pathlib.Path) -> dict[str, list[float | None]]:
   for user, _, _, rating in sorted(events, key=lambda e: e[:3]):
     out.setdefault(user, []).append(rating)
   return out
+
+
+# --------------------------------------------------------------------------------------------------- to be appended to
+
+
+@pytest.fixture
+def appendable(tmp_path: pathlib.Path) -> config.Config:
+  """The config of a small dataset that is prepared; its log is complete for longer than it goes."""
+  write_log(tmp_path, users=12)
+  raw = small_log.raw_config(tmp_path)
+  raw["data"]["split"]["log_end"] = "2024-09-01"
+  cfg = config.resolve(raw)
+  prepare.prepare(cfg, say=lambda text: None)
+  return cfg

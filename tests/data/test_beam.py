@@ -259,6 +259,14 @@ def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(shards, "write", failing)
 
 
+def failed(cfg: config.Config, prepare: Callable[[config.Config], Any], after: int) -> None:
+  """Lets a preparation fail after so many shards."""
+  with pytest.MonkeyPatch.context() as patch:
+    fail_after(after, patch)
+    with pytest.raises(DataError, match=r"the disk is on fire .*the same command goes on"):
+      prepare(cfg)
+
+
 def files_of(folder: pathlib.Path) -> dict[str, int]:
   return {f.name: f.stat().st_ino for f in folder.rglob("*.array_record-*") if not f.name.endswith((".note", ".part"))}
 
@@ -267,10 +275,7 @@ def test_after_a_failure_neither_reading_nor_finished_shards_are_done_again(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   cfg = written(tmp_path, random_case(10, 60, 20))
-  with monkeypatch.context() as patch:
-    fail_after(2, patch)
-    with pytest.raises(DataError, match=r"the disk is on fire .*the same command goes on"):
-      on_beam(cfg)
+  failed(cfg, on_beam, after=2)
   before = files_of(pathlib.Path(f"{cfg.data.path}.incomplete"))
   assert len(before) == 2
   with monkeypatch.context() as patch:
@@ -322,14 +327,9 @@ def test_an_error_that_passes_when_the_runner_tries_again_is_none(
   assert {k: here[k] for k in here.keys() - set(DIFFER)} == {k: there[k] for k in here.keys() - set(DIFFER)}
 
 
-def test_beam_does_not_go_on_with_what_this_machine_began(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beam_does_not_go_on_with_what_this_machine_began(tmp_path: pathlib.Path) -> None:
   cfg = written(tmp_path, random_case(11, 30, 8))
-  with monkeypatch.context() as patch:
-    fail_after(0, patch)
-    with pytest.raises(DataError):
-      locally(cfg)
+  failed(cfg, locally, after=0)
   said: list[str] = []
   on_beam(cfg, said.append)
   assert "left by another preparation" in said[0]
