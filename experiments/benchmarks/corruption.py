@@ -2,12 +2,14 @@
 
     python experiments/benchmarks/corruption.py runs/complete_journey/dataset [--trials 1000] [--json FILE]
 
-Each trial takes a copy of the dataset, picks one of its files and changes one byte of it or cuts it at a random place,
-then opens the dataset and reads every record. There must be a `DataError`, or else all that is read must be what was
-written (many bytes of a shard are padding). Exit code 1 if anything else happens even once.
+Each trial takes a copy of the dataset, picks a kind of file and one of that kind, changes one byte of it or cuts it at
+a random place, then opens the dataset and reads every record. There must be a `DataError`, or else all that is read
+must be what was written (many bytes of a shard are padding, and the table of users is read once users were appended).
+Exit code 1 if anything else happens even once.
 
-ArrayRecord guards the content of shards by checksums, and says so only when the record is read; the manifest holds
-digests of everything else. A dataset of few users makes trials fast: every one reads it all.
+ArrayRecord guards the content of shards by checksums, and says so only when the record is read, Parquet the table
+of users; the manifest holds digests of everything else. A dataset of few users makes trials fast: every one reads it
+all.
 """
 
 from __future__ import annotations
@@ -59,6 +61,13 @@ def damage(file: pathlib.Path, rng: random.Random) -> str:
   return "byte changed"
 
 
+def kind_of(file: pathlib.Path) -> str:
+  """Which kind of a dataset's files it is."""
+  if ".array_record" in file.name:
+    return "shard"
+  return {"manifest.json": "manifest", "users.parquet": "users"}.get(str(file), "other file")
+
+
 def trials(dataset: pathlib.Path, n: int, seed: int = 0) -> collections.Counter[tuple[str, str, str]]:
   """Damages copies of a dataset n times; counts by (kind of file, damage, what came of it).
 
@@ -67,13 +76,15 @@ def trials(dataset: pathlib.Path, n: int, seed: int = 0) -> collections.Counter[
   """
   rng, found = random.Random(seed), collections.Counter[tuple[str, str, str]]()
   written = content(dataset)
-  files = sorted(f.relative_to(dataset) for f in dataset.rglob("*") if f.is_file())
+  files = collections.defaultdict(list)
+  for file in sorted(f.relative_to(dataset) for f in dataset.rglob("*") if f.is_file()):
+    files[kind_of(file)].append(file)
   with tempfile.TemporaryDirectory() as folder:
     copy = pathlib.Path(folder) / "dataset"
     shutil.copytree(dataset, copy)
     for _ in tqdm(range(n), desc="damaging", unit=" trials", mininterval=1):
-      name = rng.choice(files)
-      kind = "shard" if ".array_record" in name.name else "manifest" if len(name.parts) == 1 else "other file"
+      kind = rng.choice(list(files))
+      name = rng.choice(files[kind])
       what = damage(copy / name, rng)
       try:
         outcome = "unchanged" if same(content(copy), written) else "wrong"

@@ -7,8 +7,10 @@ import shutil
 import types
 
 import pytest
+from new_visits import QUIET, write_visits
 
-from supermoe_jax.data import integrity
+from supermoe_jax import config
+from supermoe_jax.data import append, integrity
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.readers import DataError
 
@@ -33,8 +35,18 @@ def test_damage_is_noticed_or_harmless(dataset: Dataset, corruption: types.Modul
   found = corruption.trials(dataset.path, 1000)
   assert {outcome for _, _, outcome in found} == {"error", "unchanged"}
   assert {(kind, what) for kind, what, _ in found} == {
-    (kind, what) for kind in ("shard", "manifest", "other file") for what in ("cut", "byte changed")
+    (kind, what) for kind in ("shard", "manifest", "users", "other file") for what in ("cut", "byte changed")
   }
+
+
+def test_damage_to_a_dataset_that_was_appended_to_is_noticed_or_harmless(
+  appendable: config.Config, tmp_path: pathlib.Path, corruption: types.ModuleType
+) -> None:
+  path = pathlib.Path(appendable.data.path)
+  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
+  found = corruption.trials(path, 250)
+  assert {outcome for *_, outcome in found} == {"error", "unchanged"}
+  assert found["users", "byte changed", "error"]
 
 
 def test_the_trials_see_a_wrong_record(
