@@ -24,7 +24,7 @@ quickstart: $(VENV)/.ready
 
 # A process a core; the tests of a file stay together, for they share what they have compiled.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
