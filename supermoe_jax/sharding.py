@@ -133,6 +133,11 @@ def _spec_in_use(names: Sequence[str | None]) -> PartitionSpec:
   return _spec_on(jax.sharding.get_abstract_mesh().axis_names, names)
 
 
+def _specs_in_use(names: Any) -> Any:
+  """The same of a tuple of names, or of each in a dict of such tuples."""
+  return {k: _spec_in_use(n) for k, n in names.items()} if isinstance(names, dict) else _spec_in_use(names)
+
+
 def _spec_on(present: Sequence[str], names: Sequence[str | None]) -> PartitionSpec:
   return PartitionSpec(*(_entry([a for a in e if a in present]) for e in _entries(names)))
 
@@ -153,7 +158,7 @@ def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any,
   Args:
     function: sees its own shards, and may use collectives over `axes(name)`.
     inputs: for each argument a tuple of logical names, or a dict of such tuples for a dict of arrays.
-    outputs: the same for what `function` returns (a tuple of tuples for several results).
+    outputs: the same for what `function` returns; a tuple of those for several results.
     *arguments: arrays, or dicts of arrays.
 
   Raises:
@@ -168,12 +173,9 @@ def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any,
       placed.append({k: constrain(_divisible(argument[k], names[k]), *names[k]) for k in argument})
     else:
       placed.append(constrain(_divisible(argument, names), *names))
-  in_specs = tuple(
-    {k: _spec_in_use(names[k]) for k in argument} if isinstance(names, dict) else _spec_in_use(names)
-    for names, argument in zip(inputs, arguments)
-  )
-  several = bool(outputs) and isinstance(outputs[0], tuple)
-  out_specs = tuple(_spec_in_use(o) for o in outputs) if several else _spec_in_use(outputs)
+  several = bool(outputs) and isinstance(outputs[0], (tuple, dict))
+  in_specs = tuple(map(_specs_in_use, inputs))
+  out_specs = tuple(map(_specs_in_use, outputs)) if several else _specs_in_use(outputs)
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=known)(*placed)
 
 

@@ -228,6 +228,18 @@ class Weighting:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tables:
+  """How embedding tables are kept and learned: only the rows that a batch touches move. See `training/tables.py`."""
+
+  optimizer: Literal["adagrad", "adam", "sgd"] = "adagrad"  # adagrad: one sum a row; adam: moments of touched rows only
+  learning_rate: float = 0.05  # peak; it follows the schedule of `train.learning_rate`
+  weight_decay: float = 0.0  # of a row in the steps that touch it, decoupled
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of the rows; what is learned from them stays float32
+  rounding: Literal["nearest", "stochastic"] = "stochastic"  # of bfloat16 rows
+  cells: float = 2.0  # room in an exchange between devices, as a multiple of an even share; what finds none is counted
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
   """Optimisation."""
 
@@ -241,7 +253,8 @@ class Train:
   warmup_steps: int = 50
   final_learning_rate: float = 0.02  # share of the peak that the cosine schedule ends on
   weight_decay: float = 0.01
-  clip_norm: float = 1.0
+  tables: Tables = Tables()
+  clip_norm: float = 1.0  # of all gradients together, those of touched rows included
   balance_weight: float = 0.01
   z_weight: float = 1e-3
   task_information: float = 0.0  # γ: raises the mutual information of task and expert (conditioning="token")

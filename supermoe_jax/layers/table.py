@@ -1,25 +1,189 @@
-"""Embedding tables: rows of vectors, looked up by code and, tied, used as an output layer."""
+"""Embedding tables: rows of vectors, spread over all devices, of which a step touches only those that it asks for."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import sharding
+from supermoe_jax.layers import exchange
+
+# Rows that are initialised at a time.
+_CREATED_AT_ONCE = 1 << 16
+
+# Cells for each pair of devices, as a multiple of an even share of the ids.
+CELLS = 2.0
+
+
+class TableRows(nnx.Variable):
+  """The rows of a table, `[G, M, D]` (see `layers.exchange`), or, while a step differentiates, `Fetched`.
+
+  They are no `nnx.Param`: an optimizer over all parameters would hold and move every row in every step.
+  """
+
+
+class Fetched(NamedTuple):
+  """The rows that a batch asks for: on each of the devices that the batch is spread over U of them.
+
+  Attributes:
+    code: int32 `[S·U]` for S devices, each one's codes in order, then `exchange.NONE`.
+    rows: float32 `[S·U, D]`; 0 where there is no code.
+  """
+
+  code: jax.Array
+  rows: jax.Array
 
 
 class EmbeddingTable(nnx.Module):
-  """`rows` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned.
+  """`size` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned.
 
   Code 1, out of vocabulary, starts at 0: where training has no such value, an unseen one says nothing rather than
-  noise.
+  noise. A row's initial value depends on the key and its code only, so that a larger table begins as a smaller one.
   """
 
-  def __init__(self, rows: int, d_model: int, *, rngs: nnx.Rngs):
-    initial = jax.random.normal(rngs.params(), (rows, d_model)) * d_model**-0.5
-    self.rows = sharding.param(initial.at[:2].set(0.0), "rows", None)
+  def __init__(
+    self,
+    size: int,
+    d_model: int,
+    *,
+    ways: int = 1,
+    cells: float = CELLS,
+    dtype: jnp.dtype | str = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    """Creates a table.
+
+    Args:
+      size: the number of codes.
+      d_model: D.
+      ways: devices that the rows will be spread over; any divisor of it will do as well.
+      cells: room for each pair of devices in an exchange, as a multiple of an even share of the ids.
+      dtype: of the rows as they are kept; what is looked up is float32.
+      rngs: gives the key of the initial rows.
+
+    Raises:
+      ValueError: `size` is more than int32 codes can name. Split the ids over several tables.
+    """
+    if not 0 < size < exchange.NONE:
+      raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
+    self.size, self.cells = size, cells
+    self.stripes = exchange.stripes(size, ways)
+    value = initial_rows(rngs.params(), size, self.stripes, d_model, jnp.dtype(dtype))
+    self.rows = TableRows(value, logical=(None, "rows", None), size=size)
 
   def __call__(self, codes: jax.Array) -> jax.Array:
-    """Looks up `codes [...]`: float32 `[..., D]`; codes must be in [0, rows)."""
-    return jnp.where((codes > 0)[..., None], self.rows.get_value()[codes], 0.0)
+    """Looks up `codes [B, ...]`: float32 `[B, ..., D]`; 0 for absent codes and those that are not in [0, size).
+
+    Within `tables.fetched` only codes that were asked for are found. Differentiated by the whole rows, it gives a
+    gradient of the table's size.
+    """
+    value = self.rows.get_value()
+    if isinstance(value, Fetched):
+      return look_up(value, codes)
+    return _look_up_all(value, codes, self.size, self.cells)
+
+  def natural(self) -> jax.Array:
+    """All rows in the order of their codes, `[size, D]`: a copy on every device, for small tables and tests."""
+    rows = self.rows.get_value()
+    return rows.reshape(-1, rows.shape[-1])[: self.size]
+
+
+def initial_rows(key: jax.Array, size: int, m: int, d_model: int, dtype: jnp.dtype) -> jax.Array:
+  """Normal rows of length about 1 in `m` stripes, `[G, m, D]`; 0 for the codes 0 and 1, and beyond `size`.
+
+  They are made in place, some at a time, so that nothing else of the table's size is there meanwhile.
+  """
+  groups = -(-size // m)
+  step = max(1, min(groups, _CREATED_AT_ONCE // m))
+
+  def row(code: jax.Array) -> jax.Array:
+    vector = jax.random.normal(jax.random.fold_in(key, code), (d_model,)) * d_model**-0.5
+    return jnp.where((code > 1) & (code < size), vector, 0.0).astype(dtype)
+
+  def fill(i: jax.Array, rows: jax.Array) -> jax.Array:
+    first = jnp.minimum(i * step, groups - step)  # the last ones may overlap those before
+    code = (first * m + jnp.arange(step * m, dtype=jnp.int32)).reshape(step, m)
+    return jax.lax.dynamic_update_slice(rows, jax.vmap(jax.vmap(row))(code), (first, 0, 0))
+
+  return jax.lax.fori_loop(0, -(-groups // step), fill, jnp.zeros((groups, m, d_model), dtype))
+
+
+def distinct(codes: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+  """The different codes among `codes [B, n]` of each device, int32 `[S·U]`, and how many were out of range, `[S]`."""
+  ways = sharding.ways("rows") // sharding.ways("batch")
+  room = min(codes.size // sharding.ways("batch"), size)
+  room = -(-room // ways) * ways  # so that devices that share rows of the batch can share the ids
+  return sharding.on_shards(
+    functools.partial(exchange.distinct, rows=size, room=room), (("batch", None),), (("batch",), ("batch",)), codes
+  )
+
+
+def fetch(rows: jax.Array, code: jax.Array, cells: float = CELLS) -> Fetched:
+  """Fetches the rows of `code [S·U]`, as `distinct` gives them, from `rows [G, M, D]`."""
+  local = functools.partial(exchange.fetch, m=rows.shape[1], factor=cells)
+  found = sharding.on_shards(local, ((None, "rows", None), ("rows",)), ("rows", None), rows, code)
+  return Fetched(code, sharding.constrain(found.astype(jnp.float32), "batch", None))
+
+
+def look_up(fetched: Fetched, codes: jax.Array) -> jax.Array:
+  """The rows of `codes [B, ...]` among those fetched: `[B, ..., D]`, 0 for others."""
+  names = ("batch", *(None for _ in codes.shape[1:]))
+  return sharding.on_shards(
+    exchange.look_up, (("batch",), ("batch", None), names), (*names, None), fetched.code, fetched.rows, codes
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up_all(rows: jax.Array, codes: jax.Array, size: int, cells: float) -> jax.Array:
+  return _look_up_all_forward(rows, codes, size, cells)[0]
+
+
+def _look_up_all_forward(
+  rows: jax.Array, codes: jax.Array, size: int, cells: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+  code, _ = distinct(codes.reshape(len(codes), -1), size)
+  return look_up(fetch(rows, code, cells), codes), (rows, code, codes)
+
+
+def _look_up_all_backward(
+  size: int, cells: float, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+  rows, code, codes = saved
+  none = jnp.zeros((len(code), rows.shape[-1]))
+  _, transpose = jax.vjp(lambda found: look_up(Fetched(code, found), codes), none)
+  # As many cells as ids: nothing counts what finds none here.
+  touched = collect(rows, code, transpose(gradient)[0], float(sharding.ways("rows")))
+  return scattered(rows, touched), None
+
+
+_look_up_all.defvjp(_look_up_all_forward, _look_up_all_backward)
+
+
+def collect(rows: jax.Array, code: jax.Array, gradient: jax.Array, cells: float = CELLS) -> exchange.Touched:
+  """Brings the gradients `[S·U, D]` of the fetched rows of `code [S·U]` to the devices that own them, and sums them.
+
+  Returns: `Touched`, with rows as their owners number them: `row [W·n]`, `value, gradient [W·n, D]`, `lost [W]`.
+  """
+  m, flat = rows.shape[1], ("rows", None)
+
+  def local(rows: jax.Array, code: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(exchange.collect(rows, code, gradient, m, cells))
+
+  inputs, outputs = ((None, "rows", None), ("rows",), flat), (("rows",), flat, flat, ("rows",))
+  return exchange.Touched(*sharding.on_shards(local, inputs, outputs, rows, code, gradient))
+
+
+def scattered(rows: jax.Array, touched: exchange.Touched) -> jax.Array:
+  """The gradients of all rows, laid out as `rows`: 0 where none came."""
+
+  def local(rows: jax.Array, row: jax.Array, gradient: jax.Array) -> jax.Array:
+    empty = jnp.zeros_like(rows).reshape(-1, rows.shape[-1])
+    return empty.at[row].add(gradient.astype(rows.dtype), mode="drop").reshape(rows.shape)
+
+  names = (None, "rows", None)
+  return sharding.on_shards(local, (names, ("rows",), ("rows", None)), names, rows, touched.row, touched.gradient)

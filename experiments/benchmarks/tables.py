@@ -1,0 +1,225 @@
+"""What does a step of an embedding table cost as the table grows? Sparse updates beside optax' Adam on the whole table.
+
+    python experiments/benchmarks/tables.py
+    … --rows 100000 1000000     other sizes
+    … --optimizer adam          instead of row-wise Adagrad
+    … --json FILE               all figures
+
+A step looks up 12,800 ids, width 64, takes the gradient of a loss of what came, and moves the rows: forward, backward
+and update in one donated program. Every table lives in a process of its own, and the processes take their turns, A B C
+…, so that all see the same machine. Ids fall by Zipf's law, as items do, or evenly over the whole table, which is the
+worst for caches and makes every id a row of its own. Memory is the most that the process ever held, creation of the table included,
+beyond what it held before; it is set against table and accumulators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tqdm import tqdm
+
+IDS, WIDTH, BATCH = 12_800, 64, 128
+STEPS, ROUNDS, BATCHES = 10, 15, 20
+SIZES = (100_000, 1_000_000, 10_000_000, 30_000_000)
+ZIPF = 1.2  # frequencies of ids fall as rank^-1.2, as of items; ranks beyond the table are drawn evenly
+DRAWS = ("zipf", "even")
+
+
+def ids(size: int, draw: str, seed: int) -> Any:
+  """`[128, 100]` codes, drawn by Zipf's law or evenly from the whole table, the worst that caches can meet."""
+  import numpy as np
+
+  rng = np.random.default_rng(seed)
+  code, anywhere = rng.zipf(ZIPF, (BATCH, IDS // BATCH)) + 1, rng.integers(2, size, (BATCH, IDS // BATCH))
+  return np.where((draw == "even") | (code >= size), anywhere, code).astype(np.int32)
+
+
+def peak() -> int:
+  """The most bytes that this process ever had in memory."""
+  (line,) = (part for part in pathlib.Path("/proc/self/status").read_text().splitlines() if part.startswith("VmHWM"))
+  return int(line.split()[1]) * 1024
+
+
+def serve(pipe: Connection, size: int, optimizer: str) -> None:
+  """Builds a table, then runs `n` steps of a kind of ids whenever it is told so, and answers with seconds a step."""
+  import jax
+  import jax.numpy as jnp
+
+  made = {draw: [jnp.asarray(ids(size, draw, seed)) for seed in range(BATCHES)] for draw in DRAWS}
+  target = jax.random.normal(jax.random.key(0), (BATCH, IDS // BATCH, WIDTH))
+  jax.block_until_ready(jax.jit(lambda x: jnp.sort(x.reshape(-1)))(made["even"][0]))  # what JAX itself takes
+  before = peak()
+  run, kept = (dense if optimizer == "dense adam" else sparse)(size, optimizer, target)
+  jax.block_until_ready([run(codes) for codes in made["even"][:3]][-1])
+  pipe.send({"bytes": kept, "peak": peak() - before})
+  at = 0
+  while (asked := pipe.recv()) is not None:
+    draw, n = asked
+    begun = time.perf_counter()
+    for _ in range(n):
+      last = run(made[draw][at % BATCHES])
+      at += 1
+    last.block_until_ready()
+    pipe.send((time.perf_counter() - begun) / n)
+  pipe.send({"peak": peak() - before})
+
+
+def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[[Any], Any], int]:
+  """A step of `EmbeddingTable` and a row optimizer: `codes → loss`, and the bytes of table and slots."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from supermoe_jax import config, sharding
+  from supermoe_jax.layers import table
+  from supermoe_jax.training import row_optimizers, tables
+
+  mover = row_optimizers.make(config.Tables(optimizer=optimizer))
+  layer = sharding.create(
+    lambda: table.EmbeddingTable(size, WIDTH, rngs=nnx.Rngs(0)), sharding.make_mesh(config.Mesh())
+  )
+  rows = layer.rows.get_value()
+  slots = mover.slots(rows)
+
+  def step(rows: Any, slots: Any, codes: Any) -> Any:
+    asked, _ = table.distinct(codes, size)
+    found = table.fetch(rows, asked)
+
+    def loss(vectors: Any) -> Any:
+      return jnp.mean(jnp.square(table.look_up(table.Fetched(asked, vectors), codes) - target))
+
+    value, gradient = jax.value_and_grad(loss)(found.rows)
+    touched = table.collect(rows, asked, gradient)
+    rows, slots = tables.apply(rows, slots, touched, tables.Rule(mover, 0.05))
+    return rows, slots, value
+
+  program = jax.jit(step, donate_argnums=(0, 1))
+  state = [rows, slots]
+  kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  layer.rows.set_value(jnp.zeros(0))  # the buffer is the step's from here on
+
+  def run(codes: Any) -> Any:
+    *state[:], value = program(*state, codes)
+    return value
+
+  del rows, slots
+  return run, kept
+
+
+def dense(size: int, optimizer: str, target: Any) -> tuple[Callable[[Any], Any], int]:
+  """The same by a parameter like any other, and optax."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  adam = optax.adam(1e-3)
+  rows = jax.random.normal(jax.random.key(0), (size, WIDTH)) * WIDTH**-0.5
+
+  def step(rows: Any, moments: Any, codes: Any) -> Any:
+    value, gradient = jax.value_and_grad(lambda rows: jnp.mean(jnp.square(rows[codes] - target)))(rows)
+    updates, moments = adam.update(gradient, moments)
+    return optax.apply_updates(rows, updates), moments, value
+
+  program = jax.jit(step, donate_argnums=(0, 1))
+  state = [rows, adam.init(rows)]
+  kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+  def run(codes: Any) -> Any:
+    *state[:], value = program(*state, codes)
+    return value
+
+  del rows
+  return run, kept
+
+
+def free() -> int:
+  """Bytes of memory that are free."""
+  (line,) = (part for part in pathlib.Path("/proc/meminfo").read_text().splitlines() if part.startswith("MemAvailable"))
+  return int(line.split()[1]) * 1024
+
+
+def measure(cases: list[tuple[str, int]], rounds: int, steps: int) -> list[dict[str, Any]]:
+  """Figures of each `(optimizer, rows)`, all measured in turn; a case that does not fit into memory says so."""
+  spawn = mp.get_context("spawn")
+  rows, running = [], []
+  for optimizer, size in cases:
+    numbers = {"dense adam": 4, "adam": 3}.get(optimizer, 1)  # of the table's size; the gradient is one
+    row: dict[str, Any] = {"optimizer": optimizer, "rows": size}
+    rows.append(row)
+    if numbers * size * WIDTH * 4 * 1.15 > free():
+      row["not_measured"] = "does not fit into memory"
+      continue
+    mine, other = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(other, size, optimizer), daemon=True)
+    process.start()
+    other.close()
+    row |= mine.recv()
+    row["seconds"] = {draw: [] for draw in DRAWS}
+    running.append((mine, process, row))
+  bar = tqdm(total=rounds * len(DRAWS) * len(running), unit=" turns")
+  for i in range(rounds * len(DRAWS)):
+    for pipe, _, row in running:
+      draw = DRAWS[i % len(DRAWS)]
+      pipe.send((draw, steps))
+      row["seconds"][draw].append(pipe.recv())
+      bar.update()
+  bar.close()
+  for pipe, process, row in running:
+    pipe.send(None)
+    row |= pipe.recv()
+    process.join()
+    row["memory_ratio"] = row["peak"] / row["bytes"]
+  first = {row["optimizer"]: row["seconds"] for _, _, row in reversed(running)}
+  for _, _, row in running:
+    for draw, seconds in row["seconds"].items():
+      row[f"{draw}_ms"] = 1e3 * statistics.median(seconds)
+      row[f"{draw}_ratio"] = statistics.median(a / b for a, b in zip(seconds, first[row["optimizer"]][draw]))
+  return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+  """The figures for people."""
+  lines = [f"{'optimizer':12}{'rows':>12}{'ms, zipf':>10}{'ratio':>7}{'ms, even':>10}{'ratio':>7}{'GiB':>7}{'peak':>7}"]
+  for row in rows:
+    head = f"{row['optimizer']:12}{row['rows']:>12,}"
+    if "not_measured" in row:
+      lines.append(f"{head}  {row['not_measured']}")
+      continue
+    times = "".join(f"{row[f'{draw}_ms']:>10.2f}{row[f'{draw}_ratio']:>7.2f}" for draw in DRAWS)
+    lines.append(f"{head}{times}{row['bytes'] / 2**30:>7.2f}{row['memory_ratio']:>7.3f}")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--rows", type=int, nargs="+", default=SIZES)
+  parser.add_argument("--optimizer", choices=("adagrad", "adam", "sgd"), default="adagrad")
+  parser.add_argument("--rounds", type=int, default=ROUNDS)
+  parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
+  args = parser.parse_args()
+  if args.json:
+    try:
+      args.json.open("a").close()
+    except OSError as error:
+      parser.error(f"--json {args.json} cannot be written: {error.strerror}")
+  # As `make` has it: XLA's buffers come from malloc, and huge pages spare most of their page faults.
+  os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+  # The dense ones come last: each of them needs four times its table.
+  cases = [(args.optimizer, n) for n in args.rows] + [("dense adam", n) for n in args.rows if n <= 1_000_000]
+  rows = measure(cases, args.rounds, STEPS)
+  print(table_of(rows))
+  if args.json:
+    args.json.write_text(json.dumps({"ids": IDS, "width": WIDTH, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()

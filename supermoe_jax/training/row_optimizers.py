@@ -1,0 +1,121 @@
+"""Optimizers of tables' rows: they see the rows that a batch touched, and move no other.
+
+optax moves every parameter in every step. Here a row without a gradient keeps its value, its moments and its decay;
+what that means for each optimizer stands in its docstring. Arithmetic is float32 whatever the rows are kept in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from supermoe_jax import config
+
+# What an optimizer keeps of each row, by name: float32 or int32 `[...]` or `[..., D]`.
+Slots = dict[str, jax.Array]
+
+
+class RowOptimizer(Protocol):
+  """Moves rows against their gradients."""
+
+  def slots(self, rows: jax.Array) -> Slots:
+    """What is kept of `rows [..., D]` before the first step; the leading dimensions are those of the rows."""
+    ...
+
+  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+    """One step of touched rows, float32: `row, gradient [..., D]`, their slots, and the learning rate."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RowAdagrad:
+  """Adagrad with one sum of squares a row: `s += mean(g²)`, `row -= rate · g / (√s + ε)`.
+
+  A row's own steps shrink with what it has seen, however often others were touched; four bytes a row.
+
+  Source: Adagrad, https://jmlr.org/papers/v12/duchi11a.html; row-wise as in arXiv 1906.00091 and TorchRec.
+  """
+
+  epsilon: float = 1e-8
+
+  def slots(self, rows: jax.Array) -> Slots:
+    """See `RowOptimizer`."""
+    return {"sum": jnp.zeros(rows.shape[:-1], jnp.float32)}
+
+  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+    """See `RowOptimizer`."""
+    total = slots["sum"] + jnp.mean(jnp.square(gradient), axis=-1)
+    return row - rate * gradient / (jnp.sqrt(total) + self.epsilon)[..., None], {"sum": total}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyAdam:
+  """Adam whose moments fade only when their row is touched, and whose bias correction counts the row's own steps.
+
+  So a row's first step has the length of the rate, when ever it comes. Eight bytes a number of the table, and four a
+  row.
+
+  Source: arXiv 1412.6980; lazy as in TensorFlow Addons' LazyAdam, which counts the steps of all rows together.
+  """
+
+  b1: float = 0.9
+  b2: float = 0.999
+  epsilon: float = 1e-8
+
+  def slots(self, rows: jax.Array) -> Slots:
+    """See `RowOptimizer`."""
+    steps = jnp.zeros(rows.shape[:-1], jnp.int32)
+    # Two arrays, since a step is given each buffer for good.
+    return {"mean": jnp.zeros(rows.shape, jnp.float32), "square": jnp.zeros(rows.shape, jnp.float32), "steps": steps}
+
+  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+    """See `RowOptimizer`."""
+    steps = slots["steps"] + 1
+    mean = self.b1 * slots["mean"] + (1 - self.b1) * gradient
+    square = self.b2 * slots["square"] + (1 - self.b2) * jnp.square(gradient)
+    t = steps.astype(jnp.float32)[..., None]
+    # 1 - bᵗ, without the digits that the difference loses while t is small.
+    unbiased = mean / -jnp.expm1(t * math.log(self.b1))
+    deviation = jnp.sqrt(square / -jnp.expm1(t * math.log(self.b2))) + self.epsilon
+    return row - rate * unbiased / deviation, {"mean": mean, "square": square, "steps": steps}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+  """`row -= rate · g`; keeps nothing."""
+
+  def slots(self, rows: jax.Array) -> Slots:
+    """See `RowOptimizer`."""
+    return {}
+
+  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+    """See `RowOptimizer`."""
+    return row - rate * gradient, {}
+
+
+def make(tables: config.Tables) -> RowOptimizer:
+  """The optimizer that a config names."""
+  made: dict[str, RowOptimizer] = {"adagrad": RowAdagrad(), "adam": LazyAdam(), "sgd": Sgd()}
+  return made[tables.optimizer]
+
+
+def rounded(row: jax.Array, dtype: jnp.dtype, code: jax.Array, key: jax.Array) -> jax.Array:
+  """Rounds float32 `row [..., D]` to bfloat16 up or down at random, so that the mean of the result is the row itself.
+
+  Plain rounding forgets every step smaller than 1/512 of the value. The draw is that of the key and the row's `code
+  [...]`, the same on any mesh; a `dtype` other than bfloat16 needs no rounding.
+
+  Source: arXiv 1502.02551.
+  """
+  if dtype != jnp.bfloat16:
+    return row.astype(dtype)
+  draw = jax.vmap(lambda c: jax.random.bits(jax.random.fold_in(key, c), row.shape[-1:], jnp.uint16))
+  noise = draw(code.reshape(-1)).reshape(row.shape)
+  bits = jax.lax.bitcast_convert_type(row, jnp.uint32) + noise.astype(jnp.uint32)
+  finite = jnp.isfinite(row)
+  cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(finite, cut, row).astype(dtype)
