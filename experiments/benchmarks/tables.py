@@ -8,8 +8,8 @@
 A step looks up 12,800 ids, width 64, takes the gradient of a loss of what came, and moves the rows: forward, backward
 and update in one donated program. Every table lives in a process of its own, and the processes take their turns, A B C
 …, so that all see the same machine. Ids fall by Zipf's law, as items do, or evenly over the whole table, which is the
-worst for caches and makes every id a row of its own. Memory is the most that the process ever held, creation of the table included,
-beyond what it held before; it is set against table and accumulators.
+worst for caches and makes every id a row of its own. `peak` is the most memory that the process ever held, creation of
+the table included, beyond what it held before, as a multiple of table and accumulators.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class NextEvent(Supervised):
   exclude_seen: bool = False  # evaluation: values already in the user's history cannot be recommended
   softmax: Literal["full", "sampled"] = "full"  # training loss; sampled: with log-Q correction
   negatives: int = 1024  # sampled: values drawn a batch, shared by its sites
+  sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the rank by count, or evenly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,7 @@ NOT_PREPARED = (
   "exclude_seen",
   "softmax",
   "negatives",
+  "sampling",
   "sample_space",
   "in_space_weight",
   "out_space_weight",

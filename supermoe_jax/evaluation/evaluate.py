@@ -7,6 +7,7 @@ import time as clock
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -227,14 +228,13 @@ def _ranking(
 ) -> dict[str, Any]:
   value, state = asked.value, asked.answer
   seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
-  rows, bias = run.catalogue(name)
+  items, chunk = run.catalogue(name), run.cfg.evaluate.catalogue_chunk
   ranks = []
-  for at in range(0, len(value), RANKED_AT_ONCE):
-    part = slice(at, at + RANKED_AT_ONCE)
-    items = [s[s >= 2] - 2 for s in seen[part]] if seen is not None else None
-    ranks.append(
-      ranking.target_ranks(state[part], value[part] - 2, items, rows, bias, run.cfg.evaluate.catalogue_chunk)
-    )
+  with jax.set_mesh(run.mesh):
+    for at in range(0, len(value), RANKED_AT_ONCE):
+      part = slice(at, at + RANKED_AT_ONCE)
+      excluded = [s[s >= 2] - 2 for s in seen[part]] if seen is not None else None
+      ranks.append(ranking.target_ranks(state[part], value[part] - 2, excluded, items, chunk))
   cutoffs = run.cfg.evaluate.cutoffs
   compared: dict[str, Metrics] = {}
   if compare:

@@ -67,4 +67,5 @@ class _Static:
 def _gram(static: _Static, variables: nnx.State, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> jax.Array:
   model = nnx.merge(static.graph, variables, copy=True)
   encoded = model.encode(batch.features, dropless=True)
-  return losses.gradient_products(model, encoded, batch, statistics, static.norm, jax.random.key(0))
+  drawn = losses.draws(model, batch, jax.random.key(0))
+  return losses.gradient_products(model, encoded, batch, statistics, static.norm, drawn)

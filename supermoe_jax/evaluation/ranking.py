@@ -1,4 +1,4 @@
-"""Full ranking: the place of a target among the whole catalogue, in chunks that never hold `[questions, items]`."""
+"""Full ranking: the place of a target among the whole catalogue, in parts that never hold `[questions, items]`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supermoe_jax import sharding
+from supermoe_jax.layers import catalogue as catalogue_lib
+from supermoe_jax.layers.catalogue import Catalogue
 
-@functools.partial(jax.jit, static_argnames="chunk")
+
+@functools.partial(jax.jit, static_argnames=("size", "chunk"))
 def _rank(
-  state: jax.Array, target: jax.Array, seen: jax.Array, rows: jax.Array, bias: jax.Array, chunk: int
+  state: jax.Array, target: jax.Array, seen: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
 ) -> jax.Array:
-  def score(items: jax.Array) -> jax.Array:  # [n, m] → [n, m]
-    return jnp.einsum("nd,nmd->nm", state, rows[items]) + bias[items]
-
-  items = rows.shape[0]
-  mine = score(target[:, None])
-  padded = -(-items // chunk) * chunk
-  rows_in_chunks = jnp.pad(rows, ((0, padded - items), (0, 0))).reshape(-1, chunk, rows.shape[1])
-  bias_in_chunks = jnp.pad(bias, (0, padded - items), constant_values=-jnp.inf).reshape(-1, chunk)
-
-  def count(better: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    rows_here, bias_here, first = part
-    above = (state @ rows_here.T + bias_here >= mine) & (first + jnp.arange(chunk) != target[:, None])
-    return better + jnp.sum(above, axis=1, dtype=jnp.int32), None
-
-  first = jnp.arange(0, padded, chunk)
-  better, _ = jax.lax.scan(count, jnp.zeros(len(state), jnp.int32), (rows_in_chunks, bias_in_chunks, first))
-  real = (seen >= 0) & (seen != target[:, None])
-  return 1 + better - jnp.sum(real & (score(jnp.maximum(seen, 0)) >= mine), axis=1, dtype=jnp.int32)
+  """Ranks of the codes `target [n]`; `seen [n, m]` holds codes, 0 for none."""
+  items = Catalogue(rows, bias, size)
+  mine = catalogue_lib.score(state, target[:, None], items)
+  better = catalogue_lib.count_at_least(state, mine[:, 0], target, items, chunk)
+  counted = (seen > 0) & (seen != target[:, None])
+  return 1 + better - jnp.sum(counted & (catalogue_lib.score(state, seen, items) >= mine), axis=1, dtype=jnp.int32)
 
 
 def target_ranks(
   state: jax.Array | np.ndarray,
   target: np.ndarray,
   seen: Sequence[np.ndarray] | None,
-  rows: jax.Array,
-  bias: jax.Array,
+  items: Catalogue,
   chunk: int,
 ) -> np.ndarray:
   """Ranks each target among all items by `state · row + bias`; equal scores count against the target.
@@ -49,21 +40,23 @@ def target_ranks(
     target: int `[n]`, item indices; a negative one is unknown to the catalogue and ranks at infinity.
     seen: for each question the item indices that cannot be recommended, or None. A target that is among them ranks at
       infinity.
-    rows: float32 `[items, D]`.
-    bias: float32 `[items]`.
+    items: the catalogue, on the mesh in use.
     chunk: items scored at a time.
 
   Returns: float `[n]`; 1 is best.
   """
-  chunk = min(chunk, rows.shape[0])
   lost = target < 0
   width = max((len(s) for s in seen), default=0) if seen is not None else 0
   width = 1 << max(width - 1, 0).bit_length()  # few sizes, few compilations
-  padded = np.full((len(target), width), -1, np.int32)
-  for i, items in enumerate(seen or ()):
-    padded[i, : len(items)] = items
-    lost[i] |= bool(np.any(items == target[i]))
-  rank = np.asarray(
-    _rank(jnp.asarray(state), jnp.asarray(np.maximum(target, 0)), jnp.asarray(padded), rows, bias, chunk)
-  )
-  return np.where(lost, np.inf, rank)
+  n = len(target)
+  room = -(-n // sharding.ways("rows")) * sharding.ways("rows")
+  codes = np.zeros((room, width), np.int32)
+  for i, some in enumerate(seen or ()):
+    codes[i, : len(some)] = some + 2
+    lost[i] |= bool(np.any(some == target[i]))
+  asked = np.zeros(room, np.int32)
+  asked[:n] = np.maximum(target, 0) + 2
+  padded = np.zeros((room, np.shape(state)[1]), np.float32)
+  padded[:n] = state
+  rank = _rank(padded, asked, codes, items.rows, items.bias, items.size, chunk)
+  return np.where(lost, np.inf, np.asarray(rank)[:n])

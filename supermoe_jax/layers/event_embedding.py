@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from supermoe_jax import sharding
 from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.moe import Mlp
-from supermoe_jax.layers.table import EmbeddingTable
+from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
 
 # Hours at which the encoding of an event's or a snapshot's gap may bend.
 GAP_KNOTS = np.log1p(np.array([0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0]))
@@ -38,6 +39,7 @@ class EventEmbedding(nnx.Module):
     calendar: int,
     *,
     further: Sequence[str] = (),
+    layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
     """Creates the tables; fields that are no inputs have none, and nothing of them is read.
@@ -50,6 +52,7 @@ class EventEmbedding(nnx.Module):
       numeric_inputs: the columns of the numeric fields that the model may see.
       calendar: how many numbers describe an event's place in the calendar.
       further: the field of each further column of the codes, whose values share the field's table.
+      layout: of the fields' tables.
       rngs: of the initial parameters.
 
     Raises:
@@ -58,10 +61,13 @@ class EventEmbedding(nnx.Module):
     for name in inputs:
       if name not in categorical:
         raise ValueError(f"input {name!r} is not a categorical field; there are {', '.join(categorical) or 'none'}")
-    self.source = EmbeddingTable(sources + 1, d_model, rngs=rngs)
-    self.columns = {n: i for i, n in enumerate(categorical) if n in inputs}
-    self.further = tuple((i, n) for i, n in enumerate(further, len(categorical)) if n in inputs)
-    self.fields = nnx.Dict({n: EmbeddingTable(categorical[n], d_model, rngs=rngs) for n in self.columns})
+    source = jax.random.normal(rngs.params(), (sources + 1, d_model)) * d_model**-0.5
+    self.source = sharding.param(source.at[0].set(0.0), None, "embed")
+    columns = (*categorical, *further)
+    self.columns = {n: tuple(i for i, c in enumerate(columns) if c == n) for n in categorical if n in inputs}
+    self.fields = nnx.Dict(
+      {n: EmbeddingTable(categorical[n], d_model, name=n, layout=layout, rngs=rngs) for n in self.columns}
+    )
     self.numeric_columns = tuple(numeric_inputs)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), rngs=rngs)
     self.gap = linear(1 + len(GAP_KNOTS), d_model, names=(None, "embed"), bias=False, rngs=rngs)
@@ -78,9 +84,11 @@ class EventEmbedding(nnx.Module):
 
     Returns: `[B, L, D]`; padding gives an arbitrary vector.
     """
-    x = self.source(source) + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
-    for column, name in (*((i, n) for n, i in self.columns.items()), *self.further):
-      x = x + self.fields[name](codes[..., column])
+    kinds = self.source.get_value()
+    x = jax.nn.one_hot(source, len(kinds)) @ kinds  # few rows: a product is quicker than a gather and its transpose
+    x = x + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
+    for name, asked in self.asked(codes).items():
+      x = x + jnp.sum(self.fields[name](asked), axis=-2)
     if self.numeric is not None:
       numeric = numeric[..., np.array(self.numeric_columns)]
       present = jnp.isfinite(numeric)
@@ -88,6 +96,10 @@ class EventEmbedding(nnx.Module):
       parts = jnp.concatenate([parts, present[..., None].astype(parts.dtype)], axis=-1)
       x = x + self.numeric(parts.reshape(*parts.shape[:-2], -1))
     return x
+
+  def asked(self, codes: jax.Array) -> dict[str, jax.Array]:
+    """What events with `codes [B, L, F]` ask of each field's table: `[B, L, k]`, for k columns of the field."""
+    return {n: codes[..., np.array(columns)] for n, columns in self.columns.items()}
 
   def values(self, names: Sequence[str], codes: jax.Array) -> jax.Array:
     """The sum of the embeddings of `codes [..., G]` of the G fields `names`: `[..., D]`; 0 where G is 0.
@@ -97,7 +109,7 @@ class EventEmbedding(nnx.Module):
     """
     if codes.shape[-1] != len(names):
       raise ValueError(f"codes of shape {codes.shape} for the {len(names)} fields {tuple(names)}")
-    total = jnp.zeros((*codes.shape[:-1], self.source.rows.shape[-1]))
+    total = jnp.zeros((*codes.shape[:-1], self.source.shape[-1]))
     for i, name in enumerate(names):
       if name not in self.columns:
         raise ValueError(f"field {name!r} is no input, so it has no embeddings; inputs: {', '.join(self.columns)}")

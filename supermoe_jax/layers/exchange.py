@@ -24,12 +24,13 @@ from supermoe_jax.layers import slots
 # Stands for no code, and for no row: larger than any.
 NONE = jnp.iinfo(jnp.int32).max
 
-# Most stripes of a table that no larger mesh asks for, and fewest rows of a stripe.
-MOST_STRIPES, LEAST_ROWS = 4096, 8
+# Fewest stripes of a table, and most of one for which no larger mesh asks; fewest rows of a stripe beyond the fewest.
+LEAST_STRIPES, MOST_STRIPES, LEAST_ROWS = 8, 4096, 8
+
 
 def stripes(rows: int, ways: int) -> int:
-  """Returns M for a table of `rows` rows over `ways` devices: a multiple of `ways`, with little padding."""
-  m = ways
+  """Returns M for a table of `rows` rows over `ways` devices: a multiple of `ways` and of 8, with little padding."""
+  m = math.lcm(ways, LEAST_STRIPES)
   while 2 * m <= MOST_STRIPES and 2 * m * LEAST_ROWS <= rows:
     m *= 2
   return m

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import sharding
+from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.table import EmbeddingTable
 
@@ -43,24 +44,23 @@ class EventLabelHead(nnx.Module):
 
 
 class NextValueHead(nnx.Module):
-  """Scores every value of a field against a state, with the field's own embeddings as output weights (tied).
+  """Scores the values of a field against a state, with the field's own embeddings as output weights (tied).
 
-  Item i of the catalogue is code i + 2: the codes absent and out-of-vocabulary are not values.
+  Item i of the catalogue is code i + 2: the codes absent and out-of-vocabulary are not values. With a bias every value
+  has a score of its own, which every state moves; a sampled softmax does without, for it touches few values.
   """
 
-  def __init__(self, d_model: int, items: int, *, rngs: nnx.Rngs):
+  def __init__(self, d_model: int, table: EmbeddingTable, *, bias: bool = True, rngs: nnx.Rngs):
+    """Creates a head over the values of `table`, which it does not keep."""
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
-    self.bias = sharding.param(jnp.zeros(items + 2), "rows")  # as long as the table, so that it is spread as it is
+    self.bias = sharding.param(jnp.zeros(table.rows.shape[:2]), None, "rows") if bias else None
 
   def state(self, h: jax.Array) -> jax.Array:
     """What is compared with the catalogue: `[..., D]`."""
     return self.query(h)
 
-  def scores(self, h: jax.Array, table: EmbeddingTable) -> jax.Array:
-    """Scores `h [..., D]` against the whole catalogue: `[..., items]`."""
-    rows, bias = self.catalogue(table)
-    return self.state(h) @ rows.T + bias
-
-  def catalogue(self, table: EmbeddingTable) -> tuple[jax.Array, jax.Array]:
-    """The vectors `[items, D]` and biases `[items]` that states are compared with."""
-    return table.rows.get_value()[2:], self.bias.get_value()[2:]
+  def catalogue(self, table: EmbeddingTable) -> Catalogue:
+    """What states are compared with."""
+    rows = table.rows.get_value()
+    bias = jnp.zeros(rows.shape[:2]) if self.bias is None else self.bias.get_value()
+    return Catalogue(rows, bias, table.size)

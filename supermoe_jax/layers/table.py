@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,6 +38,17 @@ class Fetched(NamedTuple):
   rows: jax.Array
 
 
+class Layout(NamedTuple):
+  """How tables are kept; see `EmbeddingTable`."""
+
+  ways: int = 1
+  cells: float = CELLS
+  dtype: str = "float32"
+
+
+ONE_DEVICE = Layout()
+
+
 class EmbeddingTable(nnx.Module):
   """`size` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned.
 
@@ -51,9 +61,8 @@ class EmbeddingTable(nnx.Module):
     size: int,
     d_model: int,
     *,
-    ways: int = 1,
-    cells: float = CELLS,
-    dtype: jnp.dtype | str = jnp.float32,
+    name: str = "",
+    layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
     """Creates a table.
@@ -61,9 +70,10 @@ class EmbeddingTable(nnx.Module):
     Args:
       size: the number of codes.
       d_model: D.
-      ways: devices that the rows will be spread over; any divisor of it will do as well.
-      cells: room for each pair of devices in an exchange, as a multiple of an even share of the ids.
-      dtype: of the rows as they are kept; what is looked up is float32.
+      name: of the table, by which a training step knows it; no two tables of a model share one.
+      layout: `ways`, the devices that the rows will be spread over (any divisor of it will do as well); `cells`, the
+        room for each pair of devices in an exchange, as a multiple of an even share of the ids; `dtype` of the rows as
+        they are kept (what is looked up is float32).
       rngs: gives the key of the initial rows.
 
     Raises:
@@ -71,15 +81,15 @@ class EmbeddingTable(nnx.Module):
     """
     if not 0 < size < exchange.NONE:
       raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
-    self.size, self.cells = size, cells
-    self.stripes = exchange.stripes(size, ways)
-    value = initial_rows(rngs.params(), size, self.stripes, d_model, jnp.dtype(dtype))
-    self.rows = TableRows(value, logical=(None, "rows", None), size=size)
+    self.size, self.cells = size, layout.cells
+    m = exchange.stripes(size, layout.ways)
+    value = initial_rows(rngs.params(), size, m, d_model, jnp.dtype(layout.dtype))
+    self.rows = TableRows(value, logical=(None, "rows", None), table=name, size=size)
 
   def __call__(self, codes: jax.Array) -> jax.Array:
     """Looks up `codes [B, ...]`: float32 `[B, ..., D]`; 0 for absent codes and those that are not in [0, size).
 
-    Within `tables.fetched` only codes that were asked for are found. Differentiated by the whole rows, it gives a
+    While the rows are `Fetched`, only codes that were fetched are found. Differentiated by the whole rows, it gives a
     gradient of the table's size.
     """
     value = self.rows.get_value()

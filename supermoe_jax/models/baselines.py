@@ -14,6 +14,7 @@ from supermoe_jax.data.batches import Features
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
+from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.models.encoder import Encoded, embed, embeddings, no_experts
 
 
@@ -136,10 +137,10 @@ class GRUEncoder(nnx.Module):
   Source: arXiv 1406.1078; over events for the next one, arXiv 1511.06939.
   """
 
-  def __init__(self, model: config.Model, schema: Schema, *, rngs: nnx.Rngs):
-    """Creates `model.layers` layers of `model.d_model` units."""
+  def __init__(self, model: config.Model, schema: Schema, *, layout: Layout = ONE_DEVICE, rngs: nnx.Rngs):
+    """Creates `model.layers` layers of `model.d_model` units; `layout` is of the tables."""
     d, dtype = model.d_model, jnp.dtype(model.dtype)
-    self.event_embedding, self.query_embedding = embeddings(model, schema, rngs)
+    self.event_embedding, self.query_embedding = embeddings(model, schema, layout, rngs)
     self.cells = nnx.List([nnx.GRUCell(d, d, dtype=dtype, rngs=rngs) for _ in range(model.layers)])
     self.query_mlp = Mlp(d, 2 * d, rngs=rngs)
     self.dropout = nnx.Dropout(model.dropout)

@@ -17,6 +17,7 @@ from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.moe import Mlp, MoE, Stats, TaskGates
 from supermoe_jax.layers.routing import Aux
+from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.layers.transformer import Block, Context, Stack, StackOutput
 
 
@@ -57,11 +58,13 @@ def task_key(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def embeddings(model: config.Model, schema: Schema, rngs: nnx.Rngs) -> tuple[EventEmbedding, QueryEmbedding]:
+def embeddings(
+  model: config.Model, schema: Schema, layout: Layout, rngs: nnx.Rngs
+) -> tuple[EventEmbedding, QueryEmbedding]:
   """Creates what every encoder reads a row with."""
   d = model.d_model
   fields = schema.categorical, schema.inputs, schema.numeric_inputs
-  events = EventEmbedding(d, len(schema.sources), *fields, CALENDAR, further=schema.further, rngs=rngs)
+  events = EventEmbedding(d, len(schema.sources), *fields, CALENDAR, further=schema.further, layout=layout, rngs=rngs)
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
 
 
@@ -96,13 +99,17 @@ class Encoder(nnx.Module):
     tasks: Sequence[str] = (),
     *,
     balance_bias: bool = False,
+    layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
-    """Creates the encoder; `tasks` are the T names of those that have a view (unless `conditioning` gives none)."""
+    """Creates the encoder.
+
+    `layout` is of its tables, `tasks` are the T names of those that have a view (unless `conditioning` gives none).
+    """
     d = model.d_model
     self.tokens = len(tasks) if model.conditioning == "token" else 0
     self.shuffled = model.task_ids == "shuffled"
-    self.event_embedding, self.query_embedding = embeddings(model, schema, rngs)
+    self.event_embedding, self.query_embedding = embeddings(model, schema, layout, rngs)
     self.dropout = nnx.Dropout(model.dropout)
     make = _make_block(model, balance_bias, self.tokens)
     self.stack = Stack(make, model.layers, model.moe_every, remat=model.remat, rngs=rngs)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import config
-from supermoe_jax.data.batches import Features
+from supermoe_jax.data.batches import Batch, Features, Targets
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.heads import EventLabelHead, LinearHead, NextValueHead
+from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
 from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
 
@@ -31,6 +32,7 @@ class SuperMoE(nnx.Module):
     tasks: the active tasks by name, those without labels included.
     view_names: the T tasks with labels, in the order of `Encoded.views`.
     heads: by the names of `view_names`.
+    scored_whole: the fields of which a full softmax scores every value, so that every row has a gradient.
   """
 
   def __init__(
@@ -40,20 +42,50 @@ class SuperMoE(nnx.Module):
     tasks: Mapping[str, config.Task],
     *,
     balance_bias: bool = False,
+    layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
-    """Creates the model; initial parameters of a task do not depend on the others (but PLE's, on its place)."""
+    """Creates the model, with tables of that `layout`.
+
+    Initial parameters of a task do not depend on the others (but PLE's, on its place).
+    """
     self.tasks = dict(tasks)
     self.view_names = tuple(n for n, t in tasks.items() if not isinstance(t, config.Contrast))
     d = model.d_model
     self.encoder: Encoder | GRUEncoder
     if model.encoder == "gru":
-      self.encoder = GRUEncoder(model, schema, rngs=rngs)
+      self.encoder = GRUEncoder(model, schema, layout=layout, rngs=rngs)
     else:
-      self.encoder = Encoder(model, schema, self.view_names, balance_bias=balance_bias, rngs=rngs)
+      self.encoder = Encoder(model, schema, self.view_names, balance_bias=balance_bias, layout=layout, rngs=rngs)
     key = rngs.params()
-    self.heads = nnx.Dict({n: _head(tasks[n], n, d, schema, nnx.Rngs(task_key(key, n))) for n in self.view_names})
+    fields = self.encoder.event_embedding.fields
+    self.heads = nnx.Dict(
+      {n: _head(tasks[n], n, d, schema, fields, nnx.Rngs(task_key(key, n))) for n in self.view_names}
+    )
+    asked = [t for t in tasks.values() if isinstance(t, config.NextEvent)]
+    self.scored_whole = frozenset(t.field for t in asked if t.softmax == "full")
     self.sharing = _sharing(model, len(self.view_names), rngs)
+
+  def asked(self, batch: Batch, negatives: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Every code that the loss of a batch of B rows looks up, int32 `[B, n]` of each table, some of them repeated.
+
+    `negatives [B, k]` are the codes that each sampled softmax draws, by task.
+    """
+    events = self.encoder.event_embedding
+    rows = len(batch.features.length)
+    parts = [events.asked(batch.features.codes)]
+    parts += [events.asked(slices.features.codes) for slices in batch.slices.values()]
+    for name, task in self.tasks.items():
+      if isinstance(task, config.EventLabel):
+        given = batch.targets[name].given
+        parts.append({field: given[..., i] for i, field in enumerate(task.given)})
+      elif name in negatives:
+        assert isinstance(task, config.NextEvent)
+        parts += [{task.field: safe_value(batch.targets[name])}, {task.field: negatives[name]}]
+    return {
+      field: jnp.concatenate([p[field].reshape(rows, -1) for p in parts if field in p], axis=1)
+      for field in events.fields
+    }
 
   def encode(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
     """See `Encoder`; with the tasks' views, whatever makes them."""
@@ -92,7 +124,7 @@ class SuperMoE(nnx.Module):
       given: event label only, int32 `[B, sites, G]`, codes of the asked events' G fields `task.given`.
 
     Returns: `[B, S]` (binary, regression), `[B, S, outputs]` (multi-label, multi-class), `[B, sites]` (event label;
-      sites as in `states`) or `[B, sites, items]` (next event).
+      sites as in `states`) or `[B, sites, D]` (next event: the states that a catalogue is scored against).
 
     Raises:
       ValueError: `given` is missing, of another shape, or of a task that takes none.
@@ -109,18 +141,28 @@ class SuperMoE(nnx.Module):
     if given is not None and given.shape[-1]:
       raise ValueError(f"task {name!r} is no event label: it takes no given")
     if isinstance(head, NextValueHead):
-      assert isinstance(task, config.NextEvent)
-      table = self.encoder.event_embedding.fields[task.field]
-      return head.scores(self.states(name, encoded, events=events), table)
+      return head.state(self.states(name, encoded, events=events))
     assert isinstance(head, LinearHead)
     return head(self.view(name, encoded))
 
 
+def safe_value(targets: Targets) -> jax.Array:
+  """Returns y~: the labels, and 0 where there is none, whatever stands there."""
+  known = jnp.asarray(targets.known)
+  wide = known[..., None] if jnp.ndim(targets.value) > known.ndim else known
+  return jnp.where(wide, targets.value, 0)
+
+
 def _head(
-  task: config.Task, name: str, d_model: int, schema: Schema, rngs: nnx.Rngs
+  task: config.Task,
+  name: str,
+  d_model: int,
+  schema: Schema,
+  fields: Mapping[str, EmbeddingTable],
+  rngs: nnx.Rngs,
 ) -> NextValueHead | EventLabelHead | LinearHead:
   if isinstance(task, config.NextEvent):
-    return NextValueHead(d_model, schema.outputs[name], rngs=rngs)
+    return NextValueHead(d_model, fields[task.field], bias=task.softmax == "full", rngs=rngs)
   if isinstance(task, config.EventLabel):
     return EventLabelHead(d_model, rngs=rngs)
   many = config.answer(task) in ("multilabel", "multiclass")

@@ -24,6 +24,7 @@ from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.targets import count_spaces
 from supermoe_jax.training import statistics as statistics_lib
+from supermoe_jax.training import tables
 from supermoe_jax.training.checkpoint import Checkpoints, RunError
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import StepMetrics, TrainState, compiled, create_state, place
@@ -258,6 +259,10 @@ def summarise(steps: Sequence[StepMetrics]) -> dict[str, Any]:
     "padding_share": round(1 - events / sum(int(s.positions) for s in steps), 4),
     "gradient_norm": mean([s.gradient_norm for s in steps]),
     "learning_rate": float(steps[-1].learning_rate),
+    "tables": {
+      n: {part: sum(int(getattr(s.tables[n], part)) for s in steps) for part in tables.Counts._fields}
+      for n in steps[0].tables
+    },
   }
 
 

@@ -15,6 +15,7 @@ those of `weighting`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -23,10 +24,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from supermoe_jax import config
+from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Batch, Slices, Targets
+from supermoe_jax.layers import catalogue
 from supermoe_jax.layers.heads import NextValueHead
-from supermoe_jax.models.supermoe import Encoded, SuperMoE
+from supermoe_jax.layers.table import EmbeddingTable
+from supermoe_jax.models.supermoe import Encoded, SuperMoE, safe_value
 from supermoe_jax.training import weighting
 from supermoe_jax.training.statistics import TaskStatistics
 
@@ -61,25 +64,16 @@ class Loss(NamedTuple):
 def per_sample(task: config.Task, logits: jax.Array, value: jax.Array) -> jax.Array:
   """Returns ℓ for each sample; a task of many binary outputs averages over them.
 
-  Shapes: catalogue `logits [..., items]`, `value [...]` codes ≥ 2; multi-class `logits [..., classes]`, `value [...]`;
+  A next event has `layers.catalogue`. Shapes: multi-class `logits [..., classes]`, `value [...]`;
   multi-label `logits, value [..., values]`; else `logits, value [...]`.
   """
   form = config.answer(task)
-  if form == "catalogue":
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(value - 2, 0))
   if form == "multiclass":
     return optax.softmax_cross_entropy_with_integer_labels(logits, value.astype(jnp.int32))
   if form == "regression":
     return jnp.square(logits - value)
   loss = optax.sigmoid_binary_cross_entropy(logits, value)
   return jnp.mean(loss, axis=-1) if form == "multilabel" else loss
-
-
-def safe_value(targets: Targets) -> jax.Array:
-  """Returns y~: the labels, and 0 where there is none, whatever stands there."""
-  known = jnp.asarray(targets.known)
-  wide = known[..., None] if jnp.ndim(targets.value) > known.ndim else known
-  return jnp.where(wide, targets.value, 0)
 
 
 def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0) -> TaskLoss:
@@ -102,38 +96,66 @@ def snapshot_weight(task: config.Task, statistics: TaskStatistics, events: int, 
 # ------------------------------------------------------------------------------------------------------ sampled softmax
 
 
-def log_uniform(items: int, draws: int, key: jax.Array) -> jax.Array:
-  """Draws item indices with replacement, `P(i) ∝ log((i + 2) / (i + 1))`: Zipf's law for items in order of frequency.
+def draw(how: str, items: int, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+  """Draws item indices with replacement, int32 of `shape`.
 
-  Returns: int32 `[draws]`.
+  `log_uniform`: `P(i) ∝ log((i + 2) / (i + 1))`, Zipf's law for items in order of frequency. `uniform`: all alike.
   """
-  u = jax.random.uniform(key, (draws,))
+  if how == "uniform":
+    return jax.random.randint(key, shape, 0, items, jnp.int32)
+  u = jax.random.uniform(key, shape)
   return jnp.clip(jnp.exp(u * jnp.log(items + 1.0)).astype(jnp.int32) - 1, 0, items - 1)
 
 
-def log_expected_count(item: jax.Array, items: int, draws: int) -> jax.Array:
-  """Returns log of how often `log_uniform` is expected to draw `item`."""
+def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax.Array:
+  """Returns log of how often `draws` draws are expected to give `item`."""
+  if how == "uniform":
+    return jnp.full(item.shape, jnp.log(draws / items))
   i = item.astype(jnp.float32)
   return jnp.log(draws * jnp.log1p(1 / (i + 1)) / jnp.log(items + 1.0))
 
 
+def negatives(
+  tasks: Mapping[str, config.Task], fields: Mapping[str, EmbeddingTable], rows: int, key: jax.Array
+) -> dict[str, jax.Array]:
+  """The codes that each sampled softmax of a batch of `rows` rows is computed with, int32 `[rows, k]` by task.
+
+  All sites share the rows · k values of them, which are as many as the task's `negatives`, or a few more. They are laid
+  out as the batch is, so that each device fetches some.
+  """
+  out = {}
+  for name, task in tasks.items():
+    if isinstance(task, config.NextEvent) and task.softmax == "sampled":
+      items = fields[task.field].size - 2
+      each = -(-task.negatives // rows)
+      drawn = draw(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))
+      out[name] = sharding.constrain(drawn + 2, "batch", None)
+  return out
+
+
 def sampled_softmax(
-  state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, draws: int, key: jax.Array
+  state: jax.Array,
+  own: jax.Array,
+  target: jax.Array,
+  others: jax.Array,
+  drawn: jax.Array,
+  log_count: jax.Array,
 ) -> jax.Array:
-  """Cross-entropy of the target against `draws` values shared by all sites, with log-Q correction.
+  """Cross-entropy of each site's target against N values that all sites share, as an estimate of the full softmax.
 
-  Shapes: `state [..., D]`, `target [...]` item indices, `rows [items, D]`, `bias [items]` → `[...]`. A drawn value that
-  is a site's own target does not count against it.
+  Σ exp(score) over all other values is estimated from those drawn, each weighed by 1 / how often it is expected among
+  them (log-Q correction); a drawn value that is a site's own target does not count against it. So the loss and its
+  gradient converge to those of the full softmax as N grows.
 
-  Source: log-Q correction, https://doi.org/10.1109/TNN.2007.912312; as used for retrieval,
+  Shapes: `state, own [..., D]`, `target [...]`, `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` are the rows
+  of `target`, `others` those of `drawn`.
+
+  Source: importance sampling of a softmax, https://doi.org/10.1109/TNN.2007.912312; log-Q correction for retrieval,
   https://doi.org/10.1145/3298689.3346996.
   """
-  items = rows.shape[0]
-  drawn = log_uniform(items, draws, key)
-  own = jnp.sum(state * rows[target], axis=-1) + bias[target] - log_expected_count(target, items, draws)
-  others = state @ rows[drawn].T + bias[drawn] - log_expected_count(drawn, items, draws)
-  others = jnp.where(drawn == target[..., None], -jnp.inf, others)
-  return jax.nn.logsumexp(jnp.concatenate([own[..., None], others], axis=-1), axis=-1) - own
+  mine = jnp.sum(state * own, axis=-1)
+  scores = jnp.where(drawn == target[..., None], -jnp.inf, state @ others.T - log_count)
+  return jax.nn.logsumexp(jnp.concatenate([mine[..., None], scores], axis=-1), axis=-1) - mine
 
 
 # ------------------------------------------------------------------------------------------------------------ contrast
@@ -159,22 +181,45 @@ def info_nce(z: jax.Array, known: jax.Array, temperature: float) -> TaskLoss:
 
 
 def labelled_loss(
-  model: SuperMoE, name: str, encoded: Encoded, targets: Targets, statistics: TaskStatistics, key: jax.Array
+  model: SuperMoE,
+  name: str,
+  encoded: Encoded,
+  targets: Targets,
+  statistics: TaskStatistics,
+  drawn: Mapping[str, jax.Array],
 ) -> TaskLoss:
-  """The sums of one task with labels, from states that are already there; `key` draws a sampled softmax's values."""
+  """The sums of one task with labels, from states that are already there; `drawn` are the sampled softmaxes' values."""
   task = model.tasks[name]
   value = safe_value(targets)
-  if isinstance(task, config.NextEvent) and task.softmax == "sampled":
-    head = model.heads[name]
-    assert isinstance(head, NextValueHead)
-    rows, bias = head.catalogue(model.encoder.event_embedding.fields[task.field])
-    state = head.state(model.states(name, encoded, events=True))
-    loss = sampled_softmax(state, jnp.maximum(value - 2, 0), rows, bias, task.negatives, key)
+  given = targets.given if isinstance(task, config.EventLabel) else None
+  answers = model.answers(name, encoded, events=True, given=given)
+  if isinstance(task, config.NextEvent):
+    loss = _next_value_loss(model, name, task, answers, value, drawn)
   else:
-    given = targets.given if isinstance(task, config.EventLabel) else None
-    loss = per_sample(task, model.answers(name, encoded, events=True, given=given), value)
+    loss = per_sample(task, answers, value)
   weight = snapshot_weight(task, statistics, encoded.events.shape[1], targets.known.shape[1])
   return task_loss(targets, loss, weight)
+
+
+def _next_value_loss(
+  model: SuperMoE,
+  name: str,
+  task: config.NextEvent,
+  state: jax.Array,
+  value: jax.Array,
+  drawn: Mapping[str, jax.Array],
+) -> jax.Array:
+  """The softmax loss `[B, sites]` of codes `value [B, sites]`, full or sampled."""
+  table, head = model.encoder.event_embedding.fields[task.field], model.heads[name]
+  assert isinstance(head, NextValueHead)
+  if task.softmax == "full":
+    return catalogue.cross_entropy(state, value, head.catalogue(table))
+  codes = drawn[name]
+  # Every device scores its states against all values drawn: their rows travel, not the states.
+  others = sharding.constrain(table(codes).reshape(codes.size, -1), None, None)
+  flat = sharding.constrain(codes.reshape(-1), None)
+  log_count = log_expected_count(task.sampling, flat - 2, table.size - 2, codes.size)
+  return sampled_softmax(state, table(value), value, others, flat, log_count)
 
 
 def _contrast(
@@ -211,6 +256,11 @@ def combine(
   return sum((jnp.where(losses[n].weight > 0, w[i] * terms[i], 0.0) for i, n in enumerate(losses)), jnp.zeros(()))
 
 
+def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+  """The values that the sampled softmaxes of a batch draw with the key of a step; see `negatives`."""
+  return negatives(model.tasks, model.encoder.event_embedding.fields, len(batch.features.length), key)
+
+
 def seen(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> weighting.Seen:
   """What a batch tells of the tasks' losses, `[T]` in the order of `losses`."""
   total = jnp.stack([loss.total / statistics[n].constant_loss for n, loss in losses.items()])
@@ -227,6 +277,7 @@ def loss(
   state: weighting.State,
   *,
   key: jax.Array,
+  drawn: Mapping[str, jax.Array] | None = None,
   training: bool = True,
 ) -> Loss:
   """Encodes a batch and returns its loss.
@@ -239,10 +290,13 @@ def loss(
     weigher: gives the weights; `state` is its state before this batch.
     state: see `weigher`.
     key: of dropout, jitter, sampled softmaxes and random orders.
+    drawn: the sampled softmaxes' values; None: those of the key.
     training: dropout and jitter are on.
   """
   rngs = nnx.Rngs(key) if training else None
-  draw, order = jax.random.split(jax.random.fold_in(key, 1))
+  if drawn is None:
+    drawn = draws(model, batch, key)
+  order = jax.random.fold_in(key, 1)
   encoded = model.encode(batch.features, dropless=False, rngs=rngs)
   tasks: dict[str, TaskLoss] = {}
   slices = (jnp.int32(0), jnp.int32(0))
@@ -251,11 +305,11 @@ def loss(
       tasks[name], counts = _contrast(model, task, batch.slices[name], rngs)
       slices = (slices[0] + counts[0], slices[1] + counts[1])
     else:
-      tasks[name] = labelled_loss(model, name, encoded, batch.targets[name], statistics[name], draw)
+      tasks[name] = labelled_loss(model, name, encoded, batch.targets[name], statistics[name], drawn)
   met = seen(tasks, statistics)
   gram = None
   if weigher.needs_gram:
-    gram = gradient_products(model, encoded, batch, statistics, train.norm, draw)
+    gram = gradient_products(model, encoded, batch, statistics, train.norm, drawn)
   weights = jax.lax.stop_gradient(weigher.weights(state, weighting.Observed(met.present, gram, order)))
   total = combine(tasks, statistics, weights, len(batch.features.length), train.norm)
   aux = encoded.experts.aux
@@ -270,7 +324,7 @@ def gradient_products(
   batch: Batch,
   statistics: Mapping[str, TaskStatistics],
   norm: str,
-  key: jax.Array,
+  drawn: Mapping[str, jax.Array],
 ) -> jax.Array:
   """Inner products of the tasks' gradients at the representation: float32 `[T, T]` of `∂L^_t / ∂(events, z)`.
 
@@ -287,7 +341,7 @@ def gradient_products(
 
     def one(at: tuple[jax.Array, jax.Array], name: str = name) -> jax.Array:
       states = model.share(encoded._replace(events=at[0], z=at[1]))
-      part = labelled_loss(model, name, states, batch.targets[name], statistics[name], key)
+      part = labelled_loss(model, name, states, batch.targets[name], statistics[name], drawn)
       return normalised(part, statistics[name], rows, norm)
 
     parts.append(jax.grad(one)(at))

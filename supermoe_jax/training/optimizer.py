@@ -1,4 +1,7 @@
-"""The optimizer: AdamW behind a global gradient clip, with a warm-up and cosine schedule."""
+"""The optimizer of all parameters but the rows of tables: AdamW, with a warm-up and cosine schedule.
+
+Gradients come clipped, together with those of rows; see `step`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ import optax
 
 from supermoe_jax import config
 
-# Names of the parameters that weight decay pulls to 0. A row of a table is touched by few batches; decay would erase
-# it.
+# Names of the parameters that weight decay pulls to 0.
 _DECAYED = {"kernel", "up", "gate", "down"}
 
 
@@ -32,12 +34,9 @@ def schedule(train: config.Train) -> optax.Schedule:
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
-  """Returns AdamW; only the matrices of linear maps and experts are decayed, not biases, norms or embedding rows."""
+  """Returns AdamW; only the matrices of linear maps and experts are decayed, not biases or norms."""
 
   def decayed(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(_DECAYED & set(_names(path))), params)
 
-  return optax.chain(
-    optax.clip_by_global_norm(train.clip_norm),
-    optax.adamw(schedule(train), weight_decay=train.weight_decay, mask=decayed),
-  )
+  return optax.adamw(schedule(train), weight_decay=train.weight_decay, mask=decayed)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.layers.table import EmbeddingTable
+from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.training.checkpoint import Checkpoints, RunError
 from supermoe_jax.training.loop import check_encoding
 from supermoe_jax.training.step import abstract_model, place
@@ -88,12 +88,11 @@ class Run:
     text = json.dumps([config.to_dict(part) for part in (self.cfg.model, tasks, self.dataset.schema)])
     return _answering(_Key(text, self.mesh, self.graph))
 
-  def catalogue(self, task: str) -> tuple[jax.Array, jax.Array]:
-    """The vectors `[items, D]` and biases `[items]` that a next-event task ranks."""
+  def catalogue(self, task: str) -> Catalogue:
+    """What a next-event task ranks."""
     model = nnx.merge(self.graph, self.variables, copy=True)
-    head = model.heads[task]
-    table: EmbeddingTable = model.encoder.event_embedding.fields[model.tasks[task].field]
-    return head.catalogue(table)
+    with jax.set_mesh(self.mesh):
+      return model.heads[task].catalogue(model.encoder.event_embedding.fields[model.tasks[task].field])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +117,6 @@ def _answering(key: _Key) -> Callable[[nnx.State, Features, dict[str, jax.Array]
         continue
       if isinstance(task, config.EventLabel):
         answers[name] = model.answers(name, encoded, events=False, given=given[name])
-      elif isinstance(task, config.NextEvent):
-        answers[name] = model.heads[name].state(model.states(name, encoded, events=False))[:, 0]
       else:
         answers[name] = model.answers(name, encoded, events=False)[:, 0]
     experts = encoded.experts

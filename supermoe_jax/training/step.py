@@ -18,10 +18,12 @@ from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.routing import BalanceBias, rebalanced
+from supermoe_jax.layers.table import Layout, TableRows
 from supermoe_jax.models.supermoe import SuperMoE
-from supermoe_jax.training import losses, weighting
+from supermoe_jax.training import losses, row_optimizers, tables, weighting
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.optimizer import make_optimizer, schedule
+from supermoe_jax.training.row_optimizers import Slots
 from supermoe_jax.training.statistics import TaskStatistics
 
 
@@ -30,8 +32,9 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: int32, steps done.
-    model: the model's variables: parameters, and the routers' balancing biases if there are any.
+    model: the model's variables: parameters, tables, and the routers' balancing biases if there are any.
     optimizer: optax' state, of the parameters.
+    slots: what the row optimizer keeps, of each table.
     weighting: the state of the tasks' weights.
     key: the key of all randomness; a step folds its number into it.
   """
@@ -39,6 +42,7 @@ class TrainState(NamedTuple):
   step: jax.Array
   model: nnx.State
   optimizer: optax.OptState
+  slots: dict[str, Slots]
   weighting: weighting.State
   key: jax.Array
 
@@ -58,8 +62,9 @@ class StepMetrics(NamedTuple):
     slice_routed, slice_dropped: int32, of the passes over contrast slices.
     events: int32, events that are not padding.
     positions: int32, events that the rows have room for.
-    gradient_norm: float32, before clipping.
+    gradient_norm: float32, before clipping, of parameters and rows together.
     learning_rate: float32.
+    tables: what was asked of each table, but for those that a full softmax scores.
   """
 
   loss: jax.Array
@@ -78,6 +83,7 @@ class StepMetrics(NamedTuple):
   positions: jax.Array
   gradient_norm: jax.Array
   learning_rate: jax.Array
+  tables: dict[str, tables.Counts]
 
 
 Step = Callable[[TrainState, Batch, Mapping[str, TaskStatistics]], tuple[TrainState, StepMetrics]]
@@ -89,12 +95,16 @@ def build(cfg: config.Config, schema: Schema) -> Callable[..., SuperMoE]:
   It takes the key of the initial parameters; without one it is that of the config's seed.
   """
 
+  mesh, kept = cfg.train.mesh, cfg.train.tables
+  layout = Layout(mesh.data * mesh.expert * mesh.tensor, kept.cells, kept.dtype)
+
   def make(key: jax.Array | None = None) -> SuperMoE:
     return SuperMoE(
       cfg.model,
       schema,
       cfg.active_tasks,
       balance_bias=cfg.train.balance_rate > 0,
+      layout=layout,
       rngs=nnx.Rngs(params=cfg.train.seed if key is None else key),
     )
 
@@ -162,19 +172,20 @@ def _program(key: _Key) -> Program:
   cfg, schema, mesh = key.cfg, key.schema, key.mesh
   graph, abstract = abstract_model(cfg, schema)
   layouts = state_shardings(cfg, abstract, mesh)
-  optimizer = make_optimizer(cfg.train)
+  optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
 
   def initial(parameters: jax.Array, training: jax.Array) -> TrainState:
     model = nnx.state(build(cfg, schema)(parameters))
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
-    return TrainState(jnp.int32(0), model, moments, weigher.initial(), training)
+    slots = {n: mover.slots(v) for n, v in tables.values(model).items()}
+    return TrainState(jnp.int32(0), model, moments, slots, weigher.initial(), training)
 
   return Program(graph, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
 
 
 def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
-  """A `TrainState` of layouts: the optimizer's moments lie with their parameters, the rest is replicated."""
+  """A `TrainState` of layouts: moments lie with their parameters and rows, the rest is replicated."""
   replicated = NamedSharding(mesh, PartitionSpec())
   layout = sharding.shardings(mesh, model)
   params, where = nnx.filter_state(model, nnx.Param), nnx.filter_state(layout, nnx.Param)
@@ -188,37 +199,49 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
   )
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
   weights = jax.tree.map(lambda _: replicated, jax.eval_shape(weigher.initial))
-  layouts: Any = (replicated, layout, moments, weights, replicated)
+  slots = tables.slot_shardings(row_optimizers.make(cfg.train.tables), tables.values(model), tables.values(layout))
+  layouts: Any = (replicated, layout, moments, slots, weights, replicated)
   return TrainState(*layouts)
 
 
 def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any) -> Step:
   """Returns the step `(state, batch, statistics) → (state, metrics)`; the state's buffers are donated."""
-  optimizer = make_optimizer(cfg.train)
-  rate = schedule(cfg.train)
+  optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
+  rate, kept = schedule(cfg.train), cfg.train.tables
   names = tuple(cfg.active_tasks)
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
 
   def step(state: TrainState, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> tuple[TrainState, StepMetrics]:
     key = jax.random.fold_in(state.key, state.step)
-    params, biases = nnx.split_state(state.model, nnx.Param, BalanceBias)
+    rows, params, biases = nnx.split_state(state.model, TableRows, nnx.Param, BalanceBias)
+    plan = tables.plan(graph, state.model, batch, key)
+    found = plan.fetch(tables.values(rows))
 
-    def objective(params: nnx.State) -> tuple[jax.Array, losses.Loss]:
-      model = nnx.merge(graph, params, biases, copy=True)
-      out = losses.loss(model, batch, statistics, cfg.train, weigher, state.weighting, key=key)
+    def objective(params: nnx.State, found: dict[str, jax.Array]) -> tuple[jax.Array, losses.Loss]:
+      model = nnx.merge(graph, tables.filled(rows, plan.readable(found)), params, biases, copy=True)
+      out = losses.loss(model, batch, statistics, cfg.train, weigher, state.weighting, key=key, drawn=plan.drawn)
       return out.total, out
 
-    (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(params)
-    updates, moments = optimizer.update(gradient, state.optimizer, params)
+    (_, out), (gradient, by_rows) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, found)
+    touched = plan.collect(tables.values(rows), by_rows)
+    norm = jnp.sqrt(jnp.square(optax.global_norm(gradient)) + tables.square_norm(touched))
+    scale = jnp.where(norm > cfg.train.clip_norm, cfg.train.clip_norm / norm, 1.0)
+
+    updates, moments = optimizer.update(jax.tree.map(lambda g: g * scale, gradient), state.optimizer, params)
     moved = optax.apply_updates(params, updates)
-    after = objective(moved)[1].seen.mean if weigher.needs_after else None
-    weights = weigher.update(state.weighting, out.seen._replace(after=after))
+    share = jnp.asarray(rate(state.step)) / cfg.train.learning_rate
+    draw = jax.random.fold_in(key, 2) if kept.dtype == "bfloat16" and kept.rounding == "stochastic" else None
+    rule = tables.Rule(mover, kept.learning_rate * share, scale, kept.weight_decay, draw)
+    after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule)
+    seen_after = objective(moved, plan.fetch(after))[1].seen.mean if weigher.needs_after else None
+    weights = weigher.update(state.weighting, out.seen._replace(after=seen_after))
     # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
     stats = out.encoded.experts.stats
     biases = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
-    model = nnx.merge_state(moved, biases)
-    metrics = _metrics(out, names, tuple(cfg.active_views), batch, gradient, jnp.asarray(rate(state.step)))
-    return TrainState(state.step + 1, model, moments, weights, state.key), metrics
+    model = nnx.merge_state(moved, tables.filled(rows, after), biases)
+    rate_now = jnp.asarray(rate(state.step))
+    metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, rate_now, plan.counts(touched))
+    return TrainState(state.step + 1, model, moments, slots, weights, state.key), metrics
 
   replicated = NamedSharding(mesh, PartitionSpec())
   return jax.jit(
@@ -234,8 +257,9 @@ def _metrics(
   names: tuple[str, ...],
   views: tuple[str, ...],
   batch: Batch,
-  gradient: nnx.State,
+  gradient_norm: jax.Array,
   learning_rate: jax.Array,
+  counts: dict[str, tables.Counts],
 ) -> StepMetrics:
   aux, stats, _ = out.encoded.experts
   layers = max(len(stats.load), 1)
@@ -255,8 +279,9 @@ def _metrics(
     slice_dropped=out.slices[1],
     events=jnp.sum(batch.features.length),
     positions=jnp.int32(batch.features.segment.size),
-    gradient_norm=optax.global_norm(gradient),
+    gradient_norm=gradient_norm,
     learning_rate=learning_rate,
+    tables=counts,
   )
 
 

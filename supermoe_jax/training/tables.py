@@ -12,34 +12,120 @@ catalogue sample the softmax.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import sharding
+from supermoe_jax.data.batches import Batch
+from supermoe_jax.layers import exchange, table
 from supermoe_jax.layers.exchange import Touched
-from supermoe_jax.training import row_optimizers
+from supermoe_jax.layers.table import Fetched, TableRows
+from supermoe_jax.training import losses, row_optimizers
 from supermoe_jax.training.row_optimizers import RowOptimizer, Slots
+
+# The gradients of touched rows, or, `[G, M, D]`, of all rows.
+Gradient = Touched | jax.Array
 
 
 class Counts(NamedTuple):
   """What a table saw in a step, int32 scalars over all devices.
 
   Attributes:
-    asked: different codes, summed over the devices that the batch is spread over.
+    touched: rows that were moved.
     out_of_range: codes that are no rows; they look up to 0.
     lost: gradients that found no cell on their way to the owner, and moved nothing.
   """
 
-  asked: jax.Array
+  touched: jax.Array
   out_of_range: jax.Array
   lost: jax.Array
 
 
-# The gradients of touched rows, or, `[G, M, D]`, of all rows.
-Gradient = Touched | jax.Array
+def values(state: nnx.State) -> dict[str, Any]:
+  """What the tables of `state` hold, by name: rows `[G, M, D]`, or layouts of them."""
+  found = (v for _, v in nnx.to_flat_state(nnx.filter_state(state, TableRows)))
+  return {v.get_metadata()["table"]: v.get_value() for v in found}
+
+
+def filled(rows: nnx.State, by_name: Mapping[str, Any]) -> nnx.State:
+  """The tables `rows` with other values."""
+
+  def fill(variable: nnx.Variable) -> nnx.Variable:
+    return variable.replace(by_name[variable.get_metadata()["table"]])
+
+  return jax.tree.map(fill, rows, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+class Plan(NamedTuple):
+  """What a batch asks of each table.
+
+  Attributes:
+    codes: of each table that is asked for some of its rows, its different codes, as `layers.table.distinct` has them.
+    outside: of each of those, how many codes are no rows, `[S]`.
+    drawn: what sampled softmaxes drew.
+    cells: of an exchange.
+  """
+
+  codes: dict[str, jax.Array]
+  outside: dict[str, jax.Array]
+  drawn: dict[str, jax.Array]
+  cells: float
+
+  def fetch(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a step differentiates by: the rows asked for `[S·U, D]`, or the whole of a table that is scored whole."""
+    return {
+      n: table.fetch(value, self.codes[n], self.cells).rows if n in self.codes else value for n, value in rows.items()
+    }
+
+  def readable(self, found: Mapping[str, jax.Array]) -> dict[str, Fetched | jax.Array]:
+    """What `fetch` returned, as an `EmbeddingTable` reads it."""
+    return {n: Fetched(self.codes[n], value) if n in self.codes else value for n, value in found.items()}
+
+  def collect(self, rows: Mapping[str, jax.Array], gradient: Mapping[str, jax.Array]) -> dict[str, Gradient]:
+    """The gradients by what `fetch` returned, at the owners of the rows."""
+    return {
+      n: table.collect(rows[n], self.codes[n], g, self.cells) if n in self.codes else g for n, g in gradient.items()
+    }
+
+  def counts(self, touched: Mapping[str, Gradient]) -> dict[str, Counts]:
+    """What to report."""
+    out = {}
+    for name in self.codes:
+      part = touched[name]
+      assert isinstance(part, Touched)
+      moved = jnp.sum(part.row != exchange.NONE, dtype=jnp.int32)
+      out[name] = Counts(moved, jnp.sum(self.outside[name]), jnp.sum(part.lost))
+    return out
+
+
+def plan(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) -> Plan:
+  """What the loss of `batch` with the key of a step will ask of the tables of a `SuperMoE`."""
+  whole = nnx.merge(graph, model, copy=True)
+  fields = whole.encoder.event_embedding.fields
+  drawn = losses.draws(whole, batch, key)
+  asked = whole.asked(batch, drawn)
+  found = {n: table.distinct(c, fields[n].size) for n, c in asked.items() if n not in whole.scored_whole}
+  cells = next((f.cells for f in fields.values()), table.CELLS)
+  return Plan({n: code for n, (code, _) in found.items()}, {n: out for n, (_, out) in found.items()}, drawn, cells)
+
+
+def slot_shardings(
+  optimizer: RowOptimizer, rows: Mapping[str, Any], layouts: Mapping[str, NamedSharding]
+) -> dict[str, dict[str, NamedSharding]]:
+  """Where the slots of each table lie: as its rows do."""
+  return {
+    n: {
+      k: NamedSharding(layouts[n].mesh, PartitionSpec(*layouts[n].spec[: s.ndim]))
+      for k, s in jax.eval_shape(optimizer.slots, value).items()
+    }
+    for n, value in rows.items()
+  }
 
 
 def square_norm(gradients: Mapping[str, Gradient]) -> jax.Array:
@@ -102,6 +188,17 @@ def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tupl
   inputs = (names, slot_names, ("rows",), ("rows", None), ("rows", None), (), ())
   arguments = rows, slots, gradient.row, gradient.value, gradient.gradient, rate, scale
   return sharding.on_shards(local, inputs, (names, slot_names), *arguments)
+
+
+def apply_all(
+  rows: Mapping[str, jax.Array], slots: Mapping[str, Slots], gradients: Mapping[str, Gradient], rule: Rule
+) -> tuple[dict[str, jax.Array], dict[str, Slots]]:
+  """`apply` to every table; each rounds with a key of its own."""
+  moved = {}
+  for name, value in rows.items():
+    key = None if rule.key is None else jax.random.fold_in(rule.key, zlib.crc32(name.encode()))
+    moved[name] = apply(value, slots[name], gradients[name], rule._replace(key=key))
+  return {n: value for n, (value, _) in moved.items()}, {n: kept for n, (_, kept) in moved.items()}
 
 
 def _moved(

@@ -56,7 +56,7 @@ def test_a_number_that_is_an_input_is_read() -> None:
 def test_values_are_the_sum_of_their_rows() -> None:
   embedding = make(("item", "device"), ())
   codes = jnp.array([[3, 2], [0, 2], [4, 0]])
-  rows = embedding.fields["item"].rows[...], embedding.fields["device"].rows[...]
+  rows = embedding.fields["item"].natural(), embedding.fields["device"].natural()
   wanted = np.stack([rows[0][3] + rows[1][2], rows[1][2], rows[0][4]])  # absent adds nothing
   np.testing.assert_allclose(embedding.values(("item", "device"), codes), wanted, atol=1e-6)
   np.testing.assert_array_equal(embedding.values((), codes[:, :0]), np.zeros((3, D)))
@@ -80,5 +80,5 @@ def test_further_values_of_a_field_add_their_rows_of_its_table() -> None:
   codes, *rest = arguments()
   further = jnp.stack([(codes[..., 0] + 3) % 9, codes[..., 1]], axis=-1).at[1, 2, 0].set(0)  # absent
   difference = many(jnp.concatenate([codes, further], axis=-1), *rest) - one(codes, *rest)
-  wanted = jnp.where((further[..., 0] > 0)[..., None], one.fields["item"].rows[...][further[..., 0]], 0.0)
+  wanted = jnp.where((further[..., 0] > 0)[..., None], one.fields["item"].natural()[further[..., 0]], 0.0)
   np.testing.assert_allclose(difference, wanted, atol=1e-5)  # `label` is no input

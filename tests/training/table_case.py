@@ -9,7 +9,7 @@ from flax import nnx
 
 from supermoe_jax import sharding
 from supermoe_jax.layers import table
-from supermoe_jax.layers.table import EmbeddingTable, Fetched
+from supermoe_jax.layers.table import EmbeddingTable, Fetched, Layout
 from supermoe_jax.training import row_optimizers, tables
 from supermoe_jax.training.row_optimizers import LazyAdam, RowAdagrad, RowOptimizer, Sgd
 
@@ -19,7 +19,7 @@ RATE, DECAY = 0.1, 0.01
 
 def created(size: int, mesh: jax.sharding.Mesh, dtype: str = "float32") -> EmbeddingTable:
   """A table of `size` rows, in its place on a mesh of up to 8 devices."""
-  make = lambda: EmbeddingTable(size, WIDTH, ways=8, dtype=dtype, rngs=nnx.Rngs(3))  # noqa: E731
+  make = lambda: EmbeddingTable(size, WIDTH, layout=Layout(8, dtype=dtype), rngs=nnx.Rngs(3))  # noqa: E731
   return sharding.create(make, mesh)
 
 
@@ -77,7 +77,7 @@ def run(mesh, size, optimizer, made, cells=8.0, dtype="float32", stochastic=Fals
 
 def reference(size: int, optimizer: RowOptimizer, made) -> tuple[np.ndarray, np.ndarray]:
   """The same over the whole table in float64: every gradient in one array, every rule written out again."""
-  layer = EmbeddingTable(size, WIDTH, ways=8, rngs=nnx.Rngs(3))
+  layer = EmbeddingTable(size, WIDTH, rngs=nnx.Rngs(3))
   rows = np.asarray(layer.natural(), np.float64)
   total, mean, square, steps = np.zeros(size), np.zeros_like(rows), np.zeros_like(rows), np.zeros(size)
   seen = []
@@ -106,4 +106,8 @@ def reference(size: int, optimizer: RowOptimizer, made) -> tuple[np.ndarray, np.
 
 
 OPTIMIZERS = {"adagrad": RowAdagrad(), "adam": LazyAdam(), "sgd": Sgd()}
-assert {type(o) for o in OPTIMIZERS.values()} == {row_optimizers.RowAdagrad, row_optimizers.LazyAdam, row_optimizers.Sgd}
+assert {type(o) for o in OPTIMIZERS.values()} == {
+  row_optimizers.RowAdagrad,
+  row_optimizers.LazyAdam,
+  row_optimizers.Sgd,
+}

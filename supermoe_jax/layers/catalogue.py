@@ -1,0 +1,209 @@
+"""Scoring a state against every row of a table, some rows at a time: full softmax and full ranking.
+
+The rows of a table lie on W devices. Each in turn hands out some of its rows to all, which score their own states
+against them and go on: neither the table nor `[states, items]` is ever whole anywhere. What travels is the table, once
+a pass, whatever the number of states; gradients of rows go back to their owners alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from supermoe_jax import sharding
+from supermoe_jax.layers import table
+
+# Rows that are scored at a time.
+CHUNK = 8192
+
+_ROWS, _BIAS = (None, "rows", None), (None, "rows")
+
+
+class Catalogue(NamedTuple):
+  """What states are compared with: items are the codes from 2 on, item i is code i + 2.
+
+  Attributes:
+    rows: `[G, M, D]`, of an `EmbeddingTable`.
+    bias: float32 `[G, M]`, laid out as the rows.
+    size: codes of the table, absent and out of vocabulary included.
+  """
+
+  rows: jax.Array
+  bias: jax.Array
+  size: int
+
+
+class _Part(NamedTuple):
+  """Rows that all devices see at a time: `rows [n, D]`, `bias [n]`, their codes `code [n]`; 0 where there is none."""
+
+  rows: jax.Array
+  bias: jax.Array
+  code: jax.Array
+
+
+def _first(i: jax.Array, here: int, step: int) -> jax.Array:
+  return jnp.minimum(i * step, here - step)  # the last part may begin within the one before
+
+
+def _sizes(catalogue: Catalogue, chunk: int) -> tuple[int, int, int]:
+  """Rows of a device, of those how many make a part, and the number of parts."""
+  g, m, _ = catalogue.rows.shape
+  here = g * m // sharding.ways("rows")
+  step = max(1, min(here, chunk // sharding.ways("rows")))
+  return here, step, -(-here // step)
+
+
+def _part(rows: jax.Array, bias: jax.Array, i: jax.Array, size: int, m: int, step: int) -> _Part:
+  """The i-th part, of this device's `rows [n, D]`, `bias [n]` and those of all others."""
+  ways = sharding.ways("rows")
+  first = _first(i, len(rows), step)
+  index = first + jnp.arange(step, dtype=jnp.int32)
+  stripes = m // ways
+  code = index // stripes * m + jnp.arange(ways, dtype=jnp.int32)[:, None] * stripes + index % stripes
+  code = jnp.where((index >= i * step) & (code > 1) & (code < size), code, 0)
+  mine = jax.lax.dynamic_slice_in_dim(rows, first, step), jax.lax.dynamic_slice_in_dim(bias, first, step)
+  if ways > 1:
+    mine = tuple(jax.lax.all_gather(x, sharding.axes("rows"), tiled=True) for x in mine)
+  return _Part(mine[0].astype(jnp.float32), mine[1], code.reshape(-1))
+
+
+def _scores(state: jax.Array, part: _Part) -> jax.Array:
+  return jnp.where(part.code > 0, state @ part.rows.T + part.bias, -jnp.inf)
+
+
+def _flat(rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return rows.reshape(-1, rows.shape[-1]), bias.reshape(-1)
+
+
+# -------------------------------------------------------------------------------------------------------- full softmax
+
+
+def cross_entropy(state: jax.Array, target: jax.Array, catalogue: Catalogue, chunk: int = CHUNK) -> jax.Array:
+  """`logsumexp over items − score of the target` for `state [B, ..., D]`, codes `target [B, ...]`: float32 `[B, ...]`.
+
+  Where the target is no item the result is the logsumexp. Its gradient by the rows is as large as they are.
+  """
+  shape = target.shape
+  state, target = state.reshape(shape[0], -1, state.shape[-1]), target.reshape(shape[0], -1)
+  # So many sites a row that devices which share rows of the batch can share them.
+  missing = -target.shape[1] % (sharding.ways("rows") // sharding.ways("batch"))
+  state = jnp.pad(state, ((0, 0), (0, missing), (0, 0)))
+  target = jnp.pad(target, ((0, 0), (0, missing)))
+  flat = state.reshape(-1, state.shape[-1]), target.reshape(-1)
+  loss = _cross_entropy(*flat, catalogue.rows, catalogue.bias, catalogue.size, chunk)
+  loss = sharding.constrain(loss, "batch").reshape(target.shape)
+  return loss[:, : target.shape[1] - missing].reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(
+  state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
+) -> jax.Array:
+  return _cross_entropy_forward(state, target, rows, bias, size, chunk)[0]
+
+
+def _cross_entropy_forward(
+  state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  _, step, parts = _sizes(Catalogue(rows, bias, size), chunk)
+  m = rows.shape[1]
+
+  def local(state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, bias = _flat(rows, bias)
+
+    def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      top, total, own = sums
+      part = _part(rows, bias, i, size, m, step)
+      scores = _scores(state, part)
+      higher = jnp.maximum(top, jnp.max(scores, axis=1))
+      safe = jnp.where(jnp.isfinite(higher), higher, 0.0)
+      total = total * jnp.exp(top - safe) + jnp.sum(jnp.exp(scores - safe[:, None]), axis=1)
+      mine = (part.code == target[:, None]) & (part.code > 0)
+      return higher, total, own + jnp.sum(jnp.where(mine, scores, 0.0), axis=1)
+
+    none = jnp.sum(state * 0, axis=1)  # varies over the devices as the states do
+    top, total, own = jax.lax.fori_loop(0, parts, add, (none - jnp.inf, none, none))
+    lse = top + jnp.log(total)
+    return lse - own, lse
+
+  names = ("rows", None), ("rows",), _ROWS, _BIAS
+  loss, lse = sharding.on_shards(local, names, (("rows",), ("rows",)), state, target, rows, bias)
+  return loss, (state, target, rows, bias, lse)
+
+
+def _cross_entropy_backward(
+  size: int, chunk: int, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, None, jax.Array, jax.Array]:
+  state, target, rows, bias, lse = saved
+  _, step, parts = _sizes(Catalogue(rows, bias, size), chunk)
+  m = rows.shape[1]
+
+  def local(
+    state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, lse: jax.Array, gradient: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    shape, (flat, flat_bias) = rows.shape, _flat(rows, bias)
+
+    def owners(x: jax.Array) -> jax.Array:
+      return jax.lax.psum_scatter(x, sharding.axes("rows"), tiled=True) if sharding.ways("rows") > 1 else x
+
+    def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      by_state, by_rows, by_bias = sums
+      part = _part(flat, flat_bias, i, size, m, step)
+      p = jnp.exp(_scores(state, part) - lse[:, None])
+      mine = (part.code == target[:, None]) & (part.code > 0)
+      by_score = gradient[:, None] * (p - mine)
+      first = _first(i, len(flat), step)
+      there = jax.lax.dynamic_slice_in_dim(by_rows, first, step) + owners(by_score.T @ state).astype(rows.dtype)
+      by_rows = jax.lax.dynamic_update_slice_in_dim(by_rows, there, first, 0)
+      there = jax.lax.dynamic_slice_in_dim(by_bias, first, step) + owners(jnp.sum(by_score, axis=0))
+      by_bias = jax.lax.dynamic_update_slice_in_dim(by_bias, there, first, 0)
+      return by_state + by_score @ part.rows, by_rows, by_bias
+
+    by_state, by_rows, by_bias = jax.lax.fori_loop(0, parts, add, (state * 0, flat * 0, flat_bias * 0))
+    return by_state, by_rows.reshape(shape), by_bias.reshape(shape[:2])
+
+  names = ("rows", None), ("rows",), _ROWS, _BIAS, ("rows",), ("rows",)
+  outputs = (("rows", None), _ROWS, _BIAS)
+  by_state, by_rows, by_bias = sharding.on_shards(local, names, outputs, state, target, rows, bias, lse, gradient)
+  return by_state, None, by_rows, by_bias
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+
+
+def score(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
+  """The scores `[n, m]` of the codes `[n, m]` against `state [n, D]`; n must divide over the devices of the batch."""
+  asked, _ = table.distinct(codes, catalogue.size)
+  found = table.look_up(table.fetch(catalogue.rows, asked), codes)
+  bias = table.look_up(table.fetch(catalogue.bias[..., None], asked), codes)
+  return jnp.einsum("nd,nmd->nm", state, found) + bias[..., 0]
+
+
+def count_at_least(
+  state: jax.Array, least: jax.Array, but: jax.Array, catalogue: Catalogue, chunk: int = CHUNK
+) -> jax.Array:
+  """How many items, other than the code `but [n]`, score at least `least [n]` against `state [n, D]`: int32 `[n]`.
+
+  n must divide over all devices.
+  """
+  _, step, parts = _sizes(catalogue, chunk)
+  m = catalogue.rows.shape[1]
+
+  def local(state: jax.Array, least: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array) -> jax.Array:
+    rows, bias = _flat(rows, bias)
+
+    def add(i: jax.Array, found: jax.Array) -> jax.Array:
+      part = _part(rows, bias, i, catalogue.size, m, step)
+      above = (_scores(state, part) >= least[:, None]) & (part.code != but[:, None]) & (part.code > 0)
+      return found + jnp.sum(above, axis=1, dtype=jnp.int32)
+
+    return jax.lax.fori_loop(0, parts, add, jnp.zeros_like(but))
+
+  names = ("rows", None), ("rows",), ("rows",), _ROWS, _BIAS
+  return sharding.on_shards(local, names, ("rows",), state, least, but, catalogue.rows, catalogue.bias)
