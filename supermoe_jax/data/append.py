@@ -239,6 +239,7 @@ class _Append:
     }
     return {
       "number": len(self._dataset.manifest.get("appends", ())) + 1,
+      "encoding_before": self._dataset.manifest["encoding_hash"],
       "beyond_patterns": {
         name: list(source.files[len(self._dataset.config.data.sources[name].files) :])
         for name, source in self._cfg.data.sources.items()

@@ -29,11 +29,19 @@ LEAST_STRIPES, MOST_STRIPES, LEAST_ROWS = 8, 4096, 8
 
 
 def stripes(rows: int, ways: int) -> int:
-  """Returns M for a table of `rows` rows over `ways` devices: a multiple of `ways` and of 8, with little padding."""
+  """Returns M for a table of `rows` rows over `ways` devices: a multiple of `ways` and 8, with little padding."""
   m = math.lcm(ways, LEAST_STRIPES)
   while 2 * m <= MOST_STRIPES and 2 * m * LEAST_ROWS <= rows:
     m *= 2
   return m
+
+
+def restriped(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Lays `[G, M, ...]`, one entry a row, out as `shape`, of other stripes or more rows; entries that come anew are 0."""
+  flat = value.reshape(-1, *value.shape[2:])
+  rows = shape[0] * shape[1]
+  more = max(rows - len(flat), 0)
+  return jnp.pad(flat, ((0, more), *((0, 0) for _ in flat.shape[1:])))[:rows].reshape(shape)
 
 
 def distinct(codes: jax.Array, rows: int, room: int) -> tuple[jax.Array, jax.Array]:
@@ -122,6 +130,8 @@ def fetch(table: jax.Array, code: jax.Array, m: int, factor: float) -> jax.Array
   of the ids; there are as many as the fullest pair of devices needs, almost always one.
   """
   rows = table.reshape(-1, table.shape[-1])
+  if not len(code):
+    return rows[:0]
   if sharding.ways("rows") == 1:
     return rows_at(rows, code, code != NONE)
   plan = _plan(code, m, len(rows), factor)

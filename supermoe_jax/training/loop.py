@@ -144,14 +144,16 @@ def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
 def check_encoding(workdir: pathlib.Path, dataset: Dataset, *, create: bool = False) -> None:
   """Makes sure that a run meets the encoding of events that it was trained with; `create` notes that of a new run.
 
+  An encoding that has grown since, by `supermoe append`, is the same to what was there: codes only follow.
+
   Raises:
     RunError: the dataset was prepared again, and its vocabularies or statistics came out otherwise.
   """
-  file = workdir / "encoding.json"
-  mine = {"encoding_hash": dataset.manifest["encoding_hash"]}
+  file, manifest = workdir / "encoding.json", dataset.manifest
   if create and not file.is_file():
-    file.write_text(json.dumps(mine) + "\n")
-  if json.loads(file.read_text()) != mine:
+    file.write_text(json.dumps({"encoding_hash": manifest["encoding_hash"]}) + "\n")
+  known = {manifest["encoding_hash"], *(a["encoding_before"] for a in manifest.get("appends", ()))}
+  if json.loads(file.read_text())["encoding_hash"] not in known:
     raise RunError(
       f"{dataset.path} was prepared again since {workdir} was trained, and its vocabularies or statistics are others: "
       "the run's parameters do not fit them. Train again in another --workdir."

@@ -3,8 +3,8 @@
 The data cannot be shipped; name the folder that holds sequences.txt (a user a line: `user item item …`, oldest first)
 and item_attributes.json (`{"item": [attribute, …]}`) after a colon:
 
-    supermoe prepare --config experiments/amazon_reviews.py:FOLDER
-    supermoe train --config experiments/amazon_reviews.py:FOLDER --workdir runs/beauty
+    supermoe prepare --config experiments/amazon_beauty.py:FOLDER
+    supermoe train --config experiments/amazon_beauty.py:FOLDER --workdir runs/beauty
     supermoe evaluate --workdir runs/beauty
 
 Preparing gives 22,363 users, 198,502 events and 12,101 items of Beauty (Toys: 19,412, 167,597 and 11,924), a test and a
@@ -20,7 +20,7 @@ import ml_collections
 
 def get_config(folder: str = "") -> ml_collections.ConfigDict:
   if not folder:
-    raise ValueError("name the folder of sequences.txt: --config experiments/amazon_reviews.py:FOLDER")
+    raise ValueError("name the folder of sequences.txt: --config experiments/amazon_beauty.py:FOLDER")
   files = pathlib.Path(folder).resolve()
   data = {
     "path": f"runs/{files.name}/dataset",
@@ -37,16 +37,31 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "split": {"mode": "leave_one_out"},
     "aggregates": {"enabled": False},
   }
-  tasks = {"next_item": {"kind": "next_event", "field": "item", "exclude_seen": True}}
+  next_item = {
+    "kind": "next_event",
+    "field": "item",
+    "exclude_seen": True,
+    "softmax": "sampled",
+    "negatives": 1024,
+    "sampling": "uniform",
+  }
   model = {
-    "d_model": 64,
+    "d_model": 128,
     "layers": 2,
     "heads": 2,
     "d_hidden": 256,
     "experts": 8,
     "d_expert": 128,
     "max_events": 50,
-    "dropout": 0.2,
+    "dropout": 0.3,
   }
-  train = {"steps": 2000, "batch_rows": 128, "snapshots_per_row": 2, "learning_rate": 3e-3, "checkpoint_every": 500}
-  return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})
+  train = {
+    "steps": 6000,
+    "batch_rows": 64,
+    "snapshots_per_row": 12,
+    "packing": True,
+    "learning_rate": 1e-3,
+    "checkpoint_every": 1000,
+    "log_every": 50,
+  }
+  return ml_collections.ConfigDict({"data": data, "tasks": {"next_item": next_item}, "model": model, "train": train})

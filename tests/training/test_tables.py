@@ -1,0 +1,190 @@
+"""Steps of a table: on every mesh the rows of plain NumPy over the whole table, at the cost of what was asked for."""
+
+import collections
+import math
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import table_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from table_case import OPTIMIZERS, SIZE, STEPS, WIDTH
+
+from supermoe_jax import config, sharding
+from supermoe_jax.training import row_optimizers, tables
+
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (3, 1, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, sizes: tuple[int, int, int]) -> None:
+  mesh = sharding.make_mesh(config.Mesh(*sizes))
+  made = table_case.batches(0, STEPS, SIZE, rows=24 if 3 in sizes else 8)
+  wanted, counts = table_case.reference(SIZE, OPTIMIZERS[name], made)
+  rows, seen = table_case.run(mesh, SIZE, OPTIMIZERS[name], made)
+  np.testing.assert_allclose(rows, wanted, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(seen[:, 0], counts[:, 0], rtol=1e-5)  # norms of gradients
+  np.testing.assert_array_equal(seen[:, 1], counts[:, 1])  # codes out of range
+  assert not seen[:, 2].any()  # nothing was lost on the way
+
+
+def test_two_processes_train_the_same_rows() -> None:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  script = pathlib.Path(__file__).with_name("two_processes_of_a_table.py")
+  processes = [
+    subprocess.Popen([sys.executable, script, str(port), str(i)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for i in range(2)
+  ]
+  outputs = [p.communicate(timeout=300)[0].decode() for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+  assert all("4 comparisons equal" in out for out in outputs), "\n".join(outputs)
+
+
+CODES = {
+  "any": st.integers(-2, SIZE + 2),
+  "one row": st.just(7),
+  "one owner": st.integers(0, 4).map(lambda k: 8 * k + 2),
+  "absent": st.just(0),
+  "out of range": st.sampled_from([-1, SIZE, SIZE + 1, 2**31 - 1, -(2**31)]),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.sampled_from(sorted(CODES)), st.sampled_from([(1, 1, 1), (2, 2, 2)]))
+def test_any_ids_give_the_rows_of_a_dense_reference(data: st.DataObject, kind: str, sizes: tuple) -> None:
+  flat = data.draw(st.lists(CODES[kind], min_size=48, max_size=48))
+  codes = np.array(flat, np.int64).astype(np.int32).reshape(8, 6)
+  rng = np.random.default_rng(0)
+  made = [(codes, rng.normal(size=(8, 6, WIDTH)).astype(np.float32)) for _ in range(2)]
+  wanted, counts = table_case.reference(SIZE, OPTIMIZERS["adagrad"], made)
+  rows, seen = table_case.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made)
+  np.testing.assert_allclose(rows, wanted, atol=1e-6)
+  np.testing.assert_array_equal(seen[:, 1], counts[:, 1])
+
+
+def test_gradients_that_find_no_cell_are_counted_and_their_rows_stay() -> None:
+  """All devices ask one owner for different rows, and there is room for an even share only."""
+  mesh = sharding.make_mesh(config.Mesh(8))
+  codes = (8 * np.arange(8 * 40) + 8).astype(np.int32).reshape(8, 40)  # stripes of 8: all of them are owned by device 0
+  size = int(codes.max()) + 1
+  made = [(codes, np.ones((8, 40, WIDTH), np.float32))]
+  before, _ = table_case.run(mesh, size, OPTIMIZERS["sgd"], [], stripes=8)
+  rows, seen = table_case.run(mesh, size, OPTIMIZERS["sgd"], made, cells=1.0, stripes=8)
+  moved = np.any(rows != before, axis=1)
+  cells = math.ceil(5 + 6 * math.sqrt(5))
+  assert seen[0, 2] == 8 * (40 - cells)
+  assert moved.sum() == 8 * cells and not np.any(moved & ~np.isin(np.arange(size), codes))
+  wanted, _ = table_case.reference(size, OPTIMIZERS["sgd"], made)
+  np.testing.assert_allclose(rows[moved], wanted[moved], atol=1e-6)
+
+
+def test_a_batch_without_any_id_moves_nothing() -> None:
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(config.Mesh(*sizes))
+    before, _ = table_case.run(mesh, SIZE, OPTIMIZERS["adam"], [])
+    empty = [(np.zeros((8, 6), np.int32), np.ones((8, 6, WIDTH), np.float32))] * 2
+    rows, seen = table_case.run(mesh, SIZE, OPTIMIZERS["adam"], empty)
+    np.testing.assert_array_equal(rows, before)
+    assert not seen.any()
+    none = [(np.zeros((8, 0), np.int32), np.ones((8, 0, WIDTH), np.float32))]
+    np.testing.assert_array_equal(table_case.run(mesh, SIZE, OPTIMIZERS["adam"], none)[0], before)
+
+
+SHAPE = re.compile(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]")
+COLLECTIVE = re.compile(r"=.*?\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def compiled(size: int, n: int) -> tuple[str, int]:
+  """The text of a step's program on 8 devices, for n ids a device, and what it needs beyond its arguments, in bytes."""
+  mesh = sharding.make_mesh(config.Mesh(2, 2, 2))
+  optimizer = OPTIMIZERS["adagrad"]
+  with jax.set_mesh(mesh):
+    rows = table_case.created(size, mesh).rows.get_value()
+    layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
+    slots = jax.tree.map(lambda s: jax.device_put(s, layout), optimizer.slots(rows))
+    where = sharding.batch_sharding(mesh)
+    codes, targets = jax.device_put((np.zeros((8, n), np.int32), np.zeros((8, n, WIDTH), np.float32)), where)
+    step = table_case.stepper(mesh, size, optimizer, 2.0)
+    program = step.lower(rows, slots, codes, targets, 0).compile()
+  return program.as_text(), program.memory_analysis().temp_size_in_bytes
+
+
+def sizes_of(line: str) -> list[int]:
+  return [math.prod(int(d) for d in dims.split(",")) if dims else 1 for dims in SHAPE.findall(line)]
+
+
+def exchanged(text: str) -> collections.Counter[str]:
+  """Numbers that collectives carry, by kind."""
+  found: collections.Counter[str] = collections.Counter()
+  for line in text.splitlines():
+    if kind := COLLECTIVE.search(line):
+      found[kind[1]] += max(sizes_of(line.split("=", 1)[1].split(kind[1])[0]))
+  return found
+
+
+@pytest.mark.slow
+def test_a_step_on_eight_devices_holds_no_table_and_exchanges_only_what_it_asks_for() -> None:
+  size, n = 1 << 17, 32
+  text, temporary = compiled(size, n)
+  whole = size * WIDTH
+  assert max(s for line in text.splitlines() for s in sizes_of(line)) == whole // 8  # a device's own part, in place
+  assert temporary < whole * 4 // 8 / 4
+  found = exchanged(text)
+  assert found["all-to-all"] > n * WIDTH
+  # Sums of counts and norms over the devices; and devices that share rows of the batch share what they fetched.
+  assert found["all-reduce"] <= 16 and not found["reduce-scatter"]
+  assert found["all-gather"] <= 2 * n * WIDTH * 2
+  larger, _ = compiled(8 * size, n)
+  assert exchanged(larger) == found  # whatever the size of the table
+  twice, _ = compiled(size, 4 * n)
+  assert 2 < exchanged(twice)["all-to-all"] / found["all-to-all"] < 4.2  # as the ids, with less room for chance
+
+
+def test_bfloat16_rows_keep_what_they_learn_in_the_mean_by_stochastic_rounding() -> None:
+  row, code, key = jnp.full((4000, 2), 1.001), jnp.arange(4000), jax.random.key(0)
+  out = np.asarray(row_optimizers.rounded(row, jnp.bfloat16, code, key), np.float64)
+  assert set(np.unique(out)) == {1.0, 1.0078125}
+  assert out.mean() == pytest.approx(1.001, abs=1e-4)
+  again = row_optimizers.rounded(row[::-1], jnp.bfloat16, code[::-1], key)
+  np.testing.assert_array_equal(np.asarray(again, np.float64)[::-1], out)  # by the row's code, wherever it lies
+  odd = jnp.array([[jnp.inf, -jnp.inf, jnp.nan, 0.0, -2.5]])
+  np.testing.assert_array_equal(np.asarray(row_optimizers.rounded(odd, jnp.bfloat16, code[:1], key), np.float32), odd)
+
+
+def test_bfloat16_rows_on_eight_devices_are_those_on_one() -> None:
+  made = table_case.batches(0, 5, SIZE)
+  results = [
+    table_case.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made, 8.0, "bfloat16", True)[0]
+    for sizes in ((1, 1, 1), (2, 2, 2))
+  ]
+  # Sums in another order may round once the other way.
+  assert np.mean(results[0] != results[1]) < 0.01
+  np.testing.assert_allclose(*results, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_for_every_row_moves_rows_as_touching_all_of_them_does(name: str) -> None:
+  optimizer = OPTIMIZERS[name]
+  rows = jax.random.normal(jax.random.key(0), (5, 8, 3))
+  gradient = jax.random.normal(jax.random.key(1), rows.shape)
+  slots = optimizer.slots(rows)
+  rule = tables.Rule(optimizer, 0.1, scale=0.5, decay=0.01)
+  index = jnp.arange(40, dtype=jnp.int32)
+  touched = tables.Touched(index, rows.reshape(40, 3), gradient.reshape(40, 3), jnp.zeros(1, jnp.int32))
+  for one, other in zip(
+    jax.tree.leaves(tables.apply(rows, slots, gradient, rule)),
+    jax.tree.leaves(tables.apply(rows, slots, touched, rule)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
