@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import table
+from supermoe_jax.layers import exchange, table
 
 # Rows that are scored at a time.
 CHUNK = 8192
@@ -34,6 +34,17 @@ class Catalogue(NamedTuple):
   rows: jax.Array
   bias: jax.Array
   size: int
+
+  @classmethod
+  def of(cls, vectors: jax.Array, bias: jax.Array | None = None, ways: int = 1) -> Catalogue:
+    """A catalogue of `vectors [items, D]` and, if any, `bias [items]`, for a mesh of `ways` devices."""
+    size = len(vectors) + 2
+    m = exchange.stripes(size, ways)
+    groups = -(-size // m)
+    padding = (2, groups * m - size)
+    rows = jnp.pad(jnp.asarray(vectors), (padding, (0, 0))).reshape(groups, m, -1)
+    scores = jnp.zeros(len(vectors)) if bias is None else jnp.asarray(bias)
+    return cls(rows, jnp.pad(scores, padding).reshape(groups, m), size)
 
 
 class _Part(NamedTuple):

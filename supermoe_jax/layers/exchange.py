@@ -37,7 +37,7 @@ def stripes(rows: int, ways: int) -> int:
 
 
 def restriped(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Lays `[G, M, ...]`, one entry a row, out as `shape`, of other stripes or more rows; entries that come anew are 0."""
+  """Lays `[G, M, ...]`, one entry a row, out as `shape`, of other stripes or more rows; entries that come anew: 0."""
   flat = value.reshape(-1, *value.shape[2:])
   rows = shape[0] * shape[1]
   more = max(rows - len(flat), 0)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from supermoe_jax import config
+from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.batches import Question, QuestionBatch
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.evaluation.ranking import target_ranks
+from supermoe_jax.layers.catalogue import Catalogue
 
 USERS, PER_SNAPSHOT, ITEMS, CLASSES, EXPERTS, ROWS = 60, 3, 9, 3, 4, 16
 TRAIN_RATES = {
@@ -124,7 +125,8 @@ class FakeRun:
     self.expert = rng.integers(0, EXPERTS, (2, n, 2)).astype(np.int32)
     self.task_expert = rng.integers(0, EXPERTS, (2, n, t, 2)).astype(np.int32) if tokens else None
     self.gate = rng.dirichlet(np.ones(EXPERTS), (n, t)).astype(np.float32) if gate else None
-    self.rows, self.bias = jnp.asarray(rng.normal(size=(ITEMS, 4)), jnp.float32), jnp.zeros(ITEMS)
+    self.mesh = sharding.make_mesh(config.Mesh())
+    self.items = Catalogue.of(rng.normal(size=(ITEMS, 4)).astype(np.float32))
 
   def questions(self, dataset, cfg, *, split: int) -> Iterator[QuestionBatch]:
     assert split in (labels_lib.VALIDATION, labels_lib.TEST)
@@ -152,7 +154,7 @@ class FakeRun:
 
   def catalogue(self, task: str):
     assert task == "next_page"
-    return self.rows, self.bias
+    return self.items
 
   def known(self, task: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values, answers and users of a task's known labels."""
@@ -198,7 +200,7 @@ def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
     found = task["metrics"]
     assert task["labels"] == len(value)
     if name == "next_page":
-      rank = target_ranks(answer.astype(np.float32), value - 2, None, run.rows, run.bias, 4)
+      rank = target_ranks(answer.astype(np.float32), value - 2, None, run.items, 4)
       assert found["hr@5"] == pytest.approx(np.mean(rank <= 5))
       assert task["unseen_in_training"] == np.sum(value < 2) > 0
     elif name in ("dwell", "age"):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from small_model import MODEL, SCHEMA, B, D, L, S, noise, random_features
 
+from supermoe_jax.layers.table import TableRows
 from supermoe_jax.models.baselines import PLE, ExpertMlps, GRUEncoder, MMoE
 
 E, T, H = 3, 4, 5
@@ -105,7 +106,7 @@ def test_a_recurrent_encoder_has_no_experts(gru: GRUEncoder) -> None:
   assert encoded.experts.aux.balance_loss.shape == (0,)
   assert encoded.experts.stats.load.shape == (0, MODEL.experts)
   assert encoded.experts.stats.expert.shape == (0, B, S, MODEL.experts_per_token)
-  assert {type(v) for _, v in nnx.to_flat_state(nnx.state(gru))} == {nnx.Param}
+  assert {type(v) for _, v in nnx.to_flat_state(nnx.state(gru))} == {nnx.Param, TableRows}
 
 
 def test_dropout_of_a_recurrent_encoder_follows_the_seed_and_bfloat16_stays_inside() -> None:

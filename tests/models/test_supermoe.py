@@ -144,7 +144,7 @@ def test_every_task_answers_at_its_sites_in_its_own_shape() -> None:
   out = jitted(model)(random_features())
   assert {n: a.shape for n, a in out.answers.items()} == {
     "click": (B, L + 2 * S),
-    "next": (B, L + S, 7),
+    "next": (B, L + S, 16),
     "quiet": (B, S),
     "topics": (B, S, 3),
     "plan": (B, S, 1),  # one class is still a dimension
@@ -154,7 +154,7 @@ def test_every_task_answers_at_its_sites_in_its_own_shape() -> None:
   given = jax.ShapeDtypeStruct((B, 2 * S, 2), np.int32)
   asked = jax.eval_shape(lambda e, g: model.answers("click", e, events=False, given=g), encoded, given)
   assert asked.shape == (B, 2 * S)
-  assert jax.eval_shape(lambda e: model.answers("next", e, events=False), encoded).shape == (B, S, 7)
+  assert jax.eval_shape(lambda e: model.answers("next", e, events=False), encoded).shape == (B, S, 16)
 
 
 def test_a_task_without_labels_has_neither_head_nor_view() -> None:

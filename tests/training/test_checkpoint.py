@@ -105,8 +105,6 @@ def test_another_width_is_an_error(saved: tuple[pathlib.Path, TrainState]) -> No
 
 
 def test_a_larger_table_begins_as_a_smaller_one_whatever_its_stripes() -> None:
-  small, large = (
-    EmbeddingTable(size, D, layout=Layout(ways), rngs=nnx.Rngs(0)) for size, ways in ((37, 1), (5000, 8))
-  )
+  small, large = (EmbeddingTable(size, D, layout=Layout(ways), rngs=nnx.Rngs(0)) for size, ways in ((37, 1), (5000, 8)))
   assert small.rows.shape[1] != large.rows.shape[1]
   np.testing.assert_array_equal(small.natural(), large.natural()[:37])

@@ -1,0 +1,68 @@
+"""Full softmax in parts: the numbers and gradients of a plain one, on every mesh, without ever holding all scores."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supermoe_jax import config, sharding
+from supermoe_jax.layers import catalogue
+from supermoe_jax.layers.catalogue import Catalogue
+
+ITEMS, D, B, SITES = 300, 4, 8, 3
+
+
+def arrays() -> tuple[np.ndarray, ...]:
+  rng = np.random.default_rng(0)
+  state, vectors, bias = (rng.normal(size=s).astype(np.float32) for s in ((B, SITES, D), (ITEMS, D), (ITEMS,)))
+  target = rng.integers(2, ITEMS + 2, (B, SITES)).astype(np.int32)
+  return state, vectors, bias, target, rng.normal(size=(B, SITES)).astype(np.float32)
+
+
+def plain(state, vectors, bias, target, weight):
+  scores = state @ vectors.T + bias
+  own = jnp.take_along_axis(scores, target[..., None] - 2, axis=-1)[..., 0]
+  return jnp.sum(weight * (jax.nn.logsumexp(scores, axis=-1) - own))
+
+
+@pytest.mark.parametrize("chunk", [8, 96, 1000])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_the_softmax_in_parts_is_the_plain_one_on_every_mesh(sizes: tuple[int, int, int], chunk: int) -> None:
+  state, vectors, bias, target, weight = arrays()
+  wanted, by = jax.value_and_grad(plain, argnums=(0, 1, 2))(state, vectors, bias, target, weight)
+
+  def loss(state, rows, bias, target, weight):
+    items = Catalogue(rows, bias, ITEMS + 2)
+    return jnp.sum(weight * catalogue.cross_entropy(state, target, items, chunk))
+
+  made = Catalogue.of(vectors, bias, 8)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
+    found, mine = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(state, made.rows, made.bias, target, weight)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  np.testing.assert_allclose(mine[0], by[0], atol=1e-5)
+  rows, biases = np.asarray(mine[1]).reshape(-1, D), np.asarray(mine[2]).reshape(-1)
+  np.testing.assert_allclose(rows[2 : ITEMS + 2], by[1], atol=1e-5)
+  np.testing.assert_allclose(biases[2 : ITEMS + 2], by[2], atol=1e-5)
+  assert not rows[:2].any() and not rows[ITEMS + 2 :].any()  # no items, and what only fills the stripes
+
+
+def test_scores_beyond_floats_are_summed_all_the_same() -> None:
+  state, vectors, bias, target, weight = arrays()
+  wanted = plain(100 * state, vectors, bias, target, weight)
+  found = catalogue.cross_entropy(jnp.asarray(100 * state), jnp.asarray(target), Catalogue.of(vectors, bias), 16)
+  np.testing.assert_allclose(jnp.sum(weight * found), wanted, rtol=1e-5)
+
+
+def test_the_program_never_holds_the_scores_of_all_items() -> None:
+  items, chunk = 1 << 16, 256
+  state, target = jnp.zeros((64, SITES, D)), jnp.full((64, SITES), 2)
+
+  def loss(state, rows, bias):
+    return jnp.sum(catalogue.cross_entropy(state, target, Catalogue(rows, bias, items), chunk))
+
+  made = Catalogue.of(jnp.zeros((items - 2, D)))
+  text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(state, made.rows, made.bias).compile().as_text()
+  sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+  assert max(sizes) <= max(items * D, 64 * SITES * chunk)
