@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, Config, Data, Field, Split, nearest, parse_time
+from collections.abc import Mapping
+
+from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, nearest, parse_time
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
 from supermoe_jax.config.task_checks import require as _require
 
@@ -33,7 +35,7 @@ def _check_data(data: Data) -> None:
         f"config.data.fields.{name}.sources: no source named {wanted!r}{nearest(wanted, data.sources)}",
       )
     _require(field.size > 0, f"config.data.fields.{name}.size={field.size} must be positive.")
-    _check_field(f"config.data.fields.{name}", field)
+    _check_field(f"config.data.fields.{name}", field, data.fields)
     _require(
       field.table == "events" or data.users is not None,
       f"config.data.fields.{name}.table='users' needs config.data.users: name the file of the table of users.",
@@ -68,7 +70,7 @@ def _check_data(data: Data) -> None:
   _check_split(data.split)
 
 
-def _check_field(path: str, field: Field) -> None:
+def _check_field(path: str, field: Field, fields: Mapping[str, Field]) -> None:
   _require(field.buckets >= 0, f"{path}.buckets={field.buckets} must not be negative.")
   _require(
     not field.buckets or field.kind != "hash",
@@ -78,11 +80,48 @@ def _check_field(path: str, field: Field) -> None:
     not field.buckets or field.kind != "numeric",
     f"{path}.buckets={field.buckets} has no meaning for numbers; remove it.",
   )
+  _require(
+    field.kind == "hash" or (field.part, field.parts, field.half) == (0, 1, "lower"),
+    f"{path}: part, parts and half have no meaning with kind={field.kind!r}; remove them.",
+  )
+  _require(
+    0 <= field.part < field.parts, f"{path}.part={field.part} must be at least 0 and less than parts={field.parts}."
+  )
+  _require(
+    0 < field.size + field.buckets <= MOST_ROWS,
+    f"{path}.size={field.size} (and buckets={field.buckets}) must lie in [1, {MOST_ROWS}], which a table can have; "
+    "spread a larger hash over several fields with supermoe_jax.config.hash_fields.",
+  )
+  if field.shares:
+    _check_shared(path, field, fields)
   _require(field.many >= 0, f"{path}.many={field.many} must not be negative.")
   _require(
     not field.many or field.kind != "numeric", f"{path}.many={field.many} has no meaning for numbers; remove it."
   )
   _require(bool(field.separator), f"{path}.separator is empty: name what stands between the values of a text.")
+
+
+def _check_shared(path: str, field: Field, fields: Mapping[str, Field]) -> None:
+  vocabularies = [n for n, f in fields.items() if f.kind == "vocabulary"]
+  _require(
+    field.kind == "vocabulary",
+    f"{path}.shares={field.shares!r} has no meaning with kind={field.kind!r}; only vocabularies are shared.",
+  )
+  _require(
+    field.shares in vocabularies,
+    f"{path}.shares={field.shares!r} is not a vocabulary field{nearest(field.shares, vocabularies)}",
+  )
+  _require(
+    not fields[field.shares].shares,
+    f"{path}.shares={field.shares!r} must have a vocabulary of its own, but it shares that of "
+    f"{fields[field.shares].shares!r}; name that one.",
+  )
+  plain = Field()
+  for key in ("size", "min_count", "buckets"):
+    value = getattr(field, key)
+    _require(
+      value == getattr(plain, key), f"{path}.{key}={value} has no meaning with shares={field.shares!r}; remove it."
+    )
 
 
 def _check_split(split: Split) -> None:

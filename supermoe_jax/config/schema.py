@@ -63,6 +63,12 @@ class Field:
   such values. These codes are learned from the values of training that the vocabulary leaves out, so `min_count` or
   `size` has to leave some. Such a field is an input only: nothing can be asked about it, and it is not counted.
 
+  With `shares` a field has no vocabulary of its own but that of another, code for code, and both have one table: the
+  item that was bought and the item that was shown, say.
+
+  A hash of more buckets than one table can have rows, or of two hashes, is several fields of one column, whose
+  embeddings add up; `config.hash_fields` writes them.
+
   With `table="users"` the column is one of the table of users, and every event of a user carries the user's value; it
   is absent where the user has no row, or no value in it. Such a column has no time, and the model sees it from the
   first event on: it must hold what was known from the start, such as the country of signing up. What was found out
@@ -76,11 +82,48 @@ class Field:
   size: int = 100_000  # vocabulary: most values kept, by count in the training period; hash: buckets
   min_count: int = 1  # vocabulary: rarer values become out-of-vocabulary
   buckets: int = 0  # vocabulary: codes that the values out of it are hashed into; 0: they share one
+  part: int = 0  # hash: this field has the buckets of one of `parts` equal parts; a value of another is absent in it
+  parts: int = 1
+  half: Literal["lower", "upper"] = "lower"  # hash: the 64 bits of the value's MD5 that choose
+  shares: str = ""  # vocabulary: the field whose vocabulary, fitted on its own values, and table this one has too
   # Of numeric: log1p is sign(x)·log(1+|x|), then standardised; quantile is the standard-normal quantile of the rank.
   encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only, the model never sees it
   many: int = 0  # vocabulary, hash: the column holds lists, of which the first `many` values are kept; 0: single values
   separator: str = "|"  # of the values of such a list where the column is text
+
+
+# Rows that one table can have: codes are int32, and three are no buckets.
+MOST_ROWS = 2**31 - 4
+
+
+def hash_fields(name: str, size: int, *, hashes: int = 1, **settings: Any) -> dict[str, dict[str, Any]]:
+  """The fields of a config that hash one column into `size` buckets, for use in `get_config`.
+
+  More buckets than int32 can number are spread over several fields, each with a table of its own: a value has a code in
+  one of them and is absent in the others. With two hashes every value has two rows, which add up: values that share the
+  one almost never share the other, so that far fewer rows tell them apart.
+
+  Args:
+    name: of the first field; the others add to it.
+    size: buckets of each hash; rounded up so that the parts are equally large.
+    hashes: 1, or 2.
+    settings: of `Field`, such as `column`, which is `name` by default.
+
+  Raises:
+    ConfigError: `size` or `hashes` cannot be.
+
+  Source: compositional embeddings, arXiv 1909.02107; two hashes, arXiv 1709.03933.
+  """
+  if size < 1 or hashes not in (1, 2):
+    raise ConfigError(f"hash_fields({name!r}, size={size}, hashes={hashes}): size at least 1, hashes 1 or 2.")
+  parts = -(-size // MOST_ROWS)
+  common = {"column": name, **settings, "kind": "hash", "size": -(-size // parts), "parts": parts}
+  out = {}
+  for half, suffix in (("lower", ""), ("upper", "_again"))[:hashes]:
+    for part in range(parts):
+      out[f"{name}{suffix}" + (f"_{part}" if part else "")] = {**common, "part": part, "half": half}
+  return out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from supermoe_jax.data.facts import FieldFacts
 from supermoe_jax.data.log import Log
 from supermoe_jax.data.numeric import MAX_KNOTS, NumberEncoder, Numeric, Quantile
 from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.vocabulary import Categorical, Encoders, Hashing, LabelEncoder, Vocabulary, bucket_sql
+from supermoe_jax.data.vocabulary import Categorical, Encoders, Hashing, LabelEncoder, Vocabulary
 
 
 def fit(log: Log, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:
@@ -29,9 +29,11 @@ def fit(log: Log, data: config.Data, labels: Mapping[str, LabelEncoder] | None =
       quantile = field.encoding == "quantile"
       numeric[name] = _fit_quantile(log, name) if quantile else Numeric.of(facts.mean, facts.deviation)
     elif field.kind == "hash":
-      categorical[name] = Hashing(field.size)
+      categorical[name] = Hashing(field.size, field.part, field.parts, field.half)
     else:
-      categorical[name] = _fit_vocabulary(log, name, field)
+      categorical[name] = _fit_vocabulary(log, field.shares or name, data.fields[field.shares or name])
+  for name in categorical:
+    categorical[name] = categorical[data.fields[name].shares or name]
   return Encoders(categorical, numeric, labels or {})
 
 
@@ -116,10 +118,10 @@ def _hashed(log: Log, encoder: Categorical, values: str) -> dict[str, Any]:
   of them that share a code."""
   known = encoder.table()
   join, tables = ("", {}) if known is None else ("ANTI JOIN known USING (value)", {"known": known})
-  bucket = bucket_sql("value", encoder.buckets)
   ((distinct, colliding),) = log.query(
     "SELECT coalesce(sum(n), 0)::BIGINT, coalesce(sum(n) FILTER (n > 1), 0)::BIGINT FROM ("
-    f"SELECT {bucket} AS bucket, count(*) AS n FROM {values} {join} WHERE training GROUP BY bucket)",
+    f"SELECT {encoder.bucket_sql('value')} AS bucket, count(*) AS n FROM {values} {join} WHERE training "
+    "GROUP BY bucket HAVING bucket IS NOT NULL)",
     **tables,
   )
   return {"values": distinct, "colliding": colliding / distinct if distinct else None}

@@ -199,7 +199,8 @@ def extend(before: Encoders, grown: Encoders, counts: CodeCounts, data: config.D
 
   The rule is that of fitting: at least `min_count` times in training, most frequent first, ties by value, `size` values
   in all. Codes that there were never change, nor what aggregates count: a field of which they count every value, for it
-  has fewer than `aggregates.top_values`, gets no more.
+  has fewer than `aggregates.top_values`, gets no more. Nor does a vocabulary that fields share: each has seen other
+  values.
 
   Args:
     before: the encoders that there were.
@@ -220,7 +221,8 @@ def extend(before: Encoders, grown: Encoders, counts: CodeCounts, data: config.D
       seen = [i for i in range(known, len(wide.values)) if training[i]]
       frequent = sorted((-training[i], wide.values[i], i) for i in seen if training[i] >= data.fields[name].min_count)
       counted = name in data.aggregates.fields and known < data.aggregates.top_values
-      room = 0 if keep or counted else max(data.fields[name].size - known, 0)
+      shared = any(name in (n, f.shares) for n, f in data.fields.items() if f.shares)
+      room = 0 if keep or counted or shared else max(data.fields[name].size - known, 0)
       chosen = [i for *_, i in frequent[:room]]
       final[name] = np.concatenate([np.arange(known + FIRST_VALUE), np.full(len(wide.values) - known, UNKNOWN)])
       final[name][np.array(chosen, np.int64) + FIRST_VALUE] = np.arange(len(chosen)) + known + FIRST_VALUE

@@ -32,6 +32,7 @@ class Schema:
     inputs: the categorical fields that the model may see.
     numeric_inputs: the columns, among the numeric fields, of those that the model may see.
     further: the field of each further column of the codes, which follow those of `categorical`.
+    shares: the field whose table a field has, where it is another's.
   """
 
   sources: tuple[str, ...]
@@ -42,6 +43,7 @@ class Schema:
   inputs: tuple[str, ...]
   numeric_inputs: tuple[int, ...]
   further: tuple[str, ...] = ()
+  shares: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def field(self, name: str) -> int:
     """The column of a categorical field in the codes."""
@@ -60,6 +62,7 @@ def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:
     tuple(n for n in encoders.categorical if fields[n].input),
     tuple(i for i, n in enumerate(encoders.numeric) if fields[n].input),
     cfg.data.further_values,
+    {n: f.shares for n, f in fields.items() if f.shares},
   )
 
 

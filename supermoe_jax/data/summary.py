@@ -31,6 +31,10 @@ def render(manifest: Mapping[str, Any]) -> str:
     if field["oov_after"]:
       where = "of users outside training were unseen" if by_user else "after the training period were unseen"
       lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where} in it")
+    if field.get("colliding"):
+      lines.append(
+        f"field {name}: {field['colliding']:.2%} of the {field['values']:,} hashed values share their code with others"
+      )
     if cut := field.get("values_cut"):
       many = manifest["config"]["data"]["fields"][name]["many"]
       lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")

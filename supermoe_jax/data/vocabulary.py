@@ -22,15 +22,15 @@ from supermoe_jax.data.readers import DataError
 ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
 
 
-def _bucket(value: str, buckets: int) -> int:
-  """The bucket of a value, from 0, by the lower half of MD5 as DuckDB has it: the same on every machine, in every
-  version."""
-  return int.from_bytes(hashlib.md5(value.encode()).digest()[8:], "little") % buckets
+def _bucket(value: str, buckets: int, half: str = "lower") -> int:
+  """The bucket of a value, from 0, by 64 bits of MD5 as DuckDB has them: the same on every machine and version."""
+  digest = hashlib.md5(value.encode()).digest()
+  return int.from_bytes(digest[8:] if half == "lower" else digest[:8], "little") % buckets
 
 
-def bucket_sql(column: str, buckets: int) -> str:
+def bucket_sql(column: str, buckets: int, half: str = "lower") -> str:
   """The SQL of the bucket, from 0, that the value of a column is hashed into."""
-  return f"md5_number_lower({column}) % {buckets}"
+  return f"md5_number_{half}({column}) % {buckets}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,12 +81,26 @@ class Vocabulary:
     unknown = f"{self._first_bucket} + {bucket_sql(column, self.buckets)}" if self.buckets else f"{UNKNOWN}"
     return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE coalesce({table}.code, {unknown}) END"
 
+  def bucket_sql(self, column: str) -> str:
+    """The SQL of the bucket, from 0, of a column's value that is out of vocabulary."""
+    return bucket_sql(column, self.buckets)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hashing:
-  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code."""
+  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code.
+
+  Attributes:
+    buckets: of this part.
+    part: which of the `parts` it is; a value of another part is absent here, and has a code there.
+    parts: the parts that all buckets are divided into, equally large.
+    half: which 64 bits of the value's MD5 choose; those of one half say nothing of the other.
+  """
 
   buckets: int
+  part: int = 0
+  parts: int = 1
+  half: str = "lower"
 
   @property
   def n_codes(self) -> int:
@@ -95,15 +109,25 @@ class Hashing:
 
   def code(self, value: str | None) -> int:
     """The code of a value; None is absent."""
-    return ABSENT if value is None else FIRST_VALUE + _bucket(value, self.buckets)
+    if value is None:
+      return ABSENT
+    part, bucket = divmod(_bucket(value, self.buckets * self.parts, self.half), self.buckets)
+    return FIRST_VALUE + bucket if part == self.part else ABSENT
 
   def table(self) -> None:
     """A hash needs no table."""
 
+  def bucket_sql(self, column: str) -> str:
+    """The SQL of the bucket of a column's value, from 0; NULL where it is one of another part."""
+    bucket = bucket_sql(column, self.buckets * self.parts, self.half)
+    if self.parts == 1:
+      return bucket
+    return f"CASE WHEN ({bucket}) // {self.buckets} = {self.part} THEN ({bucket}) % {self.buckets} END"
+
   def code_sql(self, column: str, table: str) -> str:
     """The SQL of a column's code."""
     del table
-    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE {FIRST_VALUE} + {bucket_sql(column, self.buckets)} END"
+    return f"coalesce({FIRST_VALUE} + {self.bucket_sql(column)}, {ABSENT})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +165,10 @@ class Encoders:
     }
     for name, encoder in self.categorical.items():
       if isinstance(encoder, Hashing):
-        saved["categorical"][name] = {"kind": "hash", "buckets": encoder.buckets}
+        # What is as it always was is not named: datasets keep their encoding hash.
+        plain = dataclasses.asdict(Hashing(encoder.buckets))
+        own = {k: v for k, v in dataclasses.asdict(encoder).items() if k == "buckets" or v != plain[k]}
+        saved["categorical"][name] = {"kind": "hash", **own}
         continue
       file = f"{urllib.parse.quote(name, safe='')}.parquet"
       pq.write_table(pa.table({"value": pa.array(encoder.values, pa.string()), "count": encoder.counts}), path / file)
@@ -164,7 +191,7 @@ class Encoders:
     categorical: dict[str, Categorical] = {}
     for name, spec in saved["categorical"].items():
       if spec["kind"] == "hash":
-        categorical[name] = Hashing(spec["buckets"])
+        categorical[name] = Hashing(**{k: v for k, v in spec.items() if k != "kind"})
       else:
         table = pq.read_table(path / spec["file"])
         values, counts = table["value"].to_pylist(), table["count"].to_numpy()

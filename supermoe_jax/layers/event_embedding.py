@@ -39,6 +39,7 @@ class EventEmbedding(nnx.Module):
     calendar: int,
     *,
     further: Sequence[str] = (),
+    shares: Mapping[str, str] | None = None,
     layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
@@ -52,6 +53,7 @@ class EventEmbedding(nnx.Module):
       numeric_inputs: the columns of the numeric fields that the model may see.
       calendar: how many numbers describe an event's place in the calendar.
       further: the field of each further column of the codes, whose values share the field's table.
+      shares: the field whose table a field has, where it is another's; both have its codes.
       layout: of the fields' tables.
       rngs: of the initial parameters.
 
@@ -63,10 +65,12 @@ class EventEmbedding(nnx.Module):
         raise ValueError(f"input {name!r} is not a categorical field; there are {', '.join(categorical) or 'none'}")
     source = jax.random.normal(rngs.params(), (sources + 1, d_model)) * d_model**-0.5
     self.source = sharding.param(source.at[0].set(0.0), None, "embed")
-    columns = (*categorical, *further)
-    self.columns = {n: tuple(i for i, c in enumerate(columns) if c == n) for n in categorical if n in inputs}
-    self.fields = nnx.Dict(
-      {n: EmbeddingTable(categorical[n], d_model, name=n, layout=layout, rngs=rngs) for n in self.columns}
+    self.owner = {n: (shares or {}).get(n, n) for n in categorical if n in inputs}
+    columns = [self.owner.get(n) for n in (*categorical, *further)]
+    tables = [n for n in categorical if n in self.owner.values()]
+    self.columns = {n: tuple(i for i, c in enumerate(columns) if c == n) for n in tables}
+    self.tables = nnx.Dict(
+      {n: EmbeddingTable(categorical[n], d_model, name=n, layout=layout, rngs=rngs) for n in tables}
     )
     self.numeric_columns = tuple(numeric_inputs)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), rngs=rngs)
@@ -88,7 +92,7 @@ class EventEmbedding(nnx.Module):
     x = jax.nn.one_hot(source, len(kinds)) @ kinds  # few rows: a product is quicker than a gather and its transpose
     x = x + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
     for name, asked in self.asked(codes).items():
-      x = x + jnp.sum(self.fields[name](asked), axis=-2)
+      x = x + jnp.sum(self.tables[name](asked), axis=-2)
     if self.numeric is not None:
       numeric = numeric[..., np.array(self.numeric_columns)]
       present = jnp.isfinite(numeric)
@@ -101,6 +105,16 @@ class EventEmbedding(nnx.Module):
     """What events with `codes [B, L, F]` ask of each field's table: `[B, L, k]`, for k columns of the field."""
     return {n: codes[..., np.array(columns)] for n, columns in self.columns.items()}
 
+  def table(self, field: str) -> EmbeddingTable:
+    """The table of a field, its own or one that it shares.
+
+    Raises:
+      ValueError: the field is no input, so it has none.
+    """
+    if field not in self.owner:
+      raise ValueError(f"field {field!r} is no input, so it has no embeddings; inputs: {', '.join(self.owner)}")
+    return self.tables[self.owner[field]]
+
   def values(self, names: Sequence[str], codes: jax.Array) -> jax.Array:
     """The sum of the embeddings of `codes [..., G]` of the G fields `names`: `[..., D]`; 0 where G is 0.
 
@@ -111,9 +125,7 @@ class EventEmbedding(nnx.Module):
       raise ValueError(f"codes of shape {codes.shape} for the {len(names)} fields {tuple(names)}")
     total = jnp.zeros((*codes.shape[:-1], self.source.shape[-1]))
     for i, name in enumerate(names):
-      if name not in self.columns:
-        raise ValueError(f"field {name!r} is no input, so it has no embeddings; inputs: {', '.join(self.columns)}")
-      total = total + self.fields[name](codes[..., i])
+      total = total + self.table(name)(codes[..., i])
     return total
 
 

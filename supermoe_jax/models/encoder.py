@@ -64,7 +64,9 @@ def embeddings(
   """Creates what every encoder reads a row with."""
   d = model.d_model
   fields = schema.categorical, schema.inputs, schema.numeric_inputs
-  events = EventEmbedding(d, len(schema.sources), *fields, CALENDAR, further=schema.further, layout=layout, rngs=rngs)
+  events = EventEmbedding(
+    d, len(schema.sources), *fields, CALENDAR, further=schema.further, shares=schema.shares, layout=layout, rngs=rngs
+  )
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
 
 

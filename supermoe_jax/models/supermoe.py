@@ -14,8 +14,9 @@ from flax import nnx
 from supermoe_jax import config
 from supermoe_jax.data.batches import Batch, Features, Targets
 from supermoe_jax.data.schema import Schema
+from supermoe_jax.layers.event_embedding import EventEmbedding
 from supermoe_jax.layers.heads import EventLabelHead, LinearHead, NextValueHead
-from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
+from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
 
@@ -32,7 +33,7 @@ class SuperMoE(nnx.Module):
     tasks: the active tasks by name, those without labels included.
     view_names: the T tasks with labels, in the order of `Encoded.views`.
     heads: by the names of `view_names`.
-    scored_whole: the fields of which a full softmax scores every value, so that every row has a gradient.
+    scored_whole: the tables of which a full softmax scores every row, so that every row has a gradient.
   """
 
   def __init__(
@@ -58,12 +59,12 @@ class SuperMoE(nnx.Module):
     else:
       self.encoder = Encoder(model, schema, self.view_names, balance_bias=balance_bias, layout=layout, rngs=rngs)
     key = rngs.params()
-    fields = self.encoder.event_embedding.fields
+    events = self.encoder.event_embedding
     self.heads = nnx.Dict(
-      {n: _head(tasks[n], n, d, schema, fields, nnx.Rngs(task_key(key, n))) for n in self.view_names}
+      {n: _head(tasks[n], n, d, schema, events, nnx.Rngs(task_key(key, n))) for n in self.view_names}
     )
     asked = [t for t in tasks.values() if isinstance(t, config.NextEvent)]
-    self.scored_whole = frozenset(t.field for t in asked if t.softmax == "full")
+    self.scored_whole = frozenset(events.owner[t.field] for t in asked if t.softmax == "full")
     self.sharing = _sharing(model, len(self.view_names), rngs)
 
   def asked(self, batch: Batch, negatives: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -78,13 +79,14 @@ class SuperMoE(nnx.Module):
     for name, task in self.tasks.items():
       if isinstance(task, config.EventLabel):
         given = batch.targets[name].given
-        parts.append({field: given[..., i] for i, field in enumerate(task.given)})
+        parts += [{events.owner[field]: given[..., i]} for i, field in enumerate(task.given)]
       elif name in negatives:
         assert isinstance(task, config.NextEvent)
-        parts += [{task.field: safe_value(batch.targets[name])}, {task.field: negatives[name]}]
+        field = events.owner[task.field]
+        parts += [{field: safe_value(batch.targets[name])}, {field: negatives[name]}]
     return {
       field: jnp.concatenate([p[field].reshape(rows, -1) for p in parts if field in p], axis=1)
-      for field in events.fields
+      for field in events.tables
     }
 
   def encode(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
@@ -158,11 +160,11 @@ def _head(
   name: str,
   d_model: int,
   schema: Schema,
-  fields: Mapping[str, EmbeddingTable],
+  events: EventEmbedding,
   rngs: nnx.Rngs,
 ) -> NextValueHead | EventLabelHead | LinearHead:
   if isinstance(task, config.NextEvent):
-    return NextValueHead(d_model, fields[task.field], bias=task.softmax == "full", rngs=rngs)
+    return NextValueHead(d_model, events.table(task.field), bias=task.softmax == "full", rngs=rngs)
   if isinstance(task, config.EventLabel):
     return EventLabelHead(d_model, rngs=rngs)
   many = config.answer(task) in ("multilabel", "multiclass")

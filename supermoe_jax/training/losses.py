@@ -27,8 +27,8 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Batch, Slices, Targets
 from supermoe_jax.layers import catalogue
+from supermoe_jax.layers.event_embedding import EventEmbedding
 from supermoe_jax.layers.heads import NextValueHead
-from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.models.supermoe import Encoded, SuperMoE, safe_value
 from supermoe_jax.training import weighting
 from supermoe_jax.training.statistics import TaskStatistics
@@ -116,7 +116,7 @@ def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax
 
 
 def negatives(
-  tasks: Mapping[str, config.Task], fields: Mapping[str, EmbeddingTable], rows: int, key: jax.Array
+  tasks: Mapping[str, config.Task], events: EventEmbedding, rows: int, key: jax.Array
 ) -> dict[str, jax.Array]:
   """The codes that each sampled softmax of a batch of `rows` rows is computed with, int32 `[rows, k]` by task.
 
@@ -126,7 +126,7 @@ def negatives(
   out = {}
   for name, task in tasks.items():
     if isinstance(task, config.NextEvent) and task.softmax == "sampled":
-      items = fields[task.field].size - 2
+      items = events.table(task.field).size - 2
       each = -(-task.negatives // rows)
       drawn = draw(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))
       out[name] = sharding.constrain(drawn + 2, "batch", None)
@@ -210,7 +210,7 @@ def _next_value_loss(
   drawn: Mapping[str, jax.Array],
 ) -> jax.Array:
   """The softmax loss `[B, sites]` of codes `value [B, sites]`, full or sampled."""
-  table, head = model.encoder.event_embedding.fields[task.field], model.heads[name]
+  table, head = model.encoder.event_embedding.table(task.field), model.heads[name]
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
     return catalogue.cross_entropy(state, value, head.catalogue(table))
@@ -258,7 +258,7 @@ def combine(
 
 def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
   """The values that the sampled softmaxes of a batch draw with the key of a step; see `negatives`."""
-  return negatives(model.tasks, model.encoder.event_embedding.fields, len(batch.features.length), key)
+  return negatives(model.tasks, model.encoder.event_embedding, len(batch.features.length), key)
 
 
 def seen(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> weighting.Seen:

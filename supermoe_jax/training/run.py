@@ -92,7 +92,7 @@ class Run:
     """What a next-event task ranks."""
     model = nnx.merge(self.graph, self.variables, copy=True)
     with jax.set_mesh(self.mesh):
-      return model.heads[task].catalogue(model.encoder.event_embedding.fields[model.tasks[task].field])
+      return model.heads[task].catalogue(model.encoder.event_embedding.table(model.tasks[task].field))
 
 
 @dataclasses.dataclass(frozen=True)

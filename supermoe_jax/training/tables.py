@@ -107,7 +107,7 @@ class Plan(NamedTuple):
 def plan(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) -> Plan:
   """What the loss of `batch` with the key of a step will ask of the tables of a `SuperMoE`."""
   whole = nnx.merge(graph, model, copy=True)
-  fields = whole.encoder.event_embedding.fields
+  fields = whole.encoder.event_embedding.tables
   drawn = losses.draws(whole, batch, key)
   asked = whole.asked(batch, drawn)
   found = {n: table.distinct(c, fields[n].size) for n, c in asked.items() if n not in whole.scored_whole}

@@ -7,9 +7,20 @@ import pytest
 from event_rows import histories
 
 from supermoe_jax import config
+from supermoe_jax.config import schema
 from supermoe_jax.data import fitting
 from supermoe_jax.data.events import DataError
-from supermoe_jax.data.vocabulary import ABSENT, UNKNOWN, Classes, Encoders, Hashing, Numeric, Vocabulary
+from supermoe_jax.data.vocabulary import (
+  ABSENT,
+  FIRST_VALUE,
+  UNKNOWN,
+  Classes,
+  Encoders,
+  Hashing,
+  Numeric,
+  Vocabulary,
+  _bucket,
+)
 
 TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000
 
@@ -211,3 +222,72 @@ def test_loading_from_an_empty_directory_is_an_error(tmp_path):
 def test_a_vocabulary_codes_values_in_python_as_in_the_database():
   encoder = Vocabulary(["x", "y"], np.array([3, 1]))
   assert [encoder.code(v) for v in ("x", "y", "z", None)] == [2, 3, UNKNOWN, ABSENT]
+
+
+def test_hashes_of_more_buckets_than_a_table_has_rows_are_several_fields(fitted, monkeypatch):
+  monkeypatch.setattr(schema, "MOST_ROWS", 6)
+  values = [f"v{i}" for i in range(40)]
+  fields = config.hash_fields("item", 15, hashes=2)
+  assert list(fields) == ["item", "item_1", "item_2", "item_again", "item_again_1", "item_again_2"]
+  encoders, history, report = fitted(rows(values), fields={**fields, "word": {"column": "item"}})
+  assert [encoders.categorical[n].n_codes for n in fields] == [7] * 6
+  lower, upper = history.codes[:, :3], history.codes[:, 3:6]
+  for codes, half in ((lower, "lower"), (upper, "upper")):
+    assert ((codes > 0).sum(axis=1) == 1).all()  # a row in one of the tables
+    bucket = [_bucket(v, 15, half) for v in values]
+    assert [int(c.argmax()) for c in codes] == [b // 5 for b in bucket]
+    assert [int(c.max()) for c in codes] == [FIRST_VALUE + b % 5 for b in bucket]
+  assert len({tuple(c) for c in history.codes[:, :6]}) > len({tuple(c) for c in lower})  # two hashes tell more apart
+  counted = sum(report[n]["values"] for n in ("item", "item_1", "item_2"))
+  assert counted == 40 and report["item"]["colliding"] > 0
+  for column, encoder in enumerate(encoders.categorical.values()):
+    assert [encoder.code(v) for v in values] == history.codes[:, column].tolist()
+  assert encoders.categorical["item"].code(None) == ABSENT
+
+
+def test_parts_of_a_hash_are_saved(tmp_path):
+  kept = {"a": Hashing(5, 1, 3, "upper"), "b": Hashing(7)}
+  Encoders(kept, {}).save(tmp_path)
+  assert Encoders.load(tmp_path).categorical == kept
+  assert '"b": {\n   "kind": "hash",\n   "buckets": 7\n  }' in (tmp_path / "encoders.json").read_text()
+
+
+def test_a_trillion_buckets_are_tables_of_int32():
+  fields = config.hash_fields("item", 10**12, column="item_id", sources=("visits",))
+  assert len(fields) == 466 and all(f["size"] <= 2**31 - 4 and f["column"] == "item_id" for f in fields.values())
+  assert sum(f["size"] for f in fields.values()) >= 10**12
+  for wrong in ({"size": 0}, {"size": 5, "hashes": 3}):
+    with pytest.raises(config.ConfigError, match="size at least 1, hashes 1 or 2"):
+      config.hash_fields("item", **wrong)
+
+
+def test_the_frequent_users_can_have_rows_of_their_own(fitted):
+  """A field over the column of the users: rare ones are out of vocabulary, unless they are hashed."""
+  encoders, history, _ = fitted(
+    rows(["a", "b", "c"]), fields={"item": {}, "member": {"column": "user", "min_count": 3}}
+  )
+  assert encoders.categorical["member"].values == ["a"]
+  assert history.codes[:, 1].tolist() == [FIRST_VALUE] * 3
+
+
+def test_fields_that_share_a_vocabulary_have_the_same_codes(fitted):
+  columns = rows(["a", "b", "b"], seen=["b", "c", None])
+  encoders, history, report = fitted(columns, fields={"seen": {"shares": "item"}, "item": {}})
+  assert encoders.categorical["seen"] is encoders.categorical["item"]
+  assert encoders.categorical["item"].values == ["b", "a"]
+  assert history.codes.tolist() == [[2, 3], [UNKNOWN, 2], [ABSENT, 2]]
+  assert report["seen"]["oov_training"] == 0.5 and report["item"]["oov_training"] == 0.0
+
+
+@pytest.mark.parametrize(
+  "seen, message",
+  [
+    ({"shares": "thing"}, "shares='thing' is not a vocabulary field; did you mean 'things'"),
+    ({"shares": "seen"}, "shares='seen' must have a vocabulary of its own"),
+    ({"shares": "things", "min_count": 3}, "min_count=3 has no meaning with shares='things'"),
+    ({"kind": "hash", "shares": "things"}, "shares='things' has no meaning with kind='hash'"),
+  ],
+)
+def test_what_cannot_be_shared_is_an_error(make_data, seen, message):
+  with pytest.raises(config.ConfigError, match=message):
+    make_data("e.parquet", fields={"seen": seen, "things": {}})

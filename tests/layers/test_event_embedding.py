@@ -26,7 +26,7 @@ def arguments() -> tuple[jax.Array, ...]:
 
 def test_fields_that_are_no_inputs_have_no_table_and_are_not_read() -> None:
   embedding = make(("item", "device"), (1,))
-  assert sorted(embedding.fields) == ["device", "item"]
+  assert sorted(embedding.tables) == ["device", "item"]
   codes, source, numeric, *rest = arguments()
   one = embedding(codes, source, numeric, *rest)
   two = embedding(codes.at[..., 1].set(2), source, numeric.at[..., 0].set(jnp.inf), *rest)
@@ -41,7 +41,7 @@ def test_every_input_is_read_from_its_own_column(column: int) -> None:
   name = ("item", "label", "device")[column]
   changed = codes.at[..., column].set(2 + (codes[..., column] + 1) % 2)
   difference = embedding(changed, *rest) - embedding(codes, *rest)
-  wanted = embedding.fields[name](changed[..., column]) - embedding.fields[name](codes[..., column])
+  wanted = embedding.tables[name](changed[..., column]) - embedding.tables[name](codes[..., column])
   np.testing.assert_allclose(difference, wanted, atol=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_a_number_that_is_an_input_is_read() -> None:
 def test_values_are_the_sum_of_their_rows() -> None:
   embedding = make(("item", "device"), ())
   codes = jnp.array([[3, 2], [0, 2], [4, 0]])
-  rows = embedding.fields["item"].natural(), embedding.fields["device"].natural()
+  rows = embedding.tables["item"].natural(), embedding.tables["device"].natural()
   wanted = np.stack([rows[0][3] + rows[1][2], rows[1][2], rows[0][4]])  # absent adds nothing
   np.testing.assert_allclose(embedding.values(("item", "device"), codes), wanted, atol=1e-6)
   np.testing.assert_array_equal(embedding.values((), codes[:, :0]), np.zeros((3, D)))
@@ -80,5 +80,17 @@ def test_further_values_of_a_field_add_their_rows_of_its_table() -> None:
   codes, *rest = arguments()
   further = jnp.stack([(codes[..., 0] + 3) % 9, codes[..., 1]], axis=-1).at[1, 2, 0].set(0)  # absent
   difference = many(jnp.concatenate([codes, further], axis=-1), *rest) - one(codes, *rest)
-  wanted = jnp.where((further[..., 0] > 0)[..., None], one.fields["item"].natural()[further[..., 0]], 0.0)
+  wanted = jnp.where((further[..., 0] > 0)[..., None], one.tables["item"].natural()[further[..., 0]], 0.0)
   np.testing.assert_allclose(difference, wanted, atol=1e-5)  # `label` is no input
+
+
+def test_fields_that_share_a_table_add_rows_of_the_same_table() -> None:
+  fields = {"item": 9, "seen": 9, "device": 4}
+  events = EventEmbedding(D, 2, fields, ("item", "seen"), (1,), CALENDAR, shares={"seen": "item"}, rngs=nnx.Rngs(0))
+  assert sorted(events.tables) == ["item"] and events.table("seen") is events.table("item")
+  codes, *rest = arguments()
+  codes = codes.at[..., 1].set((codes[..., 0] + 2) % 9)
+  one = codes.at[..., 1].set(0)
+  difference = events(codes, *rest) - events(one, *rest)
+  np.testing.assert_allclose(difference, events.table("item")(codes[..., 1]), atol=1e-5)
+  assert {n: a.shape for n, a in events.asked(codes).items()} == {"item": (2, 6, 2)}
