@@ -23,6 +23,7 @@ from supermoe_jax.data.events import DataError
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
+from supermoe_jax.layers.table import TableRows
 from supermoe_jax.report_figures import number, percent
 from supermoe_jax.report_sections import Parts
 from supermoe_jax.training.step import abstract_model
@@ -149,13 +150,18 @@ def _parameters(run: Parts) -> dict[str, int] | None:
   model, schema = run.cfg.model, _schema(run.cfg, run.manifest)
   _, variables = abstract_model(run.cfg, schema)
   total = tables = idle = 0
-  for path, variable in nnx.to_flat_state(nnx.filter_state(variables, nnx.Param)):
-    size = math.prod(variable.get_value().shape)
+  for _, variable in nnx.to_flat_state(variables):
+    shape = variable.get_value().shape
+    if isinstance(variable, TableRows):  # without what only fills the stripes
+      tables += variable.get_metadata()["size"] * shape[-1]
+      continue
+    if not isinstance(variable, nnx.Param):
+      continue
+    size = math.prod(shape)
     total += size
-    tables += size if {"event_embedding", "fields"} <= set(path) else 0
     if "expert" in (variable.get_metadata().get("logical") or ()):
       idle += size * (model.experts - model.experts_per_token) // model.experts
-  return {"total": total, "tables": tables, "rest": total - tables, "active": total - tables - idle}
+  return {"total": total + tables, "tables": tables, "rest": total, "active": total - idle}
 
 
 def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:
@@ -181,4 +187,5 @@ def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:
     inputs=tuple(n for n in codes if fields[n].input),
     numeric_inputs=tuple(i for i, n in enumerate(numeric) if fields[n].input),
     further=cfg.data.further_values,
+    shares={n: f.shares for n, f in fields.items() if f.shares},
   )

@@ -15,7 +15,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTAL
 
 
 def test_there_is_a_block_for_every_way_of_reuse() -> None:
-  for words in ("MoE(", "sharding.create(", "nnx.bridge.to_linen(", "MoE.from_dense(", "def get_config"):
+  ways = ("MoE(", "sharding.create(", "nnx.bridge.to_linen(", "MoE.from_dense(", "EmbeddingTable(", "def get_config")
+  for words in ways:
     assert any(words in block for block in BLOCKS), words
 
 

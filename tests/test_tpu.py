@@ -59,3 +59,13 @@ def test_attention_with_its_heads_spread_only_sums(compiled: dict, length: int) 
 @pytest.mark.slow
 def test_only_the_data_axis_crosses_slices(compiled: dict) -> None:
   assert compiled["slices by data index"] == [[0], [0], [1], [1]]
+
+
+@pytest.mark.slow
+def test_a_table_compiles_for_a_pod_in_place_and_exchanges_ids_rows_and_gradients_only(compiled: dict) -> None:
+  found = compiled["table"]
+  own = (1 << 29) * (128 * 2 + 4) // 16
+  assert found["arguments"] < 1.01 * own and found["aliased"] > 0.99 * own
+  assert found["temp"] < own / 20
+  assert found["all-to-all"] == 4  # ids and rows; rows and gradients
+  assert "all-reduce" not in found or found["all-reduce"] <= 2  # the number of rounds

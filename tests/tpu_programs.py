@@ -11,8 +11,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
 from supermoe_jax import config, sharding
+from supermoe_jax.layers import exchange, table
 from supermoe_jax.layers.attention import Attention, Visibility
 from supermoe_jax.layers.moe import MoE
+from supermoe_jax.training import tables
+from supermoe_jax.training.row_optimizers import RowAdagrad
 
 COLLECTIVES = r"\b(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute)(?:-start)?\("
 
@@ -57,6 +60,29 @@ def attention_collectives(length: int, devices: list) -> dict[str, int]:
   return collections.Counter(re.findall(COLLECTIVES, program.as_text()))
 
 
+def table_step(rows: int, ids: int, devices: list) -> dict[str, int]:
+  """A step of a table of bfloat16 rows of width 128, 512 rows of `ids` ids a batch: collectives, and bytes a device."""
+  mesh = sharding.make_mesh(config.Mesh(data=4, expert=2, tensor=2), devices)
+  adagrad, where = RowAdagrad(), NamedSharding(mesh, sharding.spec(None, "rows"))
+  m = exchange.stripes(rows, mesh.size)
+  table_ = jax.ShapeDtypeStruct((rows // m, m, 128), jnp.bfloat16, sharding=where)
+  slots = {"sum": jax.ShapeDtypeStruct((rows // m, m), jnp.float32, sharding=where)}
+  codes = jax.ShapeDtypeStruct((512, ids), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+  def step(rows_: jax.Array, slots: dict[str, jax.Array], codes: jax.Array):
+    asked, _ = table.distinct(codes, rows)
+    found = table.fetch(rows_, asked)
+    gradient = jax.grad(lambda v: jnp.sum(table.look_up(table.Fetched(asked, v), codes) ** 2))(found.rows)
+    rule = tables.Rule(adagrad, 0.1, key=jax.random.key(0))
+    return tables.apply(rows_, slots, table.collect(rows_, asked, gradient), rule)
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(table_, slots, codes).compile()
+  memory = program.memory_analysis()
+  kept = {"arguments": memory.argument_size_in_bytes, "aliased": memory.alias_size_in_bytes}
+  return {**collections.Counter(re.findall(COLLECTIVES, program.as_text())), **kept, "temp": memory.temp_size_in_bytes}
+
+
 def slices_by_data_index() -> list[list[int]]:
   """Which slices the devices at each place of the data axis belong to, of two slices."""
   devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
@@ -74,5 +100,6 @@ if __name__ == "__main__":
   found["dropless"] = moe_collectives("auto", AxisType.Auto, pod, dropless=True)
   for length in (264, 2048):
     found[f"attention {length}"] = attention_collectives(length, pod)
+  found["table"] = table_step(1 << 29, 64, pod)
   found["slices by data index"] = slices_by_data_index()
   print(json.dumps(found))

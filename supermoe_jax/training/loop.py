@@ -182,6 +182,7 @@ class _Log:
       disable=not self._terminal or say is None,
     )
     self._steps = cfg.train.steps
+    self._warned: set[tuple[str, str]] = set()
 
   def __enter__(self) -> _Log:
     return self
@@ -207,6 +208,7 @@ class _Log:
     self._waiting, self._since = [], now
     with self._path.open("a") as file:
       file.write(json.dumps(row) + "\n")
+    self._warn(row["tables"])
     for name, value in _scalars(row):
       self._board.add_scalar(name, value, step)
     tasks = " ".join(f"{n}={v['loss']:.3f}" for n, v in row["tasks"].items() if v["loss"] is not None)
@@ -216,6 +218,18 @@ class _Log:
     self._bar.set_postfix_str(line)
     if not self._terminal and self._say is not None:
       self._say(f"step {step}/{self._steps} {line}")
+
+  def _warn(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Tells, once a table, of rows that could not learn."""
+    reasons = {
+      "lost": "gradients found no room on their way to the rows' devices; raise config.train.tables.cells",
+      "out_of_range": "codes are no rows of it, and were read as absent; the dataset does not fit the model",
+    }
+    for name, found in counts.items():
+      for kind, reason in reasons.items():
+        if found[kind] and (name, kind) not in self._warned and self._say is not None:
+          self._warned.add((name, kind))
+          self._say(f"warning: table {name}: {found[kind]:,} {reason}")
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
@@ -273,5 +287,6 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
   out += [(f"train/{k}", row[k]) for k in ("learning_rate", "events_per_second", "padding_share")]
   out += [(f"task/{n}", v["loss"]) for n, v in row["tasks"].items() if v["loss"] is not None]
   out += [(f"weight/{n}", w) for n, w in row["weights"].items()]
+  out += [(f"table_{kind}/{n}", float(v)) for n, counts in row["tables"].items() for kind, v in counts.items()]
   out += [(f"router_entropy/layer{i}", v) for i, v in enumerate(row["router_entropy"])]
   return out + [(f"load/layer{i}_expert{e}", v) for i, layer in enumerate(row["load"]) for e, v in enumerate(layer)]
