@@ -5,6 +5,7 @@ A config file defines `get_config() -> ml_collections.ConfigDict`. Only the keys
 nearest valid one.
 """
 
+from supermoe_jax.config.hashing import hash_fields
 from supermoe_jax.config.loading import differences, load, load_json, override, resolve, save
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
@@ -24,7 +25,6 @@ from supermoe_jax.config.schema import (
   Train,
   UserTable,
   Weighting,
-  hash_fields,
   nearest,
   parse_time,
   to_dict,

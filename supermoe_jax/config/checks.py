@@ -225,12 +225,17 @@ def _check_sizes(config: Config) -> None:
         "log_every",
       ),
     ),
+    "train.tables": (train.tables, ("learning_rate", "cells")),
     "train.mesh": (train.mesh, ("data", "expert", "tensor", "slices")),
     "evaluate": (evaluate, ("batch_rows", "catalogue_chunk")),
   }
   for section, (values, names) in positive.items():
     for name in names:
       _require(getattr(values, name) > 0, f"config.{section}.{name}={getattr(values, name)} must be positive.")
+  _require(
+    train.tables.weight_decay >= 0,
+    f"config.train.tables.weight_decay={train.tables.weight_decay} must not be negative.",
+  )
   _require(
     model.d_model % (2 * model.heads) == 0,
     f"config.model.d_model={model.d_model} must be a multiple of 2 × heads={2 * model.heads} (rotary positions).",

@@ -7,7 +7,7 @@ import pytest
 from event_rows import histories
 
 from supermoe_jax import config
-from supermoe_jax.config import schema
+from supermoe_jax.config import hashing
 from supermoe_jax.data import fitting
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.vocabulary import (
@@ -225,7 +225,7 @@ def test_a_vocabulary_codes_values_in_python_as_in_the_database():
 
 
 def test_hashes_of_more_buckets_than_a_table_has_rows_are_several_fields(fitted, monkeypatch):
-  monkeypatch.setattr(schema, "MOST_ROWS", 6)
+  monkeypatch.setattr(hashing, "MOST_ROWS", 6)
   values = [f"v{i}" for i in range(40)]
   fields = config.hash_fields("item", 15, hashes=2)
   assert list(fields) == ["item", "item_1", "item_2", "item_again", "item_again_1", "item_again_2"]
