@@ -10,7 +10,9 @@ and item_attributes.json (`{"item": [attribute, …]}`) after a colon:
 Preparing gives 22,363 users, 198,502 events and 12,101 items of Beauty (Toys: 19,412, 167,597 and 11,924), a test and a
 validation snapshot a user and 131,413 (109,361) training snapshots. In test 138 (279) of the items asked for are unseen
 in training and count as misses. An item of Beauty has up to 6 of 637 attributes; of Toys' 1,027 some items have up to
-31, and 5,054 values of events beyond the sixth are cut off. Training was tried for a few steps: no result is known.
+31, and 5,054 values of events beyond the sixth are cut off.
+
+Beauty, on 2 cores of an Intel Xeon: RESULT
 """
 
 import pathlib
@@ -53,10 +55,10 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "experts": 8,
     "d_expert": 128,
     "max_events": 50,
-    "dropout": 0.3,
+    "dropout": 0.4,
   }
   train = {
-    "steps": 6000,
+    "steps": 5500,
     "batch_rows": 64,
     "snapshots_per_row": 12,
     "packing": True,
