@@ -15,15 +15,13 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flax import nnx
-
 from supermoe_jax import atomic, config, pages, report_map
 from supermoe_jax import report_sections as sections
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.layers.table import TableRows
+from supermoe_jax.models import parameters
 from supermoe_jax.report_figures import number, percent
 from supermoe_jax.report_sections import Parts
 from supermoe_jax.training.step import abstract_model
@@ -149,19 +147,8 @@ def _parameters(run: Parts) -> dict[str, int] | None:
     return None
   model, schema = run.cfg.model, _schema(run.cfg, run.manifest)
   _, variables = abstract_model(run.cfg, schema)
-  total = tables = idle = 0
-  for _, variable in nnx.to_flat_state(variables):
-    shape = variable.get_value().shape
-    if isinstance(variable, TableRows):  # without what only fills the stripes
-      tables += variable.get_metadata()["size"] * shape[-1]
-      continue
-    if not isinstance(variable, nnx.Param):
-      continue
-    size = math.prod(shape)
-    total += size
-    if "expert" in (variable.get_metadata().get("logical") or ()):
-      idle += size * (model.experts - model.experts_per_token) // model.experts
-  return {"total": total + tables, "tables": tables, "rest": total, "active": total - idle}
+  found = parameters.count(variables, model.experts_per_token / model.experts)
+  return {**found._asdict(), "rest": found.total - found.tables}
 
 
 def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:

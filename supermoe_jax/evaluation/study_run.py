@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -14,9 +13,6 @@ import time as clock
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-from flax import nnx
-
 from supermoe_jax import atomic, config
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
@@ -24,6 +20,7 @@ from supermoe_jax.data.batches import QuestionBatch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import evaluate, gradients
 from supermoe_jax.evaluation.seesaw import RunResult
+from supermoe_jax.models import parameters
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
 
@@ -77,7 +74,8 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
   run = Run(workdir)
   found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_asked(cfg))
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  parameters, active = count_parameters(run)
+  model = cfg.model
+  counted = parameters.count(run.variables, model.experts_per_token / model.experts)
   result = RunResult(
     variant=variant,
     task=task,
@@ -87,8 +85,8 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
     main_metric=found["main_metric"],
     constants={t: run.statistics[t].constant_loss for t in cfg.active_tasks},
     losses={t: _final_loss(rows, t, run.statistics[t].constant_loss) for t in cfg.active_tasks},
-    parameters=parameters,
-    active_parameters=active,
+    parameters=counted.total,
+    active_parameters=counted.active,
     seconds=round(clock.monotonic() - begun, 1),
     weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
     cosine=gradients.cosines(run) if len(cfg.active_views) > 1 else None,
@@ -130,19 +128,3 @@ def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: flo
   seen = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-FINAL_ROWS:]
   weight = sum(s["weight"] for s in seen)
   return sum(s["loss"] * s["weight"] for s in seen) / weight / constant_loss if weight else None
-
-
-def count_parameters(run: Run) -> tuple[int, int]:
-  """Returns the parameters of a run's model, and those that are active for a token.
-
-  Active are all but the rows of tables, and of the experts that a token may choose K of E.
-  """
-  share = run.cfg.model.experts_per_token / run.cfg.model.experts
-  total = active = 0.0
-  leaves = jax.tree.leaves(nnx.filter_state(run.variables, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
-  for variable in leaves:
-    size = math.prod(variable.get_value().shape)
-    names = variable.get_metadata().get("logical") or ()
-    total += size
-    active += 0 if "rows" in names else size * (share if "expert" in names else 1)
-  return int(total), round(active)

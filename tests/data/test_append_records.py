@@ -23,6 +23,7 @@ def test_only_users_with_new_events_are_written_anew(appendable: config.Config, 
   path = pathlib.Path(appendable.data.path)
   before = Dataset(path)
   old = {before[i]["user"]: before[i] for i in range(len(before))}
+  encoding = before.manifest["encoding_hash"]
   files = {f.name: (f.stat().st_ino, f.read_bytes()) for f in (path / shards.DIRECTORY).glob("*.array_record-*")}
   append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
   now = {f.name: (f.stat().st_ino, f.read_bytes()) for f in (path / shards.DIRECTORY).glob("*.array_record-*")}
@@ -35,6 +36,7 @@ def test_only_users_with_new_events_are_written_anew(appendable: config.Config, 
     assert same == (record["user"] != "3")
   assert after.manifest["appends"][0] | {"files": []} == {
     "number": 1,
+    "encoding_before": encoding,
     "beyond_patterns": {"visits": [str(tmp_path / "day.parquet")], "buys": []},
     "files": [],
     "changed_item_tables": [],

@@ -22,6 +22,7 @@ from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoint import RunError
 from supermoe_jax.training.run import Run
+from supermoe_jax.training.tables import Counts
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -138,11 +139,13 @@ def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
       self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
       self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
       self.entropy, self.positions = np.array([0.5]), 40
+      self.tables = {"items": Counts(np.int32(5), np.int32(1), np.int32(0))}
 
   row = loop.summarise([Step(8.0, 2, 10), Step(0.0, 0, 0), Step(1.0, 7, 0)])
   assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9}
   assert row["dropped_share"] == pytest.approx(10 / 280)
   assert row["padding_share"] == 0.75
+  assert row["tables"] == {"items": {"touched": 15, "out_of_range": 3, "lost": 0}}
   assert loop.summarise([Step(0.0, 0, 0)])["tasks"]["t"]["loss"] is None
 
 
