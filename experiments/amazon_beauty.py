@@ -12,7 +12,8 @@ validation snapshot a user and 131,413 (109,361) training snapshots. In test 138
 in training and count as misses. An item of Beauty has up to 6 of 637 attributes; of Toys' 1,027 some items have up to
 31, and 5,054 values of events beyond the sixth are cut off.
 
-Beauty, on 2 cores of an Intel Xeon: RESULT
+Beauty, on 2 cores of an Intel Xeon: 22 minutes of training, beside other work (with --config.train.steps=4500). Test:
+HR@5 .0577, NDCG@5 .0408, HR@10 .0841, NDCG@10 .0493, ranked among all items, seen ones left out.
 """
 
 import pathlib
