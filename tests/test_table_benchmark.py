@@ -1,0 +1,44 @@
+"""The benchmark of tables measures what it says, at sizes that take seconds."""
+
+import importlib.util
+import json
+import pathlib
+import types
+
+import jax
+import numpy as np
+import pytest
+
+FILE = pathlib.Path(__file__).parent.parent / "experiments" / "benchmarks" / "tables.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> types.ModuleType:
+  spec = importlib.util.spec_from_file_location("tables_benchmark", FILE)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "dense adam"])
+def test_a_step_learns_and_its_table_is_counted(benchmark: types.ModuleType, optimizer: str) -> None:
+  size = 4096
+  target = jax.random.normal(jax.random.key(0), (benchmark.BATCH, benchmark.IDS // benchmark.BATCH, benchmark.WIDTH))
+  make = benchmark.dense if optimizer == "dense adam" else benchmark.sparse
+  run, kept = make(size, optimizer, target)
+  numbers = 3 * benchmark.WIDTH if optimizer == "dense adam" else benchmark.WIDTH + 1
+  assert kept == pytest.approx(4 * size * numbers, abs=8)
+  codes = benchmark.ids(size, "even", 0)
+  assert codes.shape == target.shape[:2] and codes.min() > 1 and codes.max() < size
+  losses = [float(run(codes)) for _ in range(4)]
+  assert losses[0] > losses[1] > losses[2] > losses[3]
+
+
+def test_figures_are_written_for_people_and_programs(benchmark: types.ModuleType) -> None:
+  row = {"optimizer": "adagrad", "rows": 100, "bytes": 2**30, "memory_ratio": 1.05}
+  row |= {f"{draw}_{what}": value for draw in benchmark.DRAWS for what, value in (("ms", 3.25), ("ratio", 1.125))}
+  rows = [row, {"optimizer": "dense adam", "rows": 10**9, "not_measured": "does not fit into memory"}]
+  text = benchmark.table_of(json.loads(json.dumps(rows)))
+  assert "3.25" in text and "1.050" in text and "does not fit into memory" in text
+  assert np.mean(benchmark.ids(10**6, "zipf", 0) < 100) > 0.4
