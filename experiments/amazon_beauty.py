@@ -13,8 +13,8 @@ in training and count as misses. An item of Beauty has up to 6 of 637 attributes
 31, and 5,054 values of events beyond the sixth are cut off.
 
 Beauty, on 2 cores of an Intel Xeon: 22 minutes of training, beside other work. Test:
-HR@5 .0577, NDCG@5 .0408, HR@10 .0841, NDCG@10 .0493, ranked among all items, seen ones left out. 5,500 steps give .0581,
-.0411, .0819 and .0488: more of the same does not help.
+HR@5 .0577, NDCG@5 .0408, HR@10 .0841, NDCG@10 .0493, ranked among all items, seen ones left out. With
+5,500 steps they are .0581, .0411, .0819 and .0488: more of the same does not help.
 """
 
 import pathlib
