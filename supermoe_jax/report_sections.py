@@ -31,7 +31,11 @@ class Parts(NamedTuple):
   @property
   def same_data(self) -> bool:
     """Whether the dataset is there and was prepared as this run wants it."""
-    return self.manifest is not None and self.manifest.get("data_hash") == self.cfg.data_hash()
+    if self.manifest is None or self.manifest.get("data_hash") == self.cfg.data_hash():
+      return self.manifest is not None
+    # As `Dataset.check_matches`: a setting that the code has got since has its default in both.
+    before = self.manifest.get("config")
+    return before is not None and config.resolve(before).data_identity() == self.cfg.data_identity()
 
   @property
   def step(self) -> int:

@@ -27,7 +27,6 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Batch, Slices, Targets
 from supermoe_jax.layers import catalogue
-from supermoe_jax.layers.event_embedding import EventEmbedding
 from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.models.supermoe import Encoded, SuperMoE, safe_value
 from supermoe_jax.training import weighting
@@ -115,18 +114,16 @@ def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax
   return jnp.log(draws * jnp.log1p(1 / (i + 1)) / jnp.log(items + 1.0))
 
 
-def negatives(
-  tasks: Mapping[str, config.Task], events: EventEmbedding, rows: int, key: jax.Array
-) -> dict[str, jax.Array]:
-  """The codes that each sampled softmax of a batch of `rows` rows is computed with, int32 `[rows, k]` by task.
+def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+  """The codes that each sampled softmax of a batch of B rows is computed with, int32 `[B, k]` by task.
 
-  All sites share the rows · k values of them, which are as many as the task's `negatives`, or a few more. They are laid
+  All sites share the B · k values of them, which are as many as the task's `negatives`, or a few more. They are laid
   out as the batch is, so that each device fetches some.
   """
-  out = {}
-  for name, task in tasks.items():
+  rows, out = len(batch.features.length), {}
+  for name, task in model.tasks.items():
     if isinstance(task, config.NextEvent) and task.softmax == "sampled":
-      items = events.table(task.field).size - 2
+      items = model.encoder.event_embedding.table(task.field).size - 2
       each = -(-task.negatives // rows)
       drawn = draw(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))
       out[name] = sharding.constrain(drawn + 2, "batch", None)
@@ -254,11 +251,6 @@ def combine(
   w = jax.lax.stop_gradient(weights)
   # Not a product with a_t: the absent task's weight may be anything.
   return sum((jnp.where(losses[n].weight > 0, w[i] * terms[i], 0.0) for i, n in enumerate(losses)), jnp.zeros(()))
-
-
-def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-  """The values that the sampled softmaxes of a batch draw with the key of a step; see `negatives`."""
-  return negatives(model.tasks, model.encoder.event_embedding, len(batch.features.length), key)
 
 
 def seen(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> weighting.Seen:

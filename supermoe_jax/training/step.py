@@ -229,9 +229,9 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
 
     updates, moments = optimizer.update(jax.tree.map(lambda g: g * scale, gradient), state.optimizer, params)
     moved = optax.apply_updates(params, updates)
-    share = jnp.asarray(rate(state.step)) / cfg.train.learning_rate
+    now = jnp.asarray(rate(state.step))
     draw = jax.random.fold_in(key, 2) if kept.dtype == "bfloat16" and kept.rounding == "stochastic" else None
-    rule = tables.Rule(mover, kept.learning_rate * share, scale, kept.weight_decay, draw)
+    rule = tables.Rule(mover, kept.learning_rate * now / cfg.train.learning_rate, scale, kept.weight_decay, draw)
     after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule)
     seen_after = objective(moved, plan.fetch(after))[1].seen.mean if weigher.needs_after else None
     weights = weigher.update(state.weighting, out.seen._replace(after=seen_after))
@@ -239,8 +239,7 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     stats = out.encoded.experts.stats
     biases = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
     model = nnx.merge_state(moved, tables.filled(rows, after), biases)
-    rate_now = jnp.asarray(rate(state.step))
-    metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, rate_now, plan.counts(touched))
+    metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, now, plan.counts(touched))
     return TrainState(state.step + 1, model, moments, slots, weights, state.key), metrics
 
   replicated = NamedSharding(mesh, PartitionSpec())

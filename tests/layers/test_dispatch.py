@@ -3,15 +3,13 @@
 import functools
 import math
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import two_processes
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,16 +133,7 @@ def gathered_ragged_all_to_all(rows, into, start, sent, arrive_start, received, 
 
 @pytest.mark.slow
 def test_a_mesh_of_two_processes_gives_the_same_numbers() -> None:
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  script = pathlib.Path(__file__).with_name("two_processes.py")
-  processes = [
-    subprocess.Popen([sys.executable, script, str(port), str(i)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for i in range(2)
-  ]
-  outputs = [p.communicate(timeout=300)[0].decode() for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+  outputs = two_processes.run(pathlib.Path(__file__).with_name("strategies_of_two_processes.py"))
   assert all("16 comparisons equal" in out for out in outputs), "\n".join(outputs)
 
 

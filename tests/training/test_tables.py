@@ -4,15 +4,13 @@ import collections
 import math
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import table_case
+import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from table_case import OPTIMIZERS, SIZE, STEPS, WIDTH
@@ -38,16 +36,7 @@ def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, siz
 
 
 def test_two_processes_train_the_same_rows() -> None:
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  script = pathlib.Path(__file__).with_name("two_processes_of_a_table.py")
-  processes = [
-    subprocess.Popen([sys.executable, script, str(port), str(i)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for i in range(2)
-  ]
-  outputs = [p.communicate(timeout=300)[0].decode() for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+  outputs = two_processes.run(pathlib.Path(__file__).with_name("table_of_two_processes.py"))
   assert all("4 comparisons equal" in out for out in outputs), "\n".join(outputs)
 
 

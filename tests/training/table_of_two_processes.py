@@ -1,22 +1,13 @@
 """One of two processes that together form a mesh of 8 devices and train a table, as one process does."""
 
-import os
-import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-
-import jax
 import numpy as np
 import table_case
+import two_processes
 
 from supermoe_jax import config, sharding
 
 if __name__ == "__main__":
-  port, process = sys.argv[1:]
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
-  assert len(jax.devices()) == 8
-  assert len(jax.local_devices()) == 4
+  two_processes.join()
   compared = 0
   for sizes in ((8, 1, 1), (2, 2, 2)):
     mesh = sharding.make_mesh(config.Mesh(*sizes))
