@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from supermoe_jax import sharding
 from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.table import EmbeddingTable
@@ -53,7 +52,8 @@ class NextValueHead(nnx.Module):
   def __init__(self, d_model: int, table: EmbeddingTable, *, bias: bool = True, rngs: nnx.Rngs):
     """Creates a head over the values of `table`, which it does not keep."""
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
-    self.bias = sharding.param(jnp.zeros(table.rows.shape[:2]), None, "rows") if bias else None
+    zeros = jnp.zeros(table.rows.shape[:2])  # laid out as the rows are
+    self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
 
   def state(self, h: jax.Array) -> jax.Array:
     """What is compared with the catalogue: `[..., D]`."""

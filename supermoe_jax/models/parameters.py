@@ -27,15 +27,16 @@ class Parameters(NamedTuple):
 def count(variables: nnx.State, chosen: float) -> Parameters:
   """Counts the variables of a model, abstract or not; of its experts a token chooses the share `chosen`.
 
-  What only fills up the stripes of a table is none.
+  What only fills up the stripes of a table, or of what lies beside its rows, is none.
   """
   tables = rest = active = 0.0
   for _, variable in nnx.to_flat_state(variables):
     shape, about = variable.get_value().shape, variable.get_metadata()
     names = about.get("logical") or ()
+    size = math.prod((about["size"], *shape[2:]) if "rows" in names else shape)
     if isinstance(variable, TableRows):
-      tables += about["size"] * shape[-1]
+      tables += size
     elif isinstance(variable, nnx.Param):
-      rest += math.prod(shape)
-      active += 0 if "rows" in names else math.prod(shape) * (chosen if "expert" in names else 1)
+      rest += size
+      active += size * (chosen if "expert" in names else 1)
   return Parameters(int(tables + rest), int(tables), round(active))
