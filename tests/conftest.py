@@ -5,8 +5,11 @@ import os
 import pathlib
 
 # Most of the time goes into compiling: LLVM does without its optimizations, which leaves XLA's own passes as they are.
-_FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS + " --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+  + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 import pytest
