@@ -11,11 +11,18 @@ from collections.abc import Sequence
 from supermoe_jax import config
 
 # Errors that a user can act on: their message is enough, a stack trace would only hide it.
-_EXPECTED = ("ConfigError", "DataError", "RunError", "StudyError")
+_EXPECTED = {"ConfigError", "DataError", "RunError", "StudyError"}
+
+# What a scheduler may take for "start me again": `EX_TEMPFAIL` of sysexits.h.
+RESUME = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a verb; returns 0, or 1 after an error that was explained, 2 after wrong usage."""
+  """Runs a verb.
+
+  Returns: 0, or 1 after an error that was explained, 2 after wrong usage, 75 (`RESUME`) where a signal stopped
+    a run that is saved and goes on with the same command, 130 after an interruption that saved nothing.
+  """
   args, rest = _parser().parse_known_args(arguments)
   args.overrides = [a for a in rest if a.startswith("--config.")]
   unknown = [a for a in rest if not a.startswith("--config.")]
@@ -31,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     args.run(args)
   except Exception as error:
-    expected = any(kind.__name__ in _EXPECTED for kind in type(error).__mro__)
-    if not expected or os.environ.get("SUPERMOE_TRACEBACK"):
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "Stopped" in kinds:
+      print(f"supermoe {args.verb}: {error}", file=sys.stderr)
+      return RESUME
+    if not kinds & _EXPECTED or os.environ.get("SUPERMOE_TRACEBACK"):
       raise
     print(f"supermoe {args.verb}: {error}", file=sys.stderr)
     return 1

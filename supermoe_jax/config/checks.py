@@ -232,6 +232,8 @@ def _check_sizes(config: Config) -> None:
   for section, (values, names) in positive.items():
     for name in names:
       _require(getattr(values, name) > 0, f"config.{section}.{name}={getattr(values, name)} must be positive.")
+  for name in ("nonfinite_steps", "hang_seconds"):
+    _require(getattr(train, name) >= 0, f"config.train.{name}={getattr(train, name)} must not be negative.")
   _require(
     train.tables.weight_decay >= 0,
     f"config.train.tables.weight_decay={train.tables.weight_decay} must not be negative.",

@@ -279,6 +279,8 @@ class Train:
   checkpoint_every: int = 200
   checkpoints_kept: int = 2
   log_every: int = 20
+  nonfinite_steps: int = 10  # a step whose loss or gradients are not finite is skipped; a run stops at more than these
+  hang_seconds: float = 600.0  # without a step done after which a run writes where it hangs, and ends; 0: never
   mesh: Mesh = Mesh()
 
 

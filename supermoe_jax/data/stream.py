@@ -106,6 +106,10 @@ class Position(Generic[T]):
     self._batch += 1
     return found
 
+  def again(self, batch: int) -> T:
+    """Makes the batch of that number once more; the position stays."""
+    return next(self._stream.start(batch))
+
   def close(self) -> None:
     """Ends the worker processes, if there are any; the position stays, and `next` starts others."""
     if self._rest is not None and hasattr(self._rest, "close"):

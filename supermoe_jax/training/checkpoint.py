@@ -1,27 +1,35 @@
 """Checkpoints of a run, through Orbax: state, data position and what is needed to read them, in one atomic step.
 
-Tables are written by those who hold their rows, and read onto any mesh. What a checkpoint calls a row keeps its code:
-where the mesh asks for other stripes, or a vocabulary has grown, the rows are laid out anew as they are read.
+Arrays are written and read by those who hold them, on any mesh; see `relayout`. A checkpoint holds the digests of all
+that is in it: one that is damaged is told from a whole one, and the one before it is read instead.
 """
 
 from __future__ import annotations
 
-import math
+import importlib.metadata
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers as managers
 
-from supermoe_jax import config
-from supermoe_jax.layers import exchange
-from supermoe_jax.layers.table import TableRows
+from supermoe_jax import config, hosts
+from supermoe_jax.training import digest, relayout
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import TrainState
+
+# Where the rest of a damaged checkpoint is kept, beside `checkpoints/`.
+DAMAGED = "damaged"
+
+# Versions that decide whether a step gives the same bits.
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "supermoe_jax")
+
+_WORDS = "run"
 
 
 class RunError(RuntimeError):
@@ -29,172 +37,233 @@ class RunError(RuntimeError):
 
 
 class Restored(NamedTuple):
-  """A checkpoint's `state`, the data iterator's `position`, and the tasks' `statistics`."""
+  """What a checkpoint holds.
+
+  Attributes:
+    state: all that a step changes.
+    position: of the data iterator.
+    statistics: the tasks' constants.
+    waiting: metrics of steps that no row of the log holds yet.
+    versions: of the libraries that wrote it.
+  """
 
   state: TrainState
   position: Any
   statistics: dict[str, TaskStatistics]
+  waiting: list[Any]
+  versions: dict[str, str]
+
+
+class RestoredModel(NamedTuple):
+  """A checkpoint's step, the model's `variables` and the tasks' `statistics`."""
+
+  step: int
+  variables: nnx.State
+  statistics: dict[str, TaskStatistics]
+
+
+class _Found(NamedTuple):
+  step: int
+  arrays: dict[str, Any]
+  words: dict[str, Any]
 
 
 class Checkpoints:
-  """The checkpoints of a run directory; a context manager that waits for writing to end."""
+  """Reads the checkpoints of a run directory, and changes nothing there; a run that is training may be read too."""
 
-  def __init__(self, workdir: pathlib.Path, train: config.Train):
-    options = ocp.CheckpointManagerOptions(max_to_keep=train.checkpoints_kept)
-    # Named here, so that their shapes can be asked for before anything was read or written.
-    arrays, words = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-    handlers = {"model": arrays(), "state": arrays(), "data": words(), "statistics": words(), "tables": words()}
-    self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(), options=options, item_names=tuple(handlers), item_handlers=handlers
-    )
-
-  def __enter__(self) -> Checkpoints:
-    return self
-
-  def __exit__(self, *unused: object) -> None:
-    self._manager.close()
+  def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print):
+    """`say` is told of checkpoints that are damaged."""
+    self.workdir, self.directory, self._say = workdir, (workdir / "checkpoints").absolute(), say
+    self.damaged: list[int] = []  # steps that were tried and could not be read
 
   @property
-  def latest(self) -> int | None:
-    """The newest whole checkpoint's step; None without any."""
-    return self._manager.latest_step()
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints, the newest first; one counts once all of it was written."""
+    found = self.directory.iterdir() if self.directory.is_dir() else ()
+    return sorted((int(p.name) for p in found if p.name.isdigit()), reverse=True)
 
-  def save(self, step: int, state: TrainState, position: dict[str, Any], statistics: dict[str, TaskStatistics]) -> None:
-    """Starts writing a checkpoint; it counts only once all of it is on disk."""
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardSave(nnx.to_pure_dict(state.model)),
-        state=ocp.args.StandardSave(_rest(state)),
-        data=ocp.args.JsonSave(position),
-        statistics=ocp.args.JsonSave({n: s._asdict() for n, s in statistics.items()}),
-        tables=ocp.args.JsonSave(_table_sizes(state.model)),
-      ),
-    )
+  def restore(self, state: TrainState) -> Restored | None:
+    """Reads the newest whole checkpoint into the layout of `state`; None where there is none at all.
 
-  def restore(self, step: int, state: TrainState) -> Restored:
-    """Reads a checkpoint into the layout of `state`; rows that it has more than the checkpoint keep their values.
+    Rows of tables that `state` has more than the checkpoint keep their values.
 
     Raises:
-      RunError: it holds another model.
+      RunError: there are checkpoints, but none that is whole and of this model.
     """
-    striped = _striped(state.model)
-    read = self._read(
-      step,
-      {"model": nnx.to_pure_dict(state.model), "state": _rest(state)},
-      striped,
-      data=ocp.args.JsonRestore(),
-      statistics=ocp.args.JsonRestore(),
-      tables=ocp.args.JsonRestore(),
-    )
-    model = _grown(state.model, read["model"], read["tables"])
-    whole = TrainState(model=model, **read["state"])
-    return Restored(whole, read["data"], _statistics(read["statistics"]))
 
-  def statistics(self, step: int) -> dict[str, TaskStatistics]:
-    """Reads only the tasks' constants."""
-    return _statistics(self._read(step, {}, frozenset(), statistics=ocp.args.JsonRestore())["statistics"])
+    found = self._newest({"model": nnx.to_pure_dict(state.model), "state": _rest(state)}, state.model)
+    if found is None:
+      return None
+    model = relayout.grown(state.model, found.arrays["model"], found.words["tables"])
+    whole = TrainState(model=model, **found.arrays["state"])
+    words = found.words
+    return Restored(whole, words["position"], _statistics(words), words["waiting"], words["versions"])
 
-  def restore_model(self, step: int, model: nnx.State) -> nnx.State:
-    """Reads only the model's variables, into the layout of `model` (abstract or not).
+  def restore_model(self, model: nnx.State) -> RestoredModel | None:
+    """Reads only the model's variables, into the layout of `model` (abstract or not); otherwise as `restore`.
 
     Rows that `model` has more than the checkpoint are 0: an untrained value says nothing.
     """
-    return _with_values(model, self._read(step, {"model": nnx.to_pure_dict(model)}, _striped(model))["model"])
+    found = self._newest({"model": nnx.to_pure_dict(model)}, model)
+    if found is None:
+      return None
+    return RestoredModel(found.step, relayout.with_values(model, found.arrays["model"]), _statistics(found.words))
 
-  def _read(
-    self, step: int, trees: Mapping[str, Any], striped: frozenset[tuple[str, ...]], **others: Any
-  ) -> dict[str, Any]:
-    """Reads arrays into the layouts of `trees`, and other items as they are; arrays at `striped` may differ in rows."""
+  def _newest(self, trees: Mapping[str, Any], model: nnx.State) -> _Found | None:
+    """Reads arrays into the layouts of `trees`, from the newest checkpoint that all hosts find whole."""
+    striped, reasons = relayout.striped(model), []
+    for step in self.steps:
+      found, reason = None, ""
+      try:
+        found = self._read(step, trees, striped)
+      except Exception as error:  # what a damaged file makes Orbax, TensorStore and JSON raise is anything
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+      reason = next((f"{r}{name}" for name, r in hosts.gather(reason) if r), "")
+      if found is not None and not reason:
+        # Sums over all devices: every host comes to the same.
+        held = {n: digest.of_arrays(found.arrays[n]) for n in trees}
+        wrong = [f"{n}/{p}" for n in trees for p in _differences(found.words["digests"][n], held[n])]
+        if not wrong:
+          laid = {n: jax.tree.map(relayout.laid_out, found.arrays[n], trees[n]) for n in trees}
+          return found._replace(arrays=laid)
+        reason = f"{', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} not what was written"
+      reasons.append(f"{step}: {reason}")
+      self.damaged.append(step)
+      self._say(f"warning: checkpoint {step} of {self.directory} cannot be used ({reason})")
+    if not reasons:
+      return None
+    raise RunError(
+      f"no checkpoint of {self.directory} can be used ({'; '.join(reasons)}). They are damaged, or were written by "
+      "another version of the code; nothing was changed. Put a copy back, or train again in another --workdir."
+    )
+
+  def _read(self, step: int, trees: Mapping[str, Any], striped: frozenset[tuple[str, ...]]) -> _Found:
+    """Reads what this host holds of a checkpoint; arrays at `striped` may differ in rows.
+
+    Orbax' handlers are asked themselves, since its manager makes hosts wait for each other: one that found a damaged
+    file would leave the rest waiting.
+    """
+    folder = epath.Path(self.directory / str(step))
+    words = ocp.JsonCheckpointHandler().restore(folder / _WORDS)
+    if words.pop("digest", None) != digest.of_words(words):
+      raise ValueError(f"{_WORDS}/metadata is not what was written")
+    handler, arrays = ocp.StandardCheckpointHandler(), {}
+    for name, tree in trees.items():
+      try:
+        asked = relayout.as_saved(tree, handler.metadata(folder / name), striped)
+        arrays[name] = handler.restore(folder / name, args=ocp.args.StandardRestore(asked))
+      except (ValueError, KeyError) as error:
+        raise ValueError(f"{name}/ does not fit this model: {str(error).strip().splitlines()[0]}") from error
+    return _Found(step, arrays, words)
+
+
+class Writer:
+  """Writes the checkpoints of a run directory; a context manager that waits for writing to end."""
+
+  def __init__(self, workdir: pathlib.Path, train: config.Train):
+    self.workdir, self.directory = workdir, (workdir / "checkpoints").absolute()
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=managers.LatestN(n=train.checkpoints_kept),
+      cleanup_tmp_directories=True,  # what a killed run left half-written
+    )
+    arrays, words = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+    handlers = {"model": arrays(), "state": arrays(), _WORDS: words()}
+    self._manager = ocp.CheckpointManager(
+      self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
+    )
+
+  def __enter__(self) -> Writer:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
     try:
-      saved = self._manager.item_metadata(step)
-      asked = {n: _as_saved(tree, saved[n], striped) for n, tree in trees.items()}
-      items = {n: ocp.args.StandardRestore(tree) for n, tree in asked.items()}
-      found = self._manager.restore(step, args=ocp.args.Composite(**items, **others))
-    except (ValueError, KeyError) as error:
-      reason = str(error).strip().splitlines()[0]
+      self._manager.close()
+    except Exception as error:
+      if kind is None:
+        raise self._failed(error) from error
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    position: dict[str, Any],
+    statistics: dict[str, TaskStatistics],
+    waiting: Sequence[Any] = (),
+  ) -> None:
+    """Starts writing a checkpoint; it counts only once all of it is on disk. For its parts see `Restored`.
+
+    Raises:
+      RunError: this checkpoint cannot be written, or the one before it could not.
+    """
+    trees = {"model": nnx.to_pure_dict(state.model), "state": _rest(state)}
+    words = {
+      "position": position,
+      "statistics": {n: s._asdict() for n, s in statistics.items()},
+      "waiting": list(waiting),
+      "tables": relayout.table_sizes(state.model),
+      "versions": versions(),
+      "digests": {name: digest.of_arrays(tree) for name, tree in trees.items()},
+    }
+    words = json.loads(json.dumps(words))  # numbers as they will be read
+    words["digest"] = digest.of_words(words)
+    items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items[_WORDS] = ocp.args.JsonSave(words)
+    if not self.directory.is_dir():
       raise RunError(
-        f"checkpoint {step} of {self._manager.directory} does not fit this model ({reason}); it was written by another "
-        "version of the code or config. Train again in another --workdir."
-      ) from error
-    return {n: jax.tree.map(_laid_out, found[n], trees[n]) if n in trees else found[n] for n in (*trees, *others)}
+        f"{self.directory} is gone; step {step} is not saved, since what was there is lost or its disk is no longer "
+        "mounted. Bring it back, or make it anew (the run then begins at the first step), and train again."
+      )
+    try:
+      self._manager.save(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+      raise self._failed(error) from error
+
+  def check(self) -> None:
+    """Raises a RunError if a checkpoint could not be written since the last call."""
+    try:
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._failed(error) from error
+
+  def wait(self) -> None:
+    """Returns once all that was saved is on disk."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._failed(error) from error
+
+  def set_aside(self, steps: list[int]) -> None:
+    """Moves damaged checkpoints to `damaged/`, so that good ones can take their places."""
+    if hosts.first() and steps:
+      kept = self.workdir / DAMAGED
+      kept.mkdir(exist_ok=True)
+      for step in steps:
+        taken = sum(p.name.split("-")[0] == str(step) for p in kept.iterdir())
+        (self.directory / str(step)).rename(kept / (f"{step}-{taken + 1}" if taken else str(step)))
+    if steps:
+      hosts.meet("damaged checkpoints set aside")
+      self._manager.reload()
+
+  def _failed(self, error: Exception) -> RunError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return RunError(
+      f"a checkpoint could not be written to {self.directory}: {reason}. Those that are there are whole: make room, or "
+      "see to its rights, and give the same command again to go on from the newest."
+    )
 
 
-def _table_sizes(model: nnx.State) -> dict[str, int]:
-  """The number of codes of each table."""
-  rows = (v for _, v in nnx.to_flat_state(nnx.filter_state(model, TableRows)))
-  return {v.get_metadata()["table"]: v.get_metadata()["size"] for v in rows}
+def versions() -> dict[str, str]:
+  """The versions of the libraries that decide whether a step gives the same bits."""
+  return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def _striped(model: nnx.State) -> frozenset[tuple[str, ...]]:
-  """The paths of the variables that have an entry a row, `[G, M, ...]`."""
-  names = ((path, v.get_metadata().get("logical") or ()) for path, v in nnx.to_flat_state(model))
-  return frozenset(tuple(map(str, path)) for path, logical in names if logical[1:2] == ("rows",))
+def _differences(wanted: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
+  return sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
 
 
-def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:
-  return tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
-
-
-def _as_saved(tree: Any, saved: Any, striped: frozenset[tuple[str, ...]]) -> Any:
-  """What to ask a checkpoint for: the arrays of `tree`, those with an entry a row in the shape that they have there."""
-  shapes = {_path(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(getattr(saved, "tree", saved))[0]}
-
-  def ask(keys: tuple[Any, ...], wanted: Any) -> Any:
-    path = _path(keys)
-    rows = "slots" in path or any(path[-len(s) :] == s or path[-len(s) - 1 : -1] == s for s in striped)
-    there = shapes.get(path)
-    if not rows or there is None or there == wanted.shape or there[2:] != wanted.shape[2:]:
-      return wanted
-    return jax.ShapeDtypeStruct(there, wanted.dtype, sharding=_dividing(there, wanted.sharding))
-
-  return jax.tree_util.tree_map_with_path(ask, tree)
-
-
-def _dividing(shape: tuple[int, ...], layout: NamedSharding) -> NamedSharding:
-  """`layout`, with its devices on another dimension where they do not divide the stripes."""
-  names = layout.spec[1] if len(layout.spec) > 1 else None
-  ways = math.prod(layout.mesh.shape[a] for a in ((names,) if isinstance(names, str) else names or ()))
-  if shape[1] % ways == 0:
-    return layout
-  return NamedSharding(layout.mesh, PartitionSpec(names if shape[0] % ways == 0 else None))
-
-
-def _laid_out(value: Any, wanted: Any) -> Any:
-  """What was read in other stripes, or with fewer rows, as it is wanted."""
-  if not hasattr(value, "shape") or value.shape == wanted.shape:
-    return value
-  return jax.jit(exchange.restriped, static_argnums=1, out_shardings=wanted.sharding)(value, wanted.shape)
-
-
-def _grown(model: nnx.State, values: dict[str, Any], sizes: Mapping[str, int]) -> nnx.State:
-  """`model` with what was read; of a table with more rows than the checkpoint's `sizes` those keep their values."""
-  read = _with_values(model, values)
-
-  def rows(variable: nnx.Variable, fresh: nnx.Variable) -> nnx.Variable:
-    before = sizes.get(variable.get_metadata().get("table", ""), 0) if isinstance(variable, TableRows) else 0
-    if not before or before >= variable.get_metadata()["size"]:
-      return variable
-    value = variable.get_value()
-
-    def merge(value: jax.Array, fresh: jax.Array) -> jax.Array:
-      code = jnp.arange(value.shape[0] * value.shape[1]).reshape(value.shape[:2])
-      return jnp.where((code < before)[..., None], value, fresh)
-
-    return variable.replace(jax.jit(merge, out_shardings=value.sharding)(value, fresh.get_value()))
-
-  return jax.tree.map(rows, read, model, is_leaf=lambda v: isinstance(v, nnx.Variable))
-
-
-def _statistics(saved: dict[str, Any]) -> dict[str, TaskStatistics]:
-  return {n: TaskStatistics(**s) for n, s in saved.items()}
+def _statistics(words: Mapping[str, Any]) -> dict[str, TaskStatistics]:
+  return {n: TaskStatistics(**s) for n, s in words["statistics"].items()}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
   return {k: v for k, v in state._asdict().items() if k != "model"}
-
-
-def _with_values(model: nnx.State, values: dict[str, Any]) -> nnx.State:
-  filled = jax.tree.map(lambda leaf: leaf, model)
-  nnx.replace_by_pure_dict(filled, values)
-  return filled

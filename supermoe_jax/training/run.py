@@ -65,14 +65,14 @@ class Run:
     self.graph, abstract = abstract_model(self.cfg, self.dataset.schema)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)
-    with Checkpoints(self.workdir, self.cfg.train) as checkpoints:
-      latest = checkpoints.latest
-      if latest is None:
-        raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
-      check_encoding(self.workdir, self.dataset)
-      self.step = latest
-      self.statistics = checkpoints.statistics(latest)
-      self.variables = checkpoints.restore_model(latest, placed)
+    checkpoints = Checkpoints(self.workdir)
+    if not checkpoints.steps:
+      raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
+    check_encoding(self.workdir, self.dataset)
+    with jax.set_mesh(self.mesh):
+      found = checkpoints.restore_model(placed)
+    assert found is not None
+    self.step, self.variables, self.statistics = found
 
   def answer(self, features: Features, given: Mapping[str, np.ndarray] | None = None) -> Answered:
     """Encodes B rows of one snapshot each and asks every task; nothing is dropped, dropout is off.

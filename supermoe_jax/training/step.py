@@ -26,12 +26,16 @@ from supermoe_jax.training.optimizer import make_optimizer, schedule
 from supermoe_jax.training.row_optimizers import Slots
 from supermoe_jax.training.statistics import TaskStatistics
 
+# Settings of training that the program of a step does not depend on.
+RUN_ONLY = ("seed", "workers", "checkpoint_every", "checkpoints_kept", "log_every", "nonfinite_steps", "hang_seconds")
+
 
 class TrainState(NamedTuple):
   """Everything that a step changes.
 
   Attributes:
-    step: int32, steps done.
+    step: int32, steps done, those that were skipped included.
+    skipped: int32, steps that changed nothing else, since their loss or gradients were not finite.
     model: the model's variables: parameters, tables, and the routers' balancing biases if there are any.
     optimizer: optax' state, of the parameters.
     slots: what the row optimizer keeps, of each table.
@@ -40,6 +44,7 @@ class TrainState(NamedTuple):
   """
 
   step: jax.Array
+  skipped: jax.Array
   model: nnx.State
   optimizer: optax.OptState
   slots: dict[str, Slots]
@@ -64,6 +69,7 @@ class StepMetrics(NamedTuple):
     positions: int32, events that the rows have room for.
     gradient_norm: float32, before clipping, of parameters and rows together.
     learning_rate: float32.
+    skipped: int32, 1 where the loss or the gradients are not finite, so that the step changed nothing.
     tables: what was asked of each table, but for those that a full softmax scores.
   """
 
@@ -83,6 +89,7 @@ class StepMetrics(NamedTuple):
   positions: jax.Array
   gradient_norm: jax.Array
   learning_rate: jax.Array
+  skipped: jax.Array
   tables: dict[str, tables.Counts]
 
 
@@ -149,7 +156,8 @@ class Program(NamedTuple):
 def compiled(cfg: config.Config, schema: Schema, mesh: Mesh) -> Program:
   """Returns the program of a config, compiled once a process for all seeds, task weights and references."""
   weighing = dataclasses.replace(cfg.train.weighting, references={})
-  train = dataclasses.replace(cfg.train, seed=0, workers=0, weighting=weighing)
+  same_for_all = {n: getattr(config.Train(), n) for n in RUN_ONLY}
+  train = dataclasses.replace(cfg.train, weighting=weighing, **same_for_all)
   tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in cfg.active_tasks.items()}
   same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
   # The order of keys says nothing in a config, but in a schema it is that of the columns.
@@ -179,7 +187,7 @@ def _program(key: _Key) -> Program:
     model = nnx.state(build(cfg, schema)(parameters))
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
     slots = {n: mover.slots(v) for n, v in tables.values(model).items()}
-    return TrainState(jnp.int32(0), model, moments, slots, weigher.initial(), training)
+    return TrainState(jnp.int32(0), jnp.int32(0), model, moments, slots, weigher.initial(), training)
 
   return Program(graph, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
 
@@ -200,12 +208,15 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
   weights = jax.tree.map(lambda _: replicated, jax.eval_shape(weigher.initial))
   slots = tables.slot_shardings(row_optimizers.make(cfg.train.tables), tables.values(model), tables.values(layout))
-  layouts: Any = (replicated, layout, moments, slots, weights, replicated)
+  layouts: Any = (replicated, replicated, layout, moments, slots, weights, replicated)
   return TrainState(*layouts)
 
 
 def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any) -> Step:
-  """Returns the step `(state, batch, statistics) → (state, metrics)`; the state's buffers are donated."""
+  """Returns the step `(state, batch, statistics) → (state, metrics)`; the state's buffers are donated.
+
+  A step whose loss or gradients are not finite counts, and changes nothing.
+  """
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
   rate, kept = schedule(cfg.train), cfg.train.tables
   names = tuple(cfg.active_tasks)
@@ -227,20 +238,28 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     norm = jnp.sqrt(jnp.square(optax.global_norm(gradient)) + tables.square_norm(touched))
     scale = jnp.where(norm > cfg.train.clip_norm, cfg.train.clip_norm / norm, 1.0)
 
+    finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
+
+    def kept_if_finite(new: Any, old: Any) -> Any:
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
     updates, moments = optimizer.update(jax.tree.map(lambda g: g * scale, gradient), state.optimizer, params)
-    moved = optax.apply_updates(params, updates)
+    moved, moments = kept_if_finite((optax.apply_updates(params, updates), moments), (params, state.optimizer))
     now = jnp.asarray(rate(state.step))
     draw = jax.random.fold_in(key, 2) if kept.dtype == "bfloat16" and kept.rounding == "stochastic" else None
-    rule = tables.Rule(mover, kept.learning_rate * now / cfg.train.learning_rate, scale, kept.weight_decay, draw)
+    pace = kept.learning_rate * now / cfg.train.learning_rate
+    rule = tables.Rule(mover, pace, scale, kept.weight_decay, draw, finite)
     after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule)
     seen_after = objective(moved, plan.fetch(after))[1].seen.mean if weigher.needs_after else None
     weights = weigher.update(state.weighting, out.seen._replace(after=seen_after))
+    weights = kept_if_finite(weights, state.weighting)
     # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
     stats = out.encoded.experts.stats
-    biases = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
-    model = nnx.merge_state(moved, tables.filled(rows, after), biases)
-    metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, now, plan.counts(touched))
-    return TrainState(state.step + 1, model, moments, slots, weights, state.key), metrics
+    balanced = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
+    model = nnx.merge_state(moved, tables.filled(rows, after), kept_if_finite(balanced, biases))
+    skipped = (~finite).astype(jnp.int32)
+    metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, now, skipped, plan.counts(touched))
+    return TrainState(state.step + 1, state.skipped + skipped, model, moments, slots, weights, state.key), metrics
 
   replicated = NamedSharding(mesh, PartitionSpec())
   return jax.jit(
@@ -258,6 +277,7 @@ def _metrics(
   batch: Batch,
   gradient_norm: jax.Array,
   learning_rate: jax.Array,
+  skipped: jax.Array,
   counts: dict[str, tables.Counts],
 ) -> StepMetrics:
   aux, stats, _ = out.encoded.experts
@@ -280,6 +300,7 @@ def _metrics(
     positions=jnp.int32(batch.features.segment.size),
     gradient_norm=gradient_norm,
     learning_rate=learning_rate,
+    skipped=skipped,
     tables=counts,
   )
 

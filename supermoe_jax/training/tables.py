@@ -143,6 +143,7 @@ class Rule(NamedTuple):
     scale: multiplies the gradients: clipping.
     decay: a touched row shrinks by `rate · decay`, apart from its gradient (decoupled, as AdamW's). Others do not.
     key: of stochastic rounding, for bfloat16 rows; None: to the nearest.
+    finite: bool, whether the step counts; in one that does not nothing moves, whatever the gradients hold.
   """
 
   optimizer: RowOptimizer
@@ -150,6 +151,7 @@ class Rule(NamedTuple):
   scale: jax.Array | float = 1.0
   decay: float = 0.0
   key: jax.Array | None = None
+  finite: jax.Array | bool = True
 
 
 def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tuple[jax.Array, Slots]:
@@ -162,7 +164,9 @@ def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tupl
   if not isinstance(gradient, Touched):
     code = jnp.arange(g * m, dtype=jnp.int32).reshape(g, m)
     before, all_ = rows.astype(jnp.float32), gradient.astype(jnp.float32)
-    return _moved(before, slots, all_, code, rows.dtype, rule._replace(rate=rate, scale=scale))
+    after = _moved(before, slots, all_, code, rows.dtype, rule._replace(rate=rate, scale=scale))
+    return jax.tree.map(lambda new, old: jnp.where(rule.finite, new, old), after, (rows, slots))
+  touched = jnp.where(rule.finite, gradient.row, exchange.NONE)
 
   def local(
     rows: jax.Array,
@@ -186,7 +190,7 @@ def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tupl
   names = (None, "rows", None)
   slot_names = {n: names[: s.ndim] for n, s in slots.items()}
   inputs = (names, slot_names, ("rows",), ("rows", None), ("rows", None), (), ())
-  arguments = rows, slots, gradient.row, gradient.value, gradient.gradient, rate, scale
+  arguments = rows, slots, touched, gradient.value, gradient.gradient, rate, scale
   return sharding.on_shards(local, inputs, (names, slot_names), *arguments)
 
 

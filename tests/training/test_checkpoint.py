@@ -3,47 +3,15 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
+from small_state import D, state
 
-from supermoe_jax import config, sharding
-from supermoe_jax.layers.heads import NextValueHead
+from supermoe_jax import config
 from supermoe_jax.layers.table import EmbeddingTable, Layout
-from supermoe_jax.training.checkpoint import Checkpoints, RunError
-from supermoe_jax.training.row_optimizers import LazyAdam
+from supermoe_jax.training.checkpoint import Checkpoints, RunError, Writer
 from supermoe_jax.training.step import TrainState
-
-D = 4
-
-
-class Model(nnx.Module):
-  def __init__(self, size: int, d: int, ways: int, seed: int):
-    rngs = nnx.Rngs(seed)
-    self.items = EmbeddingTable(size, d, name="items", layout=Layout(ways), rngs=rngs)
-    self.head = NextValueHead(d, self.items, rngs=rngs)
-
-
-def state(size: int, sizes: tuple[int, int, int], seed: int, d: int = D) -> TrainState:
-  """A state whose every number is its own, on a mesh."""
-  mesh = sharding.make_mesh(config.Mesh(*sizes))
-  model = nnx.state(sharding.create(lambda: Model(size, d, mesh.size, seed), mesh))
-  rows = model["items"]["rows"].get_value()
-  layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
-  slots = {k: jax.device_put(s + seed, layout) for k, s in LazyAdam().slots(rows).items()}
-  bias = model["head"]["bias"]
-  if seed:
-    natural = jnp.arange(rows.shape[0] * rows.shape[1], dtype=jnp.float32).reshape(rows.shape[:2])
-    bias.set_value(jax.device_put(natural, bias.get_value().sharding))
-  params = nnx.filter_state(model, nnx.Param)
-  moments = jax.jit(optax.adam(1.0).init, out_shardings=None)(params)
-  mu = jax.tree.map(lambda m, p: jax.device_put(p + 0.0, p.sharding), moments[0].mu, params)
-  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  moments = (moments[0]._replace(mu=mu, nu=mu, count=jax.device_put(moments[0].count, where)), moments[1])
-  step, key = jax.device_put((jnp.int32(seed), jax.random.PRNGKey(seed)), where)
-  return TrainState(step, model, moments, {"items": slots}, {}, key)
 
 
 def natural(value: jax.Array, size: int) -> np.ndarray:
@@ -61,8 +29,8 @@ def entries(of: TrainState, size: int) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, TrainState]:
   folder, written = tmp_path_factory.mktemp("run"), state(37, (2, 2, 2), 1)
-  with Checkpoints(folder, config.Train()) as checkpoints:
-    checkpoints.save(1, written, {"at": 5}, {})
+  with Writer(folder, config.Train()) as writer:
+    writer.save(1, written, {"at": 5}, {})
   return folder, written
 
 
@@ -70,8 +38,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Train
 def test_a_table_is_read_onto_any_mesh(saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int]) -> None:
   folder, written = saved
   mine = state(37, sizes, 0)
-  with Checkpoints(folder, config.Train()) as checkpoints:
-    read = checkpoints.restore(1, mine)
+  read = Checkpoints(folder).restore(mine)
+  assert read is not None
   assert read.position == {"at": 5} and int(read.state.step) == 1
   for name, wanted in entries(written, 37).items():
     np.testing.assert_array_equal(entries(read.state, 37)[name], wanted, err_msg=name)
@@ -85,9 +53,9 @@ def test_a_table_grows_by_rows_and_keeps_those_that_it_had(
 ) -> None:
   folder, written = saved
   mine = state(300, sizes, 0)
-  with Checkpoints(folder, config.Train()) as checkpoints:
-    read = checkpoints.restore(1, mine).state
-    model = checkpoints.restore_model(1, mine.model)
+  found, variables = Checkpoints(folder).restore(mine), Checkpoints(folder).restore_model(mine.model)
+  assert found is not None and variables is not None
+  read, model = found.state, variables.variables
   wanted, fresh, got = (entries(*of) for of in ((written, 37), (mine, 300), (read, 300)))
   for name in wanted:
     np.testing.assert_array_equal(got[name][:37], wanted[name], err_msg=name)
@@ -100,8 +68,8 @@ def test_a_table_grows_by_rows_and_keeps_those_that_it_had(
 
 
 def test_another_width_is_an_error(saved: tuple[pathlib.Path, TrainState]) -> None:
-  with Checkpoints(saved[0], config.Train()) as checkpoints, pytest.raises(RunError, match="does not fit this model"):
-    checkpoints.restore(1, state(37, (1, 1, 1), 0, d=8))
+  with pytest.raises(RunError, match="does not fit this model"):
+    Checkpoints(saved[0]).restore(state(37, (1, 1, 1), 0, d=8))
 
 
 def test_a_larger_table_begins_as_a_smaller_one_whatever_its_stripes() -> None:

@@ -22,7 +22,6 @@ from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoint import RunError
 from supermoe_jax.training.run import Run
-from supermoe_jax.training.tables import Counts
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -30,7 +29,7 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 
 
 def without_speed(row: dict) -> dict:
-  return {k: v for k, v in row.items() if k != "events_per_second"}
+  return {k: v for k, v in row.items() if k != "speed"}
 
 
 def parameters(run: Run) -> list[np.ndarray]:
@@ -129,24 +128,6 @@ def test_a_run_without_a_checkpoint_cannot_be_opened(
   config.save(cfg, tmp_path / "config.json")
   with pytest.raises(RunError, match="holds no checkpoint yet"):
     Run(tmp_path)
-
-
-def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
-  class Step:
-    def __init__(self, total: float, weight: float, dropped: int):
-      self.tasks = {"t": type("T", (), {"total": total, "weight": weight})}
-      self.weights, self.task_dropped, self.slice_routed, self.slice_dropped = {"t": 1.0}, {}, 0, 0
-      self.loss = self.balance_loss = self.z_loss = self.gradient_norm = self.learning_rate = 1.0
-      self.load, self.routed, self.dropped, self.events = np.ones((1, 2)) / 2, np.array([90]), np.array([dropped]), 10
-      self.entropy, self.positions = np.array([0.5]), 40
-      self.tables = {"items": Counts(np.int32(5), np.int32(1), np.int32(0))}
-
-  row = loop.summarise([Step(8.0, 2, 10), Step(0.0, 0, 0), Step(1.0, 7, 0)])
-  assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9}
-  assert row["dropped_share"] == pytest.approx(10 / 280)
-  assert row["padding_share"] == 0.75
-  assert row["tables"] == {"items": {"touched": 15, "out_of_range": 3, "lost": 0}}
-  assert loop.summarise([Step(0.0, 0, 0)])["tasks"]["t"]["loss"] is None
 
 
 def test_a_checkpoint_of_another_model_is_an_error(

@@ -1,0 +1,244 @@
+"""What a run tells of itself while it trains: `metrics.jsonl`, TensorBoard, a bar on a terminal and lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import sys
+import time as clock
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from supermoe_jax import atomic, config, hosts
+from supermoe_jax.training import tables
+from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training.step import StepMetrics
+
+# What of a row of `metrics.jsonl` depends on the machine; all else is the same whenever a run was cut and resumed.
+SPEED = "speed"
+
+
+class Log:
+  """Collects steps' metrics and writes a row every `log_every` steps.
+
+  Metrics stay on the device until then, so that logging does not stop the device. Rows cover the same steps whether or
+  not a run was cut between two of them: what is not written yet travels with the checkpoint (`waiting`).
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    step: int,
+    cfg: config.Config,
+    say: Callable[[str], None] | None,
+    waiting: Sequence[Any] = (),
+  ):
+    """Opens the log of a run that stands at `step`, whose checkpoint had `waiting`; `say` None: only files are written.
+
+    Of several hosts the first one writes and tells.
+    """
+    self._path, self._every, self._steps = workdir / "metrics.jsonl", cfg.train.log_every, cfg.train.steps
+    self._waiting: list[StepMetrics] = [_read(each) for each in waiting]
+    self._rows, self._fresh, self._since, self._input = cfg.train.batch_rows, 0, clock.monotonic(), 0.0
+    self._warned: set[tuple[str, str]] = set()
+    self._say = say if hosts.first() else None
+    self._terminal = sys.stderr.isatty()
+    self._board: SummaryWriter | None = None
+    if hosts.first():
+      _keep_until(self._path, step)
+      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    self._bar = tqdm(
+      total=cfg.train.steps,
+      initial=step,
+      desc="training",
+      unit=" steps",
+      dynamic_ncols=True,
+      disable=not self._terminal or self._say is None,
+    )
+
+  def __enter__(self) -> Log:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._bar.close()
+    if self._board is not None:
+      self._board.close()
+
+  def begin(self) -> None:
+    """Starts the clock: what a step takes is measured from here, without what came before the first one."""
+    self._since, self._input, self._fresh = clock.monotonic(), 0.0, 0
+
+  def waited(self, seconds: float) -> None:
+    """Takes note of time that was spent on waiting for a batch."""
+    self._input += seconds
+
+  def add(self, step: int, metrics: StepMetrics) -> dict[str, Any] | None:
+    """Takes the metrics of `step`; returns a row where one is due and was written."""
+    self._waiting.append(metrics)
+    self._fresh += 1
+    return self._write(step) if step % self._every == 0 or step == self._steps else None
+
+  def waiting(self) -> list[Any]:
+    """The steps that no row holds yet, as JSON holds them."""
+    return [_written(m) for m in jax.device_get(self._waiting)]
+
+  def _write(self, step: int) -> dict[str, Any]:
+    row = {"step": step, **summarise(jax.device_get(self._waiting), self._rows, step)}
+    row[SPEED] = self._speed(row)
+    fresh, self._waiting = self._fresh, []
+    self.begin()
+    self._warn(row["tables"])
+    if self._board is not None:
+      with self._path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+      for name, value in _scalars(row):
+        self._board.add_scalar(name, value, step)
+    self._bar.update(fresh)
+    line = _line(row)
+    self._bar.set_postfix_str(line)
+    if not self._terminal and self._say is not None:
+      self._say(f"step {step}/{self._steps} {line}")
+    return row
+
+  def _speed(self, row: Mapping[str, Any]) -> dict[str, float | None]:
+    seconds = clock.monotonic() - self._since
+    share = self._fresh / max(len(self._waiting), 1)  # of the row's steps those that this process made
+    return {
+      "events_per_second": round(row["events"] * share / seconds, 1),
+      "step_ms": round(1000 * seconds / self._fresh, 3),
+      "input_wait_share": round(self._input / seconds, 4),
+      "memory_gib": memory_gib(),
+    }
+
+  def _warn(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Tells, once a table, of rows that could not learn."""
+    reasons = {
+      "lost": "gradients found no room on their way to the rows' devices; raise config.train.tables.cells",
+      "out_of_range": "codes are no rows of it, and were read as absent; the dataset does not fit the model",
+    }
+    for name, found in counts.items():
+      for kind, reason in reasons.items():
+        if found[kind] and (name, kind) not in self._warned and self._say is not None:
+          self._warned.add((name, kind))
+          self._say(f"warning: table {name}: {found[kind]:,} {reason}")
+
+
+def memory_gib() -> float | None:
+  """The most memory that a device of this host has held at a time, or, on CPU, this process; GiB."""
+  found = [d.memory_stats() for d in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in found if s and "peak_bytes_in_use" in s]
+  if peaks:
+    return round(max(peaks) / 2**30, 3)
+  if jax.default_backend() != "cpu":
+    return None
+  unit = 1 if sys.platform == "darwin" else 1024
+  return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  tasks = " ".join(f"{n}={v['loss']:.3f}" for n, v in row["tasks"].items() if v["loss"] is not None)
+  parts = [f"{row[SPEED]['events_per_second'] / 1000:.1f}k events/s"]
+  parts.append("no finite loss" if row["loss"] is None else f"loss {row['loss']:.3f} [{tasks}]")
+  if row["load"]:
+    parts.append(f"load max {max(map(max, row['load'])):.2f} drop {row['dropped_share']:.1%}")
+  if row[SPEED]["input_wait_share"] > 0.1:
+    parts.append(f"waits for input {row[SPEED]['input_wait_share']:.0%}")
+  if row["skipped"]:
+    parts.append(f"skipped {len(row['skipped'])}")
+  return " ".join(parts)
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+  """Drops rows after `step` (written after the checkpoint that a run resumes from), and a row that was cut."""
+  if not path.is_file():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:
+      break
+    if row["step"] <= step:
+      kept.append(line + "\n")
+  atomic.write(path, "".join(kept))
+
+
+def _written(metrics: StepMetrics) -> Any:
+  return jax.tree.map(lambda x: np.asarray(x).tolist(), metrics._asdict())
+
+
+def _read(saved: Any) -> StepMetrics:
+  """The metrics that `_written` gave; JSON keeps every digit of a number, and makes a list of a tuple."""
+  return StepMetrics(
+    **{
+      **saved,
+      "tasks": {n: TaskLoss(*t) for n, t in saved["tasks"].items()},
+      "tables": {n: tables.Counts(*c) for n, c in saved["tables"].items()},
+    }
+  )
+
+
+def summarise(steps: Sequence[StepMetrics], batch_rows: int, last: int) -> dict[str, Any]:
+  """Turns the metrics of steps of B rows, up to step `last`, into one row: sums first, ratios last.
+
+  A task without a label has the loss None. Steps that were skipped since their loss or gradient was not finite are
+  named, and left out of all that is learned from: losses, weights and norms, which are None where every step was.
+  """
+  kept = [s for s in steps if not int(s.skipped)]
+
+  def mean(values: Sequence[Any]) -> float | None:
+    return float(np.mean([float(v) for v in values])) if values else None
+
+  tasks = {}
+  for name in steps[0].tasks:
+    total, weight = (sum(float(getattr(s.tasks[name], part)) for s in kept) for part in ("total", "weight"))
+    tasks[name] = {
+      "loss": total / weight if weight else None,
+      "weight": weight,
+      "labels_per_row": round(weight / (batch_rows * len(kept)), 6) if kept else None,
+    }
+  routed, dropped = (
+    sum(int(np.sum(getattr(s, part))) + int(getattr(s, f"slice_{part}")) for s in steps)
+    for part in ("routed", "dropped")
+  )
+  weights = {n: mean([s.weights[n] for s in kept]) for n in steps[0].weights}
+  return {
+    "loss": mean([s.loss for s in kept]),
+    "tasks": tasks,
+    "weights": {n: None if w is None else round(w, 5) for n, w in weights.items()},
+    "balance_loss": mean([s.balance_loss for s in kept]),
+    "z_loss": mean([s.z_loss for s in kept]),
+    "load": np.round(np.mean([np.asarray(s.load, np.float64) for s in steps], axis=0), 4).tolist(),
+    "router_entropy": np.round(np.mean([np.asarray(s.entropy, np.float64) for s in steps], axis=0), 4).tolist(),
+    "dropped_share": dropped / max(routed + dropped, 1),
+    "task_dropped": {n: sum(int(s.task_dropped[n]) for s in steps) for n in steps[0].task_dropped},
+    "events": (events := sum(int(s.events) for s in steps)),
+    "padding_share": round(1 - events / sum(int(s.positions) for s in steps), 4),
+    "gradient_norm": mean([s.gradient_norm for s in kept]),
+    "learning_rate": float(steps[-1].learning_rate),
+    "skipped": [last - len(steps) + 1 + i for i, s in enumerate(steps) if int(s.skipped)],
+    "tables": {
+      n: {part: sum(int(getattr(s.tables[n], part)) for s in steps) for part in tables.Counts._fields}
+      for n in steps[0].tables
+    },
+  }
+
+
+def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+  names = ("loss", "balance_loss", "z_loss", "dropped_share", "gradient_norm", "learning_rate", "padding_share")
+  out: list[tuple[str, float | None]] = [(f"train/{k}", row[k]) for k in names]
+  out.append(("train/skipped", len(row["skipped"])))
+  out += [(f"speed/{k}", v) for k, v in row[SPEED].items()]
+  for name, task in row["tasks"].items():
+    out += [(f"task/{name}", task["loss"]), (f"labels_per_row/{name}", task["labels_per_row"])]
+  out += [(f"weight/{n}", w) for n, w in row["weights"].items()]
+  out += [(f"table_{kind}/{n}", float(v)) for n, counts in row["tables"].items() for kind, v in counts.items()]
+  out += [(f"router_entropy/layer{i}", v) for i, v in enumerate(row["router_entropy"])]
+  out += [(f"load/layer{i}_expert{e}", v) for i, layer in enumerate(row["load"]) for e, v in enumerate(layer)]
+  return [(name, value) for name, value in out if value is not None]

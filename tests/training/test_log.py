@@ -1,0 +1,80 @@
+"""Rows of metrics: sums first, ratios last, and the same steps in each whether or not a run was cut."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.training.log import Log, summarise
+from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training.step import StepMetrics
+from supermoe_jax.training.tables import Counts
+
+
+def step(total: float, weight: float, dropped: int = 0, *, loss: float = 1.0, skipped: int = 0) -> StepMetrics:
+  one, none = np.float32(1), np.int32(0)
+  return StepMetrics(
+    loss=np.float32(loss),
+    tasks={"t": TaskLoss(np.float32(total), np.float32(weight))},
+    weights={"t": one},
+    balance_loss=one,
+    z_loss=one,
+    load=np.ones((1, 2), np.float32) / 2,
+    entropy=np.array([0.5], np.float32),
+    routed=np.array([90]),
+    dropped=np.array([dropped]),
+    task_dropped={},
+    slice_routed=none,
+    slice_dropped=none,
+    events=np.int32(10),
+    positions=np.int32(40),
+    gradient_norm=one,
+    learning_rate=one,
+    skipped=np.int32(skipped),
+    tables={"items": Counts(np.int32(5), np.int32(1), np.int32(0))},
+  )
+
+
+def test_loss_metrics_are_sums_first_and_ratios_last() -> None:
+  row = summarise([step(8.0, 2, 10), step(0.0, 0), step(1.0, 7)], 4, 3)
+  assert row["tasks"]["t"] == {"loss": 1.0, "weight": 9, "labels_per_row": 0.75}
+  assert row["dropped_share"] == pytest.approx(10 / 280)
+  assert row["padding_share"] == 0.75
+  assert row["tables"] == {"items": {"touched": 15, "out_of_range": 3, "lost": 0}}
+  assert summarise([step(0.0, 0)], 4, 1)["tasks"]["t"]["loss"] is None
+
+
+def test_skipped_steps_are_named_and_leave_the_losses_alone() -> None:
+  bad = step(math.nan, 3, loss=math.inf, skipped=1)
+  row = summarise([step(8.0, 2, loss=3.0), bad, step(1.0, 7, loss=1.0)], 4, 20)
+  assert row["skipped"] == [19]
+  assert row["loss"] == 2.0 and row["tasks"]["t"] == {"loss": 1.0, "weight": 9, "labels_per_row": 9 / 8}
+  every = summarise([bad, bad], 4, 2)
+  assert every["skipped"] == [1, 2] and every["loss"] is None and every["tasks"]["t"]["loss"] is None
+  json.loads(json.dumps(every), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_row_holds_the_same_steps_whether_or_not_the_log_was_closed_between_them(tmp_path: pathlib.Path) -> None:
+  train = config.Train(log_every=4, steps=9)
+  cfg = config.Config(train=train)
+  steps = [step(0.1 * i, 1 / 3, i, loss=0.7 * i) for i in range(1, 10)]
+  for name in ("whole", "cut"):
+    (tmp_path / name).mkdir()
+  with Log(tmp_path / "whole", 0, cfg, None) as log:
+    for i, metrics in enumerate(steps, 1):
+      log.add(i, metrics)
+  with Log(tmp_path / "cut", 0, cfg, None) as log:
+    for i in range(1, 7):
+      log.add(i, steps[i - 1])
+      if i == 3:
+        waiting = json.loads(json.dumps(log.waiting()))
+  with Log(tmp_path / "cut", 3, cfg, None, waiting) as log:
+    for i in range(4, 10):
+      log.add(i, steps[i - 1])
+  whole, cut = ([json.loads(r) for r in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "cut"))
+  assert [r["step"] for r in whole] == [4, 8, 9]
+  assert all(r.pop("speed")["step_ms"] > 0 for r in (*whole, *cut))
+  assert cut == whole
