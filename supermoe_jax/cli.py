@@ -6,50 +6,61 @@ import argparse
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 
-from supermoe_jax import config
+from supermoe_jax import config, exits
 
 # Errors that a user can act on: their message is enough, a stack trace would only hide it.
 _EXPECTED = {"ConfigError", "DataError", "RunError", "StudyError"}
-
-# What a scheduler may take for "start me again": `EX_TEMPFAIL` of sysexits.h.
-RESUME = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a verb.
 
-  Returns: 0, or 1 after an error that was explained, 2 after wrong usage, 75 (`RESUME`) where a signal stopped
-    a run that is saved and goes on with the same command, 130 after an interruption that saved nothing.
+  Returns: an exit code, see `exits`.
   """
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  code = _main(arguments)
+  if code and os.environ.get("SUPERMOE_LOOKOUT"):
+    # Of several processes one that fails does not wait, at its exit, for others that are gone or hang.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
+def _main(arguments: Sequence[str]) -> int:
   args, rest = _parser().parse_known_args(arguments)
+  args.arguments = arguments
   args.overrides = [a for a in rest if a.startswith("--config.")]
   unknown = [a for a in rest if not a.startswith("--config.")]
   if unknown:
     print(f"supermoe {args.verb}: unknown argument {unknown[0]!r}; see 'supermoe {args.verb} --help'", file=sys.stderr)
-    return 2
+    return exits.USAGE
   if args.overrides and not hasattr(args, "config"):
     print(
       f"supermoe {args.verb}: {args.overrides[0]!r} has no effect here: a run keeps the config it was trained with",
       file=sys.stderr,
     )
-    return 2
+    return exits.USAGE
   try:
-    args.run(args)
+    return args.run(args) or exits.OK
   except Exception as error:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "Stopped" in kinds:
       print(f"supermoe {args.verb}: {error}", file=sys.stderr)
-      return RESUME
+      return exits.RESUME
+    if not kinds & _EXPECTED and os.environ.get("SUPERMOE_LOOKOUT"):
+      traceback.print_exc()
+      return exits.CRASHED
     if not kinds & _EXPECTED or os.environ.get("SUPERMOE_TRACEBACK"):
       raise
     print(f"supermoe {args.verb}: {error}", file=sys.stderr)
-    return 1
+    return exits.ERROR
   except KeyboardInterrupt:
     print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
-    return 130
-  return 0
+    return exits.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
   verb = verbs.add_parser("train", help="train; the same command again resumes")
   _add_config(verb)
   _add_workdir(verb)
+  several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
+  several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+  several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
   verb.set_defaults(run=_train)
 
   verb = verbs.add_parser("evaluate", help="metrics of every task on validation and test snapshots")
@@ -184,12 +199,20 @@ def _check(args: argparse.Namespace) -> None:
   print(check.render(check.check(args.data, sample=args.sample, seed=args.seed)))
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
   cfg = config.load(args.config, args.overrides)
+  from supermoe_jax import hosts
+  from supermoe_jax.training import lookout
+
+  place = hosts.find(args.coordinator, args.processes, args.process)
+  if place is not None and not lookout.watched():
+    return lookout.watch(args.arguments, place, args.workdir)
   from supermoe_jax.training import loop
 
-  step = loop.train(cfg, args.workdir)
-  print(f"trained to step {step}: {args.workdir}")
+  step = loop.train(cfg, args.workdir, place=place)
+  if hosts.first():
+    print(f"trained to step {step}: {args.workdir}")
+  return exits.OK
 
 
 def _evaluate(args: argparse.Namespace) -> None:

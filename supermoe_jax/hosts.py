@@ -1,12 +1,62 @@
-"""What the processes of a run tell each other; alone, a process is the first of one."""
+"""The processes of a run: which there are, how they come together, and what they tell each other.
+
+Alone, a process is the first of one, and nothing here waits.
+"""
 
 from __future__ import annotations
 
 import socket
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from supermoe_jax import config
+
+
+class Place(NamedTuple):
+  """A process among others: `coordinator` is HOST:PORT of the first, `process` counts from 0 to `processes` - 1."""
+
+  coordinator: str
+  processes: int
+  process: int
+
+
+def find(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Place | None:
+  """Finds this process' place: as it is told, else as the cluster tells JAX; None where it is alone.
+
+  JAX knows Cloud TPU pods, GKE and Kubernetes jobs with an index (JobSet), SLURM and Open MPI. No backend is touched.
+
+  Raises:
+    ConfigError: only some of the three are told.
+  """
+  told = (coordinator, processes, process)
+  if any(t is not None for t in told):
+    if coordinator is None or processes is None or process is None:
+      raise config.ConfigError(
+        "--coordinator HOST:PORT, --processes N and --process I belong together; name all three."
+      )
+    if not 0 <= process < processes:
+      raise config.ConfigError(f"--process={process} must lie between 0 and --processes={processes} less one.")
+    if not coordinator.rpartition(":")[2].isdigit():
+      raise config.ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as all processes reach the first one.")
+    return Place(coordinator, processes, process) if processes > 1 else None
+  from jax._src import clusters  # there is no public way to ask without joining
+
+  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+  coordinator, processes, process, _ = detect(None, None, None, None, None, None)
+  if coordinator is None or processes is None or process is None or processes == 1:
+    return None
+  return Place(coordinator, processes, process)
+
+
+def initialize(place: Place | None) -> None:
+  """Joins the other processes; call it before anything asks JAX for a device. Alone, does nothing."""
+  if place is None or jax.distributed.is_initialized():
+    return
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(place.coordinator, place.processes, place.process)
 
 
 def first() -> bool:

@@ -8,7 +8,7 @@ name on one device too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -57,6 +57,11 @@ def make_mesh(
       f"({devices[0].platform})."
     )
   used = devices[:needed]
+  if len({d.process_index for d in used}) < len({d.process_index for d in devices}):
+    raise config.ConfigError(
+      f"config.train.mesh has {'×'.join(map(str, shape))} = {needed} devices, but {len(devices)} belong to the "
+      "processes of this run; let the mesh have them all, or start fewer processes."
+    )
   found = slices(used)
   if found != sizes.slices:
     raise config.ConfigError(
@@ -192,6 +197,30 @@ def _divisible(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The layout of every array of a batch: rows over the batch axes."""
   return NamedSharding(mesh, _spec_on(mesh.axis_names, ("batch",)))
+
+
+def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+  """Returns which part of every batch of `rows` this process' devices hold, as `(index, count)`; (0, 1) alone.
+
+  Processes whose devices hold the same rows, which differ in what they hold of each, have the same part.
+
+  Raises:
+    ConfigError: the rows do not divide over the devices, or the processes' parts overlap.
+  """
+  ways_ = math.prod(mesh.shape[a] for a in RULES["batch"])
+  if rows % ways_:
+    raise config.ConfigError(f"config.train.batch_rows={rows} must divide over the {ways_} devices that share a batch.")
+  parts: dict[int, set[int]] = {}
+  found: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((rows,))
+  for device, (where, *_) in found.items():
+    parts.setdefault(device.process_index, set()).add(where.start or 0)
+  different = sorted({tuple(sorted(p)) for p in parts.values()})
+  if sum(map(len, different)) != ways_ or len(set(map(len, different))) > 1:
+    raise config.ConfigError(
+      f"config.train.mesh={dict(mesh.shape)} spreads rows over the processes so that some share a part of theirs; let "
+      "the devices of each process be a multiple, or a part, of expert × tensor."
+    )
+  return different.index(tuple(sorted(parts[jax.process_index()]))), len(different)
 
 
 def param(value: jax.Array, *names: str | None) -> nnx.Param:

@@ -6,6 +6,7 @@ that is in it: one that is damaged is told from a whole one, and the one before 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -20,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from supermoe_jax import config, hosts
 from supermoe_jax.training import digest, relayout
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import TrainState
 
@@ -30,10 +32,6 @@ DAMAGED = "damaged"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "supermoe_jax")
 
 _WORDS = "run"
-
-
-class RunError(RuntimeError):
-  """A run directory that cannot be used; the message says what to do."""
 
 
 class Restored(NamedTuple):
@@ -85,7 +83,7 @@ class Checkpoints:
   def restore(self, state: TrainState) -> Restored | None:
     """Reads the newest whole checkpoint into the layout of `state`; None where there is none at all.
 
-    Rows of tables that `state` has more than the checkpoint keep their values.
+    Rows of tables that `state` has more than the checkpoint keep their values, or are 0 where it is abstract.
 
     Raises:
       RunError: there are checkpoints, but none that is whole and of this model.
@@ -255,6 +253,15 @@ class Writer:
 def versions() -> dict[str, str]:
   """The versions of the libraries that decide whether a step gives the same bits."""
   return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def code_hash() -> str:
+  """A hash of the package's own code."""
+  package = pathlib.Path(__file__).parent.parent
+  found = hashlib.sha256()
+  for file in sorted(package.rglob("*.py")):
+    found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+  return found.hexdigest()[:16]
 
 
 def _differences(wanted: Mapping[str, int], found: Mapping[str, int]) -> list[str]:

@@ -12,19 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from supermoe_jax import atomic, config, sharding
+from supermoe_jax import atomic, config, hosts, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.stream import Position
 from supermoe_jax.data.targets import count_spaces
 from supermoe_jax.training import statistics as statistics_lib
-from supermoe_jax.training.checkpoint import Checkpoints, RunError, Writer, versions
+from supermoe_jax.training.checkpoint import Checkpoints, Writer, code_hash, versions
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.log import Log
+from supermoe_jax.training.roster import Roster
 from supermoe_jax.training.statistics import TaskStatistics
-from supermoe_jax.training.step import TrainState, compiled, create_state, place
+from supermoe_jax.training.step import TrainState, abstract_state, compiled, create_state
+from supermoe_jax.training.step import place as place_batch
 from supermoe_jax.training.stopping import Signals, Stopped, save_batch
 
 # Rows that label rates and constant losses are measured on.
@@ -38,13 +42,24 @@ MEASURED_LABELS = 200
 
 
 def train(
-  cfg: config.Config, workdir: pathlib.Path, *, say: Callable[[str], None] = print, progress: bool = True
+  cfg: config.Config,
+  workdir: pathlib.Path,
+  *,
+  place: hosts.Place | None = None,
+  say: Callable[[str], None] = print,
+  progress: bool = True,
 ) -> int:
   """Trains to `cfg.train.steps` and returns the last step; resumes from the newest whole checkpoint of `workdir`.
 
   A run that was cut anywhere and goes on is, on the same mesh, bit for bit the one that never was: parameters, order of
-  the data, and rows of `metrics.jsonl` but for their `speed`. `progress` shows a bar on a terminal, and tells the
-  metrics elsewhere.
+  the data, and rows of `metrics.jsonl` but for their `speed`.
+
+  Args:
+    cfg: the config.
+    workdir: the run directory.
+    place: this process' place among several, which all call this with the same config and directory; None: it is alone.
+    say: is told what a user should know.
+    progress: shows a bar on a terminal, and tells the metrics elsewhere.
 
   Raises:
     DataError: there is no dataset, or it was prepared from another config.
@@ -53,16 +68,40 @@ def train(
   """
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
+  version = {**versions(), "code": code_hash()}
+  facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
+  with Roster(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say) as roster:
+    hosts.initialize(place)
+    return _train(cfg, dataset, workdir, roster, say if hosts.first() else lambda _: None, progress)
+
+
+def _train(
+  cfg: config.Config,
+  dataset: Dataset,
+  workdir: pathlib.Path,
+  roster: Roster,
+  say: Callable[[str], None],
+  progress: bool,
+) -> int:
   mesh = sharding.make_mesh(cfg.train.mesh)
-  _claim(workdir, cfg)
-  check_encoding(workdir, dataset, create=True)
-  _, state = create_state(cfg, dataset.schema, mesh)
-  stream = iter(batches.training(dataset, cfg, workers=cfg.train.workers, say=say))
+  problem = ""
+  try:
+    if hosts.first():
+      _claim(workdir, cfg)
+      check_encoding(workdir, dataset, create=True)
+  except RunError as error:
+    problem = str(error)
+  for _, theirs in hosts.gather(problem):  # all end, or none
+    if theirs:
+      raise RunError(theirs)
+  shard = sharding.host_rows(mesh, cfg.train.batch_rows)
+  stream = iter(batches.training(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
   with contextlib.closing(stream), jax.set_mesh(mesh), Signals() as signals, Writer(workdir, cfg.train) as writer:
     checkpoints = Checkpoints(workdir, say)
-    found = checkpoints.restore(state)
+    found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
     step, waiting = 0, list[Any]()
     if found is None:
+      _, state = create_state(cfg, dataset.schema, mesh)
       statistics = _measure(dataset, cfg, say)
     else:
       state, position, statistics, waiting, before = found
@@ -77,14 +116,15 @@ def train(
     for name, size in sharding.replicated(mesh, state.model).items():
       say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
     do_step = compiled(cfg, dataset.schema, mesh).step
-    constants = jax.device_put(statistics, NamedSharding(mesh, PartitionSpec()))
+    constants = jax.device_put(jax.tree.map(np.float32, statistics), NamedSharding(mesh, PartitionSpec()))
     with Log(workdir, step, cfg, say if progress else None, waiting) as log:
       while step < cfg.train.steps:
         asked = clock.monotonic()
         batch = next(stream)
         log.waited(clock.monotonic() - asked)
-        state, metrics = do_step(state, place(batch, mesh), constants)
+        state, metrics = do_step(state, place_batch(batch, mesh), constants)
         step += 1
+        roster.progress(step)
         row = log.add(step, metrics)
         if row is not None:
           writer.check()

@@ -75,7 +75,10 @@ def with_values(model: nnx.State, values: dict[str, Any]) -> nnx.State:
 
 
 def grown(model: nnx.State, values: dict[str, Any], sizes: Mapping[str, int]) -> nnx.State:
-  """`model` with what was read; of a table with more rows than the checkpoint's `sizes` those keep their values."""
+  """`model` with what was read; of a table with more rows than the checkpoint's `sizes` those keep their values.
+
+  Where `model` is abstract they are 0.
+  """
   read = with_values(model, values)
 
   def rows(variable: nnx.Variable, fresh: nnx.Variable) -> nnx.Variable:
@@ -83,6 +86,8 @@ def grown(model: nnx.State, values: dict[str, Any], sizes: Mapping[str, int]) ->
     if not before or before >= variable.get_metadata()["size"]:
       return variable
     value = variable.get_value()
+    if isinstance(fresh.get_value(), jax.ShapeDtypeStruct):
+      return variable
 
     def merge(value: jax.Array, fresh: jax.Array) -> jax.Array:
       code = jnp.arange(value.shape[0] * value.shape[1]).reshape(value.shape[:2])

@@ -18,7 +18,8 @@ from supermoe_jax import config, sharding
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.catalogue import Catalogue
-from supermoe_jax.training.checkpoint import Checkpoints, RunError
+from supermoe_jax.training.checkpoint import Checkpoints
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.loop import check_encoding
 from supermoe_jax.training.step import abstract_model, place
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -132,6 +133,16 @@ def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.Gr
   return program.graph, state._replace(weighting=jax.device_put(initial_weights(cfg), everywhere))
 
 
+def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState:
+  """The shapes and layouts of the state, without allocating any: what a checkpoint is read into."""
+  program, key = compiled(cfg, schema, mesh), jax.random.PRNGKey(cfg.train.seed)
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(program.initial, jax.random.key(cfg.train.seed), key)
+  return jax.tree.map(
+    lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, program.layouts
+  )
+
+
 def initial_weights(cfg: config.Config) -> weighting.State:
   """The state of the tasks' weights before the first step."""
   state = weighting.make(cfg.train.weighting, cfg.active_tasks).initial()
@@ -144,11 +155,13 @@ class Program(NamedTuple):
 
   Attributes:
     graph: the model's structure.
+    layouts: of a `TrainState`.
     initial: `(key of the parameters, key of the training) → TrainState`.
     step: see `make_step`.
   """
 
   graph: nnx.GraphDef
+  layouts: TrainState
   initial: Callable[[jax.Array, jax.Array], TrainState]
   step: Step
 
@@ -189,7 +202,7 @@ def _program(key: _Key) -> Program:
     slots = {n: mover.slots(v) for n, v in tables.values(model).items()}
     return TrainState(jnp.int32(0), jnp.int32(0), model, moments, slots, weigher.initial(), training)
 
-  return Program(graph, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
+  return Program(graph, layouts, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
 
 
 def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
@@ -306,5 +319,8 @@ def _metrics(
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
-  """Puts a batch of host arrays on the mesh, rows over the batch axes."""
-  return jax.device_put(batch, sharding.batch_sharding(mesh))
+  """Puts a batch on the mesh, rows over the batch axes; of several hosts each gives its own, see `host_rows`."""
+  layout = sharding.batch_sharding(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, layout)  # all arrays at once
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, np.asarray(x)), batch)

@@ -10,7 +10,8 @@ from small_state import D, state
 
 from supermoe_jax import config
 from supermoe_jax.layers.table import EmbeddingTable, Layout
-from supermoe_jax.training.checkpoint import Checkpoints, RunError, Writer
+from supermoe_jax.training.checkpoint import Checkpoints, Writer
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.step import TrainState
 
 

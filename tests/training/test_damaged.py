@@ -13,7 +13,8 @@ from small_state import state
 
 from supermoe_jax import config, sharding
 from supermoe_jax.training import digest, loop
-from supermoe_jax.training.checkpoint import Checkpoints, RunError, Writer
+from supermoe_jax.training.checkpoint import Checkpoints, Writer
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState
 

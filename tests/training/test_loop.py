@@ -20,7 +20,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
-from supermoe_jax.training.checkpoint import RunError
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 
 
@@ -59,9 +59,9 @@ def killed(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> path
     "import pathlib, sys, time\n"
     "from supermoe_jax import config\n"
     "from supermoe_jax.training import loop\n"
-    "place = loop.place\n"
+    "place = loop.place_batch\n"
     "def slow(*a):\n  time.sleep(0.4)\n  return place(*a)\n"
-    "loop.place = slow\n"
+    "loop.place_batch = slow\n"
     "loop.train(config.load_json(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))\n"
   )
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}

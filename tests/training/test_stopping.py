@@ -14,11 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from supermoe_jax import cli, config, sharding
+from supermoe_jax import cli, config, exits, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.training import loop
-from supermoe_jax.training.checkpoint import RunError
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState, compiled, create_state, place
 from supermoe_jax.training.stopping import Signals, Stopped
@@ -38,14 +38,14 @@ def assert_equal(folder: pathlib.Path, workdir: pathlib.Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -> None:
   """Does something while step number `step` of the next run is under way."""
-  place, count = loop.place, iter(range(1, 1000))
+  place, count = loop.place_batch, iter(range(1, 1000))
 
   def placed(*arguments: object) -> object:
     if next(count) == step:
       do()
     return place(*arguments)
 
-  monkeypatch.setattr(loop, "place", placed)
+  monkeypatch.setattr(loop, "place_batch", placed)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -81,7 +81,7 @@ def test_a_run_stopped_by_a_signal_exits_with_the_code_that_says_resume(
 ) -> None:
   monkeypatch.setattr(config, "load", lambda *_: cfg)
   at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-  assert cli.main(["train", "--config", "any", "--workdir", str(tmp_path / "run")]) == cli.RESUME == 75
+  assert cli.main(["train", "--config", "any", "--workdir", str(tmp_path / "run")]) == exits.RESUME == 75
   assert "is saved at step 3 of 12; the same command goes on" in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_outside_the_main_thread_nothing_listens() -> None:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
   """The weights of the labels of the steps' batches are not finite."""
-  place, count = loop.place, iter(range(1, 1000))
+  place, count = loop.place_batch, iter(range(1, 1000))
 
   def placed(batch: object, mesh: object) -> object:
     batch = place(batch, mesh)
@@ -127,7 +127,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
       batch = batch._replace(targets=targets)
     return batch
 
-  monkeypatch.setattr(loop, "place", placed)
+  monkeypatch.setattr(loop, "place_batch", placed)
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
@@ -184,8 +184,8 @@ def test_too_many_steps_that_are_not_finite_stop_a_run_with_the_batch_kept(
   cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   cfg = config.override(cfg, ["--config.train.nonfinite_steps=2"])
-  seen, put = [], loop.place
-  monkeypatch.setattr(loop, "place", lambda batch, mesh: (seen.append(batch), put(batch, mesh))[1])
+  seen, put = [], loop.place_batch
+  monkeypatch.setattr(loop, "place_batch", lambda batch, mesh: (seen.append(batch), put(batch, mesh))[1])
   poisoned(monkeypatch, 3, 5, 6)
   with pytest.raises(
     RunError, match=r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 6 is kept in .*step_6\.npz"
