@@ -1,6 +1,9 @@
 """A training step gives the same numbers on every mesh."""
 
 import dataclasses
+import itertools
+import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +15,16 @@ from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import statistics
-from supermoe_jax.training.step import StepMetrics, TrainState, compiled, create_state, initial_weights, place
+from supermoe_jax.training.checkpoint import Checkpoints, Writer
+from supermoe_jax.training.step import (
+  StepMetrics,
+  TrainState,
+  abstract_state,
+  compiled,
+  create_state,
+  initial_weights,
+  place,
+)
 
 STEPS = 3
 
@@ -23,41 +35,89 @@ def dropless(cfg: config.Config) -> config.Config:
   return config.override(cfg, ["--config.model.capacity_factor=2.0", "--config.train.balance_rate=0.01"])
 
 
-def trained(cfg: config.Config, dataset: Dataset, sizes: tuple[int, int, int]) -> tuple[TrainState, list[StepMetrics]]:
+class Trained(NamedTuple):
+  """The states before the first step and after each, on the host, and the metrics of each step."""
+
+  states: list[TrainState]
+  metrics: list[StepMetrics]
+
+
+def trained(
+  cfg: config.Config, dataset: Dataset, sizes: tuple[int, int, int], saved: pathlib.Path | None = None
+) -> Trained:
+  """Trains on a mesh from the start, or from a checkpoint on."""
   mesh = sharding.make_mesh(config.Mesh(*sizes))
-  _, state = create_state(cfg, dataset.schema, mesh)
-  stream = batches.training(dataset, cfg)
-  measured = statistics.measure(cfg.active_tasks, dataset.schema.outputs, stream, 8)
-  metrics = []
+  if saved is None:
+    _, state = create_state(cfg, dataset.schema, mesh)
+  else:
+    found = Checkpoints(saved).restore(abstract_state(cfg, dataset.schema, mesh))
+    assert found is not None
+    state = found.state
+  done = int(state.step)
+  measured = statistics.measure(cfg.active_tasks, dataset.schema.outputs, batches.training(dataset, cfg), 8)
+  states, metrics = [jax.device_get(state)], []
   with jax.set_mesh(mesh):
     step = compiled(cfg, dataset.schema, mesh).step
-    for batch, _ in zip(batches.training(dataset, cfg), range(STEPS)):
+    for batch in itertools.islice(batches.training(dataset, cfg), done, STEPS):
       state, out = step(state, place(batch, mesh), measured)
+      states.append(jax.device_get(state))
       metrics.append(jax.device_get(out))
-    return jax.device_get(state), metrics
+  return Trained(states, metrics)
 
 
 @pytest.fixture(scope="module")
-def on_one_device(dropless: config.Config, dataset: Dataset) -> tuple[TrainState, list[StepMetrics]]:
+def on_one_device(dropless: config.Config, dataset: Dataset) -> Trained:
   return trained(dropless, dataset, (1, 1, 1))
 
 
+@pytest.fixture(scope="module")
+def on_eight(dropless: config.Config, dataset: Dataset) -> Trained:
+  return trained(dropless, dataset, (2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def saved(
+  dropless: config.Config, dataset: Dataset, on_eight: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+  """A checkpoint of 2×2×2 devices after the first step."""
+  folder, mesh = tmp_path_factory.mktemp("saved"), sharding.make_mesh(config.Mesh(2, 2, 2))
+  layouts = compiled(dropless, dataset.schema, mesh).layouts
+  with Writer(folder, dropless.train) as writer:
+    writer.save(1, jax.device_put(on_eight.states[1], layouts), {}, {})
+  return folder
+
+
+def assert_close(mine: StepMetrics, wanted: StepMetrics, **tolerance: float) -> None:
+  for name in StepMetrics._fields:
+    for a, b in zip(jax.tree.leaves(getattr(mine, name)), jax.tree.leaves(getattr(wanted, name)), strict=True):
+      np.testing.assert_allclose(a, b, err_msg=name, **tolerance)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
-def test_steps_and_their_metrics_are_the_same_on_every_mesh(
-  dropless: config.Config, dataset: Dataset, on_one_device: tuple, sizes: tuple[int, int, int]
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_a_step_is_the_same_on_every_mesh_and_goes_on_from_a_checkpoint_of_another(
+  dropless: config.Config,
+  dataset: Dataset,
+  on_one_device: Trained,
+  on_eight: Trained,
+  saved: pathlib.Path,
+  sizes: tuple[int, int, int],
 ) -> None:
-  wanted_state, wanted_metrics = on_one_device
-  state, metrics = trained(dropless, dataset, sizes)
-  for mine, wanted in zip(metrics, wanted_metrics, strict=True):
-    assert int(wanted.dropped.sum()) == 0
-    for name in StepMetrics._fields:
-      for a, b in zip(jax.tree.leaves(getattr(mine, name)), jax.tree.leaves(getattr(wanted, name)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5, err_msg=name)
-  for mine, wanted in zip(jax.tree.leaves(state.model), jax.tree.leaves(wanted_state.model), strict=True):
-    np.testing.assert_allclose(mine, wanted, atol=2e-4)
-  (bias,) = jax.tree.leaves(nnx.filter_state(state.model, BalanceBias))
+  mine = on_one_device if sizes == (1, 1, 1) else trained(dropless, dataset, sizes)
+  for a, b in zip(mine.metrics, on_eight.metrics, strict=True):
+    assert int(a.dropped.sum()) == 0
+    assert_close(a, b, rtol=2e-4, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(mine.states[-1].model), jax.tree.leaves(on_eight.states[-1].model), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  (bias,) = jax.tree.leaves(nnx.filter_state(mine.states[-1].model, BalanceBias))
   assert np.abs(bias).max() >= 0.009  # it moved
+
+  resumed = trained(dropless, dataset, sizes, saved)
+  for a, b in zip(jax.tree.leaves(resumed.states[0]), jax.tree.leaves(on_eight.states[1]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(resumed.metrics, on_eight.metrics[1:], strict=True):
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+    assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad"])
