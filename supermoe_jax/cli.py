@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   code = _main(arguments)
-  if code and os.environ.get("SUPERMOE_LOOKOUT"):
+  if code and _watched():
     # Of several processes one that fails does not wait, at its exit, for others that are gone or hang.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -46,21 +46,24 @@ def _main(arguments: Sequence[str]) -> int:
     return exits.USAGE
   try:
     return args.run(args) or exits.OK
-  except Exception as error:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "Stopped" in kinds:
-      print(f"supermoe {args.verb}: {error}", file=sys.stderr)
-      return exits.RESUME
-    if not kinds & _EXPECTED and os.environ.get("SUPERMOE_LOOKOUT"):
-      traceback.print_exc()
-      return exits.CRASHED
-    if not kinds & _EXPECTED or os.environ.get("SUPERMOE_TRACEBACK"):
-      raise
-    print(f"supermoe {args.verb}: {error}", file=sys.stderr)
-    return exits.ERROR
   except KeyboardInterrupt:
     print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
     return exits.INTERRUPTED
+  except BaseException as error:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    explained = bool(kinds & {"Stopped", *_EXPECTED})
+    if not explained and _watched() and isinstance(error, Exception):
+      traceback.print_exc()
+      return exits.CRASHED
+    if not explained or os.environ.get("SUPERMOE_TRACEBACK"):
+      raise
+    print(f"supermoe {args.verb}: {error}", file=sys.stderr)
+    return exits.RESUME if "Stopped" in kinds else exits.ERROR
+
+
+def _watched() -> bool:
+  """Whether another process watches over this one; see `training.lookout`."""
+  return "SUPERMOE_LOOKOUT" in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
   verb = verbs.add_parser("train", help="train; the same command again resumes")
   _add_config(verb)
   _add_workdir(verb)
+  verb.add_argument("--dry-run", action="store_true", help="say what the run would be, its memory included; do nothing")
+  verb.add_argument("--profile", action="store_true", help="write a trace of a few steps to WORKDIR/profile")
   several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
   several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
   several.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -204,12 +209,17 @@ def _train(args: argparse.Namespace) -> int:
   from supermoe_jax import hosts
   from supermoe_jax.training import lookout
 
+  if args.dry_run:
+    from supermoe_jax.training import dry_run
+
+    print(*dry_run.describe(cfg), sep="\n")
+    return exits.OK
   place = hosts.find(args.coordinator, args.processes, args.process)
   if place is not None and not lookout.watched():
     return lookout.watch(args.arguments, place, args.workdir)
   from supermoe_jax.training import loop
 
-  step = loop.train(cfg, args.workdir, place=place)
+  step = loop.train(cfg, args.workdir, place=place, profile=args.profile)
   if hosts.first():
     print(f"trained to step {step}: {args.workdir}")
   return exits.OK

@@ -212,7 +212,7 @@ def training(run: Parts) -> dict[str, Any] | None:
     draw("loss", "Total loss", [r["loss"] for r in rows]),
     draw("gradient", "Gradient norm before clipping", [r["gradient_norm"] for r in rows], colour=grey, zero=True),
     draw("rate", "Learning rate", [r["learning_rate"] for r in rows], colour=grey, zero=True),
-    draw("speed", "Events per second", [r["events_per_second"] for r in rows], colour=green, zero=True),
+    draw("speed", "Events per second", [r["speed"]["events_per_second"] for r in rows], colour=green, zero=True),
   ]
   names = list(dict.fromkeys(n for r in rows for n in r["tasks"]))
   tasks = [

@@ -194,9 +194,9 @@ def _divisible(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
   return x
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The layout of every array of a batch: rows over the batch axes."""
-  return NamedSharding(mesh, _spec_on(mesh.axis_names, ("batch",)))
+def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
+  """The layout of every array of a batch: rows over the batch axes; they are the second dimension of `stacked` ones."""
+  return NamedSharding(mesh, _spec_on(mesh.axis_names, (None, "batch") if stacked else ("batch",)))
 
 
 def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:

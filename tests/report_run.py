@@ -99,7 +99,7 @@ def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60), 
       "dropped_share": 0.05,
       "gradient_norm": float("nan") if s == 40 else 2.0,
       "learning_rate": 1e-3,
-      "events_per_second": 12345.6,
+      "speed": {"events_per_second": 12345.6},
       **more,
     }
     for s in steps

@@ -220,6 +220,7 @@ def _check_sizes(config: Config) -> None:
         "snapshots_per_row",
         "learning_rate",
         "clip_norm",
+        "steps_per_call",
         "checkpoint_every",
         "checkpoints_kept",
         "log_every",
@@ -232,6 +233,11 @@ def _check_sizes(config: Config) -> None:
   for section, (values, names) in positive.items():
     for name in names:
       _require(getattr(values, name) > 0, f"config.{section}.{name}={getattr(values, name)} must be positive.")
+  for name in ("steps", "checkpoint_every", "log_every"):
+    _require(
+      getattr(train, name) % train.steps_per_call == 0,
+      f"config.train.{name}={getattr(train, name)} must be a multiple of steps_per_call={train.steps_per_call}.",
+    )
   for name in ("nonfinite_steps", "hang_seconds"):
     _require(getattr(train, name) >= 0, f"config.train.{name}={getattr(train, name)} must not be negative.")
   _require(

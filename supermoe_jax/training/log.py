@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from supermoe_jax import atomic, config, hosts
-from supermoe_jax.training import tables
+from supermoe_jax.training import tables, utilisation
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.step import StepMetrics
 
@@ -38,11 +38,14 @@ class Log:
     cfg: config.Config,
     say: Callable[[str], None] | None,
     waiting: Sequence[Any] = (),
+    flops: float = 0.0,
   ):
     """Opens the log of a run that stands at `step`, whose checkpoint had `waiting`; `say` None: only files are written.
 
-    Of several hosts the first one writes and tells.
+    Of several hosts the first one writes and tells. `flops` are what the model asks for a token.
     """
+    mesh, self._flops = cfg.train.mesh, flops
+    self._devices = mesh.data * mesh.expert * mesh.tensor
     self._path, self._every, self._steps = workdir / "metrics.jsonl", cfg.train.log_every, cfg.train.steps
     self._waiting: list[StepMetrics] = [_read(each) for each in waiting]
     self._rows, self._fresh, self._since, self._input = cfg.train.batch_rows, 0, clock.monotonic(), 0.0
@@ -79,18 +82,20 @@ class Log:
     self._input += seconds
 
   def add(self, step: int, metrics: StepMetrics) -> dict[str, Any] | None:
-    """Takes the metrics of `step`; returns a row where one is due and was written."""
+    """Takes the metrics of `step`, or of all steps of a call that it ended; returns a row where one was written."""
     self._waiting.append(metrics)
-    self._fresh += 1
+    self._fresh += len(metrics.loss) if np.ndim(metrics.loss) else 1
     return self._write(step) if step % self._every == 0 or step == self._steps else None
 
   def waiting(self) -> list[Any]:
     """The steps that no row holds yet, as JSON holds them."""
-    return [_written(m) for m in jax.device_get(self._waiting)]
+    return [_written(m) for m in self._fetched()]
 
   def _write(self, step: int) -> dict[str, Any]:
-    row = {"step": step, **summarise(jax.device_get(self._waiting), self._rows, step)}
-    row[SPEED] = self._speed(row)
+    steps = self._fetched()
+    row = {"step": step, **summarise(steps, self._rows, step)}
+    share = self._fresh / len(steps)  # of its steps those that this process made
+    row[SPEED] = self._speed(row["events"] * share, row["snapshots"] * share)
     fresh, self._waiting = self._fresh, []
     self.begin()
     self._warn(row["tables"])
@@ -106,14 +111,22 @@ class Log:
       self._say(f"step {step}/{self._steps} {line}")
     return row
 
-  def _speed(self, row: Mapping[str, Any]) -> dict[str, float | None]:
+  def _fetched(self) -> list[StepMetrics]:
+    """The metrics of every step that waits, on the host."""
+    out: list[StepMetrics] = []
+    for metrics in jax.device_get(self._waiting):
+      several = range(len(metrics.loss)) if np.ndim(metrics.loss) else ()
+      out += [jax.tree.map(lambda x, i=i: x[i], metrics) for i in several] or [metrics]
+    return out
+
+  def _speed(self, events: float, snapshots: float) -> dict[str, float | None]:
     seconds = clock.monotonic() - self._since
-    share = self._fresh / max(len(self._waiting), 1)  # of the row's steps those that this process made
     return {
-      "events_per_second": round(row["events"] * share / seconds, 1),
+      "events_per_second": round(events / seconds, 1),
       "step_ms": round(1000 * seconds / self._fresh, 3),
       "input_wait_share": round(self._input / seconds, 4),
       "memory_gib": memory_gib(),
+      "flops_utilisation": utilisation.share(self._flops * (events + snapshots), seconds, self._devices),
     }
 
   def _warn(self, counts: Mapping[str, Mapping[str, int]]) -> None:
@@ -218,6 +231,7 @@ def summarise(steps: Sequence[StepMetrics], batch_rows: int, last: int) -> dict[
     "router_entropy": np.round(np.mean([np.asarray(s.entropy, np.float64) for s in steps], axis=0), 4).tolist(),
     "dropped_share": dropped / max(routed + dropped, 1),
     "task_dropped": {n: sum(int(s.task_dropped[n]) for s in steps) for n in steps[0].task_dropped},
+    "snapshots": sum(int(s.snapshots) for s in steps),
     "events": (events := sum(int(s.events) for s in steps)),
     "padding_share": round(1 - events / sum(int(s.positions) for s in steps), 4),
     "gradient_norm": mean([s.gradient_norm for s in kept]),

@@ -18,13 +18,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import atomic, config, hosts, sharding
 from supermoe_jax.data import batches
+from supermoe_jax.data.batches import stack
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.stream import Position
 from supermoe_jax.data.targets import count_spaces
+from supermoe_jax.models import parameters
 from supermoe_jax.training import statistics as statistics_lib
+from supermoe_jax.training import utilisation
 from supermoe_jax.training.checkpoint import Checkpoints, Writer, code_hash, versions
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.log import Log
+from supermoe_jax.training.profiler import Profiler
 from supermoe_jax.training.roster import Roster
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import TrainState, abstract_state, compiled, create_state
@@ -48,6 +52,7 @@ def train(
   place: hosts.Place | None = None,
   say: Callable[[str], None] = print,
   progress: bool = True,
+  profile: bool = False,
 ) -> int:
   """Trains to `cfg.train.steps` and returns the last step; resumes from the newest whole checkpoint of `workdir`.
 
@@ -60,6 +65,7 @@ def train(
     place: this process' place among several, which all call this with the same config and directory; None: it is alone.
     say: is told what a user should know.
     progress: shows a bar on a terminal, and tells the metrics elsewhere.
+    profile: writes a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
 
   Raises:
     DataError: there is no dataset, or it was prepared from another config.
@@ -72,7 +78,8 @@ def train(
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
   with Roster(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say) as roster:
     hosts.initialize(place)
-    return _train(cfg, dataset, workdir, roster, say if hosts.first() else lambda _: None, progress)
+    with Profiler(workdir / "profile" if profile and hosts.first() else None) as profiler:
+      return _train(cfg, dataset, workdir, roster, say if hosts.first() else lambda _: None, progress, profiler)
 
 
 def _train(
@@ -82,6 +89,7 @@ def _train(
   roster: Roster,
   say: Callable[[str], None],
   progress: bool,
+  profiler: Profiler,
 ) -> int:
   mesh = sharding.make_mesh(cfg.train.mesh)
   problem = ""
@@ -117,19 +125,25 @@ def _train(
       say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
     do_step = compiled(cfg, dataset.schema, mesh).step
     constants = jax.device_put(jax.tree.map(np.float32, statistics), NamedSharding(mesh, PartitionSpec()))
-    with Log(workdir, step, cfg, say if progress else None, waiting) as log:
+    begun, several = step, cfg.train.steps_per_call
+    count = parameters.count(state.model, cfg.model.experts_per_token / cfg.model.experts)
+    flops = utilisation.flops_a_token(cfg.model, count)
+    with Log(workdir, step, cfg, say if progress else None, waiting, flops) as log:
       while step < cfg.train.steps:
         asked = clock.monotonic()
-        batch = next(stream)
+        taken = [next(stream) for _ in range(several)]
         log.waited(clock.monotonic() - asked)
-        state, metrics = do_step(state, place_batch(batch, mesh), constants)
-        step += 1
+        profiler.before(step - begun, state)
+        placed = place_batch(stack(taken) if several > 1 else taken[0], mesh, stacked=several > 1)
+        with jax.transfer_guard("disallow"):  # nothing travels between host and device but what is sent above
+          state, metrics = do_step(state, placed, constants)
+        step += several
         roster.progress(step)
         row = log.add(step, metrics)
         if row is not None:
           writer.check()
           if row["skipped"]:
-            _check_skipped(row["skipped"], int(state.skipped), stream, cfg, workdir, say)
+            _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir, say)
         stopped = signals.asked(step)
         if stopped or step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
           _check_finite(state, workdir, step)

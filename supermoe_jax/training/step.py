@@ -67,6 +67,7 @@ class StepMetrics(NamedTuple):
     task_dropped: int32, the drops of each task's own tokens, where it has any.
     slice_routed, slice_dropped: int32, of the passes over contrast slices.
     events: int32, events that are not padding.
+    snapshots: int32, snapshots that are not padding.
     positions: int32, events that the rows have room for.
     gradient_norm: float32, before clipping, of parameters and rows together.
     learning_rate: float32.
@@ -87,6 +88,7 @@ class StepMetrics(NamedTuple):
   slice_routed: jax.Array
   slice_dropped: jax.Array
   events: jax.Array
+  snapshots: jax.Array
   positions: jax.Array
   gradient_norm: jax.Array
   learning_rate: jax.Array
@@ -94,7 +96,8 @@ class StepMetrics(NamedTuple):
   tables: dict[str, tables.Counts]
 
 
-Step = Callable[[TrainState, Batch, Mapping[str, TaskStatistics]], tuple[TrainState, StepMetrics]]
+# Jitted `(TrainState, Batch, {task: TaskStatistics}) → (TrainState, StepMetrics)`.
+Step = jax.stages.Wrapped
 
 
 def build(cfg: config.Config, schema: Schema) -> Callable[..., SuperMoE]:
@@ -228,7 +231,8 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
 def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any) -> Step:
   """Returns the step `(state, batch, statistics) → (state, metrics)`; the state's buffers are donated.
 
-  A step whose loss or gradients are not finite counts, and changes nothing.
+  A step whose loss or gradients are not finite counts, and changes nothing. With `steps_per_call` k > 1 it makes k
+  steps, of k batches `[k, B, ...]`, and its metrics have that dimension too.
   """
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
   rate, kept = schedule(cfg.train), cfg.train.tables
@@ -274,11 +278,17 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, now, skipped, plan.counts(touched))
     return TrainState(state.step + 1, state.skipped + skipped, model, moments, slots, weights, state.key), metrics
 
+  def steps(
+    state: TrainState, batches: Batch, statistics: Mapping[str, TaskStatistics]
+  ) -> tuple[TrainState, StepMetrics]:
+    return jax.lax.scan(lambda state, batch: step(state, batch, statistics), state, batches)
+
+  several = cfg.train.steps_per_call > 1
   replicated = NamedSharding(mesh, PartitionSpec())
   return jax.jit(
-    step,
+    steps if several else step,
     donate_argnums=0,
-    in_shardings=(layouts, sharding.batch_sharding(mesh), replicated),
+    in_shardings=(layouts, sharding.batch_sharding(mesh, stacked=several), replicated),
     out_shardings=(layouts, replicated),
   )
 
@@ -310,6 +320,7 @@ def _metrics(
     slice_routed=out.slices[0],
     slice_dropped=out.slices[1],
     events=jnp.sum(batch.features.length),
+    snapshots=jnp.sum(batch.features.query_valid, dtype=jnp.int32),
     positions=jnp.int32(batch.features.segment.size),
     gradient_norm=gradient_norm,
     learning_rate=learning_rate,
@@ -318,9 +329,12 @@ def _metrics(
   )
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
-  """Puts a batch on the mesh, rows over the batch axes; of several hosts each gives its own, see `host_rows`."""
-  layout = sharding.batch_sharding(mesh)
+def place(batch: Any, mesh: Mesh, *, stacked: bool = False) -> Any:
+  """Puts a batch on the mesh, rows over the batch axes; of several hosts each gives its own, see `host_rows`.
+
+  `stacked`: the rows are the second dimension, of several batches.
+  """
+  layout = sharding.batch_sharding(mesh, stacked=stacked)
   if jax.process_count() == 1:
     return jax.device_put(batch, layout)  # all arrays at once
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, np.asarray(x)), batch)

@@ -13,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-class Stopped(Exception):
-  """A run that was asked to stop is saved and can go on."""
+class Stopped(BaseException):
+  """A run that was asked to stop is saved and can go on; like an interruption, no error that anyone should handle."""
 
 
 class Signals:

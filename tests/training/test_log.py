@@ -4,10 +4,13 @@ import json
 import math
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.models.parameters import Parameters
+from supermoe_jax.training import utilisation
 from supermoe_jax.training.log import Log, summarise
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.step import StepMetrics
@@ -30,6 +33,7 @@ def step(total: float, weight: float, dropped: int = 0, *, loss: float = 1.0, sk
     slice_routed=none,
     slice_dropped=none,
     events=np.int32(10),
+    snapshots=np.int32(3),
     positions=np.int32(40),
     gradient_norm=one,
     learning_rate=one,
@@ -78,3 +82,17 @@ def test_a_row_holds_the_same_steps_whether_or_not_the_log_was_closed_between_th
   assert [r["step"] for r in whole] == [4, 8, 9]
   assert all(r.pop("speed")["step_ms"] > 0 for r in (*whole, *cut))
   assert cut == whole
+
+
+@pytest.mark.parametrize(
+  ("kind", "wanted"), [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)]
+)
+def test_the_peak_of_a_device_is_that_of_its_kind(kind: str, wanted: float | None) -> None:
+  assert utilisation.peak(kind) == wanted
+
+
+def test_utilisation_is_what_the_model_asks_for_over_what_the_devices_could(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setitem(utilisation.PEAKS, jax.devices()[0].device_kind, 1e12)
+  flops = utilisation.flops_a_token(config.Model(layers=2, d_model=8, max_events=10), Parameters(200, 100, 50))
+  assert flops == 6 * 50 + 6 * 2 * 8 * 10
+  assert utilisation.share(flops * 1e9, 2.0, 4) == pytest.approx(flops / 8000, abs=1e-4)

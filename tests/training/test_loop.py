@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax import config
+from supermoe_jax import config, sharding
 from supermoe_jax.data import integrity
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
 from supermoe_jax.layers.routing import BalanceBias
-from supermoe_jax.training import loop
+from supermoe_jax.training import loop, profiler
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
+from supermoe_jax.training.step import compiled
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -60,7 +61,7 @@ def killed(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> path
     "from supermoe_jax import config\n"
     "from supermoe_jax.training import loop\n"
     "place = loop.place_batch\n"
-    "def slow(*a):\n  time.sleep(0.4)\n  return place(*a)\n"
+    "def slow(*a, **n):\n  time.sleep(0.4)\n  return place(*a, **n)\n"
     "loop.place_batch = slow\n"
     "loop.train(config.load_json(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))\n"
   )
@@ -265,3 +266,31 @@ def test_a_run_of_every_kind_of_task_resumes_with_the_state_of_its_weights(
   assert len(set(last["weights"].values())) > 1
   assert set(last["task_dropped"]) == set(cfg.active_views)
   assert all(np.isfinite(r["loss"]) for r in rows(once))
+
+
+def test_several_steps_a_call_are_the_same_steps(
+  cfg: config.Config, dataset: Dataset, workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  several = config.override(cfg, ["--config.train.steps_per_call=2"])
+  assert loop.train(several, tmp_path / "run", say=lambda _: None) == 12
+  for mine, wanted in zip(rows(tmp_path / "run"), rows(workdir), strict=True):
+    assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert (mine["step"], mine["events"], mine["tables"]) == (wanted["step"], wanted["events"], wanted["tables"])
+  for mine, wanted in zip(parameters(Run(tmp_path / "run")), parameters(Run(workdir)), strict=True):
+    np.testing.assert_allclose(mine, wanted, atol=1e-5)
+
+
+def test_a_run_compiles_its_step_once(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> None:
+  mesh = sharding.make_mesh(cfg.train.mesh)
+  step = compiled(cfg, dataset.schema, mesh).step
+  step.clear_cache()
+  assert loop.train(cfg, tmp_path / "run", say=lambda _: None) == 12
+  assert step._cache_size() == 1
+
+
+def test_a_profile_is_a_trace_of_some_steps(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(profiler, "SKIPPED", 2)
+  loop.train(cfg, tmp_path / "run", say=lambda _: None, profile=True)
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

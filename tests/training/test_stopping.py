@@ -40,10 +40,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], object]
   """Does something while step number `step` of the next run is under way."""
   place, count = loop.place_batch, iter(range(1, 1000))
 
-  def placed(*arguments: object) -> object:
+  def placed(*arguments: object, **named: object) -> object:
     if next(count) == step:
       do()
-    return place(*arguments)
+    return place(*arguments, **named)
 
   monkeypatch.setattr(loop, "place_batch", placed)
 
@@ -120,8 +120,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
   """The weights of the labels of the steps' batches are not finite."""
   place, count = loop.place_batch, iter(range(1, 1000))
 
-  def placed(batch: object, mesh: object) -> object:
-    batch = place(batch, mesh)
+  def placed(batch: object, mesh: object, **named: object) -> object:
+    batch = place(batch, mesh, **named)
     if next(count) in steps:
       targets = {n: t._replace(weight=t.weight * jnp.nan) for n, t in batch.targets.items()}
       batch = batch._replace(targets=targets)
@@ -185,7 +185,9 @@ def test_too_many_steps_that_are_not_finite_stop_a_run_with_the_batch_kept(
 ) -> None:
   cfg = config.override(cfg, ["--config.train.nonfinite_steps=2"])
   seen, put = [], loop.place_batch
-  monkeypatch.setattr(loop, "place_batch", lambda batch, mesh: (seen.append(batch), put(batch, mesh))[1])
+  monkeypatch.setattr(
+    loop, "place_batch", lambda batch, *rest, **named: (seen.append(batch), put(batch, *rest, **named))[1]
+  )
   poisoned(monkeypatch, 3, 5, 6)
   with pytest.raises(
     RunError, match=r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 6 is kept in .*step_6\.npz"
