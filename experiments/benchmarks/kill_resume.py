@@ -1,12 +1,13 @@
 """Does a run that is killed, again and again, end as the one that never was?
 
-    python experiments/benchmarks/kill_resume.py [--runs 50] [--jobs 2] [--minutes 40] [--json FILE]
+    python experiments/benchmarks/kill_resume.py [--runs 50] [--signals 20] [--jobs 2] [--minutes 40] [--json FILE]
 
 Users are simulated, a run is trained and evaluated without a cut, and then others of the same config, each killed with
 SIGKILL up to three times and started again by the same command: while it starts, in a step, while a checkpoint is
 being written, or in the evaluation. Each must end with the same bits: every array of the last checkpoint, optimizer
-and data position included, every row of metrics.jsonl but for its speed, and evaluation.json. Exit code 1 if one does
-not. A run that --minutes leave no time for is not counted.
+and data position included, every row of metrics.jsonl but for its speed, and evaluation.json. Other
+runs are sent SIGTERM in a step at random: they must exit with code 75, and end with the same bits when the same command
+is given again. Exit code 1 if anything else happens even once. A run that --minutes leave no time for is not counted.
 """
 
 from __future__ import annotations
@@ -19,24 +20,26 @@ import os
 import pathlib
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, exits, sharding
 from supermoe_jax.data import prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.simulator import SimulatedTask, Simulation, raw_config, simulate
 from supermoe_jax.training.checkpoint import Checkpoints
 from supermoe_jax.training.step import create_state
 
-STEPS = 60
+STEPS = 120
 
 PHASES = ("start", "step", "save", "evaluation")
 
@@ -141,9 +144,31 @@ def one(command: Command, seed: int, seconds: dict[str, float]) -> list[str]:
   return killed
 
 
+class Signalled(NamedTuple):
+  """What SIGTERM came to: the exit code, and the seconds from the signal to the exit."""
+
+  code: int
+  seconds: float
+
+
+def signalled(command: Command, seed: int) -> Signalled:
+  """Starts a run, sends it SIGTERM in a step at random, and lets it end by the same command."""
+  rng, rows = random.Random(seed), command.workdir / "metrics.jsonl"
+  process = command.start("train")
+  while process.poll() is None and not rows.is_file():
+    time.sleep(0.002)
+  time.sleep(rng.uniform(0, 0.5))
+  began = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  found = Signalled(process.wait(), time.monotonic() - began)
+  command.finish()
+  return found
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--runs", type=int, default=50)
+  parser.add_argument("--signals", type=int, default=20)
   parser.add_argument("--jobs", type=int, default=2)
   parser.add_argument("--minutes", type=float, default=40.0)
   parser.add_argument("--json", type=pathlib.Path)
@@ -165,30 +190,53 @@ def main() -> int:
       seconds["start"] = seconds.get("start", time.monotonic() - began)
       process.wait()
       seconds[verb] = time.monotonic() - began
-    same, killed = 0, collections.Counter[str]()
     different: list[str] = []
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, tqdm(total=args.runs, unit=" runs") as bar:
-      waiting = {}
-      for i, command in enumerate(commands):
-        waiting[pool.submit(lambda c, s: one(c, s, seconds) if time.monotonic() < end else None, command, i)] = command
+
+    def differs(command: Command, how: str) -> None:
+      mine = outcome(command.workdir, cfg)
+      wrong = [part for part in wanted if mine[part] != wanted[part]]
+      different.extend([f"{command.workdir.name}, {how}: {', '.join(wrong)}"] * bool(wrong))
+
+    def in_time(do: Callable[..., Any], *arguments: Any) -> Any:
+      return do(*arguments) if time.monotonic() < end else None
+
+    killed, stopped, runs = collections.Counter[str](), list[Signalled](), 0
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, tqdm(total=args.runs + args.signals) as bar:
+      waiting = {pool.submit(in_time, one, c, i, seconds): c for i, c in enumerate(commands)}
+      asked = [Command(file, folder / f"signal{i}", folder / "cache") for i in range(args.signals)]
+      waiting |= {pool.submit(in_time, signalled, c, i): c for i, c in enumerate(asked)}
       for future in concurrent.futures.as_completed(waiting):
-        command, phases = waiting[future], future.result()
-        if phases is None:
-          continue
-        killed.update(phases)
-        mine = outcome(command.workdir, cfg)
-        wrong = [part for part in wanted if mine[part] != wanted[part]]
-        same += not wrong
-        different += [f"{command.workdir.name}, killed in {', '.join(phases)}: {', '.join(wrong)}"] * bool(wrong)
+        found = future.result()
         bar.update()
-  runs = same + len(different)
-  print(f"{same} of {runs} runs ended with the bits of the uncut one ({STEPS} steps, {seconds['train']:.1f} s of it)")
-  print(f"killed {sum(killed[p] for p in PHASES)} times: {', '.join(f'{killed[p]} in {p}' for p in PHASES)}")
+        if isinstance(found, Signalled):
+          stopped.append(found)
+          differs(waiting[future], f"exit code {found.code}")
+        elif found is not None:
+          runs += 1
+          killed.update(found)
+          differs(waiting[future], f"killed in {', '.join(found)}")
+  bad = len(different) + sum(s.code != exits.RESUME for s in stopped)
+  total = runs + len(stopped)
+  in_phases = ", ".join(f"{killed[p]} in {p}" for p in PHASES)
+  print(f"{total - len(different)} of {total} runs of {STEPS} steps ended with the bits of the one that was left alone")
+  print(f"{runs} were killed {sum(killed[p] for p in PHASES)} times: {in_phases}")
+  if stopped:
+    times = [s.seconds for s in stopped]
+    print(
+      f"{sum(s.code == exits.RESUME for s in stopped)} of {len(stopped)} runs with SIGTERM exited with {exits.RESUME}, "
+      f"{statistics.median(times):.2f} s after it in the median, {max(times):.2f} s at most"
+    )
   print(*different, sep="\n", end="\n" * bool(different))
   if args.json:
-    figures = {"runs": runs, "same": same, "killed": dict(killed), "different": different, "seconds": seconds}
+    figures = {
+      "runs": runs,
+      "killed": dict(killed),
+      "signals": [s._asdict() for s in stopped],
+      "different": different,
+      "seconds": seconds,
+    }
     args.json.write_text(json.dumps(figures, indent=1) + "\n")
-  return int(bool(different) or not runs)
+  return int(bool(bad) or not total)
 
 
 if __name__ == "__main__":
