@@ -220,6 +220,7 @@ def _check_sizes(config: Config) -> None:
         "snapshots_per_row",
         "learning_rate",
         "clip_norm",
+        "accumulate",
         "steps_per_call",
         "checkpoint_every",
         "checkpoints_kept",
@@ -233,6 +234,12 @@ def _check_sizes(config: Config) -> None:
   for section, (values, names) in positive.items():
     for name in names:
       _require(getattr(values, name) > 0, f"config.{section}.{name}={getattr(values, name)} must be positive.")
+  spread = train.accumulate * train.mesh.data * train.mesh.expert
+  _require(
+    train.accumulate == 1 or (train.batch_rows % spread == 0 and train.norm == "rate"),
+    f"config.train.accumulate={train.accumulate} needs norm='rate', by which the losses of parts add up to that of the "
+    f"whole, and batch_rows={train.batch_rows} that divide by accumulate × the devices that share a batch ({spread}).",
+  )
   for name in ("steps", "checkpoint_every", "log_every"):
     _require(
       getattr(train, name) % train.steps_per_call == 0,

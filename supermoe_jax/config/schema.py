@@ -262,6 +262,7 @@ class Train:
   batch_rows: int = 32
   snapshots_per_row: int = 8
   packing: bool = False  # rows hold as many users as fit, who share the row's snapshots; see data/packing.py
+  accumulate: int = 1  # parts of a batch that are differentiated one after the other, to spare memory
   steps_per_call: int = 1  # steps that the device makes without a word of the host, for models whose steps are short
   workers: int = 0  # processes that make batches, the same ones with any number; 0: threads of the training process
   learning_rate: float = 1e-3

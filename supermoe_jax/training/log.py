@@ -18,7 +18,7 @@ from tqdm import tqdm
 from supermoe_jax import atomic, config, hosts
 from supermoe_jax.training import tables, utilisation
 from supermoe_jax.training.losses import TaskLoss
-from supermoe_jax.training.step import StepMetrics
+from supermoe_jax.training.step_metrics import StepMetrics
 
 # What of a row of `metrics.jsonl` depends on the machine; all else is the same whenever a run was cut and resumed.
 SPEED = "speed"

@@ -21,11 +21,11 @@ from supermoe_jax.data.schema import Schema
 from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.layers.table import Layout, TableRows
 from supermoe_jax.models.supermoe import SuperMoE
-from supermoe_jax.training import losses, row_optimizers, tables, weighting
-from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training import losses, row_optimizers, step_metrics, tables, weighting
 from supermoe_jax.training.optimizer import make_optimizer, schedule
 from supermoe_jax.training.row_optimizers import Slots
 from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.step_metrics import StepMetrics
 
 # Settings of training that the program of a step does not depend on.
 RUN_ONLY = ("seed", "workers", "checkpoint_every", "checkpoints_kept", "log_every", "nonfinite_steps", "hang_seconds")
@@ -51,49 +51,6 @@ class TrainState(NamedTuple):
   slots: dict[str, Slots]
   weighting: weighting.State
   key: jax.Array
-
-
-class StepMetrics(NamedTuple):
-  """What a step reports; sums, so that steps can be added up before ratios are taken.
-
-  Attributes:
-    loss: float32, the whole loss.
-    tasks: Σ δωℓ and Σ δω of each task.
-    weights: float32, w of each task.
-    balance_loss, z_loss: float32, mean over the MoE layers.
-    load: float32 `[M, E]`.
-    entropy: float32 `[M]`, of the routers, in nats.
-    routed, dropped: int32 `[M]`.
-    task_dropped: int32, the drops of each task's own tokens, where it has any.
-    slice_routed, slice_dropped: int32, of the passes over contrast slices.
-    events: int32, events that are not padding.
-    snapshots: int32, snapshots that are not padding.
-    positions: int32, events that the rows have room for.
-    gradient_norm: float32, before clipping, of parameters and rows together.
-    learning_rate: float32.
-    skipped: int32, 1 where the loss or the gradients are not finite, so that the step changed nothing.
-    tables: what was asked of each table, but for those that a full softmax scores.
-  """
-
-  loss: jax.Array
-  tasks: dict[str, TaskLoss]
-  weights: dict[str, jax.Array]
-  balance_loss: jax.Array
-  z_loss: jax.Array
-  load: jax.Array
-  entropy: jax.Array
-  routed: jax.Array
-  dropped: jax.Array
-  task_dropped: dict[str, jax.Array]
-  slice_routed: jax.Array
-  slice_dropped: jax.Array
-  events: jax.Array
-  snapshots: jax.Array
-  positions: jax.Array
-  gradient_norm: jax.Array
-  learning_rate: jax.Array
-  skipped: jax.Array
-  tables: dict[str, tables.Counts]
 
 
 # Jitted `(TrainState, Batch, {task: TaskStatistics}) → (TrainState, StepMetrics)`.
@@ -245,17 +202,23 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     plan = tables.plan(graph, state.model, batch, key)
     found = plan.fetch(tables.values(rows))
 
-    def objective(params: nnx.State, found: dict[str, jax.Array]) -> tuple[jax.Array, losses.Loss]:
+    def objective(
+      params: nnx.State, found: dict[str, jax.Array], part: Batch, key: jax.Array
+    ) -> tuple[jax.Array, step_metrics.Told]:
       model = nnx.merge(graph, tables.filled(rows, plan.readable(found)), params, biases, copy=True)
-      out = losses.loss(model, batch, statistics, cfg.train, weigher, state.weighting, key=key, drawn=plan.drawn)
-      return out.total, out
+      out = losses.loss(model, part, statistics, cfg.train, weigher, state.weighting, key=key, drawn=plan.drawn)
+      return out.total, step_metrics.told(out)
 
-    (_, out), (gradient, by_rows) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, found)
+    def differentiated(part: Batch, key: jax.Array) -> tuple[Any, step_metrics.Told]:
+      gradients, told = jax.grad(objective, argnums=(0, 1), has_aux=True)(params, found, part, key)
+      return gradients, told
+
+    (gradient, by_rows), told = step_metrics.accumulated(differentiated, batch, key, cfg.train.accumulate)
     touched = plan.collect(tables.values(rows), by_rows)
     norm = jnp.sqrt(jnp.square(optax.global_norm(gradient)) + tables.square_norm(touched))
     scale = jnp.where(norm > cfg.train.clip_norm, cfg.train.clip_norm / norm, 1.0)
 
-    finite = jnp.isfinite(out.total) & jnp.isfinite(norm)
+    finite = jnp.isfinite(told.means.loss) & jnp.isfinite(norm)
 
     def kept_if_finite(new: Any, old: Any) -> Any:
       return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -267,15 +230,26 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     pace = kept.learning_rate * now / cfg.train.learning_rate
     rule = tables.Rule(mover, pace, scale, kept.weight_decay, draw, finite)
     after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule)
-    seen_after = objective(moved, plan.fetch(after))[1].seen.mean if weigher.needs_after else None
-    weights = weigher.update(state.weighting, out.seen._replace(after=seen_after))
-    weights = kept_if_finite(weights, state.weighting)
+    seen = losses.seen(told.sums.tasks, statistics)
+    if weigher.needs_after:
+      again = plan.fetch(after)
+      _, then = step_metrics.accumulated(lambda *part: objective(moved, again, *part), batch, key, cfg.train.accumulate)
+      seen = seen._replace(after=losses.seen(then.sums.tasks, statistics).mean)
+    weights = kept_if_finite(weigher.update(state.weighting, seen), state.weighting)
     # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
-    stats = out.encoded.experts.stats
-    balanced = jax.tree.map(lambda bias: rebalanced(bias, stats.load, cfg.train.balance_rate), biases)
+    balanced = jax.tree.map(lambda bias: rebalanced(bias, told.means.load, cfg.train.balance_rate), biases)
     model = nnx.merge_state(moved, tables.filled(rows, after), kept_if_finite(balanced, biases))
     skipped = (~finite).astype(jnp.int32)
-    metrics = _metrics(out, names, tuple(cfg.active_views), batch, norm, now, skipped, plan.counts(touched))
+    metrics = step_metrics.metrics(
+      told,
+      names,
+      tuple(cfg.active_views),
+      batch,
+      gradient_norm=norm,
+      learning_rate=now,
+      skipped=skipped,
+      counts=plan.counts(touched),
+    )
     return TrainState(state.step + 1, state.skipped + skipped, model, moments, slots, weights, state.key), metrics
 
   def steps(
@@ -290,42 +264,6 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     donate_argnums=0,
     in_shardings=(layouts, sharding.batch_sharding(mesh, stacked=several), replicated),
     out_shardings=(layouts, replicated),
-  )
-
-
-def _metrics(
-  out: losses.Loss,
-  names: tuple[str, ...],
-  views: tuple[str, ...],
-  batch: Batch,
-  gradient_norm: jax.Array,
-  learning_rate: jax.Array,
-  skipped: jax.Array,
-  counts: dict[str, tables.Counts],
-) -> StepMetrics:
-  aux, stats, _ = out.encoded.experts
-  layers = max(len(stats.load), 1)
-  by_task = jnp.sum(stats.task_dropped, axis=0)
-  return StepMetrics(
-    loss=out.total,
-    tasks=out.tasks,
-    weights=dict(zip(names, out.weights)),
-    balance_loss=jnp.sum(aux.balance_loss) / layers,
-    z_loss=jnp.sum(aux.z_loss) / layers,
-    load=stats.load,
-    entropy=stats.entropy,
-    routed=stats.routed,
-    dropped=stats.dropped,
-    task_dropped=dict(zip(views, by_task)) if by_task.size else {},
-    slice_routed=out.slices[0],
-    slice_dropped=out.slices[1],
-    events=jnp.sum(batch.features.length),
-    snapshots=jnp.sum(batch.features.query_valid, dtype=jnp.int32),
-    positions=jnp.int32(batch.features.segment.size),
-    gradient_norm=gradient_norm,
-    learning_rate=learning_rate,
-    skipped=skipped,
-    tables=counts,
   )
 
 

@@ -13,7 +13,7 @@ from supermoe_jax.models.parameters import Parameters
 from supermoe_jax.training import utilisation
 from supermoe_jax.training.log import Log, summarise
 from supermoe_jax.training.losses import TaskLoss
-from supermoe_jax.training.step import StepMetrics
+from supermoe_jax.training.step_metrics import StepMetrics
 from supermoe_jax.training.tables import Counts
 
 

@@ -120,6 +120,25 @@ def test_a_step_is_the_same_on_every_mesh_and_goes_on_from_a_checkpoint_of_anoth
     assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_parts_of_a_batch_one_after_the_other_are_the_batch(dropless: config.Config, dataset: Dataset) -> None:
+  # What is not linear in the rows is off: the balance of loads and the mean of z-losses are those of a part.
+  off = ("model.dropout", "train.balance_weight", "train.z_weight", "train.balance_rate")
+  linear = config.override(
+    dropless, [*(f"--config.{name}=0.0" for name in off), "--config.train.weighting.method=famo"]
+  )
+  whole = trained(linear, dataset, (1, 1, 1))
+  parts = trained(config.override(linear, ["--config.train.accumulate=2"]), dataset, (2, 2, 1))
+  for mine, wanted in zip(parts.metrics, whole.metrics, strict=True):
+    np.testing.assert_allclose(mine.loss, wanted.loss, rtol=1e-5)
+    np.testing.assert_allclose(mine.gradient_norm, wanted.gradient_norm, rtol=1e-4)
+    for name in ("tasks", "weights", "routed", "events", "tables"):
+      for a, b in zip(jax.tree.leaves(getattr(mine, name)), jax.tree.leaves(getattr(wanted, name)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)
+  for a, b in zip(jax.tree.leaves(parts.states[-1].model), jax.tree.leaves(whole.states[-1].model), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+
+
 @pytest.mark.parametrize("method", ["equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad"])
 def test_no_two_parts_of_the_weights_state_share_a_buffer(cfg: config.Config, dataset: Dataset, method: str) -> None:
   """A step is given its state's buffers for good, and can be given each only once."""
