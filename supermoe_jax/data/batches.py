@@ -218,7 +218,7 @@ def training(
     seed: of the order and all draws; None: `cfg.train.seed`.
     shard: `(index, count)` of this host; each makes `batch_rows / count` rows of every batch. See `stream`.
     workers: processes that make the batches, which are the same with any number; 0: threads of this process.
-    say: is told what packing brings.
+    say: is told what packing brings, and of workers that died.
 
   Raises:
     ConfigError: a batch does not divide over the hosts.
@@ -242,7 +242,7 @@ def training(
     order = order.map(_TrainingUser(users))
   runs = order.random_map(_TrainingRow(dataset, cfg)).batch(rows // count, batch_fn=stack)
   identity = {"seed": seed, "rows_of_an_epoch": epoch, "packing": plan is not None}
-  return Stream(runs, identity, rows, shard, workers)
+  return Stream(runs, identity, rows, shard, workers, say)
 
 
 # ----------------------------------------------------------------------------------------------- evaluation, embedding

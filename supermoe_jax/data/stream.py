@@ -14,7 +14,7 @@ equally many users one host makes more rows than another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -29,11 +29,24 @@ T = TypeVar("T")
 MOST_ROWS = 2**48
 
 
+# Workers of a run that may die before it ends.
+MOST_DEATHS = 3
+
+# What Grain says of one.
+_DIED = "terminated unexpectedly"
+
+
 class Stream(Generic[T]):
   """The batches of one host; each `iter` starts at the first."""
 
   def __init__(
-    self, runs: grain.MapDataset[T], identity: dict[str, Any], batch_rows: int, shard: tuple[int, int], workers: int = 0
+    self,
+    runs: grain.MapDataset[T],
+    identity: dict[str, Any],
+    batch_rows: int,
+    shard: tuple[int, int],
+    workers: int = 0,
+    say: Callable[[str], None] | None = None,
   ):
     """Makes the stream of a host.
 
@@ -43,8 +56,10 @@ class Stream(Generic[T]):
       batch_rows: rows of a batch of all hosts.
       shard: the host's `(index, count)`.
       workers: processes that make the batches; 0: two threads of this one.
+      say: is told of workers that died.
     """
-    self._runs, self._identity, self._rows, self._shard, self._workers = runs, identity, batch_rows, shard, workers
+    self._runs, self._identity, self._rows, self._shard, self.workers = runs, identity, batch_rows, shard, workers
+    self.say = say or (lambda _: None)
 
   def __iter__(self) -> Position[T]:
     return Position(self)
@@ -53,10 +68,10 @@ class Stream(Generic[T]):
     """The host's batches from number `batch` on."""
     index, count = self._shard
     rest = self._runs[index::count][batch:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-    if self._workers:
+    if self.workers:
       if not flags.FLAGS.is_parsed():  # Grain's processes read its flags, which only a main program of absl's parses
         flags.FLAGS.mark_as_parsed()
-      rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+      rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
     return iter(rest)
 
   def state(self, batch: int) -> dict[str, Any]:
@@ -94,6 +109,7 @@ class Position(Generic[T]):
 
   def __init__(self, stream: Stream[T]):
     self._stream, self._batch = stream, 0
+    self._died = 0
     self._rest: Iterator[T] | None = None  # started when it is asked for, at the right place
 
   def __iter__(self) -> Position[T]:
@@ -102,9 +118,27 @@ class Position(Generic[T]):
   def __next__(self) -> T:
     if self._rest is None:
       self._rest = self._stream.start(self._batch)
-    found = next(self._rest)
+    try:
+      found = next(self._rest)
+    except RuntimeError as error:
+      if not self._stream.workers or _DIED not in str(error):
+        raise
+      return self._again(error)
     self._batch += 1
     return found
+
+  def _again(self, error: RuntimeError) -> T:
+    """Starts workers anew where one of them died: a batch depends on its number alone, so none is lost or repeated."""
+    self._died += 1
+    reason = str(error).splitlines()[0].rstrip(".")
+    if self._died > MOST_DEATHS:
+      raise DataError(
+        f"workers that make batches died {self._died} times ({reason}). If the system is out of memory, lower "
+        f"config.train.workers={self._stream.workers}; the same command goes on from the newest checkpoint."
+      ) from error
+    self._stream.say(f"warning: a worker that makes batches died ({reason}); others take up its work")
+    self.close()
+    return next(self)
 
   def again(self, batch: int) -> T:
     """Makes the batch of that number once more; the position stays."""

@@ -158,8 +158,9 @@ class Checkpoints:
 class Writer:
   """Writes the checkpoints of a run directory; a context manager that waits for writing to end."""
 
-  def __init__(self, workdir: pathlib.Path, train: config.Train):
-    self.workdir, self.directory = workdir, (workdir / "checkpoints").absolute()
+  def __init__(self, workdir: pathlib.Path, train: config.Train, about: Mapping[str, Any] | None = None):
+    """`about` is what else a checkpoint should hold, for JSON."""
+    self.workdir, self.directory, self._about = workdir, (workdir / "checkpoints").absolute(), dict(about or {})
     options = ocp.CheckpointManagerOptions(
       preservation_policy=managers.LatestN(n=train.checkpoints_kept),
       cleanup_tmp_directories=True,  # what a killed run left half-written
@@ -200,6 +201,7 @@ class Writer:
       "waiting": list(waiting),
       "tables": relayout.table_sizes(state.model),
       "versions": versions(),
+      "about": self._about,
       "digests": {name: digest.of_arrays(tree) for name, tree in trees.items()},
     }
     words = json.loads(json.dumps(words))  # numbers as they will be read

@@ -104,7 +104,13 @@ def _train(
       raise RunError(theirs)
   shard = sharding.host_rows(mesh, cfg.train.batch_rows)
   stream = iter(batches.training(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
-  with contextlib.closing(stream), jax.set_mesh(mesh), Signals() as signals, Writer(workdir, cfg.train) as writer:
+  about = {"config": config.to_dict(cfg)}
+  with (
+    contextlib.closing(stream),
+    jax.set_mesh(mesh),
+    Signals() as signals,
+    Writer(workdir, cfg.train, about) as writer,
+  ):
     checkpoints = Checkpoints(workdir, say)
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
     step, waiting = 0, list[Any]()

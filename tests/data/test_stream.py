@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import operator
+import os
 import pickle
+import signal
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data import batches
+from supermoe_jax.data import stream as stream_lib
 from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
@@ -156,3 +160,30 @@ def test_worker_processes_make_the_same_batches(dataset: Dataset, cfg: config.Co
   back.set_state(plain.get_state())
   assert_equal(next(back), next(plain))
   back.close()
+
+
+def kill_a_worker() -> None:
+  """Ends one of this process' workers as a system without memory does."""
+  workers = [p for p in multiprocessing.active_children() if p.pid is not None]
+  assert workers
+  os.kill(workers[0].pid or 0, signal.SIGKILL)
+
+
+def test_when_a_worker_dies_others_take_up_its_work(
+  dataset: Dataset, cfg: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  said: list[str] = []
+  alone = iter(batches.training(dataset, cfg))
+  worked = iter(batches.training(dataset, cfg, workers=2, say=said.append))
+  for _ in range(3):
+    assert_equal(next(alone), next(worked))
+  kill_a_worker()
+  for _ in range(12):  # beyond what was made ahead
+    assert_equal(next(alone), next(worked))
+  assert len(said) == 1 and "a worker that makes batches died" in said[0] and "take up its work" in said[0]
+  monkeypatch.setattr(stream_lib, "MOST_DEATHS", 1)
+  kill_a_worker()
+  with pytest.raises(DataError, match=r"died 2 times .*lower config\.train\.workers=2"):
+    for _ in range(12):
+      next(worked)
+  worked.close()
