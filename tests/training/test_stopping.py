@@ -84,11 +84,12 @@ def test_a_run_stopped_by_a_signal_exits_with_the_code_that_says_resume(
   assert "is saved at step 3 of 12; the same command goes on" in capsys.readouterr().err
 
 
-def test_a_signal_in_the_last_step_ends_a_run_that_is_done(
-  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_a_signal_in_the_last_step_ends_a_run_that_is_done_and_two_runs_of_a_seed_are_the_same(
+  cfg: config.Config, dataset: Dataset, workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   at_step(monkeypatch, 12, lambda: signal.raise_signal(signal.SIGTERM))
   assert loop.train(cfg, tmp_path / "run", say=lambda _: None) == 12
+  assert_equal(tmp_path / "run", workdir)
 
 
 def test_a_second_interruption_does_not_wait() -> None:
