@@ -14,6 +14,9 @@ from jax.experimental import multihost_utils
 
 from supermoe_jax import config
 
+# Seconds that a cluster may take to tell where its first process is.
+_DETECTION_SECONDS = 300
+
 
 class Place(NamedTuple):
   """A process among others: `coordinator` is HOST:PORT of the first, `process` counts from 0 to `processes` - 1."""
@@ -45,7 +48,13 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
   from jax._src import clusters  # there is no public way to ask without joining
 
   detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-  coordinator, processes, process, _ = detect(None, None, None, None, None, None)
+  try:
+    coordinator, processes, process, _ = detect(None, None, None, None, None, _DETECTION_SECONDS)
+  except RuntimeError as error:
+    raise config.ConfigError(
+      f"JAX finds a cluster, and not this process' place in it ({error}); say it by --coordinator HOST:PORT, "
+      "--processes N and --process I (--processes 1 where this process is alone)."
+    ) from error
   if coordinator is None or processes is None or process is None or processes == 1:
     return None
   return Place(coordinator, processes, process)
@@ -57,6 +66,12 @@ def initialize(place: Place | None) -> None:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(place.coordinator, place.processes, place.process)
+
+
+def leave() -> None:
+  """Parts from the other processes once all are here, so that none takes another's end for a failure."""
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
 
 
 def first() -> bool:

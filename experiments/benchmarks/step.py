@@ -119,7 +119,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=8)
   parser.add_argument("--json", type=pathlib.Path)
   args, overrides = parser.parse_known_args()
-  cfg = config.load(args.config, overrides)
+  cfg = config.override(config.load(args.config, overrides), ["--config.train.steps_per_call=1"])
   dataset = Dataset(cfg.data.path)
   taken = list(itertools.islice(batches.training(dataset, cfg), STEPS))
   programs = {name: Program(c, dataset, taken) for name, c in variants(cfg).items()}

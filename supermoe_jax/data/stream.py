@@ -14,7 +14,12 @@ equally many users one host makes more rows than another.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -34,6 +39,20 @@ MOST_DEATHS = 3
 
 # What Grain says of one.
 _DIED = "terminated unexpectedly"
+
+
+def _in_a_worker(index: int, count: int) -> None:
+  """Lets a worker leave Ctrl-C to the process that it works for, and end with it."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+  connection.wait([sentinel])
+  os._exit(1)
 
 
 class Stream(Generic[T]):
@@ -64,14 +83,15 @@ class Stream(Generic[T]):
   def __iter__(self) -> Position[T]:
     return Position(self)
 
-  def start(self, batch: int) -> Iterator[T]:
-    """The host's batches from number `batch` on."""
+  def start(self, batch: int, workers: int) -> Iterator[T]:
+    """The host's batches from number `batch` on, made by so many processes."""
     index, count = self._shard
     rest = self._runs[index::count][batch:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-    if self.workers:
+    if workers:
       if not flags.FLAGS.is_parsed():  # Grain's processes read its flags, which only a main program of absl's parses
         flags.FLAGS.mark_as_parsed()
-      rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
+      options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+      rest = rest.mp_prefetch(options, worker_init_fn=_in_a_worker)
     return iter(rest)
 
   def state(self, batch: int) -> dict[str, Any]:
@@ -117,7 +137,7 @@ class Position(Generic[T]):
 
   def __next__(self) -> T:
     if self._rest is None:
-      self._rest = self._stream.start(self._batch)
+      self._rest = self._stream.start(self._batch, self._stream.workers)
     try:
       found = next(self._rest)
     except RuntimeError as error:
@@ -142,7 +162,7 @@ class Position(Generic[T]):
 
   def again(self, batch: int) -> T:
     """Makes the batch of that number once more; the position stays."""
-    return next(self._stream.start(batch))
+    return next(self._stream.start(batch, 0))
 
   def close(self) -> None:
     """Ends the worker processes, if there are any; the position stays, and `next` starts others."""

@@ -33,6 +33,10 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "supermoe_jax
 
 _WORDS = "run"
 
+# How a reason begins that is no damage, and what TensorStore says in such a case.
+_NOW = "now: "
+_PASSING = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Too many open files")
+
 
 class Restored(NamedTuple):
   """What a checkpoint holds.
@@ -110,13 +114,20 @@ class Checkpoints:
   def _newest(self, trees: Mapping[str, Any], model: nnx.State) -> _Found | None:
     """Reads arrays into the layouts of `trees`, from the newest checkpoint that all hosts find whole."""
     striped, reasons = relayout.striped(model), []
-    for step in self.steps:
+    for step in json.loads(hosts.gather(json.dumps(self.steps))[0][1]):  # those that the first host sees
       found, reason = None, ""
       try:
         found = self._read(step, trees, striped)
       except Exception as error:  # what a damaged file makes Orbax, TensorStore and JSON raise is anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if _passes(error):
+          reason = _NOW + reason
       reason = next((f"{r}{name}" for name, r in hosts.gather(reason) if r), "")
+      if reason.startswith(_NOW):
+        raise RunError(
+          f"checkpoint {step} of {self.directory} cannot be read: {reason.removeprefix(_NOW)}. That need not be its "
+          "fault, so it is kept, and no other is used; see to it, and give the same command again."
+        )
       if found is not None and not reason:
         # Sums over all devices: every host comes to the same.
         held = {n: digest.of_arrays(found.arrays[n]) for n in trees}
@@ -155,6 +166,15 @@ class Checkpoints:
     return _Found(step, arrays, words)
 
 
+class _Manager(ocp.CheckpointManager):
+  """Saves when it is told to: to ask JAX for a signal is the loop's part, since each question moves a counter."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """See the base class."""
+    del step
+    return False
+
+
 class Writer:
   """Writes the checkpoints of a run directory; a context manager that waits for writing to end."""
 
@@ -167,9 +187,12 @@ class Writer:
     )
     arrays, words = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
     handlers = {"model": arrays(), "state": arrays(), _WORDS: words()}
-    self._manager = ocp.CheckpointManager(
-      self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
-    )
+    if not self.directory.is_dir() and _has_rows(workdir / "metrics.jsonl"):
+      raise RunError(
+        f"{self.directory} is gone, of a run that has written some of {workdir / 'metrics.jsonl'}; nothing is "
+        "overwritten. Bring it back, or name another --workdir."
+      )
+    self._manager = _Manager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
   def __enter__(self) -> Writer:
     return self
@@ -211,7 +234,7 @@ class Writer:
     if not self.directory.is_dir():
       raise RunError(
         f"{self.directory} is gone; step {step} is not saved, since what was there is lost or its disk is no longer "
-        "mounted. Bring it back, or make it anew (the run then begins at the first step), and train again."
+        "mounted. Bring it back and train again, or name another --workdir."
       )
     try:
       self._manager.save(step, args=ocp.args.Composite(**items))
@@ -264,6 +287,17 @@ def code_hash() -> str:
   for file in sorted(package.rglob("*.py")):
     found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
   return found.hexdigest()[:16]
+
+
+def _passes(error: Exception) -> bool:
+  """Whether it may be no fault of the checkpoint that it cannot be read."""
+  if isinstance(error, OSError):
+    return not isinstance(error, FileNotFoundError)
+  return any(word in str(error) for word in _PASSING)
+
+
+def _has_rows(file: pathlib.Path) -> bool:
+  return file.is_file() and file.stat().st_size > 0
 
 
 def _differences(wanted: Mapping[str, int], found: Mapping[str, int]) -> list[str]:

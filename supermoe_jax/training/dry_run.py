@@ -32,8 +32,9 @@ def describe(cfg: config.Config) -> list[str]:
   stream = batches.training(dataset, cfg, say=said.append)
   batch = next(iter(stream))
   state = abstract_state(cfg, dataset.schema, mesh)
-  layout = sharding.batch_sharding(mesh)
-  inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), batch)
+  several = (train.steps_per_call,) if train.steps_per_call > 1 else ()
+  layout = sharding.batch_sharding(mesh, stacked=bool(several))
+  inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype, sharding=layout), batch)
   number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
   statistics = {name: TaskStatistics(number, number, number) for name in cfg.active_tasks}
   with jax.set_mesh(mesh):
@@ -67,11 +68,11 @@ def _compiled(step: Any) -> list[str]:
   out = []
   if memory is not None:
     out.append(
-      f"memory of the compiled step a device: {_size(memory.argument_size_in_bytes)} of state and batch, which its "
+      f"memory of the compiled program a device: {_size(memory.argument_size_in_bytes)} of state and batch, which its "
       f"results take the place of ({_size(memory.alias_size_in_bytes)}), and {_size(memory.temp_size_in_bytes)} besides"
     )
   if cost.get("flops", 0) > 0:
-    out.append(f"arithmetic of the compiled step a device: {cost['flops'] / 1e9:,.2f} GFLOP, as XLA counts")
+    out.append(f"arithmetic of the compiled program a device: {cost['flops'] / 1e9:,.2f} GFLOP, as XLA counts")
   return out
 
 

@@ -48,7 +48,7 @@ class Log:
     self._devices = mesh.data * mesh.expert * mesh.tensor
     self._path, self._every, self._steps = workdir / "metrics.jsonl", cfg.train.log_every, cfg.train.steps
     self._waiting: list[StepMetrics] = [_read(each) for each in waiting]
-    self._rows, self._fresh, self._since, self._input = cfg.train.batch_rows, 0, clock.monotonic(), 0.0
+    self._rows, self._compiled = cfg.train.batch_rows, False
     self._warned: set[tuple[str, str]] = set()
     self._say = say if hosts.first() else None
     self._terminal = sys.stderr.isatty()
@@ -64,6 +64,7 @@ class Log:
       dynamic_ncols=True,
       disable=not self._terminal or self._say is None,
     )
+    self.begin()
 
   def __enter__(self) -> Log:
     return self
@@ -74,8 +75,8 @@ class Log:
       self._board.close()
 
   def begin(self) -> None:
-    """Starts the clock: what a step takes is measured from here, without what came before the first one."""
-    self._since, self._input, self._fresh = clock.monotonic(), 0.0, 0
+    """Starts the clock: speed is that of the steps from here on."""
+    self._since, self._input, self._timed = clock.monotonic(), 0.0, 0
 
   def waited(self, seconds: float) -> None:
     """Takes note of time that was spent on waiting for a batch."""
@@ -83,8 +84,14 @@ class Log:
 
   def add(self, step: int, metrics: StepMetrics) -> dict[str, Any] | None:
     """Takes the metrics of `step`, or of all steps of a call that it ended; returns a row where one was written."""
+    several = len(metrics.loss) if np.ndim(metrics.loss) else 1
     self._waiting.append(metrics)
-    self._fresh += len(metrics.loss) if np.ndim(metrics.loss) else 1
+    self._bar.update(several)
+    self._timed += several
+    if not self._compiled:  # the first step of a process compiles
+      jax.block_until_ready(metrics.loss)
+      self._compiled = True
+      self.begin()
     return self._write(step) if step % self._every == 0 or step == self._steps else None
 
   def waiting(self) -> list[Any]:
@@ -94,9 +101,9 @@ class Log:
   def _write(self, step: int) -> dict[str, Any]:
     steps = self._fetched()
     row = {"step": step, **summarise(steps, self._rows, step)}
-    share = self._fresh / len(steps)  # of its steps those that this process made
+    share = self._timed / len(steps)
     row[SPEED] = self._speed(row["events"] * share, row["snapshots"] * share)
-    fresh, self._waiting = self._fresh, []
+    self._waiting = []
     self.begin()
     self._warn(row["tables"])
     if self._board is not None:
@@ -104,7 +111,6 @@ class Log:
         file.write(json.dumps(row) + "\n")
       for name, value in _scalars(row):
         self._board.add_scalar(name, value, step)
-    self._bar.update(fresh)
     line = _line(row)
     self._bar.set_postfix_str(line)
     if not self._terminal and self._say is not None:
@@ -121,9 +127,11 @@ class Log:
 
   def _speed(self, events: float, snapshots: float) -> dict[str, float | None]:
     seconds = clock.monotonic() - self._since
+    if not self._timed:
+      return dict.fromkeys(("events_per_second", "step_ms", "input_wait_share", "memory_gib", "flops_utilisation"))
     return {
       "events_per_second": round(events / seconds, 1),
-      "step_ms": round(1000 * seconds / self._fresh, 3),
+      "step_ms": round(1000 * seconds / self._timed, 3),
       "input_wait_share": round(self._input / seconds, 4),
       "memory_gib": memory_gib(),
       "flops_utilisation": utilisation.share(self._flops * (events + snapshots), seconds, self._devices),
@@ -156,12 +164,13 @@ def memory_gib() -> float | None:
 
 def _line(row: Mapping[str, Any]) -> str:
   tasks = " ".join(f"{n}={v['loss']:.3f}" for n, v in row["tasks"].items() if v["loss"] is not None)
-  parts = [f"{row[SPEED]['events_per_second'] / 1000:.1f}k events/s"]
+  speed = row[SPEED]
+  parts = [f"{speed['events_per_second'] / 1000:.1f}k events/s"] if speed["events_per_second"] else []
   parts.append("no finite loss" if row["loss"] is None else f"loss {row['loss']:.3f} [{tasks}]")
   if row["load"]:
     parts.append(f"load max {max(map(max, row['load'])):.2f} drop {row['dropped_share']:.1%}")
-  if row[SPEED]["input_wait_share"] > 0.1:
-    parts.append(f"waits for input {row[SPEED]['input_wait_share']:.0%}")
+  if (speed["input_wait_share"] or 0) > 0.1:
+    parts.append(f"waits for input {speed['input_wait_share']:.0%}")
   if row["skipped"]:
     parts.append(f"skipped {len(row['skipped'])}")
   return " ".join(parts)
@@ -227,8 +236,8 @@ def summarise(steps: Sequence[StepMetrics], batch_rows: int, last: int) -> dict[
     "weights": {n: None if w is None else round(w, 5) for n, w in weights.items()},
     "balance_loss": mean([s.balance_loss for s in kept]),
     "z_loss": mean([s.z_loss for s in kept]),
-    "load": np.round(np.mean([np.asarray(s.load, np.float64) for s in steps], axis=0), 4).tolist(),
-    "router_entropy": np.round(np.mean([np.asarray(s.entropy, np.float64) for s in steps], axis=0), 4).tolist(),
+    "load": _mean([s.load for s in steps]),
+    "router_entropy": _mean([s.entropy for s in steps]),
     "dropped_share": dropped / max(routed + dropped, 1),
     "task_dropped": {n: sum(int(s.task_dropped[n]) for s in steps) for n in steps[0].task_dropped},
     "snapshots": sum(int(s.snapshots) for s in steps),
@@ -242,6 +251,13 @@ def summarise(steps: Sequence[StepMetrics], batch_rows: int, last: int) -> dict[
       for n in steps[0].tables
     },
   }
+
+
+def _mean(values: Sequence[Any]) -> list[Any]:
+  """The mean of arrays, to four digits; without experts they are empty, of this shape or that."""
+  if not np.size(values[0]):
+    return []
+  return list(np.mean(np.array([np.asarray(v, np.float64) for v in values]), axis=0).round(4).tolist())
 
 
 def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:

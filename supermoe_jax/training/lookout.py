@@ -36,20 +36,22 @@ def watched() -> bool:
 
 def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
   """Runs `supermoe` with `arguments` as a child, until it ends or another process is gone; returns the exit code."""
+  others, passed = _Others(place, workdir), set[int]()
   child = subprocess.Popen(
     [sys.executable, "-m", "supermoe_jax", *arguments],
-    env={**os.environ, CHILD: str(os.getpid())},
+    env={**os.environ, CHILD: str(os.getpid()), "PYTHONFAULTHANDLER": "1"},
     preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    process_group=0,  # a terminal's Ctrl-C comes here alone, and is passed on once
   )
 
   def forward(number: int, frame: FrameType | None) -> None:
     del frame
+    passed.add(number)
     if child.poll() is None:
       child.send_signal(number)
 
   for each in (signal.SIGTERM, signal.SIGINT):
     signal.signal(each, forward)
-  others = _Others(place, workdir)
   while child.poll() is None:
     time.sleep(0.2)
     gone = others.gone()
@@ -59,6 +61,8 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
       return _lost(gone)
   if child.returncode in ENDS:
     return child.returncode
+  if -child.returncode in passed:  # before it could listen; nothing was begun
+    return RESUME
   end = time.monotonic() + roster.DEAD + 3 * roster.BEAT
   while time.monotonic() < end:
     gone = others.gone()
@@ -76,9 +80,8 @@ class _Others:
 
   def __init__(self, place: Place, workdir: pathlib.Path):
     self._files = {i: workdir / "hosts" / f"{i}.json" for i in range(place.processes) if i != place.process}
-    self._mine = workdir / "hosts" / f"{place.process}.json"
+    self._left_behind = {i: roster.read(file) for i, file in self._files.items()}
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}
-    self._begun = roster.read(self._mine)
 
   def gone(self) -> list[str]:
     """Those that were there, and have shown no life for too long, or have left."""
@@ -86,8 +89,7 @@ class _Others:
     for i, file in self._files.items():
       found, last = roster.read(file), self._seen.get(i)
       if last is None:
-        # What lies there before this run has begun is no sign of it.
-        if found is not None and roster.read(self._mine) not in (None, self._begun):
+        if found is not None and found != self._left_behind[i]:
           self._seen[i] = (found, now)
       elif found is not None and found != last[0]:
         self._seen[i] = (found, now)

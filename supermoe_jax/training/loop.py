@@ -4,11 +4,12 @@ stopped."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import pathlib
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ from supermoe_jax.training.stopping import Signals, Stopped, save_batch
 
 # Rows that label rates and constant losses are measured on.
 MEASURED_ROWS = 1024
+
+# Errors of disks, which a user can see to.
+DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 # Settings of training that a run may go on with other values of: what it learns does not depend on them.
 MAY_CHANGE = ("mesh", "workers", "checkpoint_every", "checkpoints_kept", "nonfinite_steps", "hang_seconds")
@@ -76,28 +80,50 @@ def train(
   dataset.check_matches(cfg)
   version = {**versions(), "code": code_hash()}
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
-  with Roster(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say) as roster:
+  signals = Signals(several=place is not None)
+  roster = Roster(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say, stop=lambda: signals.got)
+  with signals, roster:
     hosts.initialize(place)
-    with Profiler(workdir / "profile" if profile and hosts.first() else None) as profiler:
-      return _train(cfg, dataset, workdir, roster, say if hosts.first() else lambda _: None, progress, profiler)
+    signals.joined()
+    around = Around(roster, signals, say if hosts.first() else lambda _: None, progress)
+    try:
+      with Profiler(workdir / "profile" if profile and hosts.first() else None) as profiler:
+        return _train(cfg, dataset, workdir, around, profiler)
+    except Stopped:
+      hosts.leave()
+      raise
+    except OSError as error:
+      if error.errno not in DISKS:
+        raise
+      raise RunError(
+        f"{workdir}: {error}. The checkpoints that are there are whole: see to the disk, and give the command again."
+      ) from error
+
+
+class Around(NamedTuple):
+  """What surrounds a run: who is there, what asks it to stop, and who is told what."""
+
+  roster: Roster
+  signals: Signals
+  say: Callable[[str], None]
+  progress: bool
 
 
 def _train(
   cfg: config.Config,
   dataset: Dataset,
   workdir: pathlib.Path,
-  roster: Roster,
-  say: Callable[[str], None],
-  progress: bool,
+  around: Around,
   profiler: Profiler,
 ) -> int:
+  roster, signals, say, progress = around
   mesh = sharding.make_mesh(cfg.train.mesh)
   problem = ""
   try:
     if hosts.first():
       _claim(workdir, cfg)
       check_encoding(workdir, dataset, create=True)
-  except RunError as error:
+  except (RunError, config.ConfigError, OSError) as error:
     problem = str(error)
   for _, theirs in hosts.gather(problem):  # all end, or none
     if theirs:
@@ -108,7 +134,6 @@ def _train(
   with (
     contextlib.closing(stream),
     jax.set_mesh(mesh),
-    Signals() as signals,
     Writer(workdir, cfg.train, about) as writer,
   ):
     checkpoints = Checkpoints(workdir, say)
@@ -150,8 +175,9 @@ def _train(
           writer.check()
           if row["skipped"]:
             _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir, say)
-        stopped = signals.asked(step)
+        stopped = signals.asked(range(step - several + 1, step + 1))
         if stopped or step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
+          roster.rest()  # however long it takes to write, that is no step
           _check_finite(state, workdir, step)
           writer.save(step, state, stream.get_state(), statistics, log.waiting())
         if stopped and step < cfg.train.steps:
@@ -183,7 +209,7 @@ def _check_skipped(
   )
   if total <= most:
     return
-  file = workdir / "nonfinite" / f"step_{steps[-1]}.npz"
+  file = workdir / "nonfinite" / f"step_{steps[-1]}_process_{jax.process_index()}.npz"
   save_batch(file, stream.again(steps[-1] - 1))
   raise RunError(
     f"{workdir}: {total} steps had a loss or gradients that are not finite, more than config.train.nonfinite_steps="

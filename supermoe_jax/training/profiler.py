@@ -18,7 +18,7 @@ class Profiler:
 
   def __init__(self, folder: pathlib.Path | None):
     """`folder` None: there is nothing to trace."""
-    self._folder, self._tracing = folder, False
+    self._folder, self._tracing, self._end = folder, False, 0
 
   def __enter__(self) -> Profiler:
     return self
@@ -28,13 +28,14 @@ class Profiler:
 
   def before(self, step: int, state: Any) -> None:
     """Is told of every step that begins, counted from 0, with the state that it begins with."""
-    if self._folder is None or step not in (SKIPPED, SKIPPED + STEPS):
+    if self._folder is None or step < SKIPPED:
       return
-    jax.block_until_ready(state)
-    if step == SKIPPED:
+    if not self._end:
+      jax.block_until_ready(state)
       jax.profiler.start_trace(str(self._folder))
-      self._tracing = True
-    else:
+      self._tracing, self._end = True, step + STEPS
+    elif self._tracing and step >= self._end:
+      jax.block_until_ready(state)
       self._stop()
 
   def _stop(self) -> None:

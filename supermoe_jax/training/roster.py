@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import secrets
 import socket
 import sys
 import threading
@@ -18,10 +19,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from supermoe_jax import atomic, config
-from supermoe_jax.exits import RESUME
+from supermoe_jax import config
+from supermoe_jax.exits import ERROR, RESUME
 from supermoe_jax.hosts import Place
 from supermoe_jax.training.errors import RunError
+from supermoe_jax.training.stopping import Stopped
 
 # Seconds between two signs of life.
 BEAT = 1.0
@@ -45,6 +47,7 @@ class Roster:
     hang_seconds: float = 0.0,
     wait: float = WAIT,
     say: Callable[[str], None] = print,
+    stop: Callable[[], str] = lambda: "",
   ):
     """Describes this process.
 
@@ -55,10 +58,12 @@ class Roster:
       hang_seconds: without `progress` for so long, this process writes where its threads stand and ends; 0: never.
       wait: seconds that others are waited for.
       say: is told who is waited for.
+      stop: what asks this process to stop, which ends a wait; "" while nothing does.
     """
     self._folder, self._workdir, self._say, self._wait = workdir / "hosts", workdir, say, wait
     self._index, self._of = (place.process, place.processes) if place else (0, 1)
-    self._facts, self._hang = dict(facts), hang_seconds
+    self._facts, self._hang, self._stop = dict(facts), hang_seconds, stop
+    self._token = secrets.token_hex(8)
     self._file = self._folder / f"{self._index}.json"
     self._beats, self._step, self._since = 0, -1, time.monotonic()
     self._watching = False
@@ -69,10 +74,13 @@ class Roster:
     self._folder.mkdir(parents=True, exist_ok=True)
     self._claim()
     self._write()
+    time.sleep(BEAT / 20)
+    self._check_own()  # of two that came at once the later one stays
     self._thread.start()
     try:
       self._meet()
     except BaseException:
+      time.sleep(3 * BEAT)  # so that others see who they differ from
       self.__exit__()
       raise
     return self
@@ -80,26 +88,36 @@ class Roster:
   def __exit__(self, *unused: object) -> None:
     self._over.set()
     self._thread.join()
-    self._file.unlink(missing_ok=True)
+    if (read(self._file) or {}).get("token") == self._token:
+      self._file.unlink(missing_ok=True)
 
   def progress(self, step: int) -> None:
     """Takes note that `step` is done; from the first such note on a step may not take longer than it may hang."""
     self._step, self._since, self._watching = step, time.monotonic(), True
 
+  def rest(self) -> None:
+    """Takes note that no step is under way: until the next `progress` nothing counts as hanging."""
+    self._watching = False
+
   def _claim(self) -> None:
     """Makes sure that no other process has this place."""
     before = read(self._file)
-    if before is None or (before.get("pid") == os.getpid() and before.get("host") == socket.gethostname()):
+    if before is None or (before.get("machine") == _machine() and not _runs(int(before["pid"]))):
       return
-    if before.get("host") == socket.gethostname():
-      alive = _runs(int(before["pid"]))
-    else:  # on a machine that cannot be asked, it lives if it shows it
-      time.sleep(3 * BEAT)
-      alive = read(self._file) != before
-    if alive:
-      raise RunError(
-        f"{self._workdir} is in use: {name(before)} trains there. Wait for it, stop it, or name another --workdir."
-      )
+    # The number of a process may have gone to another, and other machines cannot be asked: what lives shows it.
+    time.sleep(3 * BEAT)
+    if read(self._file) != before:
+      raise self._in_use(before)
+
+  def _check_own(self) -> None:
+    found = read(self._file)
+    if found is not None and found.get("token") != self._token:
+      raise self._in_use(found)
+
+  def _in_use(self, other: Mapping[str, Any]) -> RunError:
+    return RunError(
+      f"{self._workdir} is in use: {name(other)} trains there. Wait for it, stop it, or name another --workdir."
+    )
 
   def _meet(self) -> None:
     """Waits for the others, and compares what all must have in common."""
@@ -111,7 +129,10 @@ class Roster:
       for i in set(others) - there.keys():
         found = read(self._folder / f"{i}.json")
         if found is not None and found != first[i]:  # a file that stays as it is was left behind
+          self._compare(found)
           there[i] = found
+      if self._stop():
+        raise Stopped(f"{self._stop()} before {self._workdir} was begun; the same command begins it")
       missing = [i for i in others if i not in there]
       if missing and time.monotonic() > end:
         raise RunError(
@@ -122,8 +143,6 @@ class Roster:
         told = time.monotonic() + 30
         self._say(f"waiting for {_names(missing, first)} of {self._of} processes")
       time.sleep(0.05)
-    for i in sorted(there):
-      self._compare(there[i])
 
   def _compare(self, other: Mapping[str, Any]) -> None:
     mine, theirs = self._facts, other["facts"]
@@ -141,16 +160,24 @@ class Roster:
       "of": self._of,
       "host": socket.gethostname(),
       "pid": os.getpid(),
+      "machine": _machine(),
+      "token": self._token,
       "beat": self._beats,
       "step": self._step,
       "facts": self._facts,
     }
-    atomic.write(self._file, json.dumps(sign))
+    temporary = self._file.with_name(f"{self._index}.{self._token}")
+    temporary.write_text(json.dumps(sign))
+    temporary.replace(self._file)
 
   def _live(self) -> None:
     while not self._over.wait(BEAT):
       try:
+        self._check_own()
         self._write()
+      except RunError as error:
+        print(f"supermoe train: {error}", file=sys.stderr, flush=True)
+        os._exit(ERROR)
       except OSError as error:  # the disk is full, or gone: training finds out when it saves
         print(f"warning: {self._file} cannot be written: {error}", file=sys.stderr)
       waited = time.monotonic() - self._since
@@ -192,6 +219,15 @@ def _names(missing: list[int], before: Mapping[int, dict[str, Any] | None]) -> s
     return f"process {i}" + (f" (last seen on {last['host']})" if last else "")
 
   return ", ".join(map(one, missing))
+
+
+def _machine() -> str:
+  """What tells whether a process' number means anything here: the start of the system, and the space of its numbers."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {pathlib.Path('/proc/self/ns/pid').readlink()}"
+  except OSError:  # no Linux
+    return socket.gethostname()
 
 
 def _runs(pid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import signal
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -20,17 +21,19 @@ class Stopped(BaseException):
 class Signals:
   """Listens for SIGTERM and SIGINT while a run trains; a second SIGINT stops it where it is.
 
-  Of several hosts each is told of a signal that any of them got, at the same step; JAX' preemption service sees to it.
-  There a SIGINT is passed on as a SIGTERM. Outside of a program's main thread nothing can listen, and nothing does.
+  Of several processes each is told of a signal that any of them got, at the same step; JAX' preemption service, which
+  takes SIGTERM over when processes have joined, sees to it. A SIGINT is passed on to it as a SIGTERM. Outside of a
+  program's main thread nothing can listen, and nothing does.
   """
 
-  def __init__(self) -> None:
-    self._got = ""
+  def __init__(self, several: bool = False) -> None:
+    """`several`: the process is one of several."""
+    self._got, self._several, self._joined = "", several, False
     self._before: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> Signals:
     if threading.current_thread() is threading.main_thread():
-      for each in (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM):
+      for each in (signal.SIGINT, signal.SIGTERM):
         self._before[each] = signal.signal(each, self._take)
     return self
 
@@ -43,14 +46,29 @@ class Signals:
     if self._got and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._got = signal.Signals(number).name
-    if jax.process_count() > 1:
+    if self._joined:
       signal.raise_signal(signal.SIGTERM)
 
-  def asked(self, step: int) -> str:
-    """What asked the run to stop after `step`, "" if nothing did; on several hosts all must call, once a step."""
-    if jax.process_count() == 1:
+  def joined(self) -> None:
+    """Is told once this process has joined the others, if there are any."""
+    self._joined = self._several
+    if self._joined and self._got:
+      signal.raise_signal(signal.SIGTERM)
+
+  @property
+  def got(self) -> str:
+    """The signal that this process got; "" without one."""
+    return self._got
+
+  def asked(self, steps: Iterable[int]) -> str:
+    """What asked the run to stop in `steps`, which are done; "" if nothing did.
+
+    Of several processes all must call, with every step: JAX names one, and asks which it is.
+    """
+    if not self._several:
       return self._got
-    return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+    reached = [multihost_utils.reached_preemption_sync_point(step) for step in steps]
+    return "SIGTERM" if any(reached) else ""
 
 
 def save_batch(file: pathlib.Path, batch: Any) -> None:

@@ -31,5 +31,5 @@ def test_a_dry_run_says_sizes_and_plan_and_does_nothing(
   assert f"table page: {size} rows of 16 float32" in said
   assert f"a step: {cfg.train.batch_rows} rows of {cfg.model.max_events} events" in said
   assert f"data: {len(dataset.training_users)} rows an epoch" in said
-  assert re.search(r"memory of the compiled step a device: [\d.]+ [KM]iB", said)
-  assert re.search(r"arithmetic of the compiled step a device: [\d.]+ GFLOP", said)
+  assert re.search(r"memory of the compiled program a device: [\d.]+ [KM]iB", said)
+  assert re.search(r"arithmetic of the compiled program a device: [\d.]+ GFLOP", said)

@@ -283,7 +283,6 @@ def test_several_steps_a_call_are_the_same_steps(
 def test_a_run_compiles_its_step_once(cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path) -> None:
   mesh = sharding.make_mesh(cfg.train.mesh)
   step = compiled(cfg, dataset.schema, mesh).step
-  step.clear_cache()
   assert loop.train(cfg, tmp_path / "run", say=lambda _: None) == 12
   assert step._cache_size() == 1
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from supermoe_jax import config, exits, hosts
+from supermoe_jax import atomic, config, exits, hosts
 from supermoe_jax.hosts import Place
 from supermoe_jax.training import lookout, roster
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.roster import Roster
+from supermoe_jax.training.stopping import Stopped
 
 FACTS = {"config": {"train": {"steps": 5}}, "dataset": "d", "version": {"jax": "1"}}
 
@@ -32,7 +33,7 @@ def enter(folder: pathlib.Path, i: int, of: int = 2, facts: Any = None, wait: fl
   return Roster(folder, Place("localhost:1", of, i), facts or FACTS, wait=wait, say=lambda _: None)
 
 
-def together(*entering: Roster) -> list[BaseException | None]:
+def together(*entering: Roster, wait: float = 5.0) -> list[BaseException | None]:
   """Lets processes enter at the same time, and leave; returns what each raised."""
   out: list[BaseException | None] = [None] * len(entering)
   barrier = threading.Barrier(len(entering))
@@ -40,7 +41,9 @@ def together(*entering: Roster) -> list[BaseException | None]:
   def go(i: int) -> None:
     try:
       with entering[i]:
-        barrier.wait(5)
+        barrier.wait(wait)
+    except threading.BrokenBarrierError:  # it waits for one that was turned away
+      pass
     except BaseException as error:
       out[i] = error
 
@@ -52,11 +55,12 @@ def together(*entering: Roster) -> list[BaseException | None]:
   return out
 
 
-def left_behind(folder: pathlib.Path, i: int, host: str, pid: int) -> pathlib.Path:
+def left_behind(folder: pathlib.Path, i: int, host: str, pid: int, machine: str = "another") -> pathlib.Path:
   """What a process that was killed leaves."""
+  sign = {"process": i, "of": 2, "host": host, "pid": pid, "machine": machine, "token": "t", "beat": 7, "step": 3}
   file = folder / "hosts" / f"{i}.json"
   file.parent.mkdir(exist_ok=True)
-  file.write_text(json.dumps({"process": i, "of": 2, "host": host, "pid": pid, "beat": 7, "step": 3, "facts": FACTS}))
+  file.write_text(json.dumps({**sign, "facts": FACTS}))
   return file
 
 
@@ -104,16 +108,35 @@ def test_another_number_of_processes_is_an_error(tmp_path: pathlib.Path) -> None
 
 
 def test_a_run_directory_in_use_is_an_error(tmp_path: pathlib.Path) -> None:
-  process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-  file = left_behind(tmp_path, 0, socket.gethostname(), process.pid)
-  before = file.read_bytes()
-  with pytest.raises(RunError, match=rf"is in use: process 0 \(.*, pid {process.pid}\) trains there"):
-    Roster(tmp_path, None, FACTS).__enter__()
-  assert file.read_bytes() == before
-  process.kill()
-  process.wait()
+  with Roster(tmp_path, None, FACTS):
+    before = json.loads((tmp_path / "hosts" / "0.json").read_text())
+    with pytest.raises(RunError, match=rf"is in use: process 0 \(.*, pid {os.getpid()}\) trains there"):
+      Roster(tmp_path, None, FACTS).__enter__()
+    after = json.loads((tmp_path / "hosts" / "0.json").read_text())
+    assert after["token"] == before["token"]
   with Roster(tmp_path, None, FACTS):
     pass
+
+
+def test_of_two_that_come_at_once_one_stays(tmp_path: pathlib.Path) -> None:
+  errors = together(*(Roster(tmp_path, None, FACTS) for _ in range(2)), wait=0.2)
+  assert sum(isinstance(e, RunError) and "is in use" in str(e) for e in errors) == 1
+
+
+def test_what_a_dead_process_left_is_no_one_in_use(tmp_path: pathlib.Path) -> None:
+  here = roster._machine()
+  left_behind(tmp_path, 0, socket.gethostname(), dead_pid(), here)  # known to be dead
+  with Roster(tmp_path, None, FACTS):
+    pass
+  left_behind(tmp_path, 0, socket.gethostname(), os.getppid(), here)  # its number is another's now
+  with Roster(tmp_path, None, FACTS):
+    pass
+
+
+def test_a_signal_ends_a_wait_for_others(tmp_path: pathlib.Path) -> None:
+  waiting = Roster(tmp_path, Place("localhost:1", 2, 0), FACTS, say=lambda _: None, stop=lambda: "SIGTERM")
+  with pytest.raises(Stopped, match=r"SIGTERM before .* was begun"):
+    waiting.__enter__()
 
 
 def test_a_process_on_another_machine_keeps_its_place_as_long_as_it_shows_life(tmp_path: pathlib.Path) -> None:
@@ -127,7 +150,7 @@ def test_a_process_on_another_machine_keeps_its_place_as_long_as_it_shows_life(t
     while not over.wait(0.02):
       n += 1
       sign = {"process": 0, "of": 1, "host": "elsewhere", "pid": 1, "beat": n, "step": 3, "facts": FACTS}
-      roster.atomic.write(file, json.dumps(sign))
+      atomic.write(file, json.dumps(sign))
 
   thread = threading.Thread(target=beat)
   thread.start()
@@ -189,7 +212,7 @@ def beats(folder: pathlib.Path, seconds: float) -> None:
   while time.monotonic() < end:
     n += 1
     sign = {"process": 1, "of": 2, "host": "there", "pid": 9, "beat": n, "step": n}
-    roster.atomic.write(folder / "hosts" / "1.json", json.dumps(sign))
+    atomic.write(folder / "hosts" / "1.json", json.dumps(sign))
     time.sleep(0.05)
 
 
@@ -206,6 +229,13 @@ def test_of_a_process_that_shows_no_life_a_lookout_tells_the_name_and_ends_the_c
   code = watched(tmp_path, "time.sleep(60)", monkeypatch, lambda: beats(tmp_path, 2.0))
   assert code == exits.RESUME
   assert "process 1 (there, pid 9), last seen at step" in capsys.readouterr().err
+
+
+def test_what_others_left_behind_before_is_no_sign_of_theirs(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  left_behind(tmp_path, 1, "there", 8)
+  assert watched(tmp_path, "time.sleep(1.5); sys.exit(0)", monkeypatch, lambda: None) == 0
 
 
 def test_a_child_that_dies_with_another_process_names_it(
@@ -227,6 +257,18 @@ def test_a_child_that_dies_alone_is_told_so(
 
 
 # ---------------------------------------------------------------------------------------------------------------- place
+
+
+def test_a_cluster_that_cannot_tell_the_place_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+  from jax._src import clusters
+
+  def detect(*arguments: Any) -> Any:
+    assert isinstance(arguments[-1], int)  # JAX adds it to the time of day
+    raise RuntimeError("no rights")
+
+  monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", detect)
+  with pytest.raises(config.ConfigError, match=r"no rights.*--coordinator HOST:PORT"):
+    hosts.find()
 
 
 def test_a_place_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_signal_in_the_last_step_ends_a_run_that_is_done_and_two_runs_of_a_see
 def test_a_second_interruption_does_not_wait() -> None:
   with Signals() as signals:
     signal.raise_signal(signal.SIGINT)
-    assert signals.asked(1) == "SIGINT"
+    assert signals.asked([1]) == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
 
@@ -105,7 +105,7 @@ def test_outside_the_main_thread_nothing_listens() -> None:
 
   def listen() -> None:
     with Signals() as signals:
-      heard.append((signals.asked(1), signal.getsignal(signal.SIGTERM) == before))
+      heard.append((signals.asked([1]), signal.getsignal(signal.SIGTERM) == before))
 
   thread = threading.Thread(target=listen)
   thread.start()
@@ -187,10 +187,10 @@ def test_too_many_steps_that_are_not_finite_stop_a_run_with_the_batch_kept(
   )
   poisoned(monkeypatch, 3, 5, 6)
   with pytest.raises(
-    RunError, match=r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 6 is kept in .*step_6\.npz"
+    RunError, match=r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 6 is kept in .*step_6_process_0\.npz"
   ):
     loop.train(cfg, tmp_path / "run", say=lambda _: None)
-  kept = np.load(tmp_path / "run" / "nonfinite" / "step_6.npz")
+  kept = np.load(tmp_path / "run" / "nonfinite" / "step_6_process_0.npz")
   np.testing.assert_array_equal(kept["features.codes"], seen[5].features.codes)
   np.testing.assert_array_equal(kept["targets.quiet.value"], seen[5].targets["quiet"].value)
 
