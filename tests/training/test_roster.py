@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,7 +118,7 @@ def test_a_run_directory_in_use_is_an_error(tmp_path: pathlib.Path) -> None:
 
 
 def test_of_two_that_come_at_once_one_stays(tmp_path: pathlib.Path) -> None:
-  errors = together(*(Roster(tmp_path, None, FACTS) for _ in range(2)), wait=0.2)
+  errors = together(*(Roster(tmp_path, None, FACTS) for _ in range(2)), wait=1.0)
   assert sum(isinstance(e, RunError) and "is in use" in str(e) for e in errors) == 1
 
 
@@ -185,8 +184,9 @@ with roster.Roster(pathlib.Path({str(tmp_path)!r}), None, {{}}, hang_seconds=0.3
 # -------------------------------------------------------------------------------------------------------------- lookout
 
 
-def watched(folder: pathlib.Path, body: str, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> int:
-  """What a lookout of process 0 returns over a child that takes its place and then does `body`."""
+def watched(folder: pathlib.Path, body: str, monkeypatch: pytest.MonkeyPatch, beats: float) -> int:
+  """What process 0's lookout returns over a child that does `body`; process 1 shows life for `beats` seconds."""
+  monkeypatch.setattr(roster, "DEAD", 1.0)
   child = f"""
 import json, os, pathlib, signal, sys, time
 from supermoe_jax import atomic
@@ -198,35 +198,36 @@ atomic.write(file, json.dumps({{"process": 0, "of": 2, "host": "here", "pid": os
   popen = subprocess.Popen
   monkeypatch.setattr(subprocess, "Popen", lambda command, **named: popen([sys.executable, "-c", child], **named))
   monkeypatch.setattr(lookout.signal, "signal", lambda *_: None)
-  thread = threading.Thread(target=meanwhile)
+  over, end = threading.Event(), time.monotonic() + beats
+
+  def show() -> None:
+    n = 0
+    (folder / "hosts").mkdir(exist_ok=True)
+    while time.monotonic() < end and not over.wait(0.05):
+      n += 1
+      sign = {"process": 1, "of": 2, "host": "there", "pid": 9, "beat": n, "step": n}
+      atomic.write(folder / "hosts" / "1.json", json.dumps(sign))
+
+  thread = threading.Thread(target=show)
   thread.start()
   try:
     return lookout.watch(["train"], Place("localhost:1", 2, 0), folder)
   finally:
+    over.set()
     thread.join()
-
-
-def beats(folder: pathlib.Path, seconds: float) -> None:
-  end, n = time.monotonic() + seconds, 0
-  (folder / "hosts").mkdir(exist_ok=True)
-  while time.monotonic() < end:
-    n += 1
-    sign = {"process": 1, "of": 2, "host": "there", "pid": 9, "beat": n, "step": n}
-    atomic.write(folder / "hosts" / "1.json", json.dumps(sign))
-    time.sleep(0.05)
 
 
 @pytest.mark.parametrize("code", exits.ENDS)
 def test_a_child_that_ends_by_itself_is_believed(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-  assert watched(tmp_path, f"sys.exit({code})", monkeypatch, lambda: None) == code
+  assert watched(tmp_path, f"sys.exit({code})", monkeypatch, 0) == code
 
 
 def test_of_a_process_that_shows_no_life_a_lookout_tells_the_name_and_ends_the_child(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  code = watched(tmp_path, "time.sleep(60)", monkeypatch, lambda: beats(tmp_path, 2.0))
+  code = watched(tmp_path, "time.sleep(60)", monkeypatch, 1.0)
   assert code == exits.RESUME
   assert "process 1 (there, pid 9), last seen at step" in capsys.readouterr().err
 
@@ -235,13 +236,13 @@ def test_what_others_left_behind_before_is_no_sign_of_theirs(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   left_behind(tmp_path, 1, "there", 8)
-  assert watched(tmp_path, "time.sleep(1.5); sys.exit(0)", monkeypatch, lambda: None) == 0
+  assert watched(tmp_path, "time.sleep(2.5); sys.exit(0)", monkeypatch, 0) == 0
 
 
 def test_a_child_that_dies_with_another_process_names_it(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  code = watched(tmp_path, "time.sleep(1.5); os.abort()", monkeypatch, lambda: beats(tmp_path, 1.6))
+  code = watched(tmp_path, "time.sleep(1); os.abort()", monkeypatch, 0.8)
   assert code == exits.RESUME
   assert "process 1 (there, pid 9)" in capsys.readouterr().err
 
@@ -250,7 +251,7 @@ def test_a_child_that_dies_alone_is_told_so(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   body = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
-  assert watched(tmp_path, body, monkeypatch, lambda: beats(tmp_path, 4.0)) == exits.CRASHED
+  assert watched(tmp_path, body, monkeypatch, 60) == exits.CRASHED
   assert "was ended by signal SIGKILL; the system may have been out of memory; all others live" in (
     capsys.readouterr().err
   )
