@@ -214,6 +214,8 @@ def _train(args: argparse.Namespace) -> int:
 
     print(*dry_run.describe(cfg), sep="\n")
     return exits.OK
+  if lookout.watched():
+    lookout.follow()
   place = hosts.find(args.coordinator, args.processes, args.process)
   if place is not None and not lookout.watched():
     return lookout.watch(args.arguments, place, args.workdir)

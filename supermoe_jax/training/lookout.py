@@ -40,7 +40,6 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
   child = subprocess.Popen(
     [sys.executable, "-m", "supermoe_jax", *arguments],
     env={**os.environ, CHILD: str(os.getpid()), "PYTHONFAULTHANDLER": "1"},
-    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     process_group=0,  # a terminal's Ctrl-C comes here alone, and is passed on once
   )
 
@@ -109,5 +108,9 @@ def _lost(gone: list[str], ended: bool = False) -> int:
   return RESUME
 
 
-def _die_with_parent() -> None:
-  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def follow() -> None:
+  """Lets this process, a lookout's child, end when the lookout does; on Linux even where that is killed."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != int(os.environ[CHILD]):  # it was gone before
+    os._exit(CRASHED)
