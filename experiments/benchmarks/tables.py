@@ -8,13 +8,18 @@
 A step looks up 12,800 ids, width 64, takes the gradient of a loss of what came, and moves the rows: forward, backward
 and update in one donated program. Every table lives in a process of its own, and the processes take their turns, A B C
 …, so that all see the same machine. Ids fall by Zipf's law, as items do, or evenly over the whole table, which is the
-worst for caches and makes every id a row of its own. `peak` is the most memory that the process ever held, creation of
-the table included, beyond what it held before, as a multiple of table and accumulators.
+worst for caches and makes every id a row of its own.
+
+`peak` is the most memory that creating the table and training it took, as a multiple of table and accumulators: what
+the process held at most (VmHWM), beyond what it held before, when everything was compiled and nothing else alive, and
+beyond `step`, the buffers that the step takes however small the table is: as XLA counts them for 12,800 rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing as mp
 import os
@@ -28,7 +33,7 @@ from typing import Any
 from tqdm import tqdm
 
 IDS, WIDTH, BATCH = 12_800, 64, 128
-STEPS, ROUNDS, BATCHES = 10, 15, 20
+STEPS, ROUNDS, BATCHES = 10, 25, 20
 SIZES = (100_000, 1_000_000, 10_000_000, 30_000_000)
 ZIPF = 1.2  # frequencies of ids fall as rank^-1.2, as of items; ranks beyond the table are drawn evenly
 DRAWS = ("zipf", "even")
@@ -43,10 +48,18 @@ def ids(size: int, draw: str, seed: int) -> Any:
   return np.where((draw == "even") | (code >= size), anywhere, code).astype(np.int32)
 
 
-def peak() -> int:
-  """The most bytes that this process ever had in memory."""
-  (line,) = (part for part in pathlib.Path("/proc/self/status").read_text().splitlines() if part.startswith("VmHWM"))
-  return int(line.split()[1]) * 1024
+def memory(line: str) -> int:
+  """Bytes of this process: "VmRSS" now, "VmHWM" at most since `forget_peak`."""
+  (found,) = (x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith(line))
+  return int(found.split()[1]) * 1024
+
+
+def forget_peak() -> int:
+  """Gives memory that is free back to the system, and begins to watch for a peak anew: the bytes held now."""
+  gc.collect()
+  ctypes.CDLL(None).malloc_trim(0)
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+  return memory("VmRSS")
 
 
 def serve(pipe: Connection, size: int, optimizer: str) -> None:
@@ -56,39 +69,54 @@ def serve(pipe: Connection, size: int, optimizer: str) -> None:
 
   made = {draw: [jnp.asarray(ids(size, draw, seed)) for seed in range(BATCHES)] for draw in DRAWS}
   target = jax.random.normal(jax.random.key(0), (BATCH, IDS // BATCH, WIDTH))
-  jax.block_until_ready(jax.jit(lambda x: jnp.sort(x.reshape(-1)))(made["even"][0]))  # what JAX itself takes
-  before = peak()
-  run, kept = (dense if optimizer == "dense adam" else sparse)(size, optimizer, target)
-  jax.block_until_ready([run(codes) for codes in made["even"][:3]][-1])
-  pipe.send({"bytes": kept, "peak": peak() - before})
+  kind = dense if optimizer == "dense adam" else sparse
+  create, program = (jax.jit(f, donate_argnums=n) for f, n in zip(kind(size, optimizer, target), ((), (0, 1))))
+  told, state = {"step": buffers(kind, optimizer, target)}, []
+  for _ in range(2):  # the first time compiles
+    state.clear()
+    before = forget_peak()
+    state = [*create()]
+    for codes in made["even"]:
+      *state[:], last = program(*state, codes)
+    last.block_until_ready()
+  pipe.send(told | {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state))})
   at = 0
   while (asked := pipe.recv()) is not None:
     draw, n = asked
     begun = time.perf_counter()
     for _ in range(n):
-      last = run(made[draw][at % BATCHES])
+      *state[:], last = program(*state, made[draw][at % BATCHES])
       at += 1
     last.block_until_ready()
     pipe.send((time.perf_counter() - begun) / n)
-  pipe.send({"peak": peak() - before})
+  pipe.send({"peak": memory("VmHWM") - before})
 
 
-def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[[Any], Any], int]:
-  """A step of `EmbeddingTable` and a row optimizer: `codes → loss`, and the bytes of table and slots."""
+def buffers(kind: Callable[..., Any], optimizer: str, target: Any) -> int:
+  """Bytes that a step takes beside its arguments and what becomes of them, for a table of as many rows as ids."""
+  import jax
+
+  create, step = kind(IDS, optimizer, target)
+  program = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(create), ids(IDS, "even", 0)).compile()
+  asks = program.memory_analysis()
+  return asks.temp_size_in_bytes + asks.output_size_in_bytes - asks.alias_size_in_bytes
+
+
+def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """`EmbeddingTable` and a row optimizer: what makes `rows, slots`, and a step `rows, slots, codes → …, loss`."""
   import jax
   import jax.numpy as jnp
   from flax import nnx
 
-  from supermoe_jax import config, sharding
+  from supermoe_jax import config
   from supermoe_jax.layers import table
   from supermoe_jax.training import row_optimizers, tables
 
   mover = row_optimizers.make(config.Tables(optimizer=optimizer))
-  layer = sharding.create(
-    lambda: table.EmbeddingTable(size, WIDTH, rngs=nnx.Rngs(0)), sharding.make_mesh(config.Mesh())
-  )
-  rows = layer.rows.get_value()
-  slots = mover.slots(rows)
+
+  def create() -> Any:
+    rows = table.EmbeddingTable(size, WIDTH, rngs=nnx.Rngs(0)).rows.get_value()
+    return rows, mover.slots(rows)
 
   def step(rows: Any, slots: Any, codes: Any) -> Any:
     asked, _ = table.distinct(codes, size)
@@ -102,43 +130,27 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[[Any], Any]
     rows, slots = tables.apply(rows, slots, touched, tables.Rule(mover, 0.05))
     return rows, slots, value
 
-  program = jax.jit(step, donate_argnums=(0, 1))
-  state = [rows, slots]
-  kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-  layer.rows.set_value(jnp.zeros(0))  # the buffer is the step's from here on
-
-  def run(codes: Any) -> Any:
-    *state[:], value = program(*state, codes)
-    return value
-
-  del rows, slots
-  return run, kept
+  return create, step
 
 
-def dense(size: int, optimizer: str, target: Any) -> tuple[Callable[[Any], Any], int]:
+def dense(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """The same by a parameter like any other, and optax."""
   import jax
   import jax.numpy as jnp
   import optax
 
   adam = optax.adam(1e-3)
-  rows = jax.random.normal(jax.random.key(0), (size, WIDTH)) * WIDTH**-0.5
+
+  def create() -> Any:
+    rows = jax.random.normal(jax.random.key(0), (size, WIDTH)) * WIDTH**-0.5
+    return rows, adam.init(rows)
 
   def step(rows: Any, moments: Any, codes: Any) -> Any:
     value, gradient = jax.value_and_grad(lambda rows: jnp.mean(jnp.square(rows[codes] - target)))(rows)
     updates, moments = adam.update(gradient, moments)
     return optax.apply_updates(rows, updates), moments, value
 
-  program = jax.jit(step, donate_argnums=(0, 1))
-  state = [rows, adam.init(rows)]
-  kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-
-  def run(codes: Any) -> Any:
-    *state[:], value = program(*state, codes)
-    return value
-
-  del rows
-  return run, kept
+  return create, step
 
 
 def free() -> int:
@@ -177,7 +189,7 @@ def measure(cases: list[tuple[str, int]], rounds: int, steps: int) -> list[dict[
     pipe.send(None)
     row |= pipe.recv()
     process.join()
-    row["memory_ratio"] = row["peak"] / row["bytes"]
+    row["memory_ratio"] = (row["peak"] - row["step"]) / row["bytes"]
   first = {row["optimizer"]: row["seconds"] for _, _, row in reversed(running)}
   for _, _, row in running:
     for draw, seconds in row["seconds"].items():
@@ -188,14 +200,15 @@ def measure(cases: list[tuple[str, int]], rounds: int, steps: int) -> list[dict[
 
 def table_of(rows: list[dict[str, Any]]) -> str:
   """The figures for people."""
-  lines = [f"{'optimizer':12}{'rows':>12}{'ms, zipf':>10}{'ratio':>7}{'ms, even':>10}{'ratio':>7}{'GiB':>7}{'peak':>7}"]
+  titles = f"{'ms, zipf':>10}{'ratio':>7}{'ms, even':>10}{'ratio':>7}{'MiB':>9}{'step':>6}{'peak':>7}"
+  lines = [f"{'optimizer':12}{'rows':>12}{titles}"]
   for row in rows:
     head = f"{row['optimizer']:12}{row['rows']:>12,}"
     if "not_measured" in row:
       lines.append(f"{head}  {row['not_measured']}")
       continue
     times = "".join(f"{row[f'{draw}_ms']:>10.2f}{row[f'{draw}_ratio']:>7.2f}" for draw in DRAWS)
-    lines.append(f"{head}{times}{row['bytes'] / 2**30:>7.2f}{row['memory_ratio']:>7.3f}")
+    lines.append(f"{head}{times}{row['bytes'] / 2**20:>9.1f}{row['step'] / 2**20:>6.1f}{row['memory_ratio']:>7.3f}")
   return "\n".join(lines)
 
 

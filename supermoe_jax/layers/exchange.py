@@ -152,33 +152,23 @@ class Touched(NamedTuple):
 
   Attributes:
     row: int32 `[n]`, rows of this device in order, then `NONE`.
-    value: float32 `[n, D]`, what stands there.
     gradient: float32 `[n, D]`, summed over all that asked for the row.
     lost: int32 `[1]`, ids of this device whose gradients found no cell.
   """
 
   row: jax.Array
-  value: jax.Array
   gradient: jax.Array
   lost: jax.Array
 
 
-def collect(table: jax.Array, code: jax.Array, gradient: jax.Array, m: int, factor: float) -> Touched:
+def collect(code: jax.Array, gradient: jax.Array, rows_here: int, m: int, factor: float) -> Touched:
   """Brings the gradients `[U, D]` of ids `code [U]`, each once on its device, to their owners and sums them there.
 
-  `table` is as for `fetch`.
+  Each device holds `rows_here` rows of the table of `m` stripes; `factor` is as for `fetch`.
   """
-  table = table.reshape(-1, table.shape[-1])
-  row, total, lost = code, gradient, jnp.zeros_like(code, shape=1)
-  if sharding.ways("rows") > 1:
-    row, total, lost = _sum_at_owners(_plan(code, m, len(table), factor), gradient)
-  # Read again, and not merged with the reading of `fetch`: fused each with what comes after, both are quicker on CPU.
-  again = jax.lax.optimization_barrier(row)
-  return Touched(row, rows_at(table, again, again != NONE).astype(jnp.float32), total, lost)
-
-
-def _sum_at_owners(plan: _Cells, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The rows of this device that came, each once, the sums of their gradients, and what this device could not send."""
+  if sharding.ways("rows") == 1:
+    return Touched(code, gradient, jnp.zeros_like(code, shape=1))
+  plan = _plan(code, m, rows_here, factor)
   rows, _ = _to_cells(plan, plan.row, NONE, 0)
   parts, _ = _to_cells(plan, gradient, 0, 0)
   row, part = _exchange(rows).reshape(-1), _exchange(parts).reshape(-1, gradient.shape[-1])
@@ -188,4 +178,4 @@ def _sum_at_owners(plan: _Cells, gradient: jax.Array) -> tuple[jax.Array, jax.Ar
   group = jnp.cumsum(first) - 1
   total = jnp.zeros_like(part).at[group].add(part, indices_are_sorted=True)
   each = jnp.full_like(row, NONE).at[group].set(row, indices_are_sorted=True)
-  return each, total, jnp.sum(plan.sent & (plan.rank >= plan.cells), dtype=jnp.int32)[None]
+  return Touched(each, total, jnp.sum(plan.sent & (plan.rank >= plan.cells), dtype=jnp.int32)[None])

@@ -13,7 +13,7 @@ from supermoe_jax import sharding
 from supermoe_jax.layers import exchange
 
 # Rows that are initialised at a time.
-_CREATED_AT_ONCE = 1 << 16
+_CREATED_AT_ONCE = 1 << 12
 
 # Cells for each pair of devices, as a multiple of an even share of the ids.
 CELLS = 2.0
@@ -177,15 +177,17 @@ _look_up_all.defvjp(_look_up_all_forward, _look_up_all_backward)
 def collect(rows: jax.Array, code: jax.Array, gradient: jax.Array, cells: float = CELLS) -> exchange.Touched:
   """Brings the gradients `[S·U, D]` of the fetched rows of `code [S·U]` to the devices that own them, and sums them.
 
-  Returns: `Touched`, with rows as their owners number them: `row [W·n]`, `value, gradient [W·n, D]`, `lost [W]`.
+  Returns: `Touched`, with rows as their owners number them: `row [W·n]`, `gradient [W·n, D]`, `lost [W]`.
   """
-  m, flat = rows.shape[1], ("rows", None)
+  groups, m, _ = rows.shape
+  here = groups * m // sharding.ways("rows")
 
-  def local(rows: jax.Array, code: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(exchange.collect(rows, code, gradient, m, cells))
+  def local(code: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(exchange.collect(code, gradient, here, m, cells))
 
-  inputs, outputs = ((None, "rows", None), ("rows",), flat), (("rows",), flat, flat, ("rows",))
-  return exchange.Touched(*sharding.on_shards(local, inputs, outputs, rows, code, gradient))
+  flat = ("rows", None)
+  outputs = (("rows",), flat, ("rows",))
+  return exchange.Touched(*sharding.on_shards(local, (("rows",), flat), outputs, code, gradient))
 
 
 def scattered(rows: jax.Array, touched: exchange.Touched) -> jax.Array:

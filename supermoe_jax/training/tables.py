@@ -13,7 +13,7 @@ catalogue sample the softmax.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,12 @@ from supermoe_jax.training.row_optimizers import RowOptimizer, Slots
 
 # The gradients of touched rows, or, `[G, M, D]`, of all rows.
 Gradient = Touched | jax.Array
+
+# The rows of a table and its slots, as one device holds them: `[R, D]`, and `[R]` or `[R, D]` each.
+Kept = tuple[jax.Array, Slots]
+
+# Rows that a CPU moves at a time.
+_MOVED_AT_ONCE = 1024
 
 
 class Counts(NamedTuple):
@@ -169,29 +175,44 @@ def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tupl
   touched = jnp.where(rule.finite, gradient.row, exchange.NONE)
 
   def local(
-    rows: jax.Array,
-    slots: Slots,
-    row: jax.Array,
-    value: jax.Array,
-    gradient: jax.Array,
-    rate: jax.Array,
-    scale: jax.Array,
+    rows: jax.Array, slots: Slots, row: jax.Array, gradient: jax.Array, rate: jax.Array, scale: jax.Array
   ) -> tuple[jax.Array, Slots]:
     here = m // sharding.ways("rows")  # stripes of this device
-    code = row // here * m + sharding.index("rows") * here + row % here
-    flat = rows.reshape(-1, d)
-    kept = {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
-    mine = {n: jnp.take(s, row, axis=0, mode="clip") for n, s in kept.items()}
-    after, mine = _moved(value, mine, gradient, code, rows.dtype, rule._replace(rate=rate, scale=scale))
-    flat = flat.at[row].set(after, mode="drop")
-    kept = {n: s.at[row].set(mine[n], mode="drop") for n, s in kept.items()}
-    return flat.reshape(rows.shape), {n: kept[n].reshape(s.shape) for n, s in slots.items()}
+    first = sharding.index("rows") * here
+
+    def move(kept: Kept, row: jax.Array, gradient: jax.Array) -> Kept:
+      flat, slots = kept
+      code = row // here * m + first + row % here
+      value = exchange.rows_at(flat, row, row != exchange.NONE).astype(jnp.float32)
+      mine = {n: jnp.take(s, row, axis=0, mode="clip") for n, s in slots.items()}
+      after, mine = _moved(value, mine, gradient, code, flat.dtype, rule._replace(rate=rate, scale=scale))
+      return flat.at[row].set(after, mode="drop"), {n: s.at[row].set(mine[n], mode="drop") for n, s in slots.items()}
+
+    kept = rows.reshape(-1, d), {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
+    flat, moved = _in_parts(move, kept, row, gradient)
+    return flat.reshape(rows.shape), {n: moved[n].reshape(s.shape) for n, s in slots.items()}
 
   names = (None, "rows", None)
   slot_names = {n: names[: s.ndim] for n, s in slots.items()}
-  inputs = (names, slot_names, ("rows",), ("rows", None), ("rows", None), (), ())
-  arguments = rows, slots, touched, gradient.value, gradient.gradient, rate, scale
-  return sharding.on_shards(local, inputs, (names, slot_names), *arguments)
+  inputs = (names, slot_names, ("rows",), ("rows", None), (), ())
+  return sharding.on_shards(local, inputs, (names, slot_names), rows, slots, touched, gradient.gradient, rate, scale)
+
+
+def _in_parts(
+  move: Callable[[Kept, jax.Array, jax.Array], Kept], kept: Kept, row: jax.Array, gradient: jax.Array
+) -> Kept:
+  """`move(kept, row, gradient)`, on CPU for some rows after the other, so that a row is still in its caches and TLB
+  when it is written: XLA:CPU waits for memory with every row that it writes."""
+  size = _MOVED_AT_ONCE if sharding.platform() == "cpu" else len(row)
+  if len(row) <= size:
+    return move(kept, row, gradient)
+  whole = len(row) // size
+
+  def one(i: jax.Array, kept: Kept) -> Kept:
+    return move(kept, *(jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (row, gradient)))
+
+  kept = jax.lax.fori_loop(0, whole, one, kept)
+  return move(kept, row[whole * size :], gradient[whole * size :]) if len(row) % size else kept
 
 
 def apply_all(
