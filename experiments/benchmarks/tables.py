@@ -10,9 +10,10 @@ and update in one donated program. Every table lives in a process of its own, an
 …, so that all see the same machine. Ids fall by Zipf's law, as items do, or evenly over the whole table, which is the
 worst for caches and makes every id a row of its own.
 
-`peak` is the most memory that creating the table and training it took, as a multiple of table and accumulators: what
-the process held at most (VmHWM), beyond what it held before, when everything was compiled and nothing else alive, and
-beyond `step`, the buffers that the step takes however small the table is: as XLA counts them for 12,800 rows.
+`peak` is the most memory that creating the table and training it took, as a multiple of table and accumulators: the
+most that was allocated at a time, beyond what was before, and beyond `step`, the buffers that a step takes however
+small the table is, as XLA counts them for 12,800 rows. `RSS` is the same as the system counts it (VmHWM), with what
+malloc keeps of buffers that are free: some MiB, much beside a small table and nothing beside a large one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import multiprocessing as mp
 import os
 import pathlib
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -48,18 +50,53 @@ def ids(size: int, draw: str, seed: int) -> Any:
   return np.where((draw == "even") | (code >= size), anywhere, code).astype(np.int32)
 
 
-def memory(line: str) -> int:
-  """Bytes of this process: "VmRSS" now, "VmHWM" at most since `forget_peak`."""
+class _MallInfo(ctypes.Structure):
+  """glibc's mallinfo2."""
+
+  _names = ("arena", "pieces", "fast", "maps", "mapped", "highest", "fast_free", "used", "free", "top")
+  _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+LIBC = ctypes.CDLL(None)
+LIBC.mallinfo2.restype = _MallInfo
+
+
+def allocated() -> int:
+  """Bytes that this process has allocated and not freed; XLA:CPU's buffers come from malloc."""
+  told = LIBC.mallinfo2()
+  return told.used + told.mapped
+
+
+def resident(line: str) -> int:
+  """Bytes of memory that this process holds: "VmRSS" now, "VmHWM" at most since a `Peak` began."""
   (found,) = (x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith(line))
   return int(found.split()[1]) * 1024
 
 
-def forget_peak() -> int:
-  """Gives memory that is free back to the system, and begins to watch for a peak anew: the bytes held now."""
-  gc.collect()
-  ctypes.CDLL(None).malloc_trim(0)
-  pathlib.Path("/proc/self/clear_refs").write_text("5")
-  return memory("VmRSS")
+class Peak:
+  """What is taken inside `with`, at most and beyond what was before, bytes: `allocated` and `resident`.
+
+  What is allocated is looked at ten times a millisecond, while a step takes some.
+  """
+
+  def __enter__(self) -> Peak:
+    gc.collect()
+    LIBC.malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    self._before = allocated(), resident("VmRSS")
+    self._most, self._over = 0, threading.Event()
+    self._watch = threading.Thread(target=self._look, daemon=True)
+    self._watch.start()
+    return self
+
+  def _look(self) -> None:
+    while not self._over.wait(1e-4):
+      self._most = max(self._most, allocated())
+
+  def __exit__(self, *_: object) -> None:
+    self._over.set()
+    self._watch.join()
+    self.allocated, self.resident = self._most - self._before[0], resident("VmHWM") - self._before[1]
 
 
 def serve(pipe: Connection, size: int, optimizer: str) -> None:
@@ -74,11 +111,13 @@ def serve(pipe: Connection, size: int, optimizer: str) -> None:
   told, state = {"step": buffers(kind, optimizer, target)}, []
   for _ in range(2):  # the first time compiles
     state.clear()
-    before = forget_peak()
-    state = [*create()]
-    for codes in made["even"]:
-      *state[:], last = program(*state, codes)
-    last.block_until_ready()
+    with Peak() as peak:
+      state = [*create()]
+      for codes in made["even"]:
+        *state[:], last = program(*state, codes)
+        last.block_until_ready()
+        time.sleep(0.01)  # XLA frees a step's buffers a little later; the next step would take its own beside them
+  told |= {"peak": peak.allocated, "peak_resident": peak.resident}
   pipe.send(told | {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state))})
   at = 0
   while (asked := pipe.recv()) is not None:
@@ -89,7 +128,6 @@ def serve(pipe: Connection, size: int, optimizer: str) -> None:
       at += 1
     last.block_until_ready()
     pipe.send((time.perf_counter() - begun) / n)
-  pipe.send({"peak": memory("VmHWM") - before})
 
 
 def buffers(kind: Callable[..., Any], optimizer: str, target: Any) -> int:
@@ -187,9 +225,9 @@ def measure(cases: list[tuple[str, int]], rounds: int, steps: int) -> list[dict[
   bar.close()
   for pipe, process, row in running:
     pipe.send(None)
-    row |= pipe.recv()
     process.join()
-    row["memory_ratio"] = (row["peak"] - row["step"]) / row["bytes"]
+    for peak in ("peak", "peak_resident"):
+      row[f"{peak}_ratio"] = (row[peak] - row["step"]) / row["bytes"]
   first = {row["optimizer"]: row["seconds"] for _, _, row in reversed(running)}
   for _, _, row in running:
     for draw, seconds in row["seconds"].items():
@@ -200,7 +238,7 @@ def measure(cases: list[tuple[str, int]], rounds: int, steps: int) -> list[dict[
 
 def table_of(rows: list[dict[str, Any]]) -> str:
   """The figures for people."""
-  titles = f"{'ms, zipf':>10}{'ratio':>7}{'ms, even':>10}{'ratio':>7}{'MiB':>9}{'step':>6}{'peak':>7}"
+  titles = f"{'ms, zipf':>10}{'ratio':>7}{'ms, even':>10}{'ratio':>7}{'MiB':>9}{'step':>6}{'peak':>7}{'RSS':>7}"
   lines = [f"{'optimizer':12}{'rows':>12}{titles}"]
   for row in rows:
     head = f"{row['optimizer']:12}{row['rows']:>12,}"
@@ -208,7 +246,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
       lines.append(f"{head}  {row['not_measured']}")
       continue
     times = "".join(f"{row[f'{draw}_ms']:>10.2f}{row[f'{draw}_ratio']:>7.2f}" for draw in DRAWS)
-    lines.append(f"{head}{times}{row['bytes'] / 2**20:>9.1f}{row['step'] / 2**20:>6.1f}{row['memory_ratio']:>7.3f}")
+    peaks = f"{row['peak_ratio']:>7.3f}{row['peak_resident_ratio']:>7.3f}"
+    lines.append(f"{head}{times}{row['bytes'] / 2**20:>9.1f}{row['step'] / 2**20:>6.1f}{peaks}")
   return "\n".join(lines)
 
 

@@ -202,17 +202,18 @@ def _in_parts(
   move: Callable[[Kept, jax.Array, jax.Array], Kept], kept: Kept, row: jax.Array, gradient: jax.Array
 ) -> Kept:
   """`move(kept, row, gradient)`, on CPU for some rows after the other, so that a row is still in its caches and TLB
-  when it is written: XLA:CPU waits for memory with every row that it writes."""
-  size = _MOVED_AT_ONCE if sharding.platform() == "cpu" else len(row)
-  if len(row) <= size:
+  when it is written: XLA:CPU waits for memory with every row that it writes. Ends where the rows do: `NONE` is last."""
+  size = min(_MOVED_AT_ONCE, len(row))
+  if sharding.platform() != "cpu" or not size:
     return move(kept, row, gradient)
-  whole = len(row) // size
 
   def one(i: jax.Array, kept: Kept) -> Kept:
-    return move(kept, *(jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (row, gradient)))
+    first = jnp.minimum(i * size, len(row) - size)  # the last part reaches back, to rows that have moved
+    part, its = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (row, gradient))
+    return move(kept, jnp.where(first + jnp.arange(size) < i * size, exchange.NONE, part), its)
 
-  kept = jax.lax.fori_loop(0, whole, one, kept)
-  return move(kept, row[whole * size :], gradient[whole * size :]) if len(row) % size else kept
+  there = jnp.sum(row != exchange.NONE, dtype=jnp.int32)
+  return jax.lax.fori_loop(0, (there + size - 1) // size, one, kept)
 
 
 def apply_all(
