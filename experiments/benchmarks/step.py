@@ -6,7 +6,8 @@
 Three programs of one config take turns on the same batches, round after round: the model as it is, the same without
 views of the tasks (`conditioning="none"`), and a dense one, whose blocks all have an MLP of as many hidden units as the
 experts that a token visits, so that the arithmetic of a token is equal. Then a run is trained as `supermoe train` does,
-for the share of its time that waits for input. Figures are medians over rounds; ratios are taken within a round.
+for the share of its time in which the device has nothing to do and waits for input. Figures are medians over rounds;
+ratios are taken within a round.
 
 The share of the machine's arithmetic is that of products of 2,048 × 2,048 matrices, measured in between; what is
 counted is what XLA counts in the compiled step, products and all else. The last table is a trace of the first program:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import resource
 import sys
 import time as clock
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ class Log:
     self._path, self._every, self._steps = workdir / "metrics.jsonl", cfg.train.log_every, cfg.train.steps
     self._waiting: list[StepMetrics] = [_read(each) for each in waiting]
     self._rows, self._compiled = cfg.train.batch_rows, False
+    self._last: jax.Array | None = None  # the loss of the last step that was begun
     self._warned: set[tuple[str, str]] = set()
     self._say = say if hosts.first() else None
     self._terminal = sys.stderr.isatty()
@@ -78,14 +80,22 @@ class Log:
     """Starts the clock: speed is that of the steps from here on."""
     self._since, self._input, self._timed = clock.monotonic(), 0.0, 0
 
-  def waited(self, seconds: float) -> None:
-    """Takes note of time that was spent on waiting for a batch."""
-    self._input += seconds
+  @contextlib.contextmanager
+  def taking_input(self) -> Iterator[None]:
+    """Surrounds taking a batch: the time counts as waited for input, unless the device had a step to do all the while.
+
+    Where the step before ended meanwhile all of the time counts, since when it ended is not known.
+    """
+    asked = clock.monotonic()
+    yield
+    if self._last is None or self._last.is_ready():  # type: ignore[attr-defined]  # of every array, not in its type
+      self._input += clock.monotonic() - asked
 
   def add(self, step: int, metrics: StepMetrics) -> dict[str, Any] | None:
     """Takes the metrics of `step`, or of all steps of a call that it ended; returns a row where one was written."""
     several = len(metrics.loss) if np.ndim(metrics.loss) else 1
     self._waiting.append(metrics)
+    self._last = metrics.loss
     self._bar.update(several)
     self._timed += several
     if not self._compiled:  # the first step of a process compiles

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import pathlib
-import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -161,9 +160,8 @@ def _train(
     flops = utilisation.flops_a_token(cfg.model, count)
     with Log(workdir, step, cfg, say if progress else None, waiting, flops) as log:
       while step < cfg.train.steps:
-        asked = clock.monotonic()
-        taken = [next(stream) for _ in range(several)]
-        log.waited(clock.monotonic() - asked)
+        with log.taking_input():
+          taken = [next(stream) for _ in range(several)]
         profiler.before(step - begun, state)
         placed = place_batch(stack(taken) if several > 1 else taken[0], mesh, stacked=several > 1)
         with jax.transfer_guard("disallow"):  # nothing travels between host and device but what is sent above

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -88,6 +89,29 @@ def test_a_row_holds_the_same_steps_whether_or_not_the_log_was_closed_between_th
   assert [r["step"] for r in whole] == [4, 8, 9]
   assert [r.pop("speed")["step_ms"] is None for r in (*whole, *cut)] == [False] * 3 + [True] + [False] * 2
   assert cut == whole
+
+
+@pytest.mark.parametrize("device_works", [True, False])
+def test_a_batch_is_waited_for_only_while_the_device_has_nothing_to_do(
+  tmp_path: pathlib.Path, device_works: bool
+) -> None:
+  class Loss(np.ndarray):
+    """One that comes only when it is asked for."""
+
+    ready = not device_works
+
+    def is_ready(self) -> bool:
+      return self.ready
+
+  with Log(tmp_path, 0, config.Config(train=config.Train(log_every=3, steps=3)), None) as log:
+    log.add(1, step(1, 1))
+    log.add(2, step(1, 1)._replace(loss=np.ones(()).view(Loss)))
+    with log.taking_input():
+      time.sleep(0.1)
+    row = log.add(3, step(1, 1))
+  assert row is not None
+  share = row["speed"]["input_wait_share"]
+  assert share == 0 if device_works else share > 0.5
 
 
 @pytest.mark.parametrize(
