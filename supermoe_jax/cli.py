@@ -8,8 +8,12 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from supermoe_jax import config, exits
+
+if TYPE_CHECKING:
+  from supermoe_jax.training.run import Run
 
 # Errors that a user can act on: their message is enough, a stack trace would only hide it.
 _EXPECTED = {"ConfigError", "DataError", "RunError", "StudyError"}
@@ -126,10 +130,12 @@ def _parser() -> argparse.ArgumentParser:
 
   verb = verbs.add_parser("evaluate", help="metrics of every task on validation and test snapshots")
   _add_workdir(verb)
+  _add_checkpoint(verb)
   verb.set_defaults(run=_evaluate)
 
   verb = verbs.add_parser("embed", help="write the embeddings of all users as of one or more times")
   _add_workdir(verb)
+  _add_checkpoint(verb)
   verb.add_argument("--as-of", nargs="+", required=True, metavar="TIME", help="times such as 2017-11-01; UTC")
   verb.add_argument("--out", type=pathlib.Path, help="directory to write; default: WORKDIR/embeddings")
   verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
@@ -156,6 +162,15 @@ def _add_config(verb: argparse.ArgumentParser) -> None:
 
 def _add_workdir(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--workdir", required=True, type=pathlib.Path, help="run directory")
+
+
+def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument(
+    "--checkpoint",
+    default="newest",
+    metavar="WHICH",
+    help="newest; best, of those that were validated (config.train.validate); or a step. Default: newest",
+  )
 
 
 # The verbs import what they need when they run: 'supermoe --help' should not wait for JAX.
@@ -227,21 +242,32 @@ def _train(args: argparse.Namespace) -> int:
   return exits.OK
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-  from supermoe_jax.evaluation import evaluate
+def _open(args: argparse.Namespace) -> Run:
+  """The run directory, at the checkpoint that was asked for."""
+  from supermoe_jax.evaluation import validation
   from supermoe_jax.training.run import Run
 
-  result = evaluate.evaluate(Run(args.workdir))
+  if args.checkpoint == "best":
+    return Run(args.workdir, validation.best_checkpoint(args.workdir))
+  if args.checkpoint != "newest" and not args.checkpoint.isdigit():
+    raise config.ConfigError(f"--checkpoint={args.checkpoint} must be newest, best or a step.")
+  return Run(args.workdir, None if args.checkpoint == "newest" else int(args.checkpoint))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  from supermoe_jax.evaluation import evaluate
+
+  run = _open(args)
+  result = evaluate.evaluate(run)
   print(evaluate.render(evaluate.table(result)))
-  print(f"all metrics, validation too: {args.workdir / 'evaluation.json'}")
+  print(f"of step {run.step}; all metrics, validation too: {args.workdir / 'evaluation.json'}")
 
 
 def _embed(args: argparse.Namespace) -> None:
   from supermoe_jax.serving import embed
-  from supermoe_jax.training.run import Run
 
   out = args.out or args.workdir / "embeddings"
-  manifest = embed.embed(Run(args.workdir), args.as_of, out, overwrite=args.overwrite)
+  manifest = embed.embed(_open(args), args.as_of, out, overwrite=args.overwrite)
   print(f"{manifest['rows']:,} embeddings of width {manifest['width']} in {manifest['parts']} part(s): {out}")
   for time, count in manifest["as_of"].items():
     late = "; note: the log ends before this time" if count["after_log_end"] else ""

@@ -95,6 +95,13 @@ def gather(text: str) -> list[tuple[str, str]]:
   return out
 
 
+def whole(value: jax.Array | np.ndarray) -> np.ndarray:
+  """Brings an array to the host, wherever its parts lie; of several processes all must call."""
+  if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+    value = multihost_utils.process_allgather(value, tiled=True)
+  return np.asarray(value)
+
+
 def meet(what: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:

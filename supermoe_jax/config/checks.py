@@ -228,6 +228,7 @@ def _check_sizes(config: Config) -> None:
       ),
     ),
     "train.tables": (train.tables, ("learning_rate", "cells")),
+    "train.validate": (train.validate, ("checkpoints_kept",)),
     "train.mesh": (train.mesh, ("data", "expert", "tensor", "slices")),
     "evaluate": (evaluate, ("batch_rows", "catalogue_chunk")),
   }
@@ -245,6 +246,7 @@ def _check_sizes(config: Config) -> None:
       getattr(train, name) % train.steps_per_call == 0,
       f"config.train.{name}={getattr(train, name)} must be a multiple of steps_per_call={train.steps_per_call}.",
     )
+  _check_validation(config)
   for name in ("nonfinite_steps", "hang_seconds"):
     _require(getattr(train, name) >= 0, f"config.train.{name}={getattr(train, name)} must not be negative.")
   _require(
@@ -298,3 +300,24 @@ def _check_sizes(config: Config) -> None:
     bool(evaluate.cutoffs) and min(evaluate.cutoffs) > 0,
     f"config.evaluate.cutoffs={evaluate.cutoffs} must name at least one positive k.",
   )
+
+
+def _check_validation(config: Config) -> None:
+  train, validate = config.train, config.train.validate
+  for name in ("every", "snapshots"):
+    _require(
+      getattr(validate, name) >= 0,
+      f"config.train.validate.{name}={getattr(validate, name)} must not be negative.",
+    )
+  _require(
+    validate.every % train.checkpoint_every == 0,
+    f"config.train.validate.every={validate.every} must be a multiple of config.train.checkpoint_every="
+    f"{train.checkpoint_every}: what is validated is a checkpoint.",
+  )
+  if validate.metric:
+    task, _, metric = validate.metric.partition("/")
+    _require(
+      task in config.labelled_tasks and bool(metric),
+      f"config.train.validate.metric={validate.metric!r} must be task/metric, of a task with labels"
+      f"{nearest(task, config.labelled_tasks)}",
+    )

@@ -254,6 +254,16 @@ class Tables:
 
 
 @dataclasses.dataclass(frozen=True)
+class Validate:
+  """Validation while a run trains. See `evaluation/validation.py`."""
+
+  every: int = 0  # steps, a multiple of `train.checkpoint_every`; the last step too; 0: never
+  snapshots: int = 0  # at most so many, the same ones each time; 0: all
+  metric: str = ""  # what "best" means, as "task/metric"; empty: the mean of all tasks' main metrics (R² for RMSE)
+  checkpoints_kept: int = 1  # the best ones, beside the newest
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
   """Optimisation."""
 
@@ -279,7 +289,8 @@ class Train:
   weighting: Weighting = Weighting()
   balance_rate: float = 0.0  # step of the routers' balancing bias (loss-free balancing, arXiv 2408.15664); 0: no bias
   checkpoint_every: int = 200
-  checkpoints_kept: int = 2
+  checkpoints_kept: int = 2  # the newest ones
+  validate: Validate = Validate()
   log_every: int = 20
   nonfinite_steps: int = 10  # a step whose loss or gradients are not finite is skipped; a run stops at more than these
   hang_seconds: float = 600.0  # without a step done after which a run writes where it hangs, and ends; 0: never

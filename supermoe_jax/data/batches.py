@@ -354,22 +354,32 @@ class _Numbered:
 
 
 def questions(
-  dataset: Dataset, cfg: config.Config, *, split: int | None = None, times: Sequence[int] | None = None
+  dataset: Dataset,
+  cfg: config.Config,
+  *,
+  split: int | None = None,
+  times: Sequence[int] | None = None,
+  most: int = 0,
 ) -> Iterator[QuestionBatch]:
   """Yields every snapshot of `split` with the labels of the active tasks, or every user at `times` without labels.
 
-  Users with no event before a time have no row for it.
+  Users with no event before a time have no row for it. `most` bounds the rows, to those of users that are drawn by
+  `cfg.train.seed`; 0: all, in the order of the users.
   """
   if (split is None) == (times is None):
     raise ValueError("name either a split or times")
   at = None if times is None else np.array(times, np.int64)
-  users = grain.MapDataset.source(_Numbered(dataset)).map(_UserRows(dataset, cfg, split, at))
-  size, waiting = cfg.evaluate.batch_rows, []
+  users = grain.MapDataset.source(_Numbered(dataset))
+  users = (users.shuffle(seed=cfg.train.seed) if most else users).map(_UserRows(dataset, cfg, split, at))
+  size, waiting, room = cfg.evaluate.batch_rows, [], most or MOST_ROWS
   for rows in users.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)):
-    waiting += rows
+    waiting += rows[:room]
+    room -= len(rows[:room])
     while len(waiting) >= size:
       yield _question_batch(waiting[:size], size)
       waiting = waiting[size:]
+    if not room:
+      break
   if waiting:
     yield _question_batch(waiting, size)
 

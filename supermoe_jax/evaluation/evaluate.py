@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +73,7 @@ def evaluate(
   splits: Sequence[str] = SPLITS,
   write: bool = True,
   asked: Mapping[str, Sequence[QuestionBatch]] | None = None,
+  most: int = 0,
 ) -> dict[str, Any]:
   """Measures every active task that has labels and returns what `evaluation.json` holds.
 
@@ -83,6 +84,7 @@ def evaluate(
     splits: the splits to evaluate; expert load is that of the last.
     write: write the file into the run directory; it holds both splits.
     asked: the questions of each split, where they are at hand already; they must be those of the run's config.
+    most: snapshots of a split, drawn by the run's seed; 0: all of them.
 
   Raises:
     ConfigError: a split has no snapshot.
@@ -95,7 +97,12 @@ def evaluate(
   aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
   measured, load = {}, {}
   for split in splits:
-    collected = _collect(run, split, progress, asked[split] if asked is not None else None)
+    expected = run.dataset.manifest["snapshots"][split]
+    if asked is not None:
+      questions: Iterable[QuestionBatch] = asked[split]
+    else:
+      questions = batches.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split], most=most)
+    collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
     measured[split] = {n: v for n, v in found.items() if v is not None}
@@ -118,10 +125,8 @@ def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
   return MAIN_METRIC[config.answer(task)].format(k=max(cfg.evaluate.cutoffs))
 
 
-def _collect(run: Run, split: str, progress: bool, at_hand: Sequence[QuestionBatch] | None) -> _Collected:
-  questions = (
-    at_hand if at_hand is not None else batches.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split])
-  )
+def _collect(run: Run, split: str, questions: Iterable[QuestionBatch], expected: int | None) -> _Collected:
+  """Asks the questions, under a bar of so many where they are `expected`."""
   asked: list[Question] = []
   tasks = run.cfg.active_views
   answers: dict[str, list[np.ndarray]] = {n: [] for n in tasks}
@@ -130,8 +135,9 @@ def _collect(run: Run, split: str, progress: bool, at_hand: Sequence[QuestionBat
   expert: list[np.ndarray] = []
   task_expert: list[np.ndarray] = []
   gate: list[np.ndarray] = []
-  expected = run.dataset.manifest["snapshots"][split]
-  bar = tqdm(total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1, disable=not progress)
+  bar = tqdm(
+    total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1, disable=expected is None, leave=None
+  )
   with bar:
     for batch in questions:
       out = run.answer(batch.features, batch.given)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supermoe_jax import sharding
+from supermoe_jax import hosts, sharding
 from supermoe_jax.layers import catalogue as catalogue_lib
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -59,4 +59,4 @@ def target_ranks(
   padded = np.zeros((room, np.shape(state)[1]), np.float32)
   padded[:n] = state
   rank = _rank(padded, asked, codes, items.rows, items.bias, items.size, chunk)
-  return np.where(lost, np.inf, np.asarray(rank)[:n])
+  return np.where(lost, np.inf, hosts.whole(rank)[:n])

@@ -6,11 +6,12 @@ that is in it: one that is damaged is told from a whole one, and the one before 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,20 +102,24 @@ class Checkpoints:
     words = found.words
     return Restored(whole, words["position"], _statistics(words), words["waiting"], words["versions"])
 
-  def restore_model(self, model: nnx.State) -> RestoredModel | None:
+  def restore_model(self, model: nnx.State, step: int | None = None) -> RestoredModel | None:
     """Reads only the model's variables, into the layout of `model` (abstract or not); otherwise as `restore`.
 
-    Rows that `model` has more than the checkpoint are 0: an untrained value says nothing.
+    Rows that `model` has more than the checkpoint are 0: an untrained value says nothing. `step` names a checkpoint;
+    if it is not there, or damaged, that is an error.
     """
-    found = self._newest({"model": nnx.to_pure_dict(model)}, model)
+    if step is not None and step not in self.steps:
+      raise RunError(f"{self.directory} holds no checkpoint {step}; there are {', '.join(map(str, self.steps))}.")
+    found = self._newest({"model": nnx.to_pure_dict(model)}, model, step)
     if found is None:
       return None
     return RestoredModel(found.step, relayout.with_values(model, found.arrays["model"]), _statistics(found.words))
 
-  def _newest(self, trees: Mapping[str, Any], model: nnx.State) -> _Found | None:
-    """Reads arrays into the layouts of `trees`, from the newest checkpoint that all hosts find whole."""
+  def _newest(self, trees: Mapping[str, Any], model: nnx.State, only: int | None = None) -> _Found | None:
+    """Reads arrays into the layouts of `trees`, from the newest checkpoint that all hosts find whole, or `only` one."""
     striped, reasons = relayout.striped(model), []
-    for step in json.loads(hosts.gather(json.dumps(self.steps))[0][1]):  # those that the first host sees
+    tried = self.steps if only is None else [only]
+    for step in json.loads(hosts.gather(json.dumps(tried))[0][1]):  # those that the first host sees
       found, reason = None, ""
       try:
         found = self._read(step, trees, striped)
@@ -175,14 +180,36 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+@dataclasses.dataclass
+class _Kept(managers.PreservationPolicy):
+  """Which checkpoints are kept: the newest `n`, and those that are the best."""
+
+  n: int
+  best: Callable[[], Collection[int]]
+
+  def should_preserve(
+    self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: managers.PreservationContext
+  ) -> Sequence[bool]:
+    """See the base class; the newest come last."""
+    del context
+    best, newest = self.best(), len(checkpoints) - self.n
+    return [i >= newest or each.step in best for i, each in enumerate(checkpoints)]
+
+
 class Writer:
   """Writes the checkpoints of a run directory; a context manager that waits for writing to end."""
 
-  def __init__(self, workdir: pathlib.Path, train: config.Train, about: Mapping[str, Any] | None = None):
-    """`about` is what else a checkpoint should hold, for JSON."""
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    train: config.Train,
+    about: Mapping[str, Any] | None = None,
+    best: Callable[[], Collection[int]] = tuple,
+  ):
+    """`about` is what else a checkpoint should hold, for JSON; `best` tells steps that are kept beside the newest."""
     self.workdir, self.directory, self._about = workdir, (workdir / "checkpoints").absolute(), dict(about or {})
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=managers.LatestN(n=train.checkpoints_kept),
+      preservation_policy=_Kept(train.checkpoints_kept, best),
       cleanup_tmp_directories=True,  # what a killed run left half-written
     )
     arrays, words = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler

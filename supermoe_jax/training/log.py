@@ -56,7 +56,7 @@ class Log:
     self._terminal = sys.stderr.isatty()
     self._board: SummaryWriter | None = None
     if hosts.first():
-      _keep_until(self._path, step)
+      keep_until(self._path, step)
       self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
     self._bar = tqdm(
       total=cfg.train.steps,
@@ -104,6 +104,13 @@ class Log:
       self.begin()
     return self._write(step) if step % self._every == 0 or step == self._steps else None
 
+  def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+    """Shows further numbers on TensorBoard."""
+    if self._board is not None:
+      for name, value in values.items():
+        if value is not None:
+          self._board.add_scalar(name, value, step)
+
   def waiting(self) -> list[Any]:
     """The steps that no row holds yet, as JSON holds them."""
     return [_written(m) for m in self._fetched()]
@@ -119,8 +126,7 @@ class Log:
     if self._board is not None:
       with self._path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-      for name, value in _scalars(row):
-        self._board.add_scalar(name, value, step)
+    self.scalars(step, _scalars(row))
     line = _line(row)
     self._bar.set_postfix_str(line)
     if not self._terminal and self._say is not None:
@@ -186,7 +192,7 @@ def _line(row: Mapping[str, Any]) -> str:
   return " ".join(parts)
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
+def keep_until(path: pathlib.Path, step: int) -> None:
   """Drops rows after `step` (written after the checkpoint that a run resumes from), and a row that was cut."""
   if not path.is_file():
     return
@@ -270,7 +276,7 @@ def _mean(values: Sequence[Any]) -> list[Any]:
   return list(np.mean(np.array([np.asarray(v, np.float64) for v in values]), axis=0).round(4).tolist())
 
 
-def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+def _scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
   names = ("loss", "balance_loss", "z_loss", "dropped_share", "gradient_norm", "learning_rate", "padding_share")
   out: list[tuple[str, float | None]] = [(f"train/{k}", row[k]) for k in names]
   out.append(("train/skipped", len(row["skipped"])))
@@ -281,4 +287,4 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
   out += [(f"table_{kind}/{n}", float(v)) for n, counts in row["tables"].items() for kind, v in counts.items()]
   out += [(f"router_entropy/layer{i}", v) for i, v in enumerate(row["router_entropy"])]
   out += [(f"load/layer{i}_expert{e}", v) for i, layer in enumerate(row["load"]) for e, v in enumerate(layer)]
-  return [(name, value) for name, value in out if value is not None]
+  return dict(out)

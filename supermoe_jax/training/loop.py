@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,16 +15,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from supermoe_jax import atomic, config, hosts, sharding
+from supermoe_jax import config, hosts, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.batches import stack
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.stream import Position
 from supermoe_jax.data.targets import count_spaces
+from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.models import parameters
 from supermoe_jax.training import statistics as statistics_lib
 from supermoe_jax.training import utilisation
 from supermoe_jax.training.checkpoint import Checkpoints, Writer, code_hash, versions
+from supermoe_jax.training.claim import check_encoding, claim
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.log import Log
 from supermoe_jax.training.profiler import Profiler
@@ -40,9 +41,6 @@ MEASURED_ROWS = 1024
 
 # Errors of disks, which a user can see to.
 DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
-
-# Settings of training that a run may go on with other values of: what it learns does not depend on them.
-MAY_CHANGE = ("mesh", "workers", "checkpoint_every", "checkpoints_kept", "nonfinite_steps", "hang_seconds")
 
 # Labels of each task that are waited for, if it has as many.
 MEASURED_LABELS = 200
@@ -120,7 +118,7 @@ def _train(
   problem = ""
   try:
     if hosts.first():
-      _claim(workdir, cfg)
+      claim(workdir, cfg)
       check_encoding(workdir, dataset, create=True)
   except (RunError, config.ConfigError, OSError) as error:
     problem = str(error)
@@ -130,10 +128,11 @@ def _train(
   shard = sharding.host_rows(mesh, cfg.train.batch_rows)
   stream = iter(batches.training(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
   about = {"config": config.to_dict(cfg)}
+  validation = Validation(cfg, dataset, workdir, mesh, say, progress)
   with (
     contextlib.closing(stream),
     jax.set_mesh(mesh),
-    Writer(workdir, cfg.train, about) as writer,
+    Writer(workdir, cfg.train, about, validation.best) as writer,
   ):
     checkpoints = Checkpoints(workdir, say)
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
@@ -148,7 +147,8 @@ def _train(
       say(f"resuming {workdir} at step {step} of {cfg.train.steps}")
       _tell_versions(before, say)
       writer.set_aside(checkpoints.damaged)
-    if step >= cfg.train.steps:
+    validation.resume(step)
+    if step >= cfg.train.steps and not validation.due(step):
       say(f"{workdir} is already trained to step {step}")
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
@@ -159,6 +159,7 @@ def _train(
     count = parameters.count(state.model, cfg.model.experts_per_token / cfg.model.experts)
     flops = utilisation.flops_a_token(cfg.model, count)
     with Log(workdir, step, cfg, say if progress else None, waiting, flops) as log:
+      _validate(validation, step, state, statistics, log)  # where the run was cut before that
       while step < cfg.train.steps:
         with log.taking_input():
           taken = [next(stream) for _ in range(several)]
@@ -181,7 +182,19 @@ def _train(
         if stopped and step < cfg.train.steps:
           writer.wait()
           raise Stopped(f"{stopped}: {workdir} is saved at step {step} of {cfg.train.steps}; the same command goes on")
+        _validate(validation, step, state, statistics, log)
   return step
+
+
+def _validate(
+  validation: Validation, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: Log
+) -> None:
+  """Validates the checkpoint of `step`, where that is due."""
+  if validation.due(step):
+    row = validation.validate(step, state.model, statistics)
+    values = {f"validation/{n}/{m}": value for n, found in row["tasks"].items() for m, value in found.items()}
+    log.scalars(step, {"validation/score": row["score"], **values})
+    log.begin()
 
 
 def _tell_versions(before: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -256,40 +269,3 @@ def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -
     if not statistics[name].rate:
       say(f"warning: no user has a history that is long enough for task {name}; it contributes nothing")
   return statistics
-
-
-def _claim(workdir: pathlib.Path, cfg: config.Config) -> None:
-  """Makes `workdir` this config's run directory, or checks that it is."""
-  file = workdir / "config.json"
-  if not file.is_file():
-    workdir.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, file)
-    return
-  old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
-  for whole in (old, new):
-    for name in MAY_CHANGE:
-      del whole["train"][name]
-  if old != new:
-    changed = config.differences(old, new)
-    raise RunError(
-      f"{workdir} holds a run of another config ({'; '.join(changed[:4])}). Name another --workdir, or delete this one."
-    )
-
-
-def check_encoding(workdir: pathlib.Path, dataset: Dataset, *, create: bool = False) -> None:
-  """Makes sure that a run meets the encoding of events that it was trained with; `create` notes that of a new run.
-
-  An encoding that has grown since, by `supermoe append`, is the same to what was there: codes only follow.
-
-  Raises:
-    RunError: the dataset was prepared again, and its vocabularies or statistics came out otherwise.
-  """
-  file, manifest = workdir / "encoding.json", dataset.manifest
-  if create and not file.is_file():
-    atomic.write(file, json.dumps({"encoding_hash": manifest["encoding_hash"]}) + "\n")
-  known = {manifest["encoding_hash"], *(a["encoding_before"] for a in manifest.get("appends", ()))}
-  if json.loads(file.read_text())["encoding_hash"] not in known:
-    raise RunError(
-      f"{dataset.path} was prepared again since {workdir} was trained, and its vocabularies or statistics are others: "
-      "the run's parameters do not fit them. Train again in another --workdir."
-    )

@@ -7,20 +7,20 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, hosts, sharding
 from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.catalogue import Catalogue
-from supermoe_jax.training.checkpoint import Checkpoints
+from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
+from supermoe_jax.training.claim import check_encoding
 from supermoe_jax.training.errors import RunError
-from supermoe_jax.training.loop import check_encoding
 from supermoe_jax.training.step import abstract_model, place
 
 
@@ -44,10 +44,13 @@ class Answered(NamedTuple):
 
 
 class Run:
-  """A run directory's config, dataset and newest parameters, on the mesh of the config."""
+  """A run directory's config, dataset and parameters, on the mesh of the config.
 
-  def __init__(self, workdir: str | pathlib.Path):
-    """Opens a run.
+  Of several processes each holds the same; all must ask it the same, in the same order.
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, checkpoint: int | None = None):
+    """Opens a run at the step `checkpoint`, or at its newest whole checkpoint.
 
     Raises:
       ConfigError: `workdir` is not a run directory.
@@ -58,9 +61,8 @@ class Run:
     self.cfg: config.Config = config.load_json(self.workdir / "config.json")
     self.dataset = Dataset(self.cfg.data.path)
     self.dataset.check_matches(self.cfg)
-    sizes = self.cfg.train.mesh
     try:
-      self.mesh = sharding.make_mesh(sizes)
+      self.mesh = sharding.make_mesh(self.cfg.train.mesh)
     except config.ConfigError:  # what was trained on many devices runs on one as well
       self.mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     self.graph, abstract = abstract_model(self.cfg, self.dataset.schema)
@@ -71,9 +73,25 @@ class Run:
       raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
     check_encoding(self.workdir, self.dataset)
     with jax.set_mesh(self.mesh):
-      found = checkpoints.restore_model(placed)
+      found = checkpoints.restore_model(placed, checkpoint)
     assert found is not None
     self.step, self.variables, self.statistics = found
+
+  @classmethod
+  def of(
+    cls,
+    workdir: pathlib.Path,
+    cfg: config.Config,
+    dataset: Dataset,
+    mesh: Mesh,
+    graph: nnx.GraphDef,
+    model: RestoredModel,
+  ) -> Run:
+    """A run that is at hand: the `model` on `mesh`, whose structure is `graph`."""
+    run = cls.__new__(cls)
+    run.workdir, run.cfg, run.dataset, run.mesh, run.graph = workdir, cfg, dataset, mesh, graph
+    run.step, run.variables, run.statistics = model
+    return run
 
   def answer(self, features: Features, given: Mapping[str, np.ndarray] | None = None) -> Answered:
     """Encodes B rows of one snapshot each and asks every task; nothing is dropped, dropout is off.
@@ -81,7 +99,19 @@ class Run:
     `given` holds, for event labels, the codes `[B, m, G]` of the events asked about; those not in it are not asked.
     """
     with jax.set_mesh(self.mesh):
-      return self._answer(self.variables, place(features, self.mesh), place(dict(given or {}), self.mesh))
+      found = self._answer(
+        self.variables, *(place(self._own(part), self.mesh) for part in (features, dict(given or {})))
+      )
+      return found if jax.process_count() == 1 else jax.tree.map(hosts.whole, found)
+
+  def _own(self, batch: Any) -> Any:
+    """The rows of a batch that this process' devices hold."""
+    leaves = jax.tree.leaves(batch)
+    if jax.process_count() == 1 or not leaves:
+      return batch
+    rows = len(leaves[0])
+    index, count = sharding.host_rows(self.mesh, rows)
+    return jax.tree.map(lambda x: x[index * rows // count : (index + 1) * rows // count], batch)
 
   @functools.cached_property
   def _answer(self) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:

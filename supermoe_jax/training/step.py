@@ -28,7 +28,16 @@ from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step_metrics import StepMetrics
 
 # Settings of training that the program of a step does not depend on.
-RUN_ONLY = ("seed", "workers", "checkpoint_every", "checkpoints_kept", "log_every", "nonfinite_steps", "hang_seconds")
+RUN_ONLY = (
+  "seed",
+  "workers",
+  "checkpoint_every",
+  "checkpoints_kept",
+  "validate",
+  "log_every",
+  "nonfinite_steps",
+  "hang_seconds",
+)
 
 
 class TrainState(NamedTuple):

@@ -56,10 +56,10 @@ def finished(processes: list[subprocess.Popen[str]]) -> list[str]:
   return outputs
 
 
-def rows(workdir: pathlib.Path) -> list[dict]:
-  if not (workdir / "metrics.jsonl").is_file():
+def rows(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict]:
+  if not (workdir / name).is_file():
     return []
-  found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  found = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
   return [{k: v for k, v in row.items() if k != "speed"} for row in found]
 
 
@@ -68,6 +68,7 @@ def four(cfg: config.Config, dataset: Dataset) -> config.Config:
   """A run on four devices, long enough to be disturbed."""
   mesh = ["--config.train.mesh.data=2", "--config.train.mesh.expert=2"]
   lengths = {"steps": 90, "checkpoint_every": 30, "log_every": 10}
+  lengths |= {"validate.every": 60, "validate.snapshots": 40}
   return config.override(cfg, [*mesh, *(f"--config.train.{k}={v}" for k, v in lengths.items())])
 
 
@@ -83,6 +84,7 @@ def whole(four: config.Config, tmp_path_factory: pytest.TempPathFactory) -> path
 
 def assert_equal(mine: pathlib.Path, wanted: pathlib.Path) -> None:
   assert rows(mine) == rows(wanted)
+  assert rows(mine, "validation.jsonl") == rows(wanted, "validation.jsonl")
   for a, b in zip(jax.tree.leaves(Run(mine).variables), jax.tree.leaves(Run(wanted).variables), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -127,3 +129,8 @@ def test_a_run_goes_on_with_half_the_processes(
   for mine, wanted in zip(rows(alone), rows(whole), strict=True):
     assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert mine["events"] == wanted["events"]
+  validated, wanted = (rows(run, "validation.jsonl") for run in (alone, whole))
+  assert [r["step"] for r in validated] == [r["step"] for r in wanted] == [60, 90]
+  for name, found in wanted[1]["tasks"].items():
+    known = {metric: value for metric, value in found.items() if value is not None}
+    assert {m: validated[1]["tasks"][name][m] for m in known} == pytest.approx(known, rel=1e-4)

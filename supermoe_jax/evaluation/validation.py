@@ -1,0 +1,140 @@
+"""Validation while a run trains: how good each task is by then, and which checkpoints are the best so far."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time as clock
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from supermoe_jax import config, hosts
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.evaluation import evaluate, metrics
+from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
+from supermoe_jax.training.errors import RunError
+from supermoe_jax.training.log import SPEED, keep_until
+from supermoe_jax.training.run import Run
+from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.step import abstract_model
+
+FILE = "validation.jsonl"
+
+
+class Validation:
+  """Validates a run at some of its checkpoints, and writes a row of `validation.jsonl` each time.
+
+  A checkpoint is written before it is validated, and validated before the next step: a run that was cut in between
+  validates what it goes on from. So the rows do not depend on where a run was cut. Nothing of it changes the training.
+  """
+
+  def __init__(
+    self,
+    cfg: config.Config,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    say: Callable[[str], None],
+    progress: bool = False,
+  ):
+    """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
+    self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
+    self._graph, _ = abstract_model(cfg, dataset.schema)
+    self._say, self._progress = say, progress and sys.stderr.isatty() and hosts.first()
+    self._rows: list[dict[str, Any]] = []
+
+  def resume(self, step: int) -> None:
+    """Takes up the rows of a run that stands at `step`; those of later ones are dropped."""
+    if hosts.first():
+      keep_until(self._workdir / FILE, step)
+    self._rows = json.loads(hosts.gather(json.dumps(rows(self._workdir)))[0][1])
+
+  def due(self, step: int) -> bool:
+    """Whether the run is to be validated at `step`, and was not yet."""
+    every = self._cfg.train.validate.every
+    wanted = every > 0 and step > 0 and (step % every == 0 or step == self._cfg.train.steps)
+    return wanted and all(row["step"] != step for row in self._rows)
+
+  def validate(self, step: int, variables: nnx.State, statistics: dict[str, TaskStatistics]) -> dict[str, Any]:
+    """Measures the active tasks on validation snapshots; all hosts call this.
+
+    Returns: the row that was written.
+    """
+    begun = clock.monotonic()
+    model = RestoredModel(step, variables, statistics)
+    run = Run.of(self._workdir, self._cfg, self._dataset, self._mesh, self._graph, model)
+    most = self._cfg.train.validate.snapshots
+    found = evaluate.evaluate(
+      run, compare=False, progress=self._progress, splits=("validation",), write=False, most=most
+    )
+    tasks = {n: t["metrics"] for n, t in found["splits"]["validation"].items()}
+    reached = score(self._cfg, tasks)
+    row = {"step": step, "score": reached, "tasks": tasks, SPEED: {"seconds": round(clock.monotonic() - begun, 1)}}
+    self._rows.append(row)
+    if hosts.first():
+      with (self._workdir / FILE).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    main = ", ".join(f"{n} {m} {_cell(tasks[n][m])}" for n, m in found["main_metric"].items() if n in tasks)
+    best = " (the best so far)" if step in self.best()[:1] else ""
+    self._say(f"validation at step {step}: score {_cell(reached)}{best}; {main}")
+    return row
+
+  def best(self) -> list[int]:
+    """The steps of the best rows, the best first, as many as are kept."""
+    return _ordered(self._rows)[: self._cfg.train.validate.checkpoints_kept]
+
+
+def score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | None:
+  """What "best" means: `config.train.validate.metric`, or the mean of the tasks' main metrics; more is better.
+
+  Of numbers R² stands for the root mean square error, which has a unit. Tasks without a value do not count; None where
+  none has any.
+  """
+  asked = cfg.train.validate.metric
+  if asked:
+    name, metric = asked.split("/")
+    found = tasks.get(name, {})
+    if name in tasks and metric not in found:
+      raise config.ConfigError(f"config.train.validate.metric={asked!r}: task {name} has {', '.join(sorted(found))}.")
+    value = found.get(metric)
+    return None if value is None else metrics.gain(metric, value, 0.0)
+  main = {n: evaluate.main_metric(cfg, t) for n, t in cfg.active_views.items()}
+  values = [found.get("r2" if main[n] == "rmse" else main[n]) for n, found in tasks.items()]
+  known = [v for v in values if v is not None]
+  return sum(known) / len(known) if known else None
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """All rows of a run directory; none where it was not validated while it trained."""
+  file = workdir / FILE
+  return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def best_checkpoint(workdir: pathlib.Path) -> int:
+  """The step of the checkpoint that was best on validation, of those that are there.
+
+  Raises:
+    RunError: there is none.
+  """
+  there = set(Checkpoints(workdir).steps)
+  found = [step for step in _ordered(rows(workdir)) if step in there]
+  if not found:
+    raise RunError(
+      f"{workdir} has no checkpoint that was validated while it trained; train with config.train.validate.every, or "
+      "name --checkpoint newest."
+    )
+  return found[0]
+
+
+def _ordered(rows: list[dict[str, Any]]) -> list[int]:
+  """The steps that have a score, the best first; of equals the earlier."""
+  scored = [r for r in rows if r["score"] is not None]
+  return [r["step"] for r in sorted(scored, key=lambda r: (-r["score"], r["step"]))]
+
+
+def _cell(value: float | None) -> str:
+  return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,165 @@
+"""Validation while a run trains: its rows, the checkpoints that it keeps, and that it changes nothing else."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich_log import rich_config
+
+from supermoe_jax import cli, config
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.evaluation import evaluate, validation
+from supermoe_jax.evaluation.metrics import Metrics
+from supermoe_jax.evaluation.validation import Validation
+from supermoe_jax.training import loop
+from supermoe_jax.training.errors import RunError
+from supermoe_jax.training.run import Run
+
+SNAPSHOTS = 40
+
+
+@pytest.fixture(scope="module")
+def validated_cfg(cfg: config.Config) -> config.Config:
+  about = {"every": 4, "snapshots": SNAPSHOTS}
+  changes = [f"--config.train.validate.{name}={value}" for name, value in about.items()]
+  return config.override(cfg, ["--config.train.checkpoint_every=2", "--config.train.checkpoints_kept=1", *changes])
+
+
+@pytest.fixture(scope="module")
+def validated(
+  validated_cfg: config.Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, list[str]]:
+  """A run that got worse and worse, and what it said."""
+  folder, said = tmp_path_factory.mktemp("validated") / "run", list[str]()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(validation, "score", worse_and_worse())
+    loop.train(validated_cfg, folder, say=said.append)
+  return folder, said
+
+
+def worse_and_worse() -> Any:
+  scores = iter(range(10, 0, -1))
+  return lambda cfg, tasks: float(next(scores))
+
+
+def without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  return [{k: v for k, v in row.items() if k != "speed"} for row in rows]
+
+
+def test_a_run_that_is_validated_learns_the_same(
+  validated: tuple[pathlib.Path, list[str]], workdir: pathlib.Path
+) -> None:
+  for mine, wanted in zip(*(jax.tree.leaves(Run(w).variables) for w in (validated[0], workdir)), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+
+
+def test_a_row_is_what_evaluation_finds_at_its_step(validated: tuple[pathlib.Path, list[str]]) -> None:
+  folder, said = validated
+  rows = validation.rows(folder)
+  assert [r["step"] for r in rows] == [4, 8, 12]
+  for row in (rows[0], rows[-1]):
+    run = Run(folder, row["step"])
+    found = evaluate.evaluate(run, compare=False, progress=False, splits=("validation",), write=False, most=SNAPSHOTS)
+    assert row["tasks"] == {n: t["metrics"] for n, t in found["splits"]["validation"].items()}
+    assert any(t["labels"] for t in found["splits"]["validation"].values())
+  assert [line for line in said if line.startswith("validation at step 4: score 10.0000 (the best so far); ")]
+  assert not any("best so far" in line for line in said if line.startswith("validation at step 8"))
+
+
+def test_the_best_checkpoints_are_kept_beside_the_newest(
+  validated: tuple[pathlib.Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+  folder, _ = validated
+  assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [4, 12]
+  assert validation.best_checkpoint(folder) == 4
+  assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "best"]) == 0
+  assert json.loads((folder / "evaluation.json").read_text())["step"] == 4
+  assert "of step 4;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", ["before", "within"])
+def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
+  validated: tuple[pathlib.Path, list[str]],
+  validated_cfg: config.Config,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  cut: str,
+) -> None:
+  whole, folder, scores = validated[0], tmp_path / "run", worse_and_worse()
+
+  def cut_at_8(self: Validation, step: int, *rest: Any) -> Any:
+    if step == 8 and cut == "before":
+      raise KeyboardInterrupt
+    found = validate(self, step, *rest)
+    if step == 8:
+      lines = (folder / validation.FILE).read_text()
+      (folder / validation.FILE).write_text(lines[:-20])  # the row was being written
+      raise KeyboardInterrupt
+    return found
+
+  validate = Validation.validate
+  with monkeypatch.context() as patch:
+    patch.setattr(validation, "score", scores)
+    patch.setattr(Validation, "validate", cut_at_8)
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(validated_cfg, folder, say=lambda _: None)
+  again = iter([9.0, 8.0])
+  monkeypatch.setattr(validation, "score", lambda cfg, tasks: next(again))
+  loop.train(validated_cfg, folder, say=lambda _: None)
+  assert without_speed(validation.rows(folder)) == without_speed(validation.rows(whole))
+
+
+def test_what_cannot_be_opened_says_what_is_there(
+  validated: tuple[pathlib.Path, list[str]], workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  folder, _ = validated
+  with pytest.raises(RunError, match=r"holds no checkpoint 8; there are 12, 4\."):
+    Run(folder, 8)
+  with pytest.raises(RunError, match=r"no checkpoint that was validated.*config\.train\.validate\.every"):
+    validation.best_checkpoint(workdir)
+  assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "first"]) == 1
+  assert "--checkpoint=first must be newest, best or a step" in capsys.readouterr().err
+
+
+def test_a_run_validated_at_its_end_is_left_alone(
+  validated: tuple[pathlib.Path, list[str]], validated_cfg: config.Config, tmp_path: pathlib.Path
+) -> None:
+  copy = tmp_path / "run"
+  shutil.copytree(validated[0], copy)
+  before, said = (copy / validation.FILE).read_bytes(), list[str]()
+  loop.train(validated_cfg, copy, say=said.append)
+  assert "already trained" in said[-1] and (copy / validation.FILE).read_bytes() == before
+
+
+def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path: pathlib.Path) -> None:
+  cfg = config.resolve(rich_config(tmp_path))
+  tasks: dict[str, Metrics] = {"bought": {"auc": 0.75, "log_loss": 0.5}, "age": {"rmse": 12.0, "r2": 0.25}}
+  assert {evaluate.main_metric(cfg, cfg.active_views[name]) for name in tasks} == {"auc", "rmse"}
+  assert validation.score(cfg, tasks) == 0.5
+  unknown: dict[str, Metrics] = {"bought": {"auc": None}}
+  assert validation.score(cfg, tasks | unknown) == 0.25
+  assert validation.score(cfg, unknown) is None
+  named = config.override(cfg, ["--config.train.validate.metric=bought/log_loss"])
+  assert validation.score(named, tasks) == -0.5
+  assert validation.score(named, {}) is None
+  wrong = config.override(cfg, ["--config.train.validate.metric=bought/hr@10"])
+  with pytest.raises(config.ConfigError, match="task bought has auc, log_loss"):
+    validation.score(wrong, tasks)
+
+
+@pytest.mark.parametrize(
+  ("change", "problem"),
+  [
+    ("every=3", r"validate\.every=3 must be a multiple of config\.train\.checkpoint_every=4"),
+    ("snapshots=-1", r"validate\.snapshots=-1 must not be negative"),
+    ("metric=auc", r"validate\.metric='auc' must be task/metric"),
+    ("checkpoints_kept=0", r"validate\.checkpoints_kept=0 must be positive"),
+  ],
+)
+def test_settings_that_cannot_work_are_refused(cfg: config.Config, change: str, problem: str) -> None:
+  with pytest.raises(config.ConfigError, match=problem):
+    config.override(cfg, [f"--config.train.validate.{change}"])
