@@ -128,7 +128,7 @@ class FakeRun:
     self.mesh = sharding.make_mesh(config.Mesh())
     self.items = Catalogue.of(rng.normal(size=(ITEMS, 4)).astype(np.float32))
 
-  def questions(self, dataset, cfg, *, split: int) -> Iterator[QuestionBatch]:
+  def questions(self, dataset, cfg, *, split: int, most: int) -> Iterator[QuestionBatch]:
     assert split in (labels_lib.VALIDATION, labels_lib.TEST)
     for start in range(0, USERS, ROWS):
       part = slice(start, min(start + ROWS, USERS))
