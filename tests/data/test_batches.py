@@ -103,6 +103,22 @@ def test_questions_cover_a_split_once_and_see_the_last_events_before_the_snapsho
   assert asked == dataset.manifest["snapshots"][split]
 
 
+@pytest.mark.parametrize("most", [5, 70, 10**6])
+def test_bounded_questions_are_a_sample_of_all_that_is_the_same_each_time(
+  dataset: Dataset, cfg: config.Config, most: int
+) -> None:
+  def asked(cfg: config.Config, most: int) -> list[tuple[int, int]]:
+    found = batches.questions(dataset, cfg, split=labels_lib.VALIDATION, most=most)
+    return [(q.user, q.snapshot) for batch in found for q in batch.questions]
+
+  every, some = asked(cfg, 0), asked(cfg, most)
+  assert len(set(some)) == len(some) == min(most, len(every)) and set(some) <= set(every)
+  assert len(every) > 5 and some == asked(cfg, most)
+  if most == 5:
+    assert set(some) != set(every[:5])
+    assert some != asked(config.override(cfg, ["--config.train.seed=7"]), most)
+
+
 def test_a_row_that_does_not_fit_is_an_error(dataset: Dataset) -> None:
   history = dataset.history(dataset[0])
   none = np.zeros(0, np.int64)
