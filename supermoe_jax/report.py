@@ -20,6 +20,7 @@ from supermoe_jax import report_sections as sections
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
+from supermoe_jax.evaluation import validation
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.models import parameters
 from supermoe_jax.report_figures import number, percent
@@ -46,21 +47,25 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
 
 def _read(workdir: pathlib.Path) -> Parts:
   cfg = config.load_json(workdir / "config.json")
-  rows = []
-  metrics = workdir / "metrics.jsonl"
-  for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:  # a run that is being written, or was cut
-      break
   return Parts(
     workdir,
     cfg,
-    rows,
+    _rows(workdir / "metrics.jsonl"),
+    _rows(workdir / validation.FILE),
     _json(workdir / "evaluation.json"),
     _json(pathlib.Path(cfg.data.path) / "manifest.json"),
     _json(workdir / "embeddings" / "manifest.json"),
   )
+
+
+def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
+  rows = []
+  for line in file.read_text().splitlines() if file.is_file() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:  # a run that is being written, or was cut
+      break
+  return rows
 
 
 def _json(file: pathlib.Path) -> dict[str, Any] | None:

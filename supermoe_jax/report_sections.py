@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from supermoe_jax import config
 from supermoe_jax import report_figures as figures
-from supermoe_jax.evaluation import metrics
+from supermoe_jax.evaluation import evaluate, metrics
 from supermoe_jax.report_figures import number, percent
 
 # Below this many labels a difference between two scores is mostly chance, and the page says so.
@@ -24,6 +24,7 @@ class Parts(NamedTuple):
   workdir: pathlib.Path
   cfg: config.Config
   rows: list[dict[str, Any]]
+  validation: list[dict[str, Any]]
   evaluation: dict[str, Any] | None
   manifest: dict[str, Any] | None
   embeddings: dict[str, Any] | None
@@ -219,6 +220,7 @@ def training(run: Parts) -> dict[str, Any] | None:
     draw(f"task-{i}", n, [r["tasks"].get(n, {}).get("loss") for r in rows], colour=figures.PURPLE)
     for i, n in enumerate(names)
   ]
+  validation = _validation(run)
   weights = _weights(rows, table)
   loads, blocks = [r["load"] for r in rows], sparse_blocks(run.cfg.model)
   experts = [
@@ -237,10 +239,24 @@ def training(run: Parts) -> dict[str, Any] | None:
     "thinned": len(rows) > figures.MOST_POINTS,
     "whole": whole,
     "tasks": tasks,
+    "validation": validation,
     "weights": weights,
     "experts": experts,
     "table": table,
   }
+
+
+def _validation(run: Parts) -> list[Markup]:
+  """Draws the main metric of each task on validation snapshots over the steps, and their score."""
+  step = [r["step"] for r in run.validation]
+  if not step:
+    return []
+  drawn = [figures.curve("validation", "Score", step, [r["score"] for r in run.validation], colour=figures.GREEN)]
+  for i, (name, task) in enumerate(run.cfg.active_views.items()):
+    metric = evaluate.main_metric(run.cfg, task)
+    values = [r["tasks"].get(name, {}).get(metric) for r in run.validation]
+    drawn.append(figures.curve(f"validation-{i}", f"{name}: {metric}", step, values))
+  return drawn
 
 
 def _weights(rows: Sequence[dict[str, Any]], table: list[tuple[str, list[str]]]) -> Markup | None:

@@ -107,6 +107,12 @@ def make_metrics(cfg: config.Config, workdir: pathlib.Path, steps=(20, 40, 60), 
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 80, "lo')  # cut short
 
 
+def make_validation(workdir: pathlib.Path, steps=(30, 60)) -> None:
+  tasks = {"churn": {"auc": 0.7}, "basket": {"mean_auc": None}, "following": {"ndcg@10": 0.125}}
+  rows = [{"step": s, "score": s / 100, "tasks": tasks, "speed": {"seconds": 1.0}} for s in steps]
+  (workdir / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 90')  # cut short
+
+
 def make_evaluation(cfg: config.Config, workdir: pathlib.Path, **changes) -> None:
   def binary(own, best):
     own, constant, best = ({"auc": v, "log_loss": 0.5} for v in (own, 0.5, best))

@@ -19,6 +19,7 @@ from report_run import (
   make_embeddings,
   make_evaluation,
   make_metrics,
+  make_validation,
   write_json,
 )
 
@@ -71,6 +72,21 @@ def test_a_whole_run(tmp_path, cfg):
     assert attributes["role"] == "img" and attributes["aria-label"]
   assert len(page.all("figure")) == len(page.all("figcaption")) == 6
   assert report_figures.INK not in text and "currentColor" in text
+
+
+def test_a_run_that_was_validated_while_it_trained(tmp_path, cfg):
+  run = tmp_path / "run"
+  make_dataset(cfg)
+  make_metrics(cfg, run)
+  _, before = written(run)
+  make_validation(run)
+  _, page = written(run)
+  labels = [a["aria-label"] for a in page.all("svg")]
+  assert len(labels) == len(before.all("svg")) + 1 + 4
+  assert "Score: 0.3 at step 30, 0.6 at step 60." in labels
+  assert any(label.startswith("following: ndcg@10: 0.125 at step 30") for label in labels)
+  assert "basket: mean_auc: no value." in labels
+  assert "the mean of these metrics" in page.text and "Validation while training" in page.text
 
 
 def test_every_kind_of_task_is_put_in_words(tmp_path):
