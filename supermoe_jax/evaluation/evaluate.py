@@ -125,6 +125,15 @@ def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
   return MAIN_METRIC[config.answer(task)].format(k=max(cfg.evaluate.cutoffs))
 
 
+def metric_names(cfg: config.Config, task: config.LabelledTask) -> list[str]:
+  """The names of all metrics of a task: those of two answers, right ones."""
+  form, two = config.answer(task), np.arange(2)
+  if form == "catalogue":
+    return sorted(metrics.ranking(two + 1.0, cfg.evaluate.cutoffs))
+  value = np.eye(2) if form == "multilabel" else two
+  return sorted(_score(task, value, np.eye(2) if form == "multiclass" else value.astype(np.float64), two))
+
+
 def _collect(run: Run, split: str, questions: Iterable[QuestionBatch], expected: int | None) -> _Collected:
   """Asks the questions, under a bar of so many where they are `expected`."""
   asked: list[Question] = []

@@ -41,7 +41,12 @@ class Validation:
     say: Callable[[str], None],
     progress: bool = False,
   ):
-    """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
+    """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal.
+
+    Raises:
+      ConfigError: the metric that is to choose the best is none of its task's.
+    """
+    _check_metric(cfg)
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
     self._graph, _ = abstract_model(cfg, dataset.schema)
     self._say, self._progress = say, progress and sys.stderr.isatty() and hosts.first()
@@ -97,15 +102,20 @@ def score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | N
   asked = cfg.train.validate.metric
   if asked:
     name, metric = asked.split("/")
-    found = tasks.get(name, {})
-    if name in tasks and metric not in found:
-      raise config.ConfigError(f"config.train.validate.metric={asked!r}: task {name} has {', '.join(sorted(found))}.")
-    value = found.get(metric)
+    value = tasks.get(name, {}).get(metric)
     return None if value is None else metrics.gain(metric, value, 0.0)
   main = {n: evaluate.main_metric(cfg, t) for n, t in cfg.active_views.items()}
   values = [found.get("r2" if main[n] == "rmse" else main[n]) for n, found in tasks.items()]
   known = [v for v in values if v is not None]
   return sum(known) / len(known) if known else None
+
+
+def _check_metric(cfg: config.Config) -> None:
+  name, _, metric = cfg.train.validate.metric.partition("/")
+  if metric and metric not in (known := evaluate.metric_names(cfg, cfg.labelled_tasks[name])):
+    raise config.ConfigError(
+      f"config.train.validate.metric={cfg.train.validate.metric!r}: the metrics of {name} are {', '.join(known)}."
+    )
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -50,7 +50,8 @@ def describe(cfg: config.Config) -> list[str]:
     f"parameters: {count.total:,}, of which {count.tables:,} in tables; {count.active:,} are at work on a token",
     *(f"  table {line}" for line in _tables(state.model)),
     f"state (parameters, moments, what rows keep): {_size(_bytes(state))}, {_size(_bytes_a_device(state))} a device; "
-    f"{train.checkpoints_kept} checkpoints of that size are kept, one every {train.checkpoint_every:,} steps",
+    f"{train.checkpoints_kept + (train.validate.checkpoints_kept if train.validate.every else 0)} checkpoints of that "
+    f"size are kept, one every {train.checkpoint_every:,} steps",
     f"a step: {rows:,} rows of {events} events and {snapshots} snapshots; {len(cfg.active_tasks)} tasks "
     f"({', '.join(cfg.active_tasks)})",
     f"data: {epoch:,} rows an epoch, so {epoch / rows:,.1f} steps; {train.steps:,} steps are "

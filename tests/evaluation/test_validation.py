@@ -146,9 +146,20 @@ def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path
   named = config.override(cfg, ["--config.train.validate.metric=bought/log_loss"])
   assert validation.score(named, tasks) == -0.5
   assert validation.score(named, {}) is None
-  wrong = config.override(cfg, ["--config.train.validate.metric=bought/hr@10"])
-  with pytest.raises(config.ConfigError, match="task bought has auc, log_loss"):
-    validation.score(wrong, tasks)
+
+
+def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
+  wrong = config.override(cfg, ["--config.train.validate.metric=quiet/hr@10"])
+  with pytest.raises(config.ConfigError, match=r"metrics of quiet are auc, average_precision, ece, log_loss\."):
+    loop.train(wrong, tmp_path / "run", say=lambda _: None)
+
+
+def test_every_form_of_answer_names_its_metrics(tmp_path: pathlib.Path) -> None:
+  cfg = config.resolve(rich_config(tmp_path))
+  for name, task in cfg.labelled_tasks.items():
+    assert evaluate.main_metric(cfg, task) in evaluate.metric_names(cfg, task), name
 
 
 @pytest.mark.parametrize(
