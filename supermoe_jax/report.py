@@ -25,6 +25,7 @@ from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.models import parameters
 from supermoe_jax.report_figures import number, percent
 from supermoe_jax.report_sections import Parts
+from supermoe_jax.training.log import read_rows
 from supermoe_jax.training.step import abstract_model
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "supermoe_jax")
@@ -50,22 +51,12 @@ def _read(workdir: pathlib.Path) -> Parts:
   return Parts(
     workdir,
     cfg,
-    _rows(workdir / "metrics.jsonl"),
-    _rows(workdir / validation.FILE),
+    read_rows(workdir / "metrics.jsonl"),
+    validation.rows(workdir),
     _json(workdir / "evaluation.json"),
     _json(pathlib.Path(cfg.data.path) / "manifest.json"),
     _json(workdir / "embeddings" / "manifest.json"),
   )
-
-
-def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
-  rows = []
-  for line in file.read_text().splitlines() if file.is_file() else ():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:  # a run that is being written, or was cut
-      break
-  return rows
 
 
 def _json(file: pathlib.Path) -> dict[str, Any] | None:

@@ -5,9 +5,10 @@
 Users are simulated, a run is trained and evaluated without a cut, and then others of the same config, each killed with
 SIGKILL up to three times and started again by the same command: while it starts, in a step, while a checkpoint is
 being written, or in the evaluation. Each must end with the same bits: every array of the last checkpoint, optimizer
-and data position included, every row of metrics.jsonl but for its speed, and evaluation.json. Other
-runs are sent SIGTERM in a step at random: they must exit with code 75, and end with the same bits when the same command
-is given again. Exit code 1 if anything else happens even once. A run that --minutes leave no time for is not counted.
+and data position included, every row of metrics.jsonl and validation.jsonl but for its speed, and evaluation.json.
+Other runs are sent SIGTERM in a step at random: they must exit with code 75, and end with the same bits when the same
+command is given again. Exit code 1 if anything else happens even once. A run that --minutes leave no time for is not
+counted.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from supermoe_jax.data import prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.simulator import SimulatedTask, Simulation, raw_config, simulate
 from supermoe_jax.training.checkpoint import Checkpoints
+from supermoe_jax.training.log import read_rows
 from supermoe_jax.training.step import create_state
 
 STEPS = 120
@@ -56,6 +58,7 @@ def prepared(folder: pathlib.Path) -> pathlib.Path:
   raw["train"] = {
     "steps": STEPS, "batch_rows": 16, "snapshots_per_row": 3, "checkpoint_every": 7, "log_every": 5, "warmup_steps": 5,
     "weighting": {"method": "famo"}, "tables": {"optimizer": "adam"}, "balance_rate": 0.001,
+    "validate": {"every": 28, "snapshots": 100},
   }  # fmt: skip
   cfg = config.resolve(raw)
   prepare.prepare(cfg)
@@ -124,12 +127,12 @@ def outcome(workdir: pathlib.Path, cfg: config.Config) -> dict[str, Any]:
   _, fresh = create_state(cfg, dataset.schema, sharding.make_mesh(cfg.train.mesh))
   found = Checkpoints(workdir).restore(fresh)
   assert found is not None
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = {name: read_rows(workdir / f"{name}.jsonl") for name in ("metrics", "validation")}
   return {
     "arrays": [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found.state)],
     "position": found.position,
     "statistics": {n: list(s) for n, s in found.statistics.items()},
-    "metrics": [{k: v for k, v in row.items() if k != "speed"} for row in rows],
+    **{name: [{k: v for k, v in row.items() if k != "speed"} for row in those] for name, those in rows.items()},
     "evaluation": {**json.loads((workdir / "evaluation.json").read_text()), "seconds": None},
   }
 

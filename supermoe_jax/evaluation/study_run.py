@@ -22,6 +22,7 @@ from supermoe_jax.evaluation import evaluate, gradients
 from supermoe_jax.evaluation.seesaw import RunResult
 from supermoe_jax.models import parameters
 from supermoe_jax.training import loop
+from supermoe_jax.training.log import read_rows
 from supermoe_jax.training.run import Run
 
 # Training rows of metrics at the end of a run whose mean is its final loss.
@@ -70,10 +71,12 @@ def execute(group: Sequence[PlannedRun]) -> list[str | None]:
 def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
   """Trains and evaluates one config in `workdir`, which is removed afterwards; a run that was cut goes on."""
   begun = clock.monotonic()
-  loop.train(cfg, workdir, say=lambda _: None, progress=False)
+  # What a study asks is asked at a run's end, of the newest checkpoint.
+  unvalidated = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, validate=config.Validate()))
+  loop.train(unvalidated, workdir, say=lambda _: None, progress=False)
   run = Run(workdir)
   found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_asked(cfg))
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = read_rows(workdir / "metrics.jsonl")
   model = cfg.model
   counted = parameters.count(run.variables, model.experts_per_token / model.experts)
   result = RunResult(

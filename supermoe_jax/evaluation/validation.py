@@ -17,7 +17,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import evaluate, metrics
 from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
 from supermoe_jax.training.errors import RunError
-from supermoe_jax.training.log import SPEED, keep_until
+from supermoe_jax.training.log import SPEED, keep_until, read_rows
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import abstract_model
@@ -120,8 +120,7 @@ def _check_metric(cfg: config.Config) -> None:
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """All rows of a run directory; none where it was not validated while it trained."""
-  file = workdir / FILE
-  return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+  return read_rows(workdir / FILE)
 
 
 def best_checkpoint(workdir: pathlib.Path) -> int:

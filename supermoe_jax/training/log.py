@@ -194,17 +194,19 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def keep_until(path: pathlib.Path, step: int) -> None:
   """Drops rows after `step` (written after the checkpoint that a run resumes from), and a row that was cut."""
-  if not path.is_file():
-    return
-  kept = []
-  for line in path.read_text().splitlines():
+  if path.is_file():
+    atomic.write(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a file that has one a line, up to one that is being written or was cut; none without a file."""
+  rows = []
+  for line in path.read_text().splitlines() if path.is_file() else ():
     try:
-      row = json.loads(line)
+      rows.append(json.loads(line))
     except json.JSONDecodeError:
       break
-    if row["step"] <= step:
-      kept.append(line + "\n")
-  atomic.write(path, "".join(kept))
+  return rows
 
 
 def _written(metrics: StepMetrics) -> Any:

@@ -99,17 +99,14 @@ class Run:
     `given` holds, for event labels, the codes `[B, m, G]` of the events asked about; those not in it are not asked.
     """
     with jax.set_mesh(self.mesh):
-      found = self._answer(
-        self.variables, *(place(self._own(part), self.mesh) for part in (features, dict(given or {})))
-      )
+      found = self._answer(self.variables, *place(self._own((features, dict(given or {}))), self.mesh))
       return found if jax.process_count() == 1 else jax.tree.map(hosts.whole, found)
 
   def _own(self, batch: Any) -> Any:
     """The rows of a batch that this process' devices hold."""
-    leaves = jax.tree.leaves(batch)
-    if jax.process_count() == 1 or not leaves:
+    if jax.process_count() == 1:
       return batch
-    rows = len(leaves[0])
+    rows = len(jax.tree.leaves(batch)[0])
     index, count = sharding.host_rows(self.mesh, rows)
     return jax.tree.map(lambda x: x[index * rows // count : (index + 1) * rows // count], batch)
 
