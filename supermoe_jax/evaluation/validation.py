@@ -41,12 +41,7 @@ class Validation:
     say: Callable[[str], None],
     progress: bool = False,
   ):
-    """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal.
-
-    Raises:
-      ConfigError: the metric that is to choose the best is none of its task's.
-    """
-    _check_metric(cfg)
+    """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
     self._graph, _ = abstract_model(cfg, dataset.schema)
     self._say, self._progress = say, progress and sys.stderr.isatty() and hosts.first()
@@ -110,7 +105,8 @@ def score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | N
   return sum(known) / len(known) if known else None
 
 
-def _check_metric(cfg: config.Config) -> None:
+def check_metric(cfg: config.Config) -> None:
+  """Raises a ConfigError where the metric that is to choose the best checkpoint is none of its task's."""
   name, _, metric = cfg.train.validate.metric.partition("/")
   if metric and metric not in (known := evaluate.metric_names(cfg, cfg.labelled_tasks[name])):
     raise config.ConfigError(

@@ -21,7 +21,7 @@ from supermoe_jax.data.batches import stack
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.stream import Position
 from supermoe_jax.data.targets import count_spaces
-from supermoe_jax.evaluation.validation import Validation
+from supermoe_jax.evaluation.validation import Validation, check_metric
 from supermoe_jax.models import parameters
 from supermoe_jax.training import statistics as statistics_lib
 from supermoe_jax.training import utilisation
@@ -69,12 +69,14 @@ def train(
     profile: writes a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
 
   Raises:
+    ConfigError: `cfg.train.validate.metric` is none of its task's.
     DataError: there is no dataset, or it was prepared from another config.
     RunError: `workdir` holds a run of another config, or one that cannot go on; the message says why.
     Stopped: a signal asked the run to stop; it is saved.
   """
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
+  check_metric(cfg)
   version = {**versions(), "code": code_hash()}
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
   signals = Signals(several=place is not None)

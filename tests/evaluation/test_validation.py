@@ -154,6 +154,7 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(
   wrong = config.override(cfg, ["--config.train.validate.metric=quiet/hr@10"])
   with pytest.raises(config.ConfigError, match=r"metrics of quiet are auc, average_precision, ece, log_loss\."):
     loop.train(wrong, tmp_path / "run", say=lambda _: None)
+  assert not (tmp_path / "run").exists()
 
 
 def test_every_form_of_answer_names_its_metrics(tmp_path: pathlib.Path) -> None:
