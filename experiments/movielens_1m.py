@@ -10,8 +10,8 @@ movies.parquet after a colon:
 Time is each film's place in its user's sequence: timestamps are missing for half of the users.
 
 On 2 cores of an AMD EPYC 11 minutes beside other work, one seed. Test: like AUC .798, gender .779, age group .778 and
-occupation .610 (mean one-vs-rest AUC), next film NDCG@10 .035 among all films, of which the most popular reach .018. The next film is far below what models for it alone reach with more steps; this
-config shows five tasks side by side.
+occupation .610 (mean one-vs-rest AUC), next film NDCG@10 .035 among all films, of which the most popular reach .018.
+The next film is far below what models for it alone reach with more steps; this config shows five tasks side by side.
 """
 
 import pathlib

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from supermoe_jax import config, exits
 
@@ -117,6 +118,24 @@ def _parser() -> argparse.ArgumentParser:
   verb.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
   verb.set_defaults(run=_check)
 
+  verb = verbs.add_parser(
+    "plan", help="what a training step takes on a pod: memory, traffic, time; compiled, not guessed"
+  )
+  _add_config(verb)
+  verb.add_argument(
+    "--topology",
+    required=True,
+    nargs="+",
+    metavar="NAME",
+    help="v5e:16x16, v5p:4x4x8, v6e:4x4 …; h100:8x8 (nodes x GPUs) and cpu:8 by arithmetic and XLA:CPU. Several with "
+    "--sweep",
+  )
+  verb.add_argument("--slices", type=int, default=1, help="TPU slices of that topology; default: 1")
+  verb.add_argument("--sweep", action="store_true", help="compare topologies, with the config's batch a device on each")
+  verb.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
+  verb.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="--sweep: draw it, as .svg or .png")
+  verb.set_defaults(run=_plan)
+
   verb = verbs.add_parser("train", help="train; the same command again resumes")
   _add_config(verb)
   _add_workdir(verb)
@@ -219,13 +238,36 @@ def _check(args: argparse.Namespace) -> None:
   print(check.render(check.check(args.data, sample=args.sample, seed=args.seed)))
 
 
+def _plan(args: argparse.Namespace) -> None:
+  cfg = config.load(args.config, args.overrides)
+  if len(args.topology) > 1 and not args.sweep:
+    raise config.ConfigError("several topologies are compared with --sweep; without it name one.")
+  if args.figure and not args.sweep:
+    raise config.ConfigError("--figure draws a --sweep.")
+  os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+  from supermoe_jax.plan import chips, plan, render, sweep
+
+  topologies = [chips.topology(name, args.slices) for name in args.topology]
+  found: Any
+  if args.sweep:
+    found = sweep.sweep(cfg, topologies)
+    print(*sweep.lines(found), sep="\n")
+    if args.figure:
+      sweep.draw(found, args.figure)
+  else:
+    found = plan.plan(cfg, topologies[0])
+    print(*render.lines(found), sep="\n")
+  if args.json:
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def _train(args: argparse.Namespace) -> int:
   cfg = config.load(args.config, args.overrides)
   from supermoe_jax import hosts
   from supermoe_jax.training import lookout
 
   if args.dry_run:
-    from supermoe_jax.training import dry_run
+    from supermoe_jax.plan import dry_run
 
     print(*dry_run.describe(cfg), sep="\n")
     return exits.OK

@@ -20,6 +20,7 @@ def compiled() -> dict:
     "TPU_LIBRARY_PATH": str(LIBRARY),
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "",
   }
   script = pathlib.Path(__file__).with_name("tpu_programs.py")

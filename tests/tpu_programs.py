@@ -70,9 +70,10 @@ def table_step(rows: int, ids: int, devices: list) -> dict[str, int]:
   codes = jax.ShapeDtypeStruct((512, ids), jnp.int32, sharding=sharding.batch_sharding(mesh))
 
   def step(rows_: jax.Array, slots: dict[str, jax.Array], codes: jax.Array):
-    asked, _ = table.distinct(codes, rows)
+    extent = exchange.Extent(rows, m)
+    asked, _ = table.distinct(codes, extent)
     found = table.fetch(rows_, asked)
-    gradient = jax.grad(lambda v: jnp.sum(table.look_up(table.Fetched(asked, v), codes) ** 2))(found.rows)
+    gradient = jax.grad(lambda v: jnp.sum(table.look_up(table.Fetched(asked, v), codes, extent) ** 2))(found.rows)
     rule = tables.Rule(adagrad, 0.1, key=jax.random.key(0))
     return tables.apply(rows_, slots, table.collect(rows_, asked, gradient), rule)
 

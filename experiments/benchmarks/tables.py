@@ -147,7 +147,7 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], 
   from flax import nnx
 
   from supermoe_jax import config
-  from supermoe_jax.layers import table
+  from supermoe_jax.layers import exchange, table
   from supermoe_jax.training import row_optimizers, tables
 
   mover = row_optimizers.make(config.Tables(optimizer=optimizer))
@@ -157,11 +157,12 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], 
     return rows, mover.slots(rows)
 
   def step(rows: Any, slots: Any, codes: Any) -> Any:
-    asked, _ = table.distinct(codes, size)
+    extent = exchange.Extent(size, rows.shape[1])
+    asked, _ = table.distinct(codes, extent)
     found = table.fetch(rows, asked)
 
     def loss(vectors: Any) -> Any:
-      return jnp.mean(jnp.square(table.look_up(table.Fetched(asked, vectors), codes) - target))
+      return jnp.mean(jnp.square(table.look_up(table.Fetched(asked, vectors), codes, extent) - target))
 
     value, gradient = jax.value_and_grad(loss)(found.rows)
     touched = table.collect(rows, asked, gradient)

@@ -93,8 +93,8 @@ class Field:
   separator: str = "|"  # of the values of such a list where the column is text
 
 
-# Rows that one table can have: codes are int32, and three are no buckets.
-MOST_ROWS = 2**31 - 4
+# Buckets that one table can have: codes are int32, and the largest and smallest ones say that there is no row.
+MOST_ROWS = 2**31 - 2**24 - 4
 
 
 @dataclasses.dataclass(frozen=True)

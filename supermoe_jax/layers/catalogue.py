@@ -190,9 +190,10 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def score(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
   """The scores `[n, m]` of the codes `[n, m]` against `state [n, D]`; n must divide over the devices of the batch."""
-  asked, _ = table.distinct(codes, catalogue.size)
-  found = table.look_up(table.fetch(catalogue.rows, asked), codes)
-  bias = table.look_up(table.fetch(catalogue.bias[..., None], asked), codes)
+  extent = exchange.Extent(catalogue.size, catalogue.rows.shape[1])
+  asked, _ = table.distinct(codes, extent)
+  found = table.look_up(table.fetch(catalogue.rows, asked), codes, extent)
+  bias = table.look_up(table.fetch(catalogue.bias[..., None], asked), codes, extent)
   return jnp.einsum("nd,nmd->nm", state, found) + bias[..., 0]
 
 

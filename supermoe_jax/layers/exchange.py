@@ -4,6 +4,9 @@ A table of R rows and width D is an array `[G, M, D]`: the row of code r lies at
 order, and the M *stripes* are spread over the W devices. So neighbouring codes, which are about equally frequent, go to
 different owners; the array does not depend on W; and it grows at its end.
 
+A row's *place* counts the rows of the first device, then those of the second, and so on. The ids of a batch are sorted
+by place, so that those of one owner lie together: cells are filled and emptied by gathers, and nothing is sorted again.
+
 Everything here runs inside `sharding.on_shards`, and sends cells of fixed size: each device has C for each owner. Ids
 that find no cell travel in a further round (`fetch`); gradients that find none are counted (`collect`).
 
@@ -19,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import slots
 
-# Stands for no code, and for no row: larger than any.
+# Stands for no place, and for no row: larger than any. So are the numbers below it, for when no two may be the same.
 NONE = jnp.iinfo(jnp.int32).max
+MOST_ROWS = NONE - 2**24
 
 # Fewest stripes of a table, and most of one for which no larger mesh asks; fewest rows of a stripe beyond the fewest.
 LEAST_STRIPES, MOST_STRIPES, LEAST_ROWS = 8, 4096, 8
@@ -44,30 +47,47 @@ def restriped(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.pad(flat, ((0, more), *((0, 0) for _ in flat.shape[1:])))[:rows].reshape(shape)
 
 
-def distinct(codes: jax.Array, rows: int, room: int) -> tuple[jax.Array, jax.Array]:
-  """The different codes of a device, in order, then `NONE`: int32 `[room]`.
+class Extent(NamedTuple):
+  """How far a table reaches: `size` codes, in `stripes` M."""
 
-  Code 0, absent, is none of them; those outside [0, rows) are counted. `room` must hold what can come: all codes, or
-  all rows.
+  size: int
+  stripes: int
 
-  Returns: the codes, and how many were out of range, int32 `[1]`.
+  @property
+  def rows_here(self) -> int:
+    """The rows of a device, those that only fill it up included."""
+    return -(-self.size // self.stripes) * (self.stripes // sharding.ways("rows"))
+
+  def places(self, code: jax.Array) -> jax.Array:
+    """Where the rows of codes lie, int32; `NONE` for code 0, absent, and for those outside [0, size)."""
+    here = self.stripes // sharding.ways("rows")
+    place = code % self.stripes // here * self.rows_here + code // self.stripes * here + code % here
+    return jnp.where((code > 0) & (code < self.size), place, NONE)
+
+
+def distinct(codes: jax.Array, extent: Extent, room: int) -> tuple[jax.Array, jax.Array]:
+  """The places of the different codes of a device, in order, then `NONE`: int32 `[room]`.
+
+  `room` must hold what can come: all codes, or all rows.
+
+  Returns: the places, and how many codes were out of range, int32 `[1]`.
   """
   flat = codes.reshape(-1)
-  outside = (flat < 0) | (flat >= rows)
-  ordered = jnp.sort(jnp.where(outside | (flat == 0), NONE, flat))
+  ordered = jax.lax.sort(extent.places(flat), is_stable=False)  # XLA:TPU takes a third of the time to compile it
   before = jnp.concatenate([jnp.full_like(ordered[:1], -1), ordered[:-1]])
   first = (ordered != before) & (ordered != NONE)
-  place = jnp.where(first, jnp.cumsum(first) - 1, room)
-  found = jnp.full_like(ordered, NONE, shape=room).at[place].set(ordered, mode="drop")
-  return found, jnp.sum(outside, dtype=jnp.int32)[None]
+  index = jnp.where(first, jnp.cumsum(first) - 1, room)
+  found = jnp.full_like(ordered, NONE, shape=room).at[index].set(ordered, mode="drop")
+  return found, jnp.sum((flat < 0) | (flat >= extent.size), dtype=jnp.int32)[None]
 
 
-def look_up(code: jax.Array, rows: jax.Array, codes: jax.Array) -> jax.Array:
-  """The rows of `codes [...]` among those fetched, `code [U]` in order with `rows [U, D]`; 0 for any other code."""
-  if not len(code):
+def look_up(place: jax.Array, rows: jax.Array, codes: jax.Array, extent: Extent) -> jax.Array:
+  """The rows of `codes [...]` among those fetched, `place [U]` in order with `rows [U, D]`; 0 for any other code."""
+  if not len(place):
     return jnp.zeros((*codes.shape, rows.shape[-1]), rows.dtype)
-  place = jnp.minimum(jnp.searchsorted(code, codes), len(code) - 1)
-  return rows_at(rows, place, code[place] == codes)
+  wanted = extent.places(codes)
+  index = jnp.minimum(jnp.searchsorted(place, wanted), len(place) - 1)
+  return rows_at(rows, index, (place[index] == wanted) & (wanted != NONE))
 
 
 def rows_at(rows: jax.Array, index: jax.Array, there: jax.Array) -> jax.Array:
@@ -76,18 +96,6 @@ def rows_at(rows: jax.Array, index: jax.Array, there: jax.Array) -> jax.Array:
   By a product, which XLA:CPU fuses into a vectorised gather of several threads; a select takes four times as long.
   """
   return jnp.take(rows, index, axis=0, mode="clip") * there[..., None].astype(rows.dtype)
-
-
-class _Cells(NamedTuple):
-  """Where U ids go. `cells` C a pair of devices; `owner, rank, row [U]`: the owner, the place among the ids of the same
-  owner, and the row there; `sent [U]`: whether there is an id; `load [W]`: the ids of each owner."""
-
-  cells: int
-  owner: jax.Array
-  rank: jax.Array
-  row: jax.Array
-  sent: jax.Array
-  load: jax.Array
 
 
 def cells(ids: int, rows_here: int, factor: float) -> int:
@@ -99,51 +107,69 @@ def cells(ids: int, rows_here: int, factor: float) -> int:
   return max(1, min(ids, rows_here, math.ceil(max(factor * share, share + 6 * math.sqrt(share)))))
 
 
-def _plan(code: jax.Array, m: int, rows_here: int, factor: float) -> _Cells:
-  here = m // sharding.ways("rows")  # stripes of a device
-  sent = code != NONE
-  owner = jnp.where(sent, code % m // here, 0)
-  ranked = slots.rank(owner[:, None], sent, sharding.ways("rows"))
-  row = jnp.where(sent, code // m * here + code % here, NONE)
-  return _Cells(cells(len(code), rows_here, factor), owner, ranked.rank[:, 0], row, sent, ranked.load)
-
-
 def _exchange(buffer: jax.Array) -> jax.Array:
   """Sends part w of `[W, C, ...]` to device w, and returns what came from each."""
   return jax.lax.all_to_all(buffer, sharding.axes("rows"), split_axis=0, concat_axis=0, tiled=True)
 
 
-def _to_cells(plan: _Cells, values: jax.Array, fill: int, round_: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-  """Puts `values [U, ...]` into cells `[W, C, ...]`, and tells each one's cell; W·C for none in this round."""
-  ways, c = len(plan.load), plan.cells
-  now = plan.sent & (plan.rank // c == round_)
-  slot = jnp.where(now, plan.owner * c + plan.rank % c, ways * c)
-  buffer = jnp.full_like(values, fill, shape=(ways * c, *values.shape[1:]))
-  buffer = buffer.at[slot].set(values, mode="drop")
-  return buffer.reshape(ways, c, *values.shape[1:]), slot
+class _Cells(NamedTuple):
+  """Which of U ids, in order of their places, travel in which cells.
+
+  Attributes:
+    cells: C, a pair of devices.
+    start: int32 `[W]`, the first id of each owner.
+    load: int32 `[W]`, the ids of each owner.
+    rows_here: of a device.
+  """
+
+  cells: int
+  start: jax.Array
+  load: jax.Array
+  rows_here: int
+
+  @classmethod
+  def of(cls, place: jax.Array, rows_here: int, factor: float) -> _Cells:
+    """The cells of `place [U]`."""
+    edges = jnp.arange(sharding.ways("rows") + 1, dtype=jnp.int32) * rows_here
+    bounds = jnp.searchsorted(place, edges).astype(jnp.int32)
+    return cls(cells(len(place), rows_here, factor), bounds[:-1], jnp.diff(bounds), rows_here)
+
+  def ids(self, round_: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The id in each cell of a round, `[W, C]`, and whether there is one."""
+    rank = round_ * self.cells + jnp.arange(self.cells, dtype=jnp.int32)
+    return self.start[:, None] + rank, rank < self.load[:, None]
+
+  def rows(self, place: jax.Array, round_: jax.Array | int) -> jax.Array:
+    """What each cell asks its owner for, `[W, C]`, as the owner numbers its rows; `NONE` where it is empty."""
+    index, there = self.ids(round_)
+    first = jnp.arange(len(self.start), dtype=jnp.int32)[:, None] * self.rows_here
+    return jnp.where(there, jnp.take(place, index, mode="clip") - first, NONE)
 
 
-def fetch(table: jax.Array, code: jax.Array, m: int, factor: float) -> jax.Array:
-  """The rows of ids `code [U]`, wherever they lie: `[U, D]`, 0 for `NONE`.
+def fetch(table: jax.Array, place: jax.Array, factor: float) -> jax.Array:
+  """The rows of ids at `place [U]`, in order, wherever they lie: `[U, D]`, 0 for `NONE`.
 
-  `table [G, M / W, D]` is this device's part of a table of `m` stripes. A round exchanges `factor` times an even share
-  of the ids; there are as many as the fullest pair of devices needs, almost always one.
+  `table [G, M / W, D]` is this device's part. A round exchanges `factor` times an even share of the ids; there are as
+  many as the fullest pair of devices needs, almost always one.
   """
   rows = table.reshape(-1, table.shape[-1])
-  if not len(code):
+  if not len(place):
     return rows[:0]
   if sharding.ways("rows") == 1:
-    return rows_at(rows, code, code != NONE)
-  plan = _plan(code, m, len(rows), factor)
+    return rows_at(rows, place, place != NONE)
+  plan = _Cells.of(place, len(rows), factor)
+  c, sent = plan.cells, place != NONE
+  owner = jnp.where(sent, place // len(rows), 0)
+  rank = jnp.arange(len(place), dtype=jnp.int32) - plan.start[owner]
 
   def one(round_: jax.Array, found: jax.Array) -> jax.Array:
-    wanted, slot = _to_cells(plan, plan.row, NONE, round_)
-    asked = _exchange(wanted)
+    asked = _exchange(plan.rows(place, round_))
     back = _exchange(rows_at(rows, asked, asked != NONE)).reshape(-1, rows.shape[-1])
-    return jnp.where((slot < len(back))[:, None], jnp.take(back, slot, axis=0, mode="clip"), found)
+    now = sent & (rank // c == round_)
+    return jnp.where(now[:, None], jnp.take(back, owner * c + rank % c, axis=0, mode="clip"), found)
 
-  rounds = jax.lax.pmax(jnp.max((plan.load + plan.cells - 1) // plan.cells), sharding.axes("rows"))
-  nothing = jnp.where(plan.sent[:, None], 0, rows[:1] * 0).astype(rows.dtype)  # varies over the devices as rows do
+  rounds = jax.lax.pmax(jnp.max((plan.load + c - 1) // c), sharding.axes("rows"))
+  nothing = jnp.where(sent[:, None], 0, rows[:1] * 0).astype(rows.dtype)  # varies over the devices as rows do
   return jax.lax.fori_loop(0, rounds, one, nothing)
 
 
@@ -161,21 +187,21 @@ class Touched(NamedTuple):
   lost: jax.Array
 
 
-def collect(code: jax.Array, gradient: jax.Array, rows_here: int, m: int, factor: float) -> Touched:
-  """Brings the gradients `[U, D]` of ids `code [U]`, each once on its device, to their owners and sums them there.
+def collect(place: jax.Array, gradient: jax.Array, rows_here: int, factor: float) -> Touched:
+  """Brings the gradients `[U, D]` of ids at `place [U]`, each once on its device, to their owners and sums them there.
 
-  Each device holds `rows_here` rows of the table of `m` stripes; `factor` is as for `fetch`.
+  Each device holds `rows_here` rows; `factor` is as for `fetch`.
   """
-  if sharding.ways("rows") == 1:
-    return Touched(code, gradient, jnp.zeros_like(code, shape=1))
-  plan = _plan(code, m, rows_here, factor)
-  rows, _ = _to_cells(plan, plan.row, NONE, 0)
-  parts, _ = _to_cells(plan, gradient, 0, 0)
-  row, part = _exchange(rows).reshape(-1), _exchange(parts).reshape(-1, gradient.shape[-1])
-  order = jnp.argsort(row)
-  row, part = row[order], part[order]
+  if sharding.ways("rows") == 1 or not len(place):
+    return Touched(place, gradient, jnp.zeros_like(place, shape=1))
+  plan = _Cells.of(place, rows_here, factor)
+  index, there = plan.ids(0)
+  row = _exchange(plan.rows(place, 0)).reshape(-1)
+  part = _exchange(rows_at(gradient, index, there)).reshape(-1, gradient.shape[-1])
+  row, order = jax.lax.sort((row, jnp.arange(len(row), dtype=jnp.int32)), num_keys=1, is_stable=False)
+  part = part[order]
   first = row != jnp.concatenate([jnp.full_like(row[:1], -1), row[:-1]])
   group = jnp.cumsum(first) - 1
   total = jnp.zeros_like(part).at[group].add(part, indices_are_sorted=True)
   each = jnp.full_like(row, NONE).at[group].set(row, indices_are_sorted=True)
-  return Touched(each, total, jnp.sum(plan.sent & (plan.rank >= plan.cells), dtype=jnp.int32)[None])
+  return Touched(each, total, jnp.sum(jnp.maximum(plan.load - plan.cells, 0), dtype=jnp.int32)[None])

@@ -30,11 +30,12 @@ class Fetched(NamedTuple):
   """The rows that a batch asks for: on each of the devices that the batch is spread over U of them.
 
   Attributes:
-    code: int32 `[S·U]` for S devices, each one's codes in order, then `exchange.NONE`.
-    rows: float32 `[S·U, D]`; 0 where there is no code.
+    place: int32 `[S·U]` for S devices, where each one's rows lie (see `layers.exchange`), in order, then
+      `exchange.NONE`.
+    rows: float32 `[S·U, D]`; 0 where there is none.
   """
 
-  code: jax.Array
+  place: jax.Array
   rows: jax.Array
 
 
@@ -79,10 +80,10 @@ class EmbeddingTable(nnx.Module):
     Raises:
       ValueError: `size` is more than int32 codes can name. Split the ids over several tables.
     """
-    if not 0 < size < exchange.NONE:
+    if not 0 < size <= exchange.MOST_ROWS:
       raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
-    self.size, self.cells = size, layout.cells
     m = exchange.stripes(size, layout.ways)
+    self.size, self.cells, self.extent = size, layout.cells, exchange.Extent(size, m)
     value = initial_rows(rngs.params(), size, m, d_model, jnp.dtype(layout.dtype))
     self.rows = TableRows(value, logical=(None, "rows", None), table=name, size=size)
 
@@ -94,8 +95,8 @@ class EmbeddingTable(nnx.Module):
     """
     value = self.rows.get_value()
     if isinstance(value, Fetched):
-      return look_up(value, codes)
-    return _look_up_all(value, codes, self.size, self.cells)
+      return look_up(value, codes, self.extent)
+    return _look_up_all(value, codes, self.extent, self.cells)
 
   def natural(self) -> jax.Array:
     """All rows in the order of their codes, `[size, D]`: a copy on every device, for small tables and tests."""
@@ -123,71 +124,71 @@ def initial_rows(key: jax.Array, size: int, m: int, d_model: int, dtype: jnp.dty
   return jax.lax.fori_loop(0, -(-groups // step), fill, jnp.zeros((groups, m, d_model), dtype))
 
 
-def distinct(codes: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-  """The different codes among `codes [B, n]` of each device, int32 `[S·U]`, and how many were out of range, `[S]`."""
+def distinct(codes: jax.Array, extent: exchange.Extent) -> tuple[jax.Array, jax.Array]:
+  """The different codes among `codes [B, n]` of each device, as the places of their rows, int32 `[S·U]`, and how many
+  were out of range, `[S]`."""
   ways = sharding.ways("rows") // sharding.ways("batch")
-  room = min(codes.size // sharding.ways("batch"), size)
+  room = min(codes.size // sharding.ways("batch"), extent.size)
   room = -(-room // ways) * ways  # so that devices that share rows of the batch can share the ids
-  return sharding.on_shards(
-    functools.partial(exchange.distinct, rows=size, room=room), (("batch", None),), (("batch",), ("batch",)), codes
-  )
+  local = functools.partial(exchange.distinct, extent=extent, room=room)
+  return sharding.on_shards(local, (("batch", None),), (("batch",), ("batch",)), codes)
 
 
-def fetch(rows: jax.Array, code: jax.Array, cells: float = CELLS) -> Fetched:
-  """Fetches the rows of `code [S·U]`, as `distinct` gives them, from `rows [G, M, D]`."""
-  local = functools.partial(exchange.fetch, m=rows.shape[1], factor=cells)
-  found = sharding.on_shards(local, ((None, "rows", None), ("rows",)), ("rows", None), rows, code)
-  return Fetched(code, sharding.constrain(found.astype(jnp.float32), "batch", None))
+def fetch(rows: jax.Array, place: jax.Array, cells: float = CELLS) -> Fetched:
+  """Fetches the rows at `place [S·U]`, as `distinct` gives them, from `rows [G, M, D]`."""
+  local = functools.partial(exchange.fetch, factor=cells)
+  found = sharding.on_shards(local, ((None, "rows", None), ("rows",)), ("rows", None), rows, place)
+  return Fetched(place, sharding.constrain(found.astype(jnp.float32), "batch", None))
 
 
-def look_up(fetched: Fetched, codes: jax.Array) -> jax.Array:
+def look_up(fetched: Fetched, codes: jax.Array, extent: exchange.Extent) -> jax.Array:
   """The rows of `codes [B, ...]` among those fetched: `[B, ..., D]`, 0 for others."""
   names = ("batch", *(None for _ in codes.shape[1:]))
-  return sharding.on_shards(
-    exchange.look_up, (("batch",), ("batch", None), names), (*names, None), fetched.code, fetched.rows, codes
-  )
+  local = functools.partial(exchange.look_up, extent=extent)
+  inputs = ("batch",), ("batch", None), names
+  return sharding.on_shards(local, inputs, (*names, None), fetched.place, fetched.rows, codes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _look_up_all(rows: jax.Array, codes: jax.Array, size: int, cells: float) -> jax.Array:
-  return _look_up_all_forward(rows, codes, size, cells)[0]
+def _look_up_all(rows: jax.Array, codes: jax.Array, extent: exchange.Extent, cells: float) -> jax.Array:
+  return _look_up_all_forward(rows, codes, extent, cells)[0]
 
 
 def _look_up_all_forward(
-  rows: jax.Array, codes: jax.Array, size: int, cells: float
+  rows: jax.Array, codes: jax.Array, extent: exchange.Extent, cells: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-  code, _ = distinct(codes.reshape(len(codes), -1), size)
-  return look_up(fetch(rows, code, cells), codes), (rows, code, codes)
+  place, _ = distinct(codes.reshape(len(codes), -1), extent)
+  return look_up(fetch(rows, place, cells), codes, extent), (rows, place, codes)
 
 
 def _look_up_all_backward(
-  size: int, cells: float, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+  extent: exchange.Extent, cells: float, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None]:
-  rows, code, codes = saved
-  none = jnp.zeros((len(code), rows.shape[-1]))
-  _, transpose = jax.vjp(lambda found: look_up(Fetched(code, found), codes), none)
+  rows, place, codes = saved
+  none = jnp.zeros((len(place), rows.shape[-1]))
+  _, transpose = jax.vjp(lambda found: look_up(Fetched(place, found), codes, extent), none)
   # As many cells as ids: nothing counts what finds none here.
-  touched = collect(rows, code, transpose(gradient)[0], float(sharding.ways("rows")))
+  touched = collect(rows, place, transpose(gradient)[0], float(sharding.ways("rows")))
   return scattered(rows, touched), None
 
 
 _look_up_all.defvjp(_look_up_all_forward, _look_up_all_backward)
 
 
-def collect(rows: jax.Array, code: jax.Array, gradient: jax.Array, cells: float = CELLS) -> exchange.Touched:
-  """Brings the gradients `[S·U, D]` of the fetched rows of `code [S·U]` to the devices that own them, and sums them.
+def collect(rows: jax.Array, place: jax.Array, gradient: jax.Array, cells: float = CELLS) -> exchange.Touched:
+  """Brings the gradients `[S·U, D]` of the rows fetched at `place [S·U]` to the devices that own them, and sums them.
 
   Returns: `Touched`, with rows as their owners number them: `row [W·n]`, `gradient [W·n, D]`, `lost [W]`.
   """
   groups, m, _ = rows.shape
   here = groups * m // sharding.ways("rows")
 
-  def local(code: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(exchange.collect(code, gradient, here, m, cells))
+  def local(place: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(exchange.collect(place, gradient, here, cells))
 
   flat = ("rows", None)
   outputs = (("rows",), flat, ("rows",))
-  return exchange.Touched(*sharding.on_shards(local, (("rows",), flat), outputs, code, gradient))
+  return exchange.Touched(*sharding.on_shards(local, (("rows",), flat), outputs, place, gradient))
 
 
 def scattered(rows: jax.Array, touched: exchange.Touched) -> jax.Array:

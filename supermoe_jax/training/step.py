@@ -104,9 +104,9 @@ def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.Gr
 
 def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState:
   """The shapes and layouts of the state, without allocating any: what a checkpoint is read into."""
-  program, key = compiled(cfg, schema, mesh), jax.random.PRNGKey(cfg.train.seed)
-  with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(program.initial, jax.random.key(cfg.train.seed), key)
+  program, seed = compiled(cfg, schema, mesh), cfg.train.seed
+  with jax.set_mesh(mesh):  # the keys are shapes too: the mesh may be of devices that are not there
+    shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed)))
   return jax.tree.map(
     lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, program.layouts
   )

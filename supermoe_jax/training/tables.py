@@ -72,13 +72,13 @@ class Plan(NamedTuple):
   """What a batch asks of each table.
 
   Attributes:
-    codes: of each table that is asked for some of its rows, its different codes, as `layers.table.distinct` has them.
+    places: of each table that is asked for some of its rows, where these lie, as `layers.table.distinct` has them.
     outside: of each of those, how many codes are no rows, `[S]`.
     drawn: what sampled softmaxes drew.
     cells: of an exchange.
   """
 
-  codes: dict[str, jax.Array]
+  places: dict[str, jax.Array]
   outside: dict[str, jax.Array]
   drawn: dict[str, jax.Array]
   cells: float
@@ -86,23 +86,23 @@ class Plan(NamedTuple):
   def fetch(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What a step differentiates by: the rows asked for `[S·U, D]`, or the whole of a table that is scored whole."""
     return {
-      n: table.fetch(value, self.codes[n], self.cells).rows if n in self.codes else value for n, value in rows.items()
+      n: table.fetch(value, self.places[n], self.cells).rows if n in self.places else value for n, value in rows.items()
     }
 
   def readable(self, found: Mapping[str, jax.Array]) -> dict[str, Fetched | jax.Array]:
     """What `fetch` returned, as an `EmbeddingTable` reads it."""
-    return {n: Fetched(self.codes[n], value) if n in self.codes else value for n, value in found.items()}
+    return {n: Fetched(self.places[n], value) if n in self.places else value for n, value in found.items()}
 
   def collect(self, rows: Mapping[str, jax.Array], gradient: Mapping[str, jax.Array]) -> dict[str, Gradient]:
     """The gradients by what `fetch` returned, at the owners of the rows."""
     return {
-      n: table.collect(rows[n], self.codes[n], g, self.cells) if n in self.codes else g for n, g in gradient.items()
+      n: table.collect(rows[n], self.places[n], g, self.cells) if n in self.places else g for n, g in gradient.items()
     }
 
   def counts(self, touched: Mapping[str, Gradient]) -> dict[str, Counts]:
     """What to report."""
     out = {}
-    for name in self.codes:
+    for name in self.places:
       part = touched[name]
       assert isinstance(part, Touched)
       moved = jnp.sum(part.row != exchange.NONE, dtype=jnp.int32)
@@ -116,9 +116,9 @@ def plan(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) ->
   fields = whole.encoder.event_embedding.tables
   drawn = losses.draws(whole, batch, key)
   asked = whole.asked(batch, drawn)
-  found = {n: table.distinct(c, fields[n].size) for n, c in asked.items() if n not in whole.scored_whole}
+  found = {n: table.distinct(c, fields[n].extent) for n, c in asked.items() if n not in whole.scored_whole}
   cells = next((f.cells for f in fields.values()), table.CELLS)
-  return Plan({n: code for n, (code, _) in found.items()}, {n: out for n, (_, out) in found.items()}, drawn, cells)
+  return Plan({n: place for n, (place, _) in found.items()}, {n: out for n, (_, out) in found.items()}, drawn, cells)
 
 
 def slot_shardings(
@@ -183,10 +183,14 @@ def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tupl
     def move(kept: Kept, row: jax.Array, gradient: jax.Array) -> Kept:
       flat, slots = kept
       code = row // here * m + first + row % here
-      value = exchange.rows_at(flat, row, row != exchange.NONE).astype(jnp.float32)
+      there = row != exchange.NONE
+      value = exchange.rows_at(flat, row, there).astype(jnp.float32)
       mine = {n: jnp.take(s, row, axis=0, mode="clip") for n, s in slots.items()}
       after, mine = _moved(value, mine, gradient, code, flat.dtype, rule._replace(rate=rate, scale=scale))
-      return flat.at[row].set(after, mode="drop"), {n: s.at[row].set(mine[n], mode="drop") for n, s in slots.items()}
+      # No two are one row, those that are none included: else XLA:TPU would sort them.
+      row = jnp.where(there, row, exchange.NONE - jnp.arange(len(row), dtype=jnp.int32))
+      put = {n: s.at[row].set(mine[n], mode="drop", unique_indices=True) for n, s in slots.items()}
+      return flat.at[row].set(after, mode="drop", unique_indices=True), put
 
     kept = rows.reshape(-1, d), {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
     flat, moved = _in_parts(move, kept, row, gradient)

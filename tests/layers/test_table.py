@@ -53,10 +53,10 @@ def test_rows_of_bfloat16_are_looked_up_as_float32() -> None:
 
 def test_fetched_rows_answer_for_what_was_asked_only() -> None:
   one = EmbeddingTable(SIZE, D, rngs=nnx.Rngs(0))
-  code, outside = table.distinct(jnp.asarray(CODES), SIZE)
-  assert code.tolist()[:5] == [1, 2, 3, 7, 49] and set(code.tolist()[5:]) == {exchange.NONE}
+  place, outside = table.distinct(jnp.asarray(CODES), one.extent)  # of one device, so places are codes
+  assert place.tolist()[:5] == [1, 2, 3, 7, 49] and set(place.tolist()[5:]) == {exchange.NONE}
   assert outside.tolist() == [4]  # 50 and -1, twice each
-  found = table.fetch(one.rows.get_value(), code)
+  found = table.fetch(one.rows.get_value(), place)
   one.rows.set_value(found)
   np.testing.assert_array_equal(one(jnp.array([[7, 8]]))[0, 1], np.zeros(D))
   assert np.abs(one(jnp.array([[7, 8]]))[0, 0]).min() > 0

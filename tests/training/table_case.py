@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import table
+from supermoe_jax.layers import exchange, table
 from supermoe_jax.layers.table import EmbeddingTable, Fetched, Layout
 from supermoe_jax.training import tables
 from supermoe_jax.training.row_optimizers import LazyAdam, RowAdagrad, RowOptimizer, Sgd
@@ -29,15 +29,16 @@ def stepper(mesh: jax.sharding.Mesh, size: int, optimizer: RowOptimizer, cells: 
   """A jitted `(rows, slots, codes [B, n], targets [B, n, D], step) → (rows, slots, norm², counts)`, donated."""
 
   def step(rows, slots, codes, targets, number):
-    code, outside = table.distinct(codes, size)
-    found = table.fetch(rows, code, cells)
+    extent = exchange.Extent(size, rows.shape[1])
+    place, outside = table.distinct(codes, extent)
+    found = table.fetch(rows, place, cells)
 
     def loss(vectors):
-      y = table.look_up(Fetched(code, vectors), codes)
+      y = table.look_up(Fetched(place, vectors), codes, extent)
       return jnp.sum(jnp.sin(y) * targets)
 
     gradient = jax.grad(loss)(found.rows)
-    touched = table.collect(rows, code, gradient, cells)
+    touched = table.collect(rows, place, gradient, cells)
     key = jax.random.fold_in(jax.random.key(1), number) if stochastic else None
     rule = tables.Rule(optimizer, RATE, scale=0.5, decay=DECAY, key=key)
     norm = tables.square_norm({"": touched})

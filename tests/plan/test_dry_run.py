@@ -32,4 +32,4 @@ def test_a_dry_run_says_sizes_and_plan_and_does_nothing(
   assert f"a step: {cfg.train.batch_rows} rows of {cfg.model.max_events} events" in said
   assert f"data: {len(dataset.training_users)} rows an epoch" in said
   assert re.search(r"memory of the compiled program a device: [\d.]+ [KM]iB", said)
-  assert re.search(r"arithmetic of the compiled program a device: [\d.]+ GFLOP", said)
+  assert re.search(r"products of a step a device: [\d.]+ GFLOP", said)

@@ -1,0 +1,82 @@
+"""What a run would be, without a step of it: sizes, shapes and memory, from the compiled step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data import batches
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.layers.table import TableRows
+from supermoe_jax.models import parameters
+from supermoe_jax.plan import program
+from supermoe_jax.plan.render import size
+
+
+def describe(cfg: config.Config) -> list[str]:
+  """Returns lines that say what `supermoe train` would do with a config; nothing is written, and no state allocated.
+
+  Raises:
+    DataError: there is no dataset, or it was prepared from another config.
+    ConfigError: the mesh needs devices that are not there.
+  """
+  dataset = Dataset(cfg.data.path)
+  dataset.check_matches(cfg)
+  train, mesh = cfg.train, sharding.make_mesh(cfg.train.mesh)
+  said: list[str] = []
+  stream = batches.training(dataset, cfg, say=said.append)
+  found = program.step(cfg, dataset.schema, mesh)
+  if found.module is None:
+    raise config.ConfigError(
+      f"the step needs {size(found.needed)} of each device's memory, which is more than there is; 'supermoe plan' says "
+      "what takes it."
+    )
+  count = parameters.count(found.state.model, cfg.model.experts_per_token / cfg.model.experts)
+  rows, epoch, devices = train.batch_rows, stream.state(0)["rows_of_an_epoch"], mesh.devices.size
+  leaves = program.leaves(found.state).values()
+  lines = [
+    f"mesh: {' × '.join(f'{n} {s}' for n, s in mesh.shape.items())}; {devices} of {jax.device_count()} devices "
+    f"({mesh.devices.flat[0].device_kind}), {jax.process_count()} process(es)",
+    f"parameters: {count.total:,}, of which {count.tables:,} in tables; {count.active:,} are at work on a token",
+    *(f"  table {line}" for line in _tables(found.state.model)),
+    f"state (parameters, moments, what rows keep): {size(sum(map(_bytes, leaves)))}, "
+    f"{size(sum(map(program.shard_bytes, leaves)))} a device; "
+    f"{train.checkpoints_kept + (train.validate.checkpoints_kept if train.validate.every else 0)} checkpoints of that "
+    f"size are kept, one every {train.checkpoint_every:,} steps",
+    f"a step: {rows:,} rows of {cfg.model.max_events} events and {train.snapshots_per_row} snapshots; "
+    f"{len(cfg.active_tasks)} tasks ({', '.join(cfg.active_tasks)})",
+    f"data: {epoch:,} rows an epoch, so {epoch / rows:,.1f} steps; {train.steps:,} steps are "
+    f"{train.steps * rows / epoch:,.1f} epochs",
+    *(f"  {line}" for line in said),
+    *_compiled(found),
+  ]
+  replicated = sharding.replicated(mesh, found.state.model)
+  return lines + [f"warning: {n} ({size(s)}) lies whole on every device" for n, s in replicated.items()]
+
+
+def _compiled(found: program.Program) -> list[str]:
+  memory = found.executable.memory_analysis()
+  flops = found.flops / found.mesh.size
+  return [
+    f"memory of the compiled program a device: {size(memory.argument_size_in_bytes)} of state and batch, which its "
+    f"results take the place of ({size(memory.alias_size_in_bytes)}), and {size(memory.temp_size_in_bytes)} besides",
+    f"products of a step a device: {flops / 1e9:,.2f} GFLOP",
+  ]
+
+
+def _tables(model: nnx.State) -> list[str]:
+  out = []
+  for _, variable in nnx.to_flat_state(nnx.filter_state(model, TableRows)):
+    value, about = variable.get_value(), variable.get_metadata()
+    out.append(
+      f"{about['table']}: {about['size']:,} rows of {value.shape[-1]} {value.dtype.name}, {size(_bytes(value))}"
+    )
+  return out
+
+
+def _bytes(leaf: Any) -> int:
+  return math.prod(leaf.shape) * leaf.dtype.itemsize

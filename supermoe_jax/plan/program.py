@@ -1,0 +1,197 @@
+"""The real training step, compiled for devices that need not be there: no parameter is ever allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data.batches import Batch
+from supermoe_jax.data.schema import Schema
+from supermoe_jax.layers.table import TableRows
+from supermoe_jax.plan import arithmetic, hlo, shapes
+from supermoe_jax.plan.chips import Topology
+from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.step import TrainState, abstract_state, compiled
+
+
+class Program(NamedTuple):
+  """A compiled step.
+
+  Attributes:
+    state: its shapes and layouts.
+    inputs: the shapes of all hosts' batch, and of the tasks' statistics.
+    mesh: of the devices it is compiled for.
+    flops: of all products on all devices together; see `arithmetic.products`.
+    executable: as JAX has it; None where it needs more memory than a device has.
+    module: its text, read; None likewise.
+    needed: bytes that XLA would need on a device, where that is more than there is.
+    seconds: that compiling took.
+  """
+
+  state: TrainState
+  inputs: tuple[Batch, dict[str, TaskStatistics]]
+  mesh: Mesh
+  flops: float
+  executable: Any
+  module: hlo.Module | None
+  needed: int
+  seconds: float
+
+
+# XLA's effort to make a program quick, from -1 to 1; 0 is what a run is compiled with. Least effort compiles several
+# times faster for TPUs.
+LEAST_EFFORT = -1.0
+
+
+def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> Program:
+  """Compiles the training step of a config for the devices of a mesh, with that effort of XLA's."""
+  state = abstract_state(cfg, schema, mesh)
+  several = (cfg.train.steps_per_call,) if cfg.train.steps_per_call > 1 else ()
+  layout = sharding.batch_sharding(mesh, stacked=bool(several))
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype, sharding=layout), shapes.batch(cfg, schema)
+  )
+  number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
+  statistics = {name: TaskStatistics(number, number, number) for name in cfg.active_tasks}
+  begun = time.monotonic()
+  with jax.set_mesh(mesh):
+    traced = compiled(cfg, schema, mesh).step.trace(state, batch, statistics)
+    flops = arithmetic.products(traced.jaxpr.jaxpr, mesh.size)
+    try:
+      executable = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
+    except jax.errors.JaxRuntimeError as error:
+      needed = _needed(str(error))
+      if not needed:
+        raise
+      return Program(state, (batch, statistics), mesh, flops, None, None, needed, time.monotonic() - begun)
+  module = hlo.parse(executable.as_text())
+  return Program(state, (batch, statistics), mesh, flops, executable, module, 0, time.monotonic() - begun)
+
+
+def _needed(message: str) -> int:
+  """The bytes that XLA says a program needs, in an error that says it has them not."""
+  found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+  return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))) if found else 0
+
+
+def fitted(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[str]]:
+  """The config with a mesh of all devices of a topology, and what was changed for that, if anything.
+
+  Only `data` grows or shrinks, and with it nothing else: the batch is the config's.
+
+  Raises:
+    ConfigError: the other axes do not divide the devices, or the batch the mesh.
+  """
+  mesh, said = cfg.train.mesh, []
+  fixed = mesh.expert * mesh.tensor
+  if topology.devices % fixed or (topology.devices // fixed) % topology.slices:
+    raise config.ConfigError(
+      f"--topology={topology}: config.train.mesh has expert × tensor = {fixed}, of which {topology.devices} devices in "
+      f"{topology.slices} slice(s) hold no whole number; name others by --config.train.mesh.expert and .tensor."
+    )
+  data = topology.devices // fixed
+  wanted = dataclasses.replace(mesh, data=data, slices=topology.slices)
+  if wanted != mesh:
+    said.append(f"config.train.mesh.data={mesh.data} became {data}, to take all {topology.devices} devices")
+  ways = data * mesh.expert
+  for name, rows in (("train", cfg.train.batch_rows), ("evaluate", cfg.evaluate.batch_rows)):
+    if rows % (ways * (cfg.train.accumulate if name == "train" else 1)):
+      raise config.ConfigError(
+        f"--topology={topology}: config.{name}.batch_rows={rows} must divide over the {ways} devices that share a "
+        f"batch; name another by --config.{name}.batch_rows={max(1, round(rows / ways)) * ways}."
+      )
+  return config.override(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, mesh=wanted)), ()), said
+
+
+def devices(topology: Topology) -> Sequence[jax.Device]:
+  """Devices to compile for: those of a TPU topology need not be there; of GPUs and CPUs this machine's CPUs stand in.
+
+  Raises:
+    ConfigError: XLA's compiler for TPUs is missing, or knows no such topology; too few CPUs were asked for before JAX
+      began.
+  """
+  if not topology.tpu:
+    if topology.devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+      jax.config.update("jax_num_cpu_devices", topology.devices)
+    found = jax.devices("cpu")
+    if len(found) < topology.devices:
+      raise config.ConfigError(
+        f"--topology={topology}: JAX began with {len(found)} CPU devices; set "
+        f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices}."
+      )
+    return found[: topology.devices]
+  from jax.experimental import topologies
+
+  _point_to_libtpu()
+  name = f"{topology.name}:{'x'.join(map(str, topology.sizes))}"
+  several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+  except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+    raise config.ConfigError(f"--topology={topology}: XLA's compiler for TPUs refuses it: {error}") from error
+
+
+# Where `pip install --target` puts the compiler in this project; see the Makefile.
+_BESIDE = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
+
+
+def _point_to_libtpu() -> None:
+  """Says where the compiler is, and that no TPU needs to be there."""
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it would let one process in at a time, for the chips' sake
+  if "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None:
+    return
+  if not _BESIDE.is_file():
+    raise config.ConfigError(
+      "XLA's compiler for TPUs is missing. Install libtpu of the version that 'pip show jax' asks for beside the "
+      f"environment: pip install --no-deps --target {_BESIDE.parent.parent} libtpu; or name its libtpu.so in "
+      "TPU_LIBRARY_PATH."
+    )
+  os.environ["TPU_LIBRARY_PATH"] = str(_BESIDE)
+
+
+def leaves(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a state by their paths, as the compiled program names its arguments."""
+  found, _ = jax.tree_util.tree_flatten_with_path(state)
+  return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in found}
+
+
+def shard_bytes(leaf: Any) -> int:
+  """What a device holds of an array, without padding."""
+  size = leaf.dtype.itemsize
+  for n in leaf.sharding.shard_shape(leaf.shape):
+    size *= n
+  return size
+
+
+def kinds(state: TrainState) -> dict[str, str]:
+  """What each array of a state is, by its path: "tables", "experts" or "dense", of the optimizer, or "other state"."""
+  variables, _ = jax.tree_util.tree_flatten_with_path(state.model, is_leaf=lambda v: isinstance(v, nnx.Variable))
+  model = {jax.tree_util.keystr(path): _kind(variable) for path, variable in variables}
+  out = {}
+  for path in leaves(state):
+    owner = model.get(path[path.find("['") :].removesuffix(".value"), "dense")
+    part = path.removeprefix("state.").partition("[")[0].partition(".")[0]
+    out[path] = {"model": owner, "slots": "optimizer of tables", "optimizer": f"optimizer of {owner}"}.get(
+      part, "other"
+    )
+  return out
+
+
+def _kind(variable: nnx.Variable) -> str:
+  if isinstance(variable, TableRows):
+    return "tables"
+  return "experts" if "expert" in (variable.get_metadata().get("logical") or ()) else "dense"

@@ -1,0 +1,98 @@
+"""How a step scales from few devices to many, on paper: the same program compiled for each topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.plan.chips import Topology
+from supermoe_jax.plan.plan import plan
+from supermoe_jax.plan.render import size
+
+
+def sweep(cfg: config.Config, topologies: Sequence[Topology]) -> dict[str, Any]:
+  """Plans a config on each topology, with the batch of a device that the config has on its own mesh: weak scaling.
+
+  Where there are fewer devices than experts want, `expert` is the largest divisor of both.
+
+  Raises:
+    ConfigError: as `plan`.
+  """
+  mesh = cfg.train.mesh
+  rows = cfg.train.batch_rows / (mesh.data * mesh.expert)
+  plans = []
+  for topology in tqdm(sorted(topologies, key=lambda t: t.devices), unit=" topologies", desc="compiling"):
+    expert = math.gcd(mesh.expert, topology.devices // mesh.tensor)
+    ways = topology.devices // mesh.tensor
+    train = dataclasses.replace(
+      cfg.train,
+      batch_rows=max(1, round(rows)) * ways,
+      mesh=dataclasses.replace(mesh, data=ways // expert, expert=expert, slices=topology.slices),
+    )
+    evaluate = dataclasses.replace(cfg.evaluate, batch_rows=ways)
+    plans.append(plan(dataclasses.replace(cfg, train=train, evaluate=evaluate), topology))
+  return {"rows_a_device": max(1, round(rows)), "plans": plans}
+
+
+def sent(found: Mapping[str, Any]) -> float:
+  """Bytes that a device sends in a step, by all collectives."""
+  return math.fsum(row["sent"] for row in found.get("collectives", ()))
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+  """The sweep as a table: each row against the first that could be compiled."""
+  titles = f"{'memory':>11}{'fits':>6}{'sent':>12}{'ms a step':>11}{'efficiency':>12}"
+  head = f"{'topology':<18}{'devices':>8}{'mesh':>12}{titles}"
+  out = [f"{found['rows_a_device']} rows of the batch on each device", head]
+  first = next((p for p in found["plans"] if "seconds" in p), None)
+  for p in found["plans"]:
+    mesh = "×".join(str(n) for n in p["mesh"].values())
+    row = f"{p['topology']['name']:<18}{p['topology']['devices']:>8,}{mesh:>12}{size(p['memory']['total']):>11}"
+    row += f"{ {True: 'yes', False: 'no', None: '–'}[p['fits']]:>6}"
+    if "collectives" in p:
+      row += f"{size(sent(p)):>12}"
+    if first is not None and "seconds" in p:
+      row += f"{1e3 * p['seconds']['step']:>11.2f}{first['seconds']['step'] / p['seconds']['step']:>12.0%}"
+    out.append(row)
+  return out
+
+
+def draw(found: Mapping[str, Any], file: pathlib.Path) -> None:
+  """Draws bytes sent and memory of a device, and the estimated efficiency, over the number of devices."""
+  plans = [p for p in found["plans"] if "collectives" in p]
+  devices = [p["topology"]["devices"] for p in plans]
+  with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 9}):
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    sending, memory, speed = figure.subplots(1, 3)
+    kinds = sorted({row["kind"] for p in plans for row in p["collectives"]})
+    below = [0.0] * len(plans)
+    for kind in kinds:
+      top = [
+        b + sum(row["sent"] for row in p["collectives"] if row["kind"] == kind) / 2**20 for b, p in zip(below, plans)
+      ]
+      sending.fill_between(devices, below, top, label=kind, linewidth=0)
+      below = top
+    sending.set(title="MiB that a device sends a step", ylim=(0, None))
+    sending.legend(fontsize=7, loc="lower right")
+    memory.plot(devices, [p["memory"]["total"] / 2**30 for p in plans], marker="o")
+    memory.set(title="GiB of a device's memory", ylim=(0, None))
+    timed = [p for p in plans if "seconds" in p]
+    if timed:
+      first = timed[0]["seconds"]["step"]
+      speed.plot([p["topology"]["devices"] for p in timed], [first / p["seconds"]["step"] for p in timed], marker="o")
+    speed.set(title="efficiency, by published rates", ylim=(0, 1.1))
+    for axes in (sending, memory, speed):
+      axes.set_xscale("log", base=2)
+      axes.set_xticks(devices, [f"{n:,}" for n in devices])
+      axes.minorticks_off()
+      axes.set_xlabel("devices")
+      axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -1,0 +1,65 @@
+"""The shapes that a plan is made for are those of real data, and without data the largest that a config allows."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from rich_log import rich_config, write_rich_log
+
+from supermoe_jax import config
+from supermoe_jax.data import batches, prepare
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.plan import shapes
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[config.Config, Dataset]:
+  """A config with a task of every kind and a contrast, and its dataset."""
+  folder = tmp_path_factory.mktemp("rich")
+  write_rich_log(folder)
+  cfg = config.resolve(rich_config(folder))
+  prepare.prepare(cfg)
+  return cfg, Dataset(cfg.data.path)
+
+
+def test_a_batch_has_the_shapes_that_are_planned_for(rich: tuple[config.Config, Dataset]) -> None:
+  cfg, dataset = rich
+  stream = batches.training(dataset, cfg)
+  real = next(iter(stream))
+  planned = shapes.batch(cfg, dataset.schema)
+  assert jax.tree.structure(real) == jax.tree.structure(planned)
+  for wanted, found in zip(jax.tree.leaves(real), jax.tree.leaves(planned), strict=True):
+    assert (np.shape(wanted), np.asarray(wanted).dtype) == (found.shape, found.dtype)
+
+
+def test_without_a_dataset_vocabularies_are_full_and_all_else_is_the_same(
+  rich: tuple[config.Config, Dataset],
+) -> None:
+  cfg, dataset = rich
+  with pytest.raises(
+    config.ConfigError, match=r"tier: how many classes column 'tier' has.*--config.exclude_tasks=tier"
+  ):
+    shapes.largest_schema(cfg)
+  cfg = dataclasses.replace(cfg, exclude_tasks=("tier",))
+  largest, real = shapes.largest_schema(cfg), dataset.schema
+  assert largest.outputs == {n: k for n, k in real.outputs.items() if n in cfg.active_views} | _vocabularies(cfg)
+  assert largest.categorical.keys() == real.categorical.keys()
+  assert all(largest.categorical[n] >= real.categorical[n] for n in real.categorical)
+  page = cfg.data.fields["page"]
+  assert largest.categorical["page"] == page.size + 2 + page.buckets
+  for part in ("sources", "numeric", "aggregates", "inputs", "numeric_inputs", "further", "shares"):
+    assert getattr(largest, part) == getattr(real, part), part
+
+
+def _vocabularies(cfg: config.Config) -> dict[str, int]:
+  """The outputs of the tasks that rank a vocabulary, if it is full."""
+  page = cfg.data.fields["page"]
+  return {n: page.size + page.buckets for n, t in cfg.active_views.items() if isinstance(t, config.NextEvent)}
+
+
+def test_the_aggregates_of_the_quickstart_are_counted_without_its_data(
+  cfg: config.Config, dataset: Dataset, log_folder: pathlib.Path
+) -> None:
+  assert shapes.largest_schema(cfg).aggregates == dataset.schema.aggregates
