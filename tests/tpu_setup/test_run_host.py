@@ -106,7 +106,11 @@ def test_a_signal_is_passed_on_waited_for_and_not_answered_by_a_restart(
 ) -> None:
   ready, saved = tmp_path / "ready", tmp_path / "saved"
   command = f"trap 'sleep 0.5; touch {saved}; exit 75' {number.name[3:]}; touch {ready}; while :; do sleep 0.05; done"
-  process = subprocess.Popen([RUN_HOST, "--wait", "0", "--", "bash", "-c", command], stderr=subprocess.PIPE, text=True)
+  line = [RUN_HOST, "--wait", "0", "--", "bash", "-c", command]
+  # A shell cannot trap what it was told to ignore, as SIGINT is where these tests run in the background.
+  process = subprocess.Popen(
+    line, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+  )
   until(ready.exists)
   process.send_signal(number)
   said = process.communicate(timeout=30)[1]

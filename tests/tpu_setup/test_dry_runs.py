@@ -2,7 +2,7 @@
 
 After a change that is meant, record them anew, and read the difference before it is committed:
 
-    .venv/bin/python tests/tpu_setup/test_dry_run.py && git diff tests/tpu_setup/expected
+    .venv/bin/python tests/tpu_setup/test_dry_runs.py && git diff tests/tpu_setup/expected
 """
 
 import pathlib
