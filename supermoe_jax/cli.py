@@ -131,6 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     "--sweep",
   )
   verb.add_argument("--slices", type=int, default=1, help="TPU slices of that topology; default: 1")
+  verb.add_argument(
+    "--effort",
+    type=float,
+    default=-1.0,
+    metavar="E",
+    help="XLA:TPU's, from -1 to 1, to make the program quick; a run has 0, which takes long. Default: -1",
+  )
   verb.add_argument("--sweep", action="store_true", help="compare topologies, with the config's batch a device on each")
   verb.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
   verb.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="--sweep: draw it, as .svg or .png")
@@ -244,18 +251,23 @@ def _plan(args: argparse.Namespace) -> None:
     raise config.ConfigError("several topologies are compared with --sweep; without it name one.")
   if args.figure and not args.sweep:
     raise config.ConfigError("--figure draws a --sweep.")
+  if not -1 <= args.effort <= 1:
+    raise config.ConfigError(f"--effort={args.effort:g} must lie in [-1, 1].")
+  for file in filter(None, (args.json, args.figure)):
+    if not file.parent.is_dir():
+      raise config.ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
   os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
   from supermoe_jax.plan import chips, plan, render, sweep
 
   topologies = [chips.topology(name, args.slices) for name in args.topology]
   found: Any
   if args.sweep:
-    found = sweep.sweep(cfg, topologies)
+    found = sweep.sweep(cfg, topologies, args.effort)
     print(*sweep.lines(found), sep="\n")
     if args.figure:
       sweep.draw(found, args.figure)
   else:
-    found = plan.plan(cfg, topologies[0])
+    found = plan.plan(cfg, topologies[0], args.effort)
     print(*render.lines(found), sep="\n")
   if args.json:
     args.json.write_text(json.dumps(found, indent=1) + "\n")

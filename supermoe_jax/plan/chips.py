@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from supermoe_jax import config
+from supermoe_jax.training import utilisation
 
 GIB = 2**30
 
@@ -18,8 +19,7 @@ class Chip:
 
   Attributes:
     kind: as JAX names it.
-    flops: dense bfloat16 products, FLOP/s.
-    memory: bytes of main memory (HBM) that programs may use.
+    memory: bytes of main memory (HBM) that a program may have.
     memory_rate: bytes/s of it.
     link: bytes/s of one link to a neighbour, one way; of a GPU all its links to the other GPUs of its node together.
     wrap: the length from which a dimension of a TPU's torus closes to a ring; lengths are multiples of it. 0: a GPU.
@@ -28,7 +28,6 @@ class Chip:
   """
 
   kind: str
-  flops: float
   memory: int
   memory_rate: float
   link: float
@@ -36,22 +35,25 @@ class Chip:
   network: float
   source: str
 
+  @property
+  def flops(self) -> float:
+    """Dense bfloat16 products, FLOP/s."""
+    found = utilisation.peak(self.kind)
+    assert found is not None, self.kind
+    return found
 
-_TPU = "cloud.google.com/tpu/docs"
-_BOOK = "jax-ml.github.io/scaling-book/tpus (links one way; 25 GB/s of network a host)"
 
-# Memory is what XLA lets a program have, which is a little less than what is sold.
+_TPU = "memory as XLA:TPU allows, its rate by cloud.google.com/tpu/docs"
+_BOOK = "links (one way) and network (25 GB/s a host) by jax-ml.github.io/scaling-book/tpus"
+
 CHIPS = {
-  "v4": Chip("TPU v4", 275e12, 31 * GIB, 1.2e12, 4.5e10, 4, 2.5e10 / 4, f"{_TPU}/v4; {_BOOK}"),
-  "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 8.19e11, 5e10, 16, 2.5e10 / 8, f"{_TPU}/v5e; {_BOOK}"),
-  "v5p": Chip("TPU v5", 459e12, int(95.7 * GIB), 2.765e12, 1e11, 4, 2.5e10 / 4, f"{_TPU}/v5p; {_BOOK}"),
-  "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1.638e12, 1e11, 16, 2.5e10 / 8, f"{_TPU}/v6e; {_BOOK}"),
-  "a100": Chip(
-    "NVIDIA A100", 312e12, 79 * GIB, 2.039e12, 3e11, 0, 2.5e10, "NVIDIA A100 80 GB SXM data sheet; 200 Gb/s"
-  ),
-  "h100": Chip("NVIDIA H100", 989e12, 79 * GIB, 3.35e12, 4.5e11, 0, 5e10, "NVIDIA H100 SXM data sheet; 400 Gb/s"),
-  "h200": Chip("NVIDIA H200", 989e12, 140 * GIB, 4.8e12, 4.5e11, 0, 5e10, "NVIDIA H200 SXM data sheet; 400 Gb/s"),
-  "b200": Chip("NVIDIA B200", 2250e12, 178 * GIB, 8e12, 9e11, 0, 5e10, "NVIDIA B200 SXM data sheet; 400 Gb/s"),
+  "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 8.19e11, 5e10, 16, 2.5e10 / 8, f"{_TPU}/v5e; {_BOOK}"),
+  "v5p": Chip("TPU v5", int(95.74 * GIB), 2.765e12, 1e11, 4, 2.5e10 / 4, f"{_TPU}/v5p; {_BOOK}"),
+  "v6e": Chip("TPU v6 lite", int(31.25 * GIB), 1.638e12, 1e11, 16, 2.5e10 / 8, f"{_TPU}/v6e; {_BOOK}"),
+  "a100": Chip("NVIDIA A100", 80 * 10**9, 2.039e12, 3e11, 0, 2.5e10, "data sheet of A100 80 GB SXM; 200 Gb/s a GPU"),
+  "h100": Chip("NVIDIA H100", 80 * 10**9, 3.35e12, 4.5e11, 0, 5e10, "data sheet of H100 SXM; 400 Gb/s a GPU"),
+  "h200": Chip("NVIDIA H200", 141 * 10**9, 4.8e12, 4.5e11, 0, 5e10, "data sheet of H200 SXM; 400 Gb/s a GPU"),
+  "b200": Chip("NVIDIA B200", 180 * 10**9, 8e12, 9e11, 0, 5e10, "data sheet of HGX B200; 400 Gb/s a GPU"),
 }
 
 
@@ -91,7 +93,7 @@ def topology(text: str, slices: int = 1) -> Topology:
   name, _, sizes = text.partition(":")
   if name != "cpu" and name not in CHIPS:
     raise config.ConfigError(f"--topology={text}: no such chip as {name!r}{config.nearest(name, [*CHIPS, 'cpu'])}")
-  dimensions = {"cpu": 1, "v4": 3, "v5p": 3}.get(name, 2)
+  dimensions = {"cpu": 1, "v5p": 3}.get(name, 2)
   example = {1: "8", 2: "16x16" if name in ("v5e", "v6e") else "8x8", 3: "4x4x8"}[dimensions]
   if not re.fullmatch(r"\d+(x\d+)*", sizes) or sizes.count("x") + 1 != dimensions or "0" in sizes.split("x"):
     raise config.ConfigError(f"--topology={text}: write the sizes of {name} as {name}:{example}.")

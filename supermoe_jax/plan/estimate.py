@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from supermoe_jax.plan.chips import Chip, Topology
-from supermoe_jax.plan.hlo import Collective
+from supermoe_jax.plan.collectives import Collective
 
 # Kinds of which a device sends its share of the others' parts once, or, of an all-reduce, twice.
 _RINGS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
@@ -177,13 +177,10 @@ class Times(NamedTuple):
     return math.fsum(self)
 
 
-def times(flops: float, moved: float, found: Sequence[Traffic], chip: Chip, share: float = 1.0) -> Times:
-  """The times of a step: `flops` and bytes `moved` to and from memory, of one device.
-
-  `share` of the peak is what float32 products reach on the chip's units for bfloat16.
-  """
+def times(flops: float, moved: float, found: Sequence[Traffic], chip: Chip) -> Times:
+  """The times of a step: `flops`, and bytes `moved` to and from memory, of one device."""
   links, network = sum(t.seconds for t in found), sum(t.network_seconds for t in found)
-  return Times(flops / (chip.flops * share), moved / chip.memory_rate, links, network)
+  return Times(flops / chip.flops, moved / chip.memory_rate, links, network)
 
 
 def as_dict(row: Traffic) -> dict[str, Any]:

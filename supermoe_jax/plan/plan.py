@@ -15,7 +15,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.integrity import MANIFEST
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.models import parameters
-from supermoe_jax.plan import estimate, hlo, program, shapes
+from supermoe_jax.plan import collectives, estimate, hlo, program, shapes, traffic
 from supermoe_jax.plan.chips import Topology
 from supermoe_jax.plan.remedies import remedies
 from supermoe_jax.training import utilisation
@@ -40,6 +40,8 @@ def schema_of(cfg: config.Config) -> tuple[Schema, str]:
 def plan(cfg: config.Config, topology: Topology, effort: float = program.LEAST_EFFORT) -> dict[str, Any]:
   """Compiles the training step of a config for a topology and returns what it takes; see `render`.
 
+  `effort` is XLA:TPU's to make the program quick, from -1 to 1. A run has 0, which takes several times as long.
+
   Raises:
     ConfigError: the mesh or the batch does not divide over the devices, or they cannot be compiled for.
     DataError: the dataset was prepared from another config.
@@ -47,18 +49,21 @@ def plan(cfg: config.Config, topology: Topology, effort: float = program.LEAST_E
   cfg, notes = program.fitted(cfg, topology)
   schema, about = schema_of(cfg)
   mesh = sharding.make_mesh(cfg.train.mesh, program.devices(topology))
-  compiled = program.step(cfg, schema, mesh, effort if topology.tpu else 0.0)
+  effort = effort if topology.tpu else 0.0  # others compile quickly
+  compiled = program.step(cfg, schema, mesh, effort)
   chip = topology.chip
   notes = [about, *notes]
   if not topology.tpu:
     notes.append(_ESTIMATED)
+  elif effort:
+    notes.append(f"compiled with effort {effort:g} of -1 to 1; a run has 0, which may move and keep less (--effort 0)")
   count = parameters.count(compiled.state.model, cfg.model.experts_per_token / cfg.model.experts)
   memory = _memory(compiled)
   tokens = _tokens(cfg)
   result: dict[str, Any] = {
     "config_hash": cfg.hash(),
     "topology": {"name": str(topology), "devices": topology.devices, "slices": topology.slices},
-    "chip": dataclasses.asdict(chip) if chip else None,
+    "chip": {**dataclasses.asdict(chip), "flops": chip.flops} if chip else None,
     "mesh": dict(mesh.shape),
     "notes": notes,
     "parameters": {
@@ -139,8 +144,8 @@ def _work(
 ) -> dict[str, Any]:
   module, mesh = compiled.module, compiled.mesh
   assert module is not None
-  moved = hlo.traffic(module)
-  found = estimate.traffic(hlo.collectives(module, mesh.size), mesh, topology)
+  moved = traffic.count(module)
+  found = estimate.traffic(collectives.read(module, mesh.size), mesh, topology)
   out: dict[str, Any] = {
     "memory_traffic": moved,
     "collectives": [estimate.as_dict(t) for t in found],

@@ -82,7 +82,9 @@ def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) ->
 
 def _needed(message: str) -> int:
   """The bytes that XLA says a program needs, in an error that says it has them not."""
-  found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+  found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message) or re.search(
+    r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message
+  )
   return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))) if found else 0
 
 

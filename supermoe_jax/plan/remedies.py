@@ -29,13 +29,14 @@ _SHAPES = {
 
 
 def remedies(cfg: config.Config, found: Mapping[str, Any], topology: Topology) -> list[str]:
-  """Changes that would spare the most, with what each spares on a device; by arithmetic, so plan again to be sure."""
+  """Changes that may spare the most, with how much on a device: of the state by arithmetic, of temporaries by rules of
+  thumb. Plan again to be sure."""
   parts, chip = found["memory"]["parts"], topology.chip
   assert chip is not None
   kept = sum(parts.values())
   temporary = max(found["memory"]["total"] - kept, 0)
   return [
-    f"{what}: spares about {spared / GIB:.1f} GiB" if spared else what
+    f"{what}: may spare about {spared / GIB:.1f} GiB" if spared else what
     for what, spared in sorted(_changes(cfg, parts, temporary), key=lambda change: -change[1])
   ] + list(_larger(cfg, found, topology, temporary))
 

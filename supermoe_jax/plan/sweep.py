@@ -15,10 +15,11 @@ from tqdm import tqdm
 from supermoe_jax import config
 from supermoe_jax.plan.chips import Topology
 from supermoe_jax.plan.plan import plan
+from supermoe_jax.plan.program import LEAST_EFFORT
 from supermoe_jax.plan.render import size
 
 
-def sweep(cfg: config.Config, topologies: Sequence[Topology]) -> dict[str, Any]:
+def sweep(cfg: config.Config, topologies: Sequence[Topology], effort: float = LEAST_EFFORT) -> dict[str, Any]:
   """Plans a config on each topology, with the batch of a device that the config has on its own mesh: weak scaling.
 
   Where there are fewer devices than experts want, `expert` is the largest divisor of both.
@@ -38,7 +39,7 @@ def sweep(cfg: config.Config, topologies: Sequence[Topology]) -> dict[str, Any]:
       mesh=dataclasses.replace(mesh, data=ways // expert, expert=expert, slices=topology.slices),
     )
     evaluate = dataclasses.replace(cfg.evaluate, batch_rows=ways)
-    plans.append(plan(dataclasses.replace(cfg, train=train, evaluate=evaluate), topology))
+    plans.append(plan(dataclasses.replace(cfg, train=train, evaluate=evaluate), topology, effort))
   return {"rows_a_device": max(1, round(rows)), "plans": plans}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supermoe_jax.plan import arithmetic, hlo
+from supermoe_jax.plan import arithmetic, collectives, hlo, traffic
 
 HEAD = "HloModule m\n\n"
 
@@ -44,7 +44,7 @@ def test_shapes_and_what_tiles_make_of_them(text: str, size: int, padded: int, s
 def test_groups_of_devices_in_every_form(text: str, groups: tuple[tuple[int, ...], ...]) -> None:
   line = f"  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, {text}, to_apply=%add"
   module = hlo.parse(HEAD + "ENTRY %main (p: f32[8]) -> f32[8] {\n  %y = f32[8]{0} parameter(0)\n" + line + "\n}\n")
-  (found,) = hlo.collectives(module, 4)
+  (found,) = collectives.read(module, 4)
   assert {frozenset(g) for g in found.groups} == {frozenset(g) for g in groups}
   assert found.sent == pytest.approx(2 * 32 * (len(groups[0]) - 1) / len(groups[0]))
 
@@ -53,7 +53,7 @@ def test_a_collective_that_is_laid_out_over_a_chain_counts_once() -> None:
   line = "  %{} = f32[64]{{0}} all-gather(%y), channel_id={}, replica_groups={{{{0,1}}}}, frontend_attributes={{{}}}\n"
   body = line.format("a", 7, 'chain_id="0"') + line.format("b", 7, 'chain_id="0"') + line.format("c", 8, "")
   module = hlo.parse(HEAD + "ENTRY %main (p: f32[32]) -> f32[64] {\n  %y = f32[32]{0} parameter(0)\n" + body + "}\n")
-  assert [c.bytes for c in hlo.collectives(module, 2)] == [256, 256]
+  assert [c.bytes for c in collectives.read(module, 2)] == [256, 256]
 
 
 def compiled(function, *arguments) -> tuple[hlo.Module, float]:
@@ -78,9 +78,9 @@ def test_what_stands_in_loops_counts_as_often_as_it_runs() -> None:
     return jax.lax.scan(twice, x, w)[0]
 
   module, flops = compiled(step, x, w)
-  (reduce,) = {(c.kind, c.bytes) for c in hlo.collectives(module, 4)}
+  (reduce,) = {(c.kind, c.bytes) for c in collectives.read(module, 4)}
   assert reduce == ("all-reduce", 64)
-  assert sum(c.times for c in hlo.collectives(module, 4)) == 15
+  assert sum(c.times for c in collectives.read(module, 4)) == 15
   assert not hlo.runs(module).unknown
   assert flops == 15 * 2 * 8 * 16 * 16
 
@@ -100,7 +100,7 @@ def test_of_a_table_only_the_rows_that_are_read_and_written_count() -> None:
     return table.at[rows].add(jnp.sin(table[rows]), unique_indices=True)
 
   text = jax.jit(step, donate_argnums=0).lower(table).compile().as_text()
-  assert hlo.traffic(hlo.parse(text)) < 100 * 64 * 4 * 20 < table.nbytes / 10
+  assert traffic.count(hlo.parse(text)) < 100 * 64 * 4 * 20 < table.nbytes / 10
 
 
 def test_products_count_recomputation_shards_and_gradients() -> None:

@@ -87,7 +87,7 @@ def test_gpus_are_estimated_and_told_where_they_do_not_fit(
   found = plan.plan(wide, chips.topology("h100:2x4"))
   assert not found["fits"]
   said = "\n".join(render.lines(found))
-  assert "does not fit" in said and "try --config.train.tables.dtype=bfloat16: spares about" in said
+  assert "does not fit" in said and "try --config.train.tables.dtype=bfloat16: may spare about" in said
 
 
 def test_a_sweep_compares_topologies_with_one_batch_a_device(wide: config.Config, tmp_path: pathlib.Path) -> None:

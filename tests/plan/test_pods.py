@@ -67,3 +67,20 @@ def test_a_step_compiles_for_a_pod_and_fits(
   assert set(crossing) >= ({"all-reduce", "all-to-all"} if slices > 1 else set())  # gradients; rows of tables
   assert all(row["axes"] == ["slices"] for row in crossing.values()) and bool(crossing) == (slices > 1)
   assert plan["seconds"]["bound"] and 0 < plan["mfu"] < 1
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_with_what_would_spare_most(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  saved = tmp_path / "plan.json"
+  line = [sys.executable, "-m", "supermoe_jax", "plan", "--config", str(file), "--topology", "v5e:4x4"]
+  line += ["--config.data.fields.page.size=1000000000", "--json", str(saved)]
+  environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+  out = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
+  plan = json.loads(saved.read_text())
+  rows = 10**9 * 128 * 4 / 16
+  assert plan["fits"] is False and plan["memory"]["parts"]["tables"] == pytest.approx(rows, rel=0.01)
+  assert plan["memory"]["total"] > rows
+  assert "does not fit" in out.stdout
+  assert plan["remedies"][0].startswith("--config.train.tables.dtype=bfloat16: may spare about 14.9 GiB")
+  assert "try --topology=v5e:4x8: about 15.3 GiB" in out.stdout and "try --topology=v5p:2x2x2" in out.stdout

@@ -1,0 +1,145 @@
+"""The collectives of a compiled program: which there are, how often each runs, and between which devices."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from supermoe_jax.plan.hlo import Instruction, Module, runs
+
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+
+
+class Collective(NamedTuple):
+  """A collective of a program.
+
+  Attributes:
+    kind: one of `COLLECTIVES`.
+    bytes: of what a device puts in, or, of an all-gather, has in the end; one time.
+    times: how often it runs in a step.
+    groups: the devices that take part in it together, by their places in the mesh; empty between slices.
+    source: what it was in the source.
+    network: whether it is the part of one that goes from slice to slice, which XLA:TPU hands to the hosts.
+  """
+
+  kind: str
+  bytes: int
+  times: int
+  groups: tuple[tuple[int, ...], ...]
+  source: str
+  network: bool = False
+
+  @property
+  def members(self) -> int:
+    """Devices of a group."""
+    return len(self.groups[0]) if self.groups else 1
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends in a step, by the algorithm that sends least: rings, or each to each directly."""
+    share = (self.members - 1) / self.members
+    once = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(self.kind, share)
+    return once * self.bytes * self.times
+
+
+def read(module: Module, devices: int) -> list[Collective]:
+  """The collectives of a program for so many devices.
+
+  XLA:TPU lays one that it overlaps with other work out over several fusions, a chain of one name: it counts once.
+  """
+  times = runs(module).times
+  out: list[Collective] = []
+  chains: dict[str, int] = {}
+  for name, count in times.items():
+    for instruction in module.computations[name].values():
+      kind = instruction.opcode.removesuffix("-start")
+      handed = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+      if kind == "send" and handed and count:
+        size = instruction.shapes[0].bytes
+        out.append(Collective(handed[1].lower().replace("_", "-"), size, count, (), instruction.op_name, True))
+      if kind not in COLLECTIVES or not count:
+        continue
+      chain = "chain_id" in instruction.rest and re.search(r"channel_id=(\d+)", instruction.rest)
+      if chain and chains.setdefault(chain[1], len(out)) < len(out):
+        continue
+      groups = _groups(instruction.rest, devices)
+      size = _payload(instruction, kind, len(groups[0]))
+      out.append(Collective(kind, size, count, groups, instruction.op_name))
+  return [c for c in out if c.members > 1 or c.network]
+
+
+def _payload(instruction: Instruction, kind: str, members: int) -> int:
+  found = instruction.shapes
+  if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # operands, results, and their state
+    data = [s for s in found if s.dims]
+    found = data[len(data) // 2 :]
+  return sum(s.bytes for s in found) * (members if kind == "reduce-scatter" else 1)
+
+
+def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+  """Reads the forms in which XLA writes groups of devices."""
+  mesh = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]*)\))?\))? \{([^}]*)\}", text
+  )
+  if mesh:
+    axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])]
+    ids = _iota(mesh[2], mesh[3], math.prod(size for _, size in axes))
+    chosen = re.findall(r"'([^']+)'", mesh[4])
+    grid = ids.reshape([size for _, size in axes])
+    last = [i for i, (name, _) in enumerate(axes) if name in chosen]
+    first = [i for i in range(len(axes)) if i not in last]
+    return _rows(grid.transpose(first + last).reshape(-1, math.prod(axes[i][1] for i in last)))
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+  if iota:
+    sizes = [int(n) for n in iota[1].split(",")]
+    return _rows(_iota(iota[2], iota[3], math.prod(sizes)).reshape(sizes))
+  lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text)
+  if lists:
+    return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", lists[1]))
+  pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text)
+  if pairs:
+    return _connected([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
+  if "replica_groups={}" in text:
+    return (tuple(range(devices)),)
+  raise ValueError(f"this JAX writes groups of devices in a form that is not known here: {text[:200]}")
+
+
+def _iota(dims: str | None, order: str | None, count: int) -> np.ndarray:
+  ids = np.arange(count)
+  if not dims:
+    return ids
+  grid = ids.reshape([int(n) for n in dims.split(",")])
+  return grid.transpose([int(n) for n in order.split(",")]) if order else grid
+
+
+def _rows(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
+  return tuple(tuple(int(n) for n in row) for row in grid.reshape(-1, grid.shape[-1]))
+
+
+def _connected(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+  """The devices that a permutation moves values between, round after round."""
+  group = {d: d for pair in pairs for d in pair}
+
+  def top(d: int) -> int:
+    while group[d] != d:
+      d = group[d]
+    return d
+
+  for a, b in pairs:
+    group[top(a)] = top(b)
+  found: dict[int, list[int]] = {}
+  for d in sorted(group):
+    found.setdefault(top(d), []).append(d)
+  return tuple(map(tuple, found.values()))
