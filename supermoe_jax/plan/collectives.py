@@ -29,7 +29,7 @@ class Collective(NamedTuple):
     kind: one of `COLLECTIVES`.
     bytes: of what a device puts in, or, of an all-gather, has in the end; one time.
     times: how often it runs in a step.
-    groups: the devices that take part in it together, by their places in the mesh; empty between slices.
+    groups: the devices that take part in it together, by their places in the mesh; with `network` the slices.
     source: what it was in the source.
     network: whether it is the part of one that goes from slice to slice, which XLA:TPU hands to the hosts.
   """
@@ -43,8 +43,8 @@ class Collective(NamedTuple):
 
   @property
   def members(self) -> int:
-    """Devices of a group."""
-    return len(self.groups[0]) if self.groups else 1
+    """Devices, or slices, of a group."""
+    return len(self.groups[0])
 
   @property
   def sent(self) -> float:
@@ -54,8 +54,8 @@ class Collective(NamedTuple):
     return once * self.bytes * self.times
 
 
-def read(module: Module, devices: int) -> list[Collective]:
-  """The collectives of a program for so many devices.
+def read(module: Module, devices: int, slices: int = 1) -> list[Collective]:
+  """The collectives of a program for so many devices in so many slices.
 
   XLA:TPU lays one that it overlaps with other work out over several fusions, a chain of one name: it counts once.
   """
@@ -66,10 +66,12 @@ def read(module: Module, devices: int) -> list[Collective]:
     for instruction in module.computations[name].values():
       kind = instruction.opcode.removesuffix("-start")
       handed = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
-      if kind == "send" and handed and count:
-        size = instruction.shapes[0].bytes
-        out.append(Collective(handed[1].lower().replace("_", "-"), size, count, (), instruction.op_name, True))
-      if kind not in COLLECTIVES or not count:
+      if kind == "send" and handed:
+        kind, size = handed[1].lower().replace("_", "-"), instruction.shapes[0].bytes
+        size *= slices if kind == "all-gather" else 1
+        out.append(Collective(kind, size, count, (tuple(range(slices)),), instruction.op_name, network=True))
+        continue
+      if kind not in COLLECTIVES:
         continue
       chain = "chain_id" in instruction.rest and re.search(r"channel_id=(\d+)", instruction.rest)
       if chain and chains.setdefault(chain[1], len(out)) < len(out):
@@ -77,7 +79,7 @@ def read(module: Module, devices: int) -> list[Collective]:
       groups = _groups(instruction.rest, devices)
       size = _payload(instruction, kind, len(groups[0]))
       out.append(Collective(kind, size, count, groups, instruction.op_name))
-  return [c for c in out if c.members > 1 or c.network]
+  return [c for c in out if c.members > 1]
 
 
 def _payload(instruction: Instruction, kind: str, members: int) -> int:

@@ -72,7 +72,7 @@ def traffic(found: Sequence[Collective], mesh: Mesh, topology: Topology) -> list
     groups[one.kind, (SLICES,) if one.network else _axes(one.groups[0], mesh)].append(one)
   out = []
   for (kind, axes), members in groups.items():
-    reaches = [Reach(1, topology.slices) if c.network else _reach(c.groups[0], mesh, topology) for c in members]
+    reaches = [Reach(1, c.members) if c.network else _reach(c.groups[0], mesh, topology) for c in members]
     times = [_seconds(c, reach, topology.chip) for c, reach in zip(members, reaches)]
     out.append(
       Traffic(
@@ -81,19 +81,12 @@ def traffic(found: Sequence[Collective], mesh: Mesh, topology: Topology) -> list
         sum(c.times for c in members),
         sum(c.bytes * c.times for c in members),
         max(c.bytes for c in members),
-        sum(_sent(c, topology.slices) for c in members),
+        sum(c.sent for c in members),
         sum(inside for inside, _ in times),
         sum(across for _, across in times),
       )
     )
   return sorted(out, key=lambda t: -t.sent)
-
-
-def _sent(one: Collective, slices: int) -> float:
-  """Bytes that a device sends; between slices each sends what it holds of the sum, or of the others' parts."""
-  if not one.network:
-    return one.sent
-  return _RINGS.get(one.kind, 1.0) * one.bytes * one.times * (slices - 1) / slices
 
 
 def _axes(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ def _work(
   module, mesh = compiled.module, compiled.mesh
   assert module is not None
   moved = traffic.count(module)
-  found = estimate.traffic(collectives.read(module, mesh.size), mesh, topology)
+  found = estimate.traffic(collectives.read(module, mesh.size, topology.slices), mesh, topology)
   out: dict[str, Any] = {
     "memory_traffic": moved,
     "collectives": [estimate.as_dict(t) for t in found],

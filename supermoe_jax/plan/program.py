@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -157,10 +158,10 @@ def _point_to_libtpu() -> None:
   if "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None:
     return
   if not _BESIDE.is_file():
+    wanted = next(r.partition(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu"))
     raise config.ConfigError(
-      "XLA's compiler for TPUs is missing. Install libtpu of the version that 'pip show jax' asks for beside the "
-      f"environment: pip install --no-deps --target {_BESIDE.parent.parent} libtpu; or name its libtpu.so in "
-      "TPU_LIBRARY_PATH."
+      "XLA's compiler for TPUs is missing. Install it beside the environment: pip install --no-deps --target "
+      f"{_BESIDE.parent.parent} '{wanted}'; or name its libtpu.so in TPU_LIBRARY_PATH."
     )
   os.environ["TPU_LIBRARY_PATH"] = str(_BESIDE)
 
@@ -180,7 +181,7 @@ def shard_bytes(leaf: Any) -> int:
 
 
 def kinds(state: TrainState) -> dict[str, str]:
-  """What each array of a state is, by its path: "tables", "experts" or "dense", of the optimizer, or "other state"."""
+  """What each array of a state is, by its path: "tables", "experts" or "dense", of the optimizer, or "other"."""
   variables, _ = jax.tree_util.tree_flatten_with_path(state.model, is_leaf=lambda v: isinstance(v, nnx.Variable))
   model = {jax.tree_util.keystr(path): _kind(variable) for path, variable in variables}
   out = {}

@@ -56,6 +56,24 @@ def test_a_collective_that_is_laid_out_over_a_chain_counts_once() -> None:
   assert [c.bytes for c in collectives.read(module, 2)] == [256, 256]
 
 
+def test_what_goes_from_slice_to_slice_is_handed_to_the_hosts() -> None:
+  line = "  %s{0} = (f32[64]{{0}}, u32[], token[]) send(%y, %t), channel_id={0}, is_host_transfer=true, "
+  line += 'frontend_attributes={{_xla_megascale_transfer_type="{1}"}}\n'
+  body = "".join(line.format(i, kind) for i, kind in enumerate(("ALL_REDUCE", "ALL_GATHER", "ALL_TO_ALL")))
+  head = "ENTRY %main (p: f32[64]) -> f32[64] {\n  %y = f32[64]{0} parameter(0)\n  %t = token[] after-all()\n"
+  found = collectives.read(hlo.parse(HEAD + head + body + "}\n"), 8, 2)
+  assert all(c.network and c.members == 2 for c in found)
+  assert {c.kind: c.sent for c in found} == {"all-reduce": 256, "all-gather": 256, "all-to-all": 128}
+
+
+def test_groups_in_a_form_that_is_not_known_are_an_error() -> None:
+  text = (
+    "ENTRY %main (p: f32[8]) -> f32[8] {\n  %x = f32[8]{0} all-reduce(%y), replica_groups=everyone, to_apply=%a\n}\n"
+  )
+  with pytest.raises(ValueError, match="in a form that is not known here"):
+    collectives.read(hlo.parse(HEAD + text), 8)
+
+
 def compiled(function, *arguments) -> tuple[hlo.Module, float]:
   traced = jax.jit(function).trace(*arguments)
   return hlo.parse(traced.lower().compile().as_text()), arithmetic.products(traced.jaxpr.jaxpr)

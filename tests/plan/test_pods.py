@@ -27,6 +27,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     "quiet": raw["tasks"]["quiet"],
   }
   raw["model"] |= {"d_model": 128, "heads": 2, "d_hidden": 256, "d_expert": 128, "experts": 4, "max_events": 28}
+  raw["model"] |= {"layers": 1, "moe_every": 1}
   raw["train"] |= {"batch_rows": 128, "mesh": {"expert": 4}}
   raw["evaluate"] = {"batch_rows": 128}
   (folder / "wanted.json").write_text(json.dumps(raw))

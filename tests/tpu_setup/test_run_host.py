@@ -203,7 +203,7 @@ class Host:
       "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    line = [RUN_HOST, "--log", str(self._log), "--", sys.executable, "-m", "supermoe_jax", "train"]
+    line = [RUN_HOST, "--wait", "22", "--log", str(self._log), "--", sys.executable, "-m", "supermoe_jax", "train"]
     line += ["--config", str(folder / "wanted.py"), "--workdir", str(folder / "run")]
     line += ["--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(index)]
     self.process = subprocess.Popen(line, env=environment)
