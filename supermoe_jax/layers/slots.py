@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from supermoe_jax.layers import sorting
+
 
 class Ranked(NamedTuple):
   """The choices of n tokens, counted by expert.
@@ -33,7 +35,7 @@ def rank(expert: jax.Array, valid: jax.Array, experts: int) -> Ranked:
   n, k = expert.shape
   sent = valid[:, None] & (expert >= 0) & (expert < experts)
   flat = jnp.where(sent, expert, experts).reshape(-1)
-  order = jnp.argsort(flat, stable=True)
+  order = sorting.order(flat, experts + 1)
   start = jnp.searchsorted(flat[order], jnp.arange(experts + 1))
   rank_sorted = jnp.arange(n * k) - start[flat[order]]
   rank = jnp.zeros(n * k, jnp.int32).at[order].set(rank_sorted.astype(jnp.int32), unique_indices=True)
