@@ -138,7 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     metavar="E",
     help="XLA:TPU's, from -1 to 1, to make the program quick; a run has 0, which takes long. Default: -1",
   )
-  verb.add_argument("--sweep", action="store_true", help="compare topologies, with the config's batch a device on each")
+  verb.add_argument(
+    "--sweep",
+    nargs="?",
+    const="weak",
+    choices=("weak", "strong"),
+    help="compare topologies, with the config's batch a device on each (weak, the default) or its whole batch (strong)",
+  )
   verb.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
   verb.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="--sweep: draw it, as .svg or .png")
   verb.set_defaults(run=_plan)
@@ -262,7 +268,7 @@ def _plan(args: argparse.Namespace) -> None:
   topologies = [chips.topology(name, args.slices) for name in args.topology]
   found: Any
   if args.sweep:
-    found = sweep.sweep(cfg, topologies, args.effort)
+    found = sweep.sweep(cfg, topologies, args.sweep, args.effort)
     print(*sweep.lines(found), sep="\n")
     if args.figure:
       sweep.draw(found, args.figure)

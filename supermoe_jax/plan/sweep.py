@@ -19,28 +19,42 @@ from supermoe_jax.plan.program import LEAST_EFFORT
 from supermoe_jax.plan.render import size
 
 
-def sweep(cfg: config.Config, topologies: Sequence[Topology], effort: float = LEAST_EFFORT) -> dict[str, Any]:
-  """Plans a config on each topology, with the batch of a device that the config has on its own mesh: weak scaling.
+# What stays the same from few devices to many: the batch of a device, or the whole batch.
+SCALINGS = ("weak", "strong")
+_WHERE = {"weak": "on each device", "strong": "on all devices together"}
+
+
+def sweep(
+  cfg: config.Config, topologies: Sequence[Topology], scaling: str = "weak", effort: float = LEAST_EFFORT
+) -> dict[str, Any]:
+  """Plans a config on each topology: with the batch that a device has on the config's own mesh, or with its whole batch.
 
   Where there are fewer devices than experts want, `expert` is the largest divisor of both.
 
   Raises:
-    ConfigError: as `plan`.
+    ConfigError: as `plan`; the whole batch does not divide over the devices of a topology.
   """
   mesh = cfg.train.mesh
-  rows = cfg.train.batch_rows / (mesh.data * mesh.expert)
+  rows = max(1, round(cfg.train.batch_rows / (mesh.data * mesh.expert)))
   plans = []
   for topology in tqdm(sorted(topologies, key=lambda t: t.devices), unit=" topologies", desc="compiling"):
     expert = math.gcd(mesh.expert, topology.devices // mesh.tensor)
     ways = topology.devices // mesh.tensor
     train = dataclasses.replace(
       cfg.train,
-      batch_rows=max(1, round(rows)) * ways,
+      batch_rows=rows * ways if scaling == "weak" else cfg.train.batch_rows,
       mesh=dataclasses.replace(mesh, data=ways // expert, expert=expert, slices=topology.slices),
     )
     evaluate = dataclasses.replace(cfg.evaluate, batch_rows=ways)
     plans.append(plan(dataclasses.replace(cfg, train=train, evaluate=evaluate), topology, effort))
-  return {"rows_a_device": max(1, round(rows)), "plans": plans}
+  return {"scaling": scaling, "rows": rows if scaling == "weak" else cfg.train.batch_rows, "plans": plans}
+
+
+def efficiency(found: Mapping[str, Any]) -> dict[str, float]:
+  """Of each topology that could be compiled, its share of the tokens a second of a device that the first one has."""
+  timed = [p for p in found["plans"] if "seconds" in p]
+  each = {p["topology"]["name"]: p["tokens_per_second"] / p["topology"]["devices"] for p in timed}
+  return {name: value / next(iter(each.values())) for name, value in each.items()}
 
 
 def sent(found: Mapping[str, Any]) -> float:
@@ -52,16 +66,16 @@ def lines(found: Mapping[str, Any]) -> list[str]:
   """The sweep as a table: each row against the first that could be compiled."""
   titles = f"{'memory':>11}{'fits':>6}{'sent':>12}{'ms a step':>11}{'efficiency':>12}"
   head = f"{'topology':<18}{'devices':>8}{'mesh':>12}{titles}"
-  out = [f"{found['rows_a_device']} rows of the batch on each device", head]
-  first = next((p for p in found["plans"] if "seconds" in p), None)
+  out = [f"{found['scaling']} scaling: {found['rows']:,} rows of the batch {_WHERE[found['scaling']]}", head]
+  share = efficiency(found)
   for p in found["plans"]:
     mesh = "×".join(str(n) for n in p["mesh"].values())
     row = f"{p['topology']['name']:<18}{p['topology']['devices']:>8,}{mesh:>12}{size(p['memory']['total']):>11}"
     row += f"{ {True: 'yes', False: 'no', None: '–'}[p['fits']]:>6}"
     if "collectives" in p:
       row += f"{size(sent(p)):>12}"
-    if first is not None and "seconds" in p:
-      row += f"{1e3 * p['seconds']['step']:>11.2f}{first['seconds']['step'] / p['seconds']['step']:>12.0%}"
+    if "seconds" in p:
+      row += f"{1e3 * p['seconds']['step']:>11.2f}{share[p['topology']['name']]:>12.0%}"
     out.append(row)
   return out
 
@@ -85,10 +99,9 @@ def draw(found: Mapping[str, Any], file: pathlib.Path) -> None:
     sending.legend(fontsize=7, loc="lower right")
     memory.plot(devices, [p["memory"]["total"] / 2**30 for p in plans], marker="o")
     memory.set(title="GiB of a device's memory", ylim=(0, None))
-    timed = [p for p in plans if "seconds" in p]
-    if timed:
-      first = timed[0]["seconds"]["step"]
-      speed.plot([p["topology"]["devices"] for p in timed], [first / p["seconds"]["step"] for p in timed], marker="o")
+    share = efficiency(found)
+    timed = [p["topology"] for p in plans if "seconds" in p]
+    speed.plot([t["devices"] for t in timed], [share[t["name"]] for t in timed], marker="o")
     speed.set(title="efficiency, by published rates", ylim=(0, 1.1))
     for axes in (sending, memory, speed):
       axes.set_xscale("log", base=2)

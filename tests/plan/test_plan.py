@@ -90,12 +90,15 @@ def test_gpus_are_estimated_and_told_where_they_do_not_fit(
   assert "does not fit" in said and "try --config.train.tables.dtype=bfloat16: may spare about" in said
 
 
-def test_a_sweep_compares_topologies_with_one_batch_a_device(wide: config.Config, tmp_path: pathlib.Path) -> None:
-  found = sweep.sweep(wide, [chips.topology("h100:2x4"), chips.topology("h100:1x2")])
-  devices = [p["topology"]["devices"] for p in found["plans"]]
-  assert devices == [2, 8]
-  assert found["plans"][1]["tokens"] == 4 * found["plans"][0]["tokens"]
-  assert "100%" in sweep.lines(found)[2]
+@pytest.mark.parametrize(("scaling", "times"), [("weak", 4), ("strong", 1)])
+def test_a_sweep_compares_topologies(scaling: str, times: int, wide: config.Config, tmp_path: pathlib.Path) -> None:
+  found = sweep.sweep(wide, [chips.topology("h100:2x4"), chips.topology("h100:1x2")], scaling)
+  few, many = found["plans"]
+  assert [p["topology"]["devices"] for p in (few, many)] == [2, 8]
+  assert many["tokens"] == times * few["tokens"]
+  steps = few["seconds"]["step"] / many["seconds"]["step"]
+  assert sweep.efficiency(found) == {"h100:1x2": 1.0, "h100:2x4": pytest.approx(steps * times / 4)}
+  assert sweep.lines(found)[0].startswith(f"{scaling} scaling: ") and "100%" in sweep.lines(found)[2]
   sweep.draw(found, tmp_path / "sweep.svg")
   assert (tmp_path / "sweep.svg").read_text().count("<path") > 20
 
