@@ -18,7 +18,6 @@ from supermoe_jax.plan.plan import plan
 from supermoe_jax.plan.program import LEAST_EFFORT
 from supermoe_jax.plan.render import size
 
-
 # What stays the same from few devices to many: the batch of a device, or the whole batch.
 SCALINGS = ("weak", "strong")
 _WHERE = {"weak": "on each device", "strong": "on all devices together"}
@@ -27,7 +26,7 @@ _WHERE = {"weak": "on each device", "strong": "on all devices together"}
 def sweep(
   cfg: config.Config, topologies: Sequence[Topology], scaling: str = "weak", effort: float = LEAST_EFFORT
 ) -> dict[str, Any]:
-  """Plans a config on each topology: with the batch that a device has on the config's own mesh, or with its whole batch.
+  """Plans a config on each topology, with the batch that a device has on its own mesh or with its whole batch.
 
   Where there are fewer devices than experts want, `expert` is the largest divisor of both.
 
