@@ -1,7 +1,7 @@
 """A hundred billion parameters: 101 million rows of width 1,024 and 32 experts, for 256 chips of v6e or 1,024 of v5p.
 
     supermoe plan --config experiments/pod_100b.py --topology v6e:16x16
-    supermoe plan --config experiments/pod_100b.py --topology v5p:8x8x16 --config.train.batch_rows=73728
+    supermoe plan --config experiments/pod_100b.py --topology v5p:8x8x16 --config.train.batch_rows=65536
 
 All else is as in `pod_1t.py`.
 """
@@ -19,8 +19,7 @@ def get_config(files: str = "events/*.parquet") -> ml_collections.ConfigDict:
   fields.item.size = fields.item_again.size = 2**24
   fields.query.size = 2**26
   config.model.experts = 32
-  config.train.batch_rows = 256 * 72
-  config.train.mesh = {"data": 16, "expert": 16}
+  config.train.batch_rows = 256 * 64
   return config
 
 

@@ -4,7 +4,7 @@
 
 The events are those of a large shop: what was searched for, seen and bought. Values are hashed, since no vocabulary of
 so many is worth counting: an item by two hashes, so that two items share both rows about never, a query by one. Each
-chip takes 18,432 tokens a step, so that an exchange between 1,024 chips still has more ids than chips in every cell.
+chip takes 16,384 tokens a step, so that an exchange between 1,024 chips still has more ids than chips in every cell.
 
 `files` are the log's, of any length; the plan asks for no data.
 """
@@ -13,7 +13,7 @@ import ml_collections
 
 from supermoe_jax import config
 
-ROWS_A_CHIP, EVENTS = 36, 504
+ROWS_A_CHIP, EVENTS = 32, 504
 
 
 def get_config(files: str = "events/*.parquet") -> ml_collections.ConfigDict:
@@ -57,7 +57,7 @@ def get_config(files: str = "events/*.parquet") -> ml_collections.ConfigDict:
     "warmup_steps": 2000,
     "balance_rate": 1e-3,
     "tables": {"dtype": "bfloat16"},
-    "mesh": {"data": 8, "expert": 32},
+    "mesh": {"data": 16, "expert": 16},
   }
   return ml_collections.ConfigDict(
     {"data": data, "tasks": tasks, "model": model, "train": train, "evaluate": {"batch_rows": 1024}}

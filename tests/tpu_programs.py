@@ -75,7 +75,7 @@ def table_step(rows: int, ids: int, devices: list) -> dict[str, int]:
   def step(rows_: jax.Array, slots: dict[str, jax.Array], codes: jax.Array):
     extent = exchange.Extent(rows, m)
     asked, _ = table.distinct(codes, extent)
-    found = table.fetch(rows_, asked)
+    found = table.fetch(rows_, asked, extent)
     gradient = jax.grad(lambda v: jnp.sum(table.look_up(table.Fetched(asked, v), codes, extent) ** 2))(found.rows)
     rule = tables.Rule(adagrad, 0.1, key=jax.random.key(0))
     return tables.apply(rows_, slots, table.collect(rows_, asked, gradient), rule)

@@ -159,7 +159,7 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], 
   def step(rows: Any, slots: Any, codes: Any) -> Any:
     extent = exchange.Extent(size, rows.shape[1])
     asked, _ = table.distinct(codes, extent)
-    found = table.fetch(rows, asked)
+    found = table.fetch(rows, asked, extent)
 
     def loss(vectors: Any) -> Any:
       return jnp.mean(jnp.square(table.look_up(table.Fetched(asked, vectors), codes, extent) - target))

@@ -26,8 +26,8 @@ class Catalogue(NamedTuple):
   """What states are compared with: items are the codes from 2 on, item i is code i + 2.
 
   Attributes:
-    rows: `[G, M, D]`, of an `EmbeddingTable`.
-    bias: float32 `[G, M]`, laid out as the rows.
+    rows: `[G, M / p, p·D]`, of an `EmbeddingTable`.
+    bias: float32 `[G, M]`, of each row.
     size: codes of the table, absent and out of vocabulary included.
   """
 
@@ -61,24 +61,23 @@ def _first(i: jax.Array, here: int, step: int) -> jax.Array:
 
 def _sizes(catalogue: Catalogue, chunk: int) -> tuple[int, int, int]:
   """Rows of a device, of those how many make a part, and the number of parts."""
-  g, m, _ = catalogue.rows.shape
-  here = g * m // sharding.ways("rows")
-  step = max(1, min(here, chunk // sharding.ways("rows")))
+  here, p = catalogue.bias.size // sharding.ways("rows"), catalogue.bias.shape[1] // catalogue.rows.shape[1]
+  step = max(p, min(here, chunk // sharding.ways("rows")) // p * p)  # whole lines
   return here, step, -(-here // step)
 
 
 def _part(rows: jax.Array, bias: jax.Array, i: jax.Array, size: int, m: int, step: int) -> _Part:
-  """The i-th part, of this device's `rows [n, D]`, `bias [n]` and those of all others."""
+  """The i-th part, of this device's `rows [n / p, p·D]`, `bias [n]` and those of all others."""
   ways = sharding.ways("rows")
-  first = _first(i, len(rows), step)
+  first, p = _first(i, len(bias), step), len(bias) // len(rows)
   index = first + jnp.arange(step, dtype=jnp.int32)
   stripes = m // ways
   code = index // stripes * m + jnp.arange(ways, dtype=jnp.int32)[:, None] * stripes + index % stripes
   code = jnp.where((index >= i * step) & (code > 1) & (code < size), code, 0)
-  mine = jax.lax.dynamic_slice_in_dim(rows, first, step), jax.lax.dynamic_slice_in_dim(bias, first, step)
+  mine = jax.lax.dynamic_slice_in_dim(rows, first // p, step // p), jax.lax.dynamic_slice_in_dim(bias, first, step)
   if ways > 1:
     mine = tuple(jax.lax.all_gather(x, sharding.axes("rows"), tiled=True) for x in mine)
-  return _Part(mine[0].astype(jnp.float32), mine[1], code.reshape(-1))
+  return _Part(mine[0].astype(jnp.float32).reshape(code.size, -1), mine[1], code.reshape(-1))
 
 
 def _scores(state: jax.Array, part: _Part) -> jax.Array:
@@ -120,7 +119,7 @@ def _cross_entropy_forward(
   state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   _, step, parts = _sizes(Catalogue(rows, bias, size), chunk)
-  m = rows.shape[1]
+  m = bias.shape[1]
 
   def local(state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, bias = _flat(rows, bias)
@@ -150,7 +149,7 @@ def _cross_entropy_backward(
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
   state, target, rows, bias, lse = saved
   _, step, parts = _sizes(Catalogue(rows, bias, size), chunk)
-  m = rows.shape[1]
+  m = bias.shape[1]
 
   def local(
     state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, lse: jax.Array, gradient: jax.Array
@@ -166,15 +165,18 @@ def _cross_entropy_backward(
       p = jnp.exp(_scores(state, part) - lse[:, None])
       mine = (part.code == target[:, None]) & (part.code > 0)
       by_score = gradient[:, None] * (p - mine)
-      first = _first(i, len(flat), step)
-      there = jax.lax.dynamic_slice_in_dim(by_rows, first, step) + owners(by_score.T @ state).astype(rows.dtype)
-      by_rows = jax.lax.dynamic_update_slice_in_dim(by_rows, there, first, 0)
+      first = _first(i, len(flat_bias), step)
+      per_line = len(flat_bias) // len(flat)
+      line = first // per_line
+      there = jax.lax.dynamic_slice_in_dim(by_rows, line, step // per_line)
+      there = there + owners(by_score.T @ state).astype(rows.dtype).reshape(there.shape)
+      by_rows = jax.lax.dynamic_update_slice_in_dim(by_rows, there, line, 0)
       there = jax.lax.dynamic_slice_in_dim(by_bias, first, step) + owners(jnp.sum(by_score, axis=0))
       by_bias = jax.lax.dynamic_update_slice_in_dim(by_bias, there, first, 0)
       return by_state + by_score @ part.rows, by_rows, by_bias
 
     by_state, by_rows, by_bias = jax.lax.fori_loop(0, parts, add, (state * 0, flat * 0, flat_bias * 0))
-    return by_state, by_rows.reshape(shape), by_bias.reshape(shape[:2])
+    return by_state, by_rows.reshape(shape), by_bias.reshape(bias.shape)
 
   names = ("rows", None), ("rows",), _ROWS, _BIAS, ("rows",), ("rows",)
   outputs = (("rows", None), _ROWS, _BIAS)
@@ -190,10 +192,10 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def score(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
   """The scores `[n, m]` of the codes `[n, m]` against `state [n, D]`; n must divide over the devices of the batch."""
-  extent = exchange.Extent(catalogue.size, catalogue.rows.shape[1])
+  extent = exchange.Extent(catalogue.size, catalogue.bias.shape[1])
   asked, _ = table.distinct(codes, extent)
-  found = table.look_up(table.fetch(catalogue.rows, asked), codes, extent)
-  bias = table.look_up(table.fetch(catalogue.bias[..., None], asked), codes, extent)
+  found = table.look_up(table.fetch(catalogue.rows, asked, extent), codes, extent)
+  bias = table.look_up(table.fetch(catalogue.bias[..., None], asked, extent), codes, extent)
   return jnp.einsum("nd,nmd->nm", state, found) + bias[..., 0]
 
 
@@ -205,7 +207,7 @@ def count_at_least(
   n must divide over all devices.
   """
   _, step, parts = _sizes(catalogue, chunk)
-  m = catalogue.rows.shape[1]
+  m = catalogue.bias.shape[1]
 
   def local(state: jax.Array, least: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array) -> jax.Array:
     rows, bias = _flat(rows, bias)

@@ -1,7 +1,8 @@
 """Carrying ids to the devices that own their rows, and rows back: the traffic of a table, on each device's part.
 
 A table of R rows and width D is an array `[G, M, D]`: the row of code r lies at `[r // M, r % M]`, which is natural
-order, and the M *stripes* are spread over the W devices. So neighbouring codes, which are about equally frequent, go to
+order, and the M *stripes* are spread over the W devices. Narrow rows lie p to a line on TPUs, `[G, M / p, p·D]` (see
+`layers.lines`). So neighbouring codes, which are about equally frequent, go to
 different owners; the array does not depend on W; and it grows at its end.
 
 A row's *place* counts the rows of the first device, then those of the second, and so on. The ids of a batch are sorted
@@ -23,10 +24,7 @@ import jax.numpy as jnp
 
 from supermoe_jax import sharding
 from supermoe_jax.layers import sorting
-
-# Stands for no place, and for no row: larger than any. So are the numbers below it, for when no two may be the same.
-NONE = jnp.iinfo(jnp.int32).max
-MOST_ROWS = NONE - 2**24
+from supermoe_jax.layers.lines import NONE, rows_at, take
 
 # Fewest stripes of a table, and most of one for which no larger mesh asks; fewest rows of a stripe beyond the fewest.
 LEAST_STRIPES, MOST_STRIPES, LEAST_ROWS = 8, 4096, 8
@@ -41,11 +39,11 @@ def stripes(rows: int, ways: int) -> int:
 
 
 def restriped(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Lays `[G, M, ...]`, one entry a row, out as `shape`, of other stripes or more rows; entries that come anew: 0."""
-  flat = value.reshape(-1, *value.shape[2:])
-  rows = shape[0] * shape[1]
-  more = max(rows - len(flat), 0)
-  return jnp.pad(flat, ((0, more), *((0, 0) for _ in flat.shape[1:])))[:rows].reshape(shape)
+  """Lays `[G, M, ...]`, one entry a row, out as `shape`, of other stripes or lines, or more rows, which come as 0."""
+  width = math.gcd(*(math.prod(s[2:]) for s in (value.shape, shape)))
+  flat = value.reshape(-1, width)
+  rows = math.prod(shape) // width
+  return jnp.pad(flat, ((0, max(rows - len(flat), 0)), (0, 0)))[:rows].reshape(shape)
 
 
 class Extent(NamedTuple):
@@ -55,9 +53,14 @@ class Extent(NamedTuple):
   stripes: int
 
   @property
+  def shape(self) -> tuple[int, int]:
+    """G and M."""
+    return -(-self.size // self.stripes), self.stripes
+
+  @property
   def rows_here(self) -> int:
     """The rows of a device, those that only fill it up included."""
-    return -(-self.size // self.stripes) * (self.stripes // sharding.ways("rows"))
+    return math.prod(self.shape) // sharding.ways("rows")
 
   def places(self, code: jax.Array) -> jax.Array:
     """Where the rows of codes lie, int32; `NONE` for code 0, absent, and for those outside [0, size)."""
@@ -91,14 +94,6 @@ def look_up(place: jax.Array, rows: jax.Array, codes: jax.Array, extent: Extent)
   wanted = extent.places(codes)
   index = jnp.minimum(jnp.searchsorted(place, wanted), len(place) - 1)
   return rows_at(rows, index, (place[index] == wanted) & (wanted != NONE))
-
-
-def rows_at(rows: jax.Array, index: jax.Array, there: jax.Array) -> jax.Array:
-  """`rows[index]`, 0 where not `there`.
-
-  By a product, which XLA:CPU fuses into a vectorised gather of several threads; a select takes four times as long.
-  """
-  return jnp.take(rows, index, axis=0, mode="clip") * there[..., None].astype(rows.dtype)
 
 
 def cells(ids: int, rows_here: int, factor: float) -> int:
@@ -158,30 +153,30 @@ class _Cells(NamedTuple):
     return jnp.where(there, jnp.take(place, index, mode="clip") - first, NONE)
 
 
-def fetch(table: jax.Array, place: jax.Array, factor: float) -> jax.Array:
+def fetch(table: jax.Array, place: jax.Array, rows_here: int, factor: float) -> jax.Array:
   """The rows of ids at `place [U]`, in order, wherever they lie: `[U, D]`, 0 for `NONE`.
 
-  `table [G, M / W, D]` is this device's part. A round exchanges `factor` times an even share of the ids; there are as
-  many as the fullest pair of devices needs, almost always one.
+  `table` is this device's part, of `rows_here` rows. A round exchanges `factor` times an even share of the ids; there
+  are as many as the fullest pair of devices needs, almost always one.
   """
-  rows = table.reshape(-1, table.shape[-1])
+  lines, width = table.reshape(-1, table.shape[-1]), table.size // rows_here
   if not len(place):
-    return rows[:0]
+    return jnp.zeros((0, width), table.dtype)
   if sharding.ways("rows") == 1:
-    return rows_at(rows, place, place != NONE)
-  plan = _Cells.of(place, len(rows), factor)
+    return take(lines, place, place != NONE, width)
+  plan = _Cells.of(place, rows_here, factor)
   c, sent = plan.cells, place != NONE
-  owner = jnp.where(sent, place // len(rows), 0)
+  owner = jnp.where(sent, place // rows_here, 0)
   rank = jnp.arange(len(place), dtype=jnp.int32) - plan.start[owner]
 
   def one(round_: jax.Array, found: jax.Array) -> jax.Array:
     asked = _exchange(plan.rows(place, round_))
-    back = _exchange(rows_at(rows, asked, asked != NONE)).reshape(-1, rows.shape[-1])
+    back = _exchange(take(lines, asked, asked != NONE, width)).reshape(-1, width)
     now = sent & (rank // c == round_)
     return jnp.where(now[:, None], jnp.take(back, owner * c + rank % c, axis=0, mode="clip"), found)
 
   rounds = jax.lax.pmax(jnp.max((plan.load + c - 1) // c), sharding.axes("rows"))
-  nothing = jnp.where(sent[:, None], 0, rows[:1] * 0).astype(rows.dtype)  # varies over the devices as rows do
+  nothing = jnp.where(sent[:, None], 0, lines[:1, :width] * 0).astype(lines.dtype)  # varies as the rows do
   return jax.lax.fori_loop(0, rounds, one, nothing)
 
 

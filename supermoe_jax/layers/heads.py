@@ -52,7 +52,7 @@ class NextValueHead(nnx.Module):
   def __init__(self, d_model: int, table: EmbeddingTable, *, bias: bool = True, rngs: nnx.Rngs):
     """Creates a head over the values of `table`, which it does not keep."""
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
-    zeros = jnp.zeros(table.rows.shape[:2])  # laid out as the rows are
+    zeros = jnp.zeros(table.extent.shape)  # one of each row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
 
   def state(self, h: jax.Array) -> jax.Array:
@@ -62,5 +62,5 @@ class NextValueHead(nnx.Module):
   def catalogue(self, table: EmbeddingTable) -> Catalogue:
     """What states are compared with."""
     rows = table.rows.get_value()
-    bias = jnp.zeros(rows.shape[:2]) if self.bias is None else self.bias.get_value()
+    bias = jnp.zeros(table.extent.shape) if self.bias is None else self.bias.get_value()
     return Catalogue(rows, bias, table.size)

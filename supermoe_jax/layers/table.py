@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import exchange
+from supermoe_jax.layers import exchange, lines
 
 # Rows that are initialised at a time.
 _CREATED_AT_ONCE = 1 << 12
@@ -20,7 +20,7 @@ CELLS = 2.0
 
 
 class TableRows(nnx.Variable):
-  """The rows of a table, `[G, M, D]` (see `layers.exchange`), or, while a step differentiates, `Fetched`.
+  """The rows of a table, `[G, M / p, p·D]` (see `layers.exchange`), or, while a step differentiates, `Fetched`.
 
   They are no `nnx.Param`: an optimizer over all parameters would hold and move every row in every step.
   """
@@ -45,6 +45,7 @@ class Layout(NamedTuple):
   ways: int = 1
   cells: float = CELLS
   dtype: str = "float32"
+  platform: str = "cpu"
 
 
 ONE_DEVICE = Layout()
@@ -74,18 +75,19 @@ class EmbeddingTable(nnx.Module):
       name: of the table, by which a training step knows it; no two tables of a model share one.
       layout: `ways`, the devices that the rows will be spread over (any divisor of it will do as well); `cells`, the
         room for each pair of devices in an exchange, as a multiple of an even share of the ids; `dtype` of the rows as
-        they are kept (what is looked up is float32).
+        they are kept (what is looked up is float32); `platform`, such as "tpu", where narrow rows share a line.
       rngs: gives the key of the initial rows.
 
     Raises:
       ValueError: `size` is more than int32 codes can name. Split the ids over several tables.
     """
-    if not 0 < size <= exchange.MOST_ROWS:
+    if not 0 < size <= lines.MOST_ROWS:
       raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
-    m = exchange.stripes(size, layout.ways)
-    self.size, self.cells, self.extent = size, layout.cells, exchange.Extent(size, m)
-    value = initial_rows(rngs.params(), size, m, d_model, jnp.dtype(layout.dtype))
-    self.rows = TableRows(value, logical=(None, "rows", None), table=name, size=size)
+    p = lines.per_line(d_model, layout.platform)
+    m = exchange.stripes(size, layout.ways * p)
+    self.size, self.width, self.cells, self.extent = size, d_model, layout.cells, exchange.Extent(size, m)
+    value = initial_rows(rngs.params(), size, (m, p), d_model, jnp.dtype(layout.dtype))
+    self.rows = TableRows(value, logical=(None, "rows", None), table=name, size=size, width=d_model)
 
   def __call__(self, codes: jax.Array) -> jax.Array:
     """Looks up `codes [B, ...]`: float32 `[B, ..., D]`; 0 for absent codes and those that are not in [0, size).
@@ -100,15 +102,15 @@ class EmbeddingTable(nnx.Module):
 
   def natural(self) -> jax.Array:
     """All rows in the order of their codes, `[size, D]`: a copy on every device, for small tables and tests."""
-    rows = self.rows.get_value()
-    return rows.reshape(-1, rows.shape[-1])[: self.size]
+    return self.rows.get_value().reshape(-1, self.width)[: self.size]
 
 
-def initial_rows(key: jax.Array, size: int, m: int, d_model: int, dtype: jnp.dtype) -> jax.Array:
-  """Normal rows of length about 1 in `m` stripes, `[G, m, D]`; 0 for the codes 0 and 1, and beyond `size`.
+def initial_rows(key: jax.Array, size: int, stripes: tuple[int, int], d_model: int, dtype: jnp.dtype) -> jax.Array:
+  """Normal rows of length about 1, `[G, M / p, p·D]` for M and p; 0 for the codes 0 and 1, and beyond `size`.
 
   They are made in place, some at a time, so that nothing else of the table's size is there meanwhile.
   """
+  m, p = stripes
   groups = -(-size // m)
   step = max(1, min(groups, _CREATED_AT_ONCE // m))
 
@@ -119,9 +121,10 @@ def initial_rows(key: jax.Array, size: int, m: int, d_model: int, dtype: jnp.dty
   def fill(i: jax.Array, rows: jax.Array) -> jax.Array:
     first = jnp.minimum(i * step, groups - step)  # the last ones may overlap those before
     code = (first * m + jnp.arange(step * m, dtype=jnp.int32)).reshape(step, m)
-    return jax.lax.dynamic_update_slice(rows, jax.vmap(jax.vmap(row))(code), (first, 0, 0))
+    made = jax.vmap(jax.vmap(row))(code).reshape(step, *rows.shape[1:])
+    return jax.lax.dynamic_update_slice(rows, made, (first, 0, 0))
 
-  return jax.lax.fori_loop(0, -(-groups // step), fill, jnp.zeros((groups, m, d_model), dtype))
+  return jax.lax.fori_loop(0, -(-groups // step), fill, jnp.zeros((groups, m // p, p * d_model), dtype))
 
 
 def distinct(codes: jax.Array, extent: exchange.Extent) -> tuple[jax.Array, jax.Array]:
@@ -134,9 +137,9 @@ def distinct(codes: jax.Array, extent: exchange.Extent) -> tuple[jax.Array, jax.
   return sharding.on_shards(local, (("batch", None),), (("batch",), ("batch",)), codes)
 
 
-def fetch(rows: jax.Array, place: jax.Array, cells: float = CELLS) -> Fetched:
-  """Fetches the rows at `place [S·U]`, as `distinct` gives them, from `rows [G, M, D]`."""
-  local = functools.partial(exchange.fetch, factor=cells)
+def fetch(rows: jax.Array, place: jax.Array, extent: exchange.Extent, cells: float = CELLS) -> Fetched:
+  """Fetches the rows at `place [S·U]`, as `distinct` gives them, from the `rows` of a table of that extent."""
+  local = functools.partial(exchange.fetch, rows_here=extent.rows_here, factor=cells)
   found = sharding.on_shards(local, ((None, "rows", None), ("rows",)), ("rows", None), rows, place)
   return Fetched(place, sharding.constrain(found.astype(jnp.float32), "batch", None))
 
@@ -158,14 +161,14 @@ def _look_up_all_forward(
   rows: jax.Array, codes: jax.Array, extent: exchange.Extent, cells: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
   place, _ = distinct(codes.reshape(len(codes), -1), extent)
-  return look_up(fetch(rows, place, cells), codes, extent), (rows, place, codes)
+  return look_up(fetch(rows, place, extent, cells), codes, extent), (rows, place, codes)
 
 
 def _look_up_all_backward(
   extent: exchange.Extent, cells: float, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None]:
   rows, place, codes = saved
-  none = jnp.zeros((len(place), rows.shape[-1]))
+  none = jnp.zeros((len(place), gradient.shape[-1]))
   _, transpose = jax.vjp(lambda found: look_up(Fetched(place, found), codes, extent), none)
   # As many cells as ids: nothing counts what finds none here.
   touched = collect(rows, place, transpose(gradient)[0], float(sharding.ways("rows")))
@@ -180,8 +183,7 @@ def collect(rows: jax.Array, place: jax.Array, gradient: jax.Array, cells: float
 
   Returns: `Touched`, with rows as their owners number them: `row [W·n]`, `gradient [W·n, D]`, `lost [W]`.
   """
-  groups, m, _ = rows.shape
-  here = groups * m // sharding.ways("rows")
+  here = rows.size // gradient.shape[-1] // sharding.ways("rows")
 
   def local(place: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(exchange.collect(place, gradient, here, cells))
@@ -196,7 +198,7 @@ def scattered(rows: jax.Array, touched: exchange.Touched) -> jax.Array:
 
   def local(rows: jax.Array, row: jax.Array, gradient: jax.Array) -> jax.Array:
     empty = jnp.zeros_like(rows).reshape(-1, rows.shape[-1])
-    return empty.at[row].add(gradient.astype(rows.dtype), mode="drop").reshape(rows.shape)
+    return lines.put(empty, row, gradient.astype(rows.dtype)).reshape(rows.shape)
 
   names = (None, "rows", None)
   return sharding.on_shards(local, (names, ("rows",), ("rows", None)), names, rows, touched.row, touched.gradient)

@@ -33,7 +33,7 @@ def count(variables: nnx.State, chosen: float) -> Parameters:
   for _, variable in nnx.to_flat_state(variables):
     shape, about = variable.get_value().shape, variable.get_metadata()
     names = about.get("logical") or ()
-    size = math.prod((about["size"], *shape[2:]) if "rows" in names else shape)
+    size = about["size"] * about.get("width", 1) if "rows" in names else math.prod(shape)
     if isinstance(variable, TableRows):
       tables += size
     elif isinstance(variable, nnx.Param):

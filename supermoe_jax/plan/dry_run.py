@@ -73,7 +73,7 @@ def _tables(model: nnx.State) -> list[str]:
   for _, variable in nnx.to_flat_state(nnx.filter_state(model, TableRows)):
     value, about = variable.get_value(), variable.get_metadata()
     out.append(
-      f"{about['table']}: {about['size']:,} rows of {value.shape[-1]} {value.dtype.name}, {size(_bytes(value))}"
+      f"{about['table']}: {about['size']:,} rows of {about['width']} {value.dtype.name}, {size(_bytes(value))}"
     )
   return out
 

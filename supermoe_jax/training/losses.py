@@ -114,19 +114,28 @@ def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax
   return jnp.log(draws * jnp.log1p(1 / (i + 1)) / jnp.log(items + 1.0))
 
 
+def drawing_rows(rows: int, negatives: int) -> int:
+  """Every how many rows of a batch one draws, where a batch has more rows than `negatives`: a divisor of `rows`.
+
+  So a softmax costs no more, and gathers no more, on more devices.
+  """
+  return max(every for every in range(1, max(1, rows // negatives) + 1) if rows % every == 0)
+
+
 def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
   """The codes that each sampled softmax of a batch of B rows is computed with, int32 `[B, k]` by task.
 
-  All sites share the B · k values of them, which are as many as the task's `negatives`, or a few more. They are laid
-  out as the batch is, so that each device fetches some.
+  All sites share the values of them, which are as many as the task's `negatives`, or a few more. They are laid out as
+  the batch is, so that each device fetches some; of rows that draw none (see `drawing_rows`) they are 0, absent.
   """
   rows, out = len(batch.features.length), {}
   for name, task in model.tasks.items():
     if isinstance(task, config.NextEvent) and task.softmax == "sampled":
       items = model.encoder.event_embedding.table(task.field).size - 2
-      each = -(-task.negatives // rows)
+      each, every = -(-task.negatives // rows), drawing_rows(rows, task.negatives)
       drawn = draw(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))
-      out[name] = sharding.constrain(drawn + 2, "batch", None)
+      codes = jnp.where(jnp.arange(rows)[:, None] % every == 0, drawn + 2, 0)
+      out[name] = sharding.constrain(codes, "batch", None)
   return out
 
 
@@ -211,7 +220,7 @@ def _next_value_loss(
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
     return catalogue.cross_entropy(state, value, head.catalogue(table))
-  codes = drawn[name]
+  codes = drawn[name][:: drawing_rows(len(drawn[name]), task.negatives)]
   # Every device scores its states against all values drawn: their rows travel, not the states.
   others = sharding.constrain(table(codes).reshape(codes.size, -1), None, None)
   flat = sharding.constrain(codes.reshape(-1), None)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax.layers import exchange
+from supermoe_jax.layers.lines import LANES
 from supermoe_jax.layers.table import TableRows
 
 
@@ -44,11 +45,19 @@ def as_saved(tree: Any, saved: Any, striped: frozenset[tuple[str, ...]]) -> Any:
     at = path(keys)
     rows = "slots" in at or any(at[-len(s) :] == s or at[-len(s) - 1 : -1] == s for s in striped)
     there = shapes.get(at)
-    if not rows or there is None or there == wanted.shape or there[2:] != wanted.shape[2:]:
+    if not rows or there is None or there == wanted.shape or not _as_wide(there, wanted.shape):
       return wanted
     return jax.ShapeDtypeStruct(there, wanted.dtype, sharding=_dividing(there, wanted.sharding))
 
   return jax.tree_util.tree_map_with_path(ask, tree)
+
+
+def _as_wide(there: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+  """Whether both may hold rows of one width: alone, or several to a line (see `layers.lines`)."""
+  if len(there) != len(wanted) or len(there) == 2:
+    return len(there) == len(wanted)
+  fewer, more = sorted((there[2], wanted[2]))
+  return fewer == more or (more % LANES == 0 and more % fewer == 0)
 
 
 def _dividing(shape: tuple[int, ...], layout: NamedSharding) -> NamedSharding:
@@ -90,8 +99,10 @@ def grown(model: nnx.State, values: dict[str, Any], sizes: Mapping[str, int]) ->
       return variable
 
     def merge(value: jax.Array, fresh: jax.Array) -> jax.Array:
-      code = jnp.arange(value.shape[0] * value.shape[1]).reshape(value.shape[:2])
-      return jnp.where((code < before)[..., None], value, fresh)
+      g, lines, wide = value.shape
+      width = variable.get_metadata()["width"]
+      code = jnp.arange(value.size // width).reshape(g, lines, -1)
+      return jnp.where(jnp.repeat(code < before, width, axis=2, total_repeat_length=wide), value, fresh)
 
     return variable.replace(jax.jit(merge, out_shardings=value.sharding)(value, fresh.get_value()))
 

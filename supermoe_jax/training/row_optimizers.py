@@ -22,7 +22,7 @@ Slots = dict[str, jax.Array]
 class RowOptimizer(Protocol):
   """Moves rows against their gradients."""
 
-  def slots(self, rows: jax.Array) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
     """What is kept of `rows [..., D]` before the first step; the leading dimensions are those of the rows."""
     ...
 
@@ -42,7 +42,7 @@ class RowAdagrad:
 
   epsilon: float = 1e-8
 
-  def slots(self, rows: jax.Array) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
     """See `RowOptimizer`."""
     return {"sum": jnp.zeros(rows.shape[:-1], jnp.float32)}
 
@@ -66,7 +66,7 @@ class LazyAdam:
   b2: float = 0.999
   epsilon: float = 1e-8
 
-  def slots(self, rows: jax.Array) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
     """See `RowOptimizer`."""
     steps = jnp.zeros(rows.shape[:-1], jnp.int32)
     # Two arrays, since a step is given each buffer for good.
@@ -88,7 +88,7 @@ class LazyAdam:
 class Sgd:
   """`row -= rate · g`; keeps nothing."""
 
-  def slots(self, rows: jax.Array) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
     """See `RowOptimizer`."""
     return {}
 

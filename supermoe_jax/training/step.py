@@ -66,14 +66,16 @@ class TrainState(NamedTuple):
 Step = jax.stages.Wrapped
 
 
-def build(cfg: config.Config, schema: Schema) -> Callable[..., SuperMoE]:
+def build(cfg: config.Config, schema: Schema, platform: str | None = None) -> Callable[..., SuperMoE]:
   """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives.
 
-  It takes the key of the initial parameters; without one it is that of the config's seed.
+  It takes the key of the initial parameters; without one it is that of the config's seed. `platform` is that of the
+  devices which tables are to lie on; None: JAX' default.
   """
 
   mesh, kept = cfg.train.mesh, cfg.train.tables
-  layout = Layout(mesh.data * mesh.expert * mesh.tensor, kept.cells, kept.dtype)
+  ways = mesh.data * mesh.expert * mesh.tensor
+  layout = Layout(ways, kept.cells, kept.dtype, platform or jax.default_backend())
 
   def make(key: jax.Array | None = None) -> SuperMoE:
     return SuperMoE(
@@ -88,9 +90,9 @@ def build(cfg: config.Config, schema: Schema) -> Callable[..., SuperMoE]:
   return make
 
 
-def abstract_model(cfg: config.Config, schema: Schema) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns the model's structure and its variables' shapes, without allocating any."""
-  return nnx.split(nnx.eval_shape(build(cfg, schema)))
+def abstract_model(cfg: config.Config, schema: Schema, platform: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+  """Returns the model's structure and its variables' shapes, without allocating any; `platform` as for `build`."""
+  return nnx.split(nnx.eval_shape(build(cfg, schema, platform)))
 
 
 def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
@@ -160,15 +162,16 @@ class _Key:
 @functools.lru_cache(maxsize=4)
 def _program(key: _Key) -> Program:
   cfg, schema, mesh = key.cfg, key.schema, key.mesh
-  graph, abstract = abstract_model(cfg, schema)
+  platform = mesh.devices.flat[0].platform
+  graph, abstract = abstract_model(cfg, schema, platform)
   layouts = state_shardings(cfg, abstract, mesh)
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
 
   def initial(parameters: jax.Array, training: jax.Array) -> TrainState:
-    model = nnx.state(build(cfg, schema)(parameters))
+    model = nnx.state(build(cfg, schema, platform)(parameters))
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
-    slots = {n: mover.slots(v) for n, v in tables.values(model).items()}
+    slots = tables.slots(mover, tables.values(model), cfg.model.d_model)
     return TrainState(jnp.int32(0), jnp.int32(0), model, moments, slots, weigher.initial(), training)
 
   return Program(graph, layouts, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
@@ -189,7 +192,9 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
   )
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
   weights = jax.tree.map(lambda _: replicated, jax.eval_shape(weigher.initial))
-  slots = tables.slot_shardings(row_optimizers.make(cfg.train.tables), tables.values(model), tables.values(layout))
+  mover, rows = row_optimizers.make(cfg.train.tables), tables.values(model)
+  kept = jax.eval_shape(lambda: tables.slots(mover, rows, cfg.model.d_model))
+  slots = tables.slot_shardings(kept, tables.values(layout))
   layouts: Any = (replicated, replicated, layout, moments, slots, weights, replicated)
   return TrainState(*layouts)
 
@@ -238,7 +243,7 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     draw = jax.random.fold_in(key, 2) if kept.dtype == "bfloat16" and kept.rounding == "stochastic" else None
     pace = kept.learning_rate * now / cfg.train.learning_rate
     rule = tables.Rule(mover, pace, scale, kept.weight_decay, draw, finite)
-    after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule)
+    after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule, cfg.model.d_model)
     seen = losses.seen(told.sums.tasks, statistics)
     if weigher.needs_after:
       again = plan.fetch(after)

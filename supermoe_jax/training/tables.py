@@ -23,16 +23,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import sharding
 from supermoe_jax.data.batches import Batch
-from supermoe_jax.layers import exchange, table
-from supermoe_jax.layers.exchange import Touched
+from supermoe_jax.layers import table
+from supermoe_jax.layers.exchange import Extent, Touched
+from supermoe_jax.layers.lines import NONE, put, take
 from supermoe_jax.layers.table import Fetched, TableRows
 from supermoe_jax.training import losses, row_optimizers
 from supermoe_jax.training.row_optimizers import RowOptimizer, Slots
 
-# The gradients of touched rows, or, `[G, M, D]`, of all rows.
+# The gradients of touched rows, or of all rows, laid out as they are.
 Gradient = Touched | jax.Array
 
-# The rows of a table and its slots, as one device holds them: `[R, D]`, and `[R]` or `[R, D]` each.
+# The rows of a table and its slots, as one device holds them: `[R / p, p·D]`, and `[R]` or `[R / p, p·D]` each.
 Kept = tuple[jax.Array, Slots]
 
 # Rows that a CPU moves at a time.
@@ -54,7 +55,7 @@ class Counts(NamedTuple):
 
 
 def values(state: nnx.State) -> dict[str, Any]:
-  """What the tables of `state` hold, by name: rows `[G, M, D]`, or layouts of them."""
+  """What the tables of `state` hold, by name: rows `[G, M / p, p·D]`, or layouts of them."""
   found = (v for _, v in nnx.to_flat_state(nnx.filter_state(state, TableRows)))
   return {v.get_metadata()["table"]: v.get_value() for v in found}
 
@@ -73,12 +74,14 @@ class Plan(NamedTuple):
 
   Attributes:
     places: of each table that is asked for some of its rows, where these lie, as `layers.table.distinct` has them.
+    extents: how far each of those reaches.
     outside: of each of those, how many codes are no rows, `[S]`.
     drawn: what sampled softmaxes drew.
     cells: of an exchange.
   """
 
   places: dict[str, jax.Array]
+  extents: dict[str, Extent]
   outside: dict[str, jax.Array]
   drawn: dict[str, jax.Array]
   cells: float
@@ -86,7 +89,8 @@ class Plan(NamedTuple):
   def fetch(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What a step differentiates by: the rows asked for `[S·U, D]`, or the whole of a table that is scored whole."""
     return {
-      n: table.fetch(value, self.places[n], self.cells).rows if n in self.places else value for n, value in rows.items()
+      n: table.fetch(value, self.places[n], self.extents[n], self.cells).rows if n in self.places else value
+      for n, value in rows.items()
     }
 
   def readable(self, found: Mapping[str, jax.Array]) -> dict[str, Fetched | jax.Array]:
@@ -105,7 +109,7 @@ class Plan(NamedTuple):
     for name in self.places:
       part = touched[name]
       assert isinstance(part, Touched)
-      moved = jnp.sum(part.row != exchange.NONE, dtype=jnp.int32)
+      moved = jnp.sum(part.row != NONE, dtype=jnp.int32)
       out[name] = Counts(moved, jnp.sum(self.outside[name]), jnp.sum(part.lost))
     return out
 
@@ -117,20 +121,33 @@ def plan(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) ->
   drawn = losses.draws(whole, batch, key)
   asked = whole.asked(batch, drawn)
   found = {n: table.distinct(c, fields[n].extent) for n, c in asked.items() if n not in whole.scored_whole}
-  cells = next((f.cells for f in fields.values()), table.CELLS)
-  return Plan({n: place for n, (place, _) in found.items()}, {n: out for n, (_, out) in found.items()}, drawn, cells)
+  return Plan(
+    {n: place for n, (place, _) in found.items()},
+    {n: fields[n].extent for n in found},
+    {n: outside for n, (_, outside) in found.items()},
+    drawn,
+    next((f.cells for f in fields.values()), table.CELLS),
+  )
+
+
+def slots(optimizer: RowOptimizer, rows: Mapping[str, Any], width: int) -> dict[str, Slots]:
+  """What the optimizer keeps of each table's rows, of D = `width` numbers: `[G, M]` each, or laid out as the rows."""
+
+  def of(value: Any) -> Slots:
+    g, lines, wide = value.shape
+    logical = jax.ShapeDtypeStruct((g, lines * wide // width, width), value.dtype)
+    return {k: s.reshape(value.shape) if s.ndim == 3 else s for k, s in optimizer.slots(logical).items()}
+
+  return {n: of(value) for n, value in rows.items()}
 
 
 def slot_shardings(
-  optimizer: RowOptimizer, rows: Mapping[str, Any], layouts: Mapping[str, NamedSharding]
+  kept: Mapping[str, Slots], layouts: Mapping[str, NamedSharding]
 ) -> dict[str, dict[str, NamedSharding]]:
-  """Where the slots of each table lie: as its rows do."""
+  """Where the `slots` of each table lie: as its rows do."""
   return {
-    n: {
-      k: NamedSharding(layouts[n].mesh, PartitionSpec(*layouts[n].spec[: s.ndim]))
-      for k, s in jax.eval_shape(optimizer.slots, value).items()
-    }
-    for n, value in rows.items()
+    n: {k: NamedSharding(layouts[n].mesh, PartitionSpec(*layouts[n].spec[: s.ndim])) for k, s in of.items()}
+    for n, of in kept.items()
   }
 
 
@@ -160,46 +177,59 @@ class Rule(NamedTuple):
   finite: jax.Array | bool = True
 
 
-def apply(rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule) -> tuple[jax.Array, Slots]:
-  """Moves the touched rows `[G, M, D]`, or all of them; slots are `[G, M]` or `[G, M, D]` each.
+def apply(
+  rows: jax.Array, slots: Slots, gradient: Gradient, rule: Rule, width: int | None = None
+) -> tuple[jax.Array, Slots]:
+  """Moves the touched rows, or all of them: `[G, M / p, p·D]`, with slots `[G, M]` or as the rows.
+
+  `width` is D, where the gradient is that of all rows and p is not 1.
 
   Returns: rows and slots, of the same shapes, dtypes and layouts.
   """
-  g, m, d = rows.shape
+  given = gradient.gradient if isinstance(gradient, Touched) else gradient
+  d = given.shape[-1] if isinstance(gradient, Touched) or width is None else width
+  m = rows.shape[1] * rows.shape[2] // d
+  names = (None, "rows", None)
+  slot_names = {n: names[: s.ndim] for n, s in slots.items()}
   rate, scale = jnp.asarray(rule.rate, jnp.float32), jnp.asarray(rule.scale, jnp.float32)
-  if not isinstance(gradient, Touched):
-    code = jnp.arange(g * m, dtype=jnp.int32).reshape(g, m)
-    before, all_ = rows.astype(jnp.float32), gradient.astype(jnp.float32)
-    after = _moved(before, slots, all_, code, rows.dtype, rule._replace(rate=rate, scale=scale))
-    return jax.tree.map(lambda new, old: jnp.where(rule.finite, new, old), after, (rows, slots))
-  touched = jnp.where(rule.finite, gradient.row, exchange.NONE)
 
-  def local(
+  def code(row: jax.Array) -> jax.Array:
+    here = m // sharding.ways("rows")  # stripes of this device
+    return row // here * m + sharding.index("rows") * here + row % here
+
+  def all_(
+    rows: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array, scale: jax.Array, finite: jax.Array
+  ) -> tuple[jax.Array, Slots]:
+    row = jnp.arange(rows.size // d, dtype=jnp.int32)
+    before = rows.reshape(-1, d), {n: s.reshape(-1, d) if s.ndim == 3 else s.reshape(-1) for n, s in slots.items()}
+    its = gradient.astype(jnp.float32).reshape(-1, d)
+    now = rule._replace(rate=rate, scale=scale)
+    after = _moved(before[0].astype(jnp.float32), before[1], its, code(row), rows.dtype, now)
+    flat, moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    return flat.reshape(rows.shape), {n: moved[n].reshape(s.shape) for n, s in slots.items()}
+
+  def some(
     rows: jax.Array, slots: Slots, row: jax.Array, gradient: jax.Array, rate: jax.Array, scale: jax.Array
   ) -> tuple[jax.Array, Slots]:
-    here = m // sharding.ways("rows")  # stripes of this device
-    first = sharding.index("rows") * here
-
     def move(kept: Kept, row: jax.Array, gradient: jax.Array) -> Kept:
-      flat, slots = kept
-      code = row // here * m + first + row % here
-      there = row != exchange.NONE
-      value = exchange.rows_at(flat, row, there).astype(jnp.float32)
-      mine = {n: jnp.take(s, row, axis=0, mode="clip") for n, s in slots.items()}
-      after, mine = _moved(value, mine, gradient, code, flat.dtype, rule._replace(rate=rate, scale=scale))
-      # No two are one row, those that are none included: else XLA:TPU would sort them.
-      row = jnp.where(there, row, exchange.NONE - jnp.arange(len(row), dtype=jnp.int32))
-      put = {n: s.at[row].set(mine[n], mode="drop", unique_indices=True) for n, s in slots.items()}
-      return flat.at[row].set(after, mode="drop", unique_indices=True), put
+      lines, slots = kept
+      there = row != NONE
+      value = take(lines, row, there, d).astype(jnp.float32)
+      mine = {n: take(s, row, there, d) for n, s in slots.items()}
+      after, mine = _moved(value, mine, gradient, code(row), lines.dtype, rule._replace(rate=rate, scale=scale))
+      return put(lines, row, after), {n: put(s, row, mine[n]) for n, s in slots.items()}
 
-    kept = rows.reshape(-1, d), {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
+    kept = rows.reshape(-1, rows.shape[-1]), {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
     flat, moved = _in_parts(move, kept, row, gradient)
     return flat.reshape(rows.shape), {n: moved[n].reshape(s.shape) for n, s in slots.items()}
 
-  names = (None, "rows", None)
-  slot_names = {n: names[: s.ndim] for n, s in slots.items()}
+  outputs = names, slot_names
+  if not isinstance(gradient, Touched):
+    inputs: Any = (names, slot_names, names, (), (), ())
+    return sharding.on_shards(all_, inputs, outputs, rows, slots, gradient, rate, scale, jnp.asarray(rule.finite))
   inputs = (names, slot_names, ("rows",), ("rows", None), (), ())
-  return sharding.on_shards(local, inputs, (names, slot_names), rows, slots, touched, gradient.gradient, rate, scale)
+  touched = jnp.where(rule.finite, gradient.row, NONE)
+  return sharding.on_shards(some, inputs, outputs, rows, slots, touched, gradient.gradient, rate, scale)
 
 
 def _in_parts(
@@ -214,20 +244,20 @@ def _in_parts(
   def one(i: jax.Array, kept: Kept) -> Kept:
     first = jnp.minimum(i * size, len(row) - size)  # the last part reaches back, to rows that have moved
     part, its = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (row, gradient))
-    return move(kept, jnp.where(first + jnp.arange(size) < i * size, exchange.NONE, part), its)
+    return move(kept, jnp.where(first + jnp.arange(size) < i * size, NONE, part), its)
 
-  there = jnp.sum(row != exchange.NONE, dtype=jnp.int32)
+  there = jnp.sum(row != NONE, dtype=jnp.int32)
   return jax.lax.fori_loop(0, (there + size - 1) // size, one, kept)
 
 
 def apply_all(
-  rows: Mapping[str, jax.Array], slots: Mapping[str, Slots], gradients: Mapping[str, Gradient], rule: Rule
+  rows: Mapping[str, jax.Array], slots: Mapping[str, Slots], gradients: Mapping[str, Gradient], rule: Rule, width: int
 ) -> tuple[dict[str, jax.Array], dict[str, Slots]]:
-  """`apply` to every table; each rounds with a key of its own."""
+  """`apply` to every table, of rows of `width` numbers; each rounds with a key of its own."""
   moved = {}
   for name, value in rows.items():
     key = None if rule.key is None else jax.random.fold_in(rule.key, zlib.crc32(name.encode()))
-    moved[name] = apply(value, slots[name], gradients[name], rule._replace(key=key))
+    moved[name] = apply(value, slots[name], gradients[name], rule._replace(key=key), width)
   return {n: value for n, (value, _) in moved.items()}, {n: kept for n, (_, kept) in moved.items()}
 
 

@@ -71,6 +71,22 @@ def test_a_step_compiles_for_a_pod_and_fits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 96])
+def test_narrow_rows_are_neither_padded_nor_copied(width: int, file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  """XLA:TPU would do either to rows that fill no whole tile of 128 numbers, with the whole table in every step."""
+  saved = tmp_path / "plan.json"
+  line = [sys.executable, "-m", "supermoe_jax", "plan", "--config", str(file), "--topology", "v5e:4x4"]
+  line += [f"--config.model.d_model={width}", "--config.data.fields.page.size=100000000", "--json", str(saved)]
+  environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+  out = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
+  memory = json.loads(saved.read_text())["memory"]
+  rows = memory["parts"]["tables"]
+  assert rows >= 100_000_000 * width * 4 / 16
+  assert memory["padding"] < rows / 1000 and memory["temporary"] < rows / 10
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_would_spare_most(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
   saved = tmp_path / "plan.json"
   line = [sys.executable, "-m", "supermoe_jax", "plan", "--config", str(file), "--topology", "v5e:4x4"]

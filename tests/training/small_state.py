@@ -8,6 +8,7 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.layers.table import EmbeddingTable, Layout
+from supermoe_jax.training import tables
 from supermoe_jax.training.row_optimizers import LazyAdam
 from supermoe_jax.training.step import TrainState
 
@@ -15,22 +16,24 @@ D = 4
 
 
 class Model(nnx.Module):
-  def __init__(self, size: int, d: int, ways: int, seed: int):
+  def __init__(self, size: int, d: int, layout: Layout, seed: int):
     rngs = nnx.Rngs(seed)
-    self.items = EmbeddingTable(size, d, name="items", layout=Layout(ways), rngs=rngs)
+    self.items = EmbeddingTable(size, d, name="items", layout=layout, rngs=rngs)
     self.head = NextValueHead(d, self.items, rngs=rngs)
 
 
-def state(size: int, sizes: tuple[int, int, int], seed: int, d: int = D) -> TrainState:
-  """A state whose every number is its own, on a mesh."""
+def state(size: int, sizes: tuple[int, int, int], seed: int, d: int = D, platform: str = "cpu") -> TrainState:
+  """A state whose every number is its own, on a mesh, its table laid out as for a platform."""
   mesh = sharding.make_mesh(config.Mesh(*sizes))
-  model = nnx.state(sharding.create(lambda: Model(size, d, mesh.size, seed), mesh))
+  layout = Layout(mesh.size, platform=platform)
+  model = nnx.state(sharding.create(lambda: Model(size, d, layout, seed), mesh))
   rows = model["items"]["rows"].get_value()
-  layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
-  slots = {k: jax.device_put(s + seed, layout) for k, s in LazyAdam().slots(rows).items()}
+  where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
+  slots = tables.slots(LazyAdam(), {"items": rows}, d)["items"]
+  slots = {k: jax.device_put(s + seed, where) for k, s in slots.items()}
   bias = model["head"]["bias"]
   if seed:
-    natural = jnp.arange(rows.shape[0] * rows.shape[1], dtype=jnp.float32).reshape(rows.shape[:2])
+    natural = jnp.arange(bias.get_value().size, dtype=jnp.float32).reshape(bias.get_value().shape)
     bias.set_value(jax.device_put(natural, bias.get_value().sharding))
   params = nnx.filter_state(model, nnx.Param)
   moments = jax.jit(optax.adam(1.0).init, out_shardings=None)(params)

@@ -17,9 +17,9 @@ WIDTH, SIZE, STEPS = 4, 37, 50
 RATE, DECAY = 0.1, 0.01
 
 
-def created(size: int, mesh: jax.sharding.Mesh, dtype: str = "float32") -> EmbeddingTable:
-  """A table of `size` rows, in its place on a mesh."""
-  layout = Layout(mesh.size, dtype=dtype)
+def created(size: int, mesh: jax.sharding.Mesh, dtype: str = "float32", platform: str = "cpu") -> EmbeddingTable:
+  """A table of `size` rows, in its place on a mesh, laid out as for a platform."""
+  layout = Layout(mesh.size, dtype=dtype, platform=platform)
   make = lambda: EmbeddingTable(size, WIDTH, layout=layout, rngs=nnx.Rngs(3))  # noqa: E731
   return sharding.create(make, mesh)
 
@@ -29,9 +29,9 @@ def stepper(mesh: jax.sharding.Mesh, size: int, optimizer: RowOptimizer, cells: 
   """A jitted `(rows, slots, codes [B, n], targets [B, n, D], step) → (rows, slots, norm², counts)`, donated."""
 
   def step(rows, slots, codes, targets, number):
-    extent = exchange.Extent(size, rows.shape[1])
+    extent = exchange.Extent(size, rows.shape[1] * rows.shape[2] // WIDTH)
     place, outside = table.distinct(codes, extent)
-    found = table.fetch(rows, place, cells)
+    found = table.fetch(rows, place, extent, cells)
 
     def loss(vectors):
       y = table.look_up(Fetched(place, vectors), codes, extent)
@@ -59,9 +59,9 @@ def batches(seed: int, steps: int, size: int, rows: int = 8, n: int = 6) -> list
   return out
 
 
-def run(mesh, size, optimizer, made, cells=8.0, dtype="float32", stochastic=False, stripes=None):
+def run(mesh, size, optimizer, made, cells=8.0, dtype="float32", stochastic=False, stripes=None, platform="cpu"):
   """All steps on a mesh: the rows in natural order, norms², codes out of range and gradients lost."""
-  rows = created(size, mesh, dtype).rows.get_value()
+  rows = created(size, mesh, dtype, platform).rows.get_value()
   with jax.set_mesh(mesh):
     if stripes is not None:  # other ones than a table of this size has by itself
       flat = np.zeros((-(-size // stripes) * stripes, WIDTH), np.float32)
@@ -69,7 +69,7 @@ def run(mesh, size, optimizer, made, cells=8.0, dtype="float32", stochastic=Fals
       where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows", None))
       rows = jax.device_put(flat.reshape(-1, stripes, WIDTH), where)
     layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
-    slots = jax.tree.map(lambda s: jax.device_put(s, layout), optimizer.slots(rows))
+    slots = jax.tree.map(lambda s: jax.device_put(s, layout), tables.slots(optimizer, {"": rows}, WIDTH)[""])
     step = stepper(mesh, size, optimizer, cells, stochastic)
     seen = []
     for number, (codes, targets) in enumerate(made):

@@ -17,7 +17,7 @@ from supermoe_jax.training.step import TrainState
 
 def natural(value: jax.Array, size: int) -> np.ndarray:
   value = np.asarray(value)
-  return value.reshape(-1, *value.shape[2:])[:size]
+  return value.reshape(-1, *((D,) if value.ndim == 3 else ()))[:size]
 
 
 def entries(of: TrainState, size: int) -> dict[str, np.ndarray]:
@@ -35,10 +35,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Train
   return folder, written
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 2), (3, 1, 1), (5, 1, 1)])
-def test_a_table_is_read_onto_any_mesh(saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+  ("sizes", "platform"),
+  [
+    ((1, 1, 1), "cpu"),
+    ((8, 1, 1), "cpu"),
+    ((1, 4, 2), "cpu"),
+    ((3, 1, 1), "cpu"),
+    ((5, 1, 1), "cpu"),
+    ((8, 1, 1), "tpu"),
+  ],
+)
+def test_a_table_is_read_onto_any_mesh(
+  saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int], platform: str
+) -> None:
   folder, written = saved
-  mine = state(37, sizes, 0)
+  mine = state(37, sizes, 0, platform=platform)
   read = Checkpoints(folder).restore(mine)
   assert read is not None
   assert read.position == {"at": 5} and int(read.state.step) == 1
@@ -48,12 +60,12 @@ def test_a_table_is_read_onto_any_mesh(saved: tuple[pathlib.Path, TrainState], s
     assert leaf.shape == like.shape and leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1)])
+@pytest.mark.parametrize(("sizes", "platform"), [((1, 1, 1), "cpu"), ((8, 1, 1), "cpu"), ((8, 1, 1), "tpu")])
 def test_a_table_grows_by_rows_and_keeps_those_that_it_had(
-  saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int]
+  saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int], platform: str
 ) -> None:
   folder, written = saved
-  mine = state(300, sizes, 0)
+  mine = state(300, sizes, 0, platform=platform)
   found, variables = Checkpoints(folder).restore(mine), Checkpoints(folder).restore_model(mine.model)
   assert found is not None and variables is not None
   read, model = found.state, variables.variables
@@ -66,6 +78,18 @@ def test_a_table_grows_by_rows_and_keeps_those_that_it_had(
   rows = natural(model["items"]["rows"].get_value(), 300)
   np.testing.assert_array_equal(rows[:37], wanted["rows"])
   assert not rows[37:].any()  # an untrained value says nothing
+
+
+def test_rows_that_share_lines_are_read_where_they_do_not(tmp_path: pathlib.Path) -> None:
+  written = state(300, (2, 2, 2), 1, platform="tpu")
+  with Writer(tmp_path, config.Train()) as writer:
+    writer.save(1, written, {"at": 5}, {})
+  mine = state(300, (1, 1, 1), 0)
+  read = Checkpoints(tmp_path).restore(mine)
+  assert read is not None and read.state.model["items"]["rows"].get_value().shape[-1] == D
+  assert written.model["items"]["rows"].get_value().shape[-1] == 128
+  for name, wanted in entries(written, 300).items():
+    np.testing.assert_array_equal(entries(read.state, 300)[name], wanted, err_msg=name)
 
 
 def test_another_width_is_an_error(saved: tuple[pathlib.Path, TrainState]) -> None:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from supermoe_jax import config
 from supermoe_jax.data import batches
@@ -202,6 +204,21 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
 
 
 @pytest.mark.slow
+def test_a_batch_of_more_rows_than_values_draws_no_more_of_them(
+  rich: config.Config, rich_dataset: Dataset, batch: Batch
+) -> None:
+  drawn = losses.draws(build(rich, rich_dataset.schema)(), batch, KEY)["sampled"]
+  assert rich.tasks["sampled"].negatives == 6 and drawn.shape == (24, 1)
+  assert np.flatnonzero(drawn).tolist() == [0, 4, 8, 12, 16, 20]
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 5000), negatives=st.integers(1, 5000))
+def test_rows_that_draw_are_a_divisor_apart_and_enough(rows: int, negatives: int) -> None:
+  every = losses.drawing_rows(rows, negatives)
+  assert rows % every == 0 and rows // every >= min(rows, negatives)
+
+
 def test_micro_batch_gradients_sum_to_the_whole_batchs(
   rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
 ) -> None:

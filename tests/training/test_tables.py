@@ -44,6 +44,20 @@ def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, siz
   assert not seen[:, 2].any()  # nothing was lost on the way
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_that_share_lines_move_as_those_that_do_not(name: str, sizes: tuple[int, int, int]) -> None:
+  """As they lie on TPUs: 32 rows of four numbers side by side."""
+  mesh, size = sharding.make_mesh(config.Mesh(*sizes)), 1000
+  made = table_case.batches(0, 10, size)
+  assert table_case.created(size, mesh, platform="tpu").rows.shape[-1] == 128
+  wanted, plain = table_case.run(mesh, size, OPTIMIZERS[name], made)
+  rows, seen = table_case.run(mesh, size, OPTIMIZERS[name], made, platform="tpu")
+  np.testing.assert_allclose(rows, wanted, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(seen, plain, rtol=1e-5)
+
+
 def test_two_processes_train_the_same_rows() -> None:
   outputs = two_processes.run(pathlib.Path(__file__).with_name("table_of_two_processes.py"))
   assert all("4 comparisons equal" in out for out in outputs), "\n".join(outputs)
@@ -171,17 +185,18 @@ def test_bfloat16_rows_on_eight_devices_are_those_on_one() -> None:
   np.testing.assert_allclose(*results, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("per_line", [1, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_gradient_for_every_row_moves_rows_as_touching_all_of_them_does(name: str) -> None:
+def test_a_gradient_for_every_row_moves_rows_as_touching_all_of_them_does(name: str, per_line: int) -> None:
   optimizer = OPTIMIZERS[name]
-  rows = jax.random.normal(jax.random.key(0), (5, 8, 3))
+  rows = jax.random.normal(jax.random.key(0), (5, 8 // per_line, 3 * per_line))
   gradient = jax.random.normal(jax.random.key(1), rows.shape)
-  slots = optimizer.slots(rows)
+  slots = tables.slots(optimizer, {"": rows}, 3)[""]
   rule = tables.Rule(optimizer, 0.1, scale=0.5, decay=0.01)
   index = jnp.arange(40, dtype=jnp.int32)
   touched = tables.Touched(index, gradient.reshape(40, 3), jnp.zeros(1, jnp.int32))
   for one, other in zip(
-    jax.tree.leaves(tables.apply(rows, slots, gradient, rule)),
+    jax.tree.leaves(tables.apply(rows, slots, gradient, rule, 3)),
     jax.tree.leaves(tables.apply(rows, slots, touched, rule)),
     strict=True,
   ):
