@@ -1,8 +1,8 @@
 """Rows that fill no whole number of a TPU's tiles, several to a line that does.
 
-XLA:TPU works on tiles of 128 numbers of an array's last dimension. A table `[R, 64]` would take twice its memory so; XLA
-keeps it in another order instead, and copies the whole of it into tiles and back in every step. So p rows of width D,
-neighbours by their code, lie side by side: `[R / p, p·D]`, which is `[R, D]` read otherwise.
+XLA:TPU works on tiles of 128 numbers of an array's last dimension. A table `[R, 64]` would take twice its memory so;
+XLA keeps it in another order instead, and copies the whole of it into tiles and back in every step. So p rows of width
+D, neighbours by their code, lie side by side: `[R / p, p·D]`, which is `[R, D]` read otherwise.
 """
 
 from __future__ import annotations
