@@ -3,7 +3,7 @@
     supermoe plan --config experiments/pod_100b.py --topology v6e:16x16
     supermoe plan --config experiments/pod_100b.py --topology v5p:8x8x16 --config.train.batch_rows=65536
 
-All else is as in `pod_1t.py`.
+All else is as in `pod_1t.py`, but for twice the rows a chip.
 """
 
 import importlib.util

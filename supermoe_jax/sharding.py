@@ -98,11 +98,6 @@ def ways(*names: str | None) -> int:
   return math.prod(mesh.shape[a] for a in axes(*names))
 
 
-def size(axis: str) -> int:
-  """Returns the devices along an axis of the mesh in use."""
-  return jax.sharding.get_abstract_mesh().shape[axis]
-
-
 def platform() -> str:
   """Returns the kind of device that the mesh in use is made of, such as "cpu" or "tpu"; else JAX' default."""
   device = jax.sharding.get_abstract_mesh().abstract_device

@@ -154,7 +154,7 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], 
 
   def create() -> Any:
     rows = table.EmbeddingTable(size, WIDTH, rngs=nnx.Rngs(0)).rows.get_value()
-    return rows, mover.slots(rows)
+    return rows, tables.slots(mover, rows, WIDTH)
 
   def step(rows: Any, slots: Any, codes: Any) -> Any:
     extent = exchange.Extent(size, rows.shape[1])

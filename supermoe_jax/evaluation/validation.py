@@ -43,7 +43,7 @@ class Validation:
   ):
     """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
-    self._graph, _ = abstract_model(cfg, dataset.schema)
+    self._graph, _ = abstract_model(cfg, dataset.schema, mesh.devices.flat[0].platform)
     self._say, self._progress = say, progress and sys.stderr.isatty() and hosts.first()
     self._rows: list[dict[str, Any]] = []
 

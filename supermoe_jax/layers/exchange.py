@@ -1,9 +1,9 @@
 """Carrying ids to the devices that own their rows, and rows back: the traffic of a table, on each device's part.
 
 A table of R rows and width D is an array `[G, M, D]`: the row of code r lies at `[r // M, r % M]`, which is natural
-order, and the M *stripes* are spread over the W devices. Narrow rows lie p to a line on TPUs, `[G, M / p, p·D]` (see
-`layers.lines`). So neighbouring codes, which are about equally frequent, go to
-different owners; the array does not depend on W; and it grows at its end.
+order, and the M *stripes* are spread over the W devices. So codes that are about equally frequent go to different
+owners; the array does not depend on W; and it grows at its end. On TPUs p rows may share a line, `[G, M / p, p·D]`: the
+same numbers in the same order (see `layers.lines`).
 
 A row's *place* counts the rows of the first device, then those of the second, and so on. The ids of a batch are sorted
 by place, so that those of one owner lie together: cells are filled and emptied by gathers, and nothing is sorted again.
@@ -40,7 +40,7 @@ def stripes(rows: int, ways: int) -> int:
 
 def restriped(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Lays `[G, M, ...]`, one entry a row, out as `shape`, of other stripes or lines, or more rows, which come as 0."""
-  width = math.gcd(*(math.prod(s[2:]) for s in (value.shape, shape)))
+  width = math.gcd(*(math.prod(s[2:]) for s in (value.shape, shape)))  # of a row, where only one shares lines
   flat = value.reshape(-1, width)
   rows = math.prod(shape) // width
   return jnp.pad(flat, ((0, max(rows - len(flat), 0)), (0, 0)))[:rows].reshape(shape)
@@ -112,8 +112,8 @@ def _exchange(buffer: jax.Array) -> jax.Array:
   messages that are longer by as much. Each byte travels once an axis. Over 256 chips of v5e XLA takes half a minute to
   route an all-to-all of all with all, every time that a program holds one.
   """
-  axes = [a for a in sharding.axes("rows") if sharding.size(a) > 1]
-  parts = buffer.reshape(*(sharding.size(a) for a in axes), *buffer.shape[1:])
+  axes = [a for a in sharding.axes("rows") if jax.lax.axis_size(a) > 1]
+  parts = buffer.reshape(*map(jax.lax.axis_size, axes), *buffer.shape[1:])
   for i, axis in enumerate(axes):
     parts = jax.lax.all_to_all(parts, axis, split_axis=i, concat_axis=i, tiled=True)
   return parts.reshape(buffer.shape)

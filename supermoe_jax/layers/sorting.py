@@ -11,8 +11,8 @@ from supermoe_jax import sharding
 def ascending(x: jax.Array) -> jax.Array:
   """`x [n]` in ascending order.
 
-  Equal numbers may come in any order, but for CPUs the sort is a stable one, which XLA runs faster there; for TPUs it
-  carries the places along, and takes three times as long to compile.
+  Equal numbers are all alike, so the sort need not be stable: for TPUs a stable one carries the places along, and takes
+  three times as long to compile. Elsewhere it is, which XLA:CPU runs faster.
   """
   return jax.lax.sort(x, is_stable=sharding.platform() != "tpu")
 

@@ -31,7 +31,7 @@ class Fetched(NamedTuple):
 
   Attributes:
     place: int32 `[S·U]` for S devices, where each one's rows lie (see `layers.exchange`), in order, then
-      `exchange.NONE`.
+      `lines.NONE`.
     rows: float32 `[S·U, D]`; 0 where there is none.
   """
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
   ways: int = 1
   cells: float = CELLS
   dtype: str = "float32"
-  platform: str = "cpu"
+  platform: str | None = None
 
 
 ONE_DEVICE = Layout()
@@ -75,7 +75,8 @@ class EmbeddingTable(nnx.Module):
       name: of the table, by which a training step knows it; no two tables of a model share one.
       layout: `ways`, the devices that the rows will be spread over (any divisor of it will do as well); `cells`, the
         room for each pair of devices in an exchange, as a multiple of an even share of the ids; `dtype` of the rows as
-        they are kept (what is looked up is float32); `platform`, such as "tpu", where narrow rows share a line.
+        they are kept (what is looked up is float32); `platform`, such as "tpu", where rows may share lines
+        (`layers.lines`); None: that of the mesh in use, else JAX' default.
       rngs: gives the key of the initial rows.
 
     Raises:
@@ -83,10 +84,10 @@ class EmbeddingTable(nnx.Module):
     """
     if not 0 < size <= lines.MOST_ROWS:
       raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
-    p = lines.per_line(d_model, layout.platform)
+    p = lines.per_line(d_model, layout.platform or sharding.platform())
     m = exchange.stripes(size, layout.ways * p)
     self.size, self.width, self.cells, self.extent = size, d_model, layout.cells, exchange.Extent(size, m)
-    value = initial_rows(rngs.params(), size, (m, p), d_model, jnp.dtype(layout.dtype))
+    value = initial_rows(rngs.params(), size, m, p, d_model, jnp.dtype(layout.dtype))
     self.rows = TableRows(value, logical=(None, "rows", None), table=name, size=size, width=d_model)
 
   def __call__(self, codes: jax.Array) -> jax.Array:
@@ -105,12 +106,11 @@ class EmbeddingTable(nnx.Module):
     return self.rows.get_value().reshape(-1, self.width)[: self.size]
 
 
-def initial_rows(key: jax.Array, size: int, stripes: tuple[int, int], d_model: int, dtype: jnp.dtype) -> jax.Array:
-  """Normal rows of length about 1, `[G, M / p, p·D]` for M and p; 0 for the codes 0 and 1, and beyond `size`.
+def initial_rows(key: jax.Array, size: int, m: int, p: int, d_model: int, dtype: jnp.dtype) -> jax.Array:
+  """Normal rows of length about 1, `[G, M / p, p·D]`; 0 for the codes 0 and 1, and beyond `size`.
 
   They are made in place, some at a time, so that nothing else of the table's size is there meanwhile.
   """
-  m, p = stripes
   groups = -(-size // m)
   step = max(1, min(groups, _CREATED_AT_ONCE // m))
 

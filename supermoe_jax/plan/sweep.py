@@ -15,11 +15,10 @@ from tqdm import tqdm
 from supermoe_jax import config
 from supermoe_jax.plan.chips import Topology
 from supermoe_jax.plan.plan import plan
-from supermoe_jax.plan.program import LEAST_EFFORT
+from supermoe_jax.plan.program import LEAST_EFFORT, fitted
 from supermoe_jax.plan.render import size
 
-# What stays the same from few devices to many: the batch of a device, or the whole batch.
-SCALINGS = ("weak", "strong")
+# Of which rows there are as many on few devices as on many.
 _WHERE = {"weak": "on each device", "strong": "on all devices together"}
 
 
@@ -35,8 +34,8 @@ def sweep(
   """
   mesh = cfg.train.mesh
   rows = max(1, round(cfg.train.batch_rows / (mesh.data * mesh.expert)))
-  plans = []
-  for topology in tqdm(sorted(topologies, key=lambda t: t.devices), unit=" topologies", desc="compiling"):
+  asked = []
+  for topology in sorted(topologies, key=lambda t: t.devices):
     expert = math.gcd(mesh.expert, topology.devices // mesh.tensor)
     ways = topology.devices // mesh.tensor
     train = dataclasses.replace(
@@ -45,7 +44,11 @@ def sweep(
       mesh=dataclasses.replace(mesh, data=ways // expert, expert=expert, slices=topology.slices),
     )
     evaluate = dataclasses.replace(cfg.evaluate, batch_rows=ways)
-    plans.append(plan(dataclasses.replace(cfg, train=train, evaluate=evaluate), topology, effort))
+    wanted = dataclasses.replace(cfg, train=train, evaluate=evaluate)
+    fitted(wanted, topology)  # says so now where one cannot be, not after the others have been compiled
+    asked.append((wanted, topology))
+  bar = tqdm(asked, unit=" topologies", desc="compiling")
+  plans = [plan(wanted, topology, effort) for wanted, topology in bar]
   return {"scaling": scaling, "rows": rows if scaling == "weak" else cfg.train.batch_rows, "plans": plans}
 
 

@@ -220,10 +220,12 @@ def _next_value_loss(
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
     return catalogue.cross_entropy(state, value, head.catalogue(table))
-  codes = drawn[name][:: drawing_rows(len(drawn[name]), task.negatives)]
+  every = drawing_rows(len(drawn[name]), task.negatives)
+  # Looked up before rows are left out: those that are left need not divide over the devices of the batch.
+  codes, vectors = drawn[name][::every].reshape(-1), table(drawn[name])[::every]
   # Every device scores its states against all values drawn: their rows travel, not the states.
-  others = sharding.constrain(table(codes).reshape(codes.size, -1), None, None)
-  flat = sharding.constrain(codes.reshape(-1), None)
+  others = sharding.constrain(vectors.reshape(codes.size, -1), None, None)
+  flat = sharding.constrain(codes, None)
   log_count = log_expected_count(task.sampling, flat - 2, table.size - 2, codes.size)
   return sampled_softmax(state, table(value), value, others, flat, log_count)
 

@@ -27,7 +27,7 @@ def table_sizes(model: nnx.State) -> dict[str, int]:
 
 
 def striped(model: nnx.State) -> frozenset[tuple[str, ...]]:
-  """The paths of the variables that have an entry a row, `[G, M, ...]`."""
+  """The paths of the variables that have an entry a row, `[G, M]` or `[G, M / p, p·D]`."""
   names = ((path, v.get_metadata().get("logical") or ()) for path, v in nnx.to_flat_state(model))
   return frozenset(tuple(map(str, path)) for path, logical in names if logical[1:2] == ("rows",))
 

@@ -65,7 +65,7 @@ class Run:
       self.mesh = sharding.make_mesh(self.cfg.train.mesh)
     except config.ConfigError:  # what was trained on many devices runs on one as well
       self.mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    self.graph, abstract = abstract_model(self.cfg, self.dataset.schema)
+    self.graph, abstract = abstract_model(self.cfg, self.dataset.schema, self.mesh.devices.flat[0].platform)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)
     checkpoints = Checkpoints(self.workdir)

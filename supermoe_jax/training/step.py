@@ -70,12 +70,12 @@ def build(cfg: config.Config, schema: Schema, platform: str | None = None) -> Ca
   """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives.
 
   It takes the key of the initial parameters; without one it is that of the config's seed. `platform` is that of the
-  devices which tables are to lie on; None: JAX' default.
+  devices which tables are to lie on; None: of the mesh in use, else JAX' default.
   """
 
   mesh, kept = cfg.train.mesh, cfg.train.tables
   ways = mesh.data * mesh.expert * mesh.tensor
-  layout = Layout(ways, kept.cells, kept.dtype, platform or jax.default_backend())
+  layout = Layout(ways, kept.cells, kept.dtype, platform)
 
   def make(key: jax.Array | None = None) -> SuperMoE:
     return SuperMoE(
@@ -171,7 +171,7 @@ def _program(key: _Key) -> Program:
   def initial(parameters: jax.Array, training: jax.Array) -> TrainState:
     model = nnx.state(build(cfg, schema, platform)(parameters))
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
-    slots = tables.slots(mover, tables.values(model), cfg.model.d_model)
+    slots = {n: tables.slots(mover, v, cfg.model.d_model) for n, v in tables.values(model).items()}
     return TrainState(jnp.int32(0), jnp.int32(0), model, moments, slots, weigher.initial(), training)
 
   return Program(graph, layouts, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
@@ -193,7 +193,7 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
   weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
   weights = jax.tree.map(lambda _: replicated, jax.eval_shape(weigher.initial))
   mover, rows = row_optimizers.make(cfg.train.tables), tables.values(model)
-  kept = jax.eval_shape(lambda: tables.slots(mover, rows, cfg.model.d_model))
+  kept = jax.eval_shape(lambda: {n: tables.slots(mover, v, cfg.model.d_model) for n, v in rows.items()})
   slots = tables.slot_shardings(kept, tables.values(layout))
   layouts: Any = (replicated, replicated, layout, moments, slots, weights, replicated)
   return TrainState(*layouts)

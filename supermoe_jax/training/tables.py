@@ -130,15 +130,11 @@ def plan(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) ->
   )
 
 
-def slots(optimizer: RowOptimizer, rows: Mapping[str, Any], width: int) -> dict[str, Slots]:
-  """What the optimizer keeps of each table's rows, of D = `width` numbers: `[G, M]` each, or laid out as the rows."""
-
-  def of(value: Any) -> Slots:
-    g, lines, wide = value.shape
-    logical = jax.ShapeDtypeStruct((g, lines * wide // width, width), value.dtype)
-    return {k: s.reshape(value.shape) if s.ndim == 3 else s for k, s in optimizer.slots(logical).items()}
-
-  return {n: of(value) for n, value in rows.items()}
+def slots(optimizer: RowOptimizer, rows: Any, width: int) -> Slots:
+  """What the optimizer keeps of a table's rows, of D = `width` numbers: `[G, M]` each, or laid out as the rows."""
+  g, lines, wide = rows.shape
+  logical = jax.ShapeDtypeStruct((g, lines * wide // width, width), rows.dtype)
+  return {k: s.reshape(rows.shape) if s.ndim == 3 else s for k, s in optimizer.slots(logical).items()}
 
 
 def slot_shardings(
@@ -182,12 +178,12 @@ def apply(
 ) -> tuple[jax.Array, Slots]:
   """Moves the touched rows, or all of them: `[G, M / p, p·D]`, with slots `[G, M]` or as the rows.
 
-  `width` is D, where the gradient is that of all rows and p is not 1.
+  `width` is D; it is needed where the gradient is that of all rows and p is not 1. Then a TPU unpacks the rows for the
+  while: tables that a full softmax scores are small.
 
   Returns: rows and slots, of the same shapes, dtypes and layouts.
   """
-  given = gradient.gradient if isinstance(gradient, Touched) else gradient
-  d = given.shape[-1] if isinstance(gradient, Touched) or width is None else width
+  d = width or (gradient.gradient if isinstance(gradient, Touched) else gradient).shape[-1]
   m = rows.shape[1] * rows.shape[2] // d
   names = (None, "rows", None)
   slot_names = {n: names[: s.ndim] for n, s in slots.items()}

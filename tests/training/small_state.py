@@ -29,8 +29,7 @@ def state(size: int, sizes: tuple[int, int, int], seed: int, d: int = D, platfor
   model = nnx.state(sharding.create(lambda: Model(size, d, layout, seed), mesh))
   rows = model["items"]["rows"].get_value()
   where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
-  slots = tables.slots(LazyAdam(), {"items": rows}, d)["items"]
-  slots = {k: jax.device_put(s + seed, where) for k, s in slots.items()}
+  slots = {k: jax.device_put(s + seed, where) for k, s in tables.slots(LazyAdam(), rows, d).items()}
   bias = model["head"]["bias"]
   if seed:
     natural = jnp.arange(bias.get_value().size, dtype=jnp.float32).reshape(bias.get_value().shape)

@@ -69,7 +69,7 @@ def run(mesh, size, optimizer, made, cells=8.0, dtype="float32", stochastic=Fals
       where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows", None))
       rows = jax.device_put(flat.reshape(-1, stripes, WIDTH), where)
     layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
-    slots = jax.tree.map(lambda s: jax.device_put(s, layout), tables.slots(optimizer, {"": rows}, WIDTH)[""])
+    slots = jax.tree.map(lambda s: jax.device_put(s, layout), tables.slots(optimizer, rows, WIDTH))
     step = stepper(mesh, size, optimizer, cells, stochastic)
     seen = []
     for number, (codes, targets) in enumerate(made):

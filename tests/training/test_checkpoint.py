@@ -92,9 +92,10 @@ def test_rows_that_share_lines_are_read_where_they_do_not(tmp_path: pathlib.Path
     np.testing.assert_array_equal(entries(read.state, 300)[name], wanted, err_msg=name)
 
 
-def test_another_width_is_an_error(saved: tuple[pathlib.Path, TrainState]) -> None:
+@pytest.mark.parametrize("width", [8, 128])  # 128 is also 32 rows of four, side by side
+def test_another_width_is_an_error(width: int, saved: tuple[pathlib.Path, TrainState]) -> None:
   with pytest.raises(RunError, match="does not fit this model"):
-    Checkpoints(saved[0]).restore(state(37, (1, 1, 1), 0, d=8))
+    Checkpoints(saved[0]).restore(state(37, (1, 1, 1), 0, d=width))
 
 
 def test_a_larger_table_begins_as_a_smaller_one_whatever_its_stripes() -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supermoe_jax import config
+from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
@@ -203,13 +203,29 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
   assert permuted == pytest.approx(weights, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_batch_of_more_rows_than_values_draws_no_more_of_them(
   rich: config.Config, rich_dataset: Dataset, batch: Batch
 ) -> None:
   drawn = losses.draws(build(rich, rich_dataset.schema)(), batch, KEY)["sampled"]
   assert rich.tasks["sampled"].negatives == 6 and drawn.shape == (24, 1)
   assert np.flatnonzero(drawn).tolist() == [0, 4, 8, 12, 16, 20]
+
+
+def test_rows_that_draw_need_not_divide_over_the_devices(
+  rich: config.Config, rich_dataset: Dataset, batch: Batch
+) -> None:
+  """Six of 24 rows draw, which lie on eight devices."""
+  model, task = build(rich, rich_dataset.schema)(), rich.tasks["sampled"]
+  drawn = {"sampled": np.asarray(losses.draws(model, batch, KEY)["sampled"])}
+  state = jax.random.normal(KEY, (24, 5, rich.model.d_model))
+  value = jax.random.randint(KEY, (24, 5), 2, 9)
+
+  def loss(state: jax.Array) -> jax.Array:
+    return losses._next_value_loss(model, "sampled", task, state, value, drawn)
+
+  wanted = loss(state)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(8))):
+    np.testing.assert_allclose(jax.jit(loss)(state), wanted, rtol=1e-5)
 
 
 @settings(deadline=None)
@@ -219,6 +235,7 @@ def test_rows_that_draw_are_a_divisor_apart_and_enough(rows: int, negatives: int
   assert rows % every == 0 and rows // every >= min(rows, negatives)
 
 
+@pytest.mark.slow
 def test_micro_batch_gradients_sum_to_the_whole_batchs(
   rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
 ) -> None:

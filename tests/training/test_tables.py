@@ -191,7 +191,7 @@ def test_a_gradient_for_every_row_moves_rows_as_touching_all_of_them_does(name: 
   optimizer = OPTIMIZERS[name]
   rows = jax.random.normal(jax.random.key(0), (5, 8 // per_line, 3 * per_line))
   gradient = jax.random.normal(jax.random.key(1), rows.shape)
-  slots = tables.slots(optimizer, {"": rows}, 3)[""]
+  slots = tables.slots(optimizer, rows, 3)
   rule = tables.Rule(optimizer, 0.1, scale=0.5, decay=0.01)
   index = jnp.arange(40, dtype=jnp.int32)
   touched = tables.Touched(index, gradient.reshape(40, 3), jnp.zeros(1, jnp.int32))
