@@ -1,4 +1,4 @@
-"""A trillion parameters: 1.07 billion rows of width 1,024 in four tables, and 64 experts, for 256 chips.
+"""A trillion parameters: 1.01 billion rows of width 1,024 in four tables, and 64 experts, for 256 chips.
 
     supermoe plan --config experiments/pod_1t.py --topology v5e:16x16
 
@@ -22,7 +22,7 @@ def get_config(files: str = "events/*.parquet") -> ml_collections.ConfigDict:
     "sources": {"events": {"files": files}},
     "fields": {
       **config.hash_fields("item", 2**28, hashes=2, column="item_id"),
-      **config.hash_fields("query", 2**29),
+      **config.hash_fields("query", 7 * 2**26),
       "category": {"size": 200_000},
       "price": {"kind": "numeric", "encoding": "log1p"},
     },
