@@ -99,12 +99,13 @@ def draw(found: Mapping[str, Any], file: pathlib.Path) -> None:
       below = top
     sending.set(title="MiB that a device sends a step", ylim=(0, None))
     sending.legend(fontsize=7, loc="lower right")
-    memory.plot(devices, [p["memory"]["total"] / 2**30 for p in plans], marker="o")
-    memory.set(title="GiB of a device's memory", ylim=(0, None))
+    taken = [p["memory"]["total"] / 2**30 for p in plans]
+    memory.plot(devices, taken, marker="o")
+    memory.set(title="GiB of a device's memory", ylim=(0, 1.1 * max(taken, default=1)))
     share = efficiency(found)
     timed = [p["topology"] for p in plans if "seconds" in p]
     speed.plot([t["devices"] for t in timed], [share[t["name"]] for t in timed], marker="o")
-    speed.set(title="efficiency, by published rates", ylim=(0, 1.1))
+    speed.set(title="efficiency, by published rates", ylim=(0, 1.1 * max(share.values(), default=1)))
     for axes in (sending, memory, speed):
       axes.set_xscale("log", base=2)
       axes.set_xticks(devices, [f"{n:,}" for n in devices])
