@@ -8,23 +8,15 @@ complete_journey.py has: it loses significantly on no task, mean gain +0.2 % (-2
 the categories and 9 % on the next category. `results/` has all.
 """
 
-import importlib.util
 import pathlib
 
 import ml_collections
 
-
-def _base() -> ml_collections.ConfigDict:
-  file = pathlib.Path(__file__).with_name("complete_journey.py")
-  spec = importlib.util.spec_from_file_location("complete_journey", file)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
+from supermoe_jax.config import read
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = _base()
+  config = read(str(pathlib.Path(__file__).with_name("complete_journey.py")))
   config.model.max_events = 32
   config.model.conditioning = "none"
   config.train.steps = 320

@@ -6,7 +6,7 @@ nearest valid one.
 """
 
 from supermoe_jax.config.hashing import hash_fields
-from supermoe_jax.config.loading import differences, load, load_json, override, resolve, save
+from supermoe_jax.config.loading import differences, load, load_json, override, read, resolve, save
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
   Aggregates,
@@ -87,6 +87,7 @@ __all__ = [
   "override",
   "parse_sample_space",
   "parse_time",
+  "read",
   "resolve",
   "save",
   "to_dict",

@@ -86,12 +86,21 @@ def _build_task(raw: Any, path: str) -> Task:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
-  """Reads a config file and applies overrides such as `--config.train.steps=100`.
+  """Reads a config file, as `read`, and applies overrides such as `--config.train.steps=100`.
+
+  Raises:
+    ConfigError: as `read`; what the file gives cannot be used.
+  """
+  return override(_build(Config, read(path).to_dict(), "config"), overrides)
+
+
+def read(path: str) -> ml_collections.ConfigDict:
+  """What a config file's `get_config` returns, for a config that begins as another one does.
 
   As with `ml_collections`, what follows a colon is given to `get_config`: `file.py:argument`.
 
   Raises:
-    ConfigError: the file is missing or has no `get_config`, or what it returns cannot be used.
+    ConfigError: the file is missing, fails, or has no `get_config` that returns a `ConfigDict`.
   """
   name, ending, argument = path.partition(".py:")
   file = pathlib.Path(name + ".py" if ending else path)
@@ -112,7 +121,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
   if not isinstance(raw, ml_collections.ConfigDict):
     raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, not {type(raw).__name__}.")
-  return override(_build(Config, raw.to_dict(), "config"), overrides)
+  return raw
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

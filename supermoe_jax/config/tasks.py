@@ -35,7 +35,7 @@ class NextEvent(Supervised):
   field: str = ""
   exclude_seen: bool = False  # evaluation: values already in the user's history cannot be recommended
   softmax: Literal["full", "sampled"] = "full"  # training loss; sampled: with log-Q correction
-  negatives: int = 1024  # sampled: values drawn a batch, shared by its sites
+  negatives: int = 1024  # sampled: values drawn a batch (or up to twice as many), shared by its sites
   sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the rank by count, or evenly
 
 

@@ -115,18 +115,18 @@ def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax
 
 
 def drawing_rows(rows: int, negatives: int) -> int:
-  """Every how many rows of a batch one draws, where a batch has more rows than `negatives`: a divisor of `rows`.
+  """Every how many rows of a batch one draws, where a batch has more rows than `negatives`.
 
   So a softmax costs no more, and gathers no more, on more devices.
   """
-  return max(every for every in range(1, max(1, rows // negatives) + 1) if rows % every == 0)
+  return max(1, rows // negatives)
 
 
 def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
   """The codes that each sampled softmax of a batch of B rows is computed with, int32 `[B, k]` by task.
 
-  All sites share the values of them, which are as many as the task's `negatives`, or a few more. They are laid out as
-  the batch is, so that each device fetches some; of rows that draw none (see `drawing_rows`) they are 0, absent.
+  All sites share the values of them: at least the task's `negatives`, fewer than twice as many, since rows draw alike.
+  They are laid out as the batch is, so that each device fetches some; of rows that draw none they are 0, absent.
   """
   rows, out = len(batch.features.length), {}
   for name, task in model.tasks.items():
