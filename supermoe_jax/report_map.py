@@ -15,7 +15,7 @@ from supermoe_jax import report_figures as figures
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.report_sections import Parts, question
-from supermoe_jax.serving import embed
+from supermoe_jax.serving import embeddings
 
 # Points of the map: t-SNE takes about 10 s for so many.
 MOST_POINTS = 3000
@@ -27,7 +27,7 @@ def embedding_map(run: Parts) -> dict[str, Any] | None:
   """The 2-D map of the embeddings of the latest time."""
   if run.embeddings is None:
     return None
-  table = embed.read(run.workdir / "embeddings")
+  table = embeddings.read(run.workdir / "embeddings")
   times = table["as_of"].cast("int64").to_numpy()
   if not len(times):
     return {"reason": "The embeddings hold no row."}

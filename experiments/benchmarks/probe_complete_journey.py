@@ -19,7 +19,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax.evaluation import probes
-from supermoe_jax.serving import embed
+from supermoe_jax.serving import embeddings
 
 FIT, SCORE, HORIZON = "2017-10-01", "2017-11-01", "28 days"
 DEMOGRAPHICS = {
@@ -36,7 +36,7 @@ def main() -> None:
   parser.add_argument("embeddings", type=pathlib.Path, help="directory that 'supermoe embed' wrote")
   parser.add_argument("--json", type=pathlib.Path)
   args = parser.parse_args()
-  table = embed.read(args.embeddings)
+  table = embeddings.read(args.embeddings)
   width = table.schema.field("embedding").type.list_size
   vectors = table["embedding"].combine_chunks().values.to_numpy().reshape(-1, width)
   day = np.array([t.date().isoformat() for t in table["as_of"].to_pylist()])

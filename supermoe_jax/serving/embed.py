@@ -26,10 +26,8 @@ from supermoe_jax.data import batches, replace
 from supermoe_jax.data.batches import Question
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.labels import iso
+from supermoe_jax.serving.embeddings import KIND
 from supermoe_jax.training.run import Run
-
-# What the manifest calls such a directory.
-KIND = "embeddings"
 
 
 def embed(
@@ -112,18 +110,3 @@ def _write_part(run: Run, waiting: Sequence[tuple[list[Question], np.ndarray]], 
 def user_column(users: Sequence[str], user_type: str) -> pa.Array:
   """User ids as the event log has them: as int64 where every one is an integer there, else as text."""
   return pa.array([int(u) for u in users], pa.int64()) if user_type == "integer" else pa.array(users, pa.string())
-
-
-def read(path: pathlib.Path) -> pa.Table:
-  """Reads the parts of an embedding directory.
-
-  Raises:
-    DataError: `path` holds no whole set of embeddings.
-  """
-  file = path / "manifest.json"
-  if not file.is_file():
-    raise DataError(f"{path} holds no embeddings (no manifest.json); run 'supermoe embed' first.")
-  parts = sorted(path.glob("part-*.parquet"))
-  if len(parts) != json.loads(file.read_text())["parts"]:
-    raise DataError(f"{path} holds {len(parts)} parts, its manifest names another number; embed again.")
-  return pa.concat_tables([pq.read_table(p) for p in parts])

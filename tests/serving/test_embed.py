@@ -13,7 +13,7 @@ from small_log import raw_config
 from supermoe_jax import config
 from supermoe_jax.data import prepare
 from supermoe_jax.data.events import DataError
-from supermoe_jax.serving import embed
+from supermoe_jax.serving import embed, embeddings
 from supermoe_jax.training.run import Run
 
 DAYS = ["2024-03-01", "2024-05-20"]
@@ -27,7 +27,7 @@ def written(run: Run, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_there_is_one_row_a_user_and_day_with_events_before_it(written: pathlib.Path, run: Run) -> None:
-  table = embed.read(written)
+  table = embeddings.read(written)
   manifest = json.loads((written / "manifest.json").read_text())
   rows = list(zip(table["user_id"].to_pylist(), table["as_of"].to_pylist()))
   assert len(rows) == len(set(rows)) == manifest["rows"]
@@ -41,7 +41,7 @@ def test_there_is_one_row_a_user_and_day_with_events_before_it(written: pathlib.
 
 
 def test_the_columns_are_those_promised(written: pathlib.Path, run: Run) -> None:
-  table = embed.read(written)
+  table = embeddings.read(written)
   assert table.schema.names == ["user_id", "as_of", "embedding", "n_events", "last_event_time"]
   assert table.schema.field("embedding").type == pa.list_(pa.float32(), run.cfg.model.d_model)
   assert table.schema.field("user_id").type == pa.int64()  # as in the event files
@@ -77,7 +77,7 @@ def test_later_events_leave_the_embedding_bitwise_unchanged(
   embed.embed(Run(workdir), DAYS, tmp_path / "embeddings")
 
   def by_key(path: pathlib.Path) -> dict:
-    table = embed.read(path)
+    table = embeddings.read(path)
     keys = zip(table["user_id"].to_pylist(), table["as_of"].to_pylist())
     return dict(zip(keys, table["embedding"].to_pylist()))
 
@@ -86,7 +86,7 @@ def test_later_events_leave_the_embedding_bitwise_unchanged(
 
 def test_one_day_alone_gives_the_same_vectors(written: pathlib.Path, run: Run, tmp_path: pathlib.Path) -> None:
   embed.embed(run, DAYS[1:], tmp_path / "one")
-  one, both = embed.read(tmp_path / "one").to_pydict(), embed.read(written).to_pydict()
+  one, both = embeddings.read(tmp_path / "one").to_pydict(), embeddings.read(written).to_pydict()
   wanted = {u: e for u, t, e in zip(both["user_id"], both["as_of"], both["embedding"]) if str(t.date()) == DAYS[1]}
   assert dict(zip(one["user_id"], one["embedding"])) == wanted
 
@@ -128,17 +128,17 @@ def test_a_set_of_parts_that_is_not_whole_is_an_error(written: pathlib.Path, tmp
   shutil.copytree(written, copy)
   (copy / "part-00001.parquet").unlink()
   with pytest.raises(DataError, match="holds 1 parts"):
-    embed.read(copy)
+    embeddings.read(copy)
   (copy / "manifest.json").unlink()
   with pytest.raises(DataError, match="no manifest"):
-    embed.read(copy)
+    embeddings.read(copy)
 
 
 def test_a_time_before_every_event_gives_an_empty_table_of_the_same_columns(
   written: pathlib.Path, run: Run, tmp_path: pathlib.Path
 ) -> None:
   assert embed.embed(run, ["2001-01-01"], tmp_path / "none")["rows"] == 0
-  assert embed.read(tmp_path / "none").schema == embed.read(written).schema
+  assert embeddings.read(tmp_path / "none").schema == embeddings.read(written).schema
 
 
 def test_a_dataset_is_never_taken_for_embeddings(run: Run, tmp_path: pathlib.Path) -> None:

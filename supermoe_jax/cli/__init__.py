@@ -1,0 +1,81 @@
+"""The `supermoe` command.
+
+Its verbs import what they need when they run: 'supermoe --help' should not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from supermoe_jax import exits
+from supermoe_jax.cli import data, embeddings, training
+
+# Errors that a user can act on: their message is enough, a stack trace would only hide it.
+_EXPECTED = {"ConfigError", "DataError", "RunError", "StudyError"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a verb.
+
+  Returns: an exit code, see `exits`.
+  """
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  code = _main(arguments)
+  if code and _watched():
+    # Of several processes one that fails does not wait, at its exit, for others that are gone or hang.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
+def _main(arguments: Sequence[str]) -> int:
+  args, rest = _parser().parse_known_args(arguments)
+  args.arguments = arguments
+  args.overrides = [a for a in rest if a.startswith("--config.")]
+  unknown = [a for a in rest if not a.startswith("--config.")]
+  if unknown:
+    print(f"supermoe {args.verb}: unknown argument {unknown[0]!r}; see 'supermoe {args.verb} --help'", file=sys.stderr)
+    return exits.USAGE
+  if args.overrides and not hasattr(args, "config"):
+    print(
+      f"supermoe {args.verb}: {args.overrides[0]!r} has no effect here: a run keeps the config it was trained with",
+      file=sys.stderr,
+    )
+    return exits.USAGE
+  try:
+    return args.run(args) or exits.OK
+  except KeyboardInterrupt:
+    print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
+    return exits.INTERRUPTED
+  except BaseException as error:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    explained = bool(kinds & {"Stopped", *_EXPECTED})
+    if not explained and _watched() and isinstance(error, Exception):
+      traceback.print_exc()
+      return exits.CRASHED
+    if not explained or os.environ.get("SUPERMOE_TRACEBACK"):
+      raise
+    print(f"supermoe {args.verb}: {error}", file=sys.stderr)
+    return exits.RESUME if "Stopped" in kinds else exits.ERROR
+
+
+def _watched() -> bool:
+  """Whether another process watches over this one; see `training.lookout`."""
+  return "SUPERMOE_LOOKOUT" in os.environ
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="supermoe",
+    description="Learns universal user representations from an event log.",
+    epilog="Any key of the config can be set with --config.key=value, for example --config.train.steps=100.",
+  )
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+  for part in (data, training, embeddings):
+    part.add(verbs)
+  return parser

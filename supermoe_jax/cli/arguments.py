@@ -1,0 +1,49 @@
+"""Arguments that several verbs of the `supermoe` command take."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from supermoe_jax import config
+
+if TYPE_CHECKING:
+  from supermoe_jax.training.run import Run
+
+# What `argparse.ArgumentParser.add_subparsers` returns.
+Verbs = Any
+
+
+def add_config(verb: argparse.ArgumentParser) -> None:
+  """Adds --config."""
+  verb.add_argument(
+    "--config", required=True, help="config file with get_config(); override keys with --config.key=value"
+  )
+
+
+def add_workdir(verb: argparse.ArgumentParser) -> None:
+  """Adds --workdir."""
+  verb.add_argument("--workdir", required=True, type=pathlib.Path, help="run directory")
+
+
+def add_checkpoint(verb: argparse.ArgumentParser) -> None:
+  """Adds --checkpoint; see `open_run`."""
+  verb.add_argument(
+    "--checkpoint",
+    default="newest",
+    metavar="WHICH",
+    help="newest; best, of those that were validated (config.train.validate); or a step. Default: newest",
+  )
+
+
+def open_run(args: argparse.Namespace) -> Run:
+  """The run directory, at the checkpoint that was asked for."""
+  from supermoe_jax.evaluation import validation
+  from supermoe_jax.training.run import Run
+
+  if args.checkpoint == "best":
+    return Run(args.workdir, validation.best_checkpoint(args.workdir))
+  if args.checkpoint != "newest" and not args.checkpoint.isdigit():
+    raise config.ConfigError(f"--checkpoint={args.checkpoint} must be newest, best or a step.")
+  return Run(args.workdir, None if args.checkpoint == "newest" else int(args.checkpoint))

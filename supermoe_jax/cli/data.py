@@ -1,0 +1,98 @@
+"""The verbs that make a dataset: inspect, prepare, append, check."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import TYPE_CHECKING
+
+from supermoe_jax import config
+from supermoe_jax.cli.arguments import Verbs, add_config
+
+if TYPE_CHECKING:
+  from supermoe_jax.data import prepare
+
+
+def add(verbs: Verbs) -> None:
+  """Adds the verbs."""
+  verb = verbs.add_parser("inspect", help="read event files and propose a config")
+  verb.add_argument("files", nargs="+", help="paths or globs of event files")
+  verb.add_argument(
+    "--format",
+    default="auto",
+    help="parquet, csv, jsonl, json_object, atomic or sequences; default: by the file's ending",
+  )
+  verb.add_argument("--out", type=pathlib.Path, help="also save the proposed config here")
+  verb.set_defaults(run=_inspect)
+
+  verb = verbs.add_parser("prepare", help="turn the event log into a dataset directory")
+  add_config(verb)
+  verb.add_argument("--overwrite", action="store_true", help="prepare again even if a dataset is there")
+  verb.add_argument("--memory", metavar="SIZE", help="DuckDB's budget, such as 4GB; short for --config.data.memory")
+  verb.add_argument("--runner", metavar="NAME", help="prepare on Apache Beam with this runner, such as DirectRunner")
+  verb.add_argument(
+    "--beam", action="append", default=[], metavar="KEY=VALUE", help="an option of Beam's; may be given several times"
+  )
+  verb.set_defaults(run=_prepare)
+
+  verb = verbs.add_parser("append", help="add the events of new files to a prepared dataset")
+  verb.add_argument("--data", required=True, type=pathlib.Path, help="dataset directory")
+  verb.add_argument(
+    "files",
+    nargs="*",
+    metavar="SOURCE=FILE",
+    help="new files, paths or globs; of a dataset with one source FILE alone; none: the files that the patterns of its "
+    "config match by now and that it does not hold yet",
+  )
+  verb.add_argument("--keep-vocabularies", action="store_true", help="give no new value a code of its own")
+  verb.add_argument("--memory", metavar="SIZE", default="", help="DuckDB's budget, such as 4GB; default: the config's")
+  verb.set_defaults(run=_append)
+
+  verb = verbs.add_parser("check", help="derive labels of a prepared dataset again, straight from the raw files")
+  verb.add_argument("--data", required=True, type=pathlib.Path, help="dataset directory")
+  verb.add_argument("--sample", type=int, default=200, help="users to check; default: 200")
+  verb.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
+  verb.set_defaults(run=_check)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+  from supermoe_jax.data import inspection
+
+  found = inspection.inspect(args.files, args.format)
+  print(found.render())
+  if args.out is not None:
+    if not found.config:
+      raise config.ConfigError(f"no config can be proposed, so {args.out} is not written.")
+    if args.out.exists():
+      raise config.ConfigError(f"{args.out} exists and is not overwritten; name another --out.")
+    args.out.write_text(found.config)
+    print(f"saved {args.out}")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+  memory = [f"--config.data.memory={args.memory}"] if args.memory else []
+  cfg = config.load(args.config, [*args.overrides, *memory])
+  if args.beam and not args.runner:
+    raise config.ConfigError("--beam has no effect without --runner.")
+  from supermoe_jax.data import prepare, summary
+
+  engine: prepare.Engine | None = None
+  if args.runner:
+    from supermoe_jax.data import beam
+
+    engine = beam.Beam(args.runner, args.beam)
+  print(summary.render(prepare.prepare(cfg, overwrite=args.overwrite, engine=engine)))
+
+
+def _append(args: argparse.Namespace) -> None:
+  from supermoe_jax.data import append, new_files, summary
+
+  files = new_files.named_files(args.data, args.files) if args.files else None
+  manifest = append.append(args.data, files, keep_vocabularies=args.keep_vocabularies, memory=args.memory)
+  print(summary.render_append(manifest))
+
+
+def _check(args: argparse.Namespace) -> None:
+  from supermoe_jax.data import check
+
+  print(check.render(check.check(args.data, sample=args.sample, seed=args.seed)))

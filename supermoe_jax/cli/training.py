@@ -1,0 +1,151 @@
+"""The verbs that make a run and judge it: plan, train, evaluate, seesaw, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+from typing import Any
+
+from supermoe_jax import config, exits
+from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_config, add_workdir, open_run
+
+
+def add(verbs: Verbs) -> None:
+  """Adds the verbs."""
+  verb = verbs.add_parser(
+    "plan", help="what a training step takes on a pod: memory, traffic, time; compiled, not guessed"
+  )
+  add_config(verb)
+  verb.add_argument(
+    "--topology",
+    required=True,
+    nargs="+",
+    metavar="NAME",
+    help="v5e:16x16, v5p:4x4x8, v6e:4x4 …; h100:8x8 (nodes x GPUs) and cpu:8 by arithmetic and XLA:CPU. Several with "
+    "--sweep",
+  )
+  verb.add_argument("--slices", type=int, default=1, help="TPU slices of that topology; default: 1")
+  verb.add_argument(
+    "--effort",
+    type=float,
+    default=-1.0,
+    metavar="E",
+    help="XLA:TPU's, from -1 to 1, to make the program quick; a run has 0, which takes long. Default: -1",
+  )
+  verb.add_argument(
+    "--sweep",
+    nargs="?",
+    const="weak",
+    choices=("weak", "strong"),
+    help="compare topologies, with the config's batch a device on each (weak, the default) or its whole batch (strong)",
+  )
+  verb.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
+  verb.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="--sweep: draw it, as .svg or .png")
+  verb.set_defaults(run=_plan)
+
+  verb = verbs.add_parser("train", help="train; the same command again resumes")
+  add_config(verb)
+  add_workdir(verb)
+  verb.add_argument("--dry-run", action="store_true", help="say what the run would be, its memory included; do nothing")
+  verb.add_argument("--profile", action="store_true", help="write a trace of a few steps to WORKDIR/profile")
+  several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
+  several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+  several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+  verb.set_defaults(run=_train)
+
+  verb = verbs.add_parser("evaluate", help="metrics of every task on validation and test snapshots")
+  add_workdir(verb)
+  add_checkpoint(verb)
+  verb.set_defaults(run=_evaluate)
+
+  verb = verbs.add_parser("seesaw", help="what each task gains or loses beside the others: single tasks and variants")
+  add_config(verb)
+  verb.add_argument("--workdir", required=True, type=pathlib.Path, help="directory of the study; runs in it are kept")
+  verb.add_argument("--jobs", type=int, default=1, help="processes that train side by side; default: 1")
+  verb.add_argument("--only", nargs="+", default=(), metavar="VARIANT", help="names or globs of the variants to run")
+  verb.set_defaults(run=_seesaw)
+
+  verb = verbs.add_parser("report", help="write one HTML page about a run")
+  add_workdir(verb)
+  verb.set_defaults(run=_report)
+
+
+def _plan(args: argparse.Namespace) -> None:
+  cfg = config.load(args.config, args.overrides)
+  if len(args.topology) > 1 and not args.sweep:
+    raise config.ConfigError("several topologies are compared with --sweep; without it name one.")
+  if args.figure and not args.sweep:
+    raise config.ConfigError("--figure draws a --sweep.")
+  if not -1 <= args.effort <= 1:
+    raise config.ConfigError(f"--effort={args.effort:g} must lie in [-1, 1].")
+  for file in filter(None, (args.json, args.figure)):
+    if not file.parent.is_dir():
+      raise config.ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
+  os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+  from supermoe_jax.plan import chips, plan, render, sweep
+
+  topologies = [chips.topology(name, args.slices) for name in args.topology]
+  found: Any
+  if args.sweep:
+    found = sweep.sweep(cfg, topologies, args.sweep, args.effort)
+    print(*sweep.lines(found), sep="\n")
+    if args.figure:
+      sweep.draw(found, args.figure)
+  else:
+    found = plan.plan(cfg, topologies[0], args.effort)
+    print(*render.lines(found), sep="\n")
+  if args.json:
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _train(args: argparse.Namespace) -> int:
+  cfg = config.load(args.config, args.overrides)
+  from supermoe_jax import hosts
+  from supermoe_jax.training import lookout
+
+  if args.dry_run:
+    from supermoe_jax.plan import dry_run
+
+    print(*dry_run.describe(cfg), sep="\n")
+    return exits.OK
+  if lookout.watched():
+    lookout.follow()
+  place = hosts.find(args.coordinator, args.processes, args.process)
+  if place is not None and not lookout.watched():
+    return lookout.watch(args.arguments, place, args.workdir)
+  from supermoe_jax.training import loop
+
+  step = loop.train(cfg, args.workdir, place=place, profile=args.profile)
+  if hosts.first():
+    print(f"trained to step {step}: {args.workdir}")
+  return exits.OK
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  from supermoe_jax.evaluation import evaluate
+
+  run = open_run(args)
+  result = evaluate.evaluate(run)
+  print(evaluate.render(evaluate.table(result)))
+  print(f"of step {run.step}; all metrics, validation too: {args.workdir / 'evaluation.json'}")
+
+
+def _seesaw(args: argparse.Namespace) -> None:
+  if args.jobs < 1:
+    raise config.ConfigError(f"--jobs={args.jobs} must be at least 1.")
+  cfg = config.load(args.config, args.overrides)
+  from supermoe_jax.evaluation import evaluate, seesaw_words, study
+
+  report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only)
+  print(evaluate.render(seesaw_words.table(report)))
+  print(*report["words"], sep="\n")
+  print(f"all figures: {args.workdir / 'seesaw.json'}; with pictures: {args.workdir / 'seesaw.html'}")
+
+
+def _report(args: argparse.Namespace) -> None:
+  from supermoe_jax import report
+
+  print(f"report: {report.write(args.workdir)}")
