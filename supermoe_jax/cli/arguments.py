@@ -37,6 +37,14 @@ def add_checkpoint(verb: argparse.ArgumentParser) -> None:
   )
 
 
+def add_processes(verb: argparse.ArgumentParser) -> None:
+  """Adds what says which process of several this is; see `hosts.find`."""
+  several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
+  several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+  several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+
+
 def open_run(args: argparse.Namespace) -> Run:
   """The run directory, at the checkpoint that was asked for."""
   from supermoe_jax.evaluation import validation

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_workdir, open_run
+from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_processes, add_workdir, open_run
+
+# What the manifest says of users that were not computed, in words.
+_SPARED = {"kept": "taken over from --since", "done_before": "done before this command went on"}
 
 
 def add(verbs: Verbs) -> None:
@@ -13,18 +16,49 @@ def add(verbs: Verbs) -> None:
   verb = verbs.add_parser("embed", help="write the embeddings of all users as of one or more times")
   add_workdir(verb)
   add_checkpoint(verb)
-  verb.add_argument("--as-of", nargs="+", required=True, metavar="TIME", help="times such as 2017-11-01; UTC")
+  verb.add_argument(
+    "--as-of",
+    nargs="+",
+    required=True,
+    metavar="TIME",
+    help="times such as 2017-11-01, UTC; now, the end of the log; or last, each user just after their own last event",
+  )
   verb.add_argument("--out", type=pathlib.Path, help="directory to write; default: WORKDIR/embeddings")
   verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
+  verb.add_argument(
+    "--since",
+    type=pathlib.Path,
+    metavar="DIR",
+    help="embeddings of this run, or a run directory that holds them, made before 'supermoe append': only users with "
+    "new events before a time are computed",
+  )
+  verb.add_argument(
+    "--columns", nargs="+", default=(), metavar="COLUMN", help="columns of the table of users to carry along"
+  )
+  verb.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="of the vectors in the files")
+  add_processes(verb)
   verb.set_defaults(run=_embed)
 
 
 def _embed(args: argparse.Namespace) -> None:
+  from supermoe_jax import hosts
+
+  hosts.initialize(hosts.find(args.coordinator, args.processes, args.process))
   from supermoe_jax.serving import embed
 
   out = args.out or args.workdir / "embeddings"
-  manifest = embed.embed(open_run(args), args.as_of, out, overwrite=args.overwrite)
+  options = {"overwrite": args.overwrite, "since": args.since, "columns": args.columns, "dtype": args.dtype}
+  manifest = embed.embed(open_run(args), args.as_of, out, **options)
+  hosts.leave()
+  if not hosts.first():
+    return
   print(f"{manifest['rows']:,} embeddings of width {manifest['width']} in {manifest['parts']} part(s): {out}")
   for time, count in manifest["as_of"].items():
     late = "; note: the log ends before this time" if count["after_log_end"] else ""
     print(f"  as of {time}: {count['rows']:,} users, {count['users_without_events_before']:,} without events yet{late}")
+  users, seconds = manifest["users"], manifest["seconds"]
+  spared = "".join(f", {users[key]:,} {words}" for key, words in _SPARED.items() if users[key])
+  took = (
+    f"{seconds['whole']:,.1f} s: {seconds['encoding']:,.1f} s in the encoder, {seconds['compiling']:,.1f} s compiling"
+  )
+  print(f"  {users['computed']:,} users computed{spared}, in {took}")

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from supermoe_jax import config, exits
-from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_config, add_workdir, open_run
+from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_config, add_processes, add_workdir, open_run
 
 
 def add(verbs: Verbs) -> None:
@@ -50,10 +50,7 @@ def add(verbs: Verbs) -> None:
   add_workdir(verb)
   verb.add_argument("--dry-run", action="store_true", help="say what the run would be, its memory included; do nothing")
   verb.add_argument("--profile", action="store_true", help="write a trace of a few steps to WORKDIR/profile")
-  several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
-  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
-  several.add_argument("--processes", type=int, metavar="N", help="how many there are")
-  several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+  add_processes(verb)
   verb.set_defaults(run=_train)
 
   verb = verbs.add_parser("evaluate", help="metrics of every task on validation and test snapshots")

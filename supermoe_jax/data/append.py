@@ -239,6 +239,8 @@ class _Append:
     }
     return {
       "number": len(self._dataset.manifest.get("appends", ())) + 1,
+      "dataset_before": self._dataset.manifest["digest"],
+      "records_before": self._dataset.records,
       "encoding_before": self._dataset.manifest["encoding_hash"],
       "beyond_patterns": {
         name: list(source.files[len(self._dataset.config.data.sources[name].files) :])

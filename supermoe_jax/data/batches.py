@@ -1,4 +1,4 @@
-"""From a dataset to batches: windows of a history with several snapshots for training, one snapshot a row otherwise.
+"""From a dataset to training batches: windows of histories with several snapshots each; `questions` asks one a row.
 
 The pipeline is Grain's: deterministic by seed, randomly accessible, and its position can be saved and restored. In
 training, several users may share a row; see `packing`.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -22,7 +22,6 @@ from supermoe_jax.data import packing, windows
 from supermoe_jax.data import targets as targets_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
-from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.stream import MOST_ROWS, Stream
 from supermoe_jax.data.targets import Array, Supervision, Targets
 from supermoe_jax.data.windows import CALENDAR, MICROSECONDS_PER_HOUR, Features, calendar_phases, join, stack, window
@@ -32,12 +31,9 @@ __all__ = [
   "MICROSECONDS_PER_HOUR",
   "Batch",
   "Features",
-  "Question",
-  "QuestionBatch",
   "Slices",
   "Targets",
   "calendar_phases",
-  "questions",
   "stack",
   "training",
   "window",
@@ -63,9 +59,6 @@ class Batch(NamedTuple):
   features: Features
   targets: dict[str, Targets]
   slices: dict[str, Slices]
-
-
-# ------------------------------------------------------------------------------------------------------------- training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,154 +236,3 @@ def training(
   runs = order.random_map(_TrainingRow(dataset, cfg)).batch(rows // count, batch_fn=stack)
   identity = {"seed": seed, "rows_of_an_epoch": epoch, "packing": plan is not None}
   return Stream(runs, identity, rows, shard, workers, say)
-
-
-# ----------------------------------------------------------------------------------------------- evaluation, embedding
-
-
-class Question(NamedTuple):
-  """One user at one moment: a row of evaluation or embedding.
-
-  Attributes:
-    user: index of the user in the dataset.
-    user_id: the user's id.
-    snapshot: index of the snapshot in the user's record; -1 when it is not one of the dataset's.
-    time: τ in microseconds.
-    n_events: events before τ.
-    last_event: time of the last event before τ, microseconds.
-  """
-
-  user: int
-  user_id: str
-  snapshot: int
-  time: int
-  n_events: int
-  last_event: int
-
-
-class _Row(NamedTuple):
-  """A question with its features, targets and, of fields whose seen values are excluded, the values seen."""
-
-  question: Question
-  features: Features
-  targets: dict[str, Targets]
-  seen: dict[str, np.ndarray]
-
-
-class QuestionBatch(NamedTuple):
-  """Rows of one snapshot each, ready for the encoder.
-
-  Attributes:
-    features: B rows; the last batch is filled up with rows of padding.
-    questions: what the real rows are about.
-    labels: for each active task with labels, `Labels(value, known)` of the n real rows, `[n]`, `[n, values]` or, of an
-      event label, `[n, m]`; known within the task's sample space. Empty for embedding.
-    seen: for each task that excludes seen values, the codes in each real row's whole history.
-    given: for each active event label int32 `[B, m, G]`, what it may see of the events asked about; 0 in rows of
-      padding. Empty for embedding.
-  """
-
-  features: Features
-  questions: list[Question]
-  labels: dict[str, Labels]
-  seen: dict[str, list[np.ndarray]]
-  given: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class _UserRows(grain.transforms.Map):
-  """Lays out a user's snapshots of one split, or at given times, each as a row that sees its last L events."""
-
-  dataset: Dataset
-  cfg: config.Config
-  split: int | None
-  times: np.ndarray | None
-
-  @functools.cached_property
-  def _supervision(self) -> Supervision:
-    return Supervision(self.dataset, self.cfg, training=False)
-
-  def map(self, item: tuple[int, Mapping[str, Any]]) -> list[_Row]:
-    user, record = item
-    history = self.dataset.history(record)
-    if self.times is None:
-      index = np.flatnonzero(record["snapshot_split"] == self.split)
-      time, n_events = record["snapshot_time"][index], record["snapshot_events"][index]
-    else:
-      time, n_events = self.times, np.searchsorted(history.time, self.times, side="left")
-      index = np.full(len(time), -1)
-    asked = n_events > 0  # nothing is known of a user without events yet; the caller counts the questions missing
-    index, time, n_events = index[asked], time[asked], n_events[asked].astype(np.int32)
-    if not len(index):
-      return []
-    targets = self._supervision.at_snapshots(record, history, index) if self.times is None else {}
-    aggregates = self.dataset.aggregates(history, time, n_events)  # of all rows at once
-    rows = []
-    for i in range(len(index)):
-      t, n = time[i : i + 1], n_events[i : i + 1]
-      question = Question(user, history.user, int(index[i]), int(t[0]), int(n[0]), int(history.time[n[0] - 1]))
-      start, stop = max(0, question.n_events - self.cfg.model.max_events), question.n_events
-      features = window(self.dataset, history, start, stop, t, n, self.cfg.model.max_events, 1, aggregates[i : i + 1])
-      seen = {}
-      for name in targets:
-        task = self.cfg.tasks[name]
-        if isinstance(task, config.NextEvent) and task.exclude_seen:
-          seen[name] = np.unique(history.codes[:stop, self.dataset.schema.field(task.field)])
-      rows.append(_Row(question, features, {k: Targets(*(p[i] for p in v)) for k, v in targets.items()}, seen))
-    return rows
-
-
-class _Numbered:
-  """Users with their index, as a Grain source."""
-
-  def __init__(self, dataset: Dataset):
-    self._dataset = dataset
-
-  def __len__(self) -> int:
-    return len(self._dataset)
-
-  def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-    return index, self._dataset[index]
-
-
-def questions(
-  dataset: Dataset,
-  cfg: config.Config,
-  *,
-  split: int | None = None,
-  times: Sequence[int] | None = None,
-  most: int = 0,
-) -> Iterator[QuestionBatch]:
-  """Yields every snapshot of `split` with the labels of the active tasks, or every user at `times` without labels.
-
-  Users with no event before a time have no row for it. `most` bounds the rows, to those of users that are drawn by
-  `cfg.train.seed`; 0: all, in the order of the users.
-  """
-  if (split is None) == (times is None):
-    raise ValueError("name either a split or times")
-  at = None if times is None else np.array(times, np.int64)
-  users = grain.MapDataset.source(_Numbered(dataset))
-  users = (users.shuffle(seed=cfg.train.seed) if most else users).map(_UserRows(dataset, cfg, split, at))
-  size, waiting, room = cfg.evaluate.batch_rows, [], most or MOST_ROWS
-  for rows in users.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)):
-    waiting += rows[:room]
-    room -= len(rows[:room])
-    while len(waiting) >= size:
-      yield _question_batch(waiting[:size], size)
-      waiting = waiting[size:]
-    if not room:
-      break
-  if waiting:
-    yield _question_batch(waiting, size)
-
-
-def _question_batch(rows: list[_Row], size: int) -> QuestionBatch:
-  padding = Features(*(np.zeros_like(part) for part in rows[0].features))
-  features = stack([r.features for r in rows] + [padding] * (size - len(rows)))
-  labels, given = {}, {}
-  for name, first in rows[0].targets.items():
-    labels[name] = Labels(*(np.stack([getattr(r.targets[name], k) for r in rows]) for k in Labels._fields))
-    if first.given.ndim > 1:  # of an event label
-      given[name] = stack([r.targets[name].given for r in rows] + [np.zeros_like(first.given)] * (size - len(rows)))
-  seen = {n: [r.seen[n] for r in rows] for n in rows[0].seen}
-  return QuestionBatch(features, [r.question for r in rows], labels, seen, given)

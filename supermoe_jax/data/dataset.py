@@ -24,8 +24,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from supermoe_jax import config
 from supermoe_jax.data import files, integrity, records, shards
 from supermoe_jax.data.events import DataError
-from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.histories import UserBlock, UserHistory, end_to_end
 from supermoe_jax.data.labels import TRAIN
+from supermoe_jax.data.records import Part
 from supermoe_jax.data.schema import Schema, make_aggregator, make_schema
 from supermoe_jax.data.splits import user_split
 from supermoe_jax.data.vocabulary import Encoders
@@ -168,14 +169,14 @@ class Dataset:
       which = f"record {places[0]}" if len(places) == 1 else f"one of {len(places)} records"
       raise DataError(f"{which} of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
-  def decode(self, content: bytes) -> dict[str, Any]:
-    """The record in its bytes.
+  def decode(self, content: bytes, parts: Mapping[str, Part] | None = None) -> dict[str, Any]:
+    """The record in its bytes, or some parts of it.
 
     Raises:
       DataError: they are no record of this dataset.
     """
     try:
-      return records.decode(content, self._parts)
+      return records.decode(content, self._parts if parts is None else parts)
     except ValueError as error:
       raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
@@ -214,6 +215,16 @@ class Dataset:
       int(record["n_train"]),
     )
 
+  def histories(self, users: np.ndarray) -> UserBlock:
+    """The histories of the users with the indices `users [U]`, read in one go; nothing is kept of them.
+
+    Raises:
+      DataError: a shard is damaged.
+    """
+    places = users if self.places is None else self.places[users]
+    events = {n: p for n, p in self._parts.items() if n in records.EVENTS}
+    return end_to_end([self.history(self.decode(c, events)) for c in self.contents(places.tolist())])
+
   def snapshot_aggregates(
     self, index: int, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray
   ) -> np.ndarray:
@@ -223,17 +234,17 @@ class Dataset:
     if kept is None:
       size = 4 * len(time) * self.schema.aggregates
       if size > self._kept.room or len(time) > MANY_SNAPSHOTS * len(chosen):
-        return self.aggregates(history, time[chosen], n_events[chosen])
-      kept = self.aggregates(history, time, n_events)
+        return self.aggregates(history.block, np.zeros(len(chosen), np.int64), time[chosen], n_events[chosen])
+      kept = self.aggregates(history.block, np.zeros(len(time), np.int64), time, n_events)
       self._kept.offer(("aggregates", int(index)), kept, kept.nbytes)
     return kept[chosen]
 
-  def aggregates(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Standardised aggregates `[S, A]` at snapshots; A is 0 when the config has none."""
+  def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`; A is
+    0 when the config has none."""
     if self.aggregator is None:
       return np.zeros((len(time), 0), np.float32)
-    raw = self.aggregator(history.block, np.zeros(len(time), np.int64), time, n_events)
-    return (raw - self.aggregate_mean) / self.aggregate_scale
+    return (self.aggregator(block, user, time, n_events) - self.aggregate_mean) / self.aggregate_scale
 
 
 def _allow_files(count: int) -> None:
@@ -257,6 +268,29 @@ def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record", "
     return pq.read_table(path / USERS, columns=list(columns), page_checksum_verification=True)
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{path / USERS} is damaged ({error}); prepare the dataset again.") from error
+
+
+def read_user_rows(path: pathlib.Path, start: int, stop: int) -> pa.Table:
+  """Some users, from `start` to before `stop`: `user` and `record`; see `read_users`.
+
+  Raises:
+    DataError: the table is damaged.
+  """
+  try:
+    return rows_between(path / USERS, ("user", "record"), start, stop)
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{path / USERS} is damaged ({error}); prepare the dataset again.") from error
+
+
+def rows_between(file: pathlib.Path, columns: Sequence[str] | None, start: int, stop: int) -> pa.Table:
+  """Some rows of a Parquet file, of which only the row groups that hold them are read."""
+  with pq.ParquetFile(file) as parquet:
+    groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    ends = np.cumsum(groups)
+    wanted = np.flatnonzero((ends > start) & (ends - groups < stop))
+    found = parquet.read_row_groups(wanted.tolist(), columns=None if columns is None else list(columns))
+    begin = int(ends[wanted[0]] - groups[wanted[0]]) if len(wanted) else 0
+  return found.slice(start - begin, stop - start)
 
 
 class _Kept:

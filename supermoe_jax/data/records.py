@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+# The parts that make up the history.
+EVENTS = ("time", "source", "codes", "numeric")
+
 USER, N_TRAIN, USER_SPLIT = "user", "n_train", "user_split"  # the parts that are no arrays
 
 

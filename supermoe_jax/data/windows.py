@@ -12,7 +12,7 @@ import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.histories import UserBlock, UserHistory
 
 MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
 
@@ -75,6 +75,31 @@ def calendar_phases(time: np.ndarray) -> np.ndarray:
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
 
+def hours(microseconds: np.ndarray) -> np.ndarray:
+  """Microseconds as float32 hours."""
+  return (microseconds / MICROSECONDS_PER_HOUR).astype(np.float32)
+
+
+class _Events(NamedTuple):
+  """What features say of each of N events, wherever a window of them begins; shapes as in `Features`."""
+
+  codes: np.ndarray
+  source: np.ndarray
+  numeric: np.ndarray
+  calendar: np.ndarray
+  gap: np.ndarray
+
+
+def _events(
+  dataset: Dataset, time: np.ndarray, previous: np.ndarray, source: np.ndarray, codes: np.ndarray, numeric: np.ndarray
+) -> _Events:
+  """Of N events, the times of their users' `previous [N]` events with them; what the model must not see is hidden."""
+  codes, numeric = codes.astype(np.int32), numeric.astype(np.float32)
+  codes[:, list(dataset.hidden_codes)] = 0
+  numeric[:, list(dataset.hidden_numeric)] = np.nan
+  return _Events(codes, (source + 1).astype(np.int32), numeric, calendar_phases(time), hours(time - previous))
+
+
 def part(
   dataset: Dataset,
   history: UserHistory,
@@ -93,23 +118,14 @@ def part(
   time = history.time[start:stop]
   previous = history.time[max(start - 1, 0) : stop - 1] if start else np.append(time[:1], time[:-1])
   origin = time[0] if n else (snapshot_time[0] if s else 0)
-
-  def hours(x: np.ndarray) -> np.ndarray:
-    return (x / MICROSECONDS_PER_HOUR).astype(np.float32)
-
   if aggregates is None:
-    aggregates = dataset.aggregates(history, snapshot_time, snapshot_events)
-  codes, numeric = history.codes[start:stop].astype(np.int32), history.numeric[start:stop].astype(np.float32)
-  codes[:, list(dataset.hidden_codes)] = 0
-  numeric[:, list(dataset.hidden_numeric)] = np.nan
+    aggregates = dataset.aggregates(history.block, np.zeros(s, np.int64), snapshot_time, snapshot_events)
+  events = _events(dataset, time, previous, *(x[start:stop] for x in (history.source, history.codes, history.numeric)))
   last = history.time[np.maximum(snapshot_events - 1, 0)]
   return Features(
-    codes=codes,
-    source=(history.source[start:stop] + 1).astype(np.int32),
-    numeric=numeric,
-    calendar=calendar_phases(time),
+    *events[:4],
     time=hours(time - origin),
-    gap=hours(time - previous),
+    gap=events.gap,
     segment=np.ones(n, np.int32),
     query_events=(snapshot_events - start).astype(np.int32),
     query_segment=np.ones(s, np.int32),
@@ -117,6 +133,70 @@ def part(
     query_gap=hours(snapshot_time - last),
     query_calendar=calendar_phases(snapshot_time),
     query_aggregates=aggregates.astype(np.float32),
+  )
+
+
+class BlockWindows:
+  """Windows of a block's users with one snapshot each, many at a time: the same numbers as `window`, row by row."""
+
+  def __init__(self, dataset: Dataset, block: UserBlock):
+    """Works out what does not depend on the windows."""
+    previous = np.append(block.time[:1], block.time[:-1])
+    first = block.offsets[:-1][block.lengths > 0]
+    previous[first] = block.time[first]
+    self._block, self._dataset = block, dataset
+    self._events = _events(dataset, block.time, previous, block.source, block.codes, block.numeric)
+
+  def __call__(self, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, length: int) -> Features:
+    """R rows of `length` events: the last ones of the users `user [R]` of the block before `time [R]` (microseconds).
+
+    `n_events [R]`, at least one, are those before τ; aggregates see all of them.
+    """
+    block, first = self._block, self._block.offsets[user]
+    shown = np.minimum(n_events, length)
+    start = first + n_events - shown
+    inside = np.arange(length) < shown[:, None]
+    place = np.where(inside, start[:, None] + np.arange(length), 0)
+
+    def gathered(values: np.ndarray, padding: float = 0) -> np.ndarray:
+      found = values[place]
+      found[~inside] = padding
+      return found
+
+    events, origin = self._events, block.time[start]
+    asked = np.ones((len(user), 1), np.int32)
+    last = block.time[first + n_events - 1]
+    return Features(
+      codes=gathered(events.codes),
+      source=gathered(events.source),
+      numeric=gathered(events.numeric, np.nan),
+      calendar=gathered(events.calendar),
+      time=np.where(inside, hours(block.time[place] - origin[:, None]), np.float32(0)),
+      gap=gathered(events.gap),
+      segment=inside.astype(np.int32),
+      query_events=shown.astype(np.int32)[:, None],
+      query_segment=asked,
+      query_time=hours(time - origin)[:, None],
+      query_gap=hours(time - last)[:, None],
+      query_calendar=calendar_phases(time)[:, None],
+      query_aggregates=self._dataset.aggregates(block, user, time, n_events)[:, None],
+    )
+
+
+def blank(dataset: Dataset, rows: int, length: int) -> Features:
+  """Rows of padding, of `length` events and one snapshot each."""
+  schema = dataset.schema
+  columns = {"codes": len(schema.categorical) + len(schema.further), "numeric": len(schema.numeric)}
+  columns |= {"calendar": CALENDAR, "query_calendar": CALENDAR, "query_aggregates": schema.aggregates}
+  whole = ("codes", "source", "segment", "query_events", "query_segment")
+  return Features(
+    **{
+      name: np.zeros(
+        (rows, 1 if name.startswith("query_") else length, *((columns[name],) if name in columns else ())),
+        np.int32 if name in whole else np.float32,
+      )
+      for name in Features._fields
+    }
   )
 
 

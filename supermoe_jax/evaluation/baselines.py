@@ -9,15 +9,17 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.batches import Question
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.labels import Comparison, Labels
+from supermoe_jax.data.questions import Question
 from supermoe_jax.data.schema import make_comparison
 from supermoe_jax.evaluation import probes
 
 # Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred
 # inputs, and a record costs about a millisecond.
 FITTED_USERS = 20_000
+
+AT_ONCE = 1024  # questions whose aggregates are worked out in one go
 
 
 def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
@@ -87,7 +89,8 @@ class AggregateModels:
       last = {t: np.flatnonzero(train & _known(record, cfg.active_views[t], t, spaces[t]))[-1:] for t in answers}
       at = np.unique(np.concatenate([*last.values(), np.zeros(0, np.int64)])).astype(np.int64)
       history = dataset.history(record)
-      rows = dataset.aggregates(history, record["snapshot_time"][at], record["snapshot_events"][at])
+      seen = record["snapshot_time"][at], record["snapshot_events"][at]
+      rows = dataset.aggregates(history.block, np.zeros(len(at), np.int64), *seen)
       for task, snapshot in last.items():
         if len(snapshot):
           xs[task].append(rows[np.searchsorted(at, snapshot[0])])
@@ -105,14 +108,20 @@ class AggregateModels:
     if not self._probes:
       return {}
     parts: dict[str, list[np.ndarray]] = {t: [] for t in self._probes}
-    for start in range(0, len(questions), 4096):
-      rows = []
-      for question in questions[start : start + 4096]:
-        history = self._dataset.history(self._dataset[question.user])
-        rows.append(self._dataset.aggregates(history, np.array([question.time]), np.array([question.n_events]))[0])
+    for start in range(0, len(questions), AT_ONCE):
+      rows = at_questions(self._dataset, questions[start : start + AT_ONCE])
       for task, probe in self._probes.items():
-        parts[task].append(probe(np.array(rows)))
+        parts[task].append(probe(rows))
     return {t: np.concatenate(p) for t, p in parts.items()}
+
+
+def at_questions(dataset: Dataset, questions: Sequence[Question]) -> np.ndarray:
+  """Standardised aggregates at questions: float32 `[n, A]`."""
+  users, owner = np.unique([q.user for q in questions], return_inverse=True)
+  block = dataset.histories(users)
+  return dataset.aggregates(
+    block, owner, np.array([q.time for q in questions]), np.array([q.n_events for q in questions])
+  )
 
 
 def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:

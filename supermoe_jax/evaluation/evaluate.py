@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax import atomic, config
-from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.batches import Question, QuestionBatch
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
+from supermoe_jax.data.questions import Question, QuestionBatch
 from supermoe_jax.evaluation import baselines, metrics, ranking
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.training.run import Run
@@ -101,7 +101,7 @@ def evaluate(
     if asked is not None:
       questions: Iterable[QuestionBatch] = asked[split]
     else:
-      questions = batches.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split], most=most)
+      questions = questions_lib.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split], most=most)
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supermoe_jax import atomic, config
-from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.batches import QuestionBatch
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.questions import QuestionBatch
 from supermoe_jax.evaluation import evaluate, gradients
 from supermoe_jax.evaluation.seesaw import RunResult
 from supermoe_jax.models import parameters
@@ -123,7 +123,7 @@ class _Asked:
 def _questions(asked: _Asked) -> Mapping[str, Sequence[QuestionBatch]]:
   dataset = Dataset(asked.cfg.data.path)
   splits = ("validation", "test")
-  return {s: list(batches.questions(dataset, asked.cfg, split=labels_lib.SPLITS[s])) for s in splits}
+  return {s: list(questions_lib.questions(dataset, asked.cfg, split=labels_lib.SPLITS[s])) for s in splits}
 
 
 def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:

@@ -1,10 +1,12 @@
 """User embeddings as of any time: a directory of Parquet parts with a manifest.
 
-    part-*.parquet  user_id, as_of, embedding (fixed-size list of float32), n_events, last_event_time
-    manifest.json   the run, its step, the counts, the config's hash
+    part-*.parquet    user_id, as_of, embedding, n_events, last_event_time, user columns; see `part_files`
+    absent-*.parquet  user_id, as_of, first_event_time, of users without an event before a time
+    manifest.json     the run, its step, the counts, the hashes of its config and data
 
-Parts are written into a directory of another name, the manifest last; then it is renamed. A directory under the
-embeddings' own name is whole.
+A part is of a fixed number of users, in the dataset's order, and which of them share a batch depends on nothing else:
+whoever makes a part, and whenever, its bytes are the same. Parts are written into a directory of another name, each
+whole or not at all, the manifest last; then the directory is renamed. What is killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,101 +14,346 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
+import shutil
 import time as clock
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import grain
+import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import batches, replace
-from supermoe_jax.data.batches import Question
+from supermoe_jax import atomic, config, hosts, sharding
+from supermoe_jax.data import questions as questions_lib
+from supermoe_jax.data import replace
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.labels import iso
+from supermoe_jax.data.questions import Question, QuestionBatch, Reader
+from supermoe_jax.serving import embeddings, part_files, user_columns
 from supermoe_jax.serving.embeddings import KIND
+from supermoe_jax.serving.part_files import Style
+from supermoe_jax.serving.refresh import Earlier, Kept
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 
+ROWS_PER_PART = 65_536
 
-def embed(
-  run: Run, as_of: Sequence[str], out: pathlib.Path, *, overwrite: bool = False, rows_per_part: int = 100_000
-) -> dict[str, Any]:
-  """Writes one row a user and time, of every user with an event before it, and returns the manifest.
+# What an unfinished directory is of.
+UNFINISHED = "unfinished.json"
+
+
+def parse_times(as_of: Sequence[str], run: Run) -> dict[str, int | None]:
+  """The times to embed at, in microseconds, by what the manifest calls them.
+
+  `now` is the end of the log; `last`, None here, is for each user just after their own last event.
 
   Raises:
     ConfigError: a time cannot be read or is named twice.
-    DataError: `out` is in the way, or the disk is full.
   """
-  times = [config.parse_time(t, "--as-of") for t in as_of]
-  if len(set(times)) < len(times):
-    raise config.ConfigError(f"--as-of {' '.join(as_of)} names a time twice.")
-  replace.check_replaceable(out, KIND, ("manifest.json", "part-*.parquet"))
+  manifest, out = run.dataset.manifest, {}
+  for text in as_of:
+    if text == "last":
+      name, time = text, None
+    else:
+      end = max(manifest["observed_until_microseconds"], manifest["last_event_microseconds"] + 1)
+      time = end if text == "now" else config.parse_time(text, "--as-of")
+      name = iso(time)
+    if name in out:
+      raise config.ConfigError(f"--as-of {' '.join(as_of)} names a time twice.")
+    out[name] = time
+  return out
+
+
+def embed(
+  run: Run,
+  as_of: Sequence[str],
+  out: pathlib.Path,
+  *,
+  overwrite: bool = False,
+  since: pathlib.Path | None = None,
+  columns: Sequence[str] = (),
+  dtype: str = "float32",
+  rows_per_part: int = ROWS_PER_PART,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Writes one row a user and time, of every user with an event before it, and returns the manifest.
+
+  Of several processes each writes the parts of the users whose rows its devices hold; `out` is a directory that all of
+  them reach.
+
+  Args:
+    run: whose parameters embed.
+    as_of: times, `now` or `last`; see `parse_times`.
+    out: the directory to write.
+    overwrite: whether embeddings that are there are replaced.
+    since: an earlier set of this run's embeddings, or a run directory with one: only users who have other events than
+      then are computed.
+    columns: of the table of users, to carry along.
+    dtype: float32 or float16, of the vectors in the files.
+    rows_per_part: about how many rows share a file.
+    say: is told what a user should know.
+
+  Raises:
+    ConfigError: a time or a column cannot be used, or the earlier embeddings are of another kind.
+    DataError: `out` is in the way, the disk is full, or the earlier embeddings are not whole.
+    RunError: the parameters give a vector that is not finite.
+  """
+  times = parse_times(as_of, run)
+  if dtype not in part_files.TYPES:
+    raise config.ConfigError(f"--dtype={dtype} must be one of {', '.join(part_files.TYPES)}.")
+  user_columns.check(run.cfg, columns)
+  replace.check_replaceable(out, KIND, part_files.NAMES)
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
+  if since is not None and not (since / "manifest.json").is_file() and (since / "embeddings").is_dir():
+    since = since / "embeddings"
+  job = _Job(run, times, columns, dtype, max(1, rows_per_part // len(times)), since, say)
   try:
-    with replace.replacing(out) as work:
-      return _write(run, times, work, rows_per_part)
+    if not hosts.first():
+      hosts.meet("the directory is there")
+      work = out.with_name(out.name + ".incomplete")
+      return job.finish(work, job.write(work))
+    with replace.replacing(out, resume=job.can_go_on) as work:
+      job.begin(work)
+      hosts.meet("the directory is there")
+      return job.finish(work, job.write(work))
   except OSError as error:
-    raise DataError(f"writing embeddings to {out} failed: {error}; nothing was kept.") from error
+    raise DataError(
+      f"writing embeddings to {out} failed: {error}; finished parts are kept, the same command goes on from there."
+    ) from error
 
 
-def _write(run: Run, times: Sequence[int], work: pathlib.Path, rows_per_part: int) -> dict[str, Any]:
-  begun = clock.monotonic()
-  counts: collections.Counter[str] = collections.Counter()
-  waiting: list[tuple[list[Question], np.ndarray]] = []
-  rows = parts = 0
-  with tqdm(total=len(run.dataset) * len(times), desc="embedding", unit=" rows", mininterval=1) as bar:
-    for batch in batches.questions(run.dataset, run.cfg, times=times):
-      n = len(batch.questions)
-      waiting.append((batch.questions, np.asarray(run.answer(batch.features).z)[:n]))
-      counts.update(iso(q.time) for q in batch.questions)
-      rows += n
-      bar.update(n)
-      if sum(len(q) for q, _ in waiting) >= rows_per_part:
-        _write_part(run, waiting, work / f"part-{parts:05d}.parquet")
-        waiting, parts = [], parts + 1
-  if waiting or not parts:  # a time before every event gives one part without rows, of the same columns
-    _write_part(run, waiting, work / f"part-{parts:05d}.parquet")
-    parts += 1
-  users = len(run.dataset)
-  last = run.dataset.manifest["last_event_microseconds"]
-  manifest = {
-    "kind": KIND,
-    "run": str(run.workdir),
-    "step": run.step,
-    "config_hash": run.cfg.hash(),
-    "data_hash": run.dataset.manifest["data_hash"],
-    "width": run.cfg.model.d_model,
-    "parts": parts,
-    "rows": rows,
-    "as_of": {
-      iso(t): {"rows": counts[iso(t)], "users_without_events_before": users - counts[iso(t)], "after_log_end": t > last}
-      for t in times
-    },
-    "seconds": round(clock.monotonic() - begun, 1),
-  }
-  (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-  return manifest
+class _Busy(NamedTuple):
+  """Where the time went, in seconds of this process: compiling, waiting for the encoder, and in all."""
+
+  compiling: float = 0.0
+  encoding: float = 0.0
+  whole: float = 0.0
 
 
-def _write_part(run: Run, waiting: Sequence[tuple[list[Question], np.ndarray]], file: pathlib.Path) -> None:
-  questions = [q for part, _ in waiting for q in part]
-  width = run.cfg.model.d_model
-  vectors = np.concatenate([np.zeros((0, width), np.float32), *(v for _, v in waiting)])
-  table = pa.table(
-    {
-      "user_id": user_column([q.user_id for q in questions], run.dataset.manifest["user_type"]),
-      "as_of": pa.array([q.time for q in questions], pa.timestamp("us")),
-      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), width),
-      "n_events": pa.array([q.n_events for q in questions], pa.int64()),
-      "last_event_time": pa.array([q.last_event for q in questions], pa.timestamp("us")),
+class _Job:
+  """One set of embeddings that is being written."""
+
+  def __init__(
+    self,
+    run: Run,
+    times: Mapping[str, int | None],
+    columns: Sequence[str],
+    dtype: str,
+    users_per_part: int,
+    since: pathlib.Path | None,
+    say: Callable[[str], None],
+  ):
+    self._run, self._times, self._columns, self._users_per_part = run, dict(times), tuple(columns), users_per_part
+    manifest = run.dataset.manifest
+    self._style = Style(manifest["user_type"] == "integer", run.cfg.model.d_model, dtype)
+    self._about: dict[str, Any] = {
+      "kind": KIND,
+      "run": str(run.workdir),
+      "step": run.step,
+      "config_hash": run.cfg.hash(),
+      "data_hash": manifest["data_hash"],
+      "dataset": {"digest": manifest["digest"], "records": run.dataset.records},
+      "width": run.cfg.model.d_model,
+      "dtype": dtype,
+      "columns": list(columns),
     }
-  )
-  pq.write_table(table, file)
+    self._earlier: Earlier | None = None
+    if since is not None:
+      earlier = Earlier(since, run, self._about, self._style)
+      there = earlier.manifest["as_of"].keys()
+      if there == self._times.keys():
+        self._earlier = earlier
+      else:
+        say(
+          f"--since {since} holds embeddings as of {', '.join(there)}, not {', '.join(self._times)}: how long ago the "
+          "last event was is part of an embedding, so all users are computed. Those of the same day, or of --as-of "
+          "last, spare users without new events."
+        )
+    self._since = str(since) if self._earlier else None
+    # Which rows of a batch are this process' own, and whether it is the first of those that share them.
+    self._own, self._ways = sharding.host_rows(run.mesh, run.cfg.evaluate.batch_rows)
+    owners = _of_all(np.array([self._own]))[:, 0]
+    self._writes = int(np.flatnonzero(owners == self._own)[0]) == jax.process_index()
+    self._compiled: set[tuple[int, ...]] = set()
+    self._busy = _Busy()
+
+  @property
+  def _parts(self) -> int:
+    return max(1, -(-len(self._run.dataset) // self._users_per_part))
+
+  def _identity(self) -> dict[str, Any]:
+    """What a directory must be of to be gone on with."""
+    earlier = self._earlier.manifest if self._earlier else {}
+    times = {name: str(time) for name, time in self._times.items()}
+    return {
+      **self._about,
+      "times": times,
+      "users_per_part": self._users_per_part,
+      "since": [self._since, earlier.get("dataset")],
+      "mesh": {"ways": self._ways},
+    }
+
+  def can_go_on(self, work: pathlib.Path) -> bool:
+    """Whether an earlier command left this very set unfinished."""
+    try:
+      return json.loads((work / UNFINISHED).read_text()) == self._identity()
+    except (OSError, ValueError):
+      return False
+
+  def begin(self, work: pathlib.Path) -> None:
+    """Readies a directory, for all processes."""
+    if not (work / UNFINISHED).is_file():
+      if self._columns:
+        user_columns.sort(self._run.cfg, self._run.dataset, self._columns, work, self._users_per_part)
+      atomic.write(work / UNFINISHED, json.dumps(self._identity()) + "\n")
+    for left in work.glob("*.part"):  # of a file that a kill cut off
+      left.unlink()
+
+  def write(self, work: pathlib.Path) -> dict[str, int]:
+    """Writes the parts that are not there yet; returns what was done, in all processes together."""
+    begun = clock.monotonic()
+    there = {n for n in range(self._parts) if (work / part_files.part(n)).is_file()}
+    hosts.meet("who has looked what is there")
+    counts: collections.Counter[str] = collections.Counter()
+    rounds = range(0, self._parts, self._ways)
+    # Processes go through a round of parts together; one of which any is missing is made anew, so that its batches are
+    # what they would have been.
+    todo = [first for first in rounds if not there.issuperset(range(first, min(first + self._ways, self._parts)))]
+    users = sum(len(self._users_of(first + self._own)) for first in rounds)
+    left = sum(len(self._users_of(first + self._own)) for first in todo)
+    style: dict[str, Any] = {"desc": "embedding", "unit": " users", "unit_scale": True, "mininterval": 1}
+    with tqdm(total=users, initial=users - left, disable=not hosts.first(), **style) as bar:
+      for first in todo:
+        counts += self._write_part(work, first + self._own, bar)
+    self._busy = self._busy._replace(whole=clock.monotonic() - begun)
+    totals = _of_all(np.array([counts["computed"] * self._writes, counts["kept"] * self._writes, users - left])).sum(0)
+    return dict(zip(("computed", "kept", "resumed"), totals.tolist()))
+
+  def _users_of(self, part: int) -> range:
+    start = part * self._users_per_part
+    return range(min(start, len(self._run.dataset)), min(start + self._users_per_part, len(self._run.dataset)))
+
+  def _write_part(self, work: pathlib.Path, part: int, bar: tqdm) -> collections.Counter[str]:
+    """Writes one part; without users of its own, a process still takes its share in the others' batches."""
+    users = self._users_of(part)
+    kept: Kept | None = None
+    if self._earlier is not None and len(users):
+      kept = self._earlier.take(users.start, users.stop, list(self._times.values()))
+      bar.update(len(users) - len(kept.compute))
+    asked = np.arange(users.start, users.stop) if kept is None else kept.compute
+    reader = Reader(
+      self._run.dataset,
+      self._run.cfg,
+      grain.MapDataset.source(asked),
+      times=list(self._times.values()),
+      row_lengths=questions_lib.lengths(self._run.cfg.model.max_events),
+    )
+    found: list[Question] = []
+    vectors = [np.zeros((0, self._style.width), np.float32)]
+    for batch, z in self._encoded(reader, bar):
+      found += batch.questions
+      vectors.append(z[: len(batch.questions)])
+    done = collections.Counter(computed=len(asked), kept=len(users) - len(asked))
+    if not self._writes or not len(users):
+      return done
+    z = np.concatenate(vectors)
+    self._check(found, z)
+    tables, owners = [part_files.rows(found, z, self._style)], [np.array([q.user for q in found], np.int64)]
+    missing = [part_files.absent_rows(reader.absent, self._style)]
+    missing_owners = [np.array([a.user for a in reader.absent], np.int64)]
+    if kept is not None:
+      tables, owners = [*tables, kept.table], [*owners, kept.user]
+      missing, missing_owners = [*missing, kept.absent], [*missing_owners, kept.missing]
+    table, user = part_files.in_order(tables, owners)
+    if self._columns:
+      carried = user_columns.read(work, users.start, users.stop).take(user - users.start)
+      for name in self._columns:
+        table = table.append_column(name, carried[name])
+    part_files.write(work, part, table, part_files.in_order(missing, missing_owners)[0])
+    return done
+
+  def _check(self, found: Sequence[Question], z: np.ndarray) -> None:
+    """Raises RunError if a vector cannot be kept."""
+    bad = np.flatnonzero(~np.isfinite(z.astype(self._style.dtype)).all(axis=1))
+    if len(bad):
+      largest = float(np.abs(z[bad[0]]).max())
+      raise RunError(
+        f"the embedding of user {found[bad[0]].user_id!r} is not finite as {self._style.dtype} (largest absolute value "
+        f"{largest:g}; {len(bad)} such rows). Take --dtype float32, or another --checkpoint if it is so there too."
+      )
+
+  def _encoded(self, reader: Reader, bar: tqdm) -> Iterator[tuple[QuestionBatch, np.ndarray]]:
+    """Yields the batches of this process with their vectors; while one is encoded the next is laid out."""
+    running: tuple[QuestionBatch, jax.Array] | None = None
+    read = 0
+    while True:
+      reader.fill()
+      length = questions_lib.choose(reader.lengths, _of_all(reader.waiting()))
+      if length is None:
+        break
+      batch = reader.take(length)
+      z = self._start(batch)
+      if running is not None:
+        yield self._ended(*running)
+      bar.update(reader.read - read)
+      read, running = reader.read, (batch, z)
+    bar.update(reader.read - read)
+    if running is not None:
+      yield self._ended(*running)
+
+  def _start(self, batch: QuestionBatch) -> jax.Array:
+    """Hands a batch to the devices; what that takes beyond compiling is not worth counting."""
+    begun, shape = clock.monotonic(), batch.features.segment.shape
+    z = self._run.encode(batch.features)
+    if shape not in self._compiled:
+      self._compiled.add(shape)
+      self._busy = self._busy._replace(compiling=self._busy.compiling + clock.monotonic() - begun)
+    return z
+
+  def _ended(self, batch: QuestionBatch, z: jax.Array) -> tuple[QuestionBatch, np.ndarray]:
+    """Waits for a batch: its own rows of it."""
+    begun = clock.monotonic()
+    whole = hosts.whole(z)
+    self._busy = self._busy._replace(encoding=self._busy.encoding + clock.monotonic() - begun)
+    rows = len(batch.features.segment)
+    return batch, whole[self._own * rows : (self._own + 1) * rows]
+
+  def finish(self, work: pathlib.Path, done: Mapping[str, int]) -> dict[str, Any]:
+    """Writes the manifest, once all processes have written their parts, and takes away what was for going on."""
+    hosts.meet("all parts are written")
+    absent: collections.Counter[int] = collections.Counter()
+    for file in sorted(work.glob("absent-*.parquet")):
+      for time in embeddings.read_file(file, ["as_of"])["as_of"].cast("int64").to_pylist():
+        absent[time] += 1
+    users, last = len(self._run.dataset), self._run.dataset.manifest["last_event_microseconds"]
+    times = {
+      name: {
+        "rows": users if time is None else users - absent[time],
+        "users_without_events_before": 0 if time is None else absent[time],
+        "after_log_end": time is not None and time > last,
+      }
+      for name, time in self._times.items()
+    }
+    manifest = {
+      **self._about,
+      "parts": self._parts,
+      "rows": sum(t["rows"] for t in times.values()),
+      "as_of": times,
+      "users": {"computed": done["computed"], "kept": done["kept"], "done_before": done["resumed"]},
+      "since": self._since,
+      "seconds": {name: round(value, 1) for name, value in self._busy._asdict().items()},
+    }
+    if hosts.first():
+      atomic.write(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+      (work / user_columns.FILE).unlink(missing_ok=True)
+      shutil.rmtree(work / user_columns.SPILL, ignore_errors=True)
+      (work / UNFINISHED).unlink()
+    return manifest
 
 
-def user_column(users: Sequence[str], user_type: str) -> pa.Array:
-  """User ids as the event log has them: as int64 where every one is an integer there, else as text."""
-  return pa.array([int(u) for u in users], pa.int64()) if user_type == "integer" else pa.array(users, pa.string())
+def _of_all(mine: np.ndarray) -> np.ndarray:
+  """The arrays of all processes, one a row; all must call."""
+  return mine[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))

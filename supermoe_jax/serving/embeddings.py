@@ -52,19 +52,30 @@ def parts(path: pathlib.Path) -> list[pathlib.Path]:
   return found
 
 
+def absent(path: pathlib.Path) -> list[pathlib.Path]:
+  """The Parquet files of the users who have no event before a time: `user_id, as_of, first_event_time`."""
+  return sorted(path.glob("absent-*.parquet"))
+
+
 def read(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:
   """Reads the rows of an embedding directory, of all its times, with these columns or all of them.
 
   Raises:
     DataError: `path` holds no whole set of embeddings, or a part is damaged.
   """
-  tables = []
-  for file in parts(path):
-    try:
-      tables.append(pq.read_table(file, columns=None if columns is None else list(columns)))
-    except (OSError, pa.ArrowException) as error:
-      raise DataError(f"{file} is damaged ({error}); embed again.") from error
-  return pa.concat_tables(tables)
+  return pa.concat_tables([read_file(file, columns) for file in parts(path)])
+
+
+def read_file(file: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:
+  """Reads one file of an embedding directory.
+
+  Raises:
+    DataError: it is damaged.
+  """
+  try:
+    return pq.read_table(file, columns=None if columns is None else list(columns))
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{file} is damaged ({error}); embed again.") from error
 
 
 def vectors(table: pa.Table) -> np.ndarray:

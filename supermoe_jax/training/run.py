@@ -102,6 +102,14 @@ class Run:
       found = self._answer(self.variables, *place(self._own((features, dict(given or {}))), self.mesh))
       return found if jax.process_count() == 1 else jax.tree.map(hosts.whole, found)
 
+  def encode(self, features: Features) -> jax.Array:
+    """The user representations float32 `[B, D]` of B rows of one snapshot each, as `answer` has them, and nothing else.
+
+    Of several processes each gives the rows of its own devices, see `sharding.host_rows`, and all get those of all.
+    """
+    with jax.set_mesh(self.mesh):
+      return self._encode(self.variables, place(features, self.mesh))
+
   def _own(self, batch: Any) -> Any:
     """The rows of a batch that this process' devices hold."""
     if jax.process_count() == 1:
@@ -112,9 +120,17 @@ class Run:
 
   @functools.cached_property
   def _answer(self) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:
+    return _answering(self._key)
+
+  @functools.cached_property
+  def _encode(self) -> Callable[[nnx.State, Features], jax.Array]:
+    return _encoding(self._key)
+
+  @functools.cached_property
+  def _key(self) -> _Key:
     tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in self.cfg.active_tasks.items()}
     text = json.dumps([config.to_dict(part) for part in (self.cfg.model, tasks, self.dataset.schema)])
-    return _answering(_Key(text, self.mesh, self.graph))
+    return _Key(text, self.mesh, self.graph)
 
   def catalogue(self, task: str) -> Catalogue:
     """What a next-event task ranks."""
@@ -153,3 +169,13 @@ def _answering(key: _Key) -> Callable[[nnx.State, Features, dict[str, jax.Array]
     return Answered(encoded.z[:, 0], answers, experts.stats.expert[:, :, 0], tokens, gate)
 
   return jax.jit(answer)
+
+
+@functools.lru_cache(maxsize=4)
+def _encoding(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
+  """Returns the compiled `(variables, features) → z [B, D]`, one for all runs of a model."""
+
+  def encode(variables: nnx.State, features: Features) -> jax.Array:
+    return nnx.merge(key.graph, variables, copy=True).encode(features, dropless=True).z[:, 0]
+
+  return jax.jit(encode)

@@ -9,8 +9,9 @@ import pytest
 from labelled_log import raw_config
 
 from supermoe_jax import config
-from supermoe_jax.data import batches, prepare, summary
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import prepare, summary
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
 
@@ -66,7 +67,7 @@ def test_leave_one_out_knows_user_and_event_labels(folder: pathlib.Path, tmp_pat
   cfg = config.resolve(raw)
   manifest = prepare.prepare(cfg, say=lambda text: None)
   assert all(manifest["labels"][n][s]["known"] for n in ("click", "paid", "age") for s in ("train", "test"))
-  for batch in batches.questions(Dataset(cfg.data.path), cfg, split=labels_lib.TEST):
+  for batch in questions_lib.questions(Dataset(cfg.data.path), cfg, split=labels_lib.TEST):
     assert not batch.labels["click"].known[:, 1:].any()
     assert batch.labels["click"].known[:, 0].any()
 

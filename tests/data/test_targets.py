@@ -11,6 +11,7 @@ from labelled_log import SEGMENTS, M
 from supermoe_jax import config
 from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.targets import Supervision, Targets, count_spaces, join
@@ -137,7 +138,7 @@ def test_questions_hold_what_is_known_within_the_sample_spaces(
   data: Dataset, rich: config.Config, split: str, raw_rating: dict[str, list[float | None]]
 ) -> None:
   known = outside = 0
-  for batch in batches.questions(data, rich, split=labels_lib.SPLITS[split]):
+  for batch in questions_lib.questions(data, rich, split=labels_lib.SPLITS[split]):
     n = len(batch.questions)
     assert list(batch.labels) == list(rich.labelled_tasks)
     assert {k: v.shape for k, v in batch.given.items()} == {
@@ -182,7 +183,7 @@ def test_the_labels_outside_of_a_sample_space_and_of_unknown_membership_are_coun
 
 
 def test_embedding_asks_nothing(data: Dataset, rich: config.Config) -> None:
-  (batch, *_) = batches.questions(data, rich, times=[config.parse_time("2024-05-01", "")])
+  (batch, *_) = questions_lib.questions(data, rich, times=[config.parse_time("2024-05-01", "")])
   assert batch.labels == batch.given == batch.seen == {}
 
 
@@ -211,6 +212,6 @@ def test_missing_labels_can_be_taken_for_negative_at_real_snapshots_only(data: D
   np.testing.assert_array_equal(filled.targets["items"].known, valid & (filled.targets["paid"].value != 1))
   for name in ("next_item", "click"):
     np.testing.assert_array_equal(filled.targets[name].known, masked.targets[name].known)
-  for one, other in zip(*(batches.questions(data, c, split=labels_lib.TEST) for c in (rich, negative))):
+  for one, other in zip(*(questions_lib.questions(data, c, split=labels_lib.TEST) for c in (rich, negative))):
     for name in one.labels:
       np.testing.assert_array_equal(one.labels[name].known, other.labels[name].known)

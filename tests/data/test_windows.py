@@ -12,6 +12,7 @@ from labelled_log import raw_config
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
 
@@ -21,7 +22,7 @@ def test_fields_that_are_no_inputs_are_hidden_from_features_and_aggregates(data:
   assert list(data.schema.categorical) == ["click", "item"] and data.schema.numeric == ("rating", "shown")
   names = data.aggregator.names
   assert any("mean shown" in n for n in names) and not any("rating" in n for n in names)
-  (batch, *_) = batches.questions(data, rich, split=labels_lib.TEST)
+  (batch, *_) = questions_lib.questions(data, rich, split=labels_lib.TEST)
   n = len(batch.questions)
   for features in (next(iter(batches.training(data, rich))).features, batch.features._replace()):
     assert not features.codes[..., 0].any() and features.codes[..., 1].any()

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.training.run import Run
 
@@ -35,7 +35,7 @@ def test_the_file_holds_what_is_returned(result: dict, workdir: pathlib.Path) ->
 
 def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run) -> None:
   label, score = [], []
-  for batch in batches.questions(run.dataset, run.cfg, split=labels_lib.TEST):
+  for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST):
     out = np.asarray(run.answer(batch.features, batch.given).answers["quiet"])
     for row, question in enumerate(batch.questions):
       record = run.dataset[question.user]
@@ -70,7 +70,7 @@ def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
   user = next(i for i in range(len(run.dataset)) if len(run.dataset[i]["time"]) > 20)
   record = run.dataset[user]
   n = 15
-  question = batches.Question(user, record["user"], 0, 0, n, 0)
+  question = questions_lib.Question(user, record["user"], 0, 0, n, 0)
   counts = np.bincount(record["codes"][:n, 0], minlength=run.dataset.schema.categorical["page"])[2:]
   order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
   for place, item in enumerate(order, 1):

@@ -13,10 +13,10 @@ import pytest
 from sklearn import metrics as sk
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.batches import Question, QuestionBatch
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
+from supermoe_jax.data.questions import Question, QuestionBatch
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
@@ -169,7 +169,7 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
       {"conditioning": "token"} if options.get("tokens") else {"conditioning": "gate"} if options.get("gate") else {}
     )
     run = FakeRun(tmp_path, make_config(**model), **options)
-    monkeypatch.setattr(batches, "questions", run.questions)
+    monkeypatch.setattr(questions_lib, "questions", run.questions)
     return run
 
   return make
@@ -310,7 +310,7 @@ def test_the_table_says_where_less_is_better(make_run) -> None:
 
 def test_a_split_without_snapshots_is_an_error(make_run, monkeypatch) -> None:
   run = make_run()
-  monkeypatch.setattr(batches, "questions", lambda *args, **options: iter(()))
+  monkeypatch.setattr(questions_lib, "questions", lambda *args, **options: iter(()))
   with pytest.raises(config.ConfigError, match="no validation snapshot"):
     evaluate.evaluate(run, compare=False, progress=False)
 

@@ -9,7 +9,8 @@ import pytest
 from small_log import raw_config, write_log
 
 from supermoe_jax import config
-from supermoe_jax.data import append, batches, labels, prepare
+from supermoe_jax.data import append, labels, prepare
+from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
@@ -26,7 +27,7 @@ def test_a_run_reads_its_tables_after_an_append(tmp_path: pathlib.Path) -> None:
   loop.train(cfg, tmp_path / "run", progress=False)
   before = Run(tmp_path / "run")
   table = before.catalogue("next_page")
-  asked = [next(batches.questions(before.dataset, cfg, split=labels.TEST))]
+  asked = [next(questions_lib.questions(before.dataset, cfg, split=labels.TEST))]
   told = before.answer(asked[0].features, asked[0].given)
 
   pages = ["page0", "brand new", "brand new"]
