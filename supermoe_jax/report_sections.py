@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from supermoe_jax import config
 from supermoe_jax import report_figures as figures
+from supermoe_jax.data import dataset
 from supermoe_jax.evaluation import evaluate, metrics
 from supermoe_jax.report_figures import number, percent
 
@@ -34,9 +35,8 @@ class Parts(NamedTuple):
     """Whether the dataset is there and was prepared as this run wants it."""
     if self.manifest is None or self.manifest.get("data_hash") == self.cfg.data_hash():
       return self.manifest is not None
-    # As `Dataset.check_matches`: a setting that the code has got since has its default in both.
-    before = self.manifest.get("config")
-    return before is not None and config.resolve(before).data_identity() == self.cfg.data_identity()
+    wanted = self.cfg.data_identity()
+    return "config" in self.manifest and dataset.identity(self.manifest, wanted, appended=False) == wanted
 
   @property
   def step(self) -> int:

@@ -107,11 +107,16 @@ class Dataset:
     """The columns of the numbers that the model must not see."""
     return tuple(i for i in range(len(self.schema.numeric)) if i not in self.schema.numeric_inputs)
 
-  def check_matches(self, wanted: config.Config) -> None:
-    """Raises DataError if the dataset was prepared from another data section or other task labels."""
+  def check_matches(self, wanted: config.Config, *, appended: bool = True) -> None:
+    """Raises DataError if the dataset was prepared from another data section or other task labels.
+
+    With `appended` False, `wanted` need not name the files that 'supermoe append' was told of by name: what was trained
+    before is of use after.
+    """
     # Not the hashes: a setting that the code has got since has its default in both.
-    if wanted.data_identity() != self.config.data_identity():
-      changed = config.differences(self.config.data_identity(), wanted.data_identity())
+    before, now = identity(self.manifest, wanted.data_identity(), appended), wanted.data_identity()
+    if before != now:
+      changed = config.differences(before, now)
       raise DataError(
         f"{self.path} was prepared with another configuration ({'; '.join(changed[:4])}). Prepare again with "
         "--overwrite, or name another config.data.path."
@@ -245,6 +250,19 @@ class Dataset:
     if self.aggregator is None:
       return np.zeros((len(time), 0), np.float32)
     return (self.aggregator(block, user, time, n_events) - self.aggregate_mean) / self.aggregate_scale
+
+
+def identity(manifest: Mapping[str, Any], wanted: Mapping[str, Any], appended: bool) -> dict[str, Any]:
+  """What a dataset was prepared from, to be compared with the `config.Config.data_identity` that is `wanted`.
+
+  Unless `appended`, without the files that were appended by name and that this one does not name.
+  """
+  found = config.resolve(manifest["config"]).data_identity()
+  for name, source in found["data"]["sources"].items() if not appended else ():
+    named = wanted["data"]["sources"].get(name, source)["files"]
+    beyond = {f for a in manifest.get("appends", ()) for f in a["beyond_patterns"].get(name, ())} - set(named)
+    source["files"] = type(source["files"])(f for f in source["files"] if f not in beyond)
+  return found
 
 
 def _allow_files(count: int) -> None:

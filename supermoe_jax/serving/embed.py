@@ -52,18 +52,23 @@ def parse_times(as_of: Sequence[str], run: Run) -> dict[str, int | None]:
   Raises:
     ConfigError: a time cannot be read or is named twice.
   """
-  manifest, out = run.dataset.manifest, {}
+  out: dict[str, int | None] = {}
   for text in as_of:
     if text == "last":
       name, time = text, None
     else:
-      end = max(manifest["observed_until_microseconds"], manifest["last_event_microseconds"] + 1)
-      time = end if text == "now" else config.parse_time(text, "--as-of")
+      time = _end(run) if text == "now" else config.parse_time(text, "--as-of")
       name = iso(time)
     if name in out:
       raise config.ConfigError(f"--as-of {' '.join(as_of)} names a time twice.")
     out[name] = time
   return out
+
+
+def _end(run: Run) -> int:
+  """The end of the log: the first moment from which all of it is past."""
+  manifest = run.dataset.manifest
+  return max(manifest["observed_until_microseconds"], manifest["last_event_microseconds"] + 1)
 
 
 def embed(
@@ -154,7 +159,7 @@ class _Job:
       "run": str(run.workdir),
       "step": run.step,
       "config_hash": run.cfg.hash(),
-      "data_hash": manifest["data_hash"],
+      "data_hash": run.cfg.data_hash(),
       "dataset": {"digest": manifest["digest"], "records": run.dataset.records},
       "width": run.cfg.model.d_model,
       "dtype": dtype,
@@ -277,7 +282,8 @@ class _Job:
 
   def _check(self, found: Sequence[Question], z: np.ndarray) -> None:
     """Raises RunError if a vector cannot be kept."""
-    bad = np.flatnonzero(~np.isfinite(z.astype(self._style.dtype)).all(axis=1))
+    with np.errstate(over="ignore"):
+      bad = np.flatnonzero(~np.isfinite(z.astype(self._style.dtype)).all(axis=1))
     if len(bad):
       largest = float(np.abs(z[bad[0]]).max())
       raise RunError(
@@ -328,12 +334,12 @@ class _Job:
     for file in sorted(work.glob("absent-*.parquet")):
       for time in embeddings.read_file(file, ["as_of"])["as_of"].cast("int64").to_pylist():
         absent[time] += 1
-    users, last = len(self._run.dataset), self._run.dataset.manifest["last_event_microseconds"]
+    users = len(self._run.dataset)
     times = {
       name: {
         "rows": users if time is None else users - absent[time],
         "users_without_events_before": 0 if time is None else absent[time],
-        "after_log_end": time is not None and time > last,
+        "after_log_end": time is not None and time > _end(self._run),
       }
       for name, time in self._times.items()
     }

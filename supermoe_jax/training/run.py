@@ -60,7 +60,7 @@ class Run:
     self.workdir = pathlib.Path(workdir)
     self.cfg: config.Config = config.load_json(self.workdir / "config.json")
     self.dataset = Dataset(self.cfg.data.path)
-    self.dataset.check_matches(self.cfg)
+    self.dataset.check_matches(self.cfg, appended=False)
     try:
       self.mesh = sharding.make_mesh(self.cfg.train.mesh)
     except config.ConfigError:  # what was trained on many devices runs on one as well

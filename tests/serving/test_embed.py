@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +12,11 @@ import pytest
 from small_log import raw_config
 
 from supermoe_jax import config
-from supermoe_jax.data import prepare
+from supermoe_jax.data import labels, prepare, questions
 from supermoe_jax.data.events import DataError
-from supermoe_jax.serving import embed, embeddings
+from supermoe_jax.data.windows import Features
+from supermoe_jax.serving import embed, embeddings, part_files
+from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 
 DAYS = ["2024-03-01", "2024-05-20"]
@@ -103,16 +106,137 @@ def test_a_directory_of_something_else_is_never_overwritten(run: Run, tmp_path: 
   assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_write_that_fails_leaves_nothing_that_looks_whole(
-  run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_cut_off_goes_on_and_ends_as_if_nothing_had_been(
+  written: pathlib.Path, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Killed while encoding, and with a full disk while writing: finished parts stay, and are not made again."""
+  out, work = tmp_path / "out", tmp_path / "out.incomplete"
+  write, encode, parts = part_files.write, run.encode, []
+
+  def full(folder: pathlib.Path, number: int, *tables: pa.Table) -> None:
+    if number:
+      (folder / "part-00001.parquet.part").write_bytes(b"half")
+      raise OSError("No space left on device")
+    parts.append(number)
+    write(folder, number, *tables)
+
+  def killed(features: object) -> None:
+    raise KeyboardInterrupt
+
+  for name, fault, error in (("encode", killed, KeyboardInterrupt), ("write", full, DataError)) * 2:
+    with monkeypatch.context() as patched, pytest.raises(error):
+      patched.setattr(run if name == "encode" else part_files, name, fault)
+      embed.embed(run, DAYS, out, rows_per_part=50)
+    assert not out.exists() and run.encode == encode
+  assert parts == [0] and [f.name for f in work.glob("part-*.parquet")] == ["part-00000.parquet"]
+  manifest = embed.embed(run, DAYS, out, rows_per_part=50)
+  assert manifest["users"] == {"computed": len(run.dataset) - 25, "kept": 0, "done_before": 25}
+  assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in written.iterdir())
+  for file in written.glob("*.parquet"):
+    assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_another_command_does_not_go_on_with_what_is_left(
+  written: pathlib.Path, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   def full(*unused: object) -> None:
     raise OSError("No space left on device")
 
-  monkeypatch.setattr(embed, "_write_part", full)
-  with pytest.raises(DataError, match=r"No space left on device; nothing was kept"):
-    embed.embed(run, DAYS, tmp_path / "out")
+  with monkeypatch.context() as patched, pytest.raises(DataError, match="finished parts are kept"):
+    patched.setattr(part_files, "write", full)
+    embed.embed(run, DAYS, tmp_path / "out", rows_per_part=50)
+  manifest = embed.embed(run, DAYS, tmp_path / "out", rows_per_part=50, dtype="float16")
+  assert manifest["users"]["done_before"] == 0
+  half, whole = embeddings.read(tmp_path / "out"), embeddings.read(written)
+  assert half.schema.field("embedding").type.value_type == pa.float16()
+  np.testing.assert_allclose(embeddings.vectors(half), embeddings.vectors(whole), atol=2e-3)
+
+
+def test_users_without_an_event_yet_are_listed(run: Run, tmp_path: pathlib.Path) -> None:
+  """Each user stands once for each time, among those who have an embedding or among those who have none."""
+  day = config.parse_time("2024-01-03", "")
+  embed.embed(run, ["2024-01-03"], tmp_path / "early", rows_per_part=10)
+  rows = embeddings.read(tmp_path / "early")
+  absent = pa.concat_tables([pq.read_table(f) for f in embeddings.absent(tmp_path / "early")])
+  first = {run.dataset[i]["user"]: int(run.dataset[i]["time"][0]) for i in range(len(run.dataset))}
+  assert {str(u) for u in rows["user_id"].to_pylist()} == {u for u, t in first.items() if t < day}
+  listed = dict(zip(map(str, absent["user_id"].to_pylist()), absent["first_event_time"].cast("int64").to_pylist()))
+  assert listed == {u: t for u, t in first.items() if t >= day} and listed
+  assert set(absent["as_of"].cast("int64").to_pylist()) == {day}
+
+
+def test_now_is_the_end_of_the_log_and_last_each_users_own(run: Run, tmp_path: pathlib.Path) -> None:
+  embed.embed(run, ["now"], tmp_path / "now")
+  embed.embed(run, ["last"], tmp_path / "last")
+  now, last = embeddings.read(tmp_path / "now"), embeddings.read(tmp_path / "last")
+  assert len(now) == len(last) == len(run.dataset)
+  for name in ("user_id", "n_events", "last_event_time"):
+    assert now[name].equals(last[name])
+  ends = {run.dataset[i]["user"]: int(run.dataset[i]["time"][-1]) for i in range(len(run.dataset))}
+  asked = dict(zip(map(str, last["user_id"].to_pylist()), last["as_of"].cast("int64").to_pylist()))
+  assert asked == {u: t + 1 for u, t in ends.items()}
+  assert set(now["as_of"].cast("int64").to_pylist()) == {max(ends.values()) + 1}
+
+
+def test_rows_of_any_length_are_those_of_evaluation(
+  run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Evaluation lays every history out at the full length, embedding at the shortest that holds it."""
+  lengths, encode = set(), run.encode
+
+  def seen(features: Features) -> jax.Array:
+    lengths.add(features.segment.shape[1])
+    return encode(features)
+
+  monkeypatch.setattr(questions, "SHORTEST", 12)
+  monkeypatch.setattr(run, "encode", seen)
+  embed.embed(run, DAYS, tmp_path / "out")
+  assert lengths == {12, 24} or lengths == {12, 18, 24}
+  table = embeddings.read(tmp_path / "out")
+  keys = zip(map(str, table["user_id"].to_pylist()), table["as_of"].cast("int64").to_pylist())
+  embedded, compared = dict(zip(keys, embeddings.vectors(table))), 0
+  for batch in questions.questions(run.dataset, run.cfg, split=labels.TEST):
+    z = np.asarray(run.answer(batch.features, batch.given).z)
+    for i, question in enumerate(batch.questions):
+      np.testing.assert_allclose(embedded[question.user_id, question.time], z[i], atol=1e-5)
+      compared += 1
+  assert compared == run.dataset.manifest["snapshots"]["test"] > 20
+
+
+def test_user_columns_come_along(run: Run, log_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  embed.embed(run, DAYS, tmp_path / "out", columns=["plan"], rows_per_part=20)
+  table = embeddings.read(tmp_path / "out")
+  known = pq.read_table(log_folder / "users.parquet").to_pydict()
+  plan = dict(zip(known["user"], known["plan"]))
+  assert table.schema.names == [*part_files.COLUMNS, "plan"]
+  assert table["plan"].to_pylist() == [plan.get(u) for u in table["user_id"].to_pylist()]
+  assert None in table["plan"].to_pylist() and "paid" in table["plan"].to_pylist()
+  assert {f.name.split("-")[0] for f in (tmp_path / "out").iterdir()} <= {"part", "absent", "manifest.json"}
+
+
+@pytest.mark.parametrize(
+  ("columns", "error", "message"),
+  [
+    (["plna"], DataError, r"no column 'plna' \(--columns\); did you mean 'plan'"),
+    (["as_of"], config.ConfigError, "'as_of' is a column of every embedding table"),
+    (["plan", "plan"], config.ConfigError, "'plan' is named twice"),
+  ],
+)
+def test_a_user_column_that_cannot_come_along_is_an_error(
+  run: Run, tmp_path: pathlib.Path, columns: list[str], error: type[Exception], message: str
+) -> None:
+  with pytest.raises(error, match=message):
+    embed.embed(run, DAYS, tmp_path / "out", columns=columns)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_vector_that_is_not_finite_is_an_error_that_names_the_user(
+  run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  encode = run.encode
+  monkeypatch.setattr(run, "encode", lambda features: encode(features) * np.float32(1e6))
+  with pytest.raises(RunError, match=r"of user '\d+' is not finite as float16 .* --dtype float32"):
+    embed.embed(run, DAYS, tmp_path / "out", dtype="float16")
 
 
 @pytest.mark.parametrize(
