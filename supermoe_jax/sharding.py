@@ -77,6 +77,20 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
 
 
+def mesh_of_processes(sizes: config.Mesh) -> Mesh:
+  """A mesh for what was trained on one of other `sizes`: of one device, or of several processes of all their devices.
+
+  Experts and tensors stay divided as they were if that is possible, rows are over all the rest.
+  """
+  if jax.process_count() == 1:
+    return make_mesh(config.Mesh(), jax.devices()[:1])
+  devices = jax.devices()
+  expert, tensor = sizes.expert, sizes.tensor
+  if len(devices) % (expert * tensor):
+    expert = tensor = 1
+  return make_mesh(config.Mesh(len(devices) // (expert * tensor), expert, tensor, slices(devices)), devices)
+
+
 def slices(devices: Sequence[jax.Device]) -> int:
   """Returns how many slices (pods joined by a data-centre network) the devices lie in."""
   return len({getattr(d, "slice_index", 0) for d in devices})

@@ -7,16 +7,20 @@ import subprocess
 import sys
 
 
-def run(script: pathlib.Path) -> list[str]:
+def run(script: pathlib.Path, *arguments: str) -> list[str]:
   """Runs a script, which begins with `join`, as both processes, and returns what each printed; none may fail."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   search = os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-  environment = {**os.environ, "PYTHONPATH": search, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+  environment = {**os.environ, "PYTHONPATH": search, "XLA_FLAGS": flags}
   processes = [
     subprocess.Popen(
-      [sys.executable, script, str(port), str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+      [sys.executable, script, str(port), str(i), *arguments],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
     )
     for i in range(2)
   ]
@@ -25,12 +29,13 @@ def run(script: pathlib.Path) -> list[str]:
   return outputs
 
 
-def join() -> None:
-  """Makes this process one of the two that `run` started."""
+def join() -> list[str]:
+  """Makes this process one of the two that `run` started; returns the script's own arguments."""
   import jax
 
-  port, process = sys.argv[1:]
+  port, process, *arguments = sys.argv[1:]
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
   assert len(jax.devices()) == 8
   assert len(jax.local_devices()) == 4
+  return arguments

@@ -63,8 +63,8 @@ class Run:
     self.dataset.check_matches(self.cfg, appended=False)
     try:
       self.mesh = sharding.make_mesh(self.cfg.train.mesh)
-    except config.ConfigError:  # what was trained on many devices runs on one as well
-      self.mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    except config.ConfigError:  # what was trained on other devices runs on these as well
+      self.mesh = sharding.mesh_of_processes(self.cfg.train.mesh)
     self.graph, abstract = abstract_model(self.cfg, self.dataset.schema, self.mesh.devices.flat[0].platform)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)

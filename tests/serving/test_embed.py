@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import two_processes
 from small_log import raw_config
 
 from supermoe_jax import config
@@ -201,6 +203,21 @@ def test_rows_of_any_length_are_those_of_evaluation(
       np.testing.assert_allclose(embedded[question.user_id, question.time], z[i], atol=1e-5)
       compared += 1
   assert compared == run.dataset.manifest["snapshots"]["test"] > 20
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_parts_and_write_the_same_rows(
+  written: pathlib.Path, run: Run, tmp_path: pathlib.Path
+) -> None:
+  script = pathlib.Path(__file__).with_name("embed_of_two_processes.py")
+  outputs = two_processes.run(script, str(run.workdir), str(tmp_path / "out"), *DAYS)
+  wrote = [[int(n) for n in re.findall(r"wrote (\d+)", output)] for output in outputs]
+  assert wrote == [[0, 2], [1]]
+  together, alone = embeddings.read(tmp_path / "out"), embeddings.read(written)
+  assert together.drop_columns(["embedding"]).equals(alone.drop_columns(["embedding"]))
+  np.testing.assert_allclose(embeddings.vectors(together), embeddings.vectors(alone), atol=1e-5)
+  manifest = embeddings.read_manifest(tmp_path / "out")
+  assert manifest["users"]["computed"] == len(run.dataset) and manifest["rows"] == len(alone)
 
 
 def test_user_columns_come_along(run: Run, log_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
