@@ -8,7 +8,6 @@ from small_log import raw_config, write_log
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
 from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 
 
@@ -83,41 +82,6 @@ def test_an_epoch_shows_every_user_once(dataset: Dataset, cfg: config.Config) ->
   stream = iter(batches.training(dataset, whole))
   shown = sorted(int(next(stream).features.length[0]) for _ in range(len(dataset)))
   assert shown == sorted(int(dataset[i]["n_train"]) for i in range(len(dataset)))
-
-
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_questions_cover_a_split_once_and_see_the_last_events_before_the_snapshot(
-  dataset: Dataset, cfg: config.Config, split: str
-) -> None:
-  asked = 0
-  for batch in questions_lib.questions(dataset, cfg, split=labels_lib.SPLITS[split]):
-    assert len(batch.features.length) == cfg.evaluate.batch_rows
-    for row, question in enumerate(batch.questions):
-      record = dataset[question.user]
-      n = int(np.sum(record["time"] < question.time))
-      kept = min(n, cfg.model.max_events)
-      assert (question.n_events, batch.features.length[row]) == (n, kept)
-      np.testing.assert_array_equal(batch.features.codes[row, :kept], record["codes"][n - kept : n])
-      assert batch.labels["quiet"].known[row] == record["known_quiet"][question.snapshot]
-    asked += len(batch.questions)
-    assert not batch.features.query_valid[len(batch.questions) :].any()
-  assert asked == dataset.manifest["snapshots"][split]
-
-
-@pytest.mark.parametrize("most", [5, 70, 10**6])
-def test_bounded_questions_are_a_sample_of_all_that_is_the_same_each_time(
-  dataset: Dataset, cfg: config.Config, most: int
-) -> None:
-  def asked(cfg: config.Config, most: int) -> list[tuple[int, int]]:
-    found = questions_lib.questions(dataset, cfg, split=labels_lib.VALIDATION, most=most)
-    return [(q.user, q.snapshot) for batch in found for q in batch.questions]
-
-  every, some = asked(cfg, 0), asked(cfg, most)
-  assert len(set(some)) == len(some) == min(most, len(every)) and set(some) <= set(every)
-  assert len(every) > 5 and some == asked(cfg, most)
-  if most == 5:
-    assert set(some) != set(every[:5])
-    assert some != asked(config.override(cfg, ["--config.train.seed=7"]), most)
 
 
 def test_a_row_that_does_not_fit_is_an_error(dataset: Dataset) -> None:
