@@ -1,0 +1,180 @@
+"""The verb that judges user embeddings: probe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+from supermoe_jax import config, exits
+from supermoe_jax.cli.arguments import Verbs
+
+
+def add(verbs: Verbs) -> None:
+  """Adds the verb."""
+  verb = verbs.add_parser(
+    "probe",
+    help="how much embeddings say about labels, beside hand-made aggregates, an untrained encoder or other systems",
+    description="Fits frozen probes on embeddings and says how well they answer a label table, with 95 % intervals and "
+    "paired differences to what stands beside them.",
+  )
+  verb.add_argument(
+    "--embeddings", type=pathlib.Path, metavar="PATH", help="directory of 'supermoe embed', or a file as for --other"
+  )
+  verb.add_argument(
+    "--other",
+    action="append",
+    default=[],
+    metavar="NAME=PATH",
+    help="embeddings of another system or run to stand beside; a Parquet or CSV file with a column of users and one of "
+    "lists or many of numbers, or an embedding directory. Several allowed; without --embeddings the first is judged",
+  )
+  verb.add_argument("--labels", required=True, type=pathlib.Path, help="label table: Parquet, CSV, JSON lines")
+  verb.add_argument(
+    "--label", nargs="+", default=(), metavar="COLUMN", help="columns of labels; a glob also gives their mean"
+  )
+  verb.add_argument("--user", default="user_id", metavar="COLUMN", help="column of users; default: user_id")
+  verb.add_argument("--time", metavar="COLUMN", help="column of times: a label then belongs to (user, as_of)")
+  verb.add_argument("--as-of", nargs="+", default=(), metavar="TIME", help="the times to take; default: all")
+  verb.add_argument(
+    "--kind",
+    action="append",
+    default=[],
+    metavar="COLUMN=KIND",
+    help="binary, multiclass or regression; default: as the values look",
+  )
+  verb.add_argument(
+    "--models", nargs="+", default=("logistic", "lightgbm"), metavar="MODEL", help="logistic, lightgbm, mlp"
+  )
+  verb.add_argument(
+    "--mlp-size", nargs=2, type=int, metavar=("THIN", "WIDE"), help="widths of the MLP; default: 128 256"
+  )
+  verb.add_argument(
+    "--beside",
+    nargs="+",
+    metavar="WHAT",
+    help="aggregates, untrained, or none; default: aggregates where the run of the embeddings is at hand",
+  )
+  verb.add_argument("--workdir", type=pathlib.Path, help="run of the embeddings; default: the one their manifest names")
+  verb.add_argument("--temporal", action="store_true", help="fit on earlier times, ask about the last; needs --time")
+  verb.add_argument("--folds", type=int, default=5, help="default: 5")
+  verb.add_argument("--repeats", type=int, default=3, help="of the folds; default: 3")
+  verb.add_argument("--resamples", type=int, default=1000, help="of users, with --temporal; default: 1000")
+  verb.add_argument("--seed", type=int, default=0, help="of folds, models and resamples; default: 0")
+  verb.add_argument("--threads", type=int, help="default: as many as there are cores, at most 8")
+  verb.add_argument(
+    "--require",
+    action="append",
+    default=[],
+    metavar="WHAT",
+    help="such as 'auc>=0.8', 'churn.auc>=0.8', 'auc>=aggregates', 'mean(cat_*).auc>=0.8': exit code 1 if it does not "
+    "hold. Several allowed; of several models the best one counts",
+  )
+  verb.add_argument("--out", type=pathlib.Path, metavar="FILE", help="default: PATH.probe.json, beside the embeddings")
+  verb.set_defaults(run=_probe)
+
+
+def _probe(args: argparse.Namespace) -> int:
+  from supermoe_jax.evaluation.probing import requirements
+
+  try:
+    named = _named(args)
+    required = [requirements.parse(text) for text in args.require]
+    kinds = _kinds(args.kind)
+    _check_numbers(args)
+  except ValueError as error:
+    return _usage(str(error))
+  from supermoe_jax import atomic
+  from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.evaluation.probing import measuring, models, probe, words
+
+  out = _out(args.out, next(iter(named.values())))
+  options = probe.Options(
+    models=tuple(dict.fromkeys(args.models)),
+    beside=None if args.beside is None else () if args.beside == ["none"] else tuple(dict.fromkeys(args.beside)),
+    workdir=args.workdir,
+    as_of=tuple(config.parse_time(t, "--as-of") for t in args.as_of),
+    protocol=measuring.Protocol(args.folds, args.repeats, args.temporal, args.seed, args.resamples),
+    threads=args.threads or models.default_threads(),
+    mlp_size=None if args.mlp_size is None else tuple(args.mlp_size),
+  )
+  table, (judged, *others) = probe.read(
+    args.labels, named, user=args.user, time=args.time, wanted=args.label, kinds=kinds
+  )
+  beside = [o.name for o in others] + list(("aggregates",) if options.beside is None else options.beside)
+  means = [f"mean({pattern})" for pattern in table.groups]
+  try:
+    requirements.check_names(required, beside, [*(x.name for x in table.labels), *table.not_measured, *means])
+  except ValueError as error:
+    return _usage(str(error))
+  result = probe.probe(table, judged, others, options)
+  result["requirements"] = requirements.judge(required, result)
+  atomic.write(out, json.dumps({"labels_file": str(args.labels), **result}, indent=1, ensure_ascii=False) + "\n")
+  print(evaluate.render(words.table(result)))
+  print(*words.lines(result), sep="\n")
+  print(f"all figures: {out}")
+  for r in result["requirements"]:
+    if not r["met"]:
+      more = f" and {len(r['failed']) - 3} more" if len(r["failed"]) > 3 else ""
+      print(f"supermoe probe: required {r['text']}, but {'; '.join(r['failed'][:3])}{more}", file=sys.stderr)
+  return exits.OK if all(r["met"] for r in result["requirements"]) else exits.ERROR
+
+
+def _usage(message: str) -> int:
+  print(f"supermoe probe: {message}; see 'supermoe probe --help'", file=sys.stderr)
+  return exits.USAGE
+
+
+def _named(args: argparse.Namespace) -> dict[str, pathlib.Path]:
+  """What is compared, by name; the first of them is judged."""
+  named = {} if args.embeddings is None else {"embeddings": args.embeddings}
+  for text in args.other:
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+      raise ValueError(f"--other {text!r} must be NAME=PATH")
+    if name in named or name in ("aggregates", "untrained", "best"):
+      raise ValueError(f"--other {text!r}: there is something else of the name {name!r}")
+    named[name] = pathlib.Path(path)
+  if not named:
+    raise ValueError("name what is to be probed, with --embeddings PATH or --other NAME=PATH")
+  return named
+
+
+def _kinds(texts: list[str]) -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for text in texts:
+    column, _, kind = text.rpartition("=")
+    if not column or kind not in ("binary", "multiclass", "regression"):
+      raise ValueError(f"--kind {text!r} must be COLUMN=binary, COLUMN=multiclass or COLUMN=regression")
+    out[column] = kind
+  return out
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+  least = {"folds": 2, "repeats": 1, "resamples": 100, "seed": 0, "threads": 1}
+  for name, lowest in least.items():
+    value = getattr(args, name)
+    if value is not None and value < lowest:
+      raise ValueError(f"--{name} {value} must be at least {lowest}")
+  if args.mlp_size is not None and min(args.mlp_size) < 1:
+    raise ValueError("--mlp-size takes two widths of at least 1")
+  if args.temporal and not args.time:
+    raise ValueError("--temporal needs the labels' column of times, --time")
+  if args.beside and "none" in args.beside and len(args.beside) > 1:
+    raise ValueError("--beside none stands alone")
+
+
+def _out(out: pathlib.Path | None, judged: pathlib.Path) -> pathlib.Path:
+  """Where the figures go: beside what is judged, never inside an embedding directory, which is replaced as a whole."""
+  if out is None:
+    whole = judged.absolute()
+    return judged.with_name(whole.name + ".probe.json")
+  if not out.absolute().parent.is_dir():
+    raise config.ConfigError(f"--out {out}: there is no directory {out.parent}; make it first.")
+  if out.is_dir():
+    raise config.ConfigError(f"--out {out} is a directory; name a file.")
+  if (out.absolute().parent / "manifest.json").is_file():
+    raise config.ConfigError(f"--out {out} lies in a directory that is replaced as a whole; name another place.")
+  return out

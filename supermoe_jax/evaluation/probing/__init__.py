@@ -1,0 +1,1 @@
+"""How good embeddings are, beside what they must beat: frozen probes on label tables, with intervals."""

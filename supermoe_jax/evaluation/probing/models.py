@@ -1,0 +1,132 @@
+"""The frozen probes: each is fitted on some rows and answers others.
+
+Shapes: n rows, m of them asked about, D inputs, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse
+
+from supermoe_jax.config import ConfigError
+from supermoe_jax.evaluation import probes
+from supermoe_jax.evaluation.probing.labels import Label
+
+MODELS = ("logistic", "lightgbm", "mlp")
+
+# Of boosted trees; small steps and a share of the rows and inputs for each tree, as suits thousands of labels.
+LIGHTGBM = {
+  "n_estimators": 200,
+  "learning_rate": 0.05,
+  "num_leaves": 15,
+  "min_child_samples": 20,
+  "subsample": 0.8,
+  "subsample_freq": 1,
+  "colsample_bytree": 0.5,
+}
+
+# More threads than this bring nothing on probes' sizes, and LightGBM grows slower.
+MOST_THREADS = 8
+
+
+class Model(Protocol):
+  """A probe of one kind."""
+
+  def __call__(self, x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+    """Fits on the rows `fit` of `x [n, D]` and answers the rows `asked [m]`.
+
+    Returns: probabilities `[m]`, of classes `[m, C]`, or numbers `[m]`.
+    """
+
+
+def logistic(x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+  """The linear probe of `evaluation.probes`: a logistic regression, of a number a ridge regression."""
+  return probes.fit(label.kind, x[fit], label.value[fit], label.outputs)(x[asked])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lightgbm:
+  """Gradient-boosted trees."""
+
+  threads: int = 1
+
+  def __call__(self, x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+    """See `Model`; classes that it was not fitted on get the probability 0."""
+    import lightgbm
+
+    options: dict[str, Any] = {
+      **LIGHTGBM,
+      "n_jobs": self.threads,
+      "random_state": seed,
+      "deterministic": True,
+      "force_row_wise": True,  # chosen by a stopwatch otherwise, and with another order of sums
+      "verbose": -1,
+    }
+    y = label.value[fit]
+    if label.kind == "regression":
+      booster = lightgbm.LGBMRegressor(**options).fit(x[fit], y).booster_
+      return np.asarray(booster.predict(x[asked], num_threads=self.threads))
+    present = np.unique(y).astype(np.int64)
+    if len(present) == 1:
+      out = np.zeros((len(asked), max(label.outputs, 2)))
+      out[:, present[0]] = 1.0
+      return out if label.kind == "multiclass" else out[:, 1]
+    booster = lightgbm.LGBMClassifier(**options).fit(x[fit], y.astype(np.int64)).booster_
+    found = np.asarray(booster.predict(x[asked], num_threads=self.threads))
+    if label.kind == "binary":
+      return found
+    out = np.zeros((len(asked), label.outputs))
+    out[:, present] = found if found.ndim == 2 else np.stack([1 - found, found], axis=1)
+    return out
+
+
+def make(names: Sequence[str], threads: int, mlp_size: tuple[int, int] | None = None) -> dict[str, Model]:
+  """The probes of these names.
+
+  Raises:
+    ConfigError: a name is unknown, or LightGBM is not installed.
+  """
+  out: dict[str, Model] = {}
+  for name in names:
+    if name == "logistic":
+      out[name] = logistic
+    elif name == "lightgbm":
+      if importlib.util.find_spec("lightgbm") is None:
+        raise ConfigError(
+          "--models lightgbm needs LightGBM, which is not installed; install it with pip install "
+          '"supermoe_jax[probe]", or ask for other models, such as --models logistic.'
+        )
+      out[name] = Lightgbm(threads)
+    elif name == "mlp":
+      from supermoe_jax.evaluation.probing import mlp
+
+      out[name] = mlp.Mlp() if mlp_size is None else mlp.Mlp(*mlp_size)
+    else:
+      raise ConfigError(f"there is no model {name!r}; valid: {', '.join(MODELS)}.")
+  return out
+
+
+def describe(model: Model) -> dict[str, Any]:
+  """What a model is, for the record."""
+  if isinstance(model, Lightgbm):
+    return dict(LIGHTGBM)
+  if dataclasses.is_dataclass(model) and not isinstance(model, type):
+    return dataclasses.asdict(model)
+  return {"C": probes.REGULARISATION, "standardised": True, "sparse C": probes.SPARSE_REGULARISATION}
+
+
+def default_threads() -> int:
+  """The cores that this process may use, but no more than help."""
+  available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return min(available, MOST_THREADS)
+
+
+def takes(model: Model, x: probes.Inputs) -> bool:
+  """Whether the model takes such inputs: the MLP takes no sparse ones."""
+  return not (scipy.sparse.issparse(x) and type(model).__name__ == "Mlp")
