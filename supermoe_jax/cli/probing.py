@@ -63,7 +63,7 @@ def add(verbs: Verbs) -> None:
   verb.add_argument("--repeats", type=int, default=3, help="of the folds; default: 3")
   verb.add_argument("--resamples", type=int, default=1000, help="of users, with --temporal; default: 1000")
   verb.add_argument("--seed", type=int, default=0, help="of folds, models and resamples; default: 0")
-  verb.add_argument("--threads", type=int, help="default: as many as there are cores, at most 8")
+  verb.add_argument("--threads", type=int, help="fits side by side; default: as many as there are cores, at most 8")
   verb.add_argument(
     "--require",
     action="append",

@@ -16,7 +16,8 @@ from sklearn.preprocessing import StandardScaler
 
 from supermoe_jax import config
 
-# Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse ones are those whose scale means something, such as TF-IDF, and are not standardised.
+# Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse ones are those whose scale means something,
+# such as TF-IDF, and are not standardised.
 Inputs = Any
 
 # From `x [m, D]` to probabilities `[m]`, `[m, values]`, `[m, C]`, or numbers `[m]`.

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 
 from supermoe_jax.evaluation import probes
@@ -42,7 +43,12 @@ def test_there_is_no_probe_of_a_ranking() -> None:
     probes.fit("catalogue", np.zeros((2, 1)), np.zeros(2), 9)
 
 
-def test_out_of_fold_scores_never_saw_their_own_label() -> None:
+def test_probes_take_sparse_inputs() -> None:
   rng = np.random.default_rng(0)
-  label = (rng.random(300) < 0.5).astype(np.float32)
-  assert 0.35 < roc_auc_score(label, probes.out_of_fold(rng.normal(size=(300, 30)), label)) < 0.65
+  x = csr_array(np.where(rng.random((900, 20)) < 0.3, rng.random((900, 20)), 0))
+  dense = x.toarray()
+  number = 3 * dense[:, 0] - dense[:, 1]
+  assert roc_auc_score(number[600:] > 0.2, probes.fit("binary", x[:600], number[:600] > 0.2, 1)(x[600:])) > 0.9
+  assert r2_score(number[600:], probes.fit("regression", x[:600], number[:600], 1)(x[600:])) > 0.9
+  scores = probes.fit("multiclass", x[:600], (dense[:600, :3].argmax(axis=1)), 3)(x[600:])
+  assert accuracy_score(dense[600:, :3].argmax(axis=1), scores.argmax(axis=1)) > 0.7

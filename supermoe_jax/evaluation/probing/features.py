@@ -95,6 +95,8 @@ def read(name: str, path: pathlib.Path, user: str = USER, time: str | None = Non
   else:
     raise DataError(f"there are no embeddings {path}.")
   table = pa.concat_tables([_table(f, user) for f in files], promote_options="default")
+  if not table.num_rows:
+    raise DataError(f"{path} holds no row.")
   if user not in table.column_names:
     if USER not in table.column_names:
       raise DataError(f"{path} has no column {user!r} of users (--user){nearest(user, table.column_names)}")
@@ -185,7 +187,7 @@ def _vectors(path: pathlib.Path, table: pa.Table, users: np.ndarray) -> tuple[np
         f"first row {length[0].as_py() or 'none'}; all must have as many."
       )
     flat = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
-    x = flat.reshape(len(users), -1) if len(users) else np.zeros((0, 1))
+    x = flat.reshape(len(users), -1)
   else:
     x = np.stack([_numbers(table[n].combine_chunks()) for n in used], axis=1)
   with np.errstate(over="ignore"):
@@ -199,7 +201,7 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 def _checked(path: pathlib.Path, features: Features) -> Features:
   if not len(features.user):
-    raise DataError(f"{path} holds no row.")
+    raise DataError(f"{path} holds no row; embed at a time with events before it.")
   bad = np.argwhere(~np.isfinite(features.x))
   if len(bad):
     row, column = bad[0]

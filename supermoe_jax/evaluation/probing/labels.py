@@ -246,7 +246,9 @@ def _label(
   value = np.full(len(column), np.nan)
   if kind == "regression":
     if text:
-      raise DataError(f"{file.path}: column {name!r} holds the text {distinct[0]!r}, which --kind takes for a number.")
+      raise DataError(
+        f"{file.path}: column {name!r} holds the text {str(distinct[0])!r}, which --kind takes for a number."
+      )
     value[~missing] = known
     return Label(name, kind, value)
   if kind == "binary" and len(distinct) > 2:

@@ -5,6 +5,7 @@ Shapes: n rows, m of them asked about, C classes, J splits.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -173,9 +174,10 @@ def ask(
   rows: Rows,
   models: Mapping[str, Model],
   protocol: Protocol,
+  threads: int = 1,
   done: Callable[[], Any] = lambda: None,
 ) -> Asked:
-  """Fits every model on every kind of features in every split, and answers; `done` is called after each.
+  """Fits every model on every kind of features in every split, `threads` at a time; `done` is called after each.
 
   Features have `[n, …]` rows, all of which have a label.
 
@@ -183,13 +185,22 @@ def ask(
     Unmeasurable: see `splits`.
   """
   laid = splits(label, rows, protocol)
-  found: dict[tuple[str, str], list[np.ndarray]] = {}
-  for name, x in features.items():
-    for kind, model in models.items():
-      answers = found[name, kind] = []
-      for number, split in enumerate(laid):
-        answers.append(np.asarray(model(x, label, split.fit, split.asked, protocol.seed + number), np.float64))
-        done()
+
+  def answer(name: str, kind: str, number: int) -> np.ndarray:
+    split = laid[number]
+    seed = protocol.seed + number
+    return np.asarray(models[kind](features[name], label, split.fit, split.asked, seed), np.float64)
+
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    waiting = {(f, m): [pool.submit(answer, f, m, i) for i in range(len(laid))] for f in features for m in models}
+    for fits in waiting.values():
+      for fit in fits:
+        fit.add_done_callback(lambda _: done())
+    try:
+      found = {key: [fit.result() for fit in fits] for key, fits in waiting.items()}
+    except BaseException:
+      pool.shutdown(cancel_futures=True)  # the first error, or Ctrl-C, is enough
+      raise
   return Asked(label, rows, laid, found)
 
 

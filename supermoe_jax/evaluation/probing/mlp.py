@@ -48,6 +48,8 @@ class Mlp:
     Inputs are standardised, and so are numbers to be learned, by the rows fitted on alone. All folds of a label, and
     labels of about as many rows, share one compiled program.
     """
+    if not isinstance(x, np.ndarray):
+      raise TypeError("the MLP takes no sparse inputs")
     chosen = x[fit].astype(np.float64)
     mean, scale = chosen.mean(axis=0), chosen.std(axis=0)
     scale[scale < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0  # says nothing, so that nothing is made of it

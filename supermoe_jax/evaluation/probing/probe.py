@@ -43,7 +43,7 @@ class Options:
     workdir: the run that the embeddings are of, if their manifest does not tell.
     as_of: the times to take, in microseconds since 1970 UTC; none: all.
     protocol: how it is judged.
-    threads: of LightGBM and of linear algebra.
+    threads: fits that run side by side, each on one thread (the MLP's on JAX' own).
     mlp_size: `(thin, wide)` of the MLP; None: its defaults.
   """
 
@@ -66,7 +66,7 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
     ConfigError: a model is unknown or not installed, or what is to stand beside is not at hand.
   """
   begun = clock.monotonic()
-  chosen = models_lib.make(options.models, options.threads, options.mlp_size)
+  chosen = models_lib.make(options.models, options.mlp_size)
   user, time, choice = _keys(table, judged, options.as_of)
   beside, notes = _beside(judged, user, time, options)
   every = {f.name: f for f in (judged, *others, *beside)}
@@ -84,7 +84,7 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
   not_measured, asked = dict(table.not_measured), {}
   total = len(table.labels) * len(every) * len(chosen) * options.protocol.splits
   with (
-    threadpoolctl.threadpool_limits(options.threads, "blas"),
+    threadpoolctl.threadpool_limits(1),
     tqdm(total=total, desc="probing", unit=" fits", mininterval=1) as bar,
   ):
     for label in table.labels:
@@ -97,7 +97,7 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
         if not len(known):
           raise Unmeasurable("no user with a label of it has an embedding")
         asked[label.name] = measuring.ask(
-          x, own, Rows(whose.user[known], then), chosen, options.protocol, lambda: bar.update(1)
+          x, own, Rows(whose.user[known], then), chosen, options.protocol, options.threads, lambda: bar.update(1)
         )
       except Unmeasurable as error:
         not_measured[label.name] = str(error)

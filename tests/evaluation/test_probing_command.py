@@ -1,0 +1,210 @@
+"""The verb `probe`, from files to figures and exit codes."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from supermoe_jax import cli, exits
+from supermoe_jax.evaluation.probing import requirements
+from supermoe_jax.serving import embed
+from supermoe_jax.training.run import Run
+
+DAYS = ["2024-04-01", "2024-05-20"]
+QUICK = ["--models", "logistic", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module")
+def written(run: Run, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  out = tmp_path_factory.mktemp("probed") / "embeddings"
+  embed.embed(run, DAYS, out)
+  return out
+
+
+@pytest.fixture
+def other(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Vectors of 120 users, of whom the first number tells `good`, and a label table of 110 of them and 10 others."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(120, 4)).astype(np.float32)
+  known = np.arange(10, 130)
+  good = np.where(known < 120, x[np.minimum(known, 119), 0] + 0.3 * rng.normal(size=120) > 0, True)
+  pq.write_table(pa.table({"user_id": np.arange(120), "v": pa.array(x.tolist())}), tmp_path / "vectors.parquet")
+  table = {"user_id": known, "good": good, "coin": rng.integers(0, 2, 120), "sum": 2.0 * good + rng.normal(size=120)}
+  pq.write_table(pa.table(table), tmp_path / "labels.parquet")
+  return tmp_path / "vectors.parquet", tmp_path / "labels.parquet"
+
+
+def probe(*arguments: Any) -> int:
+  return cli.main(["probe", *map(str, arguments)])
+
+
+def test_a_file_alone_is_probed_and_everyone_is_counted(
+  other: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+  vectors, labels = other
+  assert probe("--other", f"mine={vectors}", "--labels", labels, *QUICK) == exits.OK
+  said = capsys.readouterr().out
+  assert "of 120 labelled users 10 have no row in mine, of 120 there 10 have no label" in said
+  assert "no aggregates stand beside" in said
+  found = json.loads((vectors.parent / "vectors.parquet.probe.json").read_text())
+  assert found["judged"] == "mine" and found["counts"]["rows_probed"] == 110
+  assert found["labels"]["good"]["scores"]["mine"]["logistic"]["auc"]["low"] > 0.85
+  coin = found["labels"]["coin"]["scores"]["mine"]["logistic"]["auc"]
+  assert coin["low"] < 0.5 < coin["high"]
+  assert found["labels"]["sum"]["kind"] == "regression"
+  assert {"numpy", "scikit-learn", "python"} <= set(found["versions"])
+
+
+def test_the_figures_are_the_same_again_but_for_another_seed(other: tuple[pathlib.Path, pathlib.Path]) -> None:
+  vectors, labels = other
+  found = []
+  for i, seed in enumerate((0, 0, 1)):
+    out = vectors.parent / f"{i}.json"
+    assert probe("--embeddings", vectors, "--labels", labels, *QUICK, "--seed", seed, "--out", out) == exits.OK
+    found.append(json.loads(out.read_text())["labels"])
+  assert found[0] == found[1] != found[2]
+
+
+def test_embeddings_stand_beside_aggregates_an_untrained_encoder_and_another_system(
+  written: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  users = np.arange(36)
+  table = {"user_id": users, "late": np.random.default_rng(0).integers(0, 2, 36), "even": users % 2}
+  pq.write_table(pa.table(table), tmp_path / "labels.parquet")
+  pq.write_table(pa.table({"user_id": users, "number": users % 2}), tmp_path / "told.parquet")
+  arguments = ["--embeddings", written, "--labels", tmp_path / "labels.parquet", "--as-of", DAYS[1], *QUICK]
+  more = ["--beside", "aggregates", "untrained", "--other", f"told={tmp_path / 'told.parquet'}"]
+  out = tmp_path / "figures.json"
+  assert probe(*arguments, *more, "--label", "*", "--out", out) == exits.OK
+  found = json.loads(out.read_text())
+  assert list(found["features"]) == ["embeddings", "told", "aggregates", "untrained"]
+  assert found["labels"]["even"]["scores"]["told"]["logistic"]["auc"]["value"] == 1
+  assert found["labels"]["even"]["differences"]["told"]["logistic"]["auc"]["value"] < 0
+  assert found["means"]["mean(*)"]["labels"] == ["late", "even"]
+  said = capsys.readouterr().out
+  assert "Δ to untrained" in said and "mean(*)" in said
+  # An untrained encoder is of the same width and gives other vectors.
+  assert found["features"]["untrained"]["config"]["d_model"] == found["features"]["embeddings"]["width"]
+
+
+def test_labels_of_several_times_are_fitted_on_the_earlier_and_scored_on_the_last(
+  written: pathlib.Path, run: Run, tmp_path: pathlib.Path
+) -> None:
+  users = np.repeat(np.arange(40), 2)
+  days = np.tile(np.array(DAYS, "datetime64[us]"), 40)
+  y = np.random.default_rng(0).integers(0, 2, 80)
+  pq.write_table(pa.table({"user_id": users, "day": days, "y": y}), tmp_path / "labels.parquet")
+  arguments = ["--embeddings", written, "--labels", tmp_path / "labels.parquet", "--time", "day", *QUICK]
+  out = tmp_path / "figures.json"
+  assert probe(*arguments, "--temporal", "--resamples", 100, "--out", out) == exits.OK
+  found = json.loads(out.read_text())
+  last = sum(run.dataset[i]["time"][0] < np.datetime64(DAYS[1], "us").astype(int) for i in range(len(run.dataset)))
+  assert found["labels"]["y"]["asked"] == last
+  assert set(found["labels"]["y"]["scores"]) == {"embeddings", "aggregates"}  # the run is at hand
+
+
+@pytest.mark.parametrize(
+  ("required", "code", "message"),
+  [
+    (["good.auc>=0.8"], exits.OK, ""),
+    (["good.auc>=0.8", "rmse<5", "sum.r2>0"], exits.OK, ""),
+    (["auc>=0.8"], exits.ERROR, r"required auc>=0.8, but coin has auc 0.\d+, not >= 0.8"),
+    (["good.auc>=noise", "coin.auc>0.99"], exits.ERROR, "required coin.auc>0.99, but coin has auc"),
+    (["good.auc<noise"], exits.ERROR, r"good has auc 0.\d+, not < noise 0.\d+"),
+    (["good.rmse<1"], exits.ERROR, "good has no rmse"),
+    (["accuracy>0.1"], exits.ERROR, "no label has accuracy"),
+    (["auc>>0.8"], exits.USAGE, "'auc>>0.8' is no requirement; write it as 'auc>=0.8'"),
+    (["auc>=0.8x"], exits.USAGE, "'0.8x' is no number"),
+    (["acu>=0.8"], exits.USAGE, "names the metric 'acu', which there is not; did you mean 'auc'"),
+    (["god.auc>=0.8"], exits.USAGE, "names the label 'god', which is not asked for; did you mean 'good'"),
+    (["auc>=nose"], exits.USAGE, "'nose' is not among what is compared; did you mean 'noise'"),
+  ],
+)
+def test_requirements_decide_the_exit_code(
+  other: tuple[pathlib.Path, pathlib.Path],
+  capsys: pytest.CaptureFixture[str],
+  required: list[str],
+  code: int,
+  message: str,
+) -> None:
+  import re
+
+  vectors, labels = other
+  noise = vectors.parent / "noise.parquet"
+  rng = np.random.default_rng(1)
+  pq.write_table(pa.table({"user_id": np.arange(130), "n": rng.normal(size=130)}), noise)
+  more = [a for r in required for a in ("--require", r)]
+  assert probe("--embeddings", vectors, "--other", f"noise={noise}", "--labels", labels, *QUICK, *more) == code
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_requirement_of_a_label_that_cannot_be_measured_is_not_met() -> None:
+  result = {"labels": {}, "means": {}, "judged": "x", "not_measured": {"y": "too few"}}
+  (found,) = requirements.judge([requirements.parse("y.auc>=0.5")], result)
+  assert not found["met"] and found["failed"] == ["y was not measured: too few"]
+
+
+@pytest.mark.parametrize(
+  ("more", "code", "message"),
+  [
+    ([], exits.ERROR, "are of 2024-04-01T00:00:00, 2024-05-20T00:00:00: name one with --as-of"),
+    (["--as-of", "2024-01-01"], exits.ERROR, "share no time"),
+    (["--as-of", DAYS[1], "--user", "late"], exits.ERROR, "has no column|share no user|two labels"),
+    (["--as-of", DAYS[1], "--models", "tree"], exits.ERROR, "there is no model 'tree'; valid: logistic"),
+    (["--as-of", DAYS[1], "--beside", "all"], exits.ERROR, "--beside all: valid are aggregates, untrained"),
+    (["--as-of", DAYS[1], "--workdir", "gone"], exits.ERROR, "there is no run at gone"),
+    (["--temporal"], exits.USAGE, "--temporal needs the labels' column of times"),
+    (["--folds", "1"], exits.USAGE, "--folds 1 must be at least 2"),
+    (["--kind", "late=number"], exits.USAGE, "must be COLUMN=binary"),
+    (["--other", "x"], exits.USAGE, "must be NAME=PATH"),
+  ],
+)
+def test_what_cannot_be_done_is_explained(
+  written: pathlib.Path,
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+  more: list[str],
+  code: int,
+  message: str,
+) -> None:
+  import re
+
+  users = np.arange(36)
+  pq.write_table(pa.table({"user_id": users, "late": users % 3 == 0}), tmp_path / "labels.parquet")
+  arguments = ["--embeddings", written, "--labels", tmp_path / "labels.parquet"]
+  assert probe(*arguments, *QUICK, *more) == code
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_there_must_be_something_to_probe(capsys: pytest.CaptureFixture[str]) -> None:
+  assert probe("--labels", "labels.parquet") == exits.USAGE
+  assert "name what is to be probed" in capsys.readouterr().err
+
+
+def test_without_lightgbm_an_error_says_what_to_install(
+  other: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  found = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lightgbm" else found(name, *a))
+  assert probe("--embeddings", other[0], "--labels", other[1]) == exits.ERROR
+  assert 'pip install "supermoe_jax[probe]"' in capsys.readouterr().err
+
+
+def test_figures_never_go_into_an_embedding_directory(
+  written: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  copy = tmp_path / "embeddings"
+  shutil.copytree(written, copy)
+  pq.write_table(pa.table({"user_id": np.arange(36), "y": np.arange(36) % 2}), tmp_path / "labels.parquet")
+  arguments = ["--embeddings", copy, "--labels", tmp_path / "labels.parquet", "--as-of", DAYS[1], *QUICK]
+  before = sorted(copy.iterdir())
+  assert probe(*arguments) == exits.OK
+  assert sorted(copy.iterdir()) == before and (tmp_path / "embeddings.probe.json").is_file()
+  assert probe(*arguments, "--out", copy / "probe.json") == exits.ERROR
+  assert "replaced as a whole" in capsys.readouterr().err
