@@ -78,7 +78,8 @@ def _matching(pattern: str, labels: Collection[str]) -> list[str]:
 def judge(required: Collection[Requirement], result: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Says of each requirement whether a probe's result meets it, and where not.
 
-  What counts of several models is the best one at the metric, of what is judged and of what stands beside it alike.
+  What counts of several models is the best one at the metric, of what is judged and of what stands beside it alike. A
+  label that could not be measured fails the requirements that name it.
 
   Returns: for each `text`, `met`, and `failed`, a line for each label that fails it.
   """
