@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +16,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data import questions as questions_lib
+from supermoe_jax.data.dataset import Dataset, read_users
 from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.schema import make_aggregator
 from supermoe_jax.data.vocabulary import Vocabulary
@@ -31,6 +30,11 @@ BESIDE = ("aggregates", "untrained")
 
 # What is counted where a run's config has no aggregates of its own: this many values of each field with a vocabulary.
 TOP_VALUES = 20
+
+USERS_AT_ONCE = 1024  # whose aggregates are worked out in one go
+
+# Fewer times than this are embedded for all users; more are each user's own.
+MOST_TIMES = 64
 
 
 class Origin(NamedTuple):
@@ -68,8 +72,8 @@ def find(about: dict[str, Any], workdir: pathlib.Path | None) -> Origin:
   return Origin(found, cfg, dataset)
 
 
-def aggregates(origin: Origin, users: Collection[str], times: Sequence[int]) -> Features:
-  """The aggregates of these users at these times, of those with an event before.
+def aggregates(origin: Origin, user: np.ndarray, time: np.ndarray) -> Features:
+  """The aggregates of these users at these times, `[n]` each, of those with an event before.
 
   They are those of the run's config, which its queries see; where it has none, counts in the usual windows.
   """
@@ -80,28 +84,40 @@ def aggregates(origin: Origin, users: Collection[str], times: Sequence[int]) -> 
     usual = config.Aggregates(top_values=TOP_VALUES, fields=tuple(known))
     aggregator, own = make_aggregator(dataclasses.replace(data, aggregates=usual), encoders), False
     assert aggregator is not None
-  ids: list[str] = []
-  at, parts = [], []
-  asked = np.array(times, np.int64)
-  for index in tqdm(range(len(origin.dataset)), desc="aggregates", unit=" users", mininterval=1):
-    record = origin.dataset[index]
-    if record["user"] not in users:
-      continue
-    history = origin.dataset.history(record)
-    n_events = np.searchsorted(history.time, asked, side="left")
-    some = n_events > 0
-    if some.any():
-      parts.append(aggregator(history.block, np.zeros(some.sum(), np.int64), asked[some], n_events[some]))
-      ids += [history.user] * int(some.sum())
-      at.append(asked[some])
+  order = np.argsort(user, kind="stable")
+  begins = np.searchsorted(user[order], ids := np.unique(user))
+  ends = np.append(begins[1:], len(user))
+  place = {u: i for i, u in enumerate(ids.tolist())}
+  everyone = read_users(origin.dataset.path, ["user"])["user"].to_pylist()
+  wanted = [(index, place[u]) for index, u in enumerate(everyone) if u in place]
+  asked, parts = [], []
+  with tqdm(total=len(wanted), desc="aggregates", unit=" users", mininterval=1) as bar:
+    for start in range(0, len(wanted), USERS_AT_ONCE):
+      some = wanted[start : start + USERS_AT_ONCE]
+      block = origin.dataset.histories(np.array([index for index, _ in some]))
+      rows = [order[begins[i] : ends[i]] for _, i in some]
+      owner, row = np.repeat(np.arange(len(some)), [len(r) for r in rows]), np.concatenate(rows)
+      n_events = block.before(owner, time[row])
+      seen = n_events > 0
+      if seen.any():
+        parts.append(aggregator(block, owner[seen], time[row[seen]], n_events[seen]))
+        asked.append(row[seen])
+      bar.update(len(some))
   if not parts:
     raise DataError(f"no user with a label has an event in {origin.dataset.path} before the times asked about.")
   about = {"dataset": str(origin.dataset.path), "of_the_config": own, "width": len(aggregator.names)}
-  return Features("aggregates", np.array(ids, object), np.concatenate(at), np.concatenate(parts), about)
+  found = np.concatenate(asked)
+  return Features("aggregates", user[found], time[found], np.concatenate(parts), about)
 
 
-def untrained(origin: Origin, times: Sequence[int], seed: int) -> Features:
-  """Embeddings by an encoder of the run's config with fresh parameters, of all users at these times."""
+def untrained(origin: Origin, time: np.ndarray, seed: int) -> Features:
+  """Embeddings by an encoder of the run's config with fresh parameters, of all users.
+
+  They are at the times in `time`, or, where those are many, just after each user's last event.
+  """
+  times: list[int | None] = np.unique(time).tolist()
+  if len(times) > MOST_TIMES:
+    times = [None]
   cfg = origin.cfg
   mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
   platform = mesh.devices.flat[0].platform
@@ -113,9 +129,9 @@ def untrained(origin: Origin, times: Sequence[int], seed: int) -> Features:
   at, parts = [], []
   total = len(origin.dataset) * len(times)
   with tqdm(total=total, desc="untrained encoder", unit=" rows", mininterval=1) as bar:
-    for batch in batches.questions(origin.dataset, cfg, times=times):
+    for batch in questions_lib.questions(origin.dataset, cfg, times=times):
       n = len(batch.questions)
-      parts.append(np.asarray(run.answer(batch.features).z)[:n])
+      parts.append(np.asarray(run.encode(batch.features))[:n])
       ids += [q.user_id for q in batch.questions]
       at += [q.time for q in batch.questions]
       bar.update(n)

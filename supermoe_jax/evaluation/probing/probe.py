@@ -132,6 +132,9 @@ def _keys(
     choice = np.flatnonzero(np.isin(table.time, as_of)) if as_of else everything
     return table.users[choice], table.time[choice], choice
   times = list(as_of) or judged.times
+  if len(times) > 1 and not as_of and judged.time is not None and len(set(judged.user)) == len(judged.user):
+    own = dict(zip(judged.user, judged.time.tolist()))  # as of each user's last event
+    return table.users, np.array([own.get(u, 0) for u in table.users], np.int64), everything
   if len(times) > 1:
     raise DataError(
       f"the labels have no time, and {judged.name} are of {', '.join(map(iso, times))}: name one with --as-of, or the "
@@ -160,13 +163,12 @@ def _beside(
     if options.beside is None and options.workdir is None:
       return [], [f"no aggregates stand beside: {error}"]
     raise DataError(f"--beside {' '.join(wanted)}: {error}") from error
-  times = np.unique(time).tolist()
   out = []
   for name in wanted:
     if name == "aggregates":
-      out.append(beside.aggregates(origin, set(user), times))
+      out.append(beside.aggregates(origin, user, time))
     else:
-      out.append(beside.untrained(origin, times, options.protocol.seed))
+      out.append(beside.untrained(origin, time, options.protocol.seed))
   return out, []
 
 
