@@ -25,7 +25,7 @@ Predictor = Callable[[Inputs], np.ndarray]
 
 # Inverse strength of the regularisation (scikit-learn's C) of standardised and of sparse inputs.
 REGULARISATION = 0.05
-SPARSE_REGULARISATION = 1.0
+SPARSE_REGULARISATION = 5.0
 
 
 def linear(x: Inputs) -> Pipeline:

@@ -109,6 +109,17 @@ def test_labels_of_several_times_are_fitted_on_the_earlier_and_scored_on_the_las
   assert set(found["labels"]["y"]["scores"]) == {"embeddings", "aggregates"}  # the run is at hand
 
 
+def test_embeddings_of_each_users_last_moment_need_no_time(run: Run, tmp_path: pathlib.Path) -> None:
+  embed.embed(run, ["last"], tmp_path / "embeddings")
+  pq.write_table(pa.table({"user_id": np.arange(50), "y": np.arange(50) % 2}), tmp_path / "labels.parquet")
+  out = tmp_path / "figures.json"
+  arguments = ["--embeddings", tmp_path / "embeddings", "--labels", tmp_path / "labels.parquet", "--out", out]
+  assert probe(*arguments, *QUICK, "--beside", "aggregates", "untrained") == exits.OK
+  counts = json.loads(out.read_text())["counts"]
+  assert counts["rows_probed"] == 40 and counts["labelled_users_without_embedding"] == 10
+  assert counts["label_rows_without"] == {"aggregates": 0, "untrained": 0}
+
+
 @pytest.mark.parametrize(
   ("required", "code", "message"),
   [
