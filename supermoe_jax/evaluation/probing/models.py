@@ -19,8 +19,8 @@ from supermoe_jax.evaluation.probing.labels import Label
 
 MODELS = ("logistic", "lightgbm", "mlp")
 
-# Of boosted trees: many small steps of small trees, each on a share of the rows and inputs. Of the settings that were
-# tried one that made hand-made aggregates of the Complete Journey and SVD factors of MovieLens 1M strong, since those are
+# Of boosted trees: many small steps of small trees, each on a share of the rows and inputs. Of the settings tried, one
+# that made hand-made aggregates of the Complete Journey and SVD factors of MovieLens 1M strong, since such features are
 # what embeddings must beat.
 LIGHTGBM = {
   "n_estimators": 300,
