@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import scipy.sparse
 
 from supermoe_jax.config import ConfigError
 from supermoe_jax.evaluation import probes
@@ -66,6 +67,8 @@ def boosted(x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, 
     "force_col_wise": True,  # chosen by a stopwatch otherwise, and with another order of sums
     "verbose": -1,
   }
+  if scipy.sparse.issparse(x):
+    x = scipy.sparse.csr_matrix(x)  # LightGBM takes no sparse array
   y = label.value[fit]
   if label.kind == "regression":
     booster = lightgbm.LGBMRegressor(**options).fit(x[fit], y).booster_
