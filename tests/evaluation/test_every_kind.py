@@ -95,11 +95,14 @@ class FakeDataset:
   def digits(user: int) -> np.ndarray:
     return (user >> np.arange(6)) & 1
 
-  def history(self, record: dict) -> int:
-    return record["number"]
+  def history(self, record: dict) -> types.SimpleNamespace:
+    return types.SimpleNamespace(block=np.array([record["number"]]))
 
-  def aggregates(self, user: int, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    return np.repeat(self.digits(user)[None], len(time), axis=0).astype(np.float64)
+  def histories(self, users: np.ndarray) -> np.ndarray:
+    return users
+
+  def aggregates(self, block: np.ndarray, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    return np.array([self.digits(u) for u in block[user].tolist()], np.float64)
 
 
 class FakeRun:
