@@ -337,7 +337,7 @@ class _ThreadLimit:
 
 
 def _write_pages(report: seesaw_words.Report, workdir: pathlib.Path) -> None:
-  from supermoe_jax import seesaw_page  # pictures only when there is something to draw
+  from supermoe_jax.report import seesaw_page  # pictures only when there is something to draw
 
   seesaw_page.write(report, workdir / "seesaw.html")
   seesaw_page.picture(report, workdir / "seesaw.svg")

@@ -23,8 +23,11 @@ from report_run import (
   write_json,
 )
 
-from supermoe_jax import config, report, report_figures, report_map, report_sections
+from supermoe_jax import config, report
 from supermoe_jax.data.events import DataError
+from supermoe_jax.report import figures, user_map
+from supermoe_jax.report import page as report_page
+from supermoe_jax.report import sections as report_sections
 
 SECTIONS = ("results", "metrics", "data", "training", "experts", "map", "config")
 
@@ -71,7 +74,7 @@ def test_a_whole_run(tmp_path, cfg):
   for attributes in page.all("svg"):
     assert attributes["role"] == "img" and attributes["aria-label"]
   assert len(page.all("figure")) == len(page.all("figcaption")) == 6
-  assert report_figures.INK not in text and "currentColor" in text
+  assert figures.INK not in text and "currentColor" in text
 
 
 def test_a_run_that_was_validated_while_it_trained(tmp_path, cfg):
@@ -219,7 +222,7 @@ def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
   make_metrics(cfg, run)
   make_evaluation(cfg, run, step=20, config_hash="other")
   make_dataset(make_config(tmp_path, d_model=16))
-  notes = " ".join(report._notes(report._read(run)))
+  notes = " ".join(report_page._notes(report_page._read(run)))
   assert "The evaluation shown here was made at step 20, but the run has reached step 60" in notes
   assert "made with another config" in notes
   assert "prepared with another configuration" not in notes  # the width is not the data's business
@@ -242,7 +245,7 @@ def test_errors(tmp_path, cfg):
 
 def test_the_count_of_parameters_is_the_models_own(cfg, tmp_path):
   make_dataset(cfg)
-  count = report._parameters(report._read(tmp_path / "run"))
+  count = report_page._parameters(report_page._read(tmp_path / "run"))
   assert count is not None
   d, hidden = 8, 16
   assert count["tables"] == (12 + 22) * d
@@ -265,12 +268,12 @@ def test_labels_to_colour_by(cfg):
     }
 
   records = [record("a", 1, 1, 0), record("b", 0, 1, 1), record("c", 1, 0, 1)]
-  picked = report_map.pick_labels(cfg, records, NOVEMBER + 5)
+  picked = user_map.pick_labels(cfg, records, NOVEMBER + 5)
   assert list(picked) == ["churn", "young"]
   assert picked["churn"][0] == {"a": 1, "b": 0}
   assert picked["young"][0] == {"a": 0, "b": 1, "c": 1}
   assert "2017-11-01" in picked["churn"][1]
-  assert report_map.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
+  assert user_map.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
 
 
 def test_figures_are_well_formed_and_their_names_are_text():
@@ -278,11 +281,11 @@ def test_figures_are_well_formed_and_their_names_are_text():
   label = np.where(place[:, 0] > 0, 1.0, 0.0)
   label[:5] = np.nan
   drawn = [
-    report_figures.curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
-    report_figures.heat_map("b", "<many>", ["t"], np.full((1, 40), 1 / 40), 0.5),
-    report_figures.load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
-    report_figures.map_by_label("d", 'a "label"', place, label),
-    report_figures.map_by_count("e", "events", place, np.ones(30)),
+    figures.curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
+    figures.heat_map("b", "<many>", ["t"], np.full((1, 40), 1 / 40), 0.5),
+    figures.load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
+    figures.map_by_label("d", 'a "label"', place, label),
+    figures.map_by_count("e", "events", place, np.ones(30)),
   ]
   for svg in drawn:
     root = xml.etree.ElementTree.fromstring(str(svg))
@@ -297,4 +300,4 @@ def test_figures_are_well_formed_and_their_names_are_text():
   [(0.0, "0"), (0.25, "0.25"), (999.6, "1,000"), (1234, "1,234"), (9999, "9,999"), (12345, "12.3k"), (999_999, "1M")],
 )
 def test_numbers(value, text):
-  assert report_figures.number(value) == text
+  assert figures.number(value) == text

@@ -11,10 +11,10 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from supermoe_jax import config
-from supermoe_jax import report_figures as figures
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.report_sections import Parts, question
+from supermoe_jax.report import figures
+from supermoe_jax.report.sections import Parts, question
 from supermoe_jax.serving import embeddings
 
 # Points of the map: t-SNE takes about 10 s for so many.

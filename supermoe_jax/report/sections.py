@@ -10,10 +10,10 @@ import numpy as np
 from markupsafe import Markup
 
 from supermoe_jax import config
-from supermoe_jax import report_figures as figures
 from supermoe_jax.data import dataset
 from supermoe_jax.evaluation import evaluate, metrics
-from supermoe_jax.report_figures import number, percent
+from supermoe_jax.report import figures
+from supermoe_jax.report.figures import number, percent
 
 # Below this many labels a difference between two scores is mostly chance, and the page says so.
 FEW_LABELS = 500

@@ -15,16 +15,16 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from supermoe_jax import atomic, config, pages, report_map
-from supermoe_jax import report_sections as sections
+from supermoe_jax import atomic, config
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation import validation
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.models import parameters
-from supermoe_jax.report_figures import number, percent
-from supermoe_jax.report_sections import Parts
+from supermoe_jax.report import rendering, sections, user_map
+from supermoe_jax.report.figures import number, percent
+from supermoe_jax.report.sections import Parts
 from supermoe_jax.training.log import read_rows
 from supermoe_jax.training.step import abstract_model
 
@@ -40,7 +40,7 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   """
   workdir = pathlib.Path(workdir)
   run = _read(workdir)
-  page = pages.render("report.html.jinja", _page(run), {"number": number, "percent": percent, "score": _score})
+  page = rendering.render("report.html.jinja", _page(run), {"number": number, "percent": percent, "score": _score})
   file = workdir / "report.html"
   atomic.write(file, page)
   return file
@@ -92,7 +92,7 @@ def _page(run: Parts) -> dict[str, Any]:
     "label_shares": sections.label_shares(run),
     "training": sections.training(run),
     "experts": sections.experts(run),
-    "map": report_map.embedding_map(run),
+    "map": user_map.embedding_map(run),
     "config_text": json.dumps(config.to_dict(run.cfg), indent=2, ensure_ascii=False),
     "versions": _versions(),
     "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

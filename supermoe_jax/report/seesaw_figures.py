@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 
 from supermoe_jax import atomic
 from supermoe_jax.evaluation.seesaw_words import Report, signed
-from supermoe_jax.report_figures import (
+from supermoe_jax.report.figures import (
   BLUE,
   GREEN,
   GREY,
