@@ -144,5 +144,5 @@ def make_embeddings(cfg: config.Config, workdir: pathlib.Path, users: int = 40) 
       "n_events": pa.array(range(1, users + 2)),
     }
   )
-  write_json(workdir / "embeddings" / "manifest.json", {"step": 60, "config_hash": cfg.hash(), "parts": 1})
+  write_json(workdir / "embeddings" / "manifest.json", {"kind": "embeddings", "step": 60, "config_hash": cfg.hash(), "parts": 1})
   pq.write_table(table, workdir / "embeddings" / "part-00000.parquet")
