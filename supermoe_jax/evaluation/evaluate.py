@@ -16,7 +16,8 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.questions import Question, QuestionBatch
-from supermoe_jax.evaluation import baselines, metrics, ranking
+from supermoe_jax.evaluation import baselines, event_experts, intervals, metrics, ranking
+from supermoe_jax.evaluation.breakdown import Answers
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.training.run import Run
 
@@ -82,7 +83,9 @@ def evaluate(
     compare: also the baselines, which take longer than the model on a small dataset.
     progress: show a bar.
     splits: the splits to evaluate; expert load is that of the last.
-    write: write the file into the run directory; it holds both splits.
+    write: write the file into the run directory; it holds both splits, and what lies behind the main metrics: their
+      intervals and, of the test split, their course with the length of histories, calibration, and the experts of
+      events.
     asked: the questions of each split, where they are at hand already; they must be those of the run's config.
     most: snapshots of a split, drawn by the run's seed; 0: all of them.
 
@@ -95,7 +98,9 @@ def evaluate(
   begun = clock.monotonic()
   tasks = run.cfg.active_views
   aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
-  measured, load = {}, {}
+  measured: dict[str, dict[str, Any]] = {}
+  load: dict[str, Any] = {}
+  answers: dict[str, Answers] = {}
   for split in splits:
     expected = run.dataset.manifest["snapshots"][split]
     if asked is not None:
@@ -105,16 +110,27 @@ def evaluate(
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
-    measured[split] = {n: v for n, v in found.items() if v is not None}
+    answers = {n: v[1] for n, v in found.items() if v is not None}
+    measured[split] = {n: v[0] for n, v in found.items() if v is not None}
+    if write:
+      for name, given in answers.items():
+        measured[split][name]["intervals"] = given.with_intervals()
     load = {n: _load(run, n, t, i, collected) for i, (n, t) in enumerate(tasks.items())}
-  result = {
+  result: dict[str, Any] = {
     "step": run.step,
     "config_hash": run.cfg.hash(),
     "main_metric": {n: main_metric(run.cfg, t) for n, t in tasks.items()},
     "splits": measured,
     "expert_load": load,
-    "seconds": round(clock.monotonic() - begun, 1),
   }
+  if write:
+    result |= {
+      "intervals": intervals.METHOD,
+      "by_history": {n: a.by_history() for n, a in answers.items()},
+      "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
+      "event_experts": event_experts.count(run, progress=progress),
+    }
+  result["seconds"] = round(clock.monotonic() - begun, 1)
   if write:
     atomic.write(run.workdir / "evaluation.json", json.dumps(result, indent=1) + "\n")
   return result
@@ -185,8 +201,8 @@ def _task(
   collected: _Collected,
   compare: bool,
   by_aggregates: np.ndarray | None,
-) -> dict[str, Any] | None:
-  """Metrics and baselines of one task; None without any label."""
+) -> tuple[dict[str, Any], Answers] | None:
+  """Metrics and baselines of one task, and the answers that they are of; None without any label."""
   label = collected.labels[name]
   known = np.nonzero(label.known)  # of a task with several events a question: the events
   if not len(known[0]):
@@ -203,14 +219,27 @@ def _task(
   elif form == "multiclass":
     out["classes"] = len(np.unique(asked.value))
   out["metrics"] = _score(task, asked.value, predicted, users)
-  compared: dict[str, Metrics] = {}
+  others: dict[str, np.ndarray] = {}
   if compare:
     rates = run.dataset.manifest["label_rates"].get(name)
-    always = baselines.constant(task, rates, predicted.shape)
-    compared["constant"] = _score(task, asked.value, always, users)
+    others["constant"] = baselines.constant(task, rates, predicted.shape)
   if by_aggregates is not None:
-    compared[baselines.on_aggregates(form)] = _score(task, asked.value, by_aggregates[asked.question], users)
-  return {**out, "baselines": compared}
+    others[baselines.on_aggregates(form)] = by_aggregates[asked.question]
+  out["baselines"] = {b: _score(task, asked.value, answer, users) for b, answer in others.items()}
+  return out, _answers(run, form, asked, predicted, others, collected)
+
+
+def _answers(
+  run: Run,
+  form: config.Answer,
+  asked: _Asked,
+  own: np.ndarray,
+  others: Mapping[str, np.ndarray],
+  collected: _Collected,
+) -> Answers:
+  questions = [collected.questions[i] for i in asked.question]
+  user, events = (np.array([getattr(q, k) for q in questions]) for k in ("user", "n_events"))
+  return Answers(form, asked.value, own, others, user, events, max(run.cfg.evaluate.cutoffs))
 
 
 def predictions(form: config.Answer, answer: np.ndarray) -> np.ndarray:
@@ -240,7 +269,7 @@ def _score(task: config.LabelledTask, value: np.ndarray, predicted: np.ndarray, 
 
 def _ranking(
   run: Run, name: str, task: config.NextEvent, asked: _Asked, collected: _Collected, compare: bool
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Answers]:
   value, state = asked.value, asked.answer
   seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
   items, chunk = run.catalogue(name), run.cfg.evaluate.catalogue_chunk
@@ -251,19 +280,20 @@ def _ranking(
       excluded = [s[s >= 2] - 2 for s in seen[part]] if seen is not None else None
       ranks.append(ranking.target_ranks(state[part], value[part] - 2, excluded, items, chunk))
   cutoffs = run.cfg.evaluate.cutoffs
-  compared: dict[str, Metrics] = {}
+  others: dict[str, np.ndarray] = {}
   if compare:
-    compared["most popular"] = metrics.ranking(baselines.popularity_ranks(value, seen), cutoffs)
+    others["most popular"] = baselines.popularity_ranks(value, seen)
   if compare and not task.exclude_seen:
     questions = [collected.questions[i] for i in asked.question]
-    personal = baselines.personal_ranks(run.dataset, task.field, questions, value)
-    compared["own most frequent"] = metrics.ranking(personal, cutoffs)
-  return {
+    others["own most frequent"] = baselines.personal_ranks(run.dataset, task.field, questions, value)
+  own = np.concatenate(ranks)
+  out = {
     "labels": len(value),
     "unseen_in_training": int(np.sum(value < 2)),
-    "metrics": metrics.ranking(np.concatenate(ranks), cutoffs),
-    "baselines": compared,
+    "metrics": metrics.ranking(own, cutoffs),
+    "baselines": {b: metrics.ranking(rank, cutoffs) for b, rank in others.items()},
   }
+  return out, _answers(run, "catalogue", asked, own, others, collected)
 
 
 def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: _Collected) -> dict[str, Any]:

@@ -225,6 +225,7 @@ class _Study:
       seeds=self.plan.seeds,
       references=chosen,
     )
+    report["data_hash"] = self.cfg.data_hash()
     file = self.workdir / "seesaw.json"
     atomic.write(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report

@@ -164,7 +164,7 @@ class GRUEncoder(nnx.Module):
     before = jnp.take_along_axis(states, jnp.maximum(last, 0)[..., None], axis=1)
     before = jnp.where((seen > 0)[..., None], before, 0.0)
     z = self.norm(drop(before) + self.query_mlp(queries))
-    return Encoded(self.norm(drop(states)), z, None, None, no_experts(self.experts, self.k, batch, snapshots))
+    return Encoded(self.norm(drop(states)), z, None, None, no_experts(self.experts, self.k, batch, length, snapshots))
 
 
 def _recurrent(cell: nnx.GRUCell, x: jax.Array, first: jax.Array) -> jax.Array:

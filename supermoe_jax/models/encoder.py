@@ -28,11 +28,13 @@ class ExpertRecord(NamedTuple):
     aux: terms for the loss, `[M]` each.
     stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` is that of the snapshots' tokens only.
     task_expert: int32 `[M, B, S, T, K]`, the experts of the task tokens; None without task tokens.
+    event_expert: int32 `[M, B, L, K]`, the experts of the events; a program that does not ask for it does not keep it.
   """
 
   aux: Aux
   stats: Stats
   task_expert: jax.Array | None
+  event_expert: jax.Array
 
 
 class Encoded(NamedTuple):
@@ -182,13 +184,14 @@ class Encoder(nnx.Module):
 
   def _record(self, out: StackOutput, batch: int, length: int, snapshots: int) -> ExpertRecord:
     if out.experts is None:
-      return no_experts(self.experts, self.k, batch, snapshots, self.tokens)
+      return no_experts(self.experts, self.k, batch, length, snapshots, self.tokens)
     stats, end = out.experts.stats, length + snapshots
     task_expert = None
     if self.tokens:
       chosen = stats.expert[:, :, end:]
       task_expert = chosen.reshape(len(chosen), batch, snapshots, self.tokens, self.k)
-    return ExpertRecord(out.experts.aux, stats._replace(expert=stats.expert[:, :, length:end]), task_expert)
+    events, own = stats.expert[:, :, :length], stats.expert[:, :, length:end]
+    return ExpertRecord(out.experts.aux, stats._replace(expert=own), task_expert, events)
 
 
 def shift(features: Features, tasks: int) -> jax.Array:
@@ -206,13 +209,13 @@ def shift(features: Features, tasks: int) -> jax.Array:
   return (h % jnp.uint32(tasks)).astype(jnp.int32)
 
 
-def no_experts(experts: int, k: int, batch: int, snapshots: int, tokens: int = 0) -> ExpertRecord:
+def no_experts(experts: int, k: int, batch: int, length: int, snapshots: int, tokens: int = 0) -> ExpertRecord:
   """The record of an encoder without MoE layers; its arrays are empty, M = 0."""
   none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
   expert = jnp.zeros((0, batch, snapshots, k), jnp.int32)
   stats = Stats(jnp.zeros((0, experts)), counts, counts, jnp.zeros((0, tokens), jnp.int32), none, expert)
   task_expert = jnp.zeros((0, batch, snapshots, tokens, k), jnp.int32) if tokens else None
-  return ExpertRecord(Aux(none, none, none), stats, task_expert)
+  return ExpertRecord(Aux(none, none, none), stats, task_expert, jnp.zeros((0, batch, length, k), jnp.int32))
 
 
 def _make_block(model: config.Model, balance_bias: bool, tokens: int) -> Callable[[int, nnx.Rngs], Block]:

@@ -12,20 +12,18 @@ import math
 import pathlib
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from supermoe_jax import atomic, config
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
-from supermoe_jax.evaluation import validation
+from supermoe_jax.evaluation import seesaw_words
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.models import parameters
-from supermoe_jax.report import rendering, sections, user_map
-from supermoe_jax.report.figures import number, percent
-from supermoe_jax.report.sections import Parts
-from supermoe_jax.training.log import read_rows
+from supermoe_jax.report import course, experts, neighbours, rendering, results, seesaw_section, user_map, words
+from supermoe_jax.report.drawing import number, percent
+from supermoe_jax.report.parts import Parts, read
 from supermoe_jax.training.step import abstract_model
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "supermoe_jax")
@@ -39,34 +37,11 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
     DataError: a file of the run is damaged.
   """
   workdir = pathlib.Path(workdir)
-  run = _read(workdir)
-  page = rendering.render("report.html.jinja", _page(run), {"number": number, "percent": percent, "score": _score})
+  run = read(workdir)
+  page = rendering.render("report.html.jinja", _page(run), _FILTERS)
   file = workdir / "report.html"
   atomic.write(file, page)
   return file
-
-
-def _read(workdir: pathlib.Path) -> Parts:
-  cfg = config.load_json(workdir / "config.json")
-  return Parts(
-    workdir,
-    cfg,
-    read_rows(workdir / "metrics.jsonl"),
-    validation.rows(workdir),
-    _json(workdir / "evaluation.json"),
-    _json(pathlib.Path(cfg.data.path) / "manifest.json"),
-    _json(workdir / "embeddings" / "manifest.json"),
-  )
-
-
-def _json(file: pathlib.Path) -> dict[str, Any] | None:
-  if not file.is_file():
-    return None
-  try:
-    found: dict[str, Any] = json.loads(file.read_text())
-  except json.JSONDecodeError as error:
-    raise DataError(f"{file} is damaged ({error}); delete it and run the command that made it again.") from None
-  return found
 
 
 def _page(run: Parts) -> dict[str, Any]:
@@ -81,18 +56,24 @@ def _page(run: Parts) -> dict[str, Any]:
       "train": f"supermoe train --config CONFIG --workdir {where}",
       "evaluate": f"supermoe evaluate --workdir {where}",
       "embed": f"supermoe embed --workdir {where} --as-of {test[-1] if test else 'TIME'}",
+      "seesaw": f"supermoe seesaw --config CONFIG --workdir {shlex.quote(str(run.workdir / 'seesaw'))}",
     },
     "notes": list(_notes(run)),
     "parameters": _parameters(run),
-    "views": sections.views(run.cfg.model),
-    "tasks": {n: sections.question(t) for n, t in run.cfg.active_tasks.items()},
-    "headline": sections.headline(run),
-    "metrics": sections.metric_tables(run),
+    "views": words.views(run.cfg.model),
+    "tasks": {n: words.question(t) for n, t in run.cfg.active_tasks.items()},
+    "headline": results.headline(run),
+    "metrics": results.metric_tables(run),
     "lower_is_better": LOWER_IS_BETTER,
-    "label_shares": sections.label_shares(run),
-    "training": sections.training(run),
-    "experts": sections.experts(run),
+    "seesaw": seesaw_section.found(run),
+    "label_shares": results.label_shares(run),
+    "training": course.training(run),
+    "history": results.by_history(run),
+    "calibration": results.calibration(run),
+    "experts": experts.by_task(run),
+    "events": experts.by_event(run),
     "map": user_map.embedding_map(run),
+    "neighbours": neighbours.of_some_users(run),
     "config_text": json.dumps(config.to_dict(run.cfg), indent=2, ensure_ascii=False),
     "versions": _versions(),
     "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -125,6 +106,14 @@ def _score(value: float | None, *, signed: bool = False) -> str:
   if value is None or not math.isfinite(value):
     return "–"
   return f"{value:{'+' if signed else ''}.4f}".replace("-", "−")
+
+
+def _between(interval: Sequence[float] | None, *, signed: bool = False) -> str:
+  """Writes an interval; a missing one as a dash."""
+  return "–" if interval is None else " to ".join(_score(end, signed=signed) for end in interval)
+
+
+_FILTERS = {"number": number, "percent": percent, "score": _score, "between": _between, "cell": seesaw_words.cell}
 
 
 def _versions() -> dict[str, str]:

@@ -21,7 +21,8 @@ from matplotlib.transforms import Bbox
 
 from supermoe_jax import atomic
 from supermoe_jax.evaluation.seesaw_words import Report, signed
-from supermoe_jax.report.figures import (
+from supermoe_jax.report.curves import step_axis
+from supermoe_jax.report.drawing import (
   BLUE,
   GREEN,
   GREY,
@@ -32,7 +33,6 @@ from supermoe_jax.report.figures import (
   STYLE,
   drawing,
   short,
-  step_axis,
 )
 
 # Lost and gained also differ by the side of the zero line, for those who do not see these colours apart.
@@ -283,7 +283,7 @@ def weights(name: str, title: str, found: Mapping[str, Sequence[float | None]]) 
       colour, style = _LINES[tasks.index(task) % len(_LINES)]
       axes.plot(step, lines[task], color=colour, linestyle=style, linewidth=1.4, marker="o" if len(step) == 1 else "")
       at = max(end, at + gap)
-      axes.annotate(short(task), (1, at), (5, 0), ("axes fraction", "data"), "offset points", color=colour, va="center")
+      axes.annotate(short(task), (1, at), (5, 0), ("axes fraction", "data"), "offset points", va="center")
     axes.set_title(short(title, 50))
     step_axis(axes, step)
     if len(step) > 1:

@@ -14,10 +14,9 @@ from markupsafe import Markup
 from supermoe_jax import atomic
 from supermoe_jax.evaluation import seesaw_words as said
 from supermoe_jax.evaluation.seesaw_words import Report
-from supermoe_jax.report import figures as run_figures
-from supermoe_jax.report import rendering
+from supermoe_jax.report import heat_maps, rendering
 from supermoe_jax.report import seesaw_figures as figures
-from supermoe_jax.report.figures import number
+from supermoe_jax.report.drawing import number
 from supermoe_jax.report.seesaw_figures import picture
 
 __all__ = ["picture", "write"]
@@ -76,12 +75,12 @@ def _details(name: str, variant: Mapping[str, Any]) -> dict[str, list[Markup]]:
     shares = np.array([v["load"][m] for v in loads.values()], np.float64)
     most = float(shares.max()) or 1.0
     # Few experts make a narrow picture: the rest of the title is in the caption.
-    experts.append(run_figures.heat_map(f"{name}-load-{m}", f"MoE layer {m + 1}", list(loads), shares, most))
+    experts.append(heat_maps.heat_map(f"{name}-load-{m}", f"MoE layer {m + 1}", list(loads), shares, most))
   gates = {t: v["gate"] for t, v in variant["expert_load"].items() if v.get("gate")}
   if gates:
     shares = np.array(list(gates.values()), np.float64)
     most = float(shares.max()) or 1.0
-    experts.append(run_figures.heat_map(f"{name}-gate", "Gate", list(gates), shares, most))
+    experts.append(heat_maps.heat_map(f"{name}-gate", "Gate", list(gates), shares, most))
   return {"about": about, "experts": experts}
 
 

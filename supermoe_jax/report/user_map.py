@@ -13,8 +13,9 @@ from threadpoolctl import threadpool_limits
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.report import figures
-from supermoe_jax.report.sections import Parts, question
+from supermoe_jax.report import map_figures
+from supermoe_jax.report.parts import Parts
+from supermoe_jax.report.words import question
 from supermoe_jax.serving import embeddings
 
 # Points of the map: t-SNE takes about 10 s for so many.
@@ -41,11 +42,11 @@ def embedding_map(run: Parts) -> dict[str, Any] | None:
     return {"reason": f"The embeddings as of {labels_lib.iso(latest)} are too few, or too much alike, for a map."}
   counts = table["n_events"].to_numpy()[chosen]
   sampled = [users[i] for i in chosen]
-  panels = [figures.map_by_count("map-events", "events before this time", place, counts)]
+  panels = [map_figures.map_by_count("map-events", "events before this time", place, counts)]
   described = []
   for i, (task, (value, text)) in enumerate(pick_labels(run.cfg, records, latest).items()):
     values = np.array([value.get(u, np.nan) for u in sampled])
-    panels.append(figures.map_by_label(f"map-{i}", task, place, values))
+    panels.append(map_figures.map_by_label(f"map-{i}", task, place, values))
     described.append((task, text))
   return {
     "reason": "",

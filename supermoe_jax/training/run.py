@@ -110,6 +110,14 @@ class Run:
     with jax.set_mesh(self.mesh):
       return self._encode(self.variables, place(features, self.mesh))
 
+  def event_experts(self, features: Features) -> np.ndarray:
+    """The experts that the events of B rows go to in each MoE layer: int32 `[M, B, L, K]`; padding has some too.
+
+    A program of its own, so that what `answer` computes does not hold the routing of every event.
+    """
+    with jax.set_mesh(self.mesh):
+      return hosts.whole(_routing(self._key)(self.variables, place(self._own(features), self.mesh)))
+
   def _own(self, batch: Any) -> Any:
     """The rows of a batch that this process' devices hold."""
     if jax.process_count() == 1:
@@ -179,3 +187,13 @@ def _encoding(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
     return nnx.merge(key.graph, variables, copy=True).encode(features, dropless=True).z[:, 0]
 
   return jax.jit(encode)
+
+
+def _routing(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
+  """Returns the compiled `(variables, features) → int32 [M, B, L, K]`, one for all runs of a model."""
+
+  def routing(variables: nnx.State, features: Features) -> jax.Array:
+    model = nnx.merge(key.graph, variables, copy=True)
+    return model.encode(features, dropless=True).experts.event_expert
+
+  return jax.jit(routing)

@@ -90,7 +90,7 @@ class Told(NamedTuple):
 
 def told(out: losses.Loss) -> Told:
   """What a loss tells besides its value."""
-  aux, stats, _ = out.encoded.experts
+  aux, stats = out.encoded.experts.aux, out.encoded.experts.stats
   layers = max(len(stats.load), 1)
   by_task = jnp.sum(stats.task_dropped, axis=0)
   sums = Sums(out.tasks, stats.routed, stats.dropped, by_task, *out.slices)

@@ -17,7 +17,7 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.questions import Question, QuestionBatch
-from supermoe_jax.evaluation import baselines, evaluate
+from supermoe_jax.evaluation import baselines, evaluate, event_experts
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -173,6 +173,7 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     )
     run = FakeRun(tmp_path, make_config(**model), **options)
     monkeypatch.setattr(questions_lib, "questions", run.questions)
+    monkeypatch.setattr(event_experts, "count", lambda run, progress: None)  # events have no routing here
     return run
 
   return make

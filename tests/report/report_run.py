@@ -113,7 +113,9 @@ def make_validation(workdir: pathlib.Path, steps=(30, 60)) -> None:
   (workdir / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 90')  # cut short
 
 
-def make_evaluation(cfg: config.Config, workdir: pathlib.Path, **changes) -> None:
+def make_evaluation(cfg: config.Config, workdir: pathlib.Path, *, whole: bool = True, **changes) -> None:
+  """An evaluation, with what lies behind the main metrics or, as they were made once, without."""
+
   def binary(own, best):
     own, constant, best = ({"auc": v, "log_loss": 0.5} for v in (own, 0.5, best))
     return {"labels": 40, "positive": 0.25, "metrics": own, "baselines": {"constant": constant, "gbdt": best}}
@@ -131,7 +133,56 @@ def make_evaluation(cfg: config.Config, workdir: pathlib.Path, **changes) -> Non
     "splits": {"validation": {**tasks, "young": binary(0.55, 0.65)}, "test": tasks},
     "expert_load": {**load, "young": {"snapshots": 0, "load": [[0.0] * 4]}},
   }
+  if whole:
+    tasks["churn"]["intervals"] = {
+      "users": 38,
+      "run": [0.7, 0.875],
+      "baselines": {"constant": [0.5, 0.5], "gbdt": [0.65, 0.8125]},
+      "differences": {
+        "constant": {"difference": 0.3, "interval": [0.2, 0.4]},
+        "gbdt": {"difference": 0.05, "interval": [0.0125, 0.0875]},
+      },
+    }
+    none = {"users": 40, "run": None, "baselines": {}, "differences": {}}
+    tasks["basket"]["intervals"] = {**none, "baselines": {"gbdt": None}, "differences": {"gbdt": None}}
+    lead = {"difference": -0.05, "interval": [-0.1, 0.025]}
+    tasks["following"]["intervals"] = {**none, "run": [0.05, 0.2], "differences": {"most popular": lead}}
+    result |= behind(cfg)
   write_json(workdir / "evaluation.json", {**result, **changes})
+
+
+def behind(cfg: config.Config) -> dict:
+  """What lies behind the main metrics: two lengths of histories, a calibration, and the experts of events."""
+
+  def group(low, high, run, interval):
+    other = {"gbdt": {"value": 0.625, "interval": [0.5, 0.75]}}
+    scored = {"value": run, "interval": interval}
+    return {"from": low, "to": high, "labels": 20, "users": 19, "positive": 0.25, "run": scored, "baselines": other}
+
+  bins = [
+    {"labels": 20, "least": 0.0, "most": 0.25, "predicted": 0.125, "observed": 0.25, "interval": [0.125, 0.5]},
+    {"labels": 20, "least": 0.25, "most": 1.0, "predicted": 0.5, "observed": 0.75, "interval": [0.5, 0.875]},
+  ]
+  counted = None
+  if cfg.model.moe_every:
+    rows = [
+      {"name": "<i>milk</i>", "tokens": 600, "choices": [[660, 0, 228, 312]]},
+      {"name": "rare", "tokens": 3, "choices": [[0, 6, 0, 0]]},
+    ]
+    counted = {
+      "snapshots": 40,
+      "tokens": 1000,
+      "overall": [[800, 400, 400, 400]],
+      "sources": [{"name": "purchases", "tokens": 1000, "choices": [[800, 400, 400, 400]]}],
+      "fields": {"item": rows},
+      "unnamed": [HOSTILE],
+    }
+  return {
+    "intervals": "95 % intervals, made up.",
+    "by_history": {"churn": [group(4, 15, 0.75, [0.625, 0.8125]), group(16, None, None, None)]},
+    "calibration": {"churn": {"pooled": False, "labels": 40, "ece": 0.1875, "bins": bins}},
+    "event_experts": counted,
+  }
 
 
 def make_embeddings(cfg: config.Config, workdir: pathlib.Path, users: int = 40) -> None:
@@ -144,5 +195,7 @@ def make_embeddings(cfg: config.Config, workdir: pathlib.Path, users: int = 40) 
       "n_events": pa.array(range(1, users + 2)),
     }
   )
-  write_json(workdir / "embeddings" / "manifest.json", {"kind": "embeddings", "step": 60, "config_hash": cfg.hash(), "parts": 1})
+  write_json(
+    workdir / "embeddings" / "manifest.json", {"kind": "embeddings", "step": 60, "config_hash": cfg.hash(), "parts": 1}
+  )
   pq.write_table(table, workdir / "embeddings" / "part-00000.parquet")

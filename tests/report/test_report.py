@@ -25,11 +25,13 @@ from report_run import (
 
 from supermoe_jax import config, report
 from supermoe_jax.data.events import DataError
-from supermoe_jax.report import figures, user_map
+from supermoe_jax.report import curves, drawing, heat_maps, map_figures, parts, user_map, words
 from supermoe_jax.report import page as report_page
-from supermoe_jax.report import sections as report_sections
 
-SECTIONS = ("results", "metrics", "data", "training", "experts", "map", "config")
+SECTIONS = (
+  *("results", "metrics", "seesaw", "data", "training", "history", "calibration", "experts", "events", "map"),
+  *("neighbours", "config"),
+)
 
 
 @pytest.fixture
@@ -64,17 +66,46 @@ def test_a_whole_run(tmp_path, cfg):
   assert HOSTILE not in text and "&lt;b&gt;x&lt;/b&gt;" in text and HOSTILE in page.text
   assert "supermoe evaluate" not in page.text and "supermoe embed" not in page.text
   assert "ahead of its best baseline on 1 of 2" in page.text
+  assert "By the intervals it is surely ahead on churn." in page.text
+  assert "0.7000 to 0.8750" in page.text and "+0.0125 to +0.0875" in page.text and "▲ ahead" in page.text
   assert "+0.0500" in page.text and "−0.0500" in page.text  # churn ahead, following behind
   assert "Without any label in the test split, and so without a row: young" in page.text
   assert "12.5%" in page.text and "null user: 5" in page.text and "task young has no label in test & more" in page.text
   assert "6.25% positive" in page.text  # basket: 10 positive of 40 labels of 4 values
   assert "All 40 users" in page.text
-  # scores, 4 + 4 curves, load, dropped, balance, heat map, map by events
-  assert len(page.all("svg")) == 14
+  # scores, 4 + 4 curves, load, dropped, balance, history, calibration, heat map, 4 of events, map by events
+  assert len(page.all("svg")) == 20
   for attributes in page.all("svg"):
     assert attributes["role"] == "img" and attributes["aria-label"]
-  assert len(page.all("figure")) == len(page.all("figcaption")) == 6
-  assert figures.INK not in text and "currentColor" in text
+  assert len(page.all("figure")) == len(page.all("figcaption")) == 10
+  assert drawing.INK not in text and "currentColor" in text
+
+
+def test_experts_are_described_by_the_events_that_they_serve_more_than_others(tmp_path, cfg):
+  make_evaluation(cfg, tmp_path / "run")
+  _, page = written(tmp_path / "run")
+  text = " ".join(page.text.split())
+  assert "Expert 0: 40% of all choices; item <i>milk</i> (1.4 times)." in text  # 55% where it has 40% of all
+  assert "Expert 1: 20% of all choices; no event type or value stands out." in text  # "rare" has too few tokens
+  assert "Expert 2: 20% of all choices; no event type or value stands out." in text
+  assert "Expert 3: 20% of all choices; item <i>milk</i> (1.3 times)." in text
+  assert "the values are kept as hashes" in text
+
+
+def test_groups_of_histories_without_a_value_are_named_as_such(tmp_path, cfg):
+  make_evaluation(cfg, tmp_path / "run")
+  text, page = written(tmp_path / "run")
+  assert "<td>20</td><td>19</td><td>25%</td><td>0.7500<br>" in text and "0.6250 to 0.8125" in text
+  assert "16 events or more" in text and "<td>20</td><td>19</td><td>25%</td><td>–</td>" in text
+  spoken = [a["aria-label"] for a in page.all("svg")]
+  assert "churn: auc by length of history: 4–15 events 0.75." in spoken
+
+
+def test_an_older_evaluation_still_gives_a_page_that_names_the_command(tmp_path, cfg):
+  make_evaluation(cfg, tmp_path / "run", whole=False)
+  _, page = written(tmp_path / "run")
+  assert "ahead of its best baseline on 1 of 2" in page.text
+  assert page.text.count("supermoe evaluate") == 4  # intervals, length of history, calibration, experts by event
 
 
 def test_a_run_that_was_validated_while_it_trained(tmp_path, cfg):
@@ -102,7 +133,7 @@ def test_every_kind_of_task_is_put_in_words(tmp_path):
     "alike": config.Contrast(slice_events=32),
     "buy": config.FutureEvent(source="sales", sample_space="quiet == 1", out_space_weight=0.25),
   }
-  said = {n: report_sections.question(t) for n, t in task.items()}
+  said = {n: words.question(t) for n, t in task.items()}
   assert said["click"] == (
     "whether clicked of the next event is yes, given its item, place; asked of the 5 events after a snapshot"
   )
@@ -153,7 +184,7 @@ def test_a_run_of_the_other_kinds(tmp_path):
   load = {n: {"snapshots": 10, "load": [[0.25] * 4], "gate": g} for n, g in gates.items()}
   main = {n: next(iter(t["metrics"])) for n, t in tasks.items()}
   splits = {"validation": tasks, "test": tasks}
-  make_evaluation(cfg, run, splits=splits, main_metric=main, expert_load=load)
+  make_evaluation(cfg, run, whole=False, splits=splits, main_metric=main, expert_load=load)
   text, page = written(run)
 
   assert "ahead of its best baseline on 2 of 3" in page.text
@@ -214,7 +245,7 @@ def test_a_model_without_experts(tmp_path):
   make_metrics(cfg, run, steps=(20,))
   make_evaluation(cfg, run)
   _, page = written(run)
-  assert page.text.count("has no expert layers") == 3
+  assert page.text.count("has no expert layers") == 4
 
 
 def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
@@ -222,7 +253,7 @@ def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
   make_metrics(cfg, run)
   make_evaluation(cfg, run, step=20, config_hash="other")
   make_dataset(make_config(tmp_path, d_model=16))
-  notes = " ".join(report_page._notes(report_page._read(run)))
+  notes = " ".join(report_page._notes(parts.read(run)))
   assert "The evaluation shown here was made at step 20, but the run has reached step 60" in notes
   assert "made with another config" in notes
   assert "prepared with another configuration" not in notes  # the width is not the data's business
@@ -245,7 +276,7 @@ def test_errors(tmp_path, cfg):
 
 def test_the_count_of_parameters_is_the_models_own(cfg, tmp_path):
   make_dataset(cfg)
-  count = report_page._parameters(report_page._read(tmp_path / "run"))
+  count = report_page._parameters(parts.read(tmp_path / "run"))
   assert count is not None
   d, hidden = 8, 16
   assert count["tables"] == (12 + 22) * d
@@ -281,11 +312,11 @@ def test_figures_are_well_formed_and_their_names_are_text():
   label = np.where(place[:, 0] > 0, 1.0, 0.0)
   label[:5] = np.nan
   drawn = [
-    figures.curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
-    figures.heat_map("b", "<many>", ["t"], np.full((1, 40), 1 / 40), 0.5),
-    figures.load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
-    figures.map_by_label("d", 'a "label"', place, label),
-    figures.map_by_count("e", "events", place, np.ones(30)),
+    curves.curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
+    heat_maps.heat_map("b", "<many>", ["t"], np.full((1, 40), 1 / 40), 0.5),
+    curves.load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
+    map_figures.map_by_label("d", 'a "label"', place, label),
+    map_figures.map_by_count("e", "events", place, np.ones(30)),
   ]
   for svg in drawn:
     root = xml.etree.ElementTree.fromstring(str(svg))
@@ -300,4 +331,4 @@ def test_figures_are_well_formed_and_their_names_are_text():
   [(0.0, "0"), (0.25, "0.25"), (999.6, "1,000"), (1234, "1,234"), (9999, "9,999"), (12345, "12.3k"), (999_999, "1M")],
 )
 def test_numbers(value, text):
-  assert figures.number(value) == text
+  assert drawing.number(value) == text

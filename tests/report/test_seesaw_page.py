@@ -11,7 +11,7 @@ from page import Page, assert_self_contained
 
 from supermoe_jax.evaluation import seesaw, seesaw_words
 from supermoe_jax.evaluation.seesaw import RunResult
-from supermoe_jax.report import figures, seesaw_figures, seesaw_page
+from supermoe_jax.report import drawing, seesaw_figures, seesaw_page
 
 HOSTILE_TASK, HOSTILE_VARIANT = "<b>x</b> & $y$", 'v"<script>'
 METRIC = {HOSTILE_TASK: "auc", "spend": "rmse", "churn": "auc"}
@@ -87,7 +87,7 @@ def test_a_whole_study(tmp_path):
   for attributes in page.all("svg"):
     assert attributes["role"] == "img" and attributes["aria-label"]
   assert len(page.all("figure")) == len(page.all("figcaption")) == 3 + 2 * 2
-  assert figures.INK not in text and "currentColor" in text
+  assert drawing.INK not in text and "currentColor" in text
   assert "What is missing" not in page.text
   assert "1.2M" in page.text and "of seed 0 alone" in page.text
   # The words stand before the first picture, the picture before the table.
@@ -142,7 +142,7 @@ def test_the_picture_stands_alone(tmp_path, kind):
   assert root.tag.endswith("svg")
   text = "".join(root.itertext())
   assert "shared" in text and "churn" in text and HOSTILE_TASK in text
-  assert figures.INK.encode() not in content and b"currentColor" not in content
+  assert drawing.INK.encode() not in content and b"currentColor" not in content
   assert b"#ffffff" in content and b"#24292f" in content  # its own background and a dark text on it
 
 

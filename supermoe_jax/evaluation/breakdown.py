@@ -1,0 +1,111 @@
+"""What lies behind a task's main metric: its interval, its course with the length of the history, its calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.evaluation import intervals
+from supermoe_jax.evaluation.intervals import Influence, Interval, Scored
+
+# The first lengths of the groups of histories; each is four times the one before.
+LENGTHS = tuple(4**i for i in range(13))
+
+BINS = 10  # of a reliability diagram, equally filled as those of `metrics.expected_calibration_error`
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """The known labels of one task, n of them, with the answers of the run and of its baselines.
+
+  Attributes:
+    form: of the answers.
+    value: `[n]` or `[n, C]`, see `intervals.Scored`.
+    run: the run's answers.
+    baselines: those of each baseline.
+    user: `[n]`, the users.
+    events: int `[n]`, how many events each user had before the moment of the question.
+    cutoff: k of NDCG@k.
+  """
+
+  form: config.Answer
+  value: np.ndarray
+  run: np.ndarray
+  baselines: Mapping[str, np.ndarray]
+  user: np.ndarray
+  events: np.ndarray
+  cutoff: int
+
+  def _influence(self, answer: np.ndarray, where: np.ndarray | slice = slice(None)) -> Influence | None:
+    return intervals.influence(Scored(self.form, self.value[where], answer[where], self.cutoff))
+
+  def with_intervals(self) -> dict[str, Any]:
+    """The interval of the main metric of the run and of each baseline, and of the run's lead over each."""
+    run = self._influence(self.run)
+    others = {b: self._influence(a) for b, a in self.baselines.items()}
+    return {
+      "users": len(np.unique(self.user)),
+      "run": _listed(intervals.interval(self.form, run, self.user)),
+      "baselines": {b: _listed(intervals.interval(self.form, o, self.user)) for b, o in others.items()},
+      "differences": {b: intervals.difference(run, o, self.user) for b, o in others.items()},
+    }
+
+  def by_history(self) -> list[dict[str, Any]]:
+    """The main metric of labels in groups by the length of their users' histories, groups without labels left out."""
+    group = np.searchsorted(LENGTHS, self.events, side="right") - 1
+    return [self._group(g, group == g) for g in np.unique(group)]
+
+  def _group(self, group: int, where: np.ndarray) -> dict[str, Any]:
+    last = group + 1 >= len(LENGTHS)
+    out: dict[str, Any] = {
+      "from": LENGTHS[group],
+      "to": None if last else LENGTHS[group + 1] - 1,
+      "labels": int(where.sum()),
+      "users": len(np.unique(self.user[where])),
+    }
+    if self.form in ("binary", "multilabel"):
+      out["positive"] = float(self.value[where].mean())
+    for name, answer in (("run", self.run), *self.baselines.items()):
+      found = self._influence(answer, where)
+      scored = {
+        "value": None if found is None else found.value,
+        "interval": _listed(intervals.interval(self.form, found, self.user[where])),
+      }
+      if name == "run":
+        out["run"] = scored
+      else:
+        out.setdefault("baselines", {})[name] = scored
+    return out
+
+  def calibration(self) -> dict[str, Any] | None:
+    """How often what was answered with a probability came true; None of an answer other than yes or no.
+
+    The questions of a task with many values are taken together. `ece` is the mean distance over the bins.
+    """
+    if self.form not in ("binary", "multilabel"):
+      return None
+    label, probability = self.value.reshape(-1).astype(np.float64), self.run.reshape(-1)
+    order = np.argsort(probability, kind="stable")
+    bins, apart = [], 0.0
+    for part in (p for p in np.array_split(order, BINS) if len(p)):
+      hits, predicted = float(label[part].sum()), float(probability[part].mean())
+      apart += abs(len(part) * predicted - hits)
+      bins.append(
+        {
+          "labels": len(part),
+          "least": float(probability[part[0]]),
+          "most": float(probability[part[-1]]),
+          "predicted": predicted,
+          "observed": hits / len(part),
+          "interval": _listed(intervals.wilson(hits, len(part))),
+        }
+      )
+    return {"pooled": self.value.ndim > 1, "labels": len(label), "ece": apart / len(label), "bins": bins}
+
+
+def _listed(found: Interval | None) -> list[float] | None:
+  return None if found is None else list(found)

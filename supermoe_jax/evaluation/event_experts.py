@@ -1,0 +1,129 @@
+"""Which experts serve which events: the routing of event tokens, by the events' source and by their fields' values.
+
+Shapes: M layers of experts, B rows, L events, K experts a token, E experts, N event tokens counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import questions as questions_lib
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.questions import QuestionBatch
+from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Vocabulary
+from supermoe_jax.training.run import Run
+
+# Test snapshots that are drawn, and event tokens after which no more are read: shares of so many are known to about a
+# percent.
+SNAPSHOTS = 1000
+TOKENS = 100_000
+
+# The most frequent values of each field that are counted one by one.
+VALUES = 12
+
+# What a field's codes that stand for no value of its vocabulary are called.
+OTHER = "(out of vocabulary)"
+HASHED = "(other values, hashed)"
+
+
+def count(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
+  """Counts where the events of a sample of test snapshots were sent; None of a model without expert layers.
+
+  Returns: `snapshots` and `tokens` counted, the choices of each layer's experts `[M, E]` in all (`overall`), of each
+    source (`sources`) and of each field's most frequent values (`fields`); `unnamed`, the fields whose values are
+    hashes, which have no name to show.
+  """
+  model = run.cfg.model
+  if model.encoder == "gru" or not model.moe_every or model.layers < model.moe_every:
+    return None
+  asked = questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST, most=SNAPSHOTS)
+  expected = min(run.dataset.manifest["snapshots"]["test"], SNAPSHOTS)
+  snapshots, tokens = 0, 0
+  sources: list[np.ndarray] = []
+  codes: list[np.ndarray] = []
+  experts: list[np.ndarray] = []
+  bar = tqdm(
+    total=expected, desc="routing of events", unit=" snapshots", mininterval=1, disable=not progress, leave=None
+  )
+  with bar:
+    for batch in asked:
+      chosen, valid = run.event_experts(batch.features), _valid(batch)
+      sources.append(np.asarray(batch.features.source)[valid])
+      codes.append(np.asarray(batch.features.codes)[valid])
+      experts.append(chosen[:, valid])
+      snapshots += len(batch.questions)
+      tokens += int(valid.sum())
+      bar.update(len(batch.questions))
+      if tokens >= TOKENS:
+        break
+  return {
+    "snapshots": snapshots,
+    "tokens": tokens,
+    **tally(
+      run.dataset, np.concatenate(sources), np.concatenate(codes), np.concatenate(experts, axis=1), model.experts
+    ),
+  }
+
+
+def _valid(batch: QuestionBatch) -> np.ndarray:
+  """Whether there is an event, bool `[B, L]`; rows beyond the questions are padding throughout."""
+  valid = np.asarray(batch.features.segment) > 0
+  valid[len(batch.questions) :] = False
+  return valid
+
+
+def tally(dataset: Dataset, source: np.ndarray, codes: np.ndarray, expert: np.ndarray, experts: int) -> dict[str, Any]:
+  """Counts the choices `expert [M, N, K]` of events of `source [N]`, from 1, with `codes [N, F]`."""
+  schema = dataset.schema
+  columns = [*schema.categorical, *schema.further]
+  fields: dict[str, list[dict[str, Any]]] = {}
+  unnamed = []
+  for name in schema.inputs:
+    encoder = dataset.encoders.categorical[schema.shares.get(name, name)]
+    if not isinstance(encoder, Vocabulary):
+      unnamed.append(name)
+      continue
+    # An event with several values counts for each of them.
+    where = [i for i, column in enumerate(columns) if column == name]
+    value, of = codes[:, where].reshape(-1), np.repeat(np.arange(len(codes)), len(where))
+    value = np.minimum(value, len(encoder.values) + FIRST_VALUE)  # all hashed values are one
+    frequent, number = np.unique(value[value != ABSENT], return_counts=True)
+    top = frequent[np.argsort(-number, kind="stable")][:VALUES]
+    fields[name] = [
+      {"name": _name(encoder, int(code)), **_choices(expert[:, of[value == code]], experts)} for code in top
+    ]
+  return {
+    "overall": _choices(expert, experts)["choices"],
+    "sources": [
+      {"name": name, **_choices(expert[:, source == i], experts)} for i, name in enumerate(schema.sources, 1)
+    ],
+    "fields": {n: rows for n, rows in fields.items() if rows},
+    "unnamed": unnamed,
+  }
+
+
+def _name(encoder: Vocabulary, code: int) -> str:
+  if code == UNKNOWN:
+    return OTHER
+  return HASHED if code == len(encoder.values) + FIRST_VALUE else encoder.values[code - FIRST_VALUE]
+
+
+def _choices(expert: np.ndarray, experts: int) -> dict[str, Any]:
+  """How many `tokens` there are, and how often each expert of each layer was chosen: `choices [M, E]`."""
+  counts = [np.bincount(layer.reshape(-1), minlength=experts).tolist() for layer in expert]
+  return {"tokens": expert.shape[1], "choices": counts}
+
+
+def lift(row: Mapping[str, Any], overall: np.ndarray, layer: int) -> np.ndarray:
+  """How many times as often as any token a row's tokens go to each expert of a layer: `[E]`; NaN where none goes.
+
+  `overall [E]` are the choices of all tokens in that layer.
+  """
+  own = np.array(row["choices"][layer], np.float64)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    return np.where(overall > 0, own / max(own.sum(), 1) / (overall / overall.sum()), np.nan)

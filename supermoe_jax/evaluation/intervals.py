@@ -1,0 +1,149 @@
+"""95 % intervals of the tasks' main metrics over the users that happen to be in the data, without resampling.
+
+A metric moves by about Σ ψ over labels when users come and go: ψ, the influence of a label, is exact for a mean and the
+linear part for an area or a root. The labels of one user hang together, so ψ is summed by user, and the variance is
+U/(U − 1) Σ ψ². For the area under one curve with a label a user this is DeLong's interval. Differences are paired: of
+the same labels, by the difference of the influences.
+
+Intervals hold the chance of which users were met, not that of training: a run with another seed scores otherwise.
+
+Source: DeLong, DeLong and Clarke-Pearson 1988, https://doi.org/10.2307/2531595; labels in clusters, Obuchowski 1997,
+https://doi.org/10.2307/2533958.
+Shapes: n labels, U users, C classes or values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from supermoe_jax import config
+
+LEVEL = 0.95
+
+METHOD = (
+  "95 % intervals by the influence of each label on the metric, summed by user (of an area under the curve DeLong's), "
+  "with Student's t over users; on the logit scale for what lies between 0 and 1, on the logarithm for errors. "
+  "Differences are paired by label. They hold the chance of which users were met, not that of training."
+)
+
+Interval = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """The known labels of one task with what a run, or a baseline, answered to them.
+
+  Attributes:
+    form: of the answers.
+    value: the labels `[n]`, or `[n, C]` of a task with many values.
+    answer: as metrics take them: probabilities, numbers, or ranks of the true value `[n]`.
+    cutoff: k of NDCG@k, for ranks.
+  """
+
+  form: config.Answer
+  value: np.ndarray
+  answer: np.ndarray
+  cutoff: int
+
+
+class Influence(NamedTuple):
+  """A metric's `value` and the influence `psi [n]` of each label on it."""
+
+  value: float
+  psi: np.ndarray
+
+
+def influence(scored: Scored) -> Influence | None:
+  """The main metric of a task's form and each label's influence; None where the metric has no value."""
+  value, answer = scored.value, scored.answer
+  if scored.form == "catalogue":
+    gain = np.where(answer <= scored.cutoff, 1 / np.log2(1 + answer), 0.0)
+    return Influence(float(gain.mean()), (gain - gain.mean()) / len(gain))
+  if scored.form == "regression":
+    squared = np.square(answer.astype(np.float64) - value.astype(np.float64))
+    root = math.sqrt(squared.mean())
+    return Influence(root, (squared - squared.mean()) / (2 * max(root, 1e-300) * len(squared)))
+  if scored.form == "binary":
+    return _areas(value[:, None] > 0, answer[:, None])
+  classes = answer.shape[1]
+  return _areas(value > 0 if scored.form == "multilabel" else value[:, None] == np.arange(classes), answer)
+
+
+def _areas(positive: np.ndarray, score: np.ndarray) -> Influence | None:
+  """The mean area under the curves of `positive, score [n, C]` over the columns that hold both classes."""
+  found = [area(positive[:, c], score[:, c]) for c in range(score.shape[1])]
+  known = [f for f in found if f is not None]
+  if not known:
+    return None
+  return Influence(float(np.mean([f.value for f in known])), np.mean([f.psi for f in known], axis=0))
+
+
+def area(positive: np.ndarray, score: np.ndarray) -> Influence | None:
+  """The area under the ROC curve of `positive, score [n]` by ranks, and the influences; None with one class only."""
+  ones = int(positive.sum())
+  zeros = len(positive) - ones
+  if not ones or not zeros:
+    return None
+  rank, above = stats.rankdata(score), np.empty(len(score))
+  # Of a positive the share of negatives below it, of a negative the share of positives above; ties count half.
+  above[positive] = (rank[positive] - stats.rankdata(score[positive])) / zeros
+  above[~positive] = 1 - (rank[~positive] - stats.rankdata(score[~positive])) / ones
+  value = float(above[positive].mean())
+  return Influence(value, (above - value) / np.where(positive, ones, zeros))
+
+
+def interval(form: config.Answer, found: Influence | None, user: np.ndarray) -> Interval | None:
+  """The interval of a metric, labels being of the users `user [n]`; None where the labels tell of none.
+
+  At the end of its range (an area of 1) a metric has no spread to be estimated from, and with one user neither.
+  """
+  if found is None:
+    return None
+  error = _error(found.psi, user)
+  value = found.value
+  if form == "regression":
+    if error is None or value <= 0:
+      return None
+    by = error / value
+    return value * math.exp(-by), value * math.exp(by)
+  if error is None or not 0 < value < 1:
+    return None
+  centre, by = math.log(value / (1 - value)), error / (value * (1 - value))
+  low, high = (1 / (1 + math.exp(-x)) for x in (centre - by, centre + by))
+  return low, high
+
+
+def difference(one: Influence | None, other: Influence | None, user: np.ndarray) -> dict[str, object] | None:
+  """By how much `one` is above `other` on the same labels: `difference`, and its paired `interval`, or None."""
+  if one is None or other is None:
+    return None
+  by, error = one.value - other.value, _error(one.psi - other.psi, user)
+  return {"difference": by, "interval": None if error is None else (by - error, by + error)}
+
+
+def _error(psi: np.ndarray, user: np.ndarray) -> float | None:
+  """Half the width of the interval of what the labels move by `psi [n]`; None of a single user."""
+  _, of = np.unique(user, return_inverse=True)
+  sums = np.bincount(of, psi)
+  count = len(sums)
+  if count < 2:
+    return None
+  variance = count / (count - 1) * float(np.sum(np.square(sums)))
+  return float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(variance)
+
+
+def wilson(hits: float, count: int) -> Interval:
+  """The interval of a share of `hits` among `count` independent ones.
+
+  Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
+  """
+  z = float(stats.norm.ppf((1 + LEVEL) / 2))
+  share = hits / count
+  centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+  half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+  return max(0.0, centre - half), min(1.0, centre + half)

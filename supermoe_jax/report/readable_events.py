@@ -1,0 +1,74 @@
+"""Events of a prepared dataset as people read them: time, event type, and the values of the fields by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+
+import numpy as np
+
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.numeric import NumberEncoder, Numeric
+from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, Vocabulary
+from supermoe_jax.report.drawing import number
+
+_EPOCH = datetime.datetime(1970, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadableEvent:
+  """One event: its `time`, its `source`, and what its fields hold, `values` by field."""
+
+  time: str
+  source: str
+  values: list[tuple[str, str]]
+
+
+class Reader:
+  """Reads events of a dataset; fields whose values are hashed have no names and are left out: `unnamed`."""
+
+  def __init__(self, dataset: Dataset):
+    self._dataset = dataset
+    schema = dataset.schema
+    self._columns = [*schema.categorical, *schema.further]
+    encoders = {n: dataset.encoders.categorical[schema.shares.get(n, n)] for n in schema.categorical}
+    self._vocabularies = {n: e for n, e in encoders.items() if isinstance(e, Vocabulary)}
+    self.unnamed = [n for n in encoders if n not in self._vocabularies]
+
+  def events(self, history: UserHistory, start: int, stop: int) -> list[ReadableEvent]:
+    """The events [start, stop) of a history, the newest first."""
+    return [self._event(history, i) for i in range(stop - 1, start - 1, -1)]
+
+  def _event(self, history: UserHistory, i: int) -> ReadableEvent:
+    values: dict[str, list[str]] = {}
+    for column, code in zip(self._columns, history.codes[i]):
+      if column in self._vocabularies and code != ABSENT:
+        values.setdefault(column, []).append(_value(self._vocabularies[column], int(code)))
+    for column, scaled in zip(self._dataset.schema.numeric, history.numeric[i]):
+      if np.isfinite(scaled):
+        encoding = self._dataset.config.data.fields[column].encoding
+        values[column] = [number_text(self._dataset.encoders.numeric[column], float(scaled), encoding)]
+    source = self._dataset.schema.sources[int(history.source[i])]
+    return ReadableEvent(moment(int(history.time[i])), source, [(n, ", ".join(v)) for n, v in values.items()])
+
+
+def _value(encoder: Vocabulary, code: int) -> str:
+  place = code - FIRST_VALUE
+  return encoder.values[place] if 0 <= place < len(encoder.values) else "(out of vocabulary)"
+
+
+def number_text(encoder: NumberEncoder, scaled: float, encoding: str) -> str:
+  """A number as the log had it, from how events hold it; beyond the knots of a quantile only on which side it lies."""
+  if isinstance(encoder, Numeric):
+    value = scaled * encoder.std + encoder.mean
+    return number(float(np.sign(value) * np.expm1(abs(value))) if encoding == "log1p" else value)
+  low, high = encoder.scores[0], encoder.scores[-1]
+  sign = "< " if scaled < low else "> " if scaled > high else ""
+  return sign + number(float(np.interp(scaled, encoder.scores, encoder.knots)))
+
+
+def moment(time: int) -> str:
+  """A time in microseconds since 1970 as date and minute; the date alone at midnight."""
+  when = _EPOCH + datetime.timedelta(microseconds=time)
+  return when.strftime("%Y-%m-%d" if when.time() == datetime.time() else "%Y-%m-%d %H:%M")

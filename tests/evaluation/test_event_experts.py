@@ -1,0 +1,88 @@
+"""The routing of events: counted as the model routes them, by event type and by value."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data import questions as questions_lib
+from supermoe_jax.data.vocabulary import Hashing, Vocabulary
+from supermoe_jax.evaluation import event_experts
+from supermoe_jax.training.run import Run
+
+
+def test_events_are_counted_where_the_model_sends_them(run: Run) -> None:
+  found = event_experts.count(run, progress=False)
+  assert found is not None
+  model = nnx.merge(run.graph, run.variables, copy=True)
+  overall, tokens, by_source, by_page = 0, 0, 0, 0
+  page = run.dataset.schema.field("page")
+  first = found["fields"]["page"][0]
+  code = run.dataset.encoders.categorical["page"].code(first["name"])
+  with jax.set_mesh(run.mesh):
+    for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST):
+      features = jax.tree.map(np.asarray, batch.features)
+      expert = np.asarray(model.encode(features, dropless=True).experts.event_expert)
+      valid = features.segment > 0
+      tokens += valid.sum()
+      count = [np.bincount(layer[valid].reshape(-1), minlength=run.cfg.model.experts) for layer in expert]
+      overall = overall + np.array(count)
+      by_source = by_source + (features.source[valid] == 2).sum()
+      by_page = by_page + (features.codes[valid][:, page] == code).sum()
+  assert found["tokens"] == tokens and found["snapshots"] == run.dataset.manifest["snapshots"]["test"]
+  # Alike up to choices so close that the order of a sum decides.
+  assert np.abs(np.array(found["overall"]) - overall).sum() <= 0.01 * overall.sum()
+  assert [s["name"] for s in found["sources"]] == ["visits", "buys"]
+  assert found["sources"][1]["tokens"] == by_source > 0
+  assert first["tokens"] == by_page > 0
+  assert found["unnamed"] == ["device"]
+  assert len(found["fields"]["page"]) <= event_experts.VALUES
+
+
+def test_the_counts_of_event_types_add_up_to_all(run: Run) -> None:
+  found = event_experts.count(run, progress=False)
+  assert found is not None
+  k, choices = run.cfg.model.experts_per_token, np.array([s["choices"] for s in found["sources"]])
+  np.testing.assert_array_equal(choices.sum(axis=0), found["overall"])
+  assert choices.sum(axis=(0, 2)).tolist() == [k * found["tokens"]] * len(found["overall"])
+
+
+def test_a_model_without_experts_has_nothing_to_count(run: Run) -> None:
+  none = types.SimpleNamespace(cfg=types.SimpleNamespace(model=types.SimpleNamespace(encoder="gru", moe_every=2)))
+  assert event_experts.count(none, progress=False) is None  # type: ignore[arg-type]
+
+
+def test_values_are_named_and_lists_count_for_each_of_their_values() -> None:
+  schema = types.SimpleNamespace(
+    categorical={"tag": 5, "id": 4}, further=("tag",), inputs=("tag", "id"), shares={}, sources=("views", "buys")
+  )
+  tag = Vocabulary(["red", "blue"], np.array([3, 2]), buckets=2)
+  dataset = types.SimpleNamespace(
+    schema=schema, encoders=types.SimpleNamespace(categorical={"tag": tag, "id": Hashing(2)})
+  )
+  # Columns: tag, id, and the second tag. 1 is out of vocabulary, 4 and 5 are hashed, 0 is absent.
+  codes = np.array([[2, 2, 3], [2, 3, 0], [5, 2, 4], [1, 2, 0]])
+  expert = np.array([[[0, 1], [0, 2], [1, 2], [2, 1]]])
+  found = event_experts.tally(dataset, np.array([1, 1, 2, 1]), codes, expert, 3)  # type: ignore[arg-type]
+  assert found["overall"] == [[2, 3, 3]]
+  assert found["sources"] == [
+    {"name": "views", "tokens": 3, "choices": [[2, 2, 2]]},
+    {"name": "buys", "tokens": 1, "choices": [[0, 1, 1]]},
+  ]
+  assert {r["name"]: (r["tokens"], r["choices"]) for r in found["fields"]["tag"]} == {
+    "red": (2, [[2, 1, 1]]),
+    "blue": (1, [[1, 1, 0]]),
+    event_experts.HASHED: (2, [[0, 2, 2]]),
+    event_experts.OTHER: (1, [[0, 1, 1]]),
+  }
+  assert found["unnamed"] == ["id"]
+
+
+def test_lift_is_how_many_times_the_usual_share() -> None:
+  row = {"choices": [[6, 2, 0]]}
+  lift = event_experts.lift(row, np.array([30.0, 10.0, 0.0]), 0)
+  assert lift[:2].tolist() == pytest.approx([1, 1]) and np.isnan(lift[2])
+  assert event_experts.lift(row, np.array([10.0, 10.0, 20.0]), 0).tolist() == pytest.approx([3, 1, 0])
