@@ -22,8 +22,10 @@ quickstart: $(VENV)/.ready
 	@echo "metrics     $(RUN)/evaluation.json, $(RUN)/metrics.jsonl, $(RUN)/tensorboard"
 	@echo "page        $(RUN)/report.html"
 
-# A process a core; the tests of a file stay together, for they share what they have compiled.
+# A process a core; the tests of a file stay together, for they share what they have compiled. Some look at pages in a
+# Chromium: one that is here, or else Debian's or Playwright's own, which is installed first. Without any they fail.
 test: $(VENV)/.ready-dev
+	$(BIN)/python tests/report/chromium.py
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-dev

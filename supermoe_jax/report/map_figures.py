@@ -12,6 +12,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from supermoe_jax.report.drawing import BLUE, GREY, ORANGE, SCALE, Canvas, drawing, number, short
 
+# In so many parts the points of a map are drawn.
+_TURNS = 8
+
 
 def _map_axes(canvas: Canvas, place: np.ndarray, title: str) -> Axes:
   axes = canvas.figure.subplots()
@@ -50,20 +53,22 @@ def map_by_count(name: str, title: str, place: np.ndarray, count: np.ndarray) ->
 
 
 def map_by_label(name: str, title: str, place: np.ndarray, value: np.ndarray) -> Markup:
-  """Points `place [n, 2]` coloured by a label: 1 yes, 0 no, NaN unknown."""
+  """Points `place [n, 2]` by a label: 1 yes, triangles; 0 no, dots; NaN unknown, small dots."""
   groups = [("unknown", np.isnan(value), GREY), ("no", value == 0, BLUE), ("yes", value == 1, ORANGE)]
   count = ", ".join(f"{where.sum():,} {text}" for text, where, _ in groups[::-1])
   with drawing(name, f"Map of {len(place):,} users coloured by {title}: {count}.", 300, 310) as canvas:
     axes = _map_axes(canvas, place, short(title, 40))
     unknown = groups[0][1]
     axes.scatter(place[unknown, 0], place[unknown, 1], 3, GREY, alpha=0.35, linewidths=0, rasterized=True)
-    # Yes and no in one go, in the order of the users: drawn one after the other, the second would cover the first.
-    known = ~unknown
-    colours = [ORANGE if v else BLUE for v in value[known]]
-    axes.scatter(place[known, 0], place[known, 1], 6, colours, alpha=0.75, linewidths=0, rasterized=True)
+    # Yes and no take turns, a few users at a time: drawn one after the other, the second would cover the first.
+    for part in range(_TURNS):
+      for value_of, shape, size, colour in ((0, "o", 6, BLUE), (1, "^", 9, ORANGE)):
+        turn = np.flatnonzero(value == value_of)[part::_TURNS]
+        style = {"alpha": 0.75, "linewidths": 0, "rasterized": True}
+        axes.scatter(place[turn, 0], place[turn, 1], size, colour, marker=shape, **style)
     for text, where, colour in groups:
       if where.any():
-        axes.plot([], [], "o", color=colour, ms=6, label=f"{text} ({where.sum():,})")
+        axes.plot([], [], "^" if text == "yes" else "o", color=colour, ms=6, label=f"{text} ({where.sum():,})")
     handles, texts = axes.get_legend_handles_labels()
     canvas.figure.legend(handles[::-1], texts[::-1], loc="outside lower left", ncols=3, handletextpad=0.1)
   return canvas.svg

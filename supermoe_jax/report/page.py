@@ -101,16 +101,16 @@ def _notes(run: Parts) -> Iterator[str]:
       yield f"{what} made with another config than the one in this directory; {again}"
 
 
-def _score(value: float | None, *, signed: bool = False) -> str:
+def _score(value: float | None, *, signed: bool = False, digits: int = 4) -> str:
   """Writes a metric; a minus is a minus sign, a missing value a dash."""
   if value is None or not math.isfinite(value):
     return "–"
-  return f"{value:{'+' if signed else ''}.4f}".replace("-", "−")
+  return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def _between(interval: Sequence[float] | None, *, signed: bool = False) -> str:
   """Writes an interval; a missing one as a dash."""
-  return "–" if interval is None else " to ".join(_score(end, signed=signed) for end in interval)
+  return "–" if interval is None else " to ".join(_score(end, signed=signed, digits=3) for end in interval)
 
 
 _FILTERS = {"number": number, "percent": percent, "score": _score, "between": _between, "cell": seesaw_words.cell}

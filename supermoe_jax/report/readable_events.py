@@ -13,6 +13,9 @@ from supermoe_jax.data.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, Vocabulary
 from supermoe_jax.report.drawing import number
 
+# Events hold numbers with 24 bits: what is nearer to 0 than this share of the usual was 0.
+_ROUNDED = 1e-6
+
 _EPOCH = datetime.datetime(1970, 1, 1)
 
 
@@ -62,6 +65,8 @@ def number_text(encoder: NumberEncoder, scaled: float, encoding: str) -> str:
   """A number as the log had it, from how events hold it; beyond the knots of a quantile only on which side it lies."""
   if isinstance(encoder, Numeric):
     value = scaled * encoder.std + encoder.mean
+    if abs(value) < _ROUNDED * (encoder.std + abs(encoder.mean)):
+      value = 0.0
     return number(float(np.sign(value) * np.expm1(abs(value))) if encoding == "log1p" else value)
   low, high = encoder.scores[0], encoder.scores[-1]
   sign = "< " if scaled < low else "> " if scaled > high else ""

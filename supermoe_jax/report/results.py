@@ -143,8 +143,8 @@ def by_history(run: Parts) -> dict[str, Any] | None:
     for group in groups:
       points = {b: Point(p["value"], _pair(p["interval"])) for b, p in group.get("baselines", {}).items()}
       own = Point(group["run"]["value"], _pair(group["run"]["interval"]))
-      rows.append(Row(_length(group), metric, own, points))
-    described = [(r.name, g, r) for r, g in zip(rows, groups)]
+      rows.append(Row(f"{_length(group)} ({group['users']:,})", metric, own, points))
+    described = [(f"{_length(g)} events", g, r) for r, g in zip(rows, groups)]
     drawn = score_figures.by_history(f"history-{i}", name, rows)
     out.append({"task": name, "metric": metric, "baselines": baselines, "groups": described, "figure": drawn})
   return {"tasks": out}
@@ -152,9 +152,7 @@ def by_history(run: Parts) -> dict[str, Any] | None:
 
 def _length(group: Mapping[str, Any]) -> str:
   low, high = group["from"], group["to"]
-  if high is None:
-    return f"{low:,} events or more"
-  return f"{low:,} event{'s' if low != 1 else ''}" if low == high else f"{low:,}–{high:,} events"
+  return f"{low:,} or more" if high is None else f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def calibration(run: Parts) -> list[dict[str, Any]] | None:

@@ -75,11 +75,12 @@ def by_history(name: str, title: str, rows: Sequence[Row]) -> Markup:
   names = list(dict.fromkeys(b for r in rows for b in r.baselines))
   own = ", ".join(f"{r.name} {r.run.value:.3g}" for r in rows if r.run.value is not None)
   height = _height(rows) + 66 + 16 * math.ceil((len(names) + 1) / 2)
-  label = f"{title}: {rows[0].metric} by length of history: {own or 'no value'}."
+  label = f"{title}: {rows[0].metric} by events before (and users): {own or 'no value'}."
   with drawing(name, label, 330, height) as canvas:
     axes = canvas.figure.subplots()
     _panel(axes, rows, marks(names))
     axes.set_title(short(title, 40))
+    axes.set_ylabel("events before (users)", fontsize=9)
     axes.set_xlabel(f"{_metrics(rows)} ({_better(rows[0].metric)})", fontsize=9)
     _legend(canvas.figure, [axes], names)
   return canvas.svg

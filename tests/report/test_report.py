@@ -66,8 +66,8 @@ def test_a_whole_run(tmp_path, cfg):
   assert HOSTILE not in text and "&lt;b&gt;x&lt;/b&gt;" in text and HOSTILE in page.text
   assert "supermoe evaluate" not in page.text and "supermoe embed" not in page.text
   assert "ahead of its best baseline on 1 of 2" in page.text
-  assert "By the intervals it is surely ahead on churn." in page.text
-  assert "0.7000 to 0.8750" in page.text and "+0.0125 to +0.0875" in page.text and "▲ ahead" in page.text
+  assert "By the intervals it is ahead beyond chance on churn." in page.text
+  assert "0.700 to 0.875" in page.text and "+0.013 to +0.087" in page.text and "▲ ahead" in page.text
   assert "+0.0500" in page.text and "−0.0500" in page.text  # churn ahead, following behind
   assert "Without any label in the test split, and so without a row: young" in page.text
   assert "12.5%" in page.text and "null user: 5" in page.text and "task young has no label in test & more" in page.text
@@ -95,10 +95,10 @@ def test_experts_are_described_by_the_events_that_they_serve_more_than_others(tm
 def test_groups_of_histories_without_a_value_are_named_as_such(tmp_path, cfg):
   make_evaluation(cfg, tmp_path / "run")
   text, page = written(tmp_path / "run")
-  assert "<td>20</td><td>19</td><td>25%</td><td>0.7500<br>" in text and "0.6250 to 0.8125" in text
-  assert "16 events or more" in text and "<td>20</td><td>19</td><td>25%</td><td>–</td>" in text
+  assert "<td>20</td><td>19</td><td>25%</td><td>0.7500<br>" in text and "0.625 to 0.812" in text
+  assert "16 or more events" in text and "<td>20</td><td>19</td><td>25%</td><td>–</td>" in text
   spoken = [a["aria-label"] for a in page.all("svg")]
-  assert "churn: auc by length of history: 4–15 events 0.75." in spoken
+  assert "churn: auc by events before (and users): 4–15 (19) 0.75." in spoken
 
 
 def test_an_older_evaluation_still_gives_a_page_that_names_the_command(tmp_path, cfg):

@@ -5,61 +5,14 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree
 
-import numpy as np
 import pytest
 from page import Page, assert_self_contained
+from seesaw_study import HOSTILE_TASK, HOSTILE_VARIANT, METRIC, VARIANTS, make, run, study
 
 from supermoe_jax.evaluation import seesaw, seesaw_words
-from supermoe_jax.evaluation.seesaw import RunResult
 from supermoe_jax.report import drawing, seesaw_figures, seesaw_page
 
-HOSTILE_TASK, HOSTILE_VARIANT = "<b>x</b> & $y$", 'v"<script>'
-METRIC = {HOSTILE_TASK: "auc", "spend": "rmse", "churn": "auc"}
-VARIANTS = ("shared", "tuned", HOSTILE_VARIANT)
 SECTIONS = ("words", "gains", "table", "variants", "alone", "measured")
-
-
-def run(variant, seed, scores, **changes):
-  given = {
-    "variant": variant,
-    "seed": seed,
-    "task": None,
-    "config_hash": "c",
-    "tasks": {t: {"test": {METRIC[t]: v}} for t, v in scores.items()},
-    "main_metric": {t: METRIC[t] for t in scores},
-    "losses": {},
-    "parameters": 1_234_567,
-    "active_parameters": 400,
-    "seconds": 10.0,
-  }
-  return RunResult(**{**given, **changes})
-
-
-def study(seeds=3, variants=VARIANTS):
-  random = np.random.default_rng(0)
-  runs = [run("single", s, {t: 0.5}, task=t) for t in METRIC for s in range(seeds)]
-  names = list(METRIC)
-  for i, variant in enumerate(variants):
-    for s in range(seeds):
-      more = {
-        "weights": {"step": [20, 40], **{t: [1.0, 1.0 + j / 10] for j, t in enumerate(names)}},
-        "cosine": {"tasks": names, "matrix": [[1, -0.4, None], [-0.4, 1, 0.2], [None, 0.2, 1]]},
-        "expert_load": {t: {"load": [[0.25, 0.75], [0.5, 0.5]], "gate": [0.9, 0.1]} for t in names},
-      }
-      scores = {t: 0.5 * (1 + (0.02 if i < 2 else -0.02) + random.normal(0, 0.001)) for t in names}
-      runs.append(run(variant, s, scores, **(more if i else {})))
-  return runs
-
-
-def make(runs, **changes):
-  given = {
-    "variants": VARIANTS,
-    "tuned": "tuned",
-    "overrides": {"tuned": ["train.weighting.method=static"], HOSTILE_VARIANT: ["model.note=<i> '"]},
-    "labels": {HOSTILE_TASK: 100, "spend": 9000},
-    "possible": {"churn": {"bayes": 0.6, "constant": 0.4}},
-  }
-  return seesaw.report(runs, **{**given, **changes})
 
 
 def written(report, tmp_path):
