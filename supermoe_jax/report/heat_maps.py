@@ -47,7 +47,8 @@ def _cells(
   count, experts = strength.shape
   named = experts <= MOST_NAMED_EXPERTS
   cell = 27 if named else max(8, 480 // experts)
-  width, height = 112 + max(cell * experts, 5.2 * len(title)), 62 + 24 * count  # the title needs room over few experts
+  left = max(112, 18 + 5.4 * max(len(short(r)) for r in rows))
+  width, height = left + max(cell * experts, 6.1 * len(title)), 62 + 24 * count  # the title needs room over few experts
   with drawing(name, label, width, height) as canvas:
     axes = canvas.figure.subplots()
     # From transparent to full: on either background more colour is more, and the text stays readable.

@@ -79,8 +79,7 @@ def by_history(name: str, title: str, rows: Sequence[Row]) -> Markup:
   with drawing(name, label, 330, height) as canvas:
     axes = canvas.figure.subplots()
     _panel(axes, rows, marks(names))
-    axes.set_title(short(title, 40))
-    axes.set_ylabel("events before (users)", fontsize=9)
+    axes.set_title(f"{short(title)}, by events (users)")
     axes.set_xlabel(f"{_metrics(rows)} ({_better(rows[0].metric)})", fontsize=9)
     _legend(canvas.figure, [axes], names)
   return canvas.svg

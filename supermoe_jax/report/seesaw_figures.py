@@ -248,7 +248,7 @@ def cosines(name: str, title: str, tasks: Sequence[str], matrix: Sequence[Sequen
   pairs = [(matrix[i][j], tasks[i], tasks[j]) for i in range(n) for j in range(i) if matrix[i][j] is not None]
   least = min(pairs, key=lambda p: p[0] or 0.0, default=None)
   label = f"{title}." + (f" Lowest: {least[1]} with {least[2]}, {signed(least[0])}." if least else "")
-  with drawing(name, label, 130 + 34 * n, 90 + 24 * n) as canvas:
+  with drawing(name, label, 130 + max(34 * n, 6.1 * len(title)), 90 + 24 * n) as canvas:
     axes = canvas.figure.subplots()
     for i, j in np.ndindex(n, n):
       value = matrix[i][j]
@@ -277,13 +277,13 @@ def weights(name: str, title: str, found: Mapping[str, Sequence[float | None]]) 
   with drawing(name, label, 400, 220) as canvas:
     axes = canvas.figure.subplots()
     top = 1.08 * max((float(np.nanmax(lines[t])) for t in ends), default=1.0)
-    # Names of lines that end together are moved apart: a name is about 11 of the 160 points that the axis is high.
-    gap, at = top * 11 / 160, -math.inf
+    # Names of lines that end together are moved apart: a name is about 13 of the 155 points that the axis is high.
+    gap, at = top * 13 / 155, -math.inf
     for task, end in sorted(ends.items(), key=lambda item: item[1]):
       colour, style = _LINES[tasks.index(task) % len(_LINES)]
       axes.plot(step, lines[task], color=colour, linestyle=style, linewidth=1.4, marker="o" if len(step) == 1 else "")
       at = max(end, at + gap)
-      axes.annotate(short(task), (1, at), (5, 0), ("axes fraction", "data"), "offset points", va="center")
+      axes.annotate(short(task), (1, at), (5, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=9)
     axes.set_title(short(title, 50))
     step_axis(axes, step)
     if len(step) > 1:

@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from supermoe_jax import config
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.evaluation import baselines, evaluate, event_experts, intervals
+from supermoe_jax.evaluation.breakdown import Answers
 
 HOSTILE = "<b>x</b>"  # a field's name
 SPLITS = ("train", "validation", "test")
@@ -199,3 +202,87 @@ def make_embeddings(cfg: config.Config, workdir: pathlib.Path, users: int = 40) 
     workdir / "embeddings" / "manifest.json", {"kind": "embeddings", "step": 60, "config_hash": cfg.hash(), "parts": 1}
   )
   pq.write_table(table, workdir / "embeddings" / "part-00000.parquet")
+
+
+# ------------------------------------------------------------------------- a run of a prepared dataset, but not trained
+
+
+def make_whole(cfg: config.Config, dataset: Dataset, workdir: pathlib.Path, time: int) -> None:
+  """What a run over a prepared dataset leaves, with drawn answers, routings and embeddings in place of a model's."""
+  random = np.random.default_rng(0)
+  workdir.mkdir()
+  config.save(cfg, workdir / "config.json")
+  make_metrics(cfg, workdir)
+  answers = {n: _answers(t, random) for n, t in cfg.active_views.items()}
+  main = {n: evaluate.main_metric(cfg, t) for n, t in cfg.active_views.items()}
+  scored = {n: _scored(a, main[n]) for n, a in answers.items()}
+  experts = cfg.model.experts
+  load = [random.dirichlet(np.ones(experts)).tolist()]
+  result = {
+    "step": cfg.train.steps,
+    "config_hash": cfg.hash(),
+    "main_metric": main,
+    "splits": {"validation": scored, "test": scored},
+    "expert_load": {n: {"snapshots": 20, "load": load} for n in answers},
+    "intervals": intervals.METHOD,
+    "by_history": {n: a.by_history() for n, a in answers.items()},
+    "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
+    "event_experts": {"snapshots": 20, "tokens": 5000, **_routed(dataset, experts, random)},
+  }
+  write_json(workdir / "evaluation.json", result)
+  users = [int(dataset[i]["user"]) for i in range(len(dataset))]
+  write_vectors(workdir / "embeddings", random.normal(size=(len(users), 8)).astype(np.float32), users, time, cfg.hash())
+
+
+def _answers(task: config.LabelledTask, random: np.random.Generator, n: int = 300) -> Answers:
+  form = config.answer(task)
+  user, events = random.integers(0, 40, n), random.integers(1, 60, n)
+  if form == "catalogue":
+    ranks = [random.integers(1, 12, n).astype(np.float64) for _ in range(3)]
+    return Answers(
+      form, ranks[0], ranks[0], {"most popular": ranks[1], "own most frequent": ranks[2]}, user, events, 10
+    )
+  shape = (n, task.top) if isinstance(task, config.FutureValues) else (n,)
+  value = (random.random(shape) < 0.3).astype(np.float32)
+  own, other = (1 / (1 + np.exp(1 - k * value - random.normal(size=shape))) for k in (1.5, 1.0))
+  compared = {"constant": np.full(shape, 0.3), baselines.on_aggregates(form): other}
+  return Answers(form, value, own, compared, user, events, 10)
+
+
+def _scored(answers: Answers, metric: str) -> dict:
+  def value(answer: np.ndarray) -> dict:
+    found = intervals.influence(intervals.Scored(answers.form, answers.value, answer, answers.cutoff))
+    return {metric: found.value if found else None}
+
+  compared = {b: value(a) for b, a in answers.baselines.items()}
+  found = {"labels": len(answers.value), "metrics": value(answers.run), "baselines": compared}
+  return {**found, "intervals": answers.with_intervals()}
+
+
+def _routed(dataset: Dataset, experts: int, random: np.random.Generator, n: int = 5000) -> dict:
+  schema = dataset.schema
+  sizes = [*schema.categorical.values(), *(schema.categorical[f] for f in schema.further)]
+  codes = np.stack([random.integers(0, size, n) for size in sizes], axis=1)
+  expert = (codes[:, :1] + random.integers(0, 2, (n, 2))) % experts
+  return event_experts.tally(dataset, random.integers(1, len(schema.sources) + 1, n), codes, expert[None], experts)
+
+
+def write_vectors(
+  folder: pathlib.Path, vectors: np.ndarray, users: list[int], time: int, config_hash: str, rows: tuple[int, ...] = ()
+) -> None:
+  """Embeddings of users at a time, in parts of so many rows and the rest, and one of user 999 a moment earlier."""
+  folder.mkdir(parents=True)
+  vectors = np.concatenate([vectors, vectors[:1]])
+  table = pa.table(
+    {
+      "user_id": pa.array([*users, 999]),
+      "as_of": pa.array([time] * len(users) + [time - 1], pa.timestamp("us")),
+      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
+      "n_events": pa.array(range(len(users) + 1)),
+    }
+  )
+  ends = [*np.cumsum(rows, dtype=int).tolist(), len(table)]
+  for i, (start, end) in enumerate(zip([0, *ends], ends)):
+    pq.write_table(table.slice(start, end - start), folder / f"part-{i:05d}.parquet")
+  manifest = {"kind": "embeddings", "step": 12, "parts": len(ends), "config_hash": config_hash}
+  write_json(folder / "manifest.json", manifest)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import datetime
 import pathlib
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from report_run import write_vectors
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
@@ -19,25 +19,9 @@ from supermoe_jax.report.neighbours import Person
 TIME = config.parse_time("2024-05-20", "")
 
 
-def write(folder: pathlib.Path, vectors: np.ndarray, users: list[int], rows: list[int]) -> None:
-  """Embeddings at `TIME`, in parts of so many rows, and one of a user at another time who would be the nearest."""
-  folder.mkdir(parents=True)
-  vectors = np.concatenate([vectors, vectors[:1]])
-  table = pa.table(
-    {
-      "user_id": pa.array([*users, 999]),
-      "as_of": pa.array([TIME] * len(users) + [TIME - 1], pa.timestamp("us")),
-      "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
-      "n_events": pa.array(range(len(users) + 1)),
-    }
-  )
-  start = 0
-  for i, n in enumerate(rows):
-    pq.write_table(table.slice(start, n if i + 1 < len(rows) else None), folder / f"part-{i:05d}.parquet")
-    start += n
-  (folder / "manifest.json").write_text(
-    json.dumps({"kind": "embeddings", "step": 1, "parts": len(rows), "config_hash": "x"})
-  )
+def write(folder: pathlib.Path, vectors: np.ndarray, users: list[int], rows: tuple[int, ...] = ()) -> None:
+  """Embeddings at `TIME`, and the first of them once more of a user at another time, who would be the nearest."""
+  write_vectors(folder, vectors, users, TIME, "x", rows)
 
 
 @pytest.fixture
@@ -47,8 +31,8 @@ def vectors() -> np.ndarray:
 
 def test_neighbours_are_those_of_all_cosines(tmp_path, vectors, monkeypatch) -> None:
   users = [100 + i for i in range(60)]
-  write(tmp_path / "whole", vectors, users, [61])
-  write(tmp_path / "parts", vectors, users, [7, 30, 24])
+  write(tmp_path / "whole", vectors, users)
+  write(tmp_path / "parts", vectors, users, (7, 30))
   people = [Person(str(users[i]), vectors[i], i) for i in (3, 40)]
   unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
   found = neighbours.nearest(tmp_path / "whole", TIME, people, 5)
@@ -65,7 +49,7 @@ def test_neighbours_are_those_of_all_cosines(tmp_path, vectors, monkeypatch) -> 
 
 def test_a_vector_of_zeros_is_near_to_nobody(tmp_path, vectors) -> None:
   vectors[5] = 0
-  write(tmp_path / "some", vectors, list(range(60)), [61])
+  write(tmp_path / "some", vectors, list(range(60)))
   (row,) = neighbours.nearest(tmp_path / "some", TIME, [Person("3", vectors[3], 3)], 59)
   assert next(n for n in row if n.user == "5").cosine == 0
 
@@ -73,7 +57,7 @@ def test_a_vector_of_zeros_is_near_to_nobody(tmp_path, vectors) -> None:
 def test_users_of_a_run_are_shown_with_their_last_events(tmp_path, cfg, dataset, vectors) -> None:
   run = tmp_path / "run"
   users = [int(dataset[i]["user"]) for i in range(len(dataset))] + [12345]
-  write(run / "embeddings", vectors[: len(users)], users, [len(users) + 1])
+  write(run / "embeddings", vectors[: len(users)], users)
   config.save(cfg, run / "config.json")
   found = neighbours.of_some_users(parts.read(run))
   assert found is not None and found["reason"] == ""
@@ -87,7 +71,7 @@ def test_users_of_a_run_are_shown_with_their_last_events(tmp_path, cfg, dataset,
     if person["user"] == "12345":
       assert person["last"] is None  # embedded once, and not in the dataset
       continue
-    own = [r for r in log if str(r["user"]) == person["user"] and r["time"] < np.datetime64("2024-05-20").item()]
+    own = [r for r in log if str(r["user"]) == person["user"] and r["time"] < datetime.datetime(2024, 5, 20)]
     newest = max(own, key=lambda r: r["time"])
     shown = next(e for e in person["last"] if e.source == "visits")
     assert shown.time == newest["time"].strftime("%Y-%m-%d %H:%M")
@@ -100,7 +84,7 @@ def test_users_of_a_run_are_shown_with_their_last_events(tmp_path, cfg, dataset,
 
 def test_without_the_dataset_there_are_no_events_to_show(tmp_path, cfg, vectors) -> None:
   run = tmp_path / "run"
-  write(run / "embeddings", vectors, list(range(60)), [61])
+  write(run / "embeddings", vectors, list(range(60)))
   raw = config.to_dict(cfg)
   raw["data"]["path"] = str(tmp_path / "gone")
   config.save(config.resolve(raw), run / "config.json")
