@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -64,7 +65,7 @@ def map_by_label(name: str, title: str, place: np.ndarray, value: np.ndarray) ->
     for part in range(_TURNS):
       for value_of, shape, size, colour in ((0, "o", 6, BLUE), (1, "^", 9, ORANGE)):
         turn = np.flatnonzero(value == value_of)[part::_TURNS]
-        style = {"alpha": 0.75, "linewidths": 0, "rasterized": True}
+        style: dict[str, Any] = {"alpha": 0.75, "linewidths": 0, "rasterized": True}
         axes.scatter(place[turn, 0], place[turn, 1], size, colour, marker=shape, **style)
     for text, where, colour in groups:
       if where.any():
