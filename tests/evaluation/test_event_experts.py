@@ -10,31 +10,42 @@ from flax import nnx
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.vocabulary import Hashing, Vocabulary
+from supermoe_jax.data.windows import Features
 from supermoe_jax.evaluation import event_experts
 from supermoe_jax.training.run import Run
 
 
-def test_events_are_counted_where_the_model_sends_them(run: Run) -> None:
+def test_events_and_snapshots_together_make_the_load_that_the_layers_report(run: Run) -> None:
+  """The load is counted inside the layers, over every valid token."""
+
+  def stats(variables: nnx.State, features: Features) -> tuple[jax.Array, jax.Array]:
+    found = nnx.merge(run.graph, variables, copy=True).encode(features, dropless=True).experts.stats
+    return found.expert, found.load
+
+  batch = next(iter(questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST)))
+  events = run.event_experts(batch.features)
+  with jax.set_mesh(run.mesh):
+    snapshots, load = map(np.asarray, jax.jit(stats)(run.variables, batch.features))
+  valid, asked = np.asarray(batch.features.segment) > 0, np.asarray(batch.features.query_segment) > 0
+  for m in range(len(load)):
+    chosen = np.concatenate([events[m][valid].reshape(-1), snapshots[m][asked].reshape(-1)])
+    counted = np.bincount(chosen, minlength=run.cfg.model.experts) / len(chosen)
+    assert counted == pytest.approx(load[m], abs=2e-3)  # alike up to choices so close that a sum's order decides
+
+
+def test_every_event_is_counted_once_by_its_type_and_its_values(run: Run) -> None:
   found = event_experts.count(run, progress=False)
   assert found is not None
-  model = nnx.merge(run.graph, run.variables, copy=True)
-  overall, tokens, by_source, by_page = 0, 0, 0, 0
+  tokens, by_source, by_page = 0, 0, 0
   page = run.dataset.schema.field("page")
   first = found["fields"]["page"][0]
   code = run.dataset.encoders.categorical["page"].code(first["name"])
-  with jax.set_mesh(run.mesh):
-    for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST):
-      features = jax.tree.map(np.asarray, batch.features)
-      expert = np.asarray(model.encode(features, dropless=True).experts.event_expert)
-      valid = features.segment > 0
-      tokens += valid.sum()
-      count = [np.bincount(layer[valid].reshape(-1), minlength=run.cfg.model.experts) for layer in expert]
-      overall = overall + np.array(count)
-      by_source = by_source + (features.source[valid] == 2).sum()
-      by_page = by_page + (features.codes[valid][:, page] == code).sum()
+  for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST):
+    valid = np.asarray(batch.features.segment) > 0
+    tokens += valid.sum()
+    by_source += (np.asarray(batch.features.source)[valid] == 2).sum()
+    by_page += (np.asarray(batch.features.codes)[valid][:, page] == code).sum()
   assert found["tokens"] == tokens and found["snapshots"] == run.dataset.manifest["snapshots"]["test"]
-  # Alike up to choices so close that the order of a sum decides.
-  assert np.abs(np.array(found["overall"]) - overall).sum() <= 0.01 * overall.sum()
   assert [s["name"] for s in found["sources"]] == ["visits", "buys"]
   assert found["sources"][1]["tokens"] == by_source > 0
   assert first["tokens"] == by_page > 0
