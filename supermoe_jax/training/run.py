@@ -189,6 +189,7 @@ def _encoding(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
   return jax.jit(encode)
 
 
+@functools.lru_cache(maxsize=4)
 def _routing(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
   """Returns the compiled `(variables, features) → int32 [M, B, L, K]`, one for all runs of a model."""
 
