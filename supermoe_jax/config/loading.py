@@ -9,16 +9,15 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
+from typing import TYPE_CHECKING, Any, Literal
 
 from supermoe_jax import atomic
 from supermoe_jax.config.checks import check
 from supermoe_jax.config.schema import Config, ConfigError, nearest, to_dict
 from supermoe_jax.config.tasks import TASK_KINDS, Task
+
+if TYPE_CHECKING:  # what reads no config file, such as the loader of an exported encoder, needs no ml_collections
+  import ml_collections
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
@@ -102,6 +101,8 @@ def read(path: str) -> ml_collections.ConfigDict:
   Raises:
     ConfigError: the file is missing, fails, or has no `get_config` that returns a `ConfigDict`.
   """
+  import ml_collections
+
   name, ending, argument = path.partition(".py:")
   file = pathlib.Path(name + ".py" if ending else path)
   if not file.is_file():
@@ -128,6 +129,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
   """Returns `config` with `--config.key=value` arguments applied and checked."""
   if not overrides:
     return resolve(to_dict(config))
+  import ml_collections
+  from absl import flags
+  from ml_collections import config_flags
+
   full = to_dict(config)
   for argument in overrides:
     key, equals, _ = argument.removeprefix("--config.").partition("=")

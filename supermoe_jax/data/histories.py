@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 if TYPE_CHECKING:
+  import pyarrow as pa
+
   from supermoe_jax.data.numeric import NumberEncoder
 
 # A user and a time become one integer to be searched for; it must not overflow.

@@ -20,6 +20,7 @@ import duckdb
 
 from supermoe_jax.config import nearest
 from supermoe_jax.data import remote
+from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.remote import FilePath, RemoteFile
 
 ENDINGS = {
@@ -40,10 +41,6 @@ KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
 KEY, VALUES = "key", "values"  # the columns of such an object: its keys and, where its values are lists, those
 JSON_TEXT = 1 << 24  # bytes of a JSON value that DuckDB expects unless told more
 REMOTE_JSON_TEXT = 1 << 29  # the most that are expected of a file whose size is not looked up
-
-
-class DataError(ValueError):
-  """Data that cannot be used; the message names the file, the column, the value and the remedy."""
 
 
 class EmptyFileError(DataError):

@@ -12,8 +12,8 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data.aggregates import Aggregator
+from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.labels import Comparison, EventAnswer
-from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Numeric, Vocabulary
 
 SHOWN_VALUES = 20  # of a vocabulary, in a message about a value that it does not hold

@@ -10,14 +10,15 @@ import json
 import pathlib
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.numeric import NumberEncoder, Numeric, number_encoder
-from supermoe_jax.data.readers import DataError
+
+if TYPE_CHECKING:  # encoding a value takes NumPy alone; only tables and files of them take Arrow
+  import pyarrow as pa
 
 ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
 
@@ -72,6 +73,8 @@ class Vocabulary:
 
   def table(self) -> pa.Table:
     """The columns `value` and `code`, for a join."""
+    import pyarrow as pa
+
     return pa.table(
       {"value": pa.array(self.values, pa.string()), "code": np.arange(len(self.values), dtype=np.int32) + FIRST_VALUE}
     )
@@ -157,6 +160,9 @@ class Encoders:
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the vocabularies as Parquet (value, count) and the rest as `encoders.json` into a directory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path.mkdir(parents=True, exist_ok=True)
     saved: dict[str, Any] = {
       "categorical": {},
@@ -184,6 +190,8 @@ class Encoders:
     Raises:
       DataError: the directory holds no encoders.
     """
+    import pyarrow.parquet as pq
+
     file = path / "encoders.json"
     if not file.is_file():
       raise DataError(f"{path} holds no encoders (no {file.name}); prepare the dataset again.")

@@ -6,13 +6,15 @@ Shapes: B rows, L events, S snapshots, F categorical and G numeric fields, A agg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
-from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserBlock, UserHistory
+
+if TYPE_CHECKING:
+  from supermoe_jax.data.dataset import Dataset
 
 MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
 
@@ -21,6 +23,21 @@ CALENDAR = 6
 
 # A NumPy array on the host, a JAX array inside a step.
 Array = Any
+
+
+class Encoding(Protocol):
+  """What is known of how events are encoded: a dataset is one, and so is what an exported encoder reads events with."""
+
+  @property
+  def hidden_codes(self) -> tuple[int, ...]:
+    """The columns of the codes that the model must not see."""
+
+  @property
+  def hidden_numeric(self) -> tuple[int, ...]:
+    """The columns of the numbers that the model must not see."""
+
+  def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`."""
 
 
 class Features(NamedTuple):
@@ -91,7 +108,7 @@ class _Events(NamedTuple):
 
 
 def _events(
-  dataset: Dataset, time: np.ndarray, previous: np.ndarray, source: np.ndarray, codes: np.ndarray, numeric: np.ndarray
+  dataset: Encoding, time: np.ndarray, previous: np.ndarray, source: np.ndarray, codes: np.ndarray, numeric: np.ndarray
 ) -> _Events:
   """Of N events, the times of their users' `previous [N]` events with them; what the model must not see is hidden."""
   codes, numeric = codes.astype(np.int32), numeric.astype(np.float32)
@@ -101,7 +118,7 @@ def _events(
 
 
 def part(
-  dataset: Dataset,
+  dataset: Encoding,
   history: UserHistory,
   start: int,
   stop: int,
@@ -139,7 +156,7 @@ def part(
 class BlockWindows:
   """Windows of a block's users with one snapshot each, many at a time: the same numbers as `window`, row by row."""
 
-  def __init__(self, dataset: Dataset, block: UserBlock):
+  def __init__(self, dataset: Encoding, block: UserBlock):
     """Works out what does not depend on the windows."""
     previous = np.append(block.time[:1], block.time[:-1])
     first = block.offsets[:-1][block.lengths > 0]
@@ -231,7 +248,7 @@ def pad(columns: Sequence[np.ndarray], size: int) -> np.ndarray:
 
 
 def window(
-  dataset: Dataset,
+  dataset: Encoding,
   history: UserHistory,
   start: int,
   stop: int,
