@@ -1,0 +1,153 @@
+"""How the columns of a run's event files are written, so that JSON can be read alike: looked up in the files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import duckdb
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data import field_values, joined, parsing, readers
+from supermoe_jax.data import files as files_lib
+from supermoe_jax.data.errors import DataError
+from supermoe_jax.data.readers import TableFile
+from supermoe_jax.serving.preprocessing import FieldSpec, Items, SourceSpec
+from supermoe_jax.serving.raw_values import Kind, TimeKind
+
+_WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+_WIDER = ("integer", "float64", "text")  # what columns of several types are read as: the first that holds them all
+
+
+def kind_of(type: str, format: str) -> Kind:
+  """The kind of a column of this DuckDB type in a file of this format."""
+  if type.endswith("]"):
+    element = kind_of(type[: type.rindex("[")], format)
+    return Kind(element.name, element.scale, element.zone, element.json, list=True)
+  if type == "VARCHAR" or type.startswith("ENUM"):
+    return Kind("text", json=format in readers.JSON_FORMATS)
+  if type.removeprefix("U") in _WHOLE:
+    return Kind("integer")
+  if decimal := re.fullmatch(r"DECIMAL\(\d+,(\d+)\)", type):
+    return Kind("decimal", scale=int(decimal[1]))
+  if parsing.is_instant(type) and type != "DATE":
+    return Kind("timestamp", zone="TIME ZONE" in type or "TZ" in type)
+  return {"BOOLEAN": Kind("boolean"), "FLOAT": Kind("float32"), "DOUBLE": Kind("float64"), "DATE": Kind("date")}.get(
+    type, Kind("exact")
+  )
+
+
+def common(kinds: Sequence[Kind]) -> Kind:
+  """The kind as which the columns of several files are read."""
+  if len(set(kinds)) == 1:
+    return kinds[0]
+  if len({k.list for k in kinds}) == 1:
+    for n in range(1, len(_WIDER) + 1):
+      if all(k.name in _WIDER[:n] for k in kinds):
+        return Kind(_WIDER[n - 1], json=any(k.json for k in kinds), list=kinds[0].list)
+  return Kind("text", json=any(k.json for k in kinds))
+
+
+def field_specs(data: config.Data) -> dict[str, FieldSpec]:
+  """How the values of each field are read."""
+  return {
+    n: FieldSpec(f.kind == "numeric", f.kind == "numeric" and f.encoding == "log1p", f.many, f.separator)
+    for n, f in data.fields.items()
+  }
+
+
+class Columns:
+  """Looks the columns up that a config reads."""
+
+  def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
+    """Uses a connection of `readers.connect`."""
+    self._con, self._data = con, data
+
+  def sources(self) -> tuple[dict[str, SourceSpec], dict[str, Items]]:
+    """How each source is read, and the tables of items of those that have one.
+
+    Raises:
+      DataError: a file is not there, or cannot be read.
+    """
+    specs, items = {}, {}
+    for name in self._data.sources:
+      specs[name], found = self._source(name)
+      items |= {name: found} if found else {}
+    return specs, items
+
+  def user_columns(self) -> dict[str, Kind]:
+    """The columns of the table of users that fields read."""
+    users = self._data.users
+    wanted = {f.column or n for n, f in self._data.fields.items() if f.table == "users"}
+    if users is None or not wanted:
+      return {}
+    files = files_lib.open_files(
+      self._con, users.files, users.format, {users.user, *wanted}, "config.data.users"
+    ).tables
+    return {c: _common(files, c) for c in sorted(wanted)}
+
+  def _source(self, name: str) -> tuple[SourceSpec, Items | None]:
+    source, key = self._data.sources[name], f"config.data.sources.{name}"
+    own, of_users = field_values.carried(self._data, name), field_values.carried(self._data, name, "users")
+    table = joined.load_items(self._con, self._data, name) if source.items else None
+    there = set(table.fields) if table else set()
+    wanted = {source.user, source.time, *(c for f, c in own.items() if f not in there)}
+    wanted |= {source.items.key} if source.items else set()
+    files = files_lib.open_files(self._con, source.files, source.format, wanted, key).tables
+    if not files:
+      raise DataError(f"{key}.files: no file with a row is left; export where the event files are.")
+    # A field of the table of items is one of the events where a file of theirs has such a column.
+    found = {f: c for f, c in own.items() if f in there and not all(c in file.columns for file in files)}
+    columns = {c: _common(files, c) for f, c in own.items() if f not in found}
+    item_key = source.items.key if source.items else ""
+    items = None
+    if table is not None and source.items is not None:
+      columns[item_key] = _common(files, item_key)
+      file = self._items_file(name, source.items, set(found.values()))
+      columns |= {c: kind_of(file.columns[c], file.format) for c in found.values()}
+      items = self._items(table.table, found)
+    spec = SourceSpec(
+      source.time,
+      self._time(files[0], source, key),
+      columns,
+      {**own, **of_users},
+      of_users,
+      item_key,
+      tuple(sorted(set(found.values()))),
+    )
+    return spec, items
+
+  def _items_file(self, name: str, items: config.ItemTable, wanted: set[str]) -> TableFile:
+    (file,) = files_lib.find_files(self._con, [items.file], f"config.data.sources.{name}.items.file")
+    return readers.open_table(self._con, file.path, items.format, wanted)
+
+  def _time(self, file: TableFile, source: config.Source, key: str) -> TimeKind:
+    """How a file's times are written, as preparation decides it."""
+    type, column = file.columns[file.require(source.time, f"{key}.time")], "t"
+    sql = parsing.time_reading(
+      self._con, file, source.time, column, key, unit=source.time_unit, format=source.time_format
+    ).sql
+    if parsing.is_instant(type) or sql == parsing.iso_sql(column):
+      return TimeKind("iso")
+    if source.time_format:
+      return TimeKind("format", format=source.time_format)
+    return TimeKind("epoch", unit="s" if source.time_unit == "auto" else source.time_unit)
+
+  def _items(self, table: str, fields: Mapping[str, str]) -> Items:
+    """The values of a table of items that `joined` has loaded; `fields` are those that events have from it."""
+    columns, specs = field_values.field_columns(self._data), field_specs(self._data)
+    keys = [k for (k,) in self._con.execute(f"SELECT key FROM {table} ORDER BY file, row").fetchall()]
+    values, index = {}, {}
+    for name in fields:
+      column, log1p = columns[name], specs[name].log1p
+      value = f"sign({column}) * ln(1 + abs({column}))" if log1p else column
+      rows = [v for (v,) in self._con.execute(f"SELECT {value} FROM {table} ORDER BY file, row").fetchall()]
+      places: dict[object, int] = {}
+      at = [-1 if v is None else places.setdefault(tuple(v) if isinstance(v, list) else v, len(places)) for v in rows]
+      values[name], index[name] = list(places), np.array(at, np.int32)
+    return Items({k: i for i, k in enumerate(keys)}, values, index)
+
+
+def _common(files: Sequence[TableFile], column: str) -> Kind:
+  return common([kind_of(f.columns[column], f.format) for f in files if column in f.columns])

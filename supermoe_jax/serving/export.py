@@ -1,0 +1,211 @@
+"""An encoder for use without this project's training: StableHLO for CPU, GPU and TPU, and all that reads raw events.
+
+    manifest.json        what the directory is: run, step, hashes, shapes, platforms, the versions it was made with
+    program-BxL.stablehlo  the encoder lowered for B rows of L events, for all platforms in one
+    parameters/n.npy     its parameters, which all programs share; tables of embeddings as plain rows
+    preprocessing.json   how values, times and numbers become codes; with a file for each vocabulary and table of items
+
+`serving.loader` reads it with JAX and NumPy alone. A mixture of experts without drops works out its blocks from the
+batch's shape, so programs are of fixed shapes; what is embedded is cut into them. Parameters are arguments, not
+constants. A table whose rows share lines on a TPU (`layers.lines`) is written out as plain rows, which every platform
+takes. Neither ONNX nor a SavedModel is written: JAX keeps no converter to the one, and that to the other
+(`jax2tf`) is going.
+
+Shapes: B rows, L events, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.data import readers, replace
+from supermoe_jax.data.errors import DataError
+from supermoe_jax.data.windows import Features
+from supermoe_jax.layers import exchange
+from supermoe_jax.layers.table import TableRows
+from supermoe_jax.serving import columns, program
+from supermoe_jax.serving.loader import KIND, MANIFEST, PARAMETERS
+from supermoe_jax.serving.preprocessing import Preprocessing, Spec
+from supermoe_jax.training.run import Run
+from supermoe_jax.training.step import abstract_model
+
+FORMAT = 1
+
+BATCH_SIZES = (1, 8, 64)
+SHORTEST = 32  # events of the shortest program; each next one is twice as long
+
+
+def lengths(max_events: int) -> list[int]:
+  """The lengths that programs are made for unless told: powers of two, and `max_events`."""
+  powers = [1 << i for i in range(SHORTEST.bit_length() - 1, max_events.bit_length()) if 1 << i < max_events]
+  return [*powers, max_events]
+
+
+def export(
+  run: Run,
+  out: pathlib.Path,
+  *,
+  batch_sizes: Sequence[int] = BATCH_SIZES,
+  events: Sequence[int] = (),
+  overwrite: bool = False,
+) -> dict[str, Any]:
+  """Writes a run's encoder and its preprocessing into the directory `out`, whole or not at all; returns the manifest.
+
+  The columns of the event files are looked up again, and tables of items read: they must be where preparation found
+  them.
+
+  Args:
+    run: the trained run.
+    out: the directory.
+    batch_sizes: the B of programs.
+    events: the L of programs; the longest is always `max_events`. Empty: those of `lengths`.
+    overwrite: whether to replace an encoder that is there.
+
+  Raises:
+    ConfigError: a size cannot be.
+    DataError: `out` is in the way, an event file is gone, or the disk is full.
+  """
+  longest = run.cfg.model.max_events
+  sizes = sorted(set(batch_sizes)), sorted({*(events or lengths(longest)), longest})
+  if not sizes[0] or sizes[0][0] < 1 or sizes[1][0] < 1 or sizes[1][-1] > longest:
+    raise config.ConfigError(
+      f"batch sizes {sizes[0]} and lengths {sizes[1]}: both at least 1, and lengths at most "
+      f"config.model.max_events={longest}."
+    )
+  replace.check_replaceable(
+    out, KIND, (MANIFEST, "program-*.stablehlo", PARAMETERS, "preprocessing.json", "vocabulary-*.json", "items-*.*")
+  )
+  if out.exists() and any(out.iterdir()) and not overwrite:
+    raise DataError(f"{out} holds an exported encoder and is not overwritten; name another --out, or add --overwrite.")
+  try:
+    with replace.replacing(out) as work:
+      return _write(run, work, *sizes)
+  except OSError as error:
+    raise DataError(f"writing the encoder to {out} failed: {error}; nothing was kept.") from error
+
+
+def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Sequence[int]) -> dict[str, Any]:
+  preprocessing = make_preprocessing(run)
+  preprocessing.save(work)
+  graph, variables = plain(run)
+  encode, parameters = _function(graph, variables)
+  kept = _write_parameters(parameters, work)
+  programs = []
+  with tqdm(total=len(batch_sizes) * len(events), desc="lowering", unit=" programs") as bar:
+    for length in events:
+      row = preprocessing.row(preprocessing.empty, 0, length)
+      for batch in batch_sizes:
+        facts, stablehlo = program.lower(encode, parameters, row, batch)
+        file = f"program-{batch}x{length}.stablehlo"
+        (work / file).write_bytes(stablehlo)
+        programs.append({"file": file, **dataclasses.asdict(facts)})
+        bar.update()
+  manifest = {
+    "kind": KIND,
+    "format": FORMAT,
+    "run": str(run.workdir),
+    "step": run.step,
+    "config_hash": run.cfg.hash(),
+    "data_hash": run.dataset.manifest["data_hash"],
+    "encoding_hash": run.dataset.manifest["encoding_hash"],
+    "width": run.cfg.model.d_model,
+    "max_events": run.cfg.model.max_events,
+    "batch_sizes": list(batch_sizes),
+    "lengths": list(events),
+    "platforms": list(program.PLATFORMS),
+    "jax_version": jax.__version__,
+    "calling_convention": programs[0]["calling_convention"],
+    "programs": programs,
+    "parameters": kept,
+    "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(work.iterdir()) if f.is_file()},
+  }
+  (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+  return manifest
+
+
+def _write_parameters(parameters: dict[str, np.ndarray], work: pathlib.Path) -> dict[str, dict[str, Any]]:
+  (work / PARAMETERS).mkdir()
+  kept = {}
+  for i, (name, value) in enumerate(parameters.items()):
+    file = f"{PARAMETERS}/{i}.npy"
+    np.save(work / file, program.stored(value), allow_pickle=False)
+    kept[name] = {
+      "file": file,
+      "shape": list(value.shape),
+      "dtype": str(value.dtype),
+      "bytes": (work / file).stat().st_size,
+    }
+  return kept
+
+
+def plain(run: Run) -> tuple[nnx.GraphDef, nnx.State]:
+  """A run's encoder as it is on one device other than a TPU, with every variable on the host."""
+  one = dataclasses.replace(run.cfg, train=dataclasses.replace(run.cfg.train, mesh=config.Mesh()))
+  graph, abstract = abstract_model(one, run.dataset.schema, "cpu")
+  shapes = {path: v.get_value().shape for path, v in nnx.to_flat_state(abstract)}
+
+  def laid_out(path: tuple[Any, ...], variable: nnx.Variable) -> np.ndarray:
+    value = variable.get_value()
+    if isinstance(variable, TableRows) and value.shape != shapes[path]:
+      value = jax.jit(exchange.restriped, static_argnums=1)(value, shapes[path])
+    return np.asarray(value)
+
+  flat = [(path, v.replace(laid_out(path, v))) for path, v in nnx.to_flat_state(run.variables)]
+  return nnx.split(nnx.merge(graph, nnx.from_flat_state(flat)).encoder)
+
+
+def _function(
+  graph: nnx.GraphDef, variables: nnx.State
+) -> tuple[Callable[[program.Parameters, tuple[Any, ...]], jax.Array], dict[str, np.ndarray]]:
+  """The function `(parameters, features) → z [B, D]`, and its parameters by name."""
+  flat = nnx.to_flat_state(variables)
+  names = [".".join(map(str, path)) for path, _ in flat]
+
+  def encode(parameters: program.Parameters, features: tuple[Any, ...]) -> jax.Array:
+    state = nnx.from_flat_state([(p, v.replace(parameters[n])) for n, (p, v) in zip(names, flat, strict=True)])
+    encoder = nnx.merge(graph, state, copy=True)
+    return encoder(Features(*features), dropless=True).z[:, 0].astype(jnp.float32)
+
+  return encode, {n: v.get_value() for n, (_, v) in zip(names, flat, strict=True)}
+
+
+def make_preprocessing(run: Run) -> Preprocessing:
+  """What reads JSON as the run's dataset reads its event files.
+
+  Raises:
+    DataError: an event file is gone, or cannot be read.
+  """
+  data, dataset = run.dataset.config.data, run.dataset
+  con = readers.connect(memory=data.memory)
+  try:
+    found = columns.Columns(con, data)
+    sources, items = found.sources()
+    spec = Spec(
+      run.cfg.model.max_events,
+      sources,
+      columns.field_specs(data),
+      found.user_columns(),
+      data.further_values,
+      dataset.hidden_codes,
+      dataset.hidden_numeric,
+      data.duplicates == "drop",
+    )
+  finally:
+    con.close()
+  statistics = {"mean": dataset.aggregate_mean.tolist(), "scale": dataset.aggregate_scale.tolist()}
+  assert all(math.isfinite(x) for of in statistics.values() for x in of)
+  encoders = dataset.encoders
+  return Preprocessing(spec, encoders.categorical, encoders.numeric, dataset.aggregator, statistics, items)

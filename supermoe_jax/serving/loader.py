@@ -1,0 +1,265 @@
+"""An exported encoder, opened: raw events as JSON in, user embeddings out. It needs JAX and NumPy, and nothing else.
+
+    from supermoe_jax.serving import loader
+
+    encoder = loader.load("runs/cj/encoder")
+    found = encoder.embed([{"events": {"purchases": [{"transaction_timestamp": …, "product_id": …}]}}], "2017-11-01")
+    found.vectors                                                 # [users, width]
+
+What a user's JSON may hold is told by `Encoder.schema`, and in words by `serving.raw_values`. Where the package is
+installed without its dependencies (`pip install --no-deps supermoe_jax`), this module works.
+
+Shapes: n users, B rows, L events of a row, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by it)
+import numpy as np
+
+from supermoe_jax.data import windows
+from supermoe_jax.data.errors import DataError
+from supermoe_jax.data.windows import Features
+from supermoe_jax.serving import preprocessing as preprocessing_lib
+from supermoe_jax.serving import program
+from supermoe_jax.serving.preprocessing import Counts, InputError, Preprocessing
+from supermoe_jax.serving.raw_values import AS_OF, ValueProblem
+
+__all__ = ["Embedded", "Encoder", "InputError", "Prepared", "load"]
+
+KIND = "encoder"
+MANIFEST, PARAMETERS = "manifest.json", "parameters"
+
+
+class Embedded(NamedTuple):
+  """Embeddings of n users.
+
+  Attributes:
+    vectors: float32 `[n, D]`; NaN where a user has no event before `as_of`: nothing is known of them.
+    counts: of each user, what became of the events.
+  """
+
+  vectors: np.ndarray
+  counts: list[Counts]
+
+  @property
+  def unknown(self) -> dict[str, int]:
+    """How many values of each field were out of vocabulary."""
+    return dict(preprocessing_lib.total(self.counts))
+
+  @property
+  def used(self) -> int:
+    """How many events lie before `as_of`."""
+    return sum(c.used for c in self.counts)
+
+  @property
+  def ignored(self) -> int:
+    """How many events lie at or after `as_of`."""
+    return sum(c.ignored for c in self.counts)
+
+
+class Prepared(NamedTuple):
+  """A user that was read: a row of L events without a dimension of rows, None without events; and the counts."""
+
+  row: Features | None
+  counts: Counts
+
+  @property
+  def length(self) -> int:
+    """L; 0 without events."""
+    return 0 if self.row is None else len(self.row.segment)
+
+
+class Encoder:
+  """An exported encoder; threads may share it. Programs are compiled when they are first used, or by `warm_up`."""
+
+  def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]):
+    """See `load`."""
+    self.path, self.manifest = path, manifest
+    self.width, self.max_events = int(manifest["width"]), int(manifest["max_events"])
+    self.batch_sizes, self.lengths = tuple(manifest["batch_sizes"]), tuple(manifest["lengths"])
+    self.preprocessing = Preprocessing.load(path)
+    host = {name: _parameter(path, name, of) for name, of in manifest["parameters"].items()}
+    self._padding = {n: self.preprocessing.row(self.preprocessing.empty, 0, n) for n in self.lengths}
+    # As `jax.export` has them, by (B, L).
+    self.programs: dict[tuple[int, int], jax.export.Exported] = {}
+    for of in manifest["programs"]:
+      of = dict(of)
+      stablehlo = _checked(path, of.pop("file"), manifest)
+      facts = program.Facts(**{k: tuple(v) if isinstance(v, list) else v for k, v in of.items()})
+      size = facts.batch, facts.events
+      self.programs[size] = program.open_program(facts, stablehlo, host, self._padding[facts.events], self.width)
+    self._parameters = jax.device_put(host)
+    self._compiled: dict[tuple[int, int], Callable[..., jax.Array]] = {}
+    self._lock = threading.Lock()
+
+  @property
+  def schema(self) -> dict[str, Any]:
+    """What a user's JSON may hold: of each source its time and columns, and the columns that are known of a user."""
+    spec, out = self.preprocessing.spec, {}
+    for name, source in spec.sources.items():
+      own = {f: c for f, c in source.fields.items() if f not in source.user_fields}
+      described = {}
+      for column, kind in source.columns.items():
+        fields = [f for f, c in own.items() if c == column]
+        described[column] = {
+          "kind": kind.name,
+          "fields": fields,
+          "many": max((spec.fields[f].many for f in fields), default=0),
+          "numeric": any(spec.fields[f].numeric for f in fields),
+          "from_items": column in source.joined,
+          "item_key": column == source.item_key,
+        }
+      out[name] = {"time": {"column": source.time, "wanted": source.time_kind.wanted}, "columns": described}
+    return {
+      "sources": out,
+      "user": {column: {"kind": kind.name} for column, kind in spec.user_columns.items()},
+      "max_events": self.max_events,
+      "width": self.width,
+    }
+
+  def embed(self, users: Sequence[Mapping[str, Any]], as_of: str | Sequence[str]) -> Embedded:
+    """Embeds users as of a time, or as of one each; ISO 8601, UTC without an offset. Events from then on are ignored.
+
+    Raises:
+      InputError: a user's JSON, or a time, cannot be read; its place begins with the user's index.
+    """
+    times = [as_of] * len(users) if isinstance(as_of, str) else list(as_of)
+    if len(times) != len(users):
+      raise InputError(["as_of"], f"{len(times)} times for {len(users)} users; give one, or one a user")
+    prepared = [self.prepare(user, time, [i]) for i, (user, time) in enumerate(zip(users, times, strict=True))]
+    return Embedded(self.run(prepared), [p.counts for p in prepared])
+
+  def prepare(self, user: Mapping[str, Any], as_of: str, place: Sequence[str | int] = ()) -> Prepared:
+    """Reads one user; `place` stands before the places in messages.
+
+    Raises:
+      InputError: the JSON or the time cannot be read.
+    """
+    time = moment(as_of)
+    if not isinstance(user, Mapping):
+      raise InputError(place, "an object is wanted, such as {'events': {…}}")
+    try:
+      history, counts = self.preprocessing.history(user, time)
+    except InputError as error:
+      raise InputError([*place, *error.place], error.problem) from None
+    if not counts.used:
+      return Prepared(None, counts)
+    length = next(n for n in self.lengths if n >= min(counts.used, self.max_events))
+    return Prepared(self.preprocessing.row(history, time, length), counts)
+
+  def run(self, prepared: Sequence[Prepared]) -> np.ndarray:
+    """The embeddings of users that were read: float32 `[n, D]`; NaN of those without events."""
+    vectors = np.full((len(prepared), self.width), np.nan, np.float32)
+    for length in self.lengths:
+      places = [i for i, p in enumerate(prepared) if p.row is not None and p.length == length]
+      for size, part in self._cut(places):
+        rows = [prepared[i].row for i in part] + [self._padding[length]] * (size - len(part))
+        vectors[part] = np.asarray(self._program(size, length)(self._parameters, tuple(windows.stack(rows))))[
+          : len(part)
+        ]
+    return vectors
+
+  def _cut(self, places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Cuts rows into batches of the sizes that there are, with little padding."""
+    rest = list(places)
+    while rest:
+      larger = next((b for b in self.batch_sizes if b >= len(rest)), None)
+      smaller = max((b for b in self.batch_sizes if b <= len(rest)), default=None)
+      size = larger if larger is not None and (smaller is None or larger <= 2 * len(rest)) else smaller
+      assert size is not None
+      yield size, rest[:size]
+      rest = rest[size:]
+
+  def _program(self, batch: int, length: int) -> Callable[..., jax.Array]:
+    with self._lock:
+      if (batch, length) not in self._compiled:
+        shapes = program.shapes(self._parameters, self._padding[length], batch)
+        self._compiled[batch, length] = jax.jit(self.programs[batch, length].call).lower(*shapes).compile()
+      return self._compiled[batch, length]
+
+  def warm_up(self, said: Callable[[int, int], None] | None = None) -> None:
+    """Compiles every program and runs it once; `said` is told the size of each that is ready, (B, L)."""
+    for batch, length in sorted(self.programs):
+      features = tuple(windows.stack([self._padding[length]] * batch))
+      jax.block_until_ready(self._program(batch, length)(self._parameters, features))
+      if said is not None:
+        said(batch, length)
+
+
+def moment(as_of: Any) -> int:
+  """A time that is asked about, in microseconds since 1970 UTC.
+
+  Raises:
+    InputError: it is none.
+  """
+  try:
+    return AS_OF.read(as_of)
+  except ValueProblem as problem:
+    raise InputError(["as_of"], str(problem)) from None
+
+
+def load(path: str | os.PathLike[str]) -> Encoder:
+  """Opens a directory that 'supermoe export' wrote.
+
+  Raises:
+    DataError: there is no exported encoder, it is not as it was written, or the JAX that is installed cannot call it.
+  """
+  path = pathlib.Path(path)
+  file = path / MANIFEST
+  if not file.is_file():
+    raise DataError(f"{path} holds no exported encoder (no {MANIFEST}); run 'supermoe export' first.")
+  try:
+    manifest = json.loads(file.read_text())
+  except ValueError as error:
+    raise DataError(f"{file} is damaged ({error}); export again.") from None
+  if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+    raise DataError(f"{path} holds no exported encoder; name another directory.")
+  for name in manifest["files"]:
+    _checked(path, name, manifest)
+  return Encoder(path, manifest)
+
+
+def _checked(path: pathlib.Path, name: str, manifest: Mapping[str, Any]) -> bytes:
+  """The content of a file, which must be what was written."""
+  try:
+    content = (path / name).read_bytes()
+  except OSError as error:
+    raise DataError(f"{path / name} cannot be read ({error}); export again.") from None
+  if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
+    raise DataError(f"{path / name} is not as it was written; export again.")
+  return content
+
+
+def _parameter(path: pathlib.Path, name: str, of: Mapping[str, Any]) -> np.ndarray:
+  """A parameter, mapped into memory rather than read."""
+  file = path / of["file"]
+  try:
+    if file.stat().st_size != of["bytes"]:
+      raise DataError(f"{file} ({name}) has {file.stat().st_size} bytes, not {of['bytes']}; export again.")
+    value = np.load(file, mmap_mode="r", allow_pickle=False)
+  except (OSError, ValueError) as error:
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f"{file} ({name}) cannot be read ({error}); export again.") from None
+  dtype = np.dtype(of["dtype"])
+  value = value if value.dtype == dtype else value.view(dtype)
+  if list(value.shape) != of["shape"]:
+    raise DataError(f"{file} ({name}) is of shape {value.shape}, not {tuple(of['shape'])}; export again.")
+  return value
+
+
+def as_json(counts: Counts) -> dict[str, Any]:
+  """Counts, ready for JSON."""
+  return dataclasses.asdict(counts)

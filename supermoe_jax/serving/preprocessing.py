@@ -1,0 +1,435 @@
+"""From a user's raw events, as JSON has them, to what the encoder reads: preparation without the event files.
+
+Values are read by `raw_values`, coded by `data.vocabulary` and `data.numeric`, and laid out by `data.windows` and
+`data.aggregates`: the code that training reads a dataset with. What it takes is kept in `preprocessing.json`, a file of
+values for each vocabulary, and one for each table of items.
+
+Shapes: N events, F columns of codes, G numeric fields, A aggregates, L events of a row.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from supermoe_jax.config import nearest
+from supermoe_jax.data import windows
+from supermoe_jax.data.aggregates import Aggregator
+from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.numeric import NumberEncoder, number_encoder
+from supermoe_jax.data.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
+from supermoe_jax.data.windows import Features
+from supermoe_jax.serving.raw_values import Kind, TimeKind, ValueProblem, number_reader, text_reader, texts_reader
+
+FILE = "preprocessing.json"
+
+EVENTS, USER = "events", "user"  # the keys of a user's JSON
+
+
+class InputError(ValueError):
+  """A user's JSON that cannot be read; the message names the place, the value and the remedy.
+
+  Attributes:
+    place: the keys and indices that lead to it.
+    problem: what is wrong there.
+  """
+
+  def __init__(self, place: Sequence[str | int], problem: str):
+    self.place, self.problem = tuple(place), problem
+    super().__init__(f"{'.'.join(map(str, place))}: {problem}" if place else problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+  """How the events of a source are read.
+
+  Attributes:
+    time: the column of the time.
+    time_kind: how times are written.
+    columns: the kind of each column that a field of the source reads; those of its table of items included.
+    fields: the column of each field that its events carry.
+    user_fields: those among them that the table of users gives.
+    item_key: the column by which its table of items is joined; empty without one.
+    joined: the columns that the table of items gives where an event does not hold them.
+  """
+
+  time: str
+  time_kind: TimeKind
+  columns: Mapping[str, Kind]
+  fields: Mapping[str, str]
+  user_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  item_key: str = ""
+  joined: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldSpec:
+  """How the values of a field are read; see `config.Field`."""
+
+  numeric: bool
+  log1p: bool = False
+  many: int = 0
+  separator: str = "|"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """All that `preprocessing.json` says, but for encoders and aggregates.
+
+  Attributes:
+    max_events: the most events of a row; the last ones are taken.
+    sources: in the order of the config.
+    fields: in the order of the config.
+    user_columns: the kind of each column of the table of users that a field reads.
+    further: the field of each further column of the codes.
+    hidden_codes: see `windows.Encoding`.
+    hidden_numeric: see `windows.Encoding`.
+    drop_duplicates: whether an event that repeats another one is left out, as in preparation.
+  """
+
+  max_events: int
+  sources: Mapping[str, SourceSpec]
+  fields: Mapping[str, FieldSpec]
+  user_columns: Mapping[str, Kind]
+  further: tuple[str, ...]
+  hidden_codes: tuple[int, ...]
+  hidden_numeric: tuple[int, ...]
+  drop_duplicates: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+  """A table of items: of each joined field its distinct values as read, and which of them each item has.
+
+  Attributes:
+    rows: the row of each item, by its key as text.
+    values: of each joined field its distinct values: texts, lists of texts, numbers.
+    index: of each joined field int32 `[items]`, the place among the values; -1 absent.
+  """
+
+  rows: Mapping[str, int]
+  values: Mapping[str, list[Any]]
+  index: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Counts:
+  """What became of a user's events.
+
+  Attributes:
+    used: how many lie before `as_of`; the embedding sees the last ones that fit, and aggregates all of them.
+    ignored: how many lie at or after `as_of`.
+    duplicates: how many repeat another one, and were left out.
+    items_missing: how many have a key that their table of items does not hold.
+    unknown: of each field with any, how many values are out of vocabulary.
+    cut: of each field of many with any, how many values are beyond those it keeps.
+  """
+
+  used: int = 0
+  ignored: int = 0
+  duplicates: int = 0
+  items_missing: int = 0
+  unknown: dict[str, int] = dataclasses.field(default_factory=dict)
+  cut: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class _Reader(NamedTuple):
+  """How a field is read from one source's events: where its value comes from, and what reads it."""
+
+  field: str
+  column: str
+  read: Callable[[Any], Any]
+  joined: bool
+
+
+class _Event(NamedTuple):
+  """An event that was read: `values` holds one entry a field, texts, numbers or None."""
+
+  time: int
+  source: int
+  values: tuple[Any, ...]
+
+
+class Preprocessing:
+  """Reads users' JSON; it is a `windows.Encoding`, as a dataset is one."""
+
+  def __init__(
+    self,
+    spec: Spec,
+    categorical: Mapping[str, Categorical],
+    numeric: Mapping[str, NumberEncoder],
+    aggregator: Aggregator | None,
+    statistics: Mapping[str, Sequence[float]],
+    items: Mapping[str, Items],
+  ):
+    """Takes the encoders of the fields, the aggregates with their `mean` and `scale`, and the tables of items."""
+    self.spec, self.categorical, self.numeric, self.aggregator = spec, dict(categorical), dict(numeric), aggregator
+    self.items = dict(items)
+    self.hidden_codes, self.hidden_numeric = spec.hidden_codes, spec.hidden_numeric
+    self._mean, self._scale = (np.array(statistics[k], np.float32) for k in ("mean", "scale"))
+    self._place = {name: i for i, name in enumerate(spec.fields)}
+    self._readers = {name: self._field_readers(source) for name, source in spec.sources.items()}
+    self._users = {
+      name: {f: self._value_reader(f, spec.user_columns[c]) for f, c in source.user_fields.items()}
+      for name, source in spec.sources.items()
+    }
+    self._keys = {n: text_reader(s.columns[s.item_key]) for n, s in spec.sources.items() if s.item_key}
+    self._allowed = {
+      n: {s.time, *(c for f, c in s.fields.items() if f not in s.user_fields), *([s.item_key] if s.item_key else ())}
+      for n, s in spec.sources.items()
+    }
+
+  def _value_reader(self, field: str, kind: Kind) -> Callable[[Any], Any]:
+    spec = self.spec.fields[field]
+    if spec.numeric:
+      return number_reader(kind, spec.log1p)
+    return texts_reader(kind, spec.separator) if spec.many else text_reader(kind)
+
+  def _field_readers(self, source: SourceSpec) -> list[_Reader]:
+    own = {f: c for f, c in source.fields.items() if f not in source.user_fields}
+    return [_Reader(f, c, self._value_reader(f, source.columns[c]), c in source.joined) for f, c in own.items()]
+
+  # --------------------------------------------------------------------------------------------------------- one user
+
+  def history(self, user: Mapping[str, Any], as_of: int) -> tuple[UserHistory, Counts]:
+    """A user's events before `as_of` (microseconds since 1970 UTC), in the order of time, and what became of all.
+
+    Events at equal times keep the order in which they are given, those of the config's earlier sources first, as in
+    preparation.
+
+    Raises:
+      InputError: something of the user cannot be read.
+    """
+    counts = Counts()
+    for key in user:
+      if key not in (EVENTS, USER):
+        raise InputError([], f"unknown key {key!r}{nearest(str(key), (EVENTS, USER))}")
+    given = _mapping(user.get(EVENTS), [EVENTS])
+    for name in given:
+      if name not in self.spec.sources:
+        raise InputError([EVENTS], f"there is no source {name!r}{nearest(str(name), self.spec.sources)}")
+    known = self._known_of_user(user.get(USER))
+    events: list[_Event] = []
+    for number, name in enumerate(self.spec.sources):
+      own = known.get(name, {})
+      events += self._events(number, name, given.get(name), as_of, own, counts)
+    if self.spec.drop_duplicates:
+      kept = list(dict.fromkeys(events))
+      counts.duplicates, events = len(events) - len(kept), kept
+    counts.used = len(events)
+    return self._history(events, counts), counts
+
+  def _known_of_user(self, given: Any) -> dict[str, dict[str, Any]]:
+    """The values of the table of users' fields, by source."""
+    if given is None:
+      return {}
+    given = _mapping(given, [USER])
+    for key in given:
+      if key not in self.spec.user_columns:
+        raise InputError([USER], f"unknown column {key!r}{nearest(str(key), self.spec.user_columns)}")
+    return {
+      name: {
+        f: _read(read, given.get(c := self.spec.sources[name].user_fields[f]), [USER, c]) for f, read in of.items()
+      }
+      for name, of in self._users.items()
+    }
+
+  def _events(
+    self, number: int, name: str, given: Any, as_of: int, known: Mapping[str, Any], counts: Counts
+  ) -> list[_Event]:
+    if given is None:
+      return []
+    if not isinstance(given, list | tuple):
+      raise InputError([EVENTS, name], "a list of events is wanted")
+    source, readers, allowed, found = self.spec.sources[name], self._readers[name], self._allowed[name], []
+    blank: list[Any] = [math.nan if f.numeric else None for f in self.spec.fields.values()]
+    for field, value in known.items():
+      blank[self._place[field]] = tuple(value) if type(value) is list else value
+    read_time, column = source.time_kind.read, source.time
+    for i, event in enumerate(given):
+      place = [EVENTS, name, i]
+      if not isinstance(event, Mapping):
+        raise InputError(place, "an object of columns and values is wanted")
+      if not event.keys() <= allowed:
+        extra = next(k for k in event if k not in allowed)
+        raise InputError(place, f"unknown column {extra!r}{nearest(str(extra), allowed)}")
+      if event.get(column) in (None, ""):
+        raise InputError([*place, column], f"the time is missing; it should be {source.time_kind.wanted}")
+      time = _read(read_time, event[column], [*place, column])
+      if time >= as_of:
+        counts.ignored += 1
+        continue
+      item = self._item(name, event, place, counts)
+      values = blank.copy()
+      for field, at, read, joined in readers:
+        if joined and at not in event:
+          value = item.get(field)
+        else:
+          try:
+            value = read(event.get(at))
+          except ValueProblem as problem:
+            raise InputError([*place, at], str(problem)) from None
+        if value is not None:
+          values[self._place[field]] = tuple(value) if type(value) is list else value
+      found.append(_Event(time, number, tuple(values)))
+    return found
+
+  def _item(self, name: str, event: Mapping[str, Any], place: Sequence[str | int], counts: Counts) -> dict[str, Any]:
+    """What the source's table of items says of an event, by field."""
+    source = self.spec.sources[name]
+    if not source.item_key:
+      return {}
+    key = _read(self._keys[name], event.get(source.item_key), [*place, source.item_key])
+    items = self.items[name]
+    row = None if key is None else items.rows.get(key)
+    if row is None:
+      counts.items_missing += 1
+      return {}
+    return {f: values[at] for f, values in items.values.items() if (at := int(items.index[f][row])) >= 0}
+
+  def _history(self, events: Sequence[_Event], counts: Counts) -> UserHistory:
+    n = len(events)
+    time = np.fromiter((e.time for e in events), np.int64, n)
+    order = np.argsort(time, kind="stable")
+    codes = np.zeros((n, len(self.categorical) + len(self.spec.further)), np.int32)
+    numeric = np.full((n, len(self.numeric)), np.nan, np.float32)
+    for column, (name, encoder) in enumerate(self.categorical.items()):
+      values, many = [e.values[self._place[name]] for e in events], self.spec.fields[name].many
+      if many:
+        counted = sum(max(len(v) - many, 0) for v in values if v)
+        counts.cut |= {name: counted} if counted else {}
+        further = [len(self.categorical) + i for i, f in enumerate(self.spec.further) if f == name]
+        for i, c in enumerate([column, *further]):
+          codes[:, c] = [encoder.code(v[i] if v and len(v) > i else None) for v in values]
+        unknown = int(np.sum(codes[:, [column, *further]] == UNKNOWN))
+      else:
+        codes[:, column] = [encoder.code(v) for v in values]
+        unknown = int(np.sum(codes[:, column] == UNKNOWN))
+      counts.unknown |= {name: unknown} if unknown else {}
+    with np.errstate(over="ignore"):  # a number beyond float32 is none, in preparation as here
+      for column, (name, numbers) in enumerate(self.numeric.items()):
+        numeric[:, column] = numbers.encode_all(np.array([e.values[self._place[name]] for e in events], np.float64))
+    source = np.fromiter((e.source for e in events), np.int32, n)
+    return UserHistory("", time[order], source[order], codes[order], numeric[order], n)
+
+  def aggregates(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Standardised aggregates `[S, A]` of a user at snapshots; A is 0 when the config has none."""
+    if self.aggregator is None:
+      return np.zeros((len(time), 0), np.float32)
+    raw = self.aggregator(history.block, np.zeros(len(time), np.int64), time, n_events)
+    return (raw - self._mean) / self._scale
+
+  def row(self, history: UserHistory, as_of: int, length: int) -> Features:
+    """The last events of a history, and the question at `as_of`, as a row of `length` events.
+
+    A history without events gives a row of padding, from which shapes can be told.
+    """
+    n = len(history.time)
+    time, seen = np.array([as_of] if n else [], np.int64), np.array([n] if n else [], np.int32)
+    start = max(0, n - min(length, self.spec.max_events))
+    aggregates = None if n else np.zeros((0, len(self._mean) if self.aggregator else 0), np.float32)
+    return windows.window(self, history, start, n, time, seen, length, 1, aggregates)
+
+  @property
+  def empty(self) -> UserHistory:
+    """A history without events."""
+    return self._history([], Counts())
+
+  # ------------------------------------------------------------------------------------------------------------- files
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes `preprocessing.json` and the files that it names into a directory."""
+    files: dict[int, str] = {}
+    saved: dict[str, Any] = {"spec": dataclasses.asdict(self.spec), "categorical": {}, "numeric": {}, "items": {}}
+    for name, encoder in self.categorical.items():
+      if isinstance(encoder, Hashing):
+        saved["categorical"][name] = {"kind": "hash", **dataclasses.asdict(encoder)}
+        continue
+      file = files.setdefault(id(encoder), f"vocabulary-{len(files)}.json")  # fields may share one
+      (path / file).write_text(json.dumps(encoder.values) + "\n")
+      saved["categorical"][name] = {"kind": "vocabulary", "file": file, "buckets": encoder.buckets}
+    saved["numeric"] = {n: dataclasses.asdict(e) for n, e in self.numeric.items()}
+    saved["aggregator"] = None if self.aggregator is None else dataclasses.asdict(self.aggregator)
+    saved["statistics"] = {"mean": self._mean.tolist(), "scale": self._scale.tolist()}
+    for i, (name, items) in enumerate(self.items.items()):
+      file = f"items-{i}"
+      (path / f"{file}.json").write_text(json.dumps({"keys": list(items.rows), "values": items.values}) + "\n")
+      np.savez(path / f"{file}.npz", **{f"column-{j}": index for j, index in enumerate(items.index.values())})
+      saved["items"][name] = file
+    (path / FILE).write_text(json.dumps(saved, indent=1) + "\n")
+
+  @classmethod
+  def load(cls, path: pathlib.Path) -> Preprocessing:
+    """Reads what `save` wrote."""
+    saved = json.loads((path / FILE).read_text())
+    vocabularies: dict[str, Vocabulary] = {}
+    categorical: dict[str, Categorical] = {}
+    for name, of in saved["categorical"].items():
+      if of.pop("kind") == "hash":
+        categorical[name] = Hashing(**of)
+        continue
+      if of["file"] not in vocabularies:
+        values = json.loads((path / of["file"]).read_text())
+        vocabularies[of["file"]] = Vocabulary(values, np.zeros(len(values), np.int64), of["buckets"])
+      categorical[name] = vocabularies[of["file"]]
+    aggregator = saved["aggregator"]
+    if aggregator is not None:
+      values = {n: (column, tuple(counted)) for n, (column, counted) in aggregator.pop("values").items()}
+      windows_days, sources = tuple(aggregator.pop("windows_days")), tuple(aggregator.pop("sources"))
+      aggregator = Aggregator(windows_days, sources, aggregator["numeric"], values)
+    items = {}
+    for name, file in saved["items"].items():
+      held = json.loads((path / f"{file}.json").read_text())
+      with np.load(path / f"{file}.npz") as arrays:
+        index = {n: arrays[f"column-{j}"] for j, n in enumerate(held["values"])}
+      items[name] = Items({k: i for i, k in enumerate(held["keys"])}, held["values"], index)
+    numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
+    return cls(_spec(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
+
+
+def _spec(saved: Mapping[str, Any]) -> Spec:
+  """The spec of what `dataclasses.asdict` made of it, by way of JSON."""
+
+  def kinds(of: Mapping[str, Any]) -> dict[str, Kind]:
+    return {column: Kind(**kind) for column, kind in of.items()}
+
+  def source(of: Mapping[str, Any]) -> SourceSpec:
+    changed = {"time_kind": TimeKind(**of["time_kind"]), "columns": kinds(of["columns"]), "joined": tuple(of["joined"])}
+    return SourceSpec(**{**of, **changed})
+
+  parts = {
+    "sources": {n: source(s) for n, s in saved["sources"].items()},
+    "fields": {n: FieldSpec(**f) for n, f in saved["fields"].items()},
+    "user_columns": kinds(saved["user_columns"]),
+    **{k: tuple(saved[k]) for k in ("further", "hidden_codes", "hidden_numeric")},
+  }
+  return Spec(**{**saved, **parts})
+
+
+def _mapping(value: Any, place: Sequence[str | int]) -> Mapping[str, Any]:
+  if not isinstance(value, Mapping):
+    raise InputError(place, "an object is wanted" + (", with the events of each source" if place == [EVENTS] else ""))
+  return typing.cast(Mapping[str, Any], value)
+
+
+def _read(read: Callable[[Any], Any], value: Any, place: Sequence[str | int]) -> Any:
+  try:
+    return read(value)
+  except ValueProblem as problem:
+    raise InputError(place, str(problem)) from None
+
+
+def total(counts: Sequence[Counts]) -> collections.Counter[str]:
+  """How many values of each field are out of vocabulary, over several users."""
+  out: collections.Counter[str] = collections.Counter()
+  for of in counts:
+    out.update(of.unknown)
+  return out
