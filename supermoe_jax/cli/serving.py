@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from supermoe_jax import config
 from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_workdir, open_run
 
 
@@ -27,6 +28,16 @@ def add(verbs: Verbs) -> None:
   )
   verb.add_argument("--overwrite", action="store_true", help="replace an encoder that is there")
   verb.set_defaults(run=_export)
+  verb = verbs.add_parser("serve", help="answer HTTP requests for embeddings with an exported encoder")
+  verb.add_argument("--model", type=pathlib.Path, required=True, help="directory that 'supermoe export' wrote")
+  verb.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
+  verb.add_argument("--port", type=int, default=8000, help="default: 8000")
+  verb.add_argument("--wait-ms", type=float, default=4.0, help="how long a user waits for others to share a batch")
+  verb.add_argument("--most-users", type=int, default=64, help="users of one request")
+  verb.add_argument("--most-events", type=int, default=10_000, help="events of one user")
+  verb.add_argument("--most-bytes", type=int, default=8 * 2**20, help="bytes of one request's body")
+  verb.add_argument("--most-waiting", type=int, default=512, help="users that may wait; beyond them 429 is answered")
+  verb.set_defaults(run=_serve)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -38,6 +49,28 @@ def _export(args: argparse.Namespace) -> None:
   programs = len(manifest["programs"])
   print(f"encoder of step {manifest['step']}, width {manifest['width']}, for {', '.join(manifest['platforms'])}: {out}")
   print(f"  {programs} programs: batches of {_listed(manifest['batch_sizes'])} × {_listed(manifest['lengths'])} events")
+
+
+def _serve(args: argparse.Namespace) -> None:
+  try:
+    import uvicorn
+
+    from supermoe_jax.serving import service
+  except ModuleNotFoundError as error:
+    raise config.ConfigError(f"{error}; the service needs: pip install 'supermoe_jax[serve]'") from None
+  from tqdm import tqdm
+
+  from supermoe_jax.serving import loader
+
+  encoder = loader.load(args.model)
+  with tqdm(total=len(encoder.programs), desc="compiling", unit=" programs") as bar:
+    encoder.warm_up(lambda *unused: bar.update())
+  settings = service.Settings(
+    limits=service.Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),
+    wait=args.wait_ms / 1000,
+    most_waiting=args.most_waiting,
+  )
+  uvicorn.run(service.app(encoder, settings), host=args.host, port=args.port, access_log=False)
 
 
 def _listed(numbers: list[int]) -> str:

@@ -70,7 +70,8 @@ class Columns:
     Raises:
       DataError: a file is not there, or cannot be read.
     """
-    specs, items = {}, {}
+    specs: dict[str, SourceSpec] = {}
+    items: dict[str, Items] = {}
     for name in self._data.sources:
       specs[name], found = self._source(name)
       items |= {name: found} if found else {}
@@ -138,14 +139,15 @@ class Columns:
     """The values of a table of items that `joined` has loaded; `fields` are those that events have from it."""
     columns, specs = field_values.field_columns(self._data), field_specs(self._data)
     keys = [k for (k,) in self._con.execute(f"SELECT key FROM {table} ORDER BY file, row").fetchall()]
-    values, index = {}, {}
-    for name in fields:
+    values: dict[str, list[object]] = {}
+    index = np.full((len(keys), len(fields)), -1, np.int32)
+    for i, name in enumerate(fields):
       column, log1p = columns[name], specs[name].log1p
       value = f"sign({column}) * ln(1 + abs({column}))" if log1p else column
       rows = [v for (v,) in self._con.execute(f"SELECT {value} FROM {table} ORDER BY file, row").fetchall()]
       places: dict[object, int] = {}
       at = [-1 if v is None else places.setdefault(tuple(v) if isinstance(v, list) else v, len(places)) for v in rows]
-      values[name], index[name] = list(places), np.array(at, np.int32)
+      values[name], index[:, i] = list(places), at
     return Items({k: i for i, k in enumerate(keys)}, values, index)
 
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data import readers, replace
+from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.windows import Features
 from supermoe_jax.layers import exchange
@@ -98,7 +99,7 @@ def export(
 
 
 def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Sequence[int]) -> dict[str, Any]:
-  preprocessing = make_preprocessing(run)
+  preprocessing = make_preprocessing(run.dataset, run.cfg.model.max_events)
   preprocessing.save(work)
   graph, variables = plain(run)
   encode, parameters = _function(graph, variables)
@@ -182,19 +183,19 @@ def _function(
   return encode, {n: v.get_value() for n, (_, v) in zip(names, flat, strict=True)}
 
 
-def make_preprocessing(run: Run) -> Preprocessing:
-  """What reads JSON as the run's dataset reads its event files.
+def make_preprocessing(dataset: Dataset, max_events: int) -> Preprocessing:
+  """What reads JSON as preparation has read the dataset's event files, for rows of at most `max_events`.
 
   Raises:
     DataError: an event file is gone, or cannot be read.
   """
-  data, dataset = run.dataset.config.data, run.dataset
+  data = dataset.config.data
   con = readers.connect(memory=data.memory)
   try:
     found = columns.Columns(con, data)
     sources, items = found.sources()
     spec = Spec(
-      run.cfg.model.max_events,
+      max_events,
       sources,
       columns.field_specs(data),
       found.user_columns(),

@@ -97,7 +97,7 @@ class Encoder:
     for of in manifest["programs"]:
       of = dict(of)
       stablehlo = _checked(path, of.pop("file"), manifest)
-      facts = program.Facts(**{k: tuple(v) if isinstance(v, list) else v for k, v in of.items()})
+      facts = program.Facts(**{**of, "platforms": tuple(of["platforms"]), "kept": tuple(of["kept"])})
       size = facts.batch, facts.events
       self.programs[size] = program.open_program(facts, stablehlo, host, self._padding[facts.events], self.width)
     self._parameters = jax.device_put(host)

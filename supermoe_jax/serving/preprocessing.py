@@ -112,12 +112,12 @@ class Items:
   Attributes:
     rows: the row of each item, by its key as text.
     values: of each joined field its distinct values: texts, lists of texts, numbers.
-    index: of each joined field int32 `[items]`, the place among the values; -1 absent.
+    index: int32 `[items, joined fields]`, the place among a field's values; -1 absent.
   """
 
   rows: Mapping[str, int]
   values: Mapping[str, list[Any]]
-  index: Mapping[str, np.ndarray]
+  index: np.ndarray
 
 
 @dataclasses.dataclass
@@ -255,8 +255,8 @@ class Preprocessing:
       blank[self._place[field]] = tuple(value) if type(value) is list else value
     read_time, column = source.time_kind.read, source.time
     for i, event in enumerate(given):
-      place = [EVENTS, name, i]
-      if not isinstance(event, Mapping):
+      place: tuple[str | int, ...] = (EVENTS, name, i)
+      if type(event) is not dict and not isinstance(event, Mapping):
         raise InputError(place, "an object of columns and values is wanted")
       if not event.keys() <= allowed:
         extra = next(k for k in event if k not in allowed)
@@ -293,7 +293,8 @@ class Preprocessing:
     if row is None:
       counts.items_missing += 1
       return {}
-    return {f: values[at] for f, values in items.values.items() if (at := int(items.index[f][row])) >= 0}
+    places = items.index[row].tolist()
+    return {f: values[at] for (f, values), at in zip(items.values.items(), places, strict=True) if at >= 0}
 
   def _history(self, events: Sequence[_Event], counts: Counts) -> UserHistory:
     n = len(events)
@@ -362,7 +363,7 @@ class Preprocessing:
     for i, (name, items) in enumerate(self.items.items()):
       file = f"items-{i}"
       (path / f"{file}.json").write_text(json.dumps({"keys": list(items.rows), "values": items.values}) + "\n")
-      np.savez(path / f"{file}.npz", **{f"column-{j}": index for j, index in enumerate(items.index.values())})
+      np.save(path / f"{file}.npy", items.index, allow_pickle=False)
       saved["items"][name] = file
     (path / FILE).write_text(json.dumps(saved, indent=1) + "\n")
 
@@ -388,8 +389,7 @@ class Preprocessing:
     items = {}
     for name, file in saved["items"].items():
       held = json.loads((path / f"{file}.json").read_text())
-      with np.load(path / f"{file}.npz") as arrays:
-        index = {n: arrays[f"column-{j}"] for j, n in enumerate(held["values"])}
+      index = np.load(path / f"{file}.npy", allow_pickle=False)
       items[name] = Items({k: i for i, k in enumerate(held["keys"])}, held["values"], index)
     numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
     return cls(_spec(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)

@@ -122,6 +122,8 @@ def _json_text(value: Any) -> str | None:
 
 
 def _integer(value: Any) -> str | None:
+  if type(value) is int and -EXACT < value < EXACT:
+    return str(value)
   if value is None or value == "":
     return None
   if isinstance(value, str) and WHOLE.fullmatch(value) and value != "-0":
@@ -266,7 +268,10 @@ def number_reader(kind: Kind, log1p: bool) -> Number:
   )
 
   def number(value: Any) -> float:
-    found = read(value)
+    if type(value) is float and -math.inf < value < math.inf and kind.name != "float32":
+      found: float | None = value
+    else:
+      found = read(value)
     if found is None:
       return math.nan
     return math.copysign(math.log(1 + abs(found)), found) if log1p else found
@@ -382,9 +387,8 @@ def _iso(value: Any) -> int:
 
 
 def _microseconds(moment: datetime.datetime) -> int:
-  if moment.tzinfo is None:
-    moment = moment.replace(tzinfo=datetime.UTC)
-  return (moment - EPOCH) // datetime.timedelta(microseconds=1)
+  since = moment - (EPOCH if moment.tzinfo else EPOCH.replace(tzinfo=None))
+  return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 # A moment that is asked about: the `as_of` of a request.

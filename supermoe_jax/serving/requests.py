@@ -1,0 +1,221 @@
+"""The requests of the service: JSON read strictly, and models of it that the API's description is made of.
+
+JSON is taken as RFC 8259 has it and no further: UTF-8, no NaN or infinity, no key twice, no half of a surrogate pair.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+
+from supermoe_jax.serving import raw_values
+from supermoe_jax.serving.loader import Encoder
+
+MOST_DIGITS = 100  # of a whole number; no column holds more
+MOST_KEYS = 1_000  # of one object; no event has so many columns
+MOST_ERRORS = 10  # that one answer names
+
+_TYPES = ("str", "int", "float", "bool")
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class MalformedJson(ValueError):
+  """A body that is no JSON that this service takes."""
+
+
+def parse(body: bytes) -> Any:
+  """Reads a body.
+
+  Raises:
+    MalformedJson: it cannot be taken; the message says why.
+  """
+  try:
+    text = body.decode()
+  except UnicodeDecodeError as error:
+    raise MalformedJson(f"the body is not UTF-8 ({error.reason} at byte {error.start}); send JSON as UTF-8") from None
+  try:
+    found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+  except json.JSONDecodeError as error:
+    raise MalformedJson(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+  except RecursionError:
+    raise MalformedJson("the body is nested too deeply; users, events and their values are all there is") from None
+  if _HALF_PAIR.search(text):  # a pair of them is one character; half of one is no text
+    try:
+      json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise MalformedJson(
+        "the body holds half of a surrogate pair, which is no character; send text as UTF-8"
+      ) from None
+  return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  if len(pairs) > MOST_KEYS:
+    raise MalformedJson(f"an object of {len(pairs)} keys; at most {MOST_KEYS} are taken")
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    seen: set[str] = set()
+    twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+    raise MalformedJson(f"the key {raw_values.described(twice)} stands twice in one object; keep one of them")
+  return found
+
+
+def _constant(name: str) -> Any:
+  raise MalformedJson(f"{name} is not JSON; leave the value out, or send null")
+
+
+def _integer(digits: str) -> int:
+  if len(digits) > MOST_DIGITS:
+    raise MalformedJson(f"a whole number of {len(digits)} digits; at most {MOST_DIGITS} are taken")
+  return int(digits)
+
+
+class Limits(pydantic.BaseModel):
+  """What one request may ask at most.
+
+  Attributes:
+    body_bytes: of the body.
+    users: of one request.
+    events: of one user.
+  """
+
+  body_bytes: int = 8 * 2**20
+  users: int = 64
+  events: int = 10_000
+
+
+class Strict(pydantic.BaseModel):
+  """An object that holds nothing but what it names."""
+
+  model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class UserAnswer(pydantic.BaseModel):
+  """A user's embedding, null without an event before `as_of`, and what became of the events."""
+
+  embedding: list[float] | None
+  used: int = pydantic.Field(description="events before as_of")
+  ignored: int = pydantic.Field(description="events at or after as_of, which the embedding must not see")
+  duplicates: int = pydantic.Field(description="events that repeat another, left out")
+  items_missing: int = pydantic.Field(description="events whose item the table of items does not hold")
+  unknown: dict[str, int] = pydantic.Field(description="of each field with any, values out of vocabulary")
+  cut: dict[str, int] = pydantic.Field(description="of each field of many with any, values beyond those it keeps")
+
+
+class Answer(pydantic.BaseModel):
+  """The answer to a request: one entry a user, in their order."""
+
+  as_of: str
+  step: int = pydantic.Field(description="the training step of the encoder")
+  width: int
+  users: list[UserAnswer]
+
+
+class Problem(pydantic.BaseModel):
+  """One thing that is wrong with a request."""
+
+  place: list[str | int] = pydantic.Field(description="the keys and indices that lead to it")
+  problem: str
+
+
+class Problems(pydantic.BaseModel):
+  """Why a request was not answered."""
+
+  errors: list[Problem]
+
+
+class Health(pydantic.BaseModel):
+  """The state of the service."""
+
+  status: str
+  step: int
+  waiting: int = pydantic.Field(description="users that wait to be embedded")
+
+
+def request_model(encoder: Encoder, limits: Limits) -> type[pydantic.BaseModel]:
+  """The model of a request's body: the sources, columns and limits of an encoder."""
+  spec = encoder.preprocessing.spec
+  sources: dict[str, Any] = {}
+  for i, (name, source) in enumerate(spec.sources.items()):
+    event: dict[str, Any] = {"time": (_time(source.time_kind), pydantic.Field(alias=source.time))}
+    for j, (column, described) in enumerate(encoder.schema["sources"][name]["columns"].items()):
+      if column == source.time:  # a field may read it too
+        continue
+      taken = json_types(source.columns[column], numeric=described["numeric"], many=described["many"] > 0)
+      fields = ", ".join(described["fields"]) or "the key of its table of items"
+      held = "; taken from the table of items where it is left out" if described["from_items"] else ""
+      told = f"{source.columns[column].name}: {fields}{held}"
+      event[f"c{j}"] = (taken | None, pydantic.Field(None, alias=column, description=told))
+    model = pydantic.create_model(f"Event{i}", __base__=Strict, __doc__=f"An event of {name}.", **event)
+    several = Annotated[list[model], pydantic.FailFast()]  # type: ignore[valid-type]
+    sources[f"s{i}"] = (several, pydantic.Field(default_factory=list, alias=name, max_length=limits.events))
+  events = pydantic.create_model("Events", __base__=Strict, __doc__="The events of each source.", **sources)
+  user: dict[str, Any] = {"events": (events, ...)}
+  if spec.user_columns:
+    known: dict[str, Any] = {
+      f"u{i}": (json_types(kind) | None, pydantic.Field(None, alias=column, description=kind.name))
+      for i, (column, kind) in enumerate(spec.user_columns.items())
+    }
+    user["user"] = (
+      pydantic.create_model("Known", __base__=Strict, __doc__="What the table of users holds.", **known) | None,
+      None,
+    )
+  one = pydantic.create_model("User", __base__=Strict, __doc__="A user.", **user)
+  as_of = Annotated[str, pydantic.Field(max_length=64, examples=["2017-11-01"], description=raw_values.AS_OF.wanted)]
+  many = Annotated[list[one], pydantic.Field(min_length=1, max_length=limits.users), pydantic.FailFast()]  # type: ignore[valid-type]
+  return pydantic.create_model(
+    "Request",
+    __base__=Strict,
+    __doc__="Users, and the time they are embedded as of.",
+    as_of=(as_of, ...),
+    users=(many, ...),
+  )
+
+
+def json_types(kind: raw_values.Kind, *, numeric: bool = False, many: bool = False) -> Any:
+  """The types of JSON that a column of this kind takes, but for null; `raw_values` says more exactly which values."""
+  found: Any = {
+    "text": str | int | float | bool if kind.json or numeric else str | int | bool,
+    "integer": int | float | str,
+    "float64": int | float,
+    "float32": int | float,
+    "decimal": int | float | str,
+    "boolean": bool,
+  }.get(kind.name, str)
+  return list[found | None] | found if many else found
+
+
+def _time(kind: raw_values.TimeKind) -> Any:
+  described = pydantic.Field(description=kind.wanted)
+  return Annotated[str | int | float, described] if kind.name == "epoch" else Annotated[str, described]
+
+
+def problems(error: pydantic.ValidationError) -> list[Problem]:
+  """What is wrong, of the first few things that are."""
+  found: dict[tuple[str | int, ...], list[str]] = {}
+  values: dict[tuple[str | int, ...], Any] = {}
+  for one in error.errors(include_url=False, include_context=False):
+    # Of a value that may be of several types each one complains, at a place that ends with the type's name.
+    place, typed = tuple(one["loc"]), one["type"].endswith("_type") and len(one["loc"]) > 1
+    if typed and (place[-1] in _TYPES or str(place[-1]).startswith("list[")):
+      place = place[:-1]
+    if place not in found and len(found) == MOST_ERRORS:
+      break
+    unknown = one["type"] == "extra_forbidden"
+    found.setdefault(place, []).append("there is no such key; GET /schema lists them" if unknown else one["msg"])
+    values[place] = one["input"]
+  return [Problem(place=list(p), problem="; or: ".join(told) + _shown(values[p])) for p, told in found.items()]
+
+
+def _shown(value: Any) -> str:
+  return "" if isinstance(value, dict | list) else f" (it is {raw_values.described(value)})"
+
+
+def users_of(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """The users of a body that the model holds for good, as the loader takes them."""
+  return [{k: v for k, v in user.items() if v is not None} for user in body["users"]]
