@@ -15,8 +15,8 @@ A column has a kind, after the DuckDB type that it has in the event files; what 
 
 null, a missing key and an empty string are absent. A field of many values takes a list of such values, or, where the
 files hold text, text that is split at the field's separator. A numeric field takes a number, true and false where the
-files hold them, and a string of one where they hold text. A time is ISO 8601, text in the source's `time_format`, or,
-where the files hold epochs, such a number in the same unit.
+files hold them, and a string of one where the column takes strings. A time is ISO 8601, text in the source's
+`time_format`, or, where the files hold epochs, such a number in the same unit.
 """
 
 from __future__ import annotations
@@ -263,9 +263,13 @@ def _json_array(text: str) -> list[Any] | None:
 
 def number_reader(kind: Kind, log1p: bool) -> Number:
   """Returns what reads a JSON value of a numeric field as its encoder takes it, after log1p if so; NaN is absent."""
-  read = {"text": _number_in_text, "boolean": _number_of_boolean, "float32": _number_of_float32}.get(
-    kind.name, _as_float
-  )
+  read = {
+    "text": _number_in_text,
+    "integer": _number_in_text,
+    "decimal": _number_in_text,
+    "boolean": _number_of_boolean,
+    "float32": _number_of_float32,
+  }.get(kind.name, _as_float)
 
   def number(value: Any) -> float:
     if type(value) is float and -math.inf < value < math.inf and kind.name != "float32":

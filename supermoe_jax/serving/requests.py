@@ -166,7 +166,8 @@ def request_model(encoder: Encoder, limits: Limits) -> type[pydantic.BaseModel]:
       None,
     )
   one = pydantic.create_model("User", __base__=Strict, __doc__="A user.", **user)
-  as_of = Annotated[str, pydantic.Field(max_length=64, examples=["2017-11-01"], description=raw_values.AS_OF.wanted)]
+  described = {"examples": ["2017-11-01"], "description": raw_values.AS_OF.wanted}
+  as_of = Annotated[str, pydantic.Field(max_length=64, json_schema_extra={"format": "date-time"}, **described)]
   many = Annotated[list[one], pydantic.Field(min_length=1, max_length=limits.users), pydantic.FailFast()]  # type: ignore[valid-type]
   return pydantic.create_model(
     "Request",
@@ -181,18 +182,25 @@ def json_types(kind: raw_values.Kind, *, numeric: bool = False, many: bool = Fal
   """The types of JSON that a column of this kind takes, but for null; `raw_values` says more exactly which values."""
   found: Any = {
     "text": str | int | float | bool if kind.json or numeric else str | int | bool,
-    "integer": int | float | str,
+    "integer": int | _described(float, multipleOf=1) | _described(str, pattern=f"^({raw_values.WHOLE.pattern})$"),
     "float64": int | float,
     "float32": int | float,
-    "decimal": int | float | str,
+    "decimal": int | float | _described(str, pattern=f"^({raw_values.NUMBER.pattern})$"),
     "boolean": bool,
+    "date": _described(str, format="date"),
+    "timestamp": _described(str, format="date-time"),
   }.get(kind.name, str)
   return list[found | None] | found if many else found
 
 
+def _described(type: Any, **schema: Any) -> Any:
+  """A type about which the description says more than is checked here; the loader checks it, and tells it better."""
+  return Annotated[type, pydantic.WithJsonSchema({**pydantic.TypeAdapter(type).json_schema(), **schema})]
+
+
 def _time(kind: raw_values.TimeKind) -> Any:
-  described = pydantic.Field(description=kind.wanted)
-  return Annotated[str | int | float, described] if kind.name == "epoch" else Annotated[str, described]
+  text = str if kind.name == "format" else _described(str, format="date-time")
+  return Annotated[int | float | text if kind.name == "epoch" else text, pydantic.Field(description=kind.wanted)]
 
 
 def problems(error: pydantic.ValidationError) -> list[Problem]:

@@ -121,7 +121,10 @@ def test_duplicates_are_dropped_if_preparation_drops_them(case: tuple[Dataset, P
     ({"events": {"clicks": [{"at": "2024-01-01", "flag": "yes"}]}}, "clicks.0.flag: 'yes' is not true or false"),
     ({"events": {"clicks": [{"at": "2024-01-01", "day": "x"}]}}, "clicks.0.day: 'x' is not a date"),
     ({"events": {"clicks": [{"at": "2024-01-01", "tags": "p"}]}}, "clicks.0.tags: 'p' is not a list"),
-    ({"events": {"clicks": [{"at": "2024-01-01", "tags": [["p"]]}]}}, "clicks.0.tags: .* is not a list of plain values"),
+    (
+      {"events": {"clicks": [{"at": "2024-01-01", "tags": [["p"]]}]}},
+      "clicks.0.tags: .* is not a list of plain values",
+    ),
     ({"events": {"clicks": [{"at": "2024-01-01", "ratio": float("inf")}]}}, "clicks.0.ratio: inf is not a finite"),
     ({"events": {}, "user": {"land": "DE"}}, "user: unknown column 'land'"),
     ({"events": {}, "user": {"score": "high"}}, "user.score: 'high' is not a number"),

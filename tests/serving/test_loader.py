@@ -1,0 +1,220 @@
+"""An exported encoder gives the vectors of the run, needs JAX and NumPy alone, and is whole or refused."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data import batches
+from supermoe_jax.data.errors import DataError
+from supermoe_jax.serving import embed, embeddings, export, loader
+from supermoe_jax.serving.loader import Encoder, InputError
+from supermoe_jax.training.run import Run
+
+DAY = "2024-05-20"
+
+# Everything else is refused: what jax itself needs, this package, and the standard library.
+ALLOWED = ("jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "supermoe_jax")
+
+BLOCKED = f"""
+import json, sys
+
+class Refuse:
+  def find_spec(self, name, path=None, target=None):
+    top = name.partition(".")[0]
+    if top not in {ALLOWED!r} and top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata"):
+      raise ModuleNotFoundError(f"{{name}} is refused", name=top)
+
+sys.meta_path.insert(0, Refuse())
+from supermoe_jax.serving import loader
+encoder = loader.load(sys.argv[1])
+users = json.load(open(sys.argv[2]))
+found = encoder.embed(users, {DAY!r})
+import numpy
+numpy.save(sys.argv[3], found.vectors)
+print(json.dumps([sorted(set(p.platforms)) for p in encoder.programs.values()]))
+"""
+
+
+def of_the_run(run: Run) -> dict[str, np.ndarray]:
+  """Each user's vector as of the day, as evaluation has it."""
+  found = {}
+  for batch in batches.questions(run.dataset, run.cfg, times=[config.parse_time(DAY, "")]):
+    z = np.asarray(run.answer(batch.features).z)
+    found |= {q.user_id: z[i] for i, q in enumerate(batch.questions)}
+  return found
+
+
+def test_the_loader_gives_the_vectors_of_evaluation_and_of_embed(
+  run: Run, encoder: Encoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+  wanted = of_the_run(run)
+  embed.embed(run, [DAY], tmp_path / "embeddings")
+  table = embeddings.read(tmp_path / "embeddings")
+  embedded = dict(zip(map(str, table["user_id"].to_pylist()), embeddings.vectors(table)))
+  assert set(wanted) == set(embedded) and len(wanted) > 30
+  found = encoder.embed(list(raw_users.values()), DAY)
+  for user, vector in zip(raw_users, found.vectors):
+    assert (user in wanted) == bool(np.isfinite(vector).all())
+    if user in wanted:
+      np.testing.assert_allclose(vector, wanted[user], atol=1e-5)
+      np.testing.assert_allclose(vector, embedded[user], atol=1e-5)
+  assert {p.length for p in (encoder.prepare(u, DAY) for u in raw_users.values())} >= {8, 24}
+
+
+def test_a_vector_does_not_depend_on_who_shares_the_batch(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+  users = list(raw_users.values())
+  together = encoder.embed(users, DAY).vectors
+  for start in (0, 7):
+    for n in (1, 2, 3, 4, 6):
+      some = encoder.embed(users[start : start + n], DAY).vectors
+      np.testing.assert_allclose(some, together[start : start + n], atol=1e-5)
+  backwards = encoder.embed(users[::-1], DAY).vectors[::-1]
+  np.testing.assert_allclose(backwards, together, atol=1e-5)
+
+
+def test_nothing_but_jax_and_numpy_is_imported(
+  exported: pathlib.Path, encoder: Encoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+  users = list(raw_users.values())[:6]
+  (tmp_path / "users.json").write_text(json.dumps(users))
+  out = subprocess.run(
+    [sys.executable, "-c", BLOCKED, str(exported), str(tmp_path / "users.json"), str(tmp_path / "vectors.npy")],
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert out.returncode == 0, out.stderr[-3000:]
+  assert json.loads(out.stdout) == [["cpu", "cuda", "tpu"]] * len(encoder.programs)
+  np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), encoder.embed(users, DAY).vectors, atol=1e-5)
+
+
+def test_every_program_is_lowered_for_every_platform(encoder: Encoder) -> None:
+  assert set(encoder.programs) == {(b, n) for b in (1, 4) for n in (8, 24)}
+  for exported in encoder.programs.values():
+    assert exported.platforms == ("cpu", "cuda", "tpu") == tuple(encoder.manifest["platforms"])
+    assert "_platform_index" in exported.mlir_module()  # which one it runs on is an argument
+
+
+def test_parameters_are_no_constants_of_the_programs(exported: pathlib.Path, encoder: Encoder) -> None:
+  held = sum(of["bytes"] for of in encoder.manifest["parameters"].values())
+  for file in exported.glob("program-*.stablehlo"):
+    assert file.stat().st_size < 100_000
+  assert held == sum(f.stat().st_size for f in (exported / "parameters").iterdir())
+  names = list(encoder.manifest["parameters"])
+  assert not [n for n in names if n.startswith("heads")] and any("tables" in n for n in names)
+
+
+def test_the_manifest_says_what_the_encoder_is(encoder: Encoder, run: Run) -> None:
+  manifest = encoder.manifest
+  wanted = {
+    "kind": "encoder",
+    "step": run.step,
+    "config_hash": run.cfg.hash(),
+    "data_hash": run.dataset.manifest["data_hash"],
+    "encoding_hash": run.dataset.manifest["encoding_hash"],
+    "width": run.cfg.model.d_model,
+    "max_events": run.cfg.model.max_events,
+    "batch_sizes": [1, 4],
+    "lengths": [8, 24],
+    "jax_version": jax.__version__,
+  }
+  assert {k: manifest[k] for k in wanted} == wanted
+  low = jax.export.minimum_supported_calling_convention_version
+  assert low <= manifest["calling_convention"] <= jax.export.maximum_supported_calling_convention_version
+
+
+def test_events_from_the_day_on_are_ignored_and_counted(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+  user = next(iter(raw_users.values()))
+  before = {k: [e for e in of if e["time"] < DAY] for k, of in user["events"].items()}
+  late = [{"time": f"{DAY}T00:00:00", "page": "page1"}, {"time": "2025-01-01", "page": "never seen"}]
+  more = {**before, "visits": [*late, *before["visits"]]}
+  alone, both = encoder.embed([{"events": before}], DAY), encoder.embed([{"events": more}], DAY)
+  np.testing.assert_array_equal(alone.vectors, both.vectors)
+  assert (alone.ignored, both.ignored) == (0, 2) and both.used == alone.used and both.unknown == alone.unknown
+
+
+def test_each_user_may_have_a_time_of_their_own(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+  user, days = next(iter(raw_users.values())), ["2024-03-01", DAY]
+  both = encoder.embed([user, user], days).vectors
+  for i, day in enumerate(days):
+    np.testing.assert_allclose(both[i], encoder.embed([user], day).vectors[0], atol=1e-5)
+  assert np.abs(both[0] - both[1]).max() > 1e-3
+  with pytest.raises(InputError, match="2 times for 1 users"):
+    encoder.embed([user], days)
+
+
+def test_a_user_without_events_before_the_day_has_no_vector(encoder: Encoder) -> None:
+  found = encoder.embed([{"events": {}}, {"events": {"visits": [{"time": "2025-01-01"}]}}], DAY)
+  assert np.isnan(found.vectors).all() and found.used == 0 and found.ignored == 1
+
+
+def test_a_message_names_the_user(encoder: Encoder) -> None:
+  with pytest.raises(InputError, match=r"1\.events\.visits\.0\.seconds: 'x' is not a number"):
+    encoder.embed([{"events": {}}, {"events": {"visits": [{"time": "2024-01-01", "seconds": "x"}]}}], DAY)
+  with pytest.raises(InputError, match="as_of: 'soon' is not a time"):
+    encoder.embed([{"events": {}}], "soon")
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+    (lambda p: (p / "manifest.json").write_text("{"), "is damaged"),
+    (lambda p: (p / "manifest.json").write_text("{}"), "holds no exported encoder"),
+    (lambda p: (p / "preprocessing.json").write_text("{}"), "preprocessing.json is not as it was written"),
+    (lambda p: (p / "program-1x8.stablehlo").write_bytes(b"x"), "program-1x8.stablehlo is not as it was written"),
+    (lambda p: (p / "parameters" / "0.npy").write_bytes(b"x"), "has 1 bytes"),
+    (lambda p: (p / "parameters" / "0.npy").unlink(), "cannot be read"),
+  ],
+)
+def test_what_is_not_whole_is_refused(
+  damage: Any, message: str, exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  copy = tmp_path / "copy"
+  shutil.copytree(exported, copy)
+  damage(copy)
+  with pytest.raises(DataError, match=message):
+    loader.load(copy)
+
+
+def test_an_encoder_that_is_there_is_kept_unless_told(exported: pathlib.Path, run: Run, tmp_path: pathlib.Path) -> None:
+  with pytest.raises(DataError, match="add --overwrite"):
+    export.export(run, exported)
+  (tmp_path / "thesis.txt").write_text("years of work")
+  with pytest.raises(DataError, match="holds no encoder and is not overwritten"):
+    export.export(run, tmp_path, overwrite=True)
+  with pytest.raises(config.ConfigError, match=r"lengths at most config\.model\.max_events=24"):
+    export.export(run, tmp_path / "new", events=(48,))
+
+
+def test_a_write_that_fails_leaves_nothing(run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  def full(*unused: object) -> None:
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(export, "_write_parameters", full)
+  with pytest.raises(DataError, match=r"No space left on device; nothing was kept"):
+    export.export(run, tmp_path / "out")
+  assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_share_lines_on_a_tpu_are_exported_as_plain_rows() -> None:
+  from supermoe_jax.layers import exchange
+
+  rows = np.arange(8 * 16 * 3, dtype=np.float32).reshape(8, 16, 3)  # G, M, D
+  lines = rows.reshape(8, 4, 12)  # the same, four rows a line
+  np.testing.assert_array_equal(np.asarray(exchange.restriped(lines, rows.shape)), rows)
+
+
+def test_lengths_are_powers_of_two_up_to_the_longest() -> None:
+  assert export.lengths(256) == [32, 64, 128, 256]
+  assert export.lengths(100) == [32, 64, 100]
+  assert export.lengths(24) == [24]
