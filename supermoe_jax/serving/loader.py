@@ -91,7 +91,7 @@ class Encoder:
     self.batch_sizes, self.lengths = tuple(manifest["batch_sizes"]), tuple(manifest["lengths"])
     self.preprocessing = Preprocessing.load(path)
     host = {name: _parameter(path, name, of) for name, of in manifest["parameters"].items()}
-    self._padding = {n: self.preprocessing.row(self.preprocessing.empty, 0, n) for n in self.lengths}
+    self.padding = {n: self.preprocessing.row(self.preprocessing.empty, 0, n) for n in self.lengths}
     # As `jax.export` has them, by (B, L).
     self.programs: dict[tuple[int, int], jax.export.Exported] = {}
     for of in manifest["programs"]:
@@ -99,8 +99,8 @@ class Encoder:
       stablehlo = _checked(path, of.pop("file"), manifest)
       facts = program.Facts(**{**of, "platforms": tuple(of["platforms"]), "kept": tuple(of["kept"])})
       size = facts.batch, facts.events
-      self.programs[size] = program.open_program(facts, stablehlo, host, self._padding[facts.events], self.width)
-    self._parameters = jax.device_put(host)
+      self.programs[size] = program.open_program(facts, stablehlo, host, self.padding[facts.events], self.width)
+    self.parameters = jax.device_put(host)
     self._compiled: dict[tuple[int, int], Callable[..., jax.Array]] = {}
     self._lock = threading.Lock()
 
@@ -165,8 +165,8 @@ class Encoder:
     for length in self.lengths:
       places = [i for i, p in enumerate(prepared) if p.row is not None and p.length == length]
       for size, part in self._cut(places):
-        rows = [prepared[i].row for i in part] + [self._padding[length]] * (size - len(part))
-        vectors[part] = np.asarray(self._program(size, length)(self._parameters, tuple(windows.stack(rows))))[
+        rows = [prepared[i].row for i in part] + [self.padding[length]] * (size - len(part))
+        vectors[part] = np.asarray(self._program(size, length)(self.parameters, tuple(windows.stack(rows))))[
           : len(part)
         ]
     return vectors
@@ -185,15 +185,15 @@ class Encoder:
   def _program(self, batch: int, length: int) -> Callable[..., jax.Array]:
     with self._lock:
       if (batch, length) not in self._compiled:
-        shapes = program.shapes(self._parameters, self._padding[length], batch)
+        shapes = program.shapes(self.parameters, self.padding[length], batch)
         self._compiled[batch, length] = jax.jit(self.programs[batch, length].call).lower(*shapes).compile()
       return self._compiled[batch, length]
 
   def warm_up(self, said: Callable[[int, int], None] | None = None) -> None:
     """Compiles every program and runs it once; `said` is told the size of each that is ready, (B, L)."""
     for batch, length in sorted(self.programs):
-      features = tuple(windows.stack([self._padding[length]] * batch))
-      jax.block_until_ready(self._program(batch, length)(self._parameters, features))
+      features = tuple(windows.stack([self.padding[length]] * batch))
+      jax.block_until_ready(self._program(batch, length)(self.parameters, features))
       if said is not None:
         said(batch, length)
 

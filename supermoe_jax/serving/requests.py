@@ -200,7 +200,8 @@ def _described(type: Any, **schema: Any) -> Any:
 
 def _time(kind: raw_values.TimeKind) -> Any:
   text = str if kind.name == "format" else _described(str, format="date-time")
-  return Annotated[int | float | text if kind.name == "epoch" else text, pydantic.Field(description=kind.wanted)]
+  taken = int | float | text if kind.name == "epoch" else text
+  return Annotated[taken, pydantic.Field(description=kind.wanted)]
 
 
 def problems(error: pydantic.ValidationError) -> list[Problem]:

@@ -1,6 +1,7 @@
 """An exported encoder gives the vectors of the run, needs JAX and NumPy alone, and is whole or refused."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -21,19 +22,28 @@ from supermoe_jax.training.run import Run
 
 DAY = "2024-05-20"
 
-# Everything else is refused: what jax itself needs, this package, and the standard library.
+# Nothing else is found: what jax itself needs, this package, and the standard library.
 ALLOWED = ("jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "supermoe_jax")
 
 BLOCKED = f"""
 import json, sys
 
-class Refuse:
+class Only:
+  def __init__(self, finder):
+    self.finder = finder
+
   def find_spec(self, name, path=None, target=None):
     top = name.partition(".")[0]
-    if top not in {ALLOWED!r} and top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata"):
-      raise ModuleNotFoundError(f"{{name}} is refused", name=top)
+    if top in {ALLOWED!r} or top in sys.stdlib_module_names or top.startswith("_sysconfigdata"):
+      return self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path[:] = [Only(finder) for finder in sys.meta_path]
+try:
+  import flax
+except ModuleNotFoundError:
+  pass
+else:
+  raise SystemExit("flax was found")
 from supermoe_jax.serving import loader
 encoder = loader.load(sys.argv[1])
 users = json.load(open(sys.argv[2]))
@@ -102,6 +112,27 @@ def test_every_program_is_lowered_for_every_platform(encoder: Encoder) -> None:
   for exported in encoder.programs.values():
     assert exported.platforms == ("cpu", "cuda", "tpu") == tuple(encoder.manifest["platforms"])
     assert "_platform_index" in exported.mlir_module()  # which one it runs on is an argument
+
+
+@pytest.mark.slow
+def test_a_program_compiles_for_a_tpu(exported: pathlib.Path, encoder: Encoder) -> None:
+  """By XLA:TPU on this machine, in a process of its own; see `tests/test_tpu.py`."""
+  library = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
+  assert library.is_file(), f"{library} is missing; run 'make test', which installs it"
+  environment = {
+    **os.environ,
+    "TPU_LIBRARY_PATH": str(library),
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "",
+  }
+  script = pathlib.Path(__file__).with_name("tpu_program.py")
+  out = subprocess.run(
+    [sys.executable, script, str(exported), "1", "8"], env=environment, capture_output=True, text=True, check=False
+  )
+  assert out.returncode == 0, out.stderr[-3000:]
+  assert json.loads(out.stdout.splitlines()[-1]) == {"shape": [1, encoder.width], "platform": "tpu"}
 
 
 def test_parameters_are_no_constants_of_the_programs(exported: pathlib.Path, encoder: Encoder) -> None:
