@@ -23,7 +23,7 @@ import numpy as np
 from supermoe_jax.config import nearest
 from supermoe_jax.data import windows
 from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.histories import UserBlock, UserHistory
 from supermoe_jax.data.numeric import NumberEncoder, number_encoder
 from supermoe_jax.data.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
 from supermoe_jax.data.windows import Features
@@ -321,12 +321,11 @@ class Preprocessing:
     source = np.fromiter((e.source for e in events), np.int32, n)
     return UserHistory("", time[order], source[order], codes[order], numeric[order], n)
 
-  def aggregates(self, history: UserHistory, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Standardised aggregates `[S, A]` of a user at snapshots; A is 0 when the config has none."""
+  def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at snapshots, as a dataset's; A is 0 when the config has none."""
     if self.aggregator is None:
       return np.zeros((len(time), 0), np.float32)
-    raw = self.aggregator(history.block, np.zeros(len(time), np.int64), time, n_events)
-    return (raw - self._mean) / self._scale
+    return (self.aggregator(block, user, time, n_events) - self._mean) / self._scale
 
   def row(self, history: UserHistory, as_of: int, length: int) -> Features:
     """The last events of a history, and the question at `as_of`, as a row of `length` events.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import batches
+from supermoe_jax.data import questions
 from supermoe_jax.data.errors import DataError
 from supermoe_jax.serving import embed, embeddings, export, loader
 from supermoe_jax.serving.loader import Encoder, InputError
@@ -57,7 +57,7 @@ print(json.dumps([sorted(set(p.platforms)) for p in encoder.programs.values()]))
 def of_the_run(run: Run) -> dict[str, np.ndarray]:
   """Each user's vector as of the day, as evaluation has it."""
   found = {}
-  for batch in batches.questions(run.dataset, run.cfg, times=[config.parse_time(DAY, "")]):
+  for batch in questions.questions(run.dataset, run.cfg, times=[config.parse_time(DAY, "")]):
     z = np.asarray(run.answer(batch.features).z)
     found |= {q.user_id: z[i] for i, q in enumerate(batch.questions)}
   return found
