@@ -1,15 +1,15 @@
 """An encoder for use without this project's training: StableHLO for CPU, GPU and TPU, and all that reads raw events.
 
-    manifest.json        what the directory is: run, step, hashes, shapes, platforms, the versions it was made with
+    manifest.json          what the directory is: run, step, hashes, shapes, platforms, the versions it was made with
     program-BxL.stablehlo  the encoder lowered for B rows of L events, for all platforms in one
-    parameters/n.npy     its parameters, which all programs share; tables of embeddings as plain rows
-    preprocessing.json   how values, times and numbers become codes; with a file for each vocabulary and table of items
+    parameters/n.npy       its parameters, which all programs share; tables of embeddings as plain rows
+    preprocessing.json     how values and times are read; with files of the vocabularies and tables of items
 
 `serving.loader` reads it with JAX and NumPy alone. A mixture of experts without drops works out its blocks from the
 batch's shape, so programs are of fixed shapes; what is embedded is cut into them. Parameters are arguments, not
 constants. A table whose rows share lines on a TPU (`layers.lines`) is written out as plain rows, which every platform
-takes. Neither ONNX nor a SavedModel is written: JAX keeps no converter to the one, and that to the other
-(`jax2tf`) is going.
+takes. Neither ONNX nor a SavedModel is written: JAX has no converter to the one, and that to the other (`jax2tf`) is
+experimental and takes TensorFlow, which nothing here needs.
 
 Shapes: B rows, L events, D width.
 """

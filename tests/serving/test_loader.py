@@ -12,13 +12,18 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from flax import nnx
 
-from supermoe_jax import config
+from supermoe_jax import cli, config
 from supermoe_jax.data import questions
 from supermoe_jax.data.errors import DataError
+from supermoe_jax.layers import exchange
+from supermoe_jax.layers.table import TableRows
 from supermoe_jax.serving import embed, embeddings, export, loader
 from supermoe_jax.serving.loader import Encoder, InputError
+from supermoe_jax.training.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
+from supermoe_jax.training.step import abstract_model
 
 DAY = "2024-05-20"
 
@@ -237,12 +242,39 @@ def test_a_write_that_fails_leaves_nothing(run: Run, tmp_path: pathlib.Path, mon
   assert not list(tmp_path.iterdir())
 
 
-def test_rows_that_share_lines_on_a_tpu_are_exported_as_plain_rows() -> None:
-  from supermoe_jax.layers import exchange
+def test_rows_that_share_lines_on_a_tpu_are_exported_as_plain_rows(run: Run) -> None:
+  """The run as it is on a TPU, where a line holds several of these narrow rows."""
+  graph, abstract = abstract_model(run.cfg, run.dataset.schema, "tpu")
+  shapes = {path: v.get_value().shape for path, v in nnx.to_flat_state(abstract)}
 
-  rows = np.arange(8 * 16 * 3, dtype=np.float32).reshape(8, 16, 3)  # G, M, D
-  lines = rows.reshape(8, 4, 12)  # the same, four rows a line
-  np.testing.assert_array_equal(np.asarray(exchange.restriped(lines, rows.shape)), rows)
+  def laid_out(path: tuple, variable: nnx.Variable) -> jax.Array:
+    value = variable.get_value()
+    return exchange.restriped(value, shapes[path]) if isinstance(variable, TableRows) else value
+
+  flat = [(path, v.replace(laid_out(path, v))) for path, v in nnx.to_flat_state(run.variables)]
+  model = RestoredModel(run.step, nnx.from_flat_state(flat), run.statistics)
+  on_tpu = Run.of(run.workdir, run.cfg, run.dataset, run.mesh, graph, model)
+  tables = {p for p, v in nnx.to_flat_state(run.variables) if isinstance(v, TableRows)}
+  assert tables and all(shapes[p] != v.get_value().shape for p, v in nnx.to_flat_state(run.variables) if p in tables)
+  plain, again = (nnx.to_flat_state(export.plain(r)[1]) for r in (run, on_tpu))
+  for (path, a), (other, b) in zip(plain, again, strict=True):
+    assert path == other
+    np.testing.assert_array_equal(a.get_value(), b.get_value())
+
+
+def test_the_verbs_export_and_say_what_is_wrong(
+  workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  out = tmp_path / "encoder"
+  arguments = ["export", "--workdir", str(workdir), "--out", str(out), "--batch-sizes", "2"]
+  assert cli.main(arguments) == 0
+  assert "width 16, for cpu, cuda, tpu" in (told := capsys.readouterr().out)
+  assert "1 programs: batches of 2 × 24 events" in told
+  assert loader.load(out).batch_sizes == (2,)
+  assert cli.main(arguments) == 1 and "add --overwrite" in capsys.readouterr().err
+  assert cli.main([*arguments, "--overwrite", "--lengths", "0"]) == 1
+  assert cli.main(["serve", "--model", str(tmp_path / "none")]) == 1
+  assert "no manifest.json); run 'supermoe export' first" in capsys.readouterr().err
 
 
 def test_lengths_are_powers_of_two_up_to_the_longest() -> None:
