@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from supermoe_jax import exits
-from supermoe_jax.cli import data, embeddings, probing, serving, training
+from supermoe_jax.cli import data, embeddings, probing, search, serving, training
 
 # Errors that a user can act on: their message is enough, a stack trace would only hide it.
 _EXPECTED = {"ConfigError", "DataError", "RunError", "StudyError"}
@@ -76,6 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     epilog="Any key of the config can be set with --config.key=value, for example --config.train.steps=100.",
   )
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-  for part in (data, training, embeddings, probing, serving):
+  for part in (data, training, embeddings, probing, search, serving):
     part.add(verbs)
   return parser

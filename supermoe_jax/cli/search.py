@@ -1,0 +1,109 @@
+"""The verbs that look for users in embeddings, and compare versions of them: neighbors, audience, align."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from supermoe_jax import config
+from supermoe_jax.cli.arguments import Verbs
+
+
+def add(verbs: Verbs) -> None:
+  """Adds the verbs."""
+  verb = verbs.add_parser("neighbors", help="the users that are nearest to some, or to each")
+  _add_embeddings(verb)
+  who = verb.add_mutually_exclusive_group(required=True)
+  who.add_argument("--user", action="append", metavar="ID", help="a user; may be given several times")
+  who.add_argument("--all", action="store_true", help="of everyone, to --out")
+  verb.add_argument("--k", type=int, default=10, help="how many; default: 10")
+  verb.add_argument("--metric", default="cosine", help="cosine, dot or euclidean; default: cosine")
+  how = verb.add_mutually_exclusive_group()
+  how.add_argument("--exact", action="store_true", help="score everyone; the default")
+  how.add_argument(
+    "--index", type=pathlib.Path, metavar="FILE", help="an index for millions of users, built there when it is missing"
+  )
+  verb.add_argument("--recall", type=float, metavar="R", help="recall@10 that a new index must have; default: 0.98")
+  verb.add_argument("--rebuild", action="store_true", help="build the index again though it is there")
+  verb.add_argument("--out", type=pathlib.Path, metavar="FILE", help="Parquet: user_id, rank, neighbor_id, score")
+  verb.set_defaults(run=_neighbors)
+
+  verb = verbs.add_parser("audience", help="the users that are most like a list of seeds")
+  _add_embeddings(verb)
+  verb.add_argument(
+    "--seeds",
+    required=True,
+    type=pathlib.Path,
+    metavar="FILE",
+    help=".parquet or .csv with a column user_id, or .txt with an id a line",
+  )
+  verb.add_argument("--size", required=True, type=int, metavar="N", help="users of the audience, seeds not among them")
+  verb.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="Parquet: user_id, score, rank")
+  verb.add_argument("--method", default="logistic", help="logistic or neighbors; default: logistic")
+  verb.set_defaults(run=_audience)
+
+  verb = verbs.add_parser("align", help="turn the embeddings of a retrained model into the space of the ones before")
+  verb.add_argument("--embeddings", required=True, type=pathlib.Path, metavar="NEW", help="directory of embeddings")
+  verb.add_argument("--to", required=True, type=pathlib.Path, metavar="OLD", help="directory of the previous ones")
+  verb.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="directory to write")
+  verb.add_argument(
+    "--max-drift",
+    type=float,
+    default=0.5,
+    metavar="X",
+    help="write nothing above it: 1 − mean cosine around the mean, after the alignment. Default: 0.5",
+  )
+  verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
+  verb.set_defaults(run=_align)
+
+
+def _add_embeddings(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--embeddings", required=True, type=pathlib.Path, metavar="DIR", help="directory of embeddings")
+  verb.add_argument("--as-of", metavar="TIME", help="of those embeddings; default: each user's latest")
+
+
+def _neighbors(args: argparse.Namespace) -> None:
+  if args.k < 1:
+    raise config.ConfigError(f"--k={args.k} must be at least 1.")
+  if args.index is None and (args.rebuild or args.recall is not None):
+    raise config.ConfigError("--rebuild and --recall have no effect without --index.")
+  if args.all and args.out is None:
+    raise config.ConfigError("--all writes neighbours of everyone; name a Parquet file with --out.")
+  if args.out is not None and not args.out.parent.is_dir():
+    raise config.ConfigError(f"{args.out}: there is no directory {args.out.parent}; make it first.")
+  from supermoe_jax.serving import similar
+
+  search = similar.open_search(
+    args.embeddings,
+    metric=args.metric,
+    as_of=args.as_of,
+    index=args.index,
+    recall=0.98 if args.recall is None else args.recall,
+    rebuild=args.rebuild,
+  )
+  print(*search.said, sep="\n")
+  if args.all:
+    rows = similar.write(search, args.k, args.out)
+    print(f"{rows:,} rows: {args.out}")
+    return
+  table = search.of(args.user, args.k)
+  print(*similar.render(table, args.metric), sep="\n")
+  if args.out is not None:
+    similar.write_table(table, args.out)
+    print(f"{len(table):,} rows: {args.out}")
+
+
+def _audience(args: argparse.Namespace) -> None:
+  from supermoe_jax.serving import audience
+
+  report = audience.audience(args.embeddings, args.seeds, args.size, args.out, method=args.method, as_of=args.as_of)
+  print(*audience.render(report), sep="\n")
+  print(f"{report['size']:,} users: {args.out}")
+
+
+def _align(args: argparse.Namespace) -> None:
+  from supermoe_jax.serving import align
+
+  manifest = align.align(args.embeddings, args.to, args.out, max_drift=args.max_drift, overwrite=args.overwrite)
+  print(*align.render(manifest), sep="\n")
+  print(f"{manifest['rows']:,} embeddings of width {manifest['width']}, in the space of {args.to}: {args.out}")

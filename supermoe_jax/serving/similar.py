@@ -1,0 +1,162 @@
+"""Neighbours of users by their ids: of some of them, or of everyone as a Parquet file.
+
+A file has one row a user and neighbour: `user_id, rank, neighbor_id, score`; rank 1 is the nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.data import replace
+from supermoe_jax.data.events import DataError
+from supermoe_jax.serving import index as index_lib
+from supermoe_jax.serving import population
+from supermoe_jax.serving.neighbors import BATCH, Exact, Space
+from supermoe_jax.serving.population import Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """A way to look for neighbours among the users of a directory.
+
+  Attributes:
+    selection: the users.
+    space: their vectors.
+    engine: what finds neighbours.
+    said: what a user should know of it, in lines.
+  """
+
+  selection: Selection
+  space: Space
+  engine: Exact | index_lib.Index
+  said: list[str]
+
+  def of(self, users: Sequence[str], k: int) -> pa.Table:
+    """The k nearest of these users, as the rows of a file.
+
+    Raises:
+      DataError: a user has no embedding.
+    """
+    finder = population.Finder(self.selection.users)
+    rows = np.array([finder.one(u) for u in users], np.int64)
+    return self._table(rows, k)
+
+  def of_all(self, k: int) -> Iterator[pa.Table]:
+    """The same of everyone, some at a time."""
+    n = len(self.selection)
+    with tqdm(total=n, desc="neighbours", unit=" users", mininterval=1) as bar:
+      for first in range(0, n, 4 * BATCH):
+        rows = np.arange(first, min(first + 4 * BATCH, n))
+        yield self._table(rows, k)
+        bar.update(len(rows))
+
+  def _table(self, rows: np.ndarray, k: int) -> pa.Table:
+    found = self.engine.search(self.space.vectors[rows], k, rows)
+    there = found.row >= 0
+    return pa.table(
+      {
+        "user_id": self.selection.users.take(pa.array(np.repeat(rows, k)[there.reshape(-1)])),
+        "rank": pa.array((np.cumsum(there, axis=1))[there]),
+        "neighbor_id": self.selection.users.take(pa.array(found.row[there])),
+        "score": pa.array(found.score[there]),
+      }
+    )
+
+
+def open_search(
+  path: pathlib.Path,
+  *,
+  metric: str = "cosine",
+  as_of: str | None = None,
+  index: pathlib.Path | None = None,
+  recall: float = 0.98,
+  rebuild: bool = False,
+) -> Search:
+  """Reads embeddings and, if it is named, the index beside them, which is built when it is missing.
+
+  Raises:
+    ConfigError: an option is out of range, the index lies inside the embeddings, or FAISS is not installed.
+    DataError: embeddings or the index are damaged, or the index is of others.
+  """
+  if index is not None and path.resolve() in index.resolve().parents:
+    raise config.ConfigError(
+      f"--index {index} lies inside {path}, which is replaced as a whole when users are embedded again; keep it beside."
+    )
+  if index is not None and not index.parent.is_dir():
+    raise config.ConfigError(f"{index}: there is no directory {index.parent}; make it first.")
+  selection = population.select(path, as_of)
+  space = Space.of(selection.all_vectors(), metric)
+  said = [f"{len(selection):,} users, {selection.time()}"]
+  if space.zeros:
+    said.append(f"{space.zeros:,} vectors are 0 throughout: their cosine with everyone counts as 0")
+  if index is None:
+    return Search(selection, space, Exact(space), said)
+  fingerprint = population.fingerprint(selection)
+  if index.exists() and not rebuild:
+    found = index_lib.read(index, space, fingerprint)
+    said.append(f"index {index}: {index_lib.render(found.header)}")
+    return Search(selection, space, found, said)
+  exact = Exact(space)
+  found = index_lib.build(space, fingerprint, recall=recall, exact=exact)
+  said.append(f"index built in {found.header.build_seconds:,.0f} s: {index_lib.render(found.header)}")
+  if not found.header.faster():
+    said.append(f"{index} is not written; leave --index out the next time.")
+    return Search(selection, space, exact, said)
+  found.write(index)
+  said.append(f"written: {index} ({index.stat().st_size / 2**20:,.1f} MiB)")
+  return Search(selection, space, found, said)
+
+
+def write(search: Search, k: int, out: pathlib.Path) -> int:
+  """Writes the k nearest of everyone and returns the number of rows.
+
+  Raises:
+    DataError: the file cannot be written; nothing is kept of it.
+  """
+  rows = 0
+  try:
+    with replace.replacing_file(out) as part:
+      writer: pq.ParquetWriter | None = None
+      try:
+        for table in search.of_all(k):
+          writer = writer or pq.ParquetWriter(part, table.schema)
+          writer.write_table(table)
+          rows += len(table)
+      finally:
+        if writer is not None:
+          writer.close()
+  except OSError as error:
+    raise DataError(f"writing {out} failed: {error}; nothing was kept.") from error
+  return rows
+
+
+def write_table(table: pa.Table, out: pathlib.Path) -> None:
+  """Writes neighbours of some users.
+
+  Raises:
+    DataError: the file cannot be written; nothing is kept of it.
+  """
+  try:
+    with replace.replacing_file(out) as part:
+      pq.write_table(table, part)
+  except OSError as error:
+    raise DataError(f"writing {out} failed: {error}; nothing was kept.") from error
+
+
+def render(table: pa.Table, metric: str) -> list[str]:
+  """Neighbours of some users, in lines."""
+  lines, last = [], object()
+  for row in table.to_pylist():
+    if row["user_id"] != last:
+      last = row["user_id"]
+      lines.append(f"user {last}: nearest by {metric}")
+    lines.append(f"  {row['rank']:>3}  {row['neighbor_id']!s:<20}  {row['score']:.6f}")
+  return lines

@@ -1,0 +1,124 @@
+"""An index reaches the recall that it states, is of the embeddings it was built of, and gives way to exact search."""
+
+import pathlib
+
+import embedding_folder
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from supermoe_jax import cli
+from supermoe_jax.serving import index as index_lib
+from supermoe_jax.serving import population, similar
+from supermoe_jax.serving.neighbors import METRICS, Exact, Space
+
+
+def clustered(n: int = 4000, width: int = 24, seed: int = 0) -> np.ndarray:
+  rng = np.random.default_rng(seed)
+  return (rng.normal(size=(40, width))[rng.integers(0, 40, n)] + 0.4 * rng.normal(size=(n, width))).astype("f4")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_recall_that_is_stated_is_reached(metric: str, tmp_path: pathlib.Path) -> None:
+  x = clustered()
+  space = Space.of(x, metric)
+  exact = Exact(space)
+  built = index_lib.build(space, "these", recall=0.95, exact=exact)
+  header = built.header
+  assert header.recall >= header.recall_low >= 0.95
+  # Other users than those that the ef was chosen on, some that the graph got early and some late.
+  asked = np.arange(0, 4000, 9)
+  true, found = exact.search(x[asked], 10, asked), built.search(x[asked], 10, asked)
+  recall = np.mean([np.isin(a, b).mean() for a, b in zip(true.row, found.row)])
+  assert recall >= 0.94
+  assert not np.any(found.row == asked[:, None])
+  # What is found has the scores that exact search gives it.
+  np.testing.assert_array_equal(found.score, space.score(x[asked], found.row))
+  built.write(tmp_path / "some.index")
+  again = index_lib.read(tmp_path / "some.index", space, "these")
+  assert again.header == header
+  np.testing.assert_array_equal(again.search(x[asked], 10, asked).row, found.row)
+
+
+def test_more_recall_takes_a_larger_ef() -> None:
+  space = Space.of(np.random.default_rng(0).normal(size=(3000, 32)).astype("f4"))
+  few, many = (index_lib.build(space, "these", recall=r, links=8).header for r in (0.3, 0.97))
+  assert few.ef < many.ef and few.recall < many.recall and many.recall_low >= 0.97
+
+
+def test_a_recall_that_comes_too_late_gives_way_to_exact_search(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """With one link a vector the graph falls apart, and no ef helps."""
+  monkeypatch.setattr(index_lib, "EF_LAST", 64)
+  built = index_lib.build
+  monkeypatch.setattr(index_lib, "build", lambda *a, **k: built(*a, links=2, construction=2, **k))
+  folder = embedding_folder.write(tmp_path / "e", np.random.default_rng(0).normal(size=(3000, 32)), rows_per_part=3000)
+  search = similar.open_search(folder, index=tmp_path / "some.index", recall=0.999)
+  assert isinstance(search.engine, Exact)
+  assert any("exact search is used" in line for line in search.said)
+  assert not (tmp_path / "some.index").exists()
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+  return embedding_folder.write(tmp_path / "embeddings", clustered(1500), rows_per_part=700)
+
+
+@pytest.fixture
+def file(folder: pathlib.Path) -> pathlib.Path:
+  file = folder.parent / "users.index"
+  selection = population.select(folder)
+  built = index_lib.build(Space.of(selection.all_vectors()), population.fingerprint(selection))
+  built.write(file)
+  return file
+
+
+def test_the_command_answers_from_the_index(
+  folder: pathlib.Path, file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  assert cli.main(["neighbors", "--embeddings", str(folder), "--user", "9", "--index", str(file), "--k", "3"]) == 0
+  said = capsys.readouterr().out
+  x = clustered(1500)
+  row = Exact(Space.of(x)).search(x[[9]], 3, np.array([9])).row[0]
+  assert [int(line.split()[1]) for line in said.splitlines()[-3:]] == row.tolist()
+  assert "recall@10" in said and "vectors that it did not hold" in said
+
+
+def test_an_index_of_other_embeddings_is_refused(
+  folder: pathlib.Path, file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  arguments = ["neighbors", "--embeddings", str(folder), "--user", "9", "--index", str(file)]
+  manifest = (folder / "manifest.json").read_text()
+  (folder / "manifest.json").write_text(manifest.replace('"step": 1', '"step": 2'))
+  assert cli.main(arguments) == 1
+  assert "is stale" in (said := capsys.readouterr().err) and "--rebuild" in said
+  (folder / "manifest.json").write_text(manifest)
+  assert cli.main(arguments) == 0
+  assert cli.main([*arguments, "--metric", "dot"]) == 1
+  assert "was built for --metric cosine, not dot" in capsys.readouterr().err
+
+
+def test_parts_that_were_exchanged_under_the_same_manifest_are_noticed(
+  folder: pathlib.Path, file: pathlib.Path
+) -> None:
+  last = folder / "part-00002.parquet"
+  pq.write_table(pq.read_table(last).slice(1), last)
+  selection = population.select(folder)
+  with pytest.raises(ValueError, match="is stale"):
+    index_lib.read(file, Space.of(selection.all_vectors()), population.fingerprint(selection))
+
+
+@pytest.mark.parametrize("keep", [0, 30, 900, 20_000])
+def test_a_damaged_index_is_an_error(
+  folder: pathlib.Path, file: pathlib.Path, capsys: pytest.CaptureFixture[str], keep: int
+) -> None:
+  file.write_bytes(file.read_bytes()[:keep])
+  assert cli.main(["neighbors", "--embeddings", str(folder), "--user", "9", "--index", str(file)]) == 1
+  assert str(file) in capsys.readouterr().err
+
+
+def test_too_few_vectors_need_no_index(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+  few = embedding_folder.write(tmp_path / "e", clustered(60))
+  assert cli.main(["neighbors", "--embeddings", str(few), "--user", "9", "--index", str(tmp_path / "i")]) == 1
+  assert "too few for an index" in capsys.readouterr().err
