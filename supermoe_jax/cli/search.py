@@ -39,7 +39,7 @@ def add(verbs: Verbs) -> None:
   )
   verb.add_argument("--size", required=True, type=int, metavar="N", help="users of the audience, seeds not among them")
   verb.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="Parquet: user_id, score, rank")
-  verb.add_argument("--method", default="logistic", help="logistic or neighbors; default: logistic")
+  verb.add_argument("--method", default="logistic", help="logistic or centroid; default: logistic")
   verb.set_defaults(run=_audience)
 
   verb = verbs.add_parser("align", help="turn the embeddings of a retrained model into the space of the ones before")

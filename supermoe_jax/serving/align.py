@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ LEAST = 20
 MOST = 100_000
 # Users whose neighbours are compared, and how many of them.
 ASKED, NEAREST = 1000, 10
+# The files that name users who have no event before a time.
+ABSENT = "absent-*.parquet"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -89,7 +92,7 @@ def align(
     raise config.ConfigError(f"--out {out} is what the embeddings are read from; name another directory.")
   if not 0 <= max_drift <= 2:
     raise config.ConfigError(f"--max-drift={max_drift:g} must lie in [0, 2].")
-  replace.check_replaceable(out, embeddings.KIND, ("manifest.json", "part-*.parquet"))
+  replace.check_replaceable(out, embeddings.KIND, ("manifest.json", "part-*.parquet", ABSENT))
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   pairs = pair(new, old, seed)
@@ -121,6 +124,8 @@ def align(
     with replace.replacing(out) as work:
       for file in tqdm(embeddings.parts(new), desc="aligning", unit=" parts", mininterval=1):
         _turn_part(file, work / file.name, turn)
+      for file in sorted(new.glob(ABSENT)):  # users without a vector are no matter of the space
+        shutil.copy(file, work)
       (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
   except OSError as error:
     raise DataError(f"writing embeddings to {out} failed: {error}; nothing was kept.") from error

@@ -24,14 +24,12 @@ from supermoe_jax.data import replace
 from supermoe_jax.data.events import DataError
 from supermoe_jax.evaluation import probes
 from supermoe_jax.serving import population
-from supermoe_jax.serving.neighbors import Exact, Space, unit
+from supermoe_jax.serving.neighbors import unit
 
-METHODS = ("logistic", "neighbors", "centroid")
+METHODS = ("logistic", "centroid")
 FOLDS = 5
 # Fewer seeds than this say little, and each fold would hold out fewer than two.
 LEAST = 10
-# A user is as near to the seeds as, on average, to this many of them that are nearest.
-NEAREST = 5
 # So many others, drawn, stand for all of them where a regression is fitted.
 OTHERS = 100_000
 
@@ -107,8 +105,8 @@ def _ids(file: pathlib.Path) -> pa.ChunkedArray | pa.Array:
 def scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -> np.ndarray:
   """How much each of `vectors [n, D]` is like those of the rows `seeds`: float `[n]`; those of seeds mean nothing.
 
-  "logistic" is the probability of a regression of seeds against others, with "neighbors" the mean cosine with the
-  `NEAREST` nearest seeds, with "centroid" that with their mean direction.
+  "logistic" is the log-odds of a regression of seeds against others; "centroid" the cosine with the mean direction of
+  the seeds, where each of the D numbers is standardised over all users.
 
   Raises:
     ConfigError: an unknown method.
@@ -120,11 +118,11 @@ def scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -
     rows = np.concatenate([seeds, others])
     model = probes.linear().fit(vectors[rows], np.arange(len(rows)) < len(seeds))
     return np.asarray(model.decision_function(vectors))
-  if method == "neighbors":
-    found = Exact(Space.of(vectors[seeds])).search(vectors, min(NEAREST, len(seeds))).score
-    return np.asarray(found.mean(axis=1))
   if method == "centroid":
-    return np.asarray(unit(vectors)[0] @ unit(vectors[seeds])[0].mean(axis=0))
+    spread = vectors.std(axis=0)
+    # Without this the direction that all users share, and those that vary most, would drown what the seeds have.
+    alike = unit((vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1))[0]
+    return np.asarray(alike @ alike[seeds].mean(axis=0))
   raise config.ConfigError(f"--method={method!r}{config.nearest(method, METHODS)}.")
 
 

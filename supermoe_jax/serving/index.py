@@ -195,10 +195,11 @@ def _tune(
 ) -> dict[str, Any]:
   """Raises `ef` until the recall is reached, or would not come before exact search does."""
   queries = space.vectors[asked]
-  exact.search(queries, NEAREST)  # compiles
-  begun = clock.perf_counter()
   # Neighbours that are asked about themselves are not in the graph yet: more are found, and those left out.
   true = exact.search(queries, 4 * NEAREST + len(asked) * 4 * NEAREST // len(places), asked).row
+  exact.search(queries, NEAREST, asked)  # compiles
+  begun = clock.perf_counter()
+  exact.search(queries, NEAREST, asked)
   exact_seconds = clock.perf_counter() - begun
   absent = np.zeros(len(places) + 1, bool)
   absent[asked] = absent[-1] = True

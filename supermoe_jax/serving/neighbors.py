@@ -53,6 +53,7 @@ class Space(NamedTuple):
     shaped: float32 `[n, D]`, so that the product with a shaped query, plus `bias`, has the order of the metric.
     bias: float32 `[n]`.
     centre: float32 `[D]`, which shaped vectors are without.
+    length: float64 `[n]`, of the vectors, for cosines.
     zeros: vectors of length 0, which have no direction; their cosine with everything is taken as 0.
   """
 
@@ -61,6 +62,7 @@ class Space(NamedTuple):
   shaped: np.ndarray
   bias: np.ndarray
   centre: np.ndarray
+  length: np.ndarray
   zeros: int
 
   @classmethod
@@ -74,15 +76,16 @@ class Space(NamedTuple):
       raise config.ConfigError(f"--metric={metric!r}{config.nearest(metric, METRICS)}.")
     vectors = np.ascontiguousarray(vectors, np.float32)
     none, still = np.zeros(len(vectors), np.float32), np.zeros(vectors.shape[1], np.float32)
+    length = np.ones(len(vectors))
     if metric == "euclidean":
       # Distances are those of vectors around their mean, where squares are small and so is what rounding takes of them.
       still = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
       shaped = vectors - still
-      return cls(metric, vectors, shaped, -0.5 * np.einsum("nd,nd->n", shaped, shaped), still, 0)
+      return cls(metric, vectors, shaped, -0.5 * np.einsum("nd,nd->n", shaped, shaped), still, length, 0)
     if metric == "dot":
-      return cls(metric, vectors, vectors, none, still, 0)
+      return cls(metric, vectors, vectors, none, still, length, 0)
     shaped, zeros = unit(vectors)
-    return cls(metric, vectors, shaped, none, still, zeros)
+    return cls(metric, vectors, shaped, none, still, _lengths(vectors), zeros)
 
   def shape(self, queries: np.ndarray) -> np.ndarray:
     """Queries `[m, D]` as they are multiplied with `shaped`."""
@@ -92,13 +95,14 @@ class Space(NamedTuple):
   def score(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The metric of `queries [m, D]` and, for each, the vectors of `rows [m, c]`: float64 `[m, c]`."""
     found = self.vectors[np.maximum(rows, 0)].astype(np.float64)
-    asked = np.asarray(queries, np.float64)[:, None, :]
+    asked = np.asarray(queries, np.float64)
     if self.metric == "euclidean":
-      return np.sqrt(np.square(found - asked).sum(axis=2))
-    dot = (found * asked).sum(axis=2)
+      found -= asked[:, None, :]
+      return np.sqrt(np.einsum("mcd,mcd->mc", found, found))
+    dot = np.einsum("mcd,md->mc", found, asked)
     if self.metric == "dot":
       return dot
-    lengths = np.sqrt(np.square(found).sum(axis=2) * np.square(asked).sum(axis=2))
+    lengths = self.length[np.maximum(rows, 0)] * _lengths(asked)[:, None]
     return np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
 
   def best(self, queries: np.ndarray, rows: np.ndarray, k: int) -> Neighbours:
@@ -112,9 +116,13 @@ class Space(NamedTuple):
 
 def unit(vectors: np.ndarray) -> tuple[np.ndarray, int]:
   """`vectors [n, D]` of length 1, and how many have none because they are 0 throughout."""
-  length = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+  length = _lengths(vectors)
   zero = length == 0
-  return (vectors / np.where(zero, 1.0, length)[:, None]).astype(np.float32), int(zero.sum())
+  return np.asarray(vectors / np.where(zero, 1.0, length).astype(np.float32)[:, None]), int(zero.sum())
+
+
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+  return np.asarray(np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)))
 
 
 class Exact:
