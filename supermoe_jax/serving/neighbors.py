@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from supermoe_jax import config, hosts, sharding
 
@@ -160,20 +159,19 @@ class Exact:
 
     return jax.make_array_from_callback(shape, NamedSharding(self._mesh, sharding.spec(*names)), part)
 
-  def search(self, queries: np.ndarray, k: int, but: np.ndarray | None = None, *, progress: bool = False) -> Neighbours:
+  def search(self, queries: np.ndarray, k: int, but: np.ndarray | None = None) -> Neighbours:
     """The nearest of all vectors to each of `queries [m, D]`.
 
     Args:
       queries: float32 `[m, D]`.
       k: how many.
       but: int `[m]`, a row that is not a neighbour of the query, such as its own; -1 for none.
-      progress: whether to show a bar.
     """
     m = len(queries)
     but = np.full(m, -1, np.int64) if but is None else np.asarray(but, np.int64)
     wanted = min(k + SPARE, len(self.space.vectors))
     row, score = np.full((m, k), -1, np.int64), np.full((m, k), np.nan)
-    with jax.set_mesh(self._mesh), tqdm(total=m, desc="neighbours", unit=" users", disable=not progress) as bar:
+    with jax.set_mesh(self._mesh):
       for first in range(0, m, self._batch):
         some = np.asarray(queries[first : first + self._batch], np.float32)
         size = _power_of_two(len(some))  # few sizes, few compilations
@@ -185,7 +183,6 @@ class Exact:
         best = self.space.best(some, hosts.whole(found)[: len(some)].astype(np.int64), k)
         here = best.row.shape[1]
         row[first : first + len(some), :here], score[first : first + len(some), :here] = best
-        bar.update(len(some))
     return Neighbours(row, score)
 
 
