@@ -144,15 +144,14 @@ def pair(new: pathlib.Path, old: pathlib.Path, seed: int = 0) -> Pairs:
   only_new, only_old = len(mine) - shared, len(theirs) - shared
   matched_by = "user_id, each one's latest times"
   at_once = population.select_shared(new, old)
-  if len(at_once[0]):
+  if len(at_once[0]) >= LEAST:
     mine, theirs = at_once
     ours = population.Finder(theirs.users).rows(mine.users)
     matched_by = "user_id and as_of"
   here = np.flatnonzero(ours >= 0)
   if len(here) < LEAST:
     raise DataError(
-      f"{new} and {old} share {shared} users, {len(at_once[0])} of them as of the same time; at least {LEAST} are "
-      "needed. Are both of the same kind of user, and embedded as of a time that both have?"
+      f"{new} and {old} share {shared} users; at least {LEAST} are needed. Are both of the same kind of user?"
     )
   rng = np.random.default_rng(seed)
   if len(here) > MOST:
