@@ -27,7 +27,7 @@ from tqdm import tqdm
 from supermoe_jax import config
 from supermoe_jax.data import replace
 from supermoe_jax.data.events import DataError
-from supermoe_jax.serving import embeddings, population
+from supermoe_jax.serving import embeddings, part_files, population
 from supermoe_jax.serving.neighbors import Exact, Space, unit
 
 # Fewer users that both versions hold say nothing about how one turns into the other.
@@ -36,8 +36,6 @@ LEAST = 20
 MOST = 100_000
 # Users whose neighbours are compared, and how many of them.
 ASKED, NEAREST = 1000, 10
-# The files that name users who have no event before a time.
-ABSENT = "absent-*.parquet"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -92,7 +90,7 @@ def align(
     raise config.ConfigError(f"--out {out} is what the embeddings are read from; name another directory.")
   if not 0 <= max_drift <= 2:
     raise config.ConfigError(f"--max-drift={max_drift:g} must lie in [0, 2].")
-  replace.check_replaceable(out, embeddings.KIND, ("manifest.json", "part-*.parquet", ABSENT))
+  replace.check_replaceable(out, embeddings.KIND, part_files.NAMES)
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   pairs = pair(new, old, seed)
@@ -124,7 +122,7 @@ def align(
     with replace.replacing(out) as work:
       for file in tqdm(embeddings.parts(new), desc="aligning", unit=" parts", mininterval=1):
         _turn_part(file, work / file.name, turn)
-      for file in sorted(new.glob(ABSENT)):  # users without a vector are no matter of the space
+      for file in embeddings.absent(new):  # users without a vector are no matter of the space
         shutil.copy(file, work)
       (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
   except OSError as error:
@@ -231,10 +229,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def _turn_part(file: pathlib.Path, out: pathlib.Path, turn: np.ndarray) -> None:
   """Writes a part with its vectors turned; all other columns, and the kind of number, stay."""
-  try:
-    table = pq.read_table(file)
-  except (OSError, pa.ArrowException) as error:
-    raise DataError(f"{file} is damaged ({error}); embed again.") from error
+  table = embeddings.read_file(file)
   at = table.schema.get_field_index("embedding")
   field = table.schema.field(at)
   vectors = _wide(embeddings.vectors(table), len(turn)).astype(np.float64) @ turn

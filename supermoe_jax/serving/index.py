@@ -31,7 +31,7 @@ MAGIC = b"supermoe neighbours 1\n"
 
 # Links of a vector on each level, and how many are looked at for its own when it is added: chosen by measurement, see
 # experiments/benchmarks/neighbors.py.
-LINKS = 32
+LINKS = 16
 CONSTRUCTION = 100
 # Neighbours for which the recall is measured, queries of that, and the `ef` that are tried first and last.
 NEAREST = 10

@@ -121,6 +121,8 @@ def select(path: pathlib.Path, as_of: str | None = None) -> Selection:
     return keys.choose(keys.latest(np.arange(len(keys.users))))
   wanted = config.parse_time(as_of, "--as-of")
   chosen = np.flatnonzero(keys.times == wanted)
+  if not len(chosen):  # as the manifest and messages write times: to the second
+    chosen = np.flatnonzero(keys.times // 1_000_000 * 1_000_000 == wanted)
   if not len(chosen):
     there = np.unique(keys.times)
     named = ", ".join(iso(t) for t in there[-NAMED:])

@@ -63,6 +63,11 @@ class Earlier:
     """
     self._path, self._dataset, self._style = path, run.dataset, style
     self.manifest = embeddings.read_manifest(path)
+    if "aligned_to" in self.manifest:
+      raise config.ConfigError(
+        f"--since {path} was turned by 'supermoe align' into the space of {self.manifest['aligned_to']['embeddings']}; "
+        "vectors of two spaces do not belong in one table. Name the embeddings that it was made of, and align again."
+      )
     for key, name in SAME.items():
       if self.manifest.get(key) != manifest[key]:
         raise config.ConfigError(

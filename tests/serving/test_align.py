@@ -2,16 +2,18 @@
 
 import json
 import pathlib
+import types
 
 import embedding_folder
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embedding_folder import turned
 
-from supermoe_jax import cli
+from supermoe_jax import cli, config
 from supermoe_jax.data.events import DataError
-from supermoe_jax.serving import align, embeddings
+from supermoe_jax.serving import align, embeddings, part_files, refresh
 
 USERS = 400
 
@@ -132,6 +134,18 @@ def test_of_several_shared_times_the_latest_is_matched_once_a_user(tmp_path: pat
   assert len(pairs.new) == half
   np.testing.assert_allclose(pairs.new, (x[half:] @ turned(0, 16)), atol=1e-5)
   np.testing.assert_allclose(pairs.old, x[half:], atol=1e-6)
+
+
+def test_the_users_without_events_come_along_and_a_refresh_refuses_what_was_turned(
+  old: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  new = embedding_folder.write(tmp_path / "new", vectors() @ turned(0, 16))
+  pq.write_table(pa.table({"user_id": [9999]}), new / "absent-00000.parquet")
+  align.align(new, old, tmp_path / "out", max_drift=0.5)
+  assert embeddings.absent(tmp_path / "out")[0].read_bytes() == (new / "absent-00000.parquet").read_bytes()
+  style = part_files.Style(True, 16, "float32")
+  with pytest.raises(config.ConfigError, match="vectors of two spaces do not belong in one table"):
+    refresh.Earlier(tmp_path / "out", types.SimpleNamespace(dataset=None), {}, style)
 
 
 def test_too_few_shared_users_are_an_error(old: pathlib.Path, tmp_path: pathlib.Path) -> None:
