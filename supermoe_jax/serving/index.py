@@ -37,6 +37,8 @@ CONSTRUCTION = 100
 NEAREST = 10
 SAMPLE = 1000
 EF_FIRST, EF_LAST = 16, 8192
+# An index that takes so many times as long as exact search is not worth a larger `ef`.
+SLOWER = 2.0
 # Vectors that are added between two steps of the progress bar.
 ADDED = 20_000
 
@@ -204,7 +206,7 @@ def _tune(
   absent = np.zeros(len(places) + 1, bool)
   absent[asked] = absent[-1] = True
   wanted = [row[~absent[row]][:NEAREST] for row in true]
-  shaped, ef, step = space.shape(queries), EF_FIRST, 2.0
+  shaped, ef = space.shape(queries), EF_FIRST
   while True:
     begun = clock.perf_counter()
     found = places[walk(graph, shaped, NEAREST + SPARE, ef)]
@@ -213,9 +215,9 @@ def _tune(
     shares = np.array([np.isin(w, b).mean() for w, b in zip(wanted, best)])
     recall = float(shares.mean())
     low = recall - 1.96 * float(shares.std(ddof=1)) / len(shares) ** 0.5
-    if low >= target or ef >= EF_LAST or seconds > 2 * exact_seconds:
+    if low >= target or ef >= EF_LAST or seconds > SLOWER * exact_seconds:
       break
-    ef = min(int(ef * step**0.5) + 1, EF_LAST)
+    ef = min(int(ef * 2**0.5) + 1, EF_LAST)
   return {
     "recall": recall,
     "recall_low": low,

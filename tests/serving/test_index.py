@@ -18,6 +18,12 @@ def clustered(n: int = 4000, width: int = 24, seed: int = 0) -> np.ndarray:
   return (rng.normal(size=(40, width))[rng.integers(0, 40, n)] + 0.4 * rng.normal(size=(n, width))).astype("f4")
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Exact search among few is fast, and a busy machine slow: that must not end the search for an ef."""
+  monkeypatch.setattr(index_lib, "SLOWER", float("inf"))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_recall_that_is_stated_is_reached(metric: str, tmp_path: pathlib.Path) -> None:
   x = clustered()
@@ -72,6 +78,13 @@ def file(folder: pathlib.Path) -> pathlib.Path:
   built = index_lib.build(Space.of(selection.all_vectors()), population.fingerprint(selection))
   built.write(file)
   return file
+
+
+def test_a_slow_index_is_not_made_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(index_lib, "SLOWER", 0.0)
+  header = index_lib.build(Space.of(np.random.default_rng(0).normal(size=(3000, 32)).astype("f4")), "these").header
+  assert header.ef == index_lib.EF_FIRST and not header.faster()
+  assert "exact search is used" in index_lib.render(header)
 
 
 def test_the_command_answers_from_the_index(
