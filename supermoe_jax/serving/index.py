@@ -206,25 +206,29 @@ def _tune(
   absent = np.zeros(len(places) + 1, bool)
   absent[asked] = absent[-1] = True
   wanted = [row[~absent[row]][:NEAREST] for row in true]
-  shaped, ef = space.shape(queries), EF_FIRST
-  while True:
+  shaped = space.shape(queries)
+
+  def ask(ef: int) -> dict[str, Any]:
     begun = clock.perf_counter()
     found = places[walk(graph, shaped, NEAREST + SPARE, ef)]
     best = space.best(queries, found, NEAREST).row
     seconds = clock.perf_counter() - begun
     shares = np.array([np.isin(w, b).mean() for w, b in zip(wanted, best)])
-    recall = float(shares.mean())
-    low = recall - 1.96 * float(shares.std(ddof=1)) / len(shares) ** 0.5
-    if low >= target or ef >= EF_LAST or seconds > SLOWER * exact_seconds:
-      break
-    ef = min(int(ef * 2**0.5) + 1, EF_LAST)
-  return {
-    "recall": recall,
-    "recall_low": low,
-    "ef": ef,
-    "per_second": len(asked) / seconds,
-    "exact_per_second": len(asked) / exact_seconds,
-  }
+    low = float(shares.mean() - 1.96 * shares.std(ddof=1) / len(shares) ** 0.5)
+    return {"recall": float(shares.mean()), "recall_low": low, "ef": ef, "per_second": len(asked) / seconds}
+
+  least = len(asked) / exact_seconds / SLOWER  # queries a second
+  too_few, answer = EF_FIRST, ask(EF_FIRST)
+  while answer["recall_low"] < target and answer["ef"] < EF_LAST and answer["per_second"] >= least:
+    too_few = answer["ef"]
+    answer = ask(min(int(too_few * 2**0.5) + 1, EF_LAST))
+  while answer["recall_low"] >= target and answer["ef"] - too_few > max(1, too_few // 16):
+    between = ask((too_few + answer["ef"]) // 2)
+    if between["recall_low"] >= target:
+      answer = between
+    else:
+      too_few = between["ef"]
+  return {**answer, "exact_per_second": len(asked) / exact_seconds}
 
 
 def read(file: pathlib.Path, space: Space, fingerprint: str) -> Index:
