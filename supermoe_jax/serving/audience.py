@@ -116,7 +116,7 @@ def scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -
     if len(others) > OTHERS:
       others = np.random.default_rng(seed).choice(others, OTHERS, replace=False)
     rows = np.concatenate([seeds, others])
-    model = probes.linear().fit(vectors[rows], np.arange(len(rows)) < len(seeds))
+    model = probes.linear(vectors).fit(vectors[rows], np.arange(len(rows)) < len(seeds))
     return np.asarray(model.decision_function(vectors))
   if method == "centroid":
     spread = vectors.std(axis=0)
