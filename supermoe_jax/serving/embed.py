@@ -38,7 +38,7 @@ from supermoe_jax.serving.refresh import Earlier, Kept
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 
-ROWS_PER_PART = 65_536
+ROWS_PER_PART = 32_768
 
 # What an unfinished directory is of.
 UNFINISHED = "unfinished.json"
