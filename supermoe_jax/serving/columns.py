@@ -13,8 +13,9 @@ from supermoe_jax.data import field_values, joined, parsing, readers
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.readers import TableFile
-from supermoe_jax.serving.preprocessing import FieldSpec, Items, SourceSpec
+from supermoe_jax.serving.preprocessing import Items
 from supermoe_jax.serving.raw_values import Kind, TimeKind
+from supermoe_jax.serving.spec import FieldSpec, SourceSpec
 
 _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 _WIDER = ("integer", "float64", "text")  # what columns of several types are read as: the first that holds them all

@@ -39,7 +39,8 @@ from supermoe_jax.layers import exchange
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.serving import columns, program
 from supermoe_jax.serving.loader import KIND, MANIFEST, PARAMETERS
-from supermoe_jax.serving.preprocessing import Preprocessing, Spec
+from supermoe_jax.serving.preprocessing import Preprocessing
+from supermoe_jax.serving.spec import Spec
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
 

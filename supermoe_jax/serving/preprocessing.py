@@ -27,7 +27,8 @@ from supermoe_jax.data.histories import UserBlock, UserHistory
 from supermoe_jax.data.numeric import NumberEncoder, number_encoder
 from supermoe_jax.data.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
 from supermoe_jax.data.windows import Features
-from supermoe_jax.serving.raw_values import Kind, TimeKind, ValueProblem, number_reader, text_reader, texts_reader
+from supermoe_jax.serving.raw_values import Kind, ValueProblem, number_reader, text_reader, texts_reader
+from supermoe_jax.serving.spec import SourceSpec, Spec, of_saved
 
 FILE = "preprocessing.json"
 
@@ -45,64 +46,6 @@ class InputError(ValueError):
   def __init__(self, place: Sequence[str | int], problem: str):
     self.place, self.problem = tuple(place), problem
     super().__init__(f"{'.'.join(map(str, place))}: {problem}" if place else problem)
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceSpec:
-  """How the events of a source are read.
-
-  Attributes:
-    time: the column of the time.
-    time_kind: how times are written.
-    columns: the kind of each column that a field of the source reads; those of its table of items included.
-    fields: the column of each field that its events carry.
-    user_fields: those among them that the table of users gives.
-    item_key: the column by which its table of items is joined; empty without one.
-    joined: the columns that the table of items gives where an event does not hold them.
-  """
-
-  time: str
-  time_kind: TimeKind
-  columns: Mapping[str, Kind]
-  fields: Mapping[str, str]
-  user_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  item_key: str = ""
-  joined: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class FieldSpec:
-  """How the values of a field are read; see `config.Field`."""
-
-  numeric: bool
-  log1p: bool = False
-  many: int = 0
-  separator: str = "|"
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """All that `preprocessing.json` says, but for encoders and aggregates.
-
-  Attributes:
-    max_events: the most events of a row; the last ones are taken.
-    sources: in the order of the config.
-    fields: in the order of the config.
-    user_columns: the kind of each column of the table of users that a field reads.
-    further: the field of each further column of the codes.
-    hidden_codes: see `windows.Encoding`.
-    hidden_numeric: see `windows.Encoding`.
-    drop_duplicates: whether an event that repeats another one is left out, as in preparation.
-  """
-
-  max_events: int
-  sources: Mapping[str, SourceSpec]
-  fields: Mapping[str, FieldSpec]
-  user_columns: Mapping[str, Kind]
-  further: tuple[str, ...]
-  hidden_codes: tuple[int, ...]
-  hidden_numeric: tuple[int, ...]
-  drop_duplicates: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,26 +334,7 @@ class Preprocessing:
       index = np.load(path / f"{file}.npy", allow_pickle=False)
       items[name] = Items({k: i for i, k in enumerate(held["keys"])}, held["values"], index)
     numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
-    return cls(_spec(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
-
-
-def _spec(saved: Mapping[str, Any]) -> Spec:
-  """The spec of what `dataclasses.asdict` made of it, by way of JSON."""
-
-  def kinds(of: Mapping[str, Any]) -> dict[str, Kind]:
-    return {column: Kind(**kind) for column, kind in of.items()}
-
-  def source(of: Mapping[str, Any]) -> SourceSpec:
-    changed = {"time_kind": TimeKind(**of["time_kind"]), "columns": kinds(of["columns"]), "joined": tuple(of["joined"])}
-    return SourceSpec(**{**of, **changed})
-
-  parts = {
-    "sources": {n: source(s) for n, s in saved["sources"].items()},
-    "fields": {n: FieldSpec(**f) for n, f in saved["fields"].items()},
-    "user_columns": kinds(saved["user_columns"]),
-    **{k: tuple(saved[k]) for k in ("further", "hidden_codes", "hidden_numeric")},
-  }
-  return Spec(**{**saved, **parts})
+    return cls(of_saved(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
 
 
 def _mapping(value: Any, place: Sequence[str | int]) -> Mapping[str, Any]:
