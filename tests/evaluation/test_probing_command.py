@@ -193,6 +193,20 @@ def test_what_cannot_be_done_is_explained(
   assert re.search(message, capsys.readouterr().err)
 
 
+def test_what_is_compared_must_know_the_same_users(
+  other: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+  vectors, labels = other
+  strangers = vectors.parent / "strangers.parquet"
+  pq.write_table(pa.table({"user_id": ["x", "y"], "n": [1, 2]}), strangers)
+  assert probe("--embeddings", strangers, "--labels", labels, *QUICK) == exits.ERROR
+  assert "labels and embeddings share no user: the first are 10, 11, 12 and x, y" in capsys.readouterr().err
+  assert probe("--embeddings", vectors, "--other", f"s={strangers}", "--labels", labels, *QUICK) == exits.ERROR
+  assert "no user whom everything that is compared knows; of those in embeddings are without a row: s 110" in (
+    capsys.readouterr().err
+  )
+
+
 def test_there_must_be_something_to_probe(capsys: pytest.CaptureFixture[str]) -> None:
   assert probe("--labels", "labels.parquet") == exits.USAGE
   assert "name what is to be probed" in capsys.readouterr().err

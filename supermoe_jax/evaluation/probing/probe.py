@@ -68,6 +68,8 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
   begun = clock.monotonic()
   chosen = models_lib.make(options.models, options.mlp_size)
   user, time, choice = _keys(table, judged, options.as_of)
+  if not (judged.find(user, time) >= 0).any():
+    raise DataError(_nothing_shared(table, judged, time))
   beside, notes = _beside(judged, user, time, options)
   every = {f.name: f for f in (judged, *others, *beside)}
   if len(every) < 1 + len(others) + len(beside):
@@ -76,7 +78,11 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
   counts = _counts(table, judged, user, choice, found)
   usable = np.flatnonzero(np.all([r >= 0 for r in found.values()], axis=0))
   if not len(usable):
-    raise DataError(_nothing_shared(table, judged, time, counts))
+    missing = [f"{n} {c:,}" for n, c in counts["label_rows_without"].items() if c]
+    raise DataError(
+      f"there is no user whom everything that is compared knows; of those in {judged.name} are without a row: "
+      f"{', '.join(missing)}."
+    )
   rows = choice[usable]
   _, number = np.unique(user[usable], return_inverse=True)
   whose = Rows(number, None if time is None else time[usable])
@@ -156,9 +162,9 @@ def _beside(
     if name not in beside.BESIDE:
       raise config.ConfigError(f"--beside {name}: valid are {', '.join(beside.BESIDE)}.")
   try:
+    origin = beside.find(judged.about, options.workdir)
     if time is None:
       raise DataError("the labels have no time; name it with --as-of.")
-    origin = beside.find(judged.about, options.workdir)
   except (DataError, config.ConfigError) as error:
     if options.beside is None and options.workdir is None:
       return [], [f"no aggregates stand beside: {error}"]
@@ -190,13 +196,10 @@ def _counts(
   }
 
 
-def _nothing_shared(table: LabelTable, judged: Features, time: np.ndarray | None, counts: Mapping[str, Any]) -> str:
+def _nothing_shared(table: LabelTable, judged: Features, time: np.ndarray | None) -> str:
   if time is not None and judged.times and not np.isin(time, judged.times).any():
     own = ", ".join(iso(t) for t in np.unique(time)[:6]) or "no time that --as-of names"
     return f"the labels are of {own}, {judged.name} of {', '.join(map(iso, judged.times[:6]))}: they share no time."
-  missing = [f"{n}: {c}" for n, c in counts["label_rows_without"].items() if c]
-  if missing and counts["label_rows_without_embedding"] < len(table.users):
-    return f"no label is of a user whom everything that is compared knows (labels without {'; '.join(missing)})."
   return (
     f"labels and {judged.name} share no user: the first are {', '.join(table.users[:3])} and "
     f"{', '.join(judged.user[:3])}; is the column of users the right one (--user)?"
