@@ -10,6 +10,9 @@ Writes two label tables and probes the embeddings on them, beside hand-made aggr
                                  scored on 2017-11-01
     FOLDER/demographics.parquet  by household: income, age, children …; repeated folds, on embeddings of 2017-10-01
 
+The demographics flatter an encoder that was trained on them, as that of `experiments/complete_journey.py` is, on most
+of these households; train with --config.exclude_tasks="('demo_*',)" for a fair figure.
+
 The figures go to FOLDER/behaviour.json and FOLDER/demographics.json; further options go to `supermoe probe`. Nothing of
 the library prepares these labels, so that they check its own as well.
 """

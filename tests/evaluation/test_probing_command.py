@@ -89,6 +89,7 @@ def test_embeddings_stand_beside_aggregates_an_untrained_encoder_and_another_sys
   assert found["means"]["mean(*)"]["labels"] == ["late", "even"]
   said = capsys.readouterr().out
   assert "Δ to untrained" in said and "mean(*)" in said
+  assert "the encoder was trained on labels of users (plan)" in said
   # An untrained encoder is of the same width and gives other vectors.
   assert found["features"]["untrained"]["config"]["d_model"] == found["features"]["embeddings"]["width"]
 

@@ -175,6 +175,10 @@ def _beside(
       out.append(beside.aggregates(origin, user, time))
     else:
       out.append(beside.untrained(origin, time, options.protocol.seed))
+  taught = [t.column for t in origin.cfg.active_tasks.values() if isinstance(t, config.UserLabel)]
+  if taught and "directory" in judged.about:
+    columns = ", ".join(dict.fromkeys(taught))
+    return out, [f"the encoder was trained on labels of users ({columns}): what is derived from them flatters it"]
   return out, []
 
 
