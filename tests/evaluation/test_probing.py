@@ -13,7 +13,7 @@ from supermoe_jax.evaluation.probing.labels import Label
 from supermoe_jax.evaluation.probing.measuring import Protocol, Rows, Unmeasurable
 
 ONCE = Protocol(repeats=1)
-SMALL = (16, 32)  # widths of an MLP that takes little time
+SMALL = (32, 64)  # widths of an MLP that takes little time
 
 
 def planted(n: int = 400, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
