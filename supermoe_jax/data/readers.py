@@ -58,7 +58,10 @@ def connect(
   con = duckdb.connect(str(database) if database else ":memory:")
   con.execute("SET TimeZone = 'UTC'")
   con.execute("SET preserve_insertion_order = true")
-  con.execute("SET enable_progress_bar = false")
+  # In a notebook DuckDB shows a bar if there is ipywidgets; without it, it refuses even to turn the bar off.
+  (shown,) = con.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0]
+  if shown:
+    con.execute("SET enable_progress_bar = false")
   con.execute("SET python_enable_replacements = false")  # a name in SQL never means a Python variable
   if spill is not None:
     con.execute(f"SET temp_directory = {literal(str(spill))}")
