@@ -9,7 +9,7 @@ CONFIG := experiments/complete_journey.py
 # XLA's buffers on CPU come from malloc; huge pages spare most of their page faults (glibc 2.35 and later, others ignore it).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test notebooks lint clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/supermoe prepare --config $(CONFIG) --config.data.path=$(RUN)/dataset
@@ -27,6 +27,10 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/python tests/report/chromium.py
 	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+# Stores the notebooks anew, with the outputs of this version.
+notebooks: $(VENV)/.ready-dev
+	$(BIN)/python notebooks/execute.py
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
