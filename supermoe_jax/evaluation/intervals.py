@@ -123,7 +123,7 @@ def difference(one: Influence | None, other: Influence | None, user: np.ndarray)
   if one is None or other is None:
     return None
   by, error = one.value - other.value, _error(one.psi - other.psi, user)
-  return {"difference": by, "interval": None if error is None else (by - error, by + error)}
+  return {"difference": by, "interval": None if error is None else [by - error, by + error]}
 
 
 def _error(psi: np.ndarray, user: np.ndarray) -> float | None:

@@ -37,6 +37,8 @@ def test_only_users_with_new_events_are_written_anew(appendable: config.Config, 
   assert after.manifest["appends"][0] | {"files": []} == {
     "number": 1,
     "encoding_before": encoding,
+    "dataset_before": before.manifest["digest"],
+    "records_before": len(old),
     "beyond_patterns": {"visits": [str(tmp_path / "day.parquet")], "buys": []},
     "files": [],
     "changed_item_tables": [],

@@ -102,7 +102,7 @@ def test_a_difference_is_paired() -> None:
   value, answer, user = labelled()
   one = intervals.area(value > 0, answer)
   alike = intervals.difference(one, intervals.area(value > 0, 2 * answer + 1), user)
-  assert alike == {"difference": 0.0, "interval": (0.0, 0.0)}
+  assert alike == {"difference": 0.0, "interval": [0.0, 0.0]}
   near = intervals.area(value > 0, answer + np.random.default_rng(3).normal(size=len(answer)) * 0.3)
   low, high = intervals.difference(one, near, user)["interval"]
   alone = intervals.interval("binary", one, user)
