@@ -35,10 +35,13 @@ def execute(name: str, seconds: int = 900) -> nbformat.NotebookNode:
   with tempfile.TemporaryDirectory() as folder:
     ours = {"IPYTHONDIR": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "MPLBACKEND")} | ours
-    client = NotebookClient(book, timeout=seconds, kernel_name="python3", resources={"metadata": {"path": folder}})
+    resources = {"metadata": {"path": folder}}
+    # A cell's prints are one output, however they arrived.
+    client = NotebookClient(book, timeout=seconds, kernel_name="python3", resources=resources, coalesce_streams=True)
     manager = client.create_kernel_manager()
     manager.transport, manager.ip = "ipc", f"{folder}/kernel"  # over TCP the kernel warns that others could listen
     client.execute(env=environment)
+  book.metadata.language_info = {"name": "python"}  # of any version
   for cell in book.cells:
     cell.metadata.pop("execution", None)  # when it ran
     outputs = cell.get("outputs", [])
