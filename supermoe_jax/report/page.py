@@ -6,16 +6,14 @@ Every part may be missing but the config; its section then names the command tha
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from supermoe_jax import atomic, config
+from supermoe_jax import atomic, config, versions
 from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation import seesaw_words
@@ -75,7 +73,7 @@ def _page(run: Parts) -> dict[str, Any]:
     "map": user_map.embedding_map(run),
     "neighbours": neighbours.of_some_users(run),
     "config_text": json.dumps(config.to_dict(run.cfg), indent=2, ensure_ascii=False),
-    "versions": _versions(),
+    "versions": versions.installed(PACKAGES),
     "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
   }
 
@@ -114,16 +112,6 @@ def _between(interval: Sequence[float] | None, *, signed: bool = False) -> str:
 
 
 _FILTERS = {"number": number, "percent": percent, "score": _score, "between": _between, "cell": seesaw_words.cell}
-
-
-def _versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
-  for package in PACKAGES:
-    try:
-      found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
 
 
 def _parameters(run: Parts) -> dict[str, int] | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import pathlib
-import platform
 import time as clock
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import threadpoolctl
 from tqdm import tqdm
 
-from supermoe_jax import config
+from supermoe_jax import config, versions
 from supermoe_jax.data.labels import iso
 from supermoe_jax.data.readers import DataError
 from supermoe_jax.evaluation.probing import features as features_lib
@@ -124,7 +122,7 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
     "not_measured": not_measured,
     "notes": notes,
     "threads": options.threads,
-    "versions": _versions(),
+    "versions": versions.installed(LIBRARIES),
     "seconds": round(clock.monotonic() - begun, 1),
   }
 
@@ -260,16 +258,6 @@ def _figures(measured: Measured) -> dict[str, Any]:
     "scores": plain(measured.scores),
     "differences": plain(measured.differences),
   }
-
-
-def _versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
-  for package in LIBRARIES:
-    try:
-      found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
 
 
 def read(
