@@ -32,6 +32,10 @@ BLOCK_USERS = 256
 BLOCKS_AHEAD = 4
 READERS = 2
 
+# A program for one more length must spare so many events of padding: about what the time of compiling it would do.
+PROGRAM_EVENTS = 500_000
+SAMPLED_USERS = 1024  # whose histories tell which lengths are worth their programs
+
 SHORTEST = 16  # a shorter row would save little: the snapshot is one more token, and each length is a program
 
 
@@ -109,12 +113,49 @@ class _Rows(NamedTuple):
 
 
 def lengths(max_events: int) -> tuple[int, ...]:
-  """The lengths of rows that embedding asks at, ascending to `max_events`: its halves, and three quarters of each."""
+  """The lengths that rows may have, ascending to `max_events`: its halves, and three quarters of each."""
   found, length = {max_events}, max_events
   while length // 2 >= SHORTEST:
     found |= {length * 3 // 4, length // 2}
     length //= 2
   return tuple(sorted(found))
+
+
+def worthwhile_lengths(dataset: Dataset, max_events: int, times: Sequence[int | None]) -> tuple[int, ...]:
+  """Those of `lengths` that spare more than their compilation costs when all users are asked about at `times`.
+
+  Judged by the histories of the first users, who are a sample: records are shuffled.
+  """
+  users = np.arange(min(len(dataset), SAMPLED_USERS))
+  if not len(users):
+    return (max_events,)
+  block = dataset.histories(users)
+  seen = [block.lengths if t is None else block.before(users, t) for t in times]
+  shown = np.minimum(np.concatenate(seen), max_events)
+  return chosen_lengths(shown[shown > 0], lengths(max_events), len(dataset) / len(users))
+
+
+def chosen_lengths(shown: np.ndarray, among: Sequence[int], times: float) -> tuple[int, ...]:
+  """Picks lengths one after the other, each the one that spares most, until none spares `PROGRAM_EVENTS`.
+
+  Args:
+    shown: int `[n]`, the events of a sample of rows.
+    among: what may be picked, ascending; the last one always is.
+    times: how many rows each of the sample stands for.
+  """
+  picked = [among[-1]]
+
+  def padded(of: Sequence[int]) -> float:
+    return times * float(np.sum(np.array(sorted(of))[np.searchsorted(sorted(of), shown)]))
+
+  while len(picked) < len(among):
+    rest = [length for length in among if length not in picked]
+    costs = [padded([*picked, length]) for length in rest]
+    best = int(np.argmin(costs))
+    if padded(picked) - costs[best] < PROGRAM_EVENTS:
+      break
+    picked.append(rest[best])
+  return tuple(sorted(picked))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,6 +182,7 @@ class _Job:
     self._own, self._ways = sharding.host_rows(run.mesh, run.cfg.evaluate.batch_rows)
     owners = _of_all(np.array([self._own]))[:, 0]
     self._writes = int(np.flatnonzero(owners == self._own)[0]) == jax.process_index()
+    self._lengths = questions_lib.worthwhile_lengths(run.dataset, run.cfg.model.max_events, list(self._times.values()))
     self._compiled: set[tuple[int, ...]] = set()
     self._busy = _Busy()
 
@@ -198,6 +199,7 @@ class _Job:
       "times": times,
       "users_per_part": self._users_per_part,
       "since": [self._since, earlier.get("dataset")],
+      "lengths": list(self._lengths),
       "mesh": {"ways": self._ways},
     }
 
@@ -254,7 +256,7 @@ class _Job:
       self._run.cfg,
       grain.MapDataset.source(asked),
       times=list(self._times.values()),
-      row_lengths=questions_lib.lengths(self._run.cfg.model.max_events),
+      row_lengths=self._lengths,
     )
     found: list[Question] = []
     vectors = [np.zeros((0, self._style.width), np.float32)]

@@ -121,6 +121,21 @@ def test_lengths_halve_down_to_the_shortest_with_three_quarters_between() -> Non
   assert questions_lib.lengths(20) == (20,)
 
 
+def test_a_length_is_worth_its_program_where_many_rows_have_it(
+  dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  among, shown = (16, 32, 64), np.array([10, 20, 60, 60])
+  assert questions_lib.chosen_lengths(shown, among, 1.0) == (64,)
+  # Of each four rows 16 spares 48 events and 32 spares 64; beside 32, 16 spares another 16.
+  most = questions_lib.PROGRAM_EVENTS
+  assert questions_lib.chosen_lengths(shown, among, most / 64) == (32, 64)
+  assert questions_lib.chosen_lengths(shown, among, most / 63.9 / 4) == (64,)
+  assert questions_lib.chosen_lengths(shown, among, most / 16) == among
+  assert questions_lib.worthwhile_lengths(dataset, 64, DAYS) == (64,)
+  monkeypatch.setattr(questions_lib, "PROGRAM_EVENTS", 200)
+  assert set(questions_lib.worthwhile_lengths(dataset, 64, [None])) > {64}
+
+
 @pytest.mark.parametrize(
   ("waiting", "length"),
   [

@@ -191,6 +191,7 @@ def test_rows_of_any_length_are_those_of_evaluation(
     return encode(features)
 
   monkeypatch.setattr(questions, "SHORTEST", 12)
+  monkeypatch.setattr(questions, "PROGRAM_EVENTS", 1)
   monkeypatch.setattr(run, "encode", seen)
   embed.embed(run, DAYS, tmp_path / "out")
   assert lengths == {12, 24} or lengths == {12, 18, 24}
