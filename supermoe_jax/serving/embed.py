@@ -168,8 +168,8 @@ class _Job:
     self._earlier: Earlier | None = None
     if since is not None:
       earlier = Earlier(since, run, self._about, self._style)
-      there = earlier.manifest["as_of"].keys()
-      if there == self._times.keys():
+      there = {name: of["microseconds"] for name, of in earlier.manifest["as_of"].items()}
+      if there == self._times:
         self._earlier = earlier
       else:
         say(
@@ -337,8 +337,9 @@ class _Job:
       for time in embeddings.read_file(file, ["as_of"])["as_of"].cast("int64").to_pylist():
         absent[time] += 1
     users = len(self._run.dataset)
-    times = {
+    times: dict[str, dict[str, Any]] = {
       name: {
+        "microseconds": time,
         "rows": users if time is None else users - absent[time],
         "users_without_events_before": 0 if time is None else absent[time],
         "after_log_end": time is not None and time > _end(self._run),

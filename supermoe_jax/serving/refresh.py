@@ -68,6 +68,10 @@ class Earlier:
         f"--since {path} was turned by 'supermoe align' into the space of {self.manifest['aligned_to']['embeddings']}; "
         "vectors of two spaces do not belong in one table. Name the embeddings that it was made of, and align again."
       )
+    if "dataset" not in self.manifest:
+      raise DataError(
+        f"{path} was written by an earlier version, which did not note its dataset; embed without --since once."
+      )
     for key, name in SAME.items():
       if self.manifest.get(key) != manifest[key]:
         raise config.ConfigError(

@@ -126,6 +126,9 @@ def test_vectors_of_another_kind_are_not_mixed(case: Case, run: Run, tmp_path: p
   (copy / "manifest.json").write_text(json.dumps({**manifest, "step": 4}))
   with pytest.raises(config.ConfigError, match="the step was 4 there and is 12 now"):
     embed.embed(case.run, [LATER], tmp_path / "out", since=copy)
+  (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "dataset"}))
+  with pytest.raises(DataError, match="written by an earlier version"):
+    embed.embed(case.run, [LATER], tmp_path / "out", since=copy)
   (copy / "manifest.json").write_text(json.dumps({**manifest, "dataset": {"digest": "another", "records": 3}}))
   with pytest.raises(DataError, match="made from another dataset than"):
     embed.embed(case.run, [LATER], tmp_path / "out", since=copy)
