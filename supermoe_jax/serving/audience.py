@@ -22,7 +22,7 @@ from tqdm import tqdm
 from supermoe_jax import config
 from supermoe_jax.data import replace
 from supermoe_jax.data.events import DataError
-from supermoe_jax.evaluation import probes
+from supermoe_jax.evaluation import intervals, probes
 from supermoe_jax.serving import population
 from supermoe_jax.serving.neighbors import unit
 
@@ -143,7 +143,7 @@ def lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, seed: i
     found += int(np.isin(first(score, candidates, size), held).sum())
     random += len(held) * min(size / len(candidates), 1.0)
   share, chance = found / len(seeds), random / len(seeds)
-  low, high = wilson(found, len(seeds))
+  low, high = intervals.wilson(found, len(seeds))
   return {
     "found": found,
     "held_out": len(seeds),
@@ -160,14 +160,6 @@ def lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, seed: i
 def first(score: np.ndarray, candidates: np.ndarray, size: int) -> np.ndarray:
   """Of the rows `candidates` the `size` with the largest `score [n]`, those first; equal ones in the order of rows."""
   return candidates[np.lexsort((candidates, -score[candidates]))[:size]]
-
-
-def wilson(found: int, of: int, z: float = 1.959964) -> tuple[float, float]:
-  """A 95 % interval for a share (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
-  share = found / of
-  middle = share + z**2 / (2 * of)
-  half = z * np.sqrt(share * (1 - share) / of + z**2 / (4 * of**2))
-  return float(max(0.0, middle - half) / (1 + z**2 / of)), float((middle + half) / (1 + z**2 / of))
 
 
 def audience(

@@ -119,6 +119,14 @@ def test_where_labels_tell_of_no_spread_there_is_no_interval() -> None:
   assert intervals.interval("binary", intervals.area(value > 0, value * 0), users) == pytest.approx((0.5, 0.5))
 
 
+def test_the_interval_of_a_share_covers_it_as_often_as_it_says() -> None:
+  rng = np.random.default_rng(0)
+  for true in (0.05, 0.3, 0.9):
+    found = [intervals.wilson(int(hits), 60) for hits in rng.binomial(60, true, 2000)]
+    assert 0.92 < np.mean([low <= true <= high for low, high in found]) < 0.98
+  assert intervals.wilson(0, 20)[0] == 0.0 and intervals.wilson(20, 20)[1] == pytest.approx(1.0)
+
+
 def test_the_interval_of_a_share_is_wilsons() -> None:
   assert intervals.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
   assert intervals.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)

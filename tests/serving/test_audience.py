@@ -57,14 +57,6 @@ def test_lift_is_the_share_found_over_that_of_a_random_audience(monkeypatch: pyt
   assert audience.lift("logistic", x, np.arange(900, 1000), 92)["found"] == 0
 
 
-def test_the_interval_of_a_share_covers_it_as_often_as_it_says() -> None:
-  rng = np.random.default_rng(0)
-  for true in (0.05, 0.3, 0.9):
-    intervals = [audience.wilson(int(found), 60) for found in rng.binomial(60, true, 2000)]
-    assert 0.92 < np.mean([low <= true <= high for low, high in intervals]) < 0.98
-  assert audience.wilson(0, 20)[0] == 0.0 and audience.wilson(20, 20)[1] == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize("ending", ["txt", "csv", "parquet"])
 def test_an_audience_leaves_the_seeds_out_and_is_sorted(
   folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], ending: str
