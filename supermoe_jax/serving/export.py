@@ -121,7 +121,7 @@ def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Seq
     "run": str(run.workdir),
     "step": run.step,
     "config_hash": run.cfg.hash(),
-    "data_hash": run.dataset.manifest["data_hash"],
+    "data_hash": run.cfg.data_hash(),
     "encoding_hash": run.dataset.manifest["encoding_hash"],
     "width": run.cfg.model.d_model,
     "max_events": run.cfg.model.max_events,

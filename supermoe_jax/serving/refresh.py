@@ -24,7 +24,7 @@ from supermoe_jax.serving.part_files import Style
 from supermoe_jax.training.run import Run
 
 # What must be the same of two sets of embeddings that one is to be taken over into the other, and how it is called.
-SAME = {"step": "the step", "config_hash": "the config", "data_hash": "the data section", "dtype": "--dtype"}
+SAME = {"step": "the step", "config_hash": "the config", "dtype": "--dtype"}
 
 
 class Kept(NamedTuple):

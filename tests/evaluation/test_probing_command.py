@@ -194,6 +194,21 @@ def test_what_cannot_be_done_is_explained(
   assert re.search(message, capsys.readouterr().err)
 
 
+def test_aggregates_of_a_dataset_that_has_grown_since_do_not_stand_beside(
+  written: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  shutil.copytree(written, tmp_path / "earlier")
+  manifest = json.loads((written / "manifest.json").read_text())
+  manifest["dataset"]["digest"] = "another"
+  (tmp_path / "earlier" / "manifest.json").write_text(json.dumps(manifest))
+  users = np.arange(36)
+  pq.write_table(pa.table({"user_id": users, "late": users % 3 == 0}), tmp_path / "labels.parquet")
+  arguments = ["--labels", tmp_path / "labels.parquet", "--as-of", DAYS[1], "--beside", "aggregates", *QUICK]
+  assert probe("--embeddings", tmp_path / "earlier", *arguments) == exits.ERROR
+  assert "was appended to or prepared again since" in capsys.readouterr().err
+  assert probe("--embeddings", written, *arguments) == exits.OK
+
+
 def test_what_is_compared_must_know_the_same_users(
   other: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,7 +155,7 @@ def test_the_manifest_says_what_the_encoder_is(encoder: Encoder, run: Run) -> No
     "kind": "encoder",
     "step": run.step,
     "config_hash": run.cfg.hash(),
-    "data_hash": run.dataset.manifest["data_hash"],
+    "data_hash": run.cfg.data_hash(),
     "encoding_hash": run.dataset.manifest["encoding_hash"],
     "width": run.cfg.model.d_model,
     "max_events": run.cfg.model.max_events,

@@ -66,9 +66,12 @@ def find(about: dict[str, Any], workdir: pathlib.Path | None) -> Origin:
   if about.get("config_hash") not in (None, cfg.hash()):
     raise DataError(f"{directory} was made by another run than the one in {found}; name it with --workdir.")
   dataset = Dataset(cfg.data.path)
-  dataset.check_matches(cfg)
-  if about.get("data_hash") not in (None, dataset.manifest["data_hash"]):
-    raise DataError(f"{directory} was made of other data than {dataset.path} holds now; embed again.")
+  dataset.check_matches(cfg, appended=False)
+  if about.get("dataset") and about["dataset"]["digest"] != dataset.manifest["digest"]:
+    raise DataError(
+      f"{dataset.path} was appended to or prepared again since {directory} was made, and its aggregates may know other "
+      "events; embed again ('supermoe embed --since' spares users without news)."
+    )
   return Origin(found, cfg, dataset)
 
 

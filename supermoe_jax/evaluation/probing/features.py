@@ -114,7 +114,7 @@ def _of_run(name: str, path: pathlib.Path) -> Features:
   table = embeddings.read(path, ["user_id", "as_of", "embedding"])
   users = _users(path, table["user_id"].combine_chunks(), "user_id")
   times = table["as_of"].combine_chunks().cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-  about = {k: manifest.get(k) for k in ("run", "step", "config_hash", "data_hash", "width", "rows")}
+  about = {k: manifest.get(k) for k in ("run", "step", "config_hash", "data_hash", "dataset", "width", "rows")}
   return _checked(path, Features(name, users, times, embeddings.vectors(table), {"directory": str(path), **about}))
 
 
