@@ -1,4 +1,4 @@
-"""The report's map: the embeddings of the latest time in the plane, coloured by what is known of the users."""
+"""The report's map: each user's latest embedding in the plane, coloured by what is known of the users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.report import map_figures
 from supermoe_jax.report.parts import Parts
 from supermoe_jax.report.words import question
-from supermoe_jax.serving import embeddings
+from supermoe_jax.serving import population
 
 # Points of the map: t-SNE takes about 10 s for so many.
 MOST_POINTS = 3000
@@ -25,22 +25,18 @@ RECORDS_A_POINT = 4
 
 
 def embedding_map(run: Parts) -> dict[str, Any] | None:
-  """The 2-D map of the embeddings of the latest time."""
+  """The 2-D map of each user's latest embedding; None without embeddings."""
   if run.embeddings is None:
     return None
-  table = embeddings.read(run.workdir / "embeddings")
-  times = table["as_of"].cast("int64").to_numpy()
-  if not len(times):
-    return {"reason": "The embeddings hold no row."}
-  latest = int(times.max())
-  table = table.filter(times == latest)
-  users = [str(u) for u in table["user_id"].to_pylist()]
+  everyone = population.select(run.workdir / "embeddings")
+  users = [str(u) for u in everyone.users.to_pylist()]
   chosen, records = _sample(run, users)
-  vectors = table["embedding"].take(chosen).combine_chunks().flatten().to_numpy().reshape(len(chosen), -1)
+  vectors = everyone.rows_of(chosen) if len(chosen) else np.zeros((0, 1), np.float32)
   place = project(vectors)
   if place is None:
-    return {"reason": f"The embeddings as of {labels_lib.iso(latest)} are too few, or too much alike, for a map."}
-  counts = table["n_events"].to_numpy()[chosen]
+    return {"reason": f"The embeddings of {len(users):,} users are too few, or too much alike, for a map."}
+  counts = everyone.column("n_events").to_numpy()[chosen]
+  latest = int(everyone.as_of.max())
   sampled = [users[i] for i in chosen]
   panels = [map_figures.map_by_count("map-events", "events before this time", place, counts)]
   described = []
@@ -52,7 +48,7 @@ def embedding_map(run: Parts) -> dict[str, Any] | None:
     "reason": "",
     "panels": panels,
     "labels": described,
-    "time": labels_lib.iso(latest).replace("T00:00:00", ""),
+    "time": everyone.time().replace("T00:00:00", ""),
     "points": len(place),
     "rows": len(users),
     "width": vectors.shape[1],

@@ -103,6 +103,15 @@ class Selection:
       out[place] = vectors
     return out
 
+  def column(self, name: str) -> pa.ChunkedArray:
+    """A column of the chosen rows, `[n]`.
+
+    Raises:
+      DataError: there is none, or a part is damaged.
+    """
+    found = [_read(file, [name])[name].take(pa.array(rows)) for file, rows in zip(self.files, self.rows)]
+    return pa.chunked_array([chunk for part in found for chunk in part.chunks])
+
   def time(self) -> str:
     """The time or times that the rows are of, in words."""
     first, last = int(self.as_of.min()), int(self.as_of.max())

@@ -128,7 +128,7 @@ def _integer(value: Any) -> str | None:
     return None
   if isinstance(value, str) and WHOLE.fullmatch(value) and value != "-0":
     return value
-  if isinstance(value, float) and value == math.trunc(value) and abs(value) < EXACT if _finite(value) else False:
+  if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
     return str(int(value))
   if isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST_INTEGER:
     return str(value)

@@ -270,12 +270,12 @@ def _routed(dataset: Dataset, experts: int, random: np.random.Generator, n: int 
 def write_vectors(
   folder: pathlib.Path, vectors: np.ndarray, users: list[int], time: int, config_hash: str, rows: tuple[int, ...] = ()
 ) -> None:
-  """Embeddings of users at a time, in parts of so many rows and the rest, and one of user 999 a moment earlier."""
+  """Embeddings of users at a time, in parts of so many rows and the rest, and an earlier one of the second user."""
   folder.mkdir(parents=True)
   vectors = np.concatenate([vectors, vectors[:1]])
   table = pa.table(
     {
-      "user_id": pa.array([*users, 999]),
+      "user_id": pa.array([*users, users[1]]),
       "as_of": pa.array([time] * len(users) + [time - 1], pa.timestamp("us")),
       "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
       "n_events": pa.array(range(len(users) + 1)),

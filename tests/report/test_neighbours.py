@@ -6,6 +6,7 @@ import datetime
 import pathlib
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from report_run import write_vectors
@@ -14,13 +15,13 @@ from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.numeric import Numeric, Quantile
 from supermoe_jax.report import neighbours, parts, readable_events
-from supermoe_jax.report.neighbours import Person
+from supermoe_jax.serving import population
 
 TIME = config.parse_time("2024-05-20", "")
 
 
 def write(folder: pathlib.Path, vectors: np.ndarray, users: list[int], rows: tuple[int, ...] = ()) -> None:
-  """Embeddings at `TIME`, and the first of them once more of a user at another time, who would be the nearest."""
+  """Embeddings at `TIME`, and the first of them as an earlier one of the second user, who would be its nearest."""
   write_vectors(folder, vectors, users, TIME, "x", rows)
 
 
@@ -29,29 +30,26 @@ def vectors() -> np.ndarray:
   return np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
 
 
-def test_neighbours_are_those_of_all_cosines(tmp_path, vectors, monkeypatch) -> None:
-  users = [100 + i for i in range(60)]
-  write(tmp_path / "whole", vectors, users)
-  write(tmp_path / "parts", vectors, users, (7, 30))
-  people = [Person(str(users[i]), vectors[i], i) for i in (3, 40)]
+def test_neighbours_are_those_of_all_cosines(tmp_path, vectors) -> None:
+  write(tmp_path / "whole", vectors, [100 + i for i in range(60)])
+  write(tmp_path / "parts", vectors, [100 + i for i in range(60)], (7, 30))
+  asked = np.array([0, 3, 40])
   unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-  found = neighbours.nearest(tmp_path / "whole", TIME, people, 5)
-  for i, row in zip((3, 40), found):
+  found = neighbours.nearest(population.select(tmp_path / "whole"), asked, 5)
+  for i, row in zip(asked, found):
     cosine = unit @ unit[i]
     order = [j for j in np.argsort(-cosine) if j != i][:5]
-    assert [n.user for n in row] == [str(users[j]) for j in order]
-    assert [n.events for n in row] == order
+    assert [n.row for n in row] == order
     assert [n.cosine for n in row] == pytest.approx(cosine[order], abs=1e-6)
-  monkeypatch.setattr(neighbours, "ROWS_AT_ONCE", 4)
-  again = neighbours.nearest(tmp_path / "parts", TIME, people, 5)
-  assert [[n.user for n in row] for row in again] == [[n.user for n in row] for row in found]
+  again = neighbours.nearest(population.select(tmp_path / "parts"), asked, 5)
+  assert [[n.row for n in row] for row in again] == [[n.row for n in row] for row in found]
 
 
 def test_a_vector_of_zeros_is_near_to_nobody(tmp_path, vectors) -> None:
   vectors[5] = 0
   write(tmp_path / "some", vectors, list(range(60)))
-  (row,) = neighbours.nearest(tmp_path / "some", TIME, [Person("3", vectors[3], 3)], 59)
-  assert next(n for n in row if n.user == "5").cosine == 0
+  (row,) = neighbours.nearest(population.select(tmp_path / "some"), np.array([3]), 59)
+  assert next(n for n in row if n.row == 5).cosine == 0
 
 
 def test_users_of_a_run_are_shown_with_their_last_events(tmp_path, cfg, dataset, vectors) -> None:
@@ -80,6 +78,22 @@ def test_users_of_a_run_are_shown_with_their_last_events(tmp_path, cfg, dataset,
     assert float(values["seconds"].replace(",", "")) == pytest.approx(newest["seconds"], rel=0.01)
     looked += 1
   assert looked > 10
+
+
+def test_embeddings_of_each_users_own_time_show_what_lies_before_it(tmp_path, cfg, dataset, vectors) -> None:
+  run = tmp_path / "run"
+  write(run / "embeddings", vectors[: len(dataset)], [int(dataset[i]["user"]) for i in range(len(dataset))])
+  file = next((run / "embeddings").glob("part-*.parquet"))
+  table = pq.read_table(file).slice(0, len(dataset))
+  moments = [int(dataset.history(dataset[i]).time[0]) + 1 for i in range(len(dataset))]  # just after the first event
+  place = table.column_names.index("as_of")
+  pq.write_table(table.set_column(place, "as_of", pa.array(moments, pa.timestamp("us"))), file)
+  config.save(cfg, run / "config.json")
+  found = neighbours.of_some_users(parts.read(run))
+  assert found is not None and found["rows"] == len(dataset) and "each user's latest time" in found["time"]
+  first = {dataset[i]["user"]: moments[i] - 1 for i in range(len(dataset))}
+  for person in (*found["people"], *(n for p in found["people"] for n in p["near"])):
+    assert {e.time for e in person["last"]} == {readable_events.moment(first[person["user"]])}
 
 
 def test_without_the_dataset_there_are_no_events_to_show(tmp_path, cfg, vectors) -> None:

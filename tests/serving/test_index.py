@@ -46,6 +46,13 @@ def test_the_recall_that_is_stated_is_reached(metric: str, tmp_path: pathlib.Pat
   np.testing.assert_array_equal(again.search(x[asked], 10, asked).row, found.row)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_vectors_beyond_the_range_of_16_bits_are_found(metric: str, size: float) -> None:
+  space = Space.of(clustered(2000) * np.float32(size), metric)
+  assert index_lib.build(space, "these", recall=0.95).header.recall_low >= 0.95
+
+
 def test_more_recall_takes_a_larger_ef() -> None:
   space = Space.of(np.random.default_rng(0).normal(size=(3000, 32)).astype("f4"))
   few, many = (index_lib.build(space, "these", recall=r, links=8).header for r in (0.3, 0.97))
