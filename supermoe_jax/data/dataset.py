@@ -87,9 +87,13 @@ class Dataset:
     held = len(self._source) if self.places is None else len(self.places)
     if held != self.manifest["users"]:
       raise DataError(f"{self.path} holds {held} users, its manifest says {self.manifest['users']}; prepare again.")
-    # The users that training may look at, ascending: all of them, but for those that the split `user` holds out. Found
-    # now, for an append may put another table of users in the place.
-    self.training_users = self._training_users()
+    # Found now, for an append may put another table of users in the place.
+    self._training_users = self._held_in() if self.config.data.split.mode == "user" else None
+
+  @property
+  def training_users(self) -> np.ndarray:
+    """The users that training may look at, ascending: all of them, but for those that the split `user` holds out."""
+    return np.arange(len(self)) if self._training_users is None else self._training_users
 
   @functools.cached_property
   def schema(self) -> Schema:
@@ -185,12 +189,10 @@ class Dataset:
     except ValueError as error:
       raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
-  def _training_users(self) -> np.ndarray:
-    split = self.config.data.split
-    if split.mode != "user":
-      return np.arange(len(self))
+  def _held_in(self) -> np.ndarray:
+    """The training users of the split `user`."""
     users = read_users(self.path, ["user"])["user"].to_pylist()
-    return np.flatnonzero([user_split(user, split) == TRAIN for user in users])
+    return np.flatnonzero([user_split(user, self.config.data.split) == TRAIN for user in users])
 
   @functools.cached_property
   def training_sizes(self) -> np.ndarray:
