@@ -30,7 +30,8 @@ from supermoe_jax.data import replace
 from supermoe_jax.data.events import DataError
 from supermoe_jax.serving.neighbors import SPARE, Exact, Neighbours, Space
 
-MAGIC = b"supermoe neighbours 2\n"
+KIND = b"supermoe neighbours "
+MAGIC = KIND + b"2\n"
 
 # Links of a vector on each level, and how many are looked at for its own when it is added: chosen by measurement, see
 # experiments/benchmarks/neighbors.py.
@@ -183,9 +184,10 @@ def build(
       bar.update(len(some))
     asked = places[rows - sample :]
     building = clock.monotonic() - begun
-    found = _tune(graph, space, places, asked, recall, exact or Exact(space))
+    left_out = space.shaped[asked] * by
+    found = _tune(graph, space, places, asked, left_out, recall, exact or Exact(space))
     begun = clock.monotonic()
-    graph.add(space.shaped[asked] * by)
+    graph.add(left_out)
     bar.update(len(asked))
   header = Header(
     fingerprint=fingerprint,
@@ -202,9 +204,12 @@ def build(
 
 
 def _tune(
-  graph: Any, space: Space, places: np.ndarray, asked: np.ndarray, target: float, exact: Exact
+  graph: Any, space: Space, places: np.ndarray, asked: np.ndarray, left_out: np.ndarray, target: float, exact: Exact
 ) -> dict[str, Any]:
-  """Raises `ef` until the recall is reached, or would not come before exact search does."""
+  """Raises `ef` until the recall of the rows `asked` is reached, or would not come before exact search does.
+
+  `left_out` are those rows as the graph takes them; it does not hold them yet.
+  """
   queries = space.vectors[asked]
   # Neighbours that are asked about themselves are not in the graph yet: more are found, and those left out.
   true = exact.search(queries, 4 * NEAREST + len(asked) * 4 * NEAREST // len(places), asked).row
@@ -215,11 +220,10 @@ def _tune(
   absent = np.zeros(len(places) + 1, bool)
   absent[asked] = absent[-1] = True
   wanted = [row[~absent[row]][:NEAREST] for row in true]
-  shaped = space.shape(queries) * scale(space)
 
   def ask(ef: int) -> dict[str, Any]:
     begun = clock.perf_counter()
-    found = places[walk(graph, shaped, NEAREST + SPARE, ef)]
+    found = places[walk(graph, left_out, NEAREST + SPARE, ef)]
     best = space.best(queries, found, NEAREST).row
     seconds = clock.perf_counter() - begun
     shares = np.array([np.isin(w, b).mean() for w, b in zip(wanted, best)])
@@ -240,6 +244,13 @@ def _tune(
   return {**answer, "exact_per_second": len(asked) / exact_seconds}
 
 
+def check_replaceable(file: pathlib.Path) -> None:
+  """Raises DataError if a file is no index, and so must neither be read as one nor replaced by one."""
+  with file.open("rb") as stream:
+    if not KIND.startswith(stream.read(len(KIND))):  # what was cut off within these bytes is none that anybody needs
+      raise DataError(f"{file} is no index of neighbours; name another --index.")
+
+
 def read(file: pathlib.Path, space: Space, fingerprint: str) -> Index:
   """Reads an index of these vectors.
 
@@ -250,8 +261,9 @@ def read(file: pathlib.Path, space: Space, fingerprint: str) -> Index:
   faiss = _faiss()
   try:
     with file.open("rb") as stream:
+      check_replaceable(file)
       if stream.readline() != MAGIC:
-        raise DataError(f"{file} is no index of neighbours, or of another version; name another --index.")
+        raise DataError(f"{file} is an index of another version, or damaged; build it again with --rebuild.")
       header = Header(**json.loads(stream.readline()))
       if header.metric != space.metric:
         raise config.ConfigError(

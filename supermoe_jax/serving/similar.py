@@ -84,7 +84,7 @@ def open_search(
 
   Raises:
     ConfigError: an option is out of range, the index lies inside the embeddings, or FAISS is not installed.
-    DataError: embeddings or the index are damaged, or the index is of others.
+    DataError: embeddings or the index are damaged, the index is of others, or the file that it names is no index.
   """
   if index is not None and path.resolve() in index.resolve().parents:
     raise config.ConfigError(
@@ -104,6 +104,8 @@ def open_search(
     found = index_lib.read(index, space, fingerprint)
     said.append(f"index {index}: {index_lib.render(found.header)}")
     return Search(selection, space, found, said)
+  if index.exists():
+    index_lib.check_replaceable(index)
   exact = Exact(space)
   found = index_lib.build(space, fingerprint, recall=recall, exact=exact)
   said.append(f"index built in {found.header.build_seconds:,.0f} s: {index_lib.render(found.header)}")

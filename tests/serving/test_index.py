@@ -138,6 +138,28 @@ def test_a_damaged_index_is_an_error(
   assert str(file) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [[], ["--rebuild"]])
+def test_a_file_that_is_no_index_stays_what_it_is(
+  folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+  (mine := tmp_path / "labels.csv").write_text("user,label\n1,2\n")
+  assert cli.main(["neighbors", "--embeddings", str(folder), "--user", "9", "--index", str(mine), *options]) == 1
+  assert "is no index of neighbours; name another --index" in capsys.readouterr().err
+  assert mine.read_text() == "user,label\n1,2\n"
+
+
+def test_an_index_of_another_version_is_built_again(
+  folder: pathlib.Path, file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  content = file.read_bytes()
+  file.write_bytes(index_lib.KIND + b"1\n" + content.partition(b"\n")[2])
+  command = ["neighbors", "--embeddings", str(folder), "--user", "9", "--index", str(file)]
+  assert cli.main(command) == 1
+  assert "of another version" in (said := capsys.readouterr().err) and "--rebuild" in said
+  assert cli.main([*command, "--rebuild"]) == 0
+  assert file.read_bytes().startswith(index_lib.MAGIC)
+
+
 def test_too_few_vectors_need_no_index(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
   few = embedding_folder.write(tmp_path / "e", clustered(60))
   assert cli.main(["neighbors", "--embeddings", str(few), "--user", "9", "--index", str(tmp_path / "i")]) == 1
