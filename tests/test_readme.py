@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from supermoe_jax import config
+from tests.fixtures import scripts
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+README = scripts.ROOT / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 

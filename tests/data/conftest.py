@@ -13,16 +13,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import small_log
-from event_rows import histories
-from labelled_log import raw_config, write_files
-from small_log import write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import fitting, prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.histories import UserHistory
+from tests.fixtures import small_log
+from tests.fixtures.event_rows import histories
+from tests.fixtures.every_kind_log import raw_config, write_files
+from tests.fixtures.shared import made_once
+from tests.fixtures.small_log import write_log
 
 
 @pytest.fixture(params=["events.parquet", "events.csv", "events.jsonl", "events.inter"])
@@ -115,9 +116,13 @@ def read(
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("rich")
-  write_files(folder)
-  return folder
+  """Files with a label of every kind, and their dataset in `dataset`; do not change them."""
+
+  def make(folder: pathlib.Path) -> None:
+    write_files(folder)
+    prepare.prepare(config.resolve(raw_config(folder)), say=lambda text: None)
+
+  return made_once(tmp_path_factory, "every_kind", make)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +132,6 @@ def rich(folder: pathlib.Path) -> config.Config:
 
 @pytest.fixture(scope="session")
 def data(rich: config.Config) -> Dataset:
-  prepare.prepare(rich, say=lambda text: None)
   return Dataset(rich.data.path)
 
 

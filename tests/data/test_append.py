@@ -15,13 +15,24 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from new_visits import QUIET
-from raw_case import TEMPORAL, USERS, WAYS, Case, Row, moment, random_case, random_rows, raw_config, write_case
 
 from supermoe_jax import config
 from supermoe_jax.data import append, check, prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.vocabulary import Encoders
+from tests.fixtures.new_visits import QUIET
+from tests.fixtures.random_logs import (
+  TEMPORAL,
+  USERS,
+  WAYS,
+  Case,
+  Row,
+  moment,
+  random_case,
+  random_rows,
+  raw_config,
+  write_case,
+)
 
 KNOWN = ("a", "b", "c", None)  # items that are in every vocabulary, for they are anchors'
 

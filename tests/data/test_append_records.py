@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from new_visits import QUIET, write_visits
-from small_log import raw_config as small_config
-from small_log import write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import append, batches, check, prepare, shards
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.vocabulary import UNKNOWN
+from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.small_log import raw_config as small_config
+from tests.fixtures.small_log import write_log
 
 
 def test_only_users_with_new_events_are_written_anew(appendable: config.Config, tmp_path: pathlib.Path) -> None:

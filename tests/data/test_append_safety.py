@@ -7,14 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
-from new_visits import QUIET, write_visits
-from small_log import raw_config as small_config
-from small_log import write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import append, prepare, replace, splits
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
+from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.small_log import raw_config as small_config
+from tests.fixtures.small_log import write_log
 
 
 def test_a_dataset_that_was_opened_before_stays_what_it_was(tmp_path: pathlib.Path) -> None:

@@ -7,9 +7,9 @@ import datetime
 import numpy as np
 import pyarrow as pa
 import pytest
-from event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
 from supermoe_jax.data.events import DataError
+from tests.fixtures.event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
 BAD_ROWS = [
   ("user", None, "column 'user' is empty"),

@@ -3,12 +3,12 @@ import pathlib
 
 import numpy as np
 import pytest
-from small_log import raw_config, write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
+from tests.fixtures.small_log import raw_config, write_log
 
 
 @pytest.fixture(scope="module")

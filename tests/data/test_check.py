@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_case import FOLLOWING, FUTURE, OF_USER, WAYS, Case, prepared, random_case
 
 from supermoe_jax import cli, config
 from supermoe_jax.data import check, prepare, snapshots
@@ -20,6 +19,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.labels import Labels, Snapshots
 from supermoe_jax.data.records import Labeller, TaskLabels
+from tests.fixtures.random_logs import FOLLOWING, FUTURE, OF_USER, WAYS, Case, prepared, random_case
 
 CASE = random_case(7, 150, 60)
 

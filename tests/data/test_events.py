@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from event_rows import ABSENT, JUNE_1, LEAVE_ONE_OUT, PRICE, SECOND, UNKNOWN, good_rows
 
 from supermoe_jax import config
 from supermoe_jax.data import events, fitting
 from supermoe_jax.data.events import DataError, EventLog
+from tests.fixtures.event_rows import ABSENT, JUNE_1, LEAVE_ONE_OUT, PRICE, SECOND, UNKNOWN, good_rows
 
 # ---------------------------------------------------------------------------------------------------------------- order
 

@@ -8,10 +8,10 @@ import pathlib
 import numpy as np
 import pyarrow as pa
 import pytest
-from event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
 from supermoe_jax.data import fitting, readers
 from supermoe_jax.data.events import DataError
+from tests.fixtures.event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
 # -------------------------------------------------------------------------------------------------------------- formats
 

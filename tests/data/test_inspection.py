@@ -7,13 +7,13 @@ import json
 
 import pyarrow as pa
 import pytest
-from event_rows import histories
 
 from supermoe_jax import config
 from supermoe_jax.data import fitting, labels
 from supermoe_jax.data.events import DataError, EventLog
 from supermoe_jax.data.inspection import inspect
 from supermoe_jax.data.roles import Measured, field_role, user_candidates
+from tests.fixtures.event_rows import histories
 
 JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000
 N = 600

@@ -1,28 +1,23 @@
 """A dataset directory that is not as it was written is an error, and never a wrong batch."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
 import types
 
 import pytest
-from new_visits import QUIET, write_visits
 
 from supermoe_jax import config
 from supermoe_jax.data import append, integrity
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.readers import DataError
+from tests.fixtures import scripts
+from tests.fixtures.new_visits import QUIET, write_visits
 
 
 @pytest.fixture(scope="module")
 def corruption() -> types.ModuleType:
-  file = pathlib.Path(__file__).parents[2] / "experiments/benchmarks/corruption.py"
-  spec = importlib.util.spec_from_file_location("corruption", file)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.load(scripts.BENCHMARKS / "corruption.py")
 
 
 @pytest.fixture

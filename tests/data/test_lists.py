@@ -6,11 +6,11 @@ import json
 
 import pyarrow as pa
 import pytest
-from event_rows import ABSENT, JUNE_1, UNKNOWN, histories
 
 from supermoe_jax import config
 from supermoe_jax.data import fitting, prepare, summary
 from supermoe_jax.data.dataset import Dataset
+from tests.fixtures.event_rows import ABSENT, JUNE_1, UNKNOWN, histories
 
 TAGS = [["p", "q", "p"], ["q"], None, [], ["r", "", "q", "p"]]
 FIELDS = {"tags": {"many": 2}, "item": {}}

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from new_visits import QUIET, write_visits
-from small_log import raw_config as small_config
-from small_log import write_log
 
 from supermoe_jax import cli, config
 from supermoe_jax.data import append, prepare, splits
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
+from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.small_log import raw_config as small_config
+from tests.fixtures.small_log import write_log
 
 
 def test_a_file_is_not_appended_twice(appendable: config.Config, tmp_path: pathlib.Path) -> None:

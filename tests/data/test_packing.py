@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unpacking import alone
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, packing
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.targets import Supervision, join
 from supermoe_jax.data.windows import window
+from tests.fixtures.unpacking import alone
 
 ROOM = 70  # events of a row; most histories of the log are shorter, some are not
 SNAPSHOTS = 12

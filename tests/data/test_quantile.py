@@ -6,7 +6,6 @@ import statistics
 
 import numpy as np
 import pytest
-from event_rows import histories
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from supermoe_jax.data import fitting, schema
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.numeric import MAX_KNOTS, Numeric, Quantile
 from supermoe_jax.data.vocabulary import Encoders
+from tests.fixtures.event_rows import histories
 
 TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000
 FIELDS = {"item": {}, "price": {"kind": "numeric", "encoding": "quantile"}}

@@ -6,7 +6,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from labelled_log import raw_config
 
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
@@ -14,6 +13,7 @@ from supermoe_jax.data import prepare, summary
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
+from tests.fixtures.every_kind_log import raw_config
 
 
 def test_the_manifest_counts_every_kind(data: Dataset) -> None:

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from raw_case import (
+
+from supermoe_jax.data import windows
+from supermoe_jax.data.dataset import Dataset
+from tests.fixtures.random_logs import (
   AT_LEAST,
   DAY,
   EITHER,
@@ -33,9 +36,6 @@ from raw_case import (
   prepared,
   random_rows,
 )
-
-from supermoe_jax.data import windows
-from supermoe_jax.data.dataset import Dataset
 
 SPLITS = ("train", "validation", "test")
 

@@ -10,11 +10,11 @@ import pathlib
 
 import fsspec
 import pytest
-from event_rows import PRICE, good_rows
 
 from supermoe_jax.data import files, fitting, inspection, readers, remote
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.remote import RemoteFile
+from tests.fixtures.event_rows import PRICE, good_rows
 
 NAMES = ["e.parquet", "e.csv", "e.csv.gz", "e.jsonl", "e.inter"]
 

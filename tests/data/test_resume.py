@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_log import raw_config, write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import events, prepare, shards
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
+from tests.fixtures.small_log import raw_config, write_log
 
 SHARD_EVENTS = 150
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 
 import pytest
-from event_rows import times
 
 from supermoe_jax.data.events import DataError
 from supermoe_jax.data.sources import FILE_PLACES
+from tests.fixtures.event_rows import times
 
 SOURCE = {"time": "position", "time_unit": "s"}
 TEXT = "7 x y x\n10\tz\ty\n"

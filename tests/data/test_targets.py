@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from labelled_log import SEGMENTS, M
 
 from supermoe_jax import config
 from supermoe_jax.data import batches
@@ -15,6 +14,7 @@ from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.targets import Supervision, Targets, count_spaces, join
+from tests.fixtures.every_kind_log import SEGMENTS, M
 
 Site = tuple[float, float] | None  # value and weight; None unknown
 

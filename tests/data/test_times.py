@@ -6,10 +6,10 @@ import datetime
 
 import pyarrow as pa
 import pytest
-from event_rows import JUNE_1, LEAVE_ONE_OUT, SECOND
 
 from supermoe_jax import config
 from supermoe_jax.data.events import DataError
+from tests.fixtures.event_rows import JUNE_1, LEAVE_ONE_OUT, SECOND
 
 
 def read_times(columns, write, make_data, read, name="e.parquet", **source):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from event_rows import ABSENT, JUNE_1, UNKNOWN, good_rows, histories
-from raw_case import prepared, random_case
 
 from supermoe_jax import config
 from supermoe_jax.data import check, fitting
 from supermoe_jax.data.events import DataError
+from tests.fixtures.event_rows import ABSENT, JUNE_1, UNKNOWN, good_rows, histories
+from tests.fixtures.random_logs import prepared, random_case
 
 FIELDS = {"item": {}, "country": {"table": "users"}}
 

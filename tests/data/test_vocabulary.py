@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from event_rows import histories
 
 from supermoe_jax import config
 from supermoe_jax.config import hashing
@@ -21,6 +20,7 @@ from supermoe_jax.data.vocabulary import (
   Vocabulary,
   _bucket,
 )
+from tests.fixtures.event_rows import histories
 
 TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000
 

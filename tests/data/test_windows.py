@@ -7,7 +7,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from labelled_log import raw_config
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
@@ -15,6 +14,7 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
+from tests.fixtures.every_kind_log import raw_config
 
 
 def test_fields_that_are_no_inputs_are_hidden_from_features_and_aggregates(data: Dataset, rich: config.Config) -> None:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from seesaw_runs import BAD, FINITE, GOOD, make, run, singles, study
 
 from supermoe_jax.evaluation import gains, seesaw
 from supermoe_jax.evaluation.seesaw import RunResult
+from tests.fixtures.seesaw_runs import BAD, FINITE, GOOD, make, run, singles, study
 
 
 def slow_interval(values):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seesaw_runs import BAD, GOOD, make, study
 
 from supermoe_jax.evaluation import seesaw_words
+from tests.fixtures.seesaw_runs import BAD, GOOD, make, study
 
 
 def test_words_claim_a_smaller_seesaw_where_it_is_shown():

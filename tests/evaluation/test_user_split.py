@@ -3,7 +3,6 @@
 import pathlib
 
 import pytest
-from rich_log import rich_config, write_rich_log
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, check, prepare
@@ -11,12 +10,13 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
+from tests.fixtures.small_log import every_task_config, write_log
 
 
 @pytest.mark.slow
 def test_every_kind_of_task_is_trained_and_evaluated_on_divided_users(tmp_path: pathlib.Path) -> None:
-  write_rich_log(tmp_path)
-  raw = rich_config(tmp_path)
+  write_log(tmp_path)
+  raw = every_task_config(tmp_path)
   shares = {"user_validation": 0.25, "user_test": 0.25}
   raw["data"]["split"] = {"mode": "user", "snapshots": "every_events", "every_events": 6, **shares}
   raw["train"] |= {"steps": 3, "warmup_steps": 1, "checkpoint_every": 3}

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rich_log import rich_config
 
 from supermoe_jax import cli, config
 from supermoe_jax.data.dataset import Dataset
@@ -18,6 +17,7 @@ from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
+from tests.fixtures.small_log import every_task_config
 
 SNAPSHOTS = 40
 
@@ -136,7 +136,7 @@ def test_a_run_validated_at_its_end_is_left_alone(
 
 
 def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path: pathlib.Path) -> None:
-  cfg = config.resolve(rich_config(tmp_path))
+  cfg = config.resolve(every_task_config(tmp_path))
   tasks: dict[str, Metrics] = {"bought": {"auc": 0.75, "log_loss": 0.5}, "age": {"rmse": 12.0, "r2": 0.25}}
   assert {evaluate.main_metric(cfg, cfg.active_views[name]) for name in tasks} == {"auc", "rmse"}
   assert validation.score(cfg, tasks) == 0.5
@@ -158,7 +158,7 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(
 
 
 def test_every_form_of_answer_names_its_metrics(tmp_path: pathlib.Path) -> None:
-  cfg = config.resolve(rich_config(tmp_path))
+  cfg = config.resolve(every_task_config(tmp_path))
   for name, task in cfg.labelled_tasks.items():
     assert evaluate.main_metric(cfg, task) in evaluate.metric_names(cfg, task), name
 

@@ -2,14 +2,11 @@
 
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import two_processes
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +15,8 @@ from jax.sharding import AxisType, PartitionSpec
 from supermoe_jax import config, sharding
 from supermoe_jax.layers import dispatch
 from supermoe_jax.layers.moe import MoE
+from tests.fixtures import dispatch_oracle as oracle
+from tests.fixtures import two_processes
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -133,7 +132,7 @@ def gathered_ragged_all_to_all(rows, into, start, sent, arrive_start, received, 
 
 @pytest.mark.slow
 def test_a_mesh_of_two_processes_gives_the_same_numbers() -> None:
-  outputs = two_processes.run(pathlib.Path(__file__).with_name("strategies_of_two_processes.py"))
+  outputs = two_processes.run("dispatch_of_two_processes")
   assert all("16 comparisons equal" in out for out in outputs), "\n".join(outputs)
 
 

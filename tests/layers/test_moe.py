@@ -3,7 +3,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from flax import linen, nnx
 from hypothesis import given, settings
@@ -13,6 +12,7 @@ from jax.sharding import AxisType
 from supermoe_jax import config, sharding
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
 from supermoe_jax.layers.routing import BalanceBias
+from tests.fixtures import dispatch_oracle as oracle
 
 B, L, D, H = 2, 24, 8, 16
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import MODEL, SCHEMA, B, D, L, S, noise, random_features
 
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.models.baselines import PLE, ExpertMlps, GRUEncoder, MMoE
+from tests.fixtures.small_model import MODEL, SCHEMA, B, D, L, S, noise, random_features
 
 E, T, H = 3, 4, 5
 

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import (
+
+from supermoe_jax import config, sharding
+from supermoe_jax.data.batches import Features
+from supermoe_jax.models.encoder import shift
+from tests.fixtures.small_model import (
   LABELLED,
   TASKS,
   B,
@@ -25,10 +29,6 @@ from small_model import (
   random_given,
   without,
 )  # fmt: skip
-
-from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import Features
-from supermoe_jax.models.encoder import shift
 
 FEATURES = random_features()
 REAL = FEATURES.query_valid

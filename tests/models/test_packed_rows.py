@@ -8,9 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rich_log import rich_config, write_rich_log
-from small_model import filled, random_features
-from unpacking import alone, users
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
@@ -21,6 +18,9 @@ from supermoe_jax.models.supermoe import Encoded
 from supermoe_jax.training import losses, statistics
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.step import build
+from tests.fixtures.small_log import every_task_config, write_log
+from tests.fixtures.small_model import filled, random_features
+from tests.fixtures.unpacking import alone, users
 
 SETTINGS = {
   "none": {},
@@ -110,8 +110,8 @@ def test_nothing_of_a_user_reaches_another_in_the_row(kind: str) -> None:
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
   folder = tmp_path_factory.mktemp("rich")
-  write_rich_log(folder)
-  raw = rich_config(folder)
+  write_log(folder)
+  raw = every_task_config(folder)
   raw["model"] |= {"max_events": 90, "dropout": 0.0, "layers": 1, "moe_every": 1, "conditioning": "token"}
   raw["train"] |= {"packing": True, "snapshots_per_row": 10, "batch_rows": 4}
   cfg = config.resolve(raw)

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import LABELLED, TASKS, B, L, S, filled, jitted, random_features, random_given
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
@@ -12,6 +11,7 @@ from supermoe_jax.data.batches import Features
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training.step import build
+from tests.fixtures.small_model import LABELLED, TASKS, B, L, S, filled, jitted, random_features, random_given
 
 
 @pytest.fixture(scope="module")

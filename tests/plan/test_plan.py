@@ -13,6 +13,7 @@ import pytest
 from supermoe_jax import cli, config, sharding
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.plan import chips, plan, program, render, sweep
+from tests.fixtures import scripts
 
 CPUS = chips.topology("cpu:8")
 
@@ -56,7 +57,7 @@ def test_what_is_expected_to_travel_does(planned: dict) -> None:
 
 
 def test_the_memory_of_a_run_on_eight_devices_is_as_planned(tmp_path: pathlib.Path) -> None:
-  script = pathlib.Path(__file__).with_name("memory_of_a_run.py")
+  script = scripts.PROGRAMS / "memory_of_a_run.py"
   out = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
   assert out.returncode == 0, out.stderr
   found = json.loads(out.stdout.splitlines()[-1])

@@ -6,20 +6,20 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from rich_log import rich_config, write_rich_log
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.plan import shapes
+from tests.fixtures.small_log import every_task_config, write_log
 
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[config.Config, Dataset]:
   """A config with a task of every kind and a contrast, and its dataset."""
   folder = tmp_path_factory.mktemp("rich")
-  write_rich_log(folder)
-  cfg = config.resolve(rich_config(folder))
+  write_log(folder)
+  cfg = config.resolve(every_task_config(folder))
   prepare.prepare(cfg)
   return cfg, Dataset(cfg.data.path)
 

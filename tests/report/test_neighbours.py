@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from report_run import write_vectors
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.numeric import Numeric, Quantile
 from supermoe_jax.report import neighbours, parts, readable_events
 from supermoe_jax.serving import population
+from tests.fixtures.report_run import write_vectors
 
 TIME = config.parse_time("2024-05-20", "")
 

@@ -9,8 +9,13 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
-from page import Page, assert_self_contained
-from report_run import (
+
+from supermoe_jax import config, report
+from supermoe_jax.data.events import DataError
+from supermoe_jax.report import curves, drawing, heat_maps, map_figures, parts, user_map, words
+from supermoe_jax.report import page as report_page
+from tests.fixtures.html_page import Page, assert_self_contained
+from tests.fixtures.report_run import (
   HOSTILE,
   NOVEMBER,
   SPLITS,
@@ -22,11 +27,6 @@ from report_run import (
   make_validation,
   write_json,
 )
-
-from supermoe_jax import config, report
-from supermoe_jax.data.events import DataError
-from supermoe_jax.report import curves, drawing, heat_maps, map_figures, parts, user_map, words
-from supermoe_jax.report import page as report_page
 
 SECTIONS = (
   *("results", "metrics", "seesaw", "data", "training", "history", "calibration", "experts", "events", "map"),

@@ -6,11 +6,11 @@ import re
 import xml.etree.ElementTree
 
 import pytest
-from page import Page, assert_self_contained
-from seesaw_study import HOSTILE_TASK, HOSTILE_VARIANT, METRIC, VARIANTS, make, run, study
 
 from supermoe_jax.evaluation import seesaw, seesaw_words
 from supermoe_jax.report import drawing, seesaw_figures, seesaw_page
+from tests.fixtures.html_page import Page, assert_self_contained
+from tests.fixtures.seesaw_study import HOSTILE_TASK, HOSTILE_VARIANT, METRIC, VARIANTS, make, run, study
 
 SECTIONS = ("words", "gains", "table", "variants", "alone", "measured")
 

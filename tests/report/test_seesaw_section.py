@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from report_run import make_config
-from seesaw_study import make, study
 
 from supermoe_jax import config
 from supermoe_jax.report import parts, seesaw_section
+from tests.fixtures.report_run import make_config
+from tests.fixtures.seesaw_study import make, study
 
 
 @pytest.fixture

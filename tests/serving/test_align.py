@@ -4,16 +4,16 @@ import json
 import pathlib
 import types
 
-import embedding_folder
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedding_folder import turned
 
 from supermoe_jax import cli, config
 from supermoe_jax.data.events import DataError
 from supermoe_jax.serving import align, embeddings, part_files, refresh
+from tests.fixtures import embedding_folder
+from tests.fixtures.embedding_folder import turned
 
 USERS = 400
 

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import embedding_folder
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ from supermoe_jax import cli
 from supermoe_jax.data.events import DataError
 from supermoe_jax.serving import audience, population
 from supermoe_jax.serving.audience import METHODS
+from tests.fixtures import embedding_folder
 
 USERS, GROUP = 1000, 100
 

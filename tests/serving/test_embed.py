@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import two_processes
-from small_log import raw_config
 
 from supermoe_jax import config
 from supermoe_jax.data import labels, prepare, questions
@@ -20,6 +18,8 @@ from supermoe_jax.data.windows import Features
 from supermoe_jax.serving import embed, embeddings, part_files
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
+from tests.fixtures import two_processes
+from tests.fixtures.small_log import raw_config
 
 DAYS = ["2024-03-01", "2024-05-20"]
 
@@ -210,8 +210,7 @@ def test_rows_of_any_length_are_those_of_evaluation(
 def test_two_processes_share_the_parts_and_write_the_same_rows(
   written: pathlib.Path, run: Run, tmp_path: pathlib.Path
 ) -> None:
-  script = pathlib.Path(__file__).with_name("embed_of_two_processes.py")
-  outputs = two_processes.run(script, str(run.workdir), str(tmp_path / "out"), *DAYS)
+  outputs = two_processes.run("embed_of_two_processes", str(run.workdir), str(tmp_path / "out"), *DAYS)
   wrote = [[int(n) for n in re.findall(r"wrote (\d+)", output)] for output in outputs]
   assert wrote == [[0, 2], [1]]
   together, alone = embeddings.read(tmp_path / "out"), embeddings.read(written)

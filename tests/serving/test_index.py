@@ -2,7 +2,6 @@
 
 import pathlib
 
-import embedding_folder
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +10,7 @@ from supermoe_jax import cli
 from supermoe_jax.serving import index as index_lib
 from supermoe_jax.serving import population, similar
 from supermoe_jax.serving.neighbors import METRICS, Exact, Space
+from tests.fixtures import embedding_folder
 
 
 def clustered(n: int = 4000, width: int = 24, seed: int = 0) -> np.ndarray:

@@ -24,6 +24,7 @@ from supermoe_jax.serving.loader import Encoder, InputError
 from supermoe_jax.training.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
+from tests.fixtures import scripts
 
 DAY = "2024-05-20"
 
@@ -132,7 +133,7 @@ def test_a_program_compiles_for_a_tpu(exported: pathlib.Path, encoder: Encoder) 
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "",
   }
-  script = pathlib.Path(__file__).with_name("tpu_program.py")
+  script = scripts.PROGRAMS / "tpu_encoder.py"
   out = subprocess.run(
     [sys.executable, script, str(exported), "1", "8"], env=environment, capture_output=True, text=True, check=False
   )

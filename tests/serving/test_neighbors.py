@@ -2,7 +2,6 @@
 
 import pathlib
 
-import embedding_folder
 import jax
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +10,7 @@ import pytest
 from supermoe_jax import cli
 from supermoe_jax.serving import neighbors, population, similar
 from supermoe_jax.serving.neighbors import METRICS, Exact, Space
+from tests.fixtures import embedding_folder
 
 
 def rows_with_ties(n: int = 701, width: int = 12) -> np.ndarray:

@@ -4,7 +4,6 @@ import json
 import pathlib
 from typing import Any
 
-import every_column
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.errors import DataError
 from supermoe_jax.serving.export import make_preprocessing
 from supermoe_jax.serving.preprocessing import InputError, Preprocessing
+from tests.fixtures import column_types_log
 
 LATE = config.parse_time("2030-01-01", "")
 DAY = config.parse_time("2024-03-02", "")
@@ -26,8 +26,8 @@ def case(
 ) -> tuple[Dataset, Preprocessing, dict[str, Any]]:
   """A dataset of every kind of column, its exported preprocessing read back from disk, and each user's JSON."""
   folder = tmp_path_factory.mktemp("every")
-  users = every_column.write(folder)
-  prepare.prepare(config.resolve(every_column.raw_config(folder, duplicates=request.param)))
+  users = column_types_log.write(folder)
+  prepare.prepare(config.resolve(column_types_log.raw_config(folder, duplicates=request.param)))
   dataset = Dataset(folder / "dataset")
   (folder / "saved").mkdir()
   make_preprocessing(dataset, LENGTH).save(folder / "saved")

@@ -17,8 +17,9 @@ import pytest
 
 from supermoe_jax import config, hosts
 from supermoe_jax.data.dataset import Dataset
+from tests.fixtures import scripts
 
-SETUP = pathlib.Path(__file__).parents[2] / "tpu_setup"
+SETUP = scripts.ROOT / "tpu_setup"
 sys.path.insert(0, str(SETUP))  # as for a program that lies there
 
 import check_pod  # noqa: E402

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import yaml
-from scripts import ROOT, Machine
+
+from tests.fixtures.pod_scripts import ROOT, Machine
 
 GKE = ("tpu_setup/gke.sh",)
 POD = ("--pod", "tpu_setup/pod.env.example")

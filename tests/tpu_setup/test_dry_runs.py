@@ -14,7 +14,8 @@ import sys
 import tempfile
 
 import pytest
-from scripts import ROOT, Machine
+
+from tests.fixtures.pod_scripts import ROOT, Machine
 
 EXPECTED = pathlib.Path(__file__).parent / "expected"
 SCRIPTS = sorted([*(ROOT / "tpu_setup").glob("*.sh"), *(ROOT / "tpu_setup").glob("*.sbatch")])

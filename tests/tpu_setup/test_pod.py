@@ -7,7 +7,8 @@ import subprocess
 import time
 
 import pytest
-from scripts import ROOT, Machine
+
+from tests.fixtures.pod_scripts import ROOT, Machine
 
 POD = "tpu_setup/pod.sh"
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import jax
 import pytest
-from scripts import ROOT
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
+from tests.fixtures.pod_scripts import ROOT
 
 RUN_HOST = str(ROOT / "tpu_setup" / "run_host.sh")
 

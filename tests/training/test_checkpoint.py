@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from small_state import D, state
 
 from supermoe_jax import config
 from supermoe_jax.layers.table import EmbeddingTable, Layout
 from supermoe_jax.training.checkpoint import Checkpoints, Writer
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.step import TrainState
+from tests.fixtures.small_state import D, state
 
 
 def natural(value: jax.Array, size: int) -> np.ndarray:

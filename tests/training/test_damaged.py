@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_state import state
 
 from supermoe_jax import config, sharding
 from supermoe_jax.training import digest, loop
@@ -17,6 +16,7 @@ from supermoe_jax.training.checkpoint import Checkpoints, Writer
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState
+from tests.fixtures.small_state import state
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_log import raw_config, write_log
 
 from supermoe_jax import config
 from supermoe_jax.data import append, labels, prepare
@@ -14,6 +13,7 @@ from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
+from tests.fixtures.small_log import raw_config, write_log
 
 
 @pytest.mark.slow

@@ -245,10 +245,10 @@ def test_a_packed_run_has_little_padding_and_resumes_with_worker_processes_or_wi
 
 @pytest.mark.slow
 def test_a_run_of_every_kind_of_task_resumes_with_the_state_of_its_weights(
-  rich: config.Config, rich_dataset: Dataset, tmp_path: pathlib.Path
+  every_task: config.Config, every_task_dataset: Dataset, tmp_path: pathlib.Path
 ) -> None:
   cfg = config.override(
-    rich,
+    every_task,
     [
       "--config.model.layers=1",
       "--config.model.moe_every=1",

@@ -25,16 +25,16 @@ KEY = jax.random.key(3)
 
 
 @pytest.fixture(scope="module")
-def batch(rich: config.Config, rich_dataset: Dataset) -> Batch:
+def batch(every_task: config.Config, every_task_dataset: Dataset) -> Batch:
   """Training rows in which every task has labels, and lacks some."""
-  parts = list(itertools.islice(batches.training(rich_dataset, rich), 3))
+  parts = list(itertools.islice(batches.training(every_task_dataset, every_task), 3))
   return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 @pytest.fixture(scope="module")
-def measured(rich: config.Config, rich_dataset: Dataset) -> dict[str, TaskStatistics]:
-  stream = batches.training(rich_dataset, rich)
-  return statistics.measure(rich.active_tasks, rich_dataset.schema.outputs, stream, 30)
+def measured(every_task: config.Config, every_task_dataset: Dataset) -> dict[str, TaskStatistics]:
+  stream = batches.training(every_task_dataset, every_task)
+  return statistics.measure(every_task.active_tasks, every_task_dataset.schema.outputs, stream, 30)
 
 
 # One block, with experts: enough for what the loss is asked here, and half of the compiling.
@@ -42,17 +42,17 @@ SMALL = ["--config.model.layers=1", "--config.model.moe_every=1"]
 
 
 @pytest.fixture(scope="module")
-def few(rich: config.Config) -> config.Config:
+def few(every_task: config.Config) -> config.Config:
   """Fewer tasks, one of each form of loss, for what is compiled once a weighting."""
   kept = ("next_page", "quiet", "bought", "paid", "long", "age", "alike")
-  gone = tuple(n for n in rich.tasks if n not in kept)
-  return config.override(rich, [f"--config.exclude_tasks={gone}", *SMALL])
+  gone = tuple(n for n in every_task.tasks if n not in kept)
+  return config.override(every_task, [f"--config.exclude_tasks={gone}", *SMALL])
 
 
 @pytest.fixture(scope="module")
-def weighed(few: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics]):
+def weighed(few: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics]):
   """`method → jitted batch → (loss, gradient, weighting state after, before)`, dropout off; compiled once each."""
-  graph, model = nnx.split(build(few, rich_dataset.schema)())
+  graph, model = nnx.split(build(few, every_task_dataset.schema)())
 
   @functools.cache
   def get(method: str):
@@ -86,8 +86,8 @@ def assert_bitwise_equal(one: object, other: object) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-def test_every_task_has_labels_and_lacks_some(batch: Batch, rich: config.Config) -> None:
-  for name in rich.active_views:
+def test_every_task_has_labels_and_lacks_some(batch: Batch, every_task: config.Config) -> None:
+  for name in every_task.active_views:
     assert batch.targets[name].known.any() and not batch.targets[name].known.all(), name
   assert batch.slices["alike"].known.any()
 
@@ -152,23 +152,23 @@ def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
 
 
 @pytest.fixture(scope="module")
-def by_task(rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch):
+def by_task(every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch):
   """Each task's loss differentiated by all parameters, without weights; some heads start at 0, so all are moved."""
-  graph, model = nnx.split(build(config.override(rich, SMALL), rich_dataset.schema)())
+  graph, model = nnx.split(build(config.override(every_task, SMALL), every_task_dataset.schema)())
   model = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), model)
-  weigher = weighting.make(config.Weighting(), rich.active_tasks)
+  weigher = weighting.make(config.Weighting(), every_task.active_tasks)
 
   def terms(model: nnx.State) -> dict[str, jax.Array]:
     merged = nnx.merge(graph, model, copy=True)
-    out = losses.loss(merged, batch, measured, rich.train, weigher, weigher.initial(), key=KEY, training=False)
+    out = losses.loss(merged, batch, measured, every_task.train, weigher, weigher.initial(), key=KEY, training=False)
     return {n: t.total for n, t in out.tasks.items()}
 
   return jax.jit(jax.jacrev(terms))(model)
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, rich: config.Config) -> None:
-  for task in rich.active_tasks:
+def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, every_task: config.Config) -> None:
+  for task in every_task.active_tasks:
     for head, gradient in by_task[task]["heads"].items():
       moved = any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
       assert moved == (head == task), (task, head)
@@ -178,21 +178,21 @@ def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, rich:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["static", "pcgrad"])
 def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
-  rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch, method: str
+  every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch, method: str
 ) -> None:
-  few = {n: rich.active_tasks[n] for n in ("paid", "quiet", "tier", "next_page")}
-  model = config.override(rich, SMALL).model
+  few = {n: every_task.active_tasks[n] for n in ("paid", "quiet", "tier", "next_page")}
+  model = config.override(every_task, SMALL).model
 
   def loss_of(order: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     tasks = {n: few[n] for n in order}
-    graph, state = nnx.split(SuperMoE(model, rich_dataset.schema, tasks, rngs=nnx.Rngs(params=0)))
-    reference = nnx.state(SuperMoE(model, rich_dataset.schema, few, rngs=nnx.Rngs(params=0)))
+    graph, state = nnx.split(SuperMoE(model, every_task_dataset.schema, tasks, rngs=nnx.Rngs(params=0)))
+    reference = nnx.state(SuperMoE(model, every_task_dataset.schema, few, rngs=nnx.Rngs(params=0)))
     state = nnx.merge_state(state, reference)  # the same parameters by name
     weigher = weighting.make(config.Weighting(method=method), tasks)
 
     def value(state: nnx.State) -> losses.Loss:
       merged = nnx.merge(graph, state, copy=True)
-      return losses.loss(merged, batch, measured, rich.train, weigher, weigher.initial(), key=KEY, training=False)
+      return losses.loss(merged, batch, measured, every_task.train, weigher, weigher.initial(), key=KEY, training=False)
 
     out = jax.jit(value)(state)
     return float(out.total), dict(zip(order, np.asarray(out.weights).tolist()))
@@ -204,20 +204,20 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
 
 
 def test_a_batch_of_more_rows_than_values_draws_no_more_of_them(
-  rich: config.Config, rich_dataset: Dataset, batch: Batch
+  every_task: config.Config, every_task_dataset: Dataset, batch: Batch
 ) -> None:
-  drawn = losses.draws(build(rich, rich_dataset.schema)(), batch, KEY)["sampled"]
-  assert rich.tasks["sampled"].negatives == 6 and drawn.shape == (24, 1)
+  drawn = losses.draws(build(every_task, every_task_dataset.schema)(), batch, KEY)["sampled"]
+  assert every_task.tasks["sampled"].negatives == 6 and drawn.shape == (24, 1)
   assert np.flatnonzero(drawn).tolist() == [0, 4, 8, 12, 16, 20]
 
 
 def test_rows_that_draw_need_not_divide_over_the_devices(
-  rich: config.Config, rich_dataset: Dataset, batch: Batch
+  every_task: config.Config, every_task_dataset: Dataset, batch: Batch
 ) -> None:
   """Six of 24 rows draw, which lie on eight devices."""
-  model, task = build(rich, rich_dataset.schema)(), rich.tasks["sampled"]
+  model, task = build(every_task, every_task_dataset.schema)(), every_task.tasks["sampled"]
   drawn = {"sampled": np.asarray(losses.draws(model, batch, KEY)["sampled"])}
-  state = jax.random.normal(KEY, (24, 5, rich.model.d_model))
+  state = jax.random.normal(KEY, (24, 5, every_task.model.d_model))
   value = jax.random.randint(KEY, (24, 5), 2, 9)
 
   def loss(state: jax.Array) -> jax.Array:
@@ -237,10 +237,10 @@ def test_rows_that_draw_are_enough_and_fewer_than_twice_as_many(rows: int, negat
 
 @pytest.mark.slow
 def test_micro_batch_gradients_sum_to_the_whole_batchs(
-  rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
+  every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
 ) -> None:
   labelled = config.override(
-    rich,
+    every_task,
     [
       "--config.exclude_tasks=('alike', 'sampled')",  # a contrast is about pairs of rows, and draws are a batch's own
       "--config.model.capacity_factor=4.0",
@@ -249,7 +249,7 @@ def test_micro_batch_gradients_sum_to_the_whole_batchs(
       *SMALL,
     ],
   )
-  graph, model = nnx.split(build(labelled, rich_dataset.schema)())
+  graph, model = nnx.split(build(labelled, every_task_dataset.schema)())
   weigher = weighting.make(config.Weighting(method="seesaw"), labelled.active_tasks)
 
   def objective(model: nnx.State, batch: Batch) -> jax.Array:
@@ -267,12 +267,12 @@ def test_micro_batch_gradients_sum_to_the_whole_batchs(
 
 @pytest.mark.slow
 def test_the_jitted_loss_is_the_eager_one(
-  rich: config.Config, rich_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
+  every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
 ) -> None:
   kept = ("quiet", "tier")  # eagerly every operation of every task compiles by itself
-  two = config.override(rich, [f"--config.exclude_tasks={tuple(n for n in rich.tasks if n not in kept)}"])
+  two = config.override(every_task, [f"--config.exclude_tasks={tuple(n for n in every_task.tasks if n not in kept)}"])
   small = jax.tree.map(lambda a: a[:2], batch)
-  graph, model = nnx.split(build(two, rich_dataset.schema)())
+  graph, model = nnx.split(build(two, every_task_dataset.schema)())
   weigher = weighting.make(config.Weighting(method="seesaw"), two.active_tasks)
 
   def value(model: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -285,15 +285,15 @@ def test_the_jitted_loss_is_the_eager_one(
 
 
 def test_the_snapshots_of_a_task_about_events_carry_half_of_its_weight(
-  measured: dict[str, TaskStatistics], rich_dataset: Dataset, rich: config.Config
+  measured: dict[str, TaskStatistics], every_task_dataset: Dataset, every_task: config.Config
 ) -> None:
   for name in ("next_page", "long"):
     events = snapshots = 0.0
-    for batch in itertools.islice(batches.training(rich_dataset, rich), 60):
+    for batch in itertools.islice(batches.training(every_task_dataset, every_task), 60):
       weight = batch.targets[name].weight
-      events += weight[:, : rich.model.max_events].sum()
-      snapshots += weight[:, rich.model.max_events :].sum()
+      events += weight[:, : every_task.model.max_events].sum()
+      snapshots += weight[:, every_task.model.max_events :].sum()
     assert measured[name].snapshot_weight * snapshots == pytest.approx(events, rel=0.15)
-    weight = losses.snapshot_weight(rich.tasks[name], measured[name], 3, 5)
+    weight = losses.snapshot_weight(every_task.tasks[name], measured[name], 3, 5)
     assert weight.tolist() == pytest.approx([1, 1, 1] + [measured[name].snapshot_weight] * 2)
-  assert losses.snapshot_weight(rich.tasks["quiet"], measured["quiet"], 3, 5) == 1.0
+  assert losses.snapshot_weight(every_task.tasks["quiet"], measured["quiet"], 3, 5) == 1.0

@@ -2,7 +2,6 @@
 
 import collections
 import math
-import pathlib
 import re
 from collections.abc import Iterator
 
@@ -10,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import table_case
-import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_case import OPTIMIZERS, SIZE, STEPS, WIDTH
 
 from supermoe_jax import config, sharding
 from supermoe_jax.training import row_optimizers, tables
+from tests.fixtures import table_steps, two_processes
+from tests.fixtures.table_steps import OPTIMIZERS, SIZE, STEPS, WIDTH
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (3, 1, 1)]
 
@@ -35,9 +33,9 @@ def few_rows_at_once() -> Iterator[None]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, sizes: tuple[int, int, int]) -> None:
   mesh = sharding.make_mesh(config.Mesh(*sizes))
-  made = table_case.batches(0, STEPS, SIZE, rows=24 if 3 in sizes else 8)
-  wanted, counts = table_case.reference(SIZE, OPTIMIZERS[name], made)
-  rows, seen = table_case.run(mesh, SIZE, OPTIMIZERS[name], made)
+  made = table_steps.batches(0, STEPS, SIZE, rows=24 if 3 in sizes else 8)
+  wanted, counts = table_steps.reference(SIZE, OPTIMIZERS[name], made)
+  rows, seen = table_steps.run(mesh, SIZE, OPTIMIZERS[name], made)
   np.testing.assert_allclose(rows, wanted, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(seen[:, 0], counts[:, 0], rtol=1e-5)  # norms of gradients
   np.testing.assert_array_equal(seen[:, 1], counts[:, 1])  # codes out of range
@@ -50,16 +48,16 @@ def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, siz
 def test_rows_that_share_lines_move_as_those_that_do_not(name: str, sizes: tuple[int, int, int]) -> None:
   """As they lie on TPUs: 32 rows of four numbers side by side."""
   mesh, size = sharding.make_mesh(config.Mesh(*sizes)), 1000
-  made = table_case.batches(0, 10, size)
-  assert table_case.created(size, mesh, platform="tpu").rows.shape[-1] == 128
-  wanted, plain = table_case.run(mesh, size, OPTIMIZERS[name], made)
-  rows, seen = table_case.run(mesh, size, OPTIMIZERS[name], made, platform="tpu")
+  made = table_steps.batches(0, 10, size)
+  assert table_steps.created(size, mesh, platform="tpu").rows.shape[-1] == 128
+  wanted, plain = table_steps.run(mesh, size, OPTIMIZERS[name], made)
+  rows, seen = table_steps.run(mesh, size, OPTIMIZERS[name], made, platform="tpu")
   np.testing.assert_allclose(rows, wanted, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(seen, plain, rtol=1e-5)
 
 
 def test_two_processes_train_the_same_rows() -> None:
-  outputs = two_processes.run(pathlib.Path(__file__).with_name("table_of_two_processes.py"))
+  outputs = two_processes.run("table_of_two_processes")
   assert all("4 comparisons equal" in out for out in outputs), "\n".join(outputs)
 
 
@@ -79,8 +77,8 @@ def test_any_ids_give_the_rows_of_a_dense_reference(data: st.DataObject, kind: s
   codes = np.array(flat, np.int64).astype(np.int32).reshape(8, 6)
   rng = np.random.default_rng(0)
   made = [(codes, rng.normal(size=(8, 6, WIDTH)).astype(np.float32)) for _ in range(2)]
-  wanted, counts = table_case.reference(SIZE, OPTIMIZERS["adagrad"], made)
-  rows, seen = table_case.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made)
+  wanted, counts = table_steps.reference(SIZE, OPTIMIZERS["adagrad"], made)
+  rows, seen = table_steps.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made)
   np.testing.assert_allclose(rows, wanted, atol=1e-6)
   np.testing.assert_array_equal(seen[:, 1], counts[:, 1])
 
@@ -91,26 +89,26 @@ def test_gradients_that_find_no_cell_are_counted_and_their_rows_stay() -> None:
   codes = (8 * np.arange(8 * 40) + 8).astype(np.int32).reshape(8, 40)  # stripes of 8: all of them are owned by device 0
   size = int(codes.max()) + 1
   made = [(codes, np.ones((8, 40, WIDTH), np.float32))]
-  before, _ = table_case.run(mesh, size, OPTIMIZERS["sgd"], [], stripes=8)
-  rows, seen = table_case.run(mesh, size, OPTIMIZERS["sgd"], made, cells=1.0, stripes=8)
+  before, _ = table_steps.run(mesh, size, OPTIMIZERS["sgd"], [], stripes=8)
+  rows, seen = table_steps.run(mesh, size, OPTIMIZERS["sgd"], made, cells=1.0, stripes=8)
   moved = np.any(rows != before, axis=1)
   cells = math.ceil(5 + 6 * math.sqrt(5))
   assert seen[0, 2] == 8 * (40 - cells)
   assert moved.sum() == 8 * cells and not np.any(moved & ~np.isin(np.arange(size), codes))
-  wanted, _ = table_case.reference(size, OPTIMIZERS["sgd"], made)
+  wanted, _ = table_steps.reference(size, OPTIMIZERS["sgd"], made)
   np.testing.assert_allclose(rows[moved], wanted[moved], atol=1e-6)
 
 
 def test_a_batch_without_any_id_moves_nothing() -> None:
   for sizes in ((1, 1, 1), (2, 2, 2)):
     mesh = sharding.make_mesh(config.Mesh(*sizes))
-    before, _ = table_case.run(mesh, SIZE, OPTIMIZERS["adam"], [])
+    before, _ = table_steps.run(mesh, SIZE, OPTIMIZERS["adam"], [])
     empty = [(np.zeros((8, 6), np.int32), np.ones((8, 6, WIDTH), np.float32))] * 2
-    rows, seen = table_case.run(mesh, SIZE, OPTIMIZERS["adam"], empty)
+    rows, seen = table_steps.run(mesh, SIZE, OPTIMIZERS["adam"], empty)
     np.testing.assert_array_equal(rows, before)
     assert not seen.any()
     none = [(np.zeros((8, 0), np.int32), np.ones((8, 0, WIDTH), np.float32))]
-    np.testing.assert_array_equal(table_case.run(mesh, SIZE, OPTIMIZERS["adam"], none)[0], before)
+    np.testing.assert_array_equal(table_steps.run(mesh, SIZE, OPTIMIZERS["adam"], none)[0], before)
 
 
 SHAPE = re.compile(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]")
@@ -122,12 +120,12 @@ def compiled(size: int, n: int) -> tuple[str, int]:
   mesh = sharding.make_mesh(config.Mesh(2, 2, 2))
   optimizer = OPTIMIZERS["adagrad"]
   with jax.set_mesh(mesh):
-    rows = table_case.created(size, mesh).rows.get_value()
+    rows = table_steps.created(size, mesh).rows.get_value()
     layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
     slots = jax.tree.map(lambda s: jax.device_put(s, layout), optimizer.slots(rows))
     where = sharding.batch_sharding(mesh)
     codes, targets = jax.device_put((np.zeros((8, n), np.int32), np.zeros((8, n, WIDTH), np.float32)), where)
-    step = table_case.stepper(mesh, size, optimizer, 2.0)
+    step = table_steps.stepper(mesh, size, optimizer, 2.0)
     program = step.lower(rows, slots, codes, targets, 0).compile()
   return program.as_text(), program.memory_analysis().temp_size_in_bytes
 
@@ -175,9 +173,11 @@ def test_bfloat16_rows_keep_what_they_learn_in_the_mean_by_stochastic_rounding()
 
 
 def test_bfloat16_rows_on_eight_devices_are_those_on_one() -> None:
-  made = table_case.batches(0, 5, SIZE)
+  made = table_steps.batches(0, 5, SIZE)
   results = [
-    table_case.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made, 8.0, "bfloat16", True)[0]
+    table_steps.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made, 8.0, "bfloat16", True)[
+      0
+    ]
     for sizes in ((1, 1, 1), (2, 2, 2))
   ]
   # Sums in another order may round once the other way.

@@ -1,6 +1,5 @@
 """The benchmark of neighbours measures what it says, at a size that takes seconds."""
 
-import importlib.util
 import json
 import math
 import pathlib
@@ -10,16 +9,12 @@ import types
 import numpy as np
 import pytest
 
-FILE = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks" / "neighbors.py"
+from tests.fixtures import scripts
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location("neighbors_benchmark", FILE)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.load(scripts.BENCHMARKS / "neighbors.py")
 
 
 def test_figures_are_of_the_data_that_was_asked_for(

@@ -1,6 +1,5 @@
 """The benchmark of MovieLens makes its features and labels, and drives the command, at a size that takes seconds."""
 
-import importlib.util
 import json
 import pathlib
 import sys
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-FILE = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks" / "probe_movielens.py"
+from tests.fixtures import scripts
 
 
 def test_factors_and_films_tell_an_attribute_that_films_depend_on(
@@ -33,10 +32,7 @@ def test_factors_and_films_tell_an_attribute_that_films_depend_on(
   }
   pq.write_table(pa.table(attributes), tmp_path / "users.parquet")
 
-  spec = importlib.util.spec_from_file_location("probe_movielens", FILE)
-  assert spec is not None and spec.loader is not None
-  script = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(script)
+  script = scripts.load(scripts.BENCHMARKS / "probe_movielens.py")
   monkeypatch.setattr(script, "FACTORS", 8)
   out = tmp_path / "out"
   monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), "--out", str(out), "--models", "logistic", "--repeats", "1"])

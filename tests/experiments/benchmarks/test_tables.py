@@ -1,8 +1,6 @@
 """The benchmark of tables measures what it says, at sizes that take seconds."""
 
-import importlib.util
 import json
-import pathlib
 import time
 import types
 
@@ -10,16 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-FILE = pathlib.Path(__file__).parent.parent / "experiments" / "benchmarks" / "tables.py"
+from tests.fixtures import scripts
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location("tables_benchmark", FILE)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.load(scripts.BENCHMARKS / "tables.py")
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "dense adam"])

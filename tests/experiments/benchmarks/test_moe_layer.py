@@ -1,7 +1,5 @@
 """The benchmark of the MoE layer measures what it says, at sizes that take seconds."""
 
-import functools
-import importlib.util
 import json
 import math
 import pathlib
@@ -17,17 +15,11 @@ from tqdm import tqdm
 from supermoe_jax import config, sharding
 from supermoe_jax.layers import dispatch
 from supermoe_jax.layers.moe import MoE, MoEOutput
+from tests.fixtures import scripts
 
-FOLDER = pathlib.Path(__file__).parent.parent / "experiments" / "benchmarks"
 
-
-@functools.cache
 def benchmark() -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location("moe_layer", FOLDER / "moe_layer.py")
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.load(scripts.BENCHMARKS / "moe_layer.py")
 
 
 def test_every_strategy_has_figures() -> None:

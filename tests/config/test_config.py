@@ -2,9 +2,9 @@ import copy
 import pathlib
 
 import pytest
-from small_log import raw_config
 
 from supermoe_jax import config
+from tests.fixtures.small_log import raw_config
 
 
 @pytest.fixture

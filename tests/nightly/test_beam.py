@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from raw_case import WAYS, Case, random_case, raw_config, write_case
 
 from supermoe_jax import cli, config
 from supermoe_jax.data import beam, merged, parts, prepare, shards
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.readers import DataError
+from tests.fixtures.random_logs import WAYS, Case, random_case, raw_config, write_case
 
 # Of where the dataset lies, when it was made, and how its records are divided among files.
 DIFFER = ("config", "contents", "digest", "seconds", "shards")

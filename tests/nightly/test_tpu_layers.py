@@ -1,4 +1,4 @@
-"""Programs for TPU pods, compiled ahead of time by XLA:TPU on this machine (`make test` installs libtpu beside it)."""
+"""Programs for TPU pods, compiled ahead of time by XLA:TPU on this machine (`make test-all` installs libtpu)."""
 
 import json
 import os
@@ -8,13 +8,15 @@ import sys
 
 import pytest
 
+from tests.fixtures import scripts
+
 LIBRARY = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-  """What `tpu_programs.py` found; in a process of its own, since a process has one set of backends."""
-  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test', which installs it"
+  """What `tpu_layers.py` found; in a process of its own, since a process has one set of backends."""
+  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test-all', which installs it"
   environment = {
     **os.environ,
     "TPU_LIBRARY_PATH": str(LIBRARY),
@@ -23,7 +25,7 @@ def compiled() -> dict:
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "",
   }
-  script = pathlib.Path(__file__).with_name("tpu_programs.py")
+  script = scripts.PROGRAMS / "tpu_layers.py"
   out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
   assert out.returncode == 0, out.stderr
   return json.loads(out.stdout.splitlines()[-1])

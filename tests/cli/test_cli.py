@@ -3,9 +3,9 @@ import subprocess
 import sys
 
 import pytest
-from small_log import raw_config, write_log
 
 from supermoe_jax import cli
+from tests.fixtures.small_log import raw_config, write_log
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from small_log import raw_config, write_log
 
 from supermoe_jax import config
+from tests.fixtures.small_log import raw_config, write_log
 
 LIBRARY = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
 PODS = [("v5e:4x4", 1), ("v6e:4x4", 1), ("v5p:4x4x4", 1), ("v5e:4x4", 2)]

@@ -8,17 +8,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import chromium
 import pytest
-import seesaw_study
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
-from report_run import make_whole
 
 from supermoe_jax import config, report
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.report import seesaw_page
+from tests.fixtures import chromium, seesaw_study
+from tests.fixtures.report_run import make_whole
 
 SIZES = {"phone": {"width": 400, "height": 800}, "wide": {"width": 1600, "height": 1000}}
 LOOKS = list(itertools.product(("light", "dark"), SIZES))

@@ -1,8 +1,6 @@
 """The notebooks run anew from the first cell to the last, and what they print is what is stored in them."""
 
 import functools
-import importlib.util
-import pathlib
 import re
 import types
 from typing import NamedTuple
@@ -10,18 +8,15 @@ from typing import NamedTuple
 import nbformat
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+from tests.fixtures import scripts
+
+FOLDER = scripts.ROOT / "notebooks"
 STORED = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 NUMBER = r"([+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?)"
 
 
-@functools.cache
 def executor() -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location("execute_notebooks", FOLDER / "execute.py")
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.load(FOLDER / "execute.py")
 
 
 def stored(name: str) -> nbformat.NotebookNode:
