@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from tests.fixtures import compilation, grids
 from tests.fixtures.shared import made_once
 
-INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon\ncpu MHz\t\t: 2000.1\nflags\t\t: sse avx512f\n\nprocessor\t: 1\n"
+INTEL = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Xeon
+cpu MHz\t\t: 2000.1
+flags\t\t: sse avx512f
+
+processor\t: 1
+"""
 
 
 @settings(max_examples=30, deadline=None)
