@@ -170,9 +170,66 @@ def test_a_saved_config_comes_back_equal(raw: dict, tmp_path: pathlib.Path) -> N
   assert config.load_json(tmp_path / "config.json") == cfg
 
 
-def test_the_data_hash_ignores_what_preparation_does_not_depend_on(raw: dict) -> None:
-  base = config.resolve(raw).data_hash()
-  for key, value in (("data.path", "x"), ("train.steps", 20), ("tasks.quiet.weight", 2.0), ("data.memory", "1GB")):
-    assert config.resolve(changed(raw, key, value)).data_hash() == base
-  assert config.resolve(changed(raw, "tasks.quiet.horizon_days", 7.0)).data_hash() != base
-  assert config.resolve(changed(raw, "data.split.gap_days", 0.5)).data_hash() != base
+OTHER_DATA = [
+  ("tasks.quiet.horizon_days", 7.0),
+  ("tasks.quiet.negate", False),
+  ("tasks.quiet.source", "buys"),
+  ("tasks.pages.top", 4),
+  ("tasks.paid.positive", ["free"]),
+  ("data.split.gap_days", 0.5),
+  ("data.split.train_end", "2024-04-30"),
+  ("data.split.min_events", 2),
+  ("data.split.log_end", "2024-07-01"),
+  ("data.sources.visits.time_unit", "s"),
+  ("data.fields.page.min_count", 2),
+  ("data.fields.device.input", False),
+  ("data.fields.seconds.encoding", "standardise"),
+  ("data.duplicates", "drop"),
+  ("data.on_bad_rows", "drop"),
+  ("data.aggregates.top_values", 3),
+]
+
+
+def test_the_data_hash_is_of_what_preparation_depends_on_and_of_nothing_else(raw: dict) -> None:
+  base = config.resolve(raw)
+  for key, value in (
+    ("data.path", "x"),
+    ("data.memory", "1GB"),
+    ("train.steps", 20),
+    ("train.seed", 3),
+    ("model.layers", 3),
+    ("evaluate.batch_rows", 8),
+    ("tasks.quiet.weight", 2.0),
+    ("tasks.next_page.negatives", 5),
+    ("exclude_tasks", ["quiet"]),
+  ):
+    other = config.resolve(changed(raw, key, value))
+    assert other.data_hash() == base.data_hash(), key
+    assert other.hash() != base.hash(), key
+  hashes = {base.data_hash(), *(config.resolve(changed(raw, key, value)).data_hash() for key, value in OTHER_DATA)}
+  assert len(hashes) == len(OTHER_DATA) + 1
+
+
+def test_the_order_of_keys_changes_no_hash(raw: dict) -> None:
+  def turned(value: object) -> object:
+    return {k: turned(v) for k, v in reversed(value.items())} if isinstance(value, dict) else value
+
+  one, other = config.resolve(raw), config.resolve(turned(raw))
+  assert list(one.tasks) != list(other.tasks) and list(one.data.sources) != list(other.data.sources)
+  assert (one.hash(), one.data_hash()) == (other.hash(), other.data_hash())
+
+
+@pytest.mark.parametrize(
+  ("text", "seconds"),
+  [
+    ("1970-01-02", 86_400),
+    ("1970-01-02T01:00", 90_000),
+    ("1970-01-01T00:00:01+00:00", 1),
+    ("1970-01-01T02:00:01+02:00", 1),
+    ("1969-12-31T19:00-05:00", 0),
+    ("1969-12-31", -86_400),
+    ("2024-02-29T23:59:59", 1_709_251_199),
+  ],
+)
+def test_a_time_is_utc_unless_it_carries_an_offset(text: str, seconds: int) -> None:
+  assert config.parse_time(text, "key") == seconds * 1_000_000

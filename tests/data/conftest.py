@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.histories import UserHistory
 from tests.fixtures import small_log
+from tests.fixtures.dataset_copies import copied
 from tests.fixtures.event_rows import histories
 from tests.fixtures.every_kind_log import raw_config, write_files
 from tests.fixtures.shared import made_once
@@ -148,15 +150,37 @@ def raw_rating(folder: pathlib.Path) -> dict[str, list[float | None]]:
   return out
 
 
-# --------------------------------------------------------------------------------------------------- to be appended to
+# ------------------------------------------------------------------------------------------------ a dataset to change
+
+
+def _complete(folder: pathlib.Path) -> config.Config:
+  """A config of the small log that is complete for longer than it goes."""
+  raw = small_log.raw_config(folder)
+  raw["data"]["split"]["log_end"] = "2024-09-01"
+  return config.resolve(raw)
+
+
+@pytest.fixture(scope="session")
+def few_users(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """The small log's files of twelve users, and their dataset; do not change them."""
+
+  def make(folder: pathlib.Path) -> None:
+    write_log(folder, users=12)
+    prepare.prepare(_complete(folder), say=lambda text: None)
+
+  return made_once(tmp_path_factory, "few_users", make)
 
 
 @pytest.fixture
-def appendable(tmp_path: pathlib.Path) -> config.Config:
-  """The config of a small dataset that is prepared; its log is complete for longer than it goes."""
-  write_log(tmp_path, users=12)
-  raw = small_log.raw_config(tmp_path)
-  raw["data"]["split"]["log_end"] = "2024-09-01"
-  cfg = config.resolve(raw)
-  prepare.prepare(cfg, say=lambda text: None)
-  return cfg
+def appendable(few_users: pathlib.Path, tmp_path: pathlib.Path) -> config.Config:
+  """The config of a small dataset that is prepared, for the test alone."""
+  copied(few_users, tmp_path)
+  return _complete(tmp_path)
+
+
+@pytest.fixture
+def unprepared(few_users: pathlib.Path, tmp_path: pathlib.Path) -> config.Config:
+  """The same config, where only the files are there."""
+  for file in few_users.glob("*.parquet"):
+    shutil.copy2(file, tmp_path)
+  return _complete(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import random
@@ -13,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config
 from supermoe_jax.data import append, check, prepare
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.vocabulary import Encoders
+from tests.fixtures.grids import quick_few
 from tests.fixtures.new_visits import QUIET
 from tests.fixtures.random_logs import (
   TEMPORAL,
@@ -112,14 +114,11 @@ def saved(encoders: Encoders, path: pathlib.Path) -> Encoders:
   return encoders
 
 
-@settings(max_examples=3, deadline=None)
-@example(449, "drop", "")
-@given(st.integers(0, 99_999), st.sampled_from(["keep", "drop"]), st.sampled_from(["", "2024-05-01"]))
-@pytest.mark.parametrize("way", sorted(WAYS))
-def test_appending_twice_is_preparing_once_with_the_first_encoders(
-  way: str, seed: int, duplicates: str, end: str
-) -> None:
-  """Rows of any time: every record and every count is that of all files at once, encoded by the first encoders."""
+def append_twice(folder: pathlib.Path, way: str, seed: int, duplicates: str, end: str) -> bool:
+  """Rows of any time: every record and every count is that of all files at once, encoded by the first encoders.
+
+  Returns False, and compares nothing, where the seed gives a file without rows.
+  """
   case = dataclasses.replace(random_case(seed, 30, 12), duplicates=duplicates, log_end=end, min_count=1)
 
   def keep(row: Row) -> bool:  # a value out of vocabulary is never a duplicate, by policy
@@ -127,57 +126,95 @@ def test_appending_twice_is_preparing_once_with_the_first_encoders(
 
   parts = [new_rows(seed + i, 14, 6, keep) for i in (1, 2)]
   if not all(len(views) > 1 and buys for views, buys in parts):
-    return
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    got = appended(folder / "one", case, way, parts, keep_vocabularies=True)
-    wanted = at_once(folder / "two", case, way, parts, got.encoders)
-    compare(got, wanted)
-    # The statistics of aggregates stay those of the first files; which values are hashed is known of these only.
-    one, two = (facts(d, ("aggregates", "encoding_hash")) for d in (got, wanted))
-    for fields in (one["fields"], two["fields"]):
-      for field in fields.values():
-        field.pop("values", None), field.pop("colliding", None)
-    if duplicates == "keep":  # then some rows hold values out of vocabulary, which are never taken to be equal
-      assert one["reading"].pop("duplicate_rows") <= two["reading"].pop("duplicate_rows")
-    assert one == two
-    check.check(got.path, sample=20)
+    return False
+  got = appended(folder / "one", case, way, parts, keep_vocabularies=True)
+  wanted = at_once(folder / "two", case, way, parts, got.encoders)
+  compare(got, wanted)
+  # The statistics of aggregates stay those of the first files; which values are hashed is known of these only.
+  one, two = (facts(d, ("aggregates", "encoding_hash")) for d in (got, wanted))
+  for fields in (one["fields"], two["fields"]):
+    for field in fields.values():
+      field.pop("values", None), field.pop("colliding", None)
+  if duplicates == "keep":  # then some rows hold values out of vocabulary, which are never taken to be equal
+    assert one["reading"].pop("duplicate_rows") <= two["reading"].pop("duplicate_rows")
+  assert one == two
+  check.check(got.path, sample=20)
+  return True
 
 
+@pytest.mark.parametrize(("number", "way"), list(enumerate(sorted(WAYS))))
+def test_appending_twice_is_preparing_once_with_the_first_encoders(
+  tmp_path: pathlib.Path, number: int, way: str
+) -> None:
+  assert append_twice(tmp_path, way, 449, ("drop", "keep")[number % 2], ("", "2024-05-01")[number // 2 % 2])
+
+
+@pytest.mark.nightly
 @settings(max_examples=3, deadline=None)
-@given(st.integers(0, 99_999), st.sampled_from(["", "2024-05-01"]), st.integers(1, 3))
-@pytest.mark.parametrize("way", ["calendar", "gap", "every_events", "end"])
-def test_days_after_the_training_period_leave_nothing_different(way: str, seed: int, end: str, n: int) -> None:
-  """Then no policy is needed: encoders, statistics and the whole manifest are those of all files at once."""
+@example(449, "drop", "")
+@given(st.integers(0, 99_999), st.sampled_from(["keep", "drop"]), st.sampled_from(["", "2024-05-01"]))
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_appending_random_rows_twice_is_preparing_once_with_the_first_encoders(
+  way: str, seed: int, duplicates: str, end: str
+) -> None:
+  with tempfile.TemporaryDirectory() as name:
+    assume(append_twice(pathlib.Path(name), way, seed, duplicates, end))
+
+
+def append_days(folder: pathlib.Path, way: str, seed: int, end: str, n: int) -> bool:
+  """Rows after training need no policy: encoders, statistics and the whole manifest are those of all files at once.
+
+  Returns False, and compares nothing, where the seed gives a file without rows.
+  """
   case = dataclasses.replace(random_case(seed, 40, 15), log_end=end)
   until = moment(TEMPORAL["train_end"])  # type: ignore[arg-type]
   parts = [new_rows(seed + i, 20, 9, lambda row: row.time >= until) for i in range(n)]
   if not all(len(views) > 1 and buys for views, buys in parts):
-    return
+    return False
+  got = appended(folder / "one", case, way, parts)
+  wanted = at_once(folder / "two", case, way, parts)
+  compare(got, wanted)
+  one, two = facts(got), facts(wanted)
+  # Values out of vocabulary are never taken to be equal.
+  assert one["reading"].pop("duplicate_rows") <= two["reading"].pop("duplicate_rows")
+  assert one == two
+  for a in sorted((wanted.path / "encoders").iterdir()):
+    assert a.read_bytes() == (got.path / "encoders" / a.name).read_bytes()
+  return True
+
+
+@pytest.mark.parametrize(("way", "end", "n"), [("gap", "", 1), ("every_events", "2024-05-01", 2)])
+def test_days_after_the_training_period_leave_nothing_different(
+  tmp_path: pathlib.Path, way: str, end: str, n: int
+) -> None:
+  assert append_days(tmp_path, way, 3, end, n)
+
+
+@pytest.mark.nightly
+@settings(max_examples=3, deadline=None)
+@given(st.integers(0, 99_999), st.sampled_from(["", "2024-05-01"]), st.integers(1, 3))
+@pytest.mark.parametrize("way", ["calendar", "gap", "every_events", "end"])
+def test_random_days_after_the_training_period_leave_nothing_different(way: str, seed: int, end: str, n: int) -> None:
   with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    got = appended(folder / "one", case, way, parts)
-    wanted = at_once(folder / "two", case, way, parts)
-    compare(got, wanted)
-    one, two = facts(got), facts(wanted)
-    # Values out of vocabulary are never taken to be equal.
-    assert one["reading"].pop("duplicate_rows") <= two["reading"].pop("duplicate_rows")
-    assert one == two
-    for a in sorted((wanted.path / "encoders").iterdir()):
-      assert a.read_bytes() == (got.path / "encoders" / a.name).read_bytes()
+    assume(append_days(pathlib.Path(name), way, seed, end, n))
 
 
-@pytest.mark.parametrize("way", ["calendar", "gap", "every_events", "user", "user, every_events"])
-@pytest.mark.parametrize("days", [-20, 30])
-def test_events_before_the_first_or_after_the_last_move_the_calendar_of_all_users(way: str, days: int) -> None:
+@pytest.mark.parametrize(
+  ("way", "days"),
+  quick_few(
+    [("calendar", -20), ("gap", 30), ("user", 30), ("user, every_events", -20)],
+    itertools.product(["calendar", "gap", "every_events", "user", "user, every_events"], [-20, 30]),
+  ),
+)
+def test_events_before_the_first_or_after_the_last_move_the_calendar_of_all_users(
+  tmp_path: pathlib.Path, way: str, days: int
+) -> None:
   case = dataclasses.replace(random_case(1, 30, 12), min_count=1)
   views, buys = new_rows(1, 9, 4, lambda row: row.item in KNOWN and row.click != "maybe")
   shift = days * 86_400_000_000
   parts = [tuple(tuple(dataclasses.replace(row, time=row.time + shift) for row in rows) for rows in (views, buys))]
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    got = appended(folder / "one", case, way, parts, keep_vocabularies=True)
-    wanted = at_once(folder / "two", case, way, parts, got.encoders)
-    compare(got, wanted)
-    for key in ("tally", "snapshots_with_too_few_events", "repeated_snapshots", "events_by_period", "labels", "log"):
-      assert got.manifest[key] == wanted.manifest[key]
+  got = appended(tmp_path / "one", case, way, parts, keep_vocabularies=True)
+  wanted = at_once(tmp_path / "two", case, way, parts, got.encoders)
+  compare(got, wanted)
+  for key in ("tally", "snapshots_with_too_few_events", "repeated_snapshots", "events_by_period", "labels", "log"):
+    assert got.manifest[key] == wanted.manifest[key]

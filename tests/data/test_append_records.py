@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
@@ -172,18 +171,14 @@ def test_what_others_had_before_a_value_had_a_code_stays_unknown_and_is_right(tm
   check.check(path, sample=12)
 
 
-@pytest.mark.parametrize(("setting", "left_out"), [({"min_count": 2}, 1), ({"size": None}, 3)])
+@pytest.mark.parametrize(("setting", "left_out"), [("min_count", 1), ("size", 3)])
 def test_the_rule_of_fitting_decides_which_new_values_get_a_code(
-  tmp_path: pathlib.Path, setting: dict[str, Any], left_out: int
+  few_users: pathlib.Path, tmp_path: pathlib.Path, setting: str, left_out: int
 ) -> None:
   write_log(tmp_path, users=12)
   raw = small_config(tmp_path)
-  if "size" in setting:  # as many as there are
-    cfg = config.resolve(raw)
-    prepare.prepare(cfg, **QUIET)
-    setting = {"size": len(Dataset(cfg.data.path).encoders.categorical["page"].values)}
-    shutil.rmtree(cfg.data.path)
-  raw["data"]["fields"]["page"] = {**raw["data"]["fields"]["page"], **setting}
+  as_many_as_there_are = len(Dataset(few_users / "dataset").encoders.categorical["page"].values)
+  raw["data"]["fields"]["page"][setting] = {"min_count": 2, "size": as_many_as_there_are}[setting]
   cfg = config.resolve(raw)
   prepare.prepare(cfg, **QUIET)
   pages = ["new b", "new a", "new a", "new b", "new c"]

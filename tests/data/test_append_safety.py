@@ -45,24 +45,6 @@ def test_a_bad_file_leaves_the_dataset_as_it_was(appendable: config.Config, tmp_
   assert not list(path.parent.glob("dataset.*"))
 
 
-def test_a_dataset_that_a_kill_left_beside_its_place_is_put_back(
-  appendable: config.Config, tmp_path: pathlib.Path
-) -> None:
-  """Between the two renames, or while what stood there before is removed."""
-  path = pathlib.Path(appendable.data.path)
-  before, whole = path.with_name("dataset.before"), Dataset(path).manifest
-  path.rename(before)
-  assert prepare.prepare(appendable, **QUIET) == whole and not before.exists()
-  path.rename(before)
-  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
-  assert Dataset(path).manifest["appends"] and not before.exists()
-  before.mkdir()
-  (before / "users.parquet").touch()
-  shutil.rmtree(path)
-  with pytest.raises(DataError, match="holds no prepared dataset"):
-    append.append(path, {"visits": [str(tmp_path / "day.parquet")]}, **QUIET)
-
-
 def test_only_one_process_at_a_time_writes_a_dataset(appendable: config.Config, tmp_path: pathlib.Path) -> None:
   path = pathlib.Path(appendable.data.path)
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])

@@ -61,6 +61,8 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(
   other = next(iter(batches.training(dataset, cfg, seed=7)))
   np.testing.assert_array_equal(first[0].features.time, again.features.time)
   assert not np.array_equal(first[0].features.time, other.features.time)
+  of_config = next(iter(batches.training(dataset, config.override(cfg, ["--config.train.seed=7"]))))
+  np.testing.assert_array_equal(of_config.features.time, other.features.time)
 
 
 def test_a_saved_position_continues_with_the_same_batches(
@@ -84,6 +86,35 @@ def test_an_epoch_shows_every_user_once(dataset: Dataset, cfg: config.Config) ->
   assert shown == sorted(int(dataset[i]["n_train"]) for i in range(len(dataset)))
 
 
+def test_a_window_ends_at_a_random_snapshot_and_its_snapshots_see_a_quarter_or_all(
+  dataset: Dataset, cfg: config.Config
+) -> None:
+  """A long history is cut; each row asks at all of the snapshots that see enough of the window, as far as they fit."""
+  most, places = cfg.model.max_events, cfg.train.snapshots_per_row
+  row_of, rng = batches._TrainingRow(dataset, cfg), np.random.default_rng(0)
+  cut = elsewhere = left_out = 0
+  for index in range(len(dataset)):
+    record, n_train = dataset[index], int(dataset[index]["n_train"])
+    seen = record["snapshot_events"][record["snapshot_split"] == labels_lib.TRAIN]
+    stops = set()
+    for _ in range(4):
+      features = row_of.random_map(index, rng).features
+      n = int(features.length)
+      assert n == min(n_train, most)
+      held = [i for i in range(n_train - n + 1) if np.array_equal(record["codes"][i : i + n], features.codes[:n])]
+      (start,) = [i for i in held if np.array_equal(record["numeric"][i : i + n], features.numeric[:n], equal_nan=True)]
+      stop = start + n
+      assert n_train <= most or stop in {*np.clip(seen, most, n_train).tolist(), n_train}
+      enough = [k - start for k in seen.tolist() if start < k <= stop and k - start >= min(k, most // 4)]
+      asked = features.query_events[features.query_valid].tolist()
+      assert len(asked) == min(len(enough), places) and asked == sorted(asked)
+      assert set(asked) <= set(enough)
+      left_out += len(enough) < len(seen)
+      stops.add(stop)
+    cut, elsewhere = cut + (n_train > most), elsewhere + (len(stops) > 1)
+  assert cut > 5 and elsewhere > cut / 2 and left_out > 5
+
+
 def test_a_row_that_does_not_fit_is_an_error(dataset: Dataset) -> None:
   history = dataset.history(dataset[0])
   none = np.zeros(0, np.int64)
@@ -91,17 +122,17 @@ def test_a_row_that_does_not_fit_is_an_error(dataset: Dataset) -> None:
     batches.window(dataset, history, 0, 3, none, none, 1, 1)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_held_out_users_are_not_among_the_training_rows(tmp_path: pathlib.Path, packing: bool) -> None:
+def test_held_out_users_are_not_among_the_training_rows(tmp_path: pathlib.Path) -> None:
   write_log(tmp_path, users=30)
   raw = raw_config(tmp_path)
   raw["data"]["split"] = {"mode": "user", "every_days": 30.0, "user_validation": 0.3, "user_test": 0.3}
-  raw["train"]["packing"] = packing
-  cfg = config.resolve(raw)
-  prepare.prepare(cfg, say=lambda text: None)
-  data = Dataset(cfg.data.path)
-  training = [i for i in range(len(data)) if data[i]["user_split"] == labels_lib.TRAIN]
-  assert data.training_users.tolist() == training and 0 < len(training) < 20
-  stream = iter(batches.training(data, cfg))
-  rows = [next(stream).features for _ in range(-(-4 * len(training) // cfg.train.batch_rows))]
-  assert min(int(row.length.min()) for row in rows) > 0  # a held-out user has no event that training may see
+  prepare.prepare(config.resolve(raw), say=lambda text: None)
+  for packing in (False, True):
+    raw["train"]["packing"] = packing
+    cfg = config.resolve(raw)
+    data = Dataset(cfg.data.path)
+    training = [i for i in range(len(data)) if data[i]["user_split"] == labels_lib.TRAIN]
+    assert data.training_users.tolist() == training and 0 < len(training) < 20
+    stream = iter(batches.training(data, cfg))
+    rows = [next(stream).features for _ in range(-(-4 * len(training) // cfg.train.batch_rows))]
+    assert min(int(row.length.min()) for row in rows) > 0  # a held-out user has no event that training may see

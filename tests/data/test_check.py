@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,25 +12,32 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import cli, config
-from supermoe_jax.data import check, prepare, snapshots
+from supermoe_jax.data import check, prepare
 from supermoe_jax.data.check import CheckError
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
-from supermoe_jax.data.labels import Labels, Snapshots
 from supermoe_jax.data.records import Labeller, TaskLabels
-from tests.fixtures.random_logs import FOLLOWING, FUTURE, OF_USER, WAYS, Case, prepared, random_case
+from tests.fixtures.dataset_copies import copied
+from tests.fixtures.random_logs import (
+  CASES,
+  FOLLOWING,
+  FUTURE,
+  OF_USER,
+  WAYS,
+  folder_once,
+  prepared,
+  prepared_once,
+)
 
-CASE = random_case(7, 150, 60)
+Record = dict[str, Any]
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-  "case",
-  [CASE, dataclasses.replace(CASE, formats=("parquet", "csv", "jsonl"), zone="America/New_York", duplicates="drop")],
-  ids=["text", "parquet"],
-)
-def test_a_good_dataset_passes_and_every_label_is_compared(tmp_path: pathlib.Path, way: str, case: Case) -> None:
-  dataset = prepared(tmp_path, case, way)
+@pytest.mark.parametrize("name", CASES)
+def test_a_good_dataset_passes_and_every_label_is_compared(
+  tmp_path_factory: pytest.TempPathFactory, way: str, name: str
+) -> None:
+  dataset = prepared_once(tmp_path_factory, name, way)
   assert max(len(dataset[i]["snapshot_time"]) for i in range(len(dataset))) <= check.SNAPSHOTS_A_USER or (
     way == "leave_one_out"
   )
@@ -42,27 +48,33 @@ def test_a_good_dataset_passes_and_every_label_is_compared(tmp_path: pathlib.Pat
   assert compared.keys() == known.keys() and all(c.labels for c in compared.values())
 
 
-def wrong(monkeypatch: pytest.MonkeyPatch, task: str, change: Callable[[Labels], Labels]) -> None:
-  """Lets the labeller give wrong labels of one task."""
-  right = Labeller._label
+def wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[Record], Record]) -> None:
+  """Lets every dataset hold other records."""
+  right = Dataset.__getitem__
+  monkeypatch.setattr(Dataset, "__getitem__", lambda self, index: change(right(self, index)))
 
-  def label(self: Labeller, name: str, *rest: Any) -> TaskLabels:
-    found = right(self, name, *rest)
-    return found._replace(labels=change(found.labels)) if name == task else found
 
-  monkeypatch.setattr(Labeller, "_label", label)
+def wrong_labels(monkeypatch: pytest.MonkeyPatch, task: str, change: Callable[[Record], None]) -> None:
+  """Lets every dataset hold other records, whose labels of one task `change` may write to."""
+
+  def changed(record: Record) -> Record:
+    record |= {key: record[key].copy() for key in (f"label_{task}", f"known_{task}")}
+    change(record)
+    return record
+
+  wrong(monkeypatch, changed)
 
 
 @pytest.mark.parametrize("task", [*FUTURE, *FOLLOWING, *OF_USER])
 def test_one_wrong_label_of_any_kind_is_found(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, task: str
+  tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
   left = [1]
 
-  def change(labels: Labels) -> Labels:
+  def change(record: Record) -> None:
     """Changes the last known label of the first user who has one: another code or class, the opposite, a number
     more."""
-    value, at = labels.value.copy(), np.argwhere(labels.known)
+    value, at = record[f"label_{task}"], np.argwhere(record[f"known_{task}"])
     if left and len(at):
       left.pop()
       here = tuple(at[-1])
@@ -73,15 +85,14 @@ def test_one_wrong_label_of_any_kind_is_found(
       else:
         here = (*here, 0) if task == "items" else here
         value[here] = 0 if value[here] else 1
-    return labels._replace(value=value)
 
-  wrong(monkeypatch, task, change)
-  dataset = prepared(tmp_path, CASE, "user" if task in OF_USER else "gap")
-  assert not left
+  dataset = prepared_once(tmp_path_factory, "text", "user" if task in OF_USER else "gap")
+  wrong_labels(monkeypatch, task, change)
   with pytest.raises(
     CheckError, match=rf"^user '\d+', snapshot 2024-.*, task {task}: .* holds .*, the raw files give "
   ):
     check.check(dataset.path)
+  assert not left
 
 
 @pytest.mark.parametrize(
@@ -89,10 +100,10 @@ def test_one_wrong_label_of_any_kind_is_found(
   [*((n, True) for n in (*FUTURE, *FOLLOWING, *OF_USER)), ("items", False), ("click", False), ("tier", False)],
 )
 def test_a_wrong_indicator_is_found(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, task: str, known: bool
+  tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, task: str, known: bool
 ) -> None:
-  wrong(monkeypatch, task, lambda labels: labels._replace(known=np.full_like(labels.known, known)))
-  dataset = prepared(tmp_path, CASE, "every_events")
+  dataset = prepared_once(tmp_path_factory, "text", "every_events")
+  wrong_labels(monkeypatch, task, lambda record: record[f"known_{task}"].fill(known))
   with pytest.raises(CheckError, match=f"task {task}: .*{'the raw files give' if known else 'holds'} .*"):
     check.check(dataset.path)
 
@@ -100,29 +111,39 @@ def test_a_wrong_indicator_is_found(
 @pytest.mark.parametrize(
   ("way", "what", "change"),
   [
-    ("calendar", "visible events", lambda s: s._replace(n_events=np.maximum(s.n_events - 1, 1))),
-    ("user", "its split", lambda s: s._replace(split=np.zeros_like(s.split))),
-    ("gap", "its split", lambda s: s._replace(split=np.ones_like(s.split))),
-    ("leave_one_out", "its split", lambda s: s._replace(split=np.zeros_like(s.split))),
-    ("leave_one_out", "its time", lambda s: s._replace(time=s.time + 1)),
+    ("calendar", "visible events", lambda r: {"snapshot_events": np.maximum(r["snapshot_events"] - 1, 1)}),
+    ("user", "its split", lambda r: {"snapshot_split": np.zeros_like(r["snapshot_split"])}),
+    ("gap", "its split", lambda r: {"snapshot_split": np.ones_like(r["snapshot_split"])}),
+    ("leave_one_out", "its split", lambda r: {"snapshot_split": np.zeros_like(r["snapshot_split"])}),
+    ("leave_one_out", "its time", lambda r: {"snapshot_time": r["snapshot_time"] + 1}),
   ],
 )
 def test_a_wrong_snapshot_is_found(
-  tmp_path: pathlib.Path,
+  tmp_path_factory: pytest.TempPathFactory,
   monkeypatch: pytest.MonkeyPatch,
   way: str,
   what: str,
-  change: Callable[[Snapshots], Snapshots],
+  change: Callable[[Record], Record],
 ) -> None:
-  right = snapshots.user_snapshots
-
-  def changed(*arguments: Any) -> tuple[Snapshots, snapshots.LeftOut]:
-    found, left_out = right(*arguments)
-    return change(found), left_out
-
-  monkeypatch.setattr(snapshots, "user_snapshots", changed)
-  dataset = prepared(tmp_path, CASE, way)
+  dataset = prepared_once(tmp_path_factory, "text", way)
+  wrong(monkeypatch, lambda record: record | change(record))
   with pytest.raises(CheckError, match=rf"^user '\d+', snapshot .*, {what}: "):
+    check.check(dataset.path)
+
+
+def test_a_label_that_the_labeller_gives_wrongly_is_found_in_what_it_wrote(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  right = Labeller._label
+
+  def label(self: Labeller, name: str, *rest: Any) -> TaskLabels:
+    found = right(self, name, *rest)
+    changed = found.labels._replace(value=1 - found.labels.value)
+    return found._replace(labels=changed) if name == "quiet" else found
+
+  monkeypatch.setattr(Labeller, "_label", label)
+  dataset = prepared(tmp_path, CASES["text"], "calendar")
+  with pytest.raises(CheckError, match="task quiet"):
     check.check(dataset.path)
 
 
@@ -163,36 +184,36 @@ def test_items_joined_and_bad_rows_dropped_are_derived_too(tmp_path: pathlib.Pat
 
 
 def test_a_changed_file_is_an_error_before_anything_is_compared(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+  tmp_path_factory: pytest.TempPathFactory, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  dataset = prepared(tmp_path, CASE, "calendar")
-  with (tmp_path / "one" / "views-1.csv").open("a") as out:
+  path = copied(folder_once(tmp_path_factory, "text", "calendar"), tmp_path)
+  assert check.check(path, sample=1)
+  with (tmp_path / "views-1.csv").open("a") as out:
     out.write("1,2024-04-01,a,yes,1.0\n")
   monkeypatch.setattr(check.raw, "load_events", lambda *unused: pytest.fail("the files were read"))
   with pytest.raises(DataError, match=r"have changed; prepare again.*views-1\.csv, which has changed"):
-    check.check(dataset.path)
-  (tmp_path / "one" / "views-1.csv").unlink()
+    check.check(path)
+  (tmp_path / "views-1.csv").unlink()
   with pytest.raises(DataError, match=r"views-1\.csv, which is not there"):
-    check.check(dataset.path)
+    check.check(path)
 
 
-def test_the_sample_is_drawn_by_its_seed(tmp_path: pathlib.Path) -> None:
-  dataset = prepared(tmp_path, CASE, "calendar")
-  few = [check.check(dataset.path, sample=2, seed=seed)["price"].labels for seed in (1, 1, 2, 3, 4)]
+def test_the_sample_is_drawn_by_its_seed(tmp_path_factory: pytest.TempPathFactory) -> None:
+  path = prepared_once(tmp_path_factory, "text", "calendar").path
+  few = [check.check(path, sample=2, seed=seed)["price"].labels for seed in (1, 1, 2, 3, 4)]
   assert few[0] == few[1] and len(set(few)) > 1
-  assert max(few) < check.check(dataset.path)["price"].labels
+  assert max(few) < check.check(path)["price"].labels
 
 
 def test_the_verb_says_what_was_compared_and_fails_with_one_line(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+  tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  good = prepared(tmp_path, CASE, "calendar")
-  assert cli.main(["check", "--data", str(good.path), "--sample", "5", "--seed", "3"]) == 0
+  path = str(prepared_once(tmp_path_factory, "text", "calendar").path)
+  assert cli.main(["check", "--data", path, "--sample", "5", "--seed", "3"]) == 0
   assert "  quiet: " in capsys.readouterr().out
-  wrong(monkeypatch, "quiet", lambda labels: labels._replace(value=1 - labels.value))
-  bad: Dataset = prepared(tmp_path, CASE, "calendar", "two")
-  assert cli.main(["check", "--data", str(bad.path)]) == 1
+  assert cli.main(["check", "--data", path, "--sample", "0"]) == 1
+  assert "--sample=0 must be at least 1" in capsys.readouterr().err
+  wrong(monkeypatch, lambda record: record | {"label_quiet": 1 - record["label_quiet"]})
+  assert cli.main(["check", "--data", path]) == 1
   error = capsys.readouterr().err
   assert "task quiet" in error and "Traceback" not in error
-  assert cli.main(["check", "--data", str(good.path), "--sample", "0"]) == 1
-  assert "--sample=0 must be at least 1" in capsys.readouterr().err

@@ -82,6 +82,8 @@ def test_a_plan_places_every_user_once_an_epoch_with_other_neighbours_each(
     for row in (0, len(plan) - 1):
       np.testing.assert_array_equal(again.users(epoch, row), rows[row])
   assert shared[0] != shared[1] != shared[2]
+  other = packing.Plan(sizes, packed(cfg), seed=4)
+  assert any(plan.users(0, row).tolist() != other.users(0, row).tolist() for row in range(len(plan)))
 
 
 def test_a_plan_says_what_an_epoch_holds(dataset: Dataset, cfg: config.Config) -> None:

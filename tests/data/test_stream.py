@@ -9,6 +9,7 @@ import operator
 import os
 import pickle
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -147,6 +148,7 @@ def test_a_dataset_can_be_sent_to_another_process(dataset: Dataset) -> None:
   np.testing.assert_array_equal(there[3]["time"], dataset[3]["time"])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_worker_processes_make_the_same_batches(dataset: Dataset, cfg: config.Config) -> None:
   cfg = wide(cfg, packing=True)
@@ -162,6 +164,57 @@ def test_worker_processes_make_the_same_batches(dataset: Dataset, cfg: config.Co
   back.close()
 
 
+class Dying:
+  """The batches of a stream, until a worker dies; makes do without a process."""
+
+  def __init__(self, batches: Iterator[Batch], left: int):
+    self._batches, self._left, self.closed = batches, left, False
+
+  def __next__(self) -> Batch:
+    assert not self.closed
+    self._left -= 1
+    if self._left < 0:
+      raise RuntimeError("Grain worker process 0 was terminated unexpectedly with exit code -9.\nIts last words")
+    return next(self._batches)
+
+  def close(self) -> None:
+    self.closed = True
+
+
+def test_batches_go_on_where_a_worker_died(
+  dataset: Dataset, cfg: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  start, started = stream_lib.Stream.start, []
+
+  def dying(self: stream_lib.Stream[Batch], batch: int, workers: int) -> Iterator[Batch]:
+    started.append((batch, workers))
+    return Dying(start(self, batch, 0), 3)
+
+  monkeypatch.setattr(stream_lib.Stream, "start", dying)
+  monkeypatch.setattr(stream_lib, "MOST_DEATHS", 2)
+  said: list[str] = []
+  worked = iter(batches.training(dataset, cfg, workers=2, say=said.append))
+  alone = start(worked._stream, 0, 0)
+  for _ in range(9):
+    assert_equal(next(worked), next(alone))
+  assert started == [(0, 2), (3, 2), (6, 2)]
+  assert len(said) == 2 and all("a worker that makes batches died" in s and "take up its work" in s for s in said)
+  with pytest.raises(DataError, match=r"died 3 times \(.* exit code -9\).*lower config\.train\.workers=2"):
+    next(worked)
+  assert worked.get_state()["rows"] == 9 * cfg.train.batch_rows
+
+
+def test_an_error_of_a_batch_is_no_death_of_a_worker(
+  dataset: Dataset, cfg: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def failing(self: stream_lib.Stream[Batch], batch: int, workers: int) -> Iterator[Batch]:
+    raise RuntimeError("a record is damaged")
+
+  monkeypatch.setattr(stream_lib.Stream, "start", failing)
+  with pytest.raises(RuntimeError, match="a record is damaged"):
+    next(iter(batches.training(dataset, cfg, workers=2)))
+
+
 def kill_a_worker() -> None:
   """Ends one of this process' workers as a system without memory does."""
   workers = [p for p in multiprocessing.active_children() if p.pid is not None]
@@ -169,6 +222,8 @@ def kill_a_worker() -> None:
   os.kill(workers[0].pid or 0, signal.SIGKILL)
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_when_a_worker_dies_others_take_up_its_work(
   dataset: Dataset, cfg: config.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.targets import Supervision, Targets, count_spaces, join
+from supermoe_jax.data.vocabulary import FIRST_VALUE, UNKNOWN
 from tests.fixtures.every_kind_log import SEGMENTS, M
 
 Site = tuple[float, float] | None  # value and weight; None unknown
@@ -180,6 +181,28 @@ def test_the_labels_outside_of_a_sample_space_and_of_unknown_membership_are_coun
   assert min(inside, outside, unknown) > 0
   assert found["good"].outside > 0  # it weighs .25, and counts as outside all the same
   assert all(c.labels == c.inside + c.outside + c.unknown for c in found.values())
+
+
+def test_a_next_event_out_of_vocabulary_is_asked_about_but_not_taught(data: Dataset, rich: config.Config) -> None:
+  """No row of the catalogue is right; in evaluation such an answer is wrong, not left out."""
+  learning, asking = (Supervision(data, rich, training=training) for training in (True, False))
+  taught = outside = 0
+  for index in range(len(data)):
+    record = data[index]
+    history, label = data.history(record), record["label_next_item"].copy()
+    codes = history.codes.copy()
+    for values in (codes[:, 1], label):
+      values[values == FIRST_VALUE] = UNKNOWN
+    history, record = dataclasses.replace(history, codes=codes), record | {"label_next_item": label}
+    chosen, known = np.arange(len(label)), record["known_next_item"].astype(bool)
+    at_snapshots = learning.at_snapshots(record, history, chosen)["next_item"]
+    np.testing.assert_array_equal(at_snapshots.known, known & (label > UNKNOWN))
+    assert not at_snapshots.weight[label == UNKNOWN].any()
+    np.testing.assert_array_equal(asking.at_snapshots(record, history, chosen)["next_item"].known, known)
+    at_events = learning.at_events(history, 0, history.n_train)["next_item"]
+    assert (at_events.value[at_events.known] > UNKNOWN).all()
+    taught, outside = taught + int(at_snapshots.known.sum()), outside + int(np.sum(known & (label == UNKNOWN)))
+  assert taught > 20 and outside > 20
 
 
 def test_embedding_asks_nothing(data: Dataset, rich: config.Config) -> None:

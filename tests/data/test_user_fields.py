@@ -8,9 +8,11 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data import check, fitting
+from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.events import DataError
+from tests.fixtures.dataset_copies import copied
 from tests.fixtures.event_rows import ABSENT, JUNE_1, UNKNOWN, good_rows, histories
-from tests.fixtures.random_logs import prepared, random_case
+from tests.fixtures.random_logs import CASES, folder_once, prepared_once
 
 FIELDS = {"item": {}, "country": {"table": "users"}}
 
@@ -170,12 +172,12 @@ def test_bad_rows_of_users_may_be_dropped_and_are_counted(joined):
 # ---------------------------------------------------------------------------------------------------------- a dataset
 
 
-CASE = random_case(7, 150, 60)
+CASE = CASES["text"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-  return prepared(tmp_path_factory.mktemp("users"), CASE, "calendar")
+  return prepared_once(tmp_path_factory, "text", "calendar")
 
 
 def test_a_users_numbers_are_not_averaged_in_the_aggregates(dataset):
@@ -191,9 +193,10 @@ def test_a_dataset_with_fields_of_users_is_found_right(dataset):
   assert all(missing.values())
 
 
-def test_a_change_of_the_table_of_users_is_noticed(tmp_path):
-  dataset = prepared(tmp_path, CASE, "calendar")
-  with (tmp_path / "one" / "users.parquet").open("ab") as out:
+def test_a_change_of_the_table_of_users_is_noticed(tmp_path_factory, tmp_path):
+  dataset = Dataset(copied(folder_once(tmp_path_factory, "text", "calendar"), tmp_path))
+  dataset.check_files()
+  with (tmp_path / "users.parquet").open("ab") as out:
     out.write(b"x")
   with pytest.raises(DataError, match=r"users\.parquet, which has changed"):
     dataset.check_files()

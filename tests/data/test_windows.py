@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import pathlib
 
 import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import batches, prepare
+from supermoe_jax.data import batches, prepare, windows
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
@@ -27,6 +29,40 @@ def test_fields_that_are_no_inputs_are_hidden_from_features_and_aggregates(data:
   for features in (next(iter(batches.training(data, rich))).features, batch.features._replace()):
     assert not features.codes[..., 0].any() and features.codes[..., 1].any()
     assert not np.isfinite(features.numeric[:n, ..., 0]).any() and np.isfinite(features.numeric[:n, ..., 1]).any()
+
+
+def phases(time: int) -> list[float]:
+  """Sine of the phases of day, week and year, then cosine."""
+  angles = [2 * math.pi * math.fmod(time / (days * 86_400e6), 1.0) for days in (1, 7, 365.2425)]
+  return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_features_are_what_the_history_says_in_plain_numbers(dataset: Dataset, start: int) -> None:
+  index = next(i for i in range(len(dataset)) if len(dataset[i]["time"]) > 12)
+  record = dataset[index]
+  history, stop = dataset.history(record), 9
+  times = np.array([history.time[6] + 1, history.time[8] + 86_400_000_000])
+  seen = np.array([7, 9], np.int32)
+  found = windows.window(dataset, history, start, stop, times, seen, 12, 3)
+  n, hour = stop - start, 3_600_000_000
+  assert found.segment.tolist() == [1] * n + [0] * (12 - n) and found.query_segment.tolist() == [1, 1, 0]
+  assert (int(found.length), found.query_valid.tolist()) == (n, [True, True, False])
+  assert found.query_events.tolist() == [7 - start, 9 - start, 0]
+  assert found.source[:n].tolist() == (record["source"][start:stop] + 1).tolist()
+  np.testing.assert_array_equal(found.codes[:n], record["codes"][start:stop])
+  np.testing.assert_array_equal(found.numeric[:n], record["numeric"][start:stop])
+  assert np.isnan(found.numeric[n:]).all() and not found.codes[n:].any() and not found.source[n:].any()
+  time = history.time.tolist()
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  close(found.time[:n], [(time[i] - time[start]) / hour for i in range(start, stop)])
+  close(found.gap[:n], [(time[i] - time[max(i - 1, 0)]) / hour for i in range(start, stop)])
+  close(found.calendar[:n], [phases(time[i]) for i in range(start, stop)])
+  close(found.query_time[:2], [(t - time[start]) / hour for t in times.tolist()])
+  close(found.query_gap[:2], [1 / hour, 24.0])
+  close(found.query_calendar[:2], [phases(t) for t in times.tolist()])
+  aggregates = dataset.aggregates(history.block, np.zeros(2, np.int64), times, seen)
+  np.testing.assert_array_equal(found.query_aggregates, np.pad(aggregates, ((0, 1), (0, 0))))
 
 
 def test_counting_the_values_of_a_hidden_field_is_an_error(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
