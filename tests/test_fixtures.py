@@ -3,12 +3,14 @@
 import itertools
 import multiprocessing
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fixtures import compilation, grids
+from tests.fixtures import compilation, grids, scripts
 from tests.fixtures.shared import made_once
 
 INTEL = """processor\t: 0
@@ -85,3 +87,9 @@ def test_a_shared_folder_that_was_not_finished_is_made_anew(
     made_once(tmp_path_factory, "thing", fail)
   folder = made_once(tmp_path_factory, "thing", _make)
   assert [f.name for f in folder.iterdir()] == ["whole"]
+
+
+def test_every_planted_fault_fits_the_package() -> None:
+  command = [sys.executable, str(scripts.ROOT / "tests" / "mutations.py"), "--list"]
+  out = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
