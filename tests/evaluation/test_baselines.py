@@ -1,0 +1,22 @@
+"""Baselines know what a user did before the moment that is asked about, and nothing later."""
+
+import types
+
+import numpy as np
+
+from supermoe_jax.data.questions import Question
+from supermoe_jax.evaluation import baselines
+
+
+class OneUser:
+  """A dataset of one user, who had item 2 and then item 4."""
+
+  schema = types.SimpleNamespace(field=lambda name: 0, categorical={"item": 6})
+
+  def __getitem__(self, user: int) -> dict[str, np.ndarray]:
+    return {"codes": np.array([[2], [4]])}
+
+
+def test_own_frequency_does_not_count_the_event_that_is_asked_about() -> None:
+  after_one_event = Question(0, "u", 0, 0, 1, 0)
+  assert baselines.personal_ranks(OneUser(), "item", [after_one_event], np.array([4])).tolist() == [3]
