@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from supermoe_jax.serving import export, loader
+from supermoe_jax.serving import loader
 from supermoe_jax.serving.loader import Encoder
-from supermoe_jax.training.run import Run
+from tests.fixtures import exported_encoder
 
 
 def as_json(value: Any) -> Any:
@@ -17,11 +17,9 @@ def as_json(value: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def exported(workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """Programs for batches of 1 and 4 rows, of 8 and 24 events; do not change it."""
-  out = tmp_path_factory.mktemp("exported") / "encoder"
-  export.export(run, out, batch_sizes=(1, 4), events=(8,))
-  return out
+  return exported_encoder.made(tmp_path_factory, workdir)
 
 
 @pytest.fixture(scope="session")

@@ -206,6 +206,7 @@ def test_rows_of_any_length_are_those_of_evaluation(
   assert compared == run.dataset.manifest["snapshots"]["test"] > 20
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_processes_share_the_parts_and_write_the_same_rows(
   written: pathlib.Path, run: Run, tmp_path: pathlib.Path

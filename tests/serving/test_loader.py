@@ -1,7 +1,6 @@
 """An exported encoder gives the vectors of the run, needs JAX and NumPy alone, and is whole or refused."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from supermoe_jax.serving.loader import Encoder, InputError
 from supermoe_jax.training.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
-from tests.fixtures import scripts
+from tests.fixtures import exported_encoder
 
 DAY = "2024-05-20"
 
@@ -100,7 +99,7 @@ def test_a_vector_does_not_depend_on_who_shares_the_batch(encoder: Encoder, raw_
 def test_nothing_but_jax_and_numpy_is_imported(
   exported: pathlib.Path, encoder: Encoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-  users = list(raw_users.values())[:6]
+  users = list(raw_users.values())[:2]
   (tmp_path / "users.json").write_text(json.dumps(users))
   out = subprocess.run(
     [sys.executable, "-c", BLOCKED, str(exported), str(tmp_path / "users.json"), str(tmp_path / "vectors.npy")],
@@ -118,27 +117,6 @@ def test_every_program_is_lowered_for_every_platform(encoder: Encoder) -> None:
   for exported in encoder.programs.values():
     assert exported.platforms == ("cpu", "cuda", "tpu") == tuple(encoder.manifest["platforms"])
     assert "_platform_index" in exported.mlir_module()  # which one it runs on is an argument
-
-
-@pytest.mark.slow
-def test_a_program_compiles_for_a_tpu(exported: pathlib.Path, encoder: Encoder) -> None:
-  """By XLA:TPU on this machine, in a process of its own; see `tests/test_tpu.py`."""
-  library = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
-  assert library.is_file(), f"{library} is missing; run 'make test', which installs it"
-  environment = {
-    **os.environ,
-    "TPU_LIBRARY_PATH": str(library),
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "",
-  }
-  script = scripts.PROGRAMS / "tpu_encoder.py"
-  out = subprocess.run(
-    [sys.executable, script, str(exported), "1", "8"], env=environment, capture_output=True, text=True, check=False
-  )
-  assert out.returncode == 0, out.stderr[-3000:]
-  assert json.loads(out.stdout.splitlines()[-1]) == {"shape": [1, encoder.width], "platform": "tpu"}
 
 
 def test_parameters_are_no_constants_of_the_programs(exported: pathlib.Path, encoder: Encoder) -> None:
@@ -263,17 +241,20 @@ def test_rows_that_share_lines_on_a_tpu_are_exported_as_plain_rows(run: Run) -> 
     np.testing.assert_array_equal(a.get_value(), b.get_value())
 
 
-def test_the_verbs_export_and_say_what_is_wrong(
-  workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+def test_the_verbs_say_what_was_exported_and_what_is_wrong(
+  workdir: pathlib.Path,
+  exported: pathlib.Path,
+  tmp_path_factory: pytest.TempPathFactory,
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
 ) -> None:
-  out = tmp_path / "encoder"
-  arguments = ["export", "--workdir", str(workdir), "--out", str(out), "--batch-sizes", "2"]
-  assert cli.main(arguments) == 0
-  assert "width 16, for cpu, cuda, tpu" in (told := capsys.readouterr().out)
-  assert "1 programs: batches of 2 × 24 events" in told
-  assert loader.load(out).batch_sizes == (2,)
+  told = exported_encoder.said(tmp_path_factory, workdir)
+  assert "width 16, for cpu, cuda, tpu" in told
+  assert "4 programs: batches of 1, 4 × 8, 24 events" in told
+  arguments = ["export", "--workdir", str(workdir), "--out", str(exported)]
   assert cli.main(arguments) == 1 and "add --overwrite" in capsys.readouterr().err
   assert cli.main([*arguments, "--overwrite", "--lengths", "0"]) == 1
+  assert loader.load(exported).batch_sizes == (1, 4)
   assert cli.main(["serve", "--model", str(tmp_path / "none")]) == 1
   assert "no manifest.json); run 'supermoe export' first" in capsys.readouterr().err
 

@@ -55,6 +55,9 @@ echo "step 10, $(basename "$PWD")"
 while :; do sleep 0.1; done
 """
 
+# Scripts that look every second or so whether something has happened look ten times a second.
+_SLEEP = "#!/bin/sh\nexec /bin/sleep 0.1\n"
+
 # Fails on the host whose folder holds a file `wrong`.
 _PYTHON = """#!/usr/bin/env bash
 [ ! -e ../wrong ] || { echo "host is wrong: $*"; exit 1; }
@@ -68,6 +71,7 @@ class Pod(Machine):
   def __init__(self, folder: pathlib.Path):
     super().__init__(folder)
     self._program("bin/gcloud", _GCLOUD)
+    self._program("bin/sleep", _SLEEP)
     for slice_ in range(2):
       for worker in range(2):
         self._program(f"hosts/mine-{slice_}/{worker}/supermoe_jax/.venv/bin/supermoe", _SUPERMOE)
@@ -102,7 +106,9 @@ def pod(tmp_path: pathlib.Path) -> Pod:
   return Pod(tmp_path)
 
 
-def test_a_run_is_launched_looked_at_and_stopped_on_all_hosts(pod: Pod) -> None:
+def test_a_run_is_launched_looked_at_and_stopped_on_all_hosts_and_resumed_only_then(pod: Pod) -> None:
+  out = pod.do("resume")
+  assert out.returncode == 1 and out.stderr.count("holds no run that was begun") == 4
   out = pod.do("launch")
   assert out.returncode == 0, out.stderr
   assert out.stdout.count(": started, as process") == 4
@@ -127,41 +133,31 @@ def test_a_run_is_launched_looked_at_and_stopped_on_all_hosts(pod: Pod) -> None:
   out = pod.do("health")
   assert out.returncode == 1 and out.stdout.count("NO process is alive; the log ends with: run_host:") == 4
   assert pod.do("stop").stdout.count("nothing runs") == 4
-
-
-def test_resume_needs_a_run_that_was_begun(pod: Pod) -> None:
-  out = pod.do("resume")
-  assert out.returncode == 1 and out.stderr.count("holds no run that was begun") == 4
-  pod.workdir.mkdir(parents=True)
-  (pod.workdir / "config.json").touch()
   try:
     assert pod.do("resume").stdout.count(": started, as process") == 4
+    assert_logs_are_followed_until_interrupted(pod)
   finally:
     pod.do("stop")
 
 
-def test_logs_are_followed_until_interrupted(pod: Pod) -> None:
-  pod.do("launch")
-  try:
-    line = [str(ROOT / POD), "logs", "--pod", str(pod.settings)]
-    process = subprocess.Popen(
-      line, env=pod.environment(pod.variables()), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout
-    seen = 0
-    for row in process.stdout:
-      seen += row.startswith("step 10")
-      if seen == 4:
-        break
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 130
-    end = time.monotonic() + 10
-    follow = f"tail -n 50 -F runs/hosts/{str(pod.workdir)[1:].replace('/', '_')}.log"
-    while subprocess.run(["pgrep", "-f", follow], capture_output=True, check=False).returncode == 0:
-      assert time.monotonic() < end, "something follows the logs still"
-      time.sleep(0.05)
-  finally:
-    pod.do("stop")
+def assert_logs_are_followed_until_interrupted(pod: Pod) -> None:
+  line = [str(ROOT / POD), "logs", "--pod", str(pod.settings)]
+  process = subprocess.Popen(
+    line, env=pod.environment(pod.variables()), stdout=subprocess.PIPE, text=True, start_new_session=True
+  )
+  assert process.stdout
+  seen = 0
+  for row in process.stdout:
+    seen += row.startswith("step 10")
+    if seen == 8:  # of the run that was launched, and of the one that goes on with it
+      break
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=20) == 130
+  end = time.monotonic() + 10
+  follow = f"tail -n 50 -F runs/hosts/{str(pod.workdir)[1:].replace('/', '_')}.log"
+  while subprocess.run(["pgrep", "-f", follow], capture_output=True, check=False).returncode == 0:
+    assert time.monotonic() < end, "something follows the logs still"
+    time.sleep(0.05)
 
 
 def test_one_wrong_host_fails_the_check(pod: Pod) -> None:

@@ -1,4 +1,4 @@
-"""The wrapper of a host: what it starts again, what it does not, and that a run of two hosts comes through."""
+"""The wrapper of a host: what it starts again, what it does not, and how it ends."""
 
 import os
 import pathlib
@@ -6,15 +6,11 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
-import jax
 import pytest
 
-from supermoe_jax import config
-from supermoe_jax.data.dataset import Dataset
 from tests.fixtures.pod_scripts import ROOT
 
 RUN_HOST = str(ROOT / "tpu_setup" / "run_host.sh")
@@ -59,8 +55,8 @@ def test_code_75_and_a_signal_start_it_again(first: str, tmp_path: pathlib.Path)
 
 @pytest.mark.parametrize("code", [1, 2, 70, 127, 130, 143])
 def test_any_other_code_ends_it_at_once(code: int) -> None:
-  assert run_host(command=f"exit {code}")[0] == code
-  assert starts(run_host(command=f"exit {code}")[1]) == 1
+  ended, said = run_host(command=f"exit {code}")
+  assert (ended, starts(said)) == (code, 1)
 
 
 def test_a_command_that_is_not_there_is_no_reason_to_try_again() -> None:
@@ -105,12 +101,10 @@ def test_a_signal_is_passed_on_waited_for_and_not_answered_by_a_restart(
   number: signal.Signals, tmp_path: pathlib.Path
 ) -> None:
   ready, saved = tmp_path / "ready", tmp_path / "saved"
-  command = f"trap 'sleep 0.5; touch {saved}; exit 75' {number.name[3:]}; touch {ready}; while :; do sleep 0.05; done"
-  line = [RUN_HOST, "--wait", "0", "--", "bash", "-c", command]
+  command = f"trap 'sleep 0.2; touch {saved}; exit 75' {number.name[3:]}; touch {ready}; while :; do sleep 0.05; done"
   # A shell cannot trap what it was told to ignore, as SIGINT is where these tests run in the background.
-  process = subprocess.Popen(
-    line, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-  )
+  line = ["env", "--default-signal=INT", RUN_HOST, "--wait", "0", "--", "bash", "-c", command]
+  process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
   until(ready.exists)
   process.send_signal(number)
   said = process.communicate(timeout=30)[1]
@@ -140,14 +134,14 @@ def test_a_signal_during_the_wait_ends_it_with_the_last_code(tmp_path: pathlib.P
 def test_it_waits_without_using_the_processor() -> None:
   process = subprocess.Popen([RUN_HOST, "--", "sleep", "60"], stderr=subprocess.PIPE)
   assert process.stderr and process.stderr.readline()
-  time.sleep(0.5)
+  time.sleep(0.2)
 
   def ticks() -> int:
     user, system = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return int(user) + int(system)
 
   before = ticks()
-  time.sleep(1.5)
+  time.sleep(0.6)
   assert ticks() == before
   process.terminate()
   assert process.wait(timeout=10) == 143
@@ -191,65 +185,24 @@ def test_wrong_usage_is_told_with_code_2(arguments: tuple[str, ...], told: str) 
   assert out.returncode == 2 and told in out.stderr
 
 
-class Host:
-  """The wrapper of one of two hosts that train a run, with two devices."""
-
-  def __init__(self, folder: pathlib.Path, cfg: config.Config, port: int, index: int):
-    self._log = folder / f"host_{index}.log"
-    environment = {
-      **os.environ,
-      "PYTHONUNBUFFERED": "1",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
-      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    line = [RUN_HOST, "--wait", "22", "--log", str(self._log), "--", sys.executable, "-m", "supermoe_jax", "train"]
-    line += ["--config", str(folder / "wanted.py"), "--workdir", str(folder / "run")]
-    line += ["--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(index)]
-    self.process = subprocess.Popen(line, env=environment)
-
-  @property
-  def said(self) -> str:
-    return self._log.read_text()
-
-  def kill_training(self) -> None:
-    child = subprocess.run(
-      ["pgrep", "-P", str(self.process.pid), "-f", "supermoe_jax train"], capture_output=True, text=True, check=True
-    )
-    os.kill(int(child.stdout), signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_a_run_of_two_hosts_goes_on_when_a_process_is_killed(
-  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
-) -> None:
-  lengths = {"steps": 90, "checkpoint_every": 30, "log_every": 10}
-  mesh = ["--config.train.mesh.data=2", "--config.train.mesh.expert=2"]
-  wanted = config.override(cfg, [*mesh, *(f"--config.train.{k}={v}" for k, v in lengths.items())])
-  config.save(wanted, tmp_path / "wanted.json")
-  (tmp_path / "wanted.py").write_text(
-    "import json, ml_collections\n"
-    f"def get_config():\n  return ml_collections.ConfigDict(json.load(open({str(tmp_path / 'wanted.json')!r})))\n"
+def test_of_two_hosts_of_which_one_is_killed_both_start_again_and_end(tmp_path: pathlib.Path) -> None:
+  """Commands in place of training: the first one notices that the second is gone, and ends with 75."""
+  first = (
+    "[ -e noticed ] && exit 0; until [ -e second ]; do sleep 0.05; done; touch first; "
+    "while kill -0 $(cat second); do sleep 0.05; done; touch noticed; exit 75"
   )
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  hosts = [Host(tmp_path, wanted, port, i) for i in range(2)]
-  try:
-    while not (tmp_path / "run" / "checkpoints" / "30").is_dir():
-      assert all(h.process.poll() is None for h in hosts), "\n".join(h.said for h in hosts)
-      time.sleep(0.02)
-    hosts[1].kill_training()
-    codes = [h.process.wait(timeout=420) for h in hosts]
-  finally:
-    for h in hosts:
-      h.process.terminate()
-  told = "\n".join(h.said for h in hosts)
-  assert codes == [0, 0], told
-  assert "end 1: code 137" in hosts[1].said and "end 1: code 75" in hosts[0].said, told
-  assert "process 1 (" in hosts[0].said and "no sign of life" in hosts[0].said
-  assert [starts(h.said) for h in hosts] == [2, 2], told
-  assert re.search(r"resuming \S+ at step (30|60) of 90", hosts[0].said), told
-  assert f"trained to step 90: {tmp_path / 'run'}" in hosts[0].said
-  rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  assert [int(re.search(r'"step": ?(\d+)', row)[1]) for row in rows] == list(range(10, 100, 10))
+  second = (
+    "until [ ! -e second ] || [ -e noticed ]; do sleep 0.05; done; [ -e noticed ] && exit 0; "
+    "echo $$ >second.part; mv second.part second; exec sleep 60"
+  )
+  logs = [tmp_path / f"{i}.log" for i in range(2)]
+  hosts = [
+    subprocess.Popen([RUN_HOST, "--wait", "0", "--log", str(log), "--", "bash", "-c", command], cwd=tmp_path)
+    for log, command in zip(logs, (first, second))
+  ]
+  until((tmp_path / "first").exists)
+  os.kill(int((tmp_path / "second").read_text()), signal.SIGKILL)
+  assert [host.wait(timeout=30) for host in hosts] == [0, 0]
+  said = [log.read_text() for log in logs]
+  assert [starts(each) for each in said] == [2, 2]
+  assert "end 1: code 75" in said[0] and "end 1: code 137" in said[1]
