@@ -1,16 +1,23 @@
+import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from supermoe_jax import cli
+from supermoe_jax import cli, config, exits
+from supermoe_jax.evaluation import study
+from supermoe_jax.evaluation.study import StudyError
+from tests.fixtures import seesaw_runs
 from tests.fixtures.small_log import raw_config, write_log
+
+DAYS = ("2024-05-01", "2024-05-20")
 
 
 @pytest.fixture
 def config_file(tmp_path: pathlib.Path) -> pathlib.Path:
-  write_log(tmp_path, users=16)
   file = tmp_path / "small.py"
   file.write_text(
     f"import ml_collections\n\ndef get_config():\n  return ml_collections.ConfigDict({raw_config(tmp_path)!r})\n"
@@ -22,20 +29,21 @@ def config_file(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_the_whole_way_from_files_to_a_page(
   config_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  workdir = str(tmp_path / "run")
-  few = ["--config.train.steps=3", "--config.train.warmup_steps=1"]
+  """The log and the config are those of many tests, so that all share compiled programs."""
+  write_log(tmp_path)
+  workdir = tmp_path / "run"
   for arguments in (
-    ["prepare", "--config", str(config_file), *few],
-    ["train", "--config", str(config_file), "--workdir", workdir, *few],
-    ["evaluate", "--workdir", workdir],
-    ["embed", "--workdir", workdir, "--as-of", "2024-05-01", "2024-05-20"],
-    ["report", "--workdir", workdir],
+    ["prepare", "--config", str(config_file)],
+    ["train", "--config", str(config_file), "--workdir", str(workdir), "--config.train.log_every=3"],
+    ["evaluate", "--workdir", str(workdir)],
+    ["embed", "--workdir", str(workdir), "--as-of", *DAYS],
+    ["report", "--workdir", str(workdir)],
   ):
     assert cli.main(arguments) == 0, capsys.readouterr().err
   said = capsys.readouterr().out
-  for text in ("16 users", "trained to step 3", "next_page", "own most frequent", "as of 2024-05-20", "report.html"):
+  for text in ("40 users", "trained to step 12", "next_page", "own most frequent", "as of 2024-05-20", "report.html"):
     assert text in said
-  made = {p.name for p in pathlib.Path(workdir).iterdir()}
+  made = {p.name for p in workdir.iterdir()}
   assert made >= {
     "config.json",
     "metrics.jsonl",
@@ -45,17 +53,52 @@ def test_the_whole_way_from_files_to_a_page(
     "embeddings",
     "report.html",
   }
+  assert [json.loads(row)["step"] for row in (workdir / "metrics.jsonl").read_text().splitlines()] == [3, 6, 9, 12]
+  assert json.loads((workdir / "evaluation.json").read_text())["step"] == 12
+  parts = [pq.read_table(file, columns=["as_of"])["as_of"] for file in (workdir / "embeddings").glob("*.parquet")]
+  assert {str(time.as_py().date()) for part in parts for time in part} == set(DAYS)
+  page = (workdir / "report.html").read_text()
+  assert "supermoe evaluate" not in page and "supermoe embed" not in page  # nothing is left to be made
 
 
 def test_inspect_proposes_a_config_that_can_be_prepared(
-  config_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+  write_log(tmp_path, users=16)
   proposed = tmp_path / "proposed.py"
   assert cli.main(["inspect", str(tmp_path / "visits.parquet"), "--out", str(proposed)]) == 0
   monkeypatch.chdir(tmp_path)
   assert cli.main(["prepare", "--config", str(proposed), f"--config.data.path={tmp_path / 'from_proposal'}"]) == 0, (
     capsys.readouterr().err
   )
+
+
+def test_seesaw_makes_a_study_of_the_config_and_prints_its_table_and_words(
+  config_file: pathlib.Path,
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  report = seesaw_runs.make(seesaw_runs.study({"tuned": seesaw_runs.BAD, "good": seesaw_runs.GOOD}))
+  asked: list[Any] = []
+
+  def made(cfg: config.Config, workdir: pathlib.Path, **options: Any) -> Any:
+    asked.append((cfg.train.steps, workdir, options))
+    return report
+
+  monkeypatch.setattr(study, "study", made)
+  verb = ["seesaw", "--config", str(config_file), "--workdir", str(tmp_path / "study")]
+  assert cli.main([*verb, "--jobs", "2", "--only", "good", "tu*", "--config.train.steps=7"]) == exits.OK
+  assert asked == [(7, tmp_path / "study", {"jobs": 2, "only": ["good", "tu*"]})]
+  said = capsys.readouterr().out
+  assert "−3.03 ±0.38 ▼" in said and report["words"][0] in said
+
+  def fails(*arguments: Any, **options: Any) -> Any:
+    raise StudyError("2 runs failed")
+
+  monkeypatch.setattr(study, "study", fails)
+  assert cli.main(verb) == exits.ERROR and "supermoe seesaw: 2 runs failed" in capsys.readouterr().err
+  assert cli.main([*verb, "--jobs", "0"]) == exits.ERROR and "--jobs=0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,24 @@
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+  """A trained run in a directory of its own, into which it is evaluated."""
+  copy = tmp_path_factory.mktemp("evaluated") / "run"
+  shutil.copytree(workdir, copy)
+  return Run(copy)
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +39,33 @@ def test_every_task_has_its_metrics_and_baselines_in_both_splits(result: dict, r
   assert result["splits"]["test"]["quiet"]["metrics"]["auc"] is not None
 
 
-def test_the_file_holds_what_is_returned(result: dict, workdir: pathlib.Path) -> None:
-  assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+def test_the_file_holds_what_is_returned(result: dict, run: Run) -> None:
+  assert json.loads((run.workdir / "evaluation.json").read_text()) == json.loads(json.dumps(result))
 
 
-def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run) -> None:
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run, split: str) -> None:
   label, score = [], []
-  for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST):
+  for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split]):
     out = np.asarray(run.answer(batch.features, batch.given).answers["quiet"])
     for row, question in enumerate(batch.questions):
       record = run.dataset[question.user]
       if record["known_quiet"][question.snapshot]:
         label.append(record["label_quiet"][question.snapshot])
         score.append(out[row])
-  assert result["splits"]["test"]["quiet"]["metrics"]["auc"] == pytest.approx(roc_auc_score(label, score))
+  measured = result["splits"][split]["quiet"]
+  assert measured["labels"] == len(label) == run.dataset.manifest["labels"]["quiet"][split]["known"]
+  assert measured["positive"] == pytest.approx(np.mean(label))
+  assert measured["metrics"]["auc"] == pytest.approx(roc_auc_score(label, score))
+
+
+def test_what_a_user_has_seen_is_what_lies_before_the_question(run: Run) -> None:
+  cfg = config.override(run.cfg, ["--config.tasks.next_page.exclude_seen=True"])
+  column = run.dataset.schema.field("page")
+  for batch in questions_lib.questions(run.dataset, cfg, split=labels_lib.TEST):
+    assert len(batch.seen["next_page"]) == len(batch.questions)
+    for question, seen in zip(batch.questions, batch.seen["next_page"]):
+      assert set(seen) == set(run.dataset[question.user]["codes"][: question.n_events, column])
 
 
 def test_loads_of_every_task_sum_to_one_per_layer(result: dict) -> None:
@@ -62,6 +85,7 @@ def test_the_table_shows_each_task_beside_its_baselines(result: dict) -> None:
 def test_popularity_ranks_by_code_and_skips_what_was_seen() -> None:
   target = np.array([2, 5, 1, 6])
   assert baselines.popularity_ranks(target, None).tolist() == [1, 4, np.inf, 5]
+  assert target.tolist() == [2, 5, 1, 6]
   seen = [np.array([3]), np.array([2, 3, 9]), np.array([], int), np.array([6])]
   assert baselines.popularity_ranks(target, seen).tolist() == [1, 2, np.inf, np.inf]
 
@@ -75,3 +99,4 @@ def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
   order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
   for place, item in enumerate(order, 1):
     assert baselines.personal_ranks(run.dataset, "page", [question], np.array([item + 2])).tolist() == [place]
+  assert baselines.personal_ranks(run.dataset, "page", [question], np.array([1])).tolist() == [np.inf]

@@ -1,7 +1,10 @@
 """Intervals of main metrics: they agree with their definitions, with resampling, and with what they promise."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax.evaluation import intervals, metrics
@@ -109,6 +112,17 @@ def test_a_difference_is_paired() -> None:
   assert high - low < 0.5 * (alone[1] - alone[0])
 
 
+def test_of_a_mean_with_one_label_a_user_the_difference_is_students_paired_one() -> None:
+  ranks = np.array([[1, 3, 2, 9, 30, 4, 1, 2], [2, 3, 1, 12, 10, 5, 4, 1]], float)
+  gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
+  one, other = (intervals.influence(Scored("catalogue", r, r, 10)) for r in ranks)
+  found = intervals.difference(one, other, np.arange(8))
+  assert found is not None
+  wanted = stats.ttest_rel(*gains)
+  assert found["difference"] == pytest.approx(gains[0].mean() - gains[1].mean())
+  assert found["interval"] == pytest.approx(list(wanted.confidence_interval(0.95)))
+
+
 def test_where_labels_tell_of_no_spread_there_is_no_interval() -> None:
   value = np.array([0.0, 0, 1, 1])
   users = np.arange(4)
@@ -141,6 +155,19 @@ def answers() -> Answers:
   return Answers("binary", value, probability, {"constant": np.full(len(value), 0.3)}, user, events, 10)
 
 
+def test_a_run_is_set_beside_each_baseline_and_ahead_of_it_is_above_zero(answers: Answers) -> None:
+  found = answers.with_intervals()
+  one, other = (intervals.area(answers.value > 0, a) for a in (answers.run, answers.baselines["constant"]))
+  assert one is not None and other is not None and one.value > 0.6
+  assert found["users"] == len(np.unique(answers.user)) < len(answers.user)
+  assert found["run"] == list(intervals.interval("binary", one, answers.user) or ())
+  assert found["baselines"] == {"constant": [pytest.approx(0.5)] * 2}
+  lead = found["differences"]["constant"]
+  assert lead["difference"] == pytest.approx(one.value - 0.5)
+  assert 0 < lead["interval"][0] < lead["difference"] < lead["interval"][1]
+  assert np.mean(lead["interval"]) == pytest.approx(lead["difference"])
+
+
 def test_groups_of_histories_hold_every_label_once_and_are_scored_alone(answers: Answers) -> None:
   groups = answers.by_history()
   assert sum(g["labels"] for g in groups) == len(answers.value)
@@ -149,6 +176,7 @@ def test_groups_of_histories_hold_every_label_once_and_are_scored_alone(answers:
   assert groups[2]["labels"] == third.sum() and groups[2]["users"] == len(np.unique(answers.user[third]))
   assert groups[2]["run"]["value"] == pytest.approx(roc_auc_score(answers.value[third], answers.run[third]))
   assert groups[2]["baselines"]["constant"]["value"] == 0.5
+  assert groups[2]["positive"] == pytest.approx(answers.value[third].mean())
   last = groups[-1]
   assert last["labels"] == 1 and last["run"] == {"value": None, "interval": None}
 
@@ -160,3 +188,16 @@ def test_bins_of_a_calibration_are_those_of_its_error(answers: Answers) -> None:
   assert sum(b["labels"] for b in found["bins"]) == len(answers.value)
   assert all(b["least"] <= b["predicted"] <= b["most"] for b in found["bins"])
   assert all(b["interval"][0] <= b["observed"] <= b["interval"][1] for b in found["bins"])
+
+
+def test_questions_about_many_values_are_calibrated_together(answers: Answers) -> None:
+  many = dataclasses.replace(
+    answers,
+    form="multilabel",
+    value=np.stack([answers.value, 1 - answers.value], axis=1),
+    run=np.stack([answers.run, answers.run], axis=1),
+  )
+  found = many.calibration()
+  assert found is not None and found["pooled"] and found["labels"] == 2 * len(answers.value)
+  assert [b["observed"] for b in found["bins"]] == pytest.approx([0.5] * 10, abs=0.05)
+  assert dataclasses.replace(answers, form="regression").calibration() is None

@@ -15,6 +15,15 @@ def test_a_perfect_ranking_has_area_one_and_a_reversed_one_zero() -> None:
   assert metrics.binary(label, np.array([0.9, 0.8, 0.2, 0.1]))["auc"] == 0.0
 
 
+def test_metrics_of_four_answers_are_those_worked_out_by_hand() -> None:
+  label, probability = np.array([0, 1, 1, 0]), np.array([0.1, 0.8, 0.4, 0.6])
+  out = metrics.binary(label, probability)
+  assert out["auc"] == pytest.approx(3 / 4)  # of four pairs one is the wrong way round
+  assert out["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
+  assert out["log_loss"] == pytest.approx(-np.log([0.9, 0.8, 0.4, 0.4]).mean())
+  assert out["ece"] == pytest.approx(np.mean([0.1, 0.2, 0.6, 0.6]))
+
+
 def test_one_class_has_no_area() -> None:
   out = metrics.binary(np.zeros(3), np.full(3, 0.2))
   assert (out["auc"], out["average_precision"]) == (None, None)
@@ -29,7 +38,15 @@ def test_calibration_error_is_the_distance_of_rates() -> None:
   assert metrics.expected_calibration_error(label, np.clip(probability + 0.3, 0, 1)) > 0.15
 
 
-@settings(deadline=None)
+def test_calibration_error_counts_every_label_alike() -> None:
+  """Eleven labels fill ten bins, of which the first holds two."""
+  probability = np.arange(11) / 20
+  assert metrics.expected_calibration_error(np.zeros(11), probability) == pytest.approx(probability.mean())
+  shuffled = np.random.default_rng(0).permutation(11)
+  assert metrics.expected_calibration_error(np.zeros(11), probability[shuffled]) == pytest.approx(probability.mean())
+
+
+@settings(max_examples=40, deadline=None)
 @given(seeds, st.integers(1, 60), st.integers(1, 8), st.sampled_from([2, 5, 1000]))
 def test_gauc_is_the_label_weighted_mean_of_the_users_own_areas(seed: int, n: int, users: int, values: int) -> None:
   rng = np.random.default_rng(seed)
@@ -63,7 +80,7 @@ def test_without_a_user_of_both_classes_there_is_no_gauc() -> None:
   assert (out["gauc"], out["gauc_users"], out["auc"]) == (None, 0.0, 1.0)
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(2, 60), st.integers(2, 5))
 def test_multi_class_metrics_equal_those_of_scikit_learn(seed: int, n: int, classes: int) -> None:
   rng = np.random.default_rng(seed)
@@ -102,7 +119,7 @@ def test_a_certain_wrong_answer_costs_much_but_not_everything() -> None:
   assert out["log_loss"] == pytest.approx(-np.log(metrics.SMALLEST_PROBABILITY) / 2)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(seeds, st.integers(2, 50))
 def test_regression_metrics_equal_those_of_scikit_learn(seed: int, n: int) -> None:
   rng = np.random.default_rng(seed)
@@ -128,11 +145,26 @@ def test_values_that_never_occur_are_left_out_of_the_mean_and_counted() -> None:
   assert out["recall@1"] == 1.0
 
 
+def test_many_values_are_measured_value_by_value_and_recalled_user_by_user() -> None:
+  label = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], float)
+  probability = np.array([[0.9, 0.1, 0.3, 0.8], [0.2, 0.6, 0.7, 0.1], [0.5, 0.5, 0.1, 0.1], [0.3, 0.2, 0.8, 0.7]])
+  out = metrics.multi_label(label, probability, k=2)
+  # Of the first user one of three is found, where two could be; of the second all; the third wants none.
+  assert out["recall@2"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+  areas = [sk.roc_auc_score(label[:, v], probability[:, v]) for v in range(3)]
+  assert out["mean_auc"] == pytest.approx(np.mean(areas)) and out["values_without_auc"] == 1
+  own = np.where(label > 0, probability, 1 - probability)
+  assert out["log_loss"] == pytest.approx(-np.log(own).mean())
+  assert metrics.multi_label(label * 0, probability)["recall@10"] is None
+
+
 def test_ranking_metrics_of_known_ranks() -> None:
-  out = metrics.ranking(np.array([1, 2, 6, np.inf]), (5,))
-  assert out["hr@5"] == 0.5
-  assert out["ndcg@5"] == pytest.approx((1 + 1 / np.log2(3)) / 4)
-  assert out["mrr@5"] == pytest.approx((1 + 0.5) / 4)
+  out = metrics.ranking(np.array([1, 2, 5, 6, np.inf]), (2, 5))
+  assert (out["hr@2"], out["hr@5"]) == (2 / 5, 3 / 5)  # the k-th place counts
+  assert out["ndcg@2"] == pytest.approx((1 + 1 / np.log2(3)) / 5)
+  assert out["ndcg@5"] == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(6)) / 5)
+  assert out["mrr@2"] == pytest.approx((1 + 1 / 2) / 5)
+  assert out["mrr@5"] == pytest.approx((1 + 1 / 2 + 1 / 5) / 5)
 
 
 def test_nothing_can_be_measured_without_a_label() -> None:
@@ -153,4 +185,8 @@ def test_the_better_of_two_values_depends_on_the_metric() -> None:
   assert metrics.best("auc", [0.6, None, 0.7]) == 0.7
   assert metrics.best("rmse", [0.6, None, 0.7]) == 0.6
   assert metrics.best("rmse", [None]) is None
+  for less in ("log_loss", "ece", "rmse", "mae"):
+    assert metrics.best(less, [0.7, 0.6]) == 0.6 and metrics.gain(less, 0.7, 0.6) < 0
+  for more in ("auc", "average_precision", "gauc", "accuracy", "macro_f1", "mean_auc", "r2", "ndcg@10", "hr@10"):
+    assert metrics.best(more, [0.7, 0.6]) == 0.7 and metrics.gain(more, 0.7, 0.6) > 0
   assert metrics.gain("auc", 0.7, 0.6) == pytest.approx(0.1) == metrics.gain("rmse", 0.6, 0.7)

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -7,52 +9,75 @@ from hypothesis import strategies as st
 from supermoe_jax import config, sharding
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
+from tests.fixtures.grids import quick_few
+
+ITEMS, N, D = 37, 6, 4  # of all cases here, so that they share programs
+CHUNK = 7  # the last part holds fewer
 
 
+def slow_rank(scores: np.ndarray, target: int, seen: np.ndarray | tuple = ()) -> float:
+  """The rank of a target by its definition: 1, and one for each other item not seen that scores as much or more."""
+  if target < 0 or target in seen:
+    return np.inf
+  allowed = np.ones(len(scores), bool)
+  allowed[[target, *seen]] = False
+  return 1.0 + np.sum(allowed & (scores >= scores[target]))
+
+
+def small_numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
+  """Whole numbers, of which products and sums are exact and often equal."""
+  return rng.integers(-2, 3, shape).astype(np.float32)
+
+
+def ranks(state: np.ndarray, rows: np.ndarray, target: list[int], seen: list[np.ndarray] | None = None) -> list[float]:
+  """The ranks of the first questions; more are added to make N of them."""
+  asked = np.zeros(N, int)
+  asked[: len(target)] = target
+  if seen is not None:
+    seen = [*seen, *[np.array([], int)] * (N - len(seen) - 1), np.arange(1, 6)]
+  return target_ranks(state, asked, seen, Catalogue.of(rows), CHUNK)[: len(target)].tolist()
+
+
+CASES = list(itertools.product([7, 16, 100], [False, True]))
+
+
+@pytest.mark.parametrize(("chunk", "exclude"), quick_few([(CHUNK, True), (100, False)], CASES))
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 9999), st.booleans(), st.sampled_from([7, 16, 100]))
-def test_full_ranking_in_chunks_equals_sorting_all_scores(seed: int, exclude: bool, chunk: int) -> None:
+@given(seed=st.integers(0, 9999))
+def test_full_ranking_in_chunks_is_that_of_all_scores(chunk: int, exclude: bool, seed: int) -> None:
   rng = np.random.default_rng(seed)
-  items, n = 37, 6
-  state, rows, bias = (rng.normal(size=s).astype(np.float32) for s in ((n, 4), (items, 4), (items,)))
-  target = rng.integers(-1, items, n)
-  seen = [rng.choice(items, 5, replace=False) for _ in range(n)] if exclude else None
+  state, rows, bias = (small_numbers(rng, *s) for s in ((N, D), (ITEMS, D), (ITEMS,)))
+  target = rng.integers(-1, ITEMS, N)
+  seen = [rng.choice(ITEMS, 5, replace=False) for _ in range(N)] if exclude else None
   rank = target_ranks(state, target, seen, Catalogue.of(rows, bias), chunk)
   scores = state @ rows.T + bias
-  for i in range(n):
-    if target[i] < 0 or (seen is not None and target[i] in seen[i]):
-      assert rank[i] == np.inf
-      continue
-    allowed = np.ones(items, bool)
-    if seen is not None:
-      allowed[seen[i]] = False
-    assert rank[i] == 1 + np.sum((scores[i] > scores[i, target[i]]) & allowed)
+  assert rank.tolist() == [slow_rank(scores[i], target[i], seen[i] if seen else ()) for i in range(N)]
 
 
-def test_ranks_on_a_mesh_are_those_on_one_device() -> None:
+@pytest.mark.parametrize("sizes", quick_few([((2, 2, 2),)], [((8, 1, 1),), ((2, 2, 2),)]), ids=str)
+def test_ranks_on_a_mesh_are_those_of_all_scores(sizes: tuple[int, int, int]) -> None:
   rng = np.random.default_rng(0)
-  state, rows, bias = (rng.normal(size=s).astype(np.float32) for s in ((13, 4), (1000, 4), (1000,)))
+  state, rows, bias = (small_numbers(rng, *s) for s in ((13, D), (1000, D), (1000,)))
   target, seen = rng.integers(-1, 1000, 13), [rng.choice(1000, 6, replace=False) for _ in range(13)]
-  wanted = target_ranks(state, target, seen, Catalogue.of(rows, bias), 128)
+  scores = state @ rows.T + bias
+  wanted = [slow_rank(scores[i], target[i], seen[i]) for i in range(13)]
   assert 1 < np.median(wanted) < 1000
-  for sizes in ((8, 1, 1), (2, 2, 2)):
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
-      np.testing.assert_array_equal(target_ranks(state, target, seen, Catalogue.of(rows, bias, 8), 128), wanted)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
+    assert target_ranks(state, target, seen, Catalogue.of(rows, bias, 8), 128).tolist() == wanted
 
 
 def test_equal_scores_count_against_the_target() -> None:
-  rank = target_ranks(np.ones((1, 2), np.float32), np.array([3]), None, Catalogue.of(np.ones((9, 2), np.float32)), 4)
-  assert rank.tolist() == [9.0]
+  assert ranks(np.ones((N, D), np.float32), np.ones((ITEMS, D), np.float32), [3, 0, ITEMS - 1]) == [ITEMS] * 3
 
 
 def test_padding_of_the_last_chunk_is_never_ranked() -> None:
-  state, rows = -np.ones((1, 2), np.float32), np.ones((5, 2), np.float32)
+  rows = np.ones((ITEMS, D), np.float32)
   rows[2] = 0.5
-  assert target_ranks(state, np.array([2]), None, Catalogue.of(rows), 4).tolist() == [1.0]
+  assert ranks(-np.ones((N, D), np.float32), rows, [2]) == [1.0]  # padding has a score of 0, which is higher
 
 
-@pytest.mark.parametrize("seen", [[np.array([], int)], [np.array([0, 1])]])
-def test_any_number_of_seen_items_is_handled(seen: list[np.ndarray]) -> None:
-  rows = np.arange(6, dtype=np.float32)[:, None]
-  rank = target_ranks(np.ones((1, 1), np.float32), np.array([5]), seen, Catalogue.of(rows), 8)
-  assert rank.tolist() == [1.0]
+def test_any_number_of_seen_items_is_handled() -> None:
+  state, rows = np.ones((N, D), np.float32), np.repeat(np.arange(ITEMS, dtype=np.float32)[:, None], D, axis=1)
+  seen = [np.array([], int), np.array([0, 1]), np.array([ITEMS - 1]), np.array([ITEMS - 1, ITEMS - 2, 0])]
+  assert ranks(state, rows, [ITEMS - 3] * 4, seen) == [3.0, 3.0, 2.0, 1.0]
+  assert ranks(state, rows, [ITEMS - 1] * 2, [np.array([], int)] * 2) == [1.0, 1.0]

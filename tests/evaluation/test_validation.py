@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from supermoe_jax import cli, config
+from supermoe_jax import cli, config, sharding
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import evaluate, validation
 from supermoe_jax.evaluation.metrics import Metrics
@@ -17,7 +17,10 @@ from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
+from tests.fixtures.grids import quick_few
 from tests.fixtures.small_log import every_task_config
+
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
 SNAPSHOTS = 40
 
@@ -31,7 +34,7 @@ def validated_cfg(cfg: config.Config) -> config.Config:
 
 @pytest.fixture(scope="module")
 def validated(
-  validated_cfg: config.Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+  validated_cfg: config.Config, dataset: Dataset, compiled_afresh: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, list[str]]:
   """A run that got worse and worse, and what it said."""
   folder, said = tmp_path_factory.mktemp("validated") / "run", list[str]()
@@ -71,9 +74,10 @@ def test_a_row_is_what_evaluation_finds_at_its_step(validated: tuple[pathlib.Pat
 
 
 def test_the_best_checkpoints_are_kept_beside_the_newest(
-  validated: tuple[pathlib.Path, list[str]], capsys: pytest.CaptureFixture[str]
+  validated: tuple[pathlib.Path, list[str]], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  folder, _ = validated
+  folder = tmp_path / "run"
+  shutil.copytree(validated[0], folder)
   assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [4, 12]
   assert validation.best_checkpoint(folder) == 4
   assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "best"]) == 0
@@ -81,7 +85,7 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(
   assert "of step 4;" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cut", ["before", "within"])
+@pytest.mark.parametrize("cut", quick_few(["within"], ["before", "within"]))
 def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
   validated: tuple[pathlib.Path, list[str]],
   validated_cfg: config.Config,
@@ -133,6 +137,25 @@ def test_a_run_validated_at_its_end_is_left_alone(
   before, said = (copy / validation.FILE).read_bytes(), list[str]()
   loop.train(validated_cfg, copy, say=said.append)
   assert "already trained" in said[-1] and (copy / validation.FILE).read_bytes() == before
+
+
+def test_of_equal_scores_the_earlier_checkpoint_is_the_better_and_one_without_a_score_is_none() -> None:
+  scores = {4: 0.5, 8: 0.5, 12: None, 16: 0.7, 20: -1.0}
+  assert validation._ordered([{"step": s, "score": v} for s, v in scores.items()]) == [16, 4, 8, 20]
+
+
+def test_a_run_is_validated_every_so_many_steps_and_at_its_end(
+  cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
+) -> None:
+  def due(every: int, *done: int) -> list[int]:
+    asked = config.override(cfg, [f"--config.train.validate.every={every}"])
+    found = Validation(asked, dataset, tmp_path, sharding.make_mesh(cfg.train.mesh), print)
+    (tmp_path / validation.FILE).write_text("".join(json.dumps({"step": s, "score": 0.0}) + "\n" for s in done))
+    found.resume(12)
+    return [step for step in range(13) if found.due(step)]
+
+  assert due(8) == [8, 12] and due(4) == [4, 8, 12] and due(0) == []
+  assert due(8, 8) == [12] and due(8, 8, 12) == []
 
 
 def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path: pathlib.Path) -> None:

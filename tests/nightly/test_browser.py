@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -17,11 +16,13 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.report import seesaw_page
 from tests.fixtures import chromium, seesaw_study
+from tests.fixtures.grids import pairwise
 from tests.fixtures.report_run import make_whole
 
 SIZES = {"phone": {"width": 400, "height": 800}, "wide": {"width": 1600, "height": 1000}}
-LOOKS = list(itertools.product(("light", "dark"), SIZES))
 KINDS = ("run", "begun", "study")
+# Every two of kind, scheme and size: colours and widths are faults of their own.
+LOOKS = pairwise((KINDS, ("light", "dark"), tuple(SIZES)))
 
 # Sentences that say what is wrong, of everything that is shown; opened first is what can be.
 FAULTS = """() => {
@@ -135,8 +136,7 @@ class Visit:
     self.page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
 
 
-@pytest.mark.parametrize(("scheme", "size"), LOOKS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "scheme", "size"), LOOKS)
 def test_a_page_is_whole_and_readable(browser: Browser, pages, kind: str, scheme: str, size: str) -> None:
   with Visit(browser, pages[kind], scheme, size) as visit:
     assert visit.page.evaluate(FAULTS) == []

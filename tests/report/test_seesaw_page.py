@@ -26,9 +26,15 @@ def written(report, tmp_path):
   return text, page
 
 
-def test_a_whole_study(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The report of a study, and its page."""
   report = make(study())
-  text, page = written(report, tmp_path)
+  return report, *written(report, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_whole_study(whole):
+  report, text, page = whole
   for name in (*METRIC, *VARIANTS):
     assert page.text.count(name) >= 4
   assert HOSTILE_TASK not in text and HOSTILE_VARIANT not in text and "<i>" not in text
@@ -47,10 +53,10 @@ def test_a_whole_study(tmp_path):
   assert text.index("A negative result") < text.index("<svg") < text.index("<table")
 
 
-def test_losses_are_said_in_words_not_by_colour_alone(tmp_path):
-  _, page = written(make(study()), tmp_path)
+def test_losses_are_said_in_words_not_by_colour_alone(whole):
+  report, _, page = whole
   marked = [a for a in page.all("span") if a.get("aria-label") in ("lost", "gained")]
-  verdicts = [v["tasks"][t]["verdict"] for v in make(study())["variants"].values() for t in METRIC]
+  verdicts = [v["tasks"][t]["verdict"] for v in report["variants"].values() for t in METRIC]
   assert len(marked) == sum(v in ("lost", "gained") for v in verdicts) > 3
 
 

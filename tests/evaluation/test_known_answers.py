@@ -1,4 +1,4 @@
-"""Evaluation of every kind of task, with a model whose answers are known."""
+"""Evaluation of every kind of task, of a model whose answers are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.questions import Question, QuestionBatch
-from supermoe_jax.evaluation import baselines, evaluate, event_experts
+from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -32,7 +32,7 @@ TRAIN_RATES = {
 }
 
 
-def make_config(**model) -> config.Config:
+def make_config(exclude_seen: bool = False, **model) -> config.Config:
   return config.resolve(
     {
       "data": {
@@ -44,7 +44,7 @@ def make_config(**model) -> config.Config:
       },
       "tasks": {
         "left_out": {"kind": "future_event", "source": "visits"},
-        "next_page": {"kind": "next_event", "field": "page"},
+        "next_page": {"kind": "next_event", "field": "page", "exclude_seen": exclude_seen},
         "click": {"kind": "event_label", "field": "clicked", "positive": ["1"], "given": ["page"], "per_snapshot": 3},
         "alike": {"kind": "contrast"},
         "dwell": {"kind": "event_label", "field": "dwell", "per_snapshot": 3},
@@ -61,7 +61,10 @@ def make_config(**model) -> config.Config:
 
 
 class FakeDataset:
-  """Users of one training snapshot each, whose aggregates are their number's binary digits."""
+  """Users whose labels at their last training snapshot follow from their number's binary digits, their aggregates.
+
+  An earlier snapshot and one of validation have other labels.
+  """
 
   path = pathlib.Path("nowhere")
   encoders = None
@@ -80,15 +83,21 @@ class FakeDataset:
 
   def __getitem__(self, user: int) -> dict:
     digits = self.digits(user)
-    label = {"quiet": digits[0], "pages": digits[:2], "plan": digits[0] + digits[1], "age": digits[2] - 2 * digits[3]}
+    pages, plan, age = digits[:2], digits[0] + digits[1], digits[2] - 2 * digits[3]
+    label = {
+      "quiet": [digits[0], digits[0], 1 - digits[0]],
+      "pages": [1 - pages, pages, 1 - pages],
+      "plan": [2 - plan, plan, 2 - plan],
+      "age": [age, -age, -age],  # known at the first snapshot alone
+    }
     record = {
       "number": user,
-      "codes": np.array([[2], [2 + user % ITEMS]]),
-      "snapshot_split": np.array([labels_lib.TRAIN]),
+      "codes": np.array([[2], [2 + user % ITEMS], [2 + (user + 1) % ITEMS]]),
+      "snapshot_split": np.array([labels_lib.TRAIN, labels_lib.TRAIN, labels_lib.VALIDATION]),
     }
-    record |= {"snapshot_time": np.array([5]), "snapshot_events": np.array([2])}
+    record |= {"snapshot_time": np.array([3, 5, 9]), "snapshot_events": np.array([1, 2, 3])}
     for name, value in label.items():
-      record |= {f"label_{name}": np.array([value]), f"known_{name}": np.array([1])}
+      record |= {f"label_{name}": np.array(value), f"known_{name}": np.array([1, name != "age", 1])}
     return record
 
   @staticmethod
@@ -102,6 +111,7 @@ class FakeDataset:
     return users
 
   def aggregates(self, block: np.ndarray, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    assert set(zip(time.tolist(), n_events.tolist())) <= {(3, 1), (5, 2)}
     return np.array([self.digits(u) for u in block[user].tolist()], np.float64)
 
 
@@ -125,6 +135,7 @@ class FakeRun:
     sizes = {"next_page": (n, 4), "click": (n, m), "dwell": (n, m), "pages": (n, 2), "plan": (n, CLASSES)}
     self.answers = {name: rng.normal(size=sizes.get(name, (n,))).astype(np.float32) for name in tasks}
     self.given = {name: rng.integers(0, 9, (n, m, 1)).astype(np.int32) for name in ("click", "dwell")}
+    self.seen = [np.unique(rng.integers(0, ITEMS + 2, rng.integers(0, 5))) for _ in range(n)]
     self.expert = rng.integers(0, EXPERTS, (2, n, 2)).astype(np.int32)
     self.task_expert = rng.integers(0, EXPERTS, (2, n, t, 2)).astype(np.int32) if tokens else None
     self.gate = rng.dirichlet(np.ones(EXPERTS), (n, t)).astype(np.float32) if gate else None
@@ -138,7 +149,8 @@ class FakeRun:
       # Two snapshots a user, so that events of several snapshots are one user's.
       asked = [Question(i // 2, str(i // 2), 0, 5, 2, 3) for i in range(part.start, part.stop)]
       labels = {n: Labels(v.value[part], v.known[part]) for n, v in self.labels.items()}
-      yield QuestionBatch(start, asked, labels, {}, {n: self.padded(g, start) for n, g in self.given.items()})
+      seen = {"next_page": self.seen[part]} if cfg.tasks["next_page"].exclude_seen else {}
+      yield QuestionBatch(start, asked, labels, seen, {n: self.padded(g, start) for n, g in self.given.items()})
 
   @staticmethod
   def padded(x: np.ndarray, start: int, axis: int = 0) -> np.ndarray:
@@ -171,7 +183,7 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     model = (
       {"conditioning": "token"} if options.get("tokens") else {"conditioning": "gate"} if options.get("gate") else {}
     )
-    run = FakeRun(tmp_path, make_config(**model), **options)
+    run = FakeRun(tmp_path, make_config(options.pop("exclude_seen", False), **model), **options)
     monkeypatch.setattr(questions_lib, "questions", run.questions)
     monkeypatch.setattr(event_experts, "count", lambda run, progress: None)  # events have no routing here
     return run
@@ -223,6 +235,23 @@ def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
       assert task["positive"] == pytest.approx(value.mean())
 
 
+def test_a_value_seen_before_is_neither_recommended_nor_counted_as_better(make_run, monkeypatch) -> None:
+  monkeypatch.setattr(evaluate, "RANKED_AT_ONCE", 24)  # so that it takes several parts
+  run = make_run(exclude_seen=True)
+  task = evaluate.evaluate(run, progress=False, write=False)["splits"]["test"]["next_page"]
+  label, rows = run.labels["next_page"], np.asarray(run.items.rows).reshape(-1, 4)[2 : 2 + ITEMS]
+  rank, popular = [], []
+  for i in np.flatnonzero(label.known):
+    code, seen = label.value[i], run.seen[i]
+    scores = rows @ run.answers["next_page"][i]
+    better = np.flatnonzero(scores > scores[code - 2]) + 2
+    excluded = code < 2 or code in seen
+    rank.append(np.inf if excluded else 1 + len(set(better) - set(seen)))
+    popular.append(np.inf if excluded else 1 + len(set(range(2, code)) - set(seen)))
+  assert task["metrics"] == pytest.approx(metrics.ranking(np.array(rank), (2, 5)))
+  assert task["baselines"] == {"most popular": pytest.approx(metrics.ranking(np.array(popular), (2, 5)))}
+
+
 def test_gauc_is_of_the_users_of_the_questions(make_run) -> None:
   run = make_run()
   found = evaluate.evaluate(run, progress=False)["splits"]["test"]["click"]["metrics"]
@@ -253,6 +282,18 @@ def test_each_kind_is_compared_with_its_baselines(make_run) -> None:
   value = run.known("plan")[0]
   assert constant["plan"]["log_loss"] == pytest.approx(-np.mean(np.log(np.array(TRAIN_RATES["plan"])[value])))
   assert constant["age"]["rmse"] == pytest.approx(np.sqrt(np.mean((run.known("age")[0] - 0.25) ** 2)))
+
+
+def test_models_on_aggregates_answer_the_questions_whose_labels_are_known(make_run) -> None:
+  run = make_run()
+  tasks = evaluate.evaluate(run, progress=False, write=False)["splits"]["test"]
+  every = [q for b in run.questions(None, run.cfg, split=labels_lib.TEST, most=0) for q in b.questions]
+  answers = baselines.AggregateModels(run.dataset, run.cfg).predictions(every)
+  for name, metric in {"quiet": "auc", "age": "rmse"}.items():
+    own = answers[name][run.labels[name].known]
+    measured = sk.roc_auc_score if metric == "auc" else sk.root_mean_squared_error
+    kind = baselines.on_aggregates("binary" if metric == "auc" else "regression")
+    assert tasks[name]["baselines"][kind][metric] == pytest.approx(measured(run.known(name)[0], own))
 
 
 def test_without_comparison_or_writing_only_the_metrics_are_made(make_run) -> None:
@@ -319,7 +360,8 @@ def test_a_split_without_snapshots_is_an_error(make_run, monkeypatch) -> None:
     evaluate.evaluate(run, compare=False, progress=False)
 
 
-def test_models_on_aggregates_learn_each_form_of_answer_within_the_sample_space() -> None:
+def test_models_on_aggregates_learn_each_form_of_answer_within_the_sample_space(monkeypatch) -> None:
+  monkeypatch.setattr(baselines, "AT_ONCE", 24)  # so that it takes several parts
   cfg, dataset = make_config(), FakeDataset()
   fitted = baselines.AggregateModels(dataset, cfg)
   asked = [Question(i, str(i), 0, 5, 2, 3) for i in range(USERS)]
