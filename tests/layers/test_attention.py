@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,16 +8,20 @@ from flax import nnx
 
 from supermoe_jax.layers import attention
 from supermoe_jax.layers.attention import Attention, Visibility, gap_bias, rotate, visibility, with_task_tokens
+from tests.fixtures.small_model import noise
 
 L, S, D = 150, 3, 8  # more than one block of queries
 T = L + S
 
 
+# Compiled: one by one their operations would take longer to compile.
+who_sees_whom = jax.jit(visibility)
+with_tokens = jax.jit(with_task_tokens, static_argnames=("snapshots", "tasks"))
+
+
 @pytest.fixture(scope="module")
 def layer() -> Attention:
-  layer = Attention(D, 2, rngs=nnx.Rngs(0))
-  layer.gap[...] = jax.random.normal(jax.random.key(9), layer.gap.shape) * 0.1
-  return layer
+  return noise(lambda: Attention(D, 2, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +33,26 @@ def attend(layer: Attention):
 
 
 @pytest.fixture(scope="module")
-def inputs() -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
+def inputs() -> tuple[np.ndarray, jax.Array, np.ndarray, Visibility]:
   """Row 0: user 1 with 60 events and a snapshot, user 2 with 90 and two. Row 1: one user, 90 events, then padding."""
-  keys = jax.random.split(jax.random.key(0), 2)
-  x = jax.random.normal(keys[0], (2, T, D))
-  time = jnp.sort(jax.random.uniform(keys[1], (2, T)) * 1000, axis=1)
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, T, D)).astype(np.float32)
+  time = np.sort(rng.uniform(0, 1000, (2, T)), axis=1).astype(np.float32)
   event = np.arange(L)
-  segment = jnp.array([np.where(event < 60, 1, 2), event < 90], jnp.int32)
-  visible, position = visibility(segment, jnp.array([[1, 2, 2], [1, 1, 1]]), jnp.array([[30, 10, 90], [0, 40, 90]]))
+  segment = np.array([np.where(event < 60, 1, 2), event < 90], np.int32)
+  query_events = np.array([[30, 10, 90], [0, 40, 90]], np.int32)
+  visible, position = who_sees_whom(segment, np.array([[1, 2, 2], [1, 1, 1]], np.int32), query_events)
   return x, position, time, visible
 
 
 @pytest.fixture(scope="module")
-def token_inputs(inputs) -> tuple[jax.Array, jax.Array, jax.Array, Visibility]:
+def token_inputs(inputs) -> tuple[np.ndarray, jax.Array, np.ndarray, Visibility]:
   """The same rows, with two task tokens a snapshot."""
   x, position, time, visible = inputs
-  visible, position = with_task_tokens(visible, position, S, 2)
-  tokens = jax.random.normal(jax.random.key(4), (2, 2 * S, D))
-  time = jnp.concatenate([time, jnp.repeat(time[:, L:], 2, axis=1)], axis=1)
-  return jnp.concatenate([x, tokens], axis=1), position, time, visible
+  visible, position = with_tokens(visible, position, snapshots=S, tasks=2)
+  tokens = np.random.default_rng(4).normal(size=(2, 2 * S, D)).astype(np.float32)
+  time = np.concatenate([time, np.repeat(time[:, L:], 2, axis=1)], axis=1)
+  return np.concatenate([x, tokens], axis=1), position, time, visible
 
 
 def as_mask(visible: Visibility) -> np.ndarray:
@@ -71,7 +78,7 @@ def plain(layer: Attention, x: jax.Array, position: jax.Array, time: jax.Array, 
 
 
 def test_who_sees_whom() -> None:
-  visible, position = visibility(jnp.array([[1, 1, 1, 0]]), jnp.array([[1, 1, 1, 0]]), jnp.array([[0, 2, 9, 2]]))
+  visible, position = who_sees_whom(np.array([[1, 1, 1, 0]]), np.array([[1, 1, 1, 0]]), np.array([[0, 2, 9, 2]]))
   assert table(visible) == [
     "10000000",
     "11000000",
@@ -86,8 +93,8 @@ def test_who_sees_whom() -> None:
 
 
 def test_who_sees_whom_when_users_share_a_row() -> None:
-  segment, query_segment = jnp.array([[1, 1, 2, 2, 2, 0]]), jnp.array([[2, 1, 2, 3]])
-  visible, position = visibility(segment, query_segment, jnp.array([[1, 9, 9, 9]]))
+  segment, query_segment = np.array([[1, 1, 2, 2, 2, 0]]), np.array([[2, 1, 2, 3]])
+  visible, position = who_sees_whom(segment, query_segment, np.array([[1, 9, 9, 9]]))
   assert table(visible) == [
     "1000000000",
     "1100000000",
@@ -104,8 +111,8 @@ def test_who_sees_whom_when_users_share_a_row() -> None:
 
 
 def test_a_task_token_sees_what_its_snapshot_sees_and_the_snapshot() -> None:
-  visible, position = visibility(jnp.array([[1, 1, 0]]), jnp.array([[1, 1, 0]]), jnp.array([[1, 2, 0]]))
-  visible, position = with_task_tokens(visible, position, snapshots=3, tasks=2)
+  visible, position = who_sees_whom(np.array([[1, 1, 0]]), np.array([[1, 1, 0]]), np.array([[1, 2, 0]]))
+  visible, position = with_tokens(visible, position, snapshots=3, tasks=2)
   assert table(visible) == [
     "100000000000",
     "110000000000",
@@ -128,29 +135,41 @@ def test_nobody_sees_what_comes_later_in_the_row(inputs, token_inputs) -> None:
   assert not np.triu(as_mask(token_inputs[3]), 1).any()
 
 
-def test_blocks_of_queries_equal_the_plain_formula(layer: Attention, attend, inputs, token_inputs) -> None:
-  np.testing.assert_allclose(attend(*inputs), plain(layer, *inputs), atol=1e-5)
-  np.testing.assert_allclose(attend(*token_inputs), plain(layer, *token_inputs), atol=1e-5)
-
-
-def test_long_rows_equal_the_plain_formula_in_value_and_gradient(layer: Attention, token_inputs, monkeypatch) -> None:
-  monkeypatch.setattr(attention, "LONG", T - 1)
+@pytest.fixture(scope="module")
+def values_and_gradients(layer: Attention, token_inputs):
+  """By form, its outputs and the gradients of a weighted sum of them by parameters and inputs."""
   graph, state = nnx.split(layer)
   x, *rest = token_inputs
-  weight = jax.random.normal(jax.random.key(1), x.shape)
+  weight = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
 
-  def total(form):
+  @functools.cache
+  def of(form, long: int):
     def loss(s: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
       out = form(nnx.merge(graph, s), x, *rest)
       return jnp.sum(out * weight), out
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, x)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(attention, "LONG", long)
+      gradient, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, x)
+    return out, jax.tree.leaves(gradient)
 
-  (_, out), gradient = total(Attention.__call__)
-  (_, wanted), wanted_gradient = total(plain)
+  return of
+
+
+@pytest.mark.parametrize("long", [attention.LONG, T - 1], ids=["blocks", "loops"])
+def test_blocks_and_loops_of_queries_equal_the_plain_formula_in_value_and_gradient(
+  values_and_gradients, long: int
+) -> None:
+  out, gradient = values_and_gradients(Attention.__call__, long)
+  wanted, wanted_gradient = values_and_gradients(plain, attention.LONG)
   np.testing.assert_allclose(out, wanted, atol=1e-5)
-  for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
+  for one, two in zip(gradient, wanted_gradient, strict=True):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_without_task_tokens_too_the_layer_equals_the_plain_formula(layer: Attention, attend, inputs) -> None:
+  x, *rest = inputs
+  np.testing.assert_allclose(attend(*inputs), jax.jit(lambda x: plain(layer, x, *rest))(x), atol=1e-5)
 
 
 def test_long_rows_never_hold_the_scores_of_all_pairs() -> None:
@@ -175,14 +194,14 @@ def test_packed_users_equal_the_users_alone(attend, inputs) -> None:
   for user, events, snapshots, n_events in (1, slice(0, 60), [0], [30]), (2, slice(60, 150), [1, 2], [10, 90]):
     n = events.stop - events.start
     here = np.r_[events, L + np.array(snapshots)]
-    segment = jnp.zeros((2, L), jnp.int32).at[:, :n].set(1)
-    query_segment = jnp.zeros((2, S), jnp.int32).at[:, : len(snapshots)].set(1)
-    alone_visible, alone_position = visibility(
-      segment, query_segment, jnp.zeros((2, S), jnp.int32).at[:, : len(snapshots)].set(jnp.array(n_events))
-    )
+    segment, query_segment, query_events = (np.zeros((2, k), np.int32) for k in (L, S, S))
+    segment[:, :n] = 1
+    query_segment[:, : len(snapshots)] = 1
+    query_events[:, : len(snapshots)] = n_events
+    alone_visible, alone_position = who_sees_whom(segment, query_segment, query_events)
     there = np.r_[0:n, L : L + len(snapshots)]
-    alone_x = jnp.zeros_like(x).at[:, there].set(x[:1, here])
-    alone_time = jnp.zeros_like(time).at[:, there].set(time[:1, here])
+    alone_x, alone_time = np.zeros_like(x), np.zeros_like(time)
+    alone_x[:, there], alone_time[:, there] = x[:1, here], time[:1, here]
     alone = attend(alone_x, alone_position, alone_time, alone_visible)[0]
     np.testing.assert_allclose(together[here], alone[there], atol=1e-5, err_msg=f"user {user}")
 
@@ -192,7 +211,8 @@ def test_what_is_not_visible_changes_nothing(attend, inputs) -> None:
   seen = as_mask(visible)
   changed = np.zeros(T, bool)
   changed[[20, 45, 100, 140, L + 2]] = True
-  one, two = attend(x, position, time, visible), attend(x.at[:, changed].set(5.0), position, time, visible)
+  other = np.where(changed[:, None], np.float32(5), x)
+  one, two = attend(x, position, time, visible), attend(other, position, time, visible)
   untouched = ~(seen & changed).any(-1)
   np.testing.assert_array_equal(one[untouched], two[untouched])
   assert (one[~untouched] != two[~untouched]).any(-1).all()
@@ -214,23 +234,23 @@ def test_the_output_has_the_dtype_of_the_input(dtype, inputs) -> None:
   x, *rest = inputs
   layer = nnx.eval_shape(lambda: Attention(D, 2, dtype=dtype, rngs=nnx.Rngs(0)))
   graph, state = nnx.split(layer)
-  assert jax.eval_shape(lambda s: nnx.merge(graph, s)(x.astype(jnp.bfloat16), *rest), state).dtype == jnp.bfloat16
+  assert jax.eval_shape(lambda s, x: nnx.merge(graph, s)(x, *rest), state, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_rotary_scores_depend_on_distance_only() -> None:
-  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-  score = [jnp.vdot(rotate(q, jnp.array([[p + 7]])), rotate(k, jnp.array([[p]]))) for p in (0, 30)]
-  assert float(score[0]) == pytest.approx(float(score[1]), rel=1e-4)
+  q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+  turn = jax.jit(rotate)
+  score = [np.vdot(turn(q, np.array([[p]])), turn(k, np.array([[p + d]]))) for p, d in ((7, -7), (37, -7), (37, 7))]
+  assert score[0] == pytest.approx(score[1], rel=1e-4)
+  assert score[0] != pytest.approx(score[2], rel=1e-2)
 
 
 def test_the_gap_bias_is_piecewise_linear_in_log_time(layer: Attention) -> None:
-  time = jnp.array([[0.0, 0.5, 30.0, 900.0]])
-  weight = layer.gap.get_value()
-  bias = gap_bias(weight[None], time, time)[0]
+  time = np.array([[0.0, 0.5, 30.0, 900.0]], np.float32)
+  weight = np.asarray(layer.gap.get_value())
+  bias = jax.jit(gap_bias)(weight[None], time, time)[0]
   gap = np.log1p(np.abs(np.subtract.outer(time[0], time[0])))
-  wanted = sum(
-    np.asarray(weight)[i][:, None, None] * np.maximum(gap - knot, 0) for i, knot in enumerate(attention.GAP_KNOTS)
-  )
+  wanted = sum(weight[i][:, None, None] * np.maximum(gap - knot, 0) for i, knot in enumerate(attention.GAP_KNOTS))
   np.testing.assert_allclose(bias, wanted, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Full softmax in parts: the numbers and gradients of a plain one, on every mesh, without ever holding all scores."""
 
+import functools
 import re
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from supermoe_jax import config, sharding
 from supermoe_jax.layers import catalogue
 from supermoe_jax.layers.catalogue import Catalogue
+from tests.fixtures import grids
 
 ITEMS, D, B, SITES = 300, 4, 8, 3
 
@@ -27,13 +29,27 @@ def plain(state, vectors, bias, target, weight):
   return jnp.sum(weight * (jax.nn.logsumexp(scores, axis=-1) - own))
 
 
-@pytest.mark.parametrize(("chunk", "per_line"), [(8, 1), (96, 1), (1000, 1), (96, 4)])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+@functools.cache
+def wanted() -> tuple:
+  """The loss of the plain form, and its gradients by states, vectors and biases."""
+  return jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*arrays())
+
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)]
+CHUNKS = [(8, 1), (96, 1), (1000, 1), (96, 4)]  # and rows a line
+QUICK = [((1, 1, 1), 8, 1), ((8, 1, 1), 96, 1), ((1, 4, 2), 1000, 1), ((2, 2, 2), 96, 4), ((2, 2, 2), 96, 1)]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "chunk", "per_line"),
+  grids.quick_few(QUICK, [(sizes, *chunk) for sizes in MESHES for chunk in CHUNKS]),
+  ids=lambda s: "x".join(map(str, s)) if isinstance(s, tuple) else str(s),
+)
 def test_the_softmax_in_parts_is_the_plain_one_on_every_mesh(
   sizes: tuple[int, int, int], chunk: int, per_line: int
 ) -> None:
   state, vectors, bias, target, weight = arrays()
-  wanted, by = jax.value_and_grad(plain, argnums=(0, 1, 2))(state, vectors, bias, target, weight)
+  total, by = wanted()
 
   def loss(state, rows, bias, target, weight):
     items = Catalogue(rows, bias, ITEMS + 2)
@@ -41,10 +57,12 @@ def test_the_softmax_in_parts_is_the_plain_one_on_every_mesh(
 
   made = Catalogue.of(vectors, bias, 8)
   g, m, _ = made.rows.shape
-  made = made._replace(rows=made.rows.reshape(g, m // per_line, per_line * D))
+  lines = np.asarray(made.rows).reshape(g, m // per_line, per_line * D)
   with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
-    found, mine = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(state, made.rows, made.bias, target, weight)
-  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    found, mine = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(
+      state, lines, np.asarray(made.bias), target, weight
+    )
+  np.testing.assert_allclose(found, total, rtol=1e-5)
   np.testing.assert_allclose(mine[0], by[0], atol=1e-5)
   rows, biases = np.asarray(mine[1]).reshape(-1, D), np.asarray(mine[2]).reshape(-1)
   np.testing.assert_allclose(rows[2 : ITEMS + 2], by[1], atol=1e-5)
@@ -54,9 +72,10 @@ def test_the_softmax_in_parts_is_the_plain_one_on_every_mesh(
 
 def test_scores_beyond_floats_are_summed_all_the_same() -> None:
   state, vectors, bias, target, weight = arrays()
-  wanted = plain(100 * state, vectors, bias, target, weight)
-  found = catalogue.cross_entropy(jnp.asarray(100 * state), jnp.asarray(target), Catalogue.of(vectors, bias), 16)
-  np.testing.assert_allclose(jnp.sum(weight * found), wanted, rtol=1e-5)
+  total = jax.jit(plain)(100 * state, vectors, bias, target, weight)
+  made = Catalogue.of(vectors, bias)
+  found = jax.jit(lambda s, t: catalogue.cross_entropy(s, t, made, 16))(100 * state, target)
+  np.testing.assert_allclose(np.sum(weight * found), total, rtol=1e-5)
 
 
 def test_the_program_never_holds_the_scores_of_all_items() -> None:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from supermoe_jax.data.batches import Features
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.models.baselines import PLE, ExpertMlps, GRUEncoder, MMoE
-from tests.fixtures.small_model import MODEL, SCHEMA, B, D, L, S, noise, random_features
+from tests.fixtures.small_model import MODEL, SCHEMA, B, D, S, noise, random_features
 
 E, T, H = 3, 4, 5
+gelu = jax.jit(jax.nn.gelu)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def mlps(module: ExpertMlps, x: np.ndarray) -> np.ndarray:
   up, up_bias, down, down_bias = (
     np.asarray(p[...]) for p in (module.up, module.up_bias, module.down, module.down_bias)
   )
-  hidden = [np.asarray(jax.nn.gelu(x @ up[e] + up_bias[e])) for e in range(len(up))]
+  hidden = [np.asarray(gelu(x @ up[e] + up_bias[e])) for e in range(len(up))]
   return np.stack([h @ down[e] + down_bias[e] for e, h in enumerate(hidden)], axis=2)
 
 
@@ -37,7 +39,7 @@ def gate(module, x: np.ndarray, task: int = 0) -> np.ndarray:
 
 def test_mmoe_equals_its_formula(z: np.ndarray) -> None:
   model = noise(lambda: MMoE(D, H, E, T, rngs=nnx.Rngs(0)))
-  views, gates = model(z)
+  views, gates = jax.jit(lambda z: model(z))(z)
   assert views.shape == (2, 3, T, D)
   assert gates.shape == (2, 3, T, E)
   outputs = mlps(model.experts, z)
@@ -59,7 +61,7 @@ def test_ple_equals_its_formula(levels: int, z: np.ndarray) -> None:
     assert (level.shared_gate is None) == (i + 1 == levels)
     if level.shared_gate is not None:
       shared = np.sum(gate(level.shared_gate, shared) * np.concatenate([*outputs, common], axis=2), axis=2)
-  views = model(z)
+  views = jax.jit(lambda z: model(z))(z)
   assert views.shape == (2, 3, T, D)
   np.testing.assert_allclose(views, np.stack(own, axis=2), rtol=1e-3, atol=1e-4)
 
@@ -70,7 +72,8 @@ def test_a_ple_without_experts_is_an_error() -> None:
 
 
 def test_all_experts_weigh_alike_at_first(z: np.ndarray) -> None:
-  np.testing.assert_allclose(MMoE(D, H, E, T, rngs=nnx.Rngs(0))(z)[1], 1 / E, rtol=1e-6)
+  gates = jax.jit(lambda z: MMoE(D, H, E, T, rngs=nnx.Rngs(0))(z)[1])(z)
+  np.testing.assert_allclose(gates, 1 / E, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -78,25 +81,30 @@ def gru() -> GRUEncoder:
   return noise(lambda: GRUEncoder(MODEL, SCHEMA, rngs=nnx.Rngs(0)))
 
 
+def one_by_one(gru: GRUEncoder, features: Features) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The states after each event, what is known of each snapshot, and the former normed."""
+  states = gru.event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
+  for cell in gru.cells:
+    _, states = jax.lax.scan(lambda h, x, cell=cell: (cell(h, x)[0],) * 2, jnp.zeros((B, D)), states.swapaxes(0, 1))
+    states = states.swapaxes(0, 1)
+  query = gru.query_mlp(gru.query_embedding(features.query_calendar, features.query_gap, features.query_aggregates))
+  return states, query, gru.norm(states)
+
+
 def test_a_snapshot_reads_the_state_after_the_last_event_that_it_sees(gru: GRUEncoder) -> None:
   features = random_features()
   features = features._replace(query_events=features.query_events.copy())
   features.query_events[1, 1] = 99  # more than there are means all
-  encoded = jax.jit(lambda f: gru(f, dropless=True))(features)
-  states = gru.event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
-  for cell in gru.cells:
-    h, after = jnp.zeros((B, D)), []
-    for i in range(L):
-      h, _ = cell(h, states[:, i])
-      after.append(h)
-    states = jnp.stack(after, axis=1)
-  np.testing.assert_allclose(encoded.events, gru.norm(states), atol=1e-4)
-  query = gru.query_mlp(gru.query_embedding(features.query_calendar, features.query_gap, features.query_aggregates))
+  encoded = jax.tree.map(np.asarray, jax.jit(lambda f: gru(f, dropless=True))(features))
+  states, query, norm = jax.tree.map(np.asarray, jax.jit(lambda f: one_by_one(gru, f))(features))
+  np.testing.assert_allclose(encoded.events, norm, atol=1e-4)
+  wanted = {}
   for row in range(B):
     for snapshot in np.flatnonzero(features.query_valid[row]):
       n = min(features.query_events[row, snapshot], features.length[row])
-      state = states[row, n - 1] if n else jnp.zeros(D)
-      np.testing.assert_allclose(encoded.z[row, snapshot], gru.norm(state + query[row, snapshot]), atol=1e-4)
+      wanted[row, snapshot] = (states[row, n - 1] if n else np.zeros(D)) + query[row, snapshot]
+  normed = jax.jit(gru.norm)(np.stack(list(wanted.values())))
+  np.testing.assert_allclose([encoded.z[place] for place in wanted], normed, atol=1e-4)
 
 
 def test_a_recurrent_encoder_has_no_experts(gru: GRUEncoder) -> None:

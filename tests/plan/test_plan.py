@@ -6,23 +6,43 @@ import math
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import pytest
+from jax.sharding import Mesh
 
 from supermoe_jax import cli, config, sharding
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.schema import Schema
 from supermoe_jax.plan import chips, plan, program, render, sweep
-from tests.fixtures import scripts
+from tests.fixtures import grids, scripts
 
 CPUS = chips.topology("cpu:8")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once() -> Iterator[None]:
+  """Plans that compile the same step for the same devices share the program."""
+  real, kept = program.step, {}
+
+  def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> program.Program:
+    key = repr(dataclasses.replace(cfg, evaluate=config.Evaluate())), mesh, effort  # a step evaluates nothing
+    if key not in kept:
+      kept[key] = real(cfg, schema, mesh, effort)
+    return kept[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(program, "step", step)
+    yield
+
+
 @pytest.fixture(scope="module")
 def wide(cfg: config.Config) -> config.Config:
-  """The small config with experts over two devices, and rows for eight."""
+  """The small config, of one layer and two tasks, with experts over two devices, and rows for eight."""
+  cfg = dataclasses.replace(cfg, exclude_tasks=("pages", "paid"))
   settings = ("train.mesh.expert=2", "train.batch_rows=16", "evaluate.batch_rows=16")
-  return config.override(cfg, [f"--config.{s}" for s in settings])
+  return config.override(cfg, [f"--config.{s}" for s in (*settings, "model.layers=1", "model.moe_every=1")])
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +76,8 @@ def test_what_is_expected_to_travel_does(planned: dict) -> None:
   assert planned["flops"] > 0 and planned["memory_traffic"] > planned["memory"]["arguments"] / 4
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_memory_of_a_run_on_eight_devices_is_as_planned(tmp_path: pathlib.Path) -> None:
   script = scripts.PROGRAMS / "memory_of_a_run.py"
   out = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
@@ -91,17 +113,48 @@ def test_gpus_are_estimated_and_told_where_they_do_not_fit(
   assert "does not fit" in said and "try --config.train.tables.dtype=bfloat16: may spare about" in said
 
 
-@pytest.mark.parametrize(("scaling", "times"), [("weak", 4), ("strong", 1)])
-def test_a_sweep_compares_topologies(scaling: str, times: int, wide: config.Config, tmp_path: pathlib.Path) -> None:
-  found = sweep.sweep(wide, [chips.topology("h100:2x4"), chips.topology("h100:1x2")], scaling)
+SWEEPS = [("strong", "h100:1x8", "h100:2x4"), ("strong", "h100:1x2", "h100:2x4"), ("weak", "h100:1x2", "h100:2x4")]
+
+
+@pytest.mark.parametrize(("scaling", "one", "other"), grids.quick_few(SWEEPS[:1], SWEEPS))
+def test_a_sweep_compares_topologies(
+  scaling: str, one: str, other: str, wide: config.Config, tmp_path: pathlib.Path
+) -> None:
+  found = sweep.sweep(wide, [chips.topology(one), chips.topology(other)], scaling)
   few, many = found["plans"]
-  assert [p["topology"]["devices"] for p in (few, many)] == [2, 8]
+  assert [p["topology"]["name"] for p in (few, many)] == [one, other]
+  larger = many["topology"]["devices"] / few["topology"]["devices"]
+  times = larger if scaling == "weak" else 1
   assert many["tokens"] == times * few["tokens"]
   steps = few["seconds"]["step"] / many["seconds"]["step"]
-  assert sweep.efficiency(found) == {"h100:1x2": 1.0, "h100:2x4": pytest.approx(steps * times / 4)}
+  assert sweep.efficiency(found) == {one: 1.0, other: pytest.approx(steps * times / larger)}
   assert sweep.lines(found)[0].startswith(f"{scaling} scaling: ") and "100%" in sweep.lines(found)[2]
   sweep.draw(found, tmp_path / "sweep.svg")
   assert (tmp_path / "sweep.svg").read_text().count("<path") > 20
+
+
+def test_the_efficiency_of_a_sweep_is_by_tokens_a_second_of_a_device() -> None:
+  plans = [
+    {"topology": {"name": name, "devices": devices}, "seconds": {}, "tokens_per_second": speed}
+    for name, devices, speed in (("two", 2, 10.0), ("eight", 8, 30.0))
+  ]
+  untimed = {"topology": {"name": "too small", "devices": 1}}
+  assert sweep.efficiency({"plans": [untimed, *plans]}) == {"two": 1.0, "eight": 0.75}
+
+
+@pytest.mark.parametrize(("scaling", "rows"), [("weak", [16, 32, 64]), ("strong", [16, 16, 16])])
+def test_a_sweep_asks_for_rows_a_device_or_in_all_and_keeps_experts_where_they_divide(
+  scaling: str, rows: list[int], wide: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  asked = []
+  monkeypatch.setattr(sweep, "plan", lambda cfg, topology, _: asked.append((cfg, topology)))
+  wide = config.override(wide, ["--config.train.mesh.data=2", "--config.train.mesh.expert=4"])
+  wide = config.override(wide, ["--config.train.batch_rows=64", "--config.evaluate.batch_rows=64"])
+  wide = config.override(wide, [] if scaling == "weak" else ["--config.train.batch_rows=16"])
+  sweep.sweep(wide, [chips.topology(t) for t in ("h100:1x8", "h100:1x4", "h100:1x2")], scaling)
+  assert [str(topology) for _, topology in asked] == ["h100:1x2", "h100:1x4", "h100:1x8"]
+  assert [cfg.train.batch_rows for cfg, _ in asked] == rows
+  assert [(cfg.train.mesh.data, cfg.train.mesh.expert) for cfg, _ in asked] == [(1, 2), (1, 4), (2, 4)]
 
 
 @pytest.mark.parametrize(

@@ -8,42 +8,28 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import batches, prepare
+from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.plan import shapes
-from tests.fixtures.small_log import every_task_config, write_log
 
 
-@pytest.fixture(scope="module")
-def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[config.Config, Dataset]:
-  """A config with a task of every kind and a contrast, and its dataset."""
-  folder = tmp_path_factory.mktemp("rich")
-  write_log(folder)
-  cfg = config.resolve(every_task_config(folder))
-  prepare.prepare(cfg)
-  return cfg, Dataset(cfg.data.path)
-
-
-def test_a_batch_has_the_shapes_that_are_planned_for(rich: tuple[config.Config, Dataset]) -> None:
-  cfg, dataset = rich
-  stream = batches.training(dataset, cfg)
-  real = next(iter(stream))
-  planned = shapes.batch(cfg, dataset.schema)
+def test_a_batch_has_the_shapes_that_are_planned_for(every_task: config.Config, every_task_dataset: Dataset) -> None:
+  real = next(iter(batches.training(every_task_dataset, every_task)))
+  planned = shapes.batch(every_task, every_task_dataset.schema)
   assert jax.tree.structure(real) == jax.tree.structure(planned)
   for wanted, found in zip(jax.tree.leaves(real), jax.tree.leaves(planned), strict=True):
     assert (np.shape(wanted), np.asarray(wanted).dtype) == (found.shape, found.dtype)
 
 
 def test_without_a_dataset_vocabularies_are_full_and_all_else_is_the_same(
-  rich: tuple[config.Config, Dataset],
+  every_task: config.Config, every_task_dataset: Dataset
 ) -> None:
-  cfg, dataset = rich
   with pytest.raises(
     config.ConfigError, match=r"tier: how many classes column 'tier' has.*--config.exclude_tasks=tier"
   ):
-    shapes.largest_schema(cfg)
-  cfg = dataclasses.replace(cfg, exclude_tasks=("tier",))
-  largest, real = shapes.largest_schema(cfg), dataset.schema
+    shapes.largest_schema(every_task)
+  cfg = dataclasses.replace(every_task, exclude_tasks=("tier",))
+  largest, real = shapes.largest_schema(cfg), every_task_dataset.schema
   assert largest.outputs == {n: k for n, k in real.outputs.items() if n in cfg.active_views} | _vocabularies(cfg)
   assert largest.categorical.keys() == real.categorical.keys()
   assert all(largest.categorical[n] >= real.categorical[n] for n in real.categorical)

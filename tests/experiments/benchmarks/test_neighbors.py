@@ -17,6 +17,7 @@ def benchmark() -> types.ModuleType:
   return scripts.load(scripts.BENCHMARKS / "neighbors.py")
 
 
+@pytest.mark.nightly
 def test_figures_are_of_the_data_that_was_asked_for(
   benchmark: types.ModuleType,
   tmp_path: pathlib.Path,

@@ -12,6 +12,7 @@ import pytest
 from tests.fixtures import scripts
 
 
+@pytest.mark.nightly
 def test_factors_and_films_tell_an_attribute_that_films_depend_on(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ def benchmark() -> types.ModuleType:
   return scripts.load(scripts.BENCHMARKS / "tables.py")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", ["adagrad", "dense adam"])
 def test_a_step_learns_and_its_table_is_counted(benchmark: types.ModuleType, optimizer: str) -> None:
   size = 4096
