@@ -12,6 +12,7 @@ from supermoe_jax.layers.table import EmbeddingTable, Layout
 from supermoe_jax.training.checkpoint import Checkpoints, Writer
 from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.step import TrainState
+from tests.fixtures.grids import quick_few
 from tests.fixtures.small_state import D, state
 
 
@@ -35,16 +36,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Train
   return folder, written
 
 
+ON_CPUS = [(sizes, "cpu") for sizes in ((1, 1, 1), (8, 1, 1), (1, 4, 2), (3, 1, 1), (5, 1, 1))]
+
+
 @pytest.mark.parametrize(
   ("sizes", "platform"),
-  [
-    ((1, 1, 1), "cpu"),
-    ((8, 1, 1), "cpu"),
-    ((1, 4, 2), "cpu"),
-    ((3, 1, 1), "cpu"),
-    ((5, 1, 1), "cpu"),
-    ((8, 1, 1), "tpu"),
-  ],
+  quick_few([((3, 1, 1), "cpu"), ((8, 1, 1), "tpu")], [*ON_CPUS, ((8, 1, 1), "tpu")]),
 )
 def test_a_table_is_read_onto_any_mesh(
   saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int], platform: str
@@ -60,7 +57,10 @@ def test_a_table_is_read_onto_any_mesh(
     assert leaf.shape == like.shape and leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize(("sizes", "platform"), [((1, 1, 1), "cpu"), ((8, 1, 1), "cpu"), ((8, 1, 1), "tpu")])
+@pytest.mark.parametrize(
+  ("sizes", "platform"),
+  quick_few([((1, 1, 1), "cpu")], [((1, 1, 1), "cpu"), ((8, 1, 1), "cpu"), ((8, 1, 1), "tpu")]),
+)
 def test_a_table_grows_by_rows_and_keeps_those_that_it_had(
   saved: tuple[pathlib.Path, TrainState], sizes: tuple[int, int, int], platform: str
 ) -> None:
@@ -92,7 +92,7 @@ def test_rows_that_share_lines_are_read_where_they_do_not(tmp_path: pathlib.Path
     np.testing.assert_array_equal(entries(read.state, 300)[name], wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("width", [8, 128])  # 128 is also 32 rows of four, side by side
+@pytest.mark.parametrize("width", quick_few([128], [8, 128]))  # 128 is also 32 rows of four, side by side
 def test_another_width_is_an_error(width: int, saved: tuple[pathlib.Path, TrainState]) -> None:
   with pytest.raises(RunError, match="does not fit this model"):
     Checkpoints(saved[0]).restore(state(37, (1, 1, 1), 0, d=width))

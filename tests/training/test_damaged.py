@@ -1,5 +1,6 @@
 """A checkpoint that is damaged is told from a whole one, and the one before it is used."""
 
+import itertools
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -77,17 +78,28 @@ def assert_read(folder: pathlib.Path, states: States, damaged: str) -> int:
   return step
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, pathlib.Path.unlink])
+DAMAGES = (truncate, flip, pathlib.Path.unlink)
+
+
+@pytest.mark.parametrize(
+  "damages",
+  [DAMAGES, *(pytest.param((one,), marks=pytest.mark.nightly) for one in DAMAGES)],
+  ids=lambda damages: " ".join(d.__name__ for d in damages),
+)
 def test_whatever_is_damaged_what_is_read_is_what_was_written(
-  saved: pathlib.Path, tmp_path: pathlib.Path, states: States, damage: Callable[[pathlib.Path], None]
+  saved: pathlib.Path,
+  tmp_path: pathlib.Path,
+  states: States,
+  damages: tuple[Callable[[pathlib.Path], None], ...],
 ) -> None:
+  """One file after the other is damaged, in one way after the other."""
   assert assert_read(saved, states, "nothing") == 2
   used = set()
-  for file in files(saved / "checkpoints" / "2"):
+  for file, damage in zip(files(saved / "checkpoints" / "2"), itertools.cycle(damages)):
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
     damage(copy / file.relative_to(saved))
-    used.add(assert_read(copy, states, str(file)))
+    used.add(assert_read(copy, states, f"{file}: {damage.__name__}"))
     shutil.rmtree(copy)
   assert 1 in used
 
@@ -103,22 +115,6 @@ def test_every_flipped_byte_of_what_a_checkpoint_says_of_itself_is_noticed(
     changed[place] ^= 1
     words.write_bytes(bytes(changed))
     assert assert_read(copy, states, str(place)) == 1
-
-
-def test_a_run_goes_on_from_the_checkpoint_before_and_ends_as_ever(
-  copy: pathlib.Path, workdir: pathlib.Path, cfg: config.Config
-) -> None:
-  for file in files(copy / "checkpoints" / "12" / "model"):
-    if file.parent.name == "d":
-      truncate(file)
-  content = {p.name: p.read_bytes() for p in files(copy / "checkpoints" / "12")}
-  said: list[str] = []
-  assert loop.train(cfg, copy, say=said.append) == 12
-  assert any("warning: checkpoint 12 of" in line for line in said)
-  assert any(f"resuming {copy} at step 8" in line for line in said)
-  assert {p.name: p.read_bytes() for p in files(copy / "damaged" / "12")} == content  # for whoever wants to know
-  for mine, wanted in zip(jax.tree.leaves(Run(copy).variables), jax.tree.leaves(Run(workdir).variables), strict=True):
-    np.testing.assert_array_equal(mine, wanted)
 
 
 def test_without_a_whole_checkpoint_a_run_is_an_error_and_nothing_is_overwritten(

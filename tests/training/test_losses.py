@@ -19,8 +19,13 @@ from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, statistics, weighting
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import build
+from tests.fixtures.grids import quick_few
+from tests.fixtures.short_runs import ONE_BLOCK, only
 
 METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
+# One whose weights come from the losses of the past, one that asks for the tasks' gradients. The weights of all methods
+# are in `test_weighting.py`.
+FEW = ("seesaw", "pcgrad")
 KEY = jax.random.key(3)
 
 
@@ -37,25 +42,25 @@ def measured(every_task: config.Config, every_task_dataset: Dataset) -> dict[str
   return statistics.measure(every_task.active_tasks, every_task_dataset.schema.outputs, stream, 30)
 
 
-# One block, with experts: enough for what the loss is asked here, and half of the compiling.
-SMALL = ["--config.model.layers=1", "--config.model.moe_every=1"]
+def few_of(every_task: config.Config, method: str) -> config.Config:
+  """Fewer tasks, one of each form of loss, for what is compiled once a weighting; fewer where each has a gradient."""
+  kept = ("bought", "long", "age") + (() if method in ("pcgrad", "cagrad") else ("next_page", "alike"))
+  return config.override(every_task, [only(every_task, *kept), *ONE_BLOCK])
+
+
+@pytest.fixture
+def few(every_task: config.Config, method: str) -> config.Config:
+  return few_of(every_task, method)
 
 
 @pytest.fixture(scope="module")
-def few(every_task: config.Config) -> config.Config:
-  """Fewer tasks, one of each form of loss, for what is compiled once a weighting."""
-  kept = ("next_page", "quiet", "bought", "paid", "long", "age", "alike")
-  gone = tuple(n for n in every_task.tasks if n not in kept)
-  return config.override(every_task, [f"--config.exclude_tasks={gone}", *SMALL])
-
-
-@pytest.fixture(scope="module")
-def weighed(few: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics]):
+def weighed(every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics]):
   """`method → jitted batch → (loss, gradient, weighting state after, before)`, dropout off; compiled once each."""
-  graph, model = nnx.split(build(few, every_task_dataset.schema)())
 
   @functools.cache
   def get(method: str):
+    few = few_of(every_task, method)
+    graph, model = nnx.split(build(few, every_task_dataset.schema)())
     weigher = weighting.make(config.Weighting(method=method, window=1, warmup_steps=1), few.active_tasks)
     state = weigher.initial()
     if method in ("uncertainty", "famo"):
@@ -93,7 +98,7 @@ def test_every_task_has_labels_and_lacks_some(batch: Batch, every_task: config.C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick_few(FEW, METHODS))
 def test_masked_labels_may_be_anything(weighed, batch: Batch, few: config.Config, method: str) -> None:
   clean = weighed(method)(batch)
   assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(clean[1]))
@@ -109,10 +114,10 @@ def test_masked_labels_may_be_anything(weighed, batch: Batch, few: config.Config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick_few(FEW, METHODS))
 def test_an_absent_task_moves_nothing(weighed, batch: Batch, few: config.Config, method: str) -> None:
-  whole, _, _, _ = weighed(method)(batch)
-  for gone in ("paid", "long", "alike"):
+  whole, all_moved, _, _ = weighed(method)(batch)
+  for gone in few.active_tasks:
     if gone == "alike":
       slices = batch.slices["alike"]
       none = batch._replace(slices={"alike": slices._replace(known=np.zeros_like(slices.known))})
@@ -122,8 +127,9 @@ def test_an_absent_task_moves_nothing(weighed, batch: Batch, few: config.Config,
     out, gradient, after, before = weighed(method)(none)
     index = list(few.active_tasks).index(gone)
     assert float(out.tasks[gone].weight) == 0 and not bool(out.seen.present[index])
-    if gone != "alike":
+    if gone != "alike":  # nor is its head moved by another task
       assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient["heads"][gone]))
+      assert any(np.asarray(g).any() for g in jax.tree.leaves(all_moved["heads"][gone])), gone
     for name in few.active_tasks:
       if name != gone:
         assert_bitwise_equal(out.tasks[name], whole.tasks[name])
@@ -134,7 +140,7 @@ def test_an_absent_task_moves_nothing(weighed, batch: Batch, few: config.Config,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick_few(FEW, METHODS))
 def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
   weighed, batch: Batch, few: config.Config, measured: dict[str, TaskStatistics], method: str
 ) -> None:
@@ -154,7 +160,7 @@ def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
 @pytest.fixture(scope="module")
 def by_task(every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch):
   """Each task's loss differentiated by all parameters, without weights; some heads start at 0, so all are moved."""
-  graph, model = nnx.split(build(config.override(every_task, SMALL), every_task_dataset.schema)())
+  graph, model = nnx.split(build(config.override(every_task, ONE_BLOCK), every_task_dataset.schema)())
   model = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), model)
   weigher = weighting.make(config.Weighting(), every_task.active_tasks)
 
@@ -166,6 +172,7 @@ def by_task(every_task: config.Config, every_task_dataset: Dataset, measured: di
   return jax.jit(jax.jacrev(terms))(model)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, every_task: config.Config) -> None:
   for task in every_task.active_tasks:
@@ -176,12 +183,12 @@ def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, every
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["static", "pcgrad"])
+@pytest.mark.parametrize("method", quick_few(["static"], ["static", "pcgrad"]))
 def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
   every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch, method: str
 ) -> None:
   few = {n: every_task.active_tasks[n] for n in ("paid", "quiet", "tier", "next_page")}
-  model = config.override(every_task, SMALL).model
+  model = config.override(every_task, ONE_BLOCK).model
 
   def loss_of(order: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     tasks = {n: few[n] for n in order}
@@ -203,27 +210,33 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
   assert permuted == pytest.approx(weights, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def sampling(every_task: config.Config, every_task_dataset: Dataset) -> SuperMoE:
+  """A model that predicts next values by a sampled softmax alone."""
+  return build(config.override(every_task, [only(every_task, "sampled"), *ONE_BLOCK]), every_task_dataset.schema)()
+
+
 def test_a_batch_of_more_rows_than_values_draws_no_more_of_them(
-  every_task: config.Config, every_task_dataset: Dataset, batch: Batch
+  every_task: config.Config, sampling: SuperMoE, batch: Batch
 ) -> None:
-  drawn = losses.draws(build(every_task, every_task_dataset.schema)(), batch, KEY)["sampled"]
+  drawn = losses.draws(sampling, batch, KEY)["sampled"]
   assert every_task.tasks["sampled"].negatives == 6 and drawn.shape == (24, 1)
   assert np.flatnonzero(drawn).tolist() == [0, 4, 8, 12, 16, 20]
 
 
 def test_rows_that_draw_need_not_divide_over_the_devices(
-  every_task: config.Config, every_task_dataset: Dataset, batch: Batch
+  every_task: config.Config, sampling: SuperMoE, batch: Batch
 ) -> None:
   """Six of 24 rows draw, which lie on eight devices."""
-  model, task = build(every_task, every_task_dataset.schema)(), every_task.tasks["sampled"]
-  drawn = {"sampled": np.asarray(losses.draws(model, batch, KEY)["sampled"])}
+  task = every_task.tasks["sampled"]
+  drawn = {"sampled": np.asarray(losses.draws(sampling, batch, KEY)["sampled"])}
   state = jax.random.normal(KEY, (24, 5, every_task.model.d_model))
   value = jax.random.randint(KEY, (24, 5), 2, 9)
 
   def loss(state: jax.Array) -> jax.Array:
-    return losses._next_value_loss(model, "sampled", task, state, value, drawn)
+    return losses._next_value_loss(sampling, "sampled", task, state, value, drawn)
 
-  wanted = loss(state)
+  wanted = jax.jit(loss)(state)
   with jax.set_mesh(sharding.make_mesh(config.Mesh(8))):
     np.testing.assert_allclose(jax.jit(loss)(state), wanted, rtol=1e-5)
 
@@ -235,6 +248,7 @@ def test_rows_that_draw_are_enough_and_fewer_than_twice_as_many(rows: int, negat
   assert min(rows, negatives) <= drawing < 2 * negatives
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_micro_batch_gradients_sum_to_the_whole_batchs(
   every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
@@ -246,7 +260,7 @@ def test_micro_batch_gradients_sum_to_the_whole_batchs(
       "--config.model.capacity_factor=4.0",
       "--config.train.balance_weight=0.0",  # the balance of a batch is no mean of its parts'
       "--config.train.z_weight=0.0",
-      *SMALL,
+      *ONE_BLOCK,
     ],
   )
   graph, model = nnx.split(build(labelled, every_task_dataset.schema)())
@@ -265,6 +279,7 @@ def test_micro_batch_gradients_sum_to_the_whole_batchs(
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(np.abs(b).max())))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_jitted_loss_is_the_eager_one(
   every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch

@@ -1,5 +1,7 @@
 """The tasks' weights: positive, of sum T, without a gradient, and never moved by a task that is not there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,11 @@ def jitted():
   return get
 
 
+@functools.cache
+def key(seed: int) -> jax.Array:
+  return jax.random.key(seed)
+
+
 def gram_of(seed: int, tasks: int = 3) -> np.ndarray:
   g = np.random.default_rng(seed).normal(size=(tasks, 5))
   return (g @ g.T).astype(np.float32)
@@ -44,16 +51,14 @@ def gram_of(seed: int, tasks: int = 3) -> np.ndarray:
 
 def observed(seed: int, present: np.ndarray) -> Observed:
   gram = gram_of(seed, len(present)) * np.outer(present, present)
-  return Observed(jnp.asarray(present), jnp.asarray(gram), jax.random.key(seed))
+  return Observed(present, gram.astype(np.float32), key(seed))
 
 
 def seen(rng: np.random.Generator, present: np.ndarray) -> Seen:
   count = np.where(present, rng.integers(1, 50, len(present)), 0).astype(np.float32)
   mean = rng.uniform(0.1, 2.0, len(present))
   after = np.where(present, mean * rng.uniform(0.8, 1.1, len(present)), 0.0)
-  return Seen(
-    *(jnp.asarray(v, jnp.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after))
-  )
+  return Seen(*(v.astype(np.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after)))
 
 
 def course(jitted, method: str, seed: int, names: tuple[str, ...] = NAMES, absent: float = 0.4):
@@ -65,9 +70,9 @@ def course(jitted, method: str, seed: int, names: tuple[str, ...] = NAMES, absen
   for step in range(14):
     present = rng.random(3) >= absent
     whole = seen(rng, present)
-    part = Seen(*(part[jnp.array(order)] for part in whole))
+    part = Seen(*(part[order] for part in whole))
     gram = gram_of(seed + step) * np.outer(present, present)
-    at = Observed(part.present, jnp.asarray(gram[np.ix_(order, order)]), jax.random.key(step))
+    at = Observed(part.present, gram[np.ix_(order, order)].astype(np.float32), key(step))
     w = weights(state, at)
     new = update(state, part)
     yield np.asarray(part.present), state, np.asarray(w), new
@@ -97,8 +102,9 @@ def test_an_absent_tasks_part_of_the_state_stays_bitwise(jitted, method: str, se
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10_000), order=st.permutations(NAMES))
-def test_permuting_tasks_permutes_the_weights(jitted, method: str, seed: int, order: list[str]) -> None:
+@given(seed=st.integers(0, 10_000), order=st.sampled_from(["cab", "cba"]))
+def test_permuting_tasks_permutes_the_weights(jitted, method: str, seed: int, order: str) -> None:
+  """In a cycle of three, and where two are swapped: of these all orders are made."""
   whole, permuted = course(jitted, method, seed), course(jitted, method, seed, tuple(order))
   index = [NAMES.index(n) for n in order]
   for (_, _, w, _), (_, _, mine, _) in zip(whole, permuted, strict=True):
@@ -119,11 +125,11 @@ def test_the_weight_of_a_task_does_not_depend_on_who_is_in_the_batch(jitted, met
 def after_steps(method: str, losses: list[list[float]], afters: list[list[float]] | None = None) -> np.ndarray:
   """The weights after steps with these losses, all tasks present with one label."""
   weigher = make(method)
-  state = weigher.initial()
-  one, there = jnp.ones(3), jnp.ones(3, bool)
+  state, update = weigher.initial(), jax.jit(weigher.update)
+  one, there = np.ones(3, np.float32), np.ones(3, bool)
   for i, loss in enumerate(losses):
-    after = None if afters is None else jnp.array(afters[i], jnp.float32)
-    state = weigher.update(state, Seen(there, jnp.array(loss, jnp.float32), one, after))
+    after = None if afters is None else np.array(afters[i], np.float32)
+    state = update(state, Seen(there, np.array(loss, np.float32), one, after))
   return np.asarray(weigher.weights(state, Observed(there, None, jax.random.key(0))))
 
 
@@ -199,11 +205,10 @@ def test_cagrad_raises_the_worst_agreement_and_stays_near_the_mean() -> None:
     mean = g.mean(0)
     radius = 0.5 * np.linalg.norm(mean)
     # Undo the scaling to weights of sum T: d = mean + λ g_w lies on the ball's border.
-    scale = next(k for k in np.linspace(0.01, 3, 30_000) if np.linalg.norm(k * (w @ g) - mean) <= radius * 1.001)
-    direction = max(
-      (k * (w @ g) for k in np.linspace(scale, 3, 4000) if np.linalg.norm(k * (w @ g) - mean) <= radius * 1.001),
-      key=lambda d: min(g @ d),
-    )
+    scales = np.linspace(0.01, 3, 30_000)
+    inside = scales[np.linalg.norm(scales[:, None] * (w @ g) - mean, axis=1) <= radius * 1.001]
+    directions = inside[:, None] * (w @ g)
+    direction = directions[np.argmax((directions @ g.T).min(axis=1))]
     grid = [np.array([i, j, 40 - i - j]) / 40 for i in range(41) for j in range(41 - i)]
     inner = min(grid, key=lambda p: (p @ g) @ mean + radius * np.linalg.norm(p @ g))
     best = mean + radius * (inner @ g) / np.linalg.norm(inner @ g)
