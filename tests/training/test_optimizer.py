@@ -1,12 +1,16 @@
-"""The learning rate over a run, and which parameters decay."""
+"""The learning rate over a run, which parameters decay, and how gradients are clipped."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supermoe_jax import config
-from supermoe_jax.training import optimizer
+from supermoe_jax import config, sharding
+from supermoe_jax.data import batches
+from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.training import optimizer, statistics, tables
+from supermoe_jax.training.step import compiled, create_state, place
+from tests.fixtures import short_runs
 
 TRAIN = config.Train(steps=100, warmup_steps=10, learning_rate=0.4, final_learning_rate=0.1)
 
@@ -25,3 +29,24 @@ def test_only_matrices_of_maps_and_experts_decay_and_by_rate_and_decay() -> None
   assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates["kept"]))
   for leaf in jax.tree.leaves(updates["decayed"]):
     np.testing.assert_allclose(leaf, -0.04, rtol=1e-6)
+
+
+def test_clipped_gradients_of_parameters_and_of_rows_have_the_norm_that_is_set_together(
+  cfg: config.Config, dataset: Dataset
+) -> None:
+  settings = {"warmup_steps": 0, "clip_norm": 0.05, "tables.optimizer": "sgd", "tables.weight_decay": 0.0}
+  clipped = config.override(short_runs.short(cfg), [f"--config.train.{k}={v}" for k, v in settings.items()])
+  mesh = sharding.make_mesh(clipped.train.mesh)
+  _, state = create_state(clipped, dataset.schema, mesh)
+  before = jax.device_get(tables.values(state.model))
+  batch = next(iter(batches.training(dataset, clipped)))
+  measured = statistics.measure(clipped.active_tasks, dataset.schema.outputs, [batch], 1)
+  state, metrics = compiled(clipped, dataset.schema, mesh).step(state, place(batch, mesh), measured)
+  assert metrics.gradient_norm > 2 * 0.05
+  # The first step of AdamW keeps a tenth of the gradient; one of SGD moves rows by the rate times the gradient.
+  parameters = [10 * np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.optimizer[0].mu)]
+  after = jax.device_get(tables.values(state.model))
+  rows = [(np.asarray(before[n], np.float64) - after[n]) / clipped.train.tables.learning_rate for n in before]
+  assert all(np.abs(moved).max() > 0 for moved in rows)
+  total = np.sqrt(sum(np.sum(np.square(part)) for part in parameters + rows))
+  assert total == pytest.approx(0.05, rel=1e-3)
