@@ -1,4 +1,4 @@
-"""The real step compiles for pods by `supermoe plan`, and what it says adds up; `make test` installs XLA:TPU."""
+"""The real step compiles for pods by `supermoe plan`, and what it says adds up; `make test-all` installs XLA:TPU."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_a_step_compiles_for_a_pod_and_fits(
   topology: str, slices: int, file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test', which installs it"
+  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test-all', which installs it"
   saved = tmp_path / "plan.json"
   line = [sys.executable, "-m", "supermoe_jax", "plan", "--config", str(file), "--topology", topology]
   line += ["--slices", str(slices), "--json", str(saved)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -80,7 +81,9 @@ def test_what_is_expected_to_travel_does(planned: dict) -> None:
 @pytest.mark.slow
 def test_the_memory_of_a_run_on_eight_devices_is_as_planned(tmp_path: pathlib.Path) -> None:
   script = scripts.PROGRAMS / "memory_of_a_run.py"
-  out = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+  search = os.pathsep.join([str(scripts.ROOT), os.environ.get("PYTHONPATH", "")])
+  line, environment = [sys.executable, script, tmp_path], {**os.environ, "PYTHONPATH": search}
+  out = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
   assert out.returncode == 0, out.stderr
   found = json.loads(out.stdout.splitlines()[-1])
   assert found["measured"] == pytest.approx(found["planned"], rel=0.25), found
