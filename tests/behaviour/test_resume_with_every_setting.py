@@ -16,7 +16,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
-from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, parameters, rows, silent
+from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, parameters, rows, silent
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.usefixtures("compiled_afresh")]
 
@@ -36,6 +36,7 @@ def test_every_setting_of_the_experts_trains_resumes_and_opens_on_a_mesh(
   other = config.override(
     cfg,
     [
+      only(cfg, "next_page", "quiet"),
       "--config.model.layers=4",
       "--config.model.activation=swiglu",
       "--config.model.shared_experts=1",

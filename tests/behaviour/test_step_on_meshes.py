@@ -61,7 +61,7 @@ def few(every_task: config.Config) -> config.Config:
 @pytest.fixture(scope="module")
 def every(every_task: config.Config) -> config.Config:
   """More settings, and a task of every form of loss."""
-  kept = ("next_page", "sampled", "quiet", "long", "pages", "tier", "age", "alike")
+  kept = ("sampled", "long", "pages", "tier", "age", "alike")
   return settled(every_task, only(every_task, *kept), *EXACT)
 
 
@@ -257,6 +257,8 @@ def test_parts_of_a_batch_one_after_the_other_are_the_batch(cfg: config.Config, 
   linear = config.override(
     cfg,
     [
+      only(cfg, "next_page", "quiet"),
+      *ONE_BLOCK,
       "--config.model.capacity_factor=2.0",
       *(f"--config.{name}=0.0" for name in off),
       "--config.train.weighting.method=famo",

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax.serving import service
@@ -177,6 +177,9 @@ def test_no_request_causes_an_error_of_the_server(client: TestClient) -> None:
 
   @settings(max_examples=150, deadline=None, database=None, derandomize=True)
   @given(BODIES)
+  @example({"as_of": DAY, "users": [{"events": {}}]})  # one of each answer, whatever is drawn
+  @example(float("nan"))
+  @example({})
   def send(content: Any) -> None:
     answer = client.post("/embed", content=json.dumps(content).encode(), headers=JSON)
     assert answer.status_code in (200, 400, 422), answer.text

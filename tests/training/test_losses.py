@@ -43,8 +43,8 @@ def measured(every_task: config.Config, every_task_dataset: Dataset) -> dict[str
 
 
 def few_of(every_task: config.Config, method: str) -> config.Config:
-  """Fewer tasks, one of each form of loss, for what is compiled once a weighting; fewer where each has a gradient."""
-  kept = ("bought", "long", "age") + (() if method in ("pcgrad", "cagrad") else ("next_page", "alike"))
+  """Fewer tasks, for what is compiled once a weighting; of one, a task of each form of loss."""
+  kept = ("bought", "long", "age") + (("next_page", "alike") if method == "seesaw" else ())
   informed = ("--config.model.conditioning=token", "--config.train.task_information=10000.0")
   return config.override(every_task, [only(every_task, *kept), *ONE_BLOCK, *informed])
 
