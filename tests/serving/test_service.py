@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import json
 import tracemalloc
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def test_the_service_gives_the_vectors_of_the_loader(
 def test_requests_that_share_a_batch_do_not_change_each_other(encoder: Encoder, raw_users: dict[str, Any]) -> None:
   users = list(raw_users.values())
   wanted, calls = encoder.embed(users, DAY).vectors, []
+  ends = np.cumsum([2, 1, 1] * len(users))  # requests of two users and of one
+  requests = [users[start:end] for start, end in itertools.pairwise([0, *ends]) if start < len(users)]
 
   class Watched:
     batch_sizes = encoder.batch_sizes
@@ -51,11 +54,11 @@ def test_requests_that_share_a_batch_do_not_change_each_other(encoder: Encoder, 
 
   async def ask() -> list[np.ndarray]:
     async with Batcher(Watched(), wait=0.05) as batcher:  # type: ignore[arg-type]
-      return await asyncio.gather(*(batcher.embed([encoder.prepare(u, DAY)]) for u in users))
+      return await asyncio.gather(*(batcher.embed([encoder.prepare(u, DAY) for u in some]) for some in requests))
 
   found = np.concatenate(asyncio.run(ask()))
   np.testing.assert_allclose(found, wanted, atol=1e-5)
-  assert max(calls) == max(encoder.batch_sizes) and sum(calls) == len(users) and len(calls) < len(users)
+  assert max(calls) == max(encoder.batch_sizes) and sum(calls) == len(users) and len(calls) < len(requests)
 
 
 def test_a_user_without_events_has_no_embedding(client: TestClient) -> None:
