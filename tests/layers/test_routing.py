@@ -252,3 +252,12 @@ def test_jit_equals_eager(x: jax.Array) -> None:
   eager = noise(lambda: Router(D, E, 2, rngs=nnx.Rngs(0)))(x, ALL)
   for mine, wanted in zip(jax.tree.leaves(run(state, x, ALL)), jax.tree.leaves(eager)):
     np.testing.assert_allclose(mine, wanted, atol=1e-6)
+
+
+def test_jitter_makes_tokens_smaller_and_larger_alike() -> None:
+  router = Router(1, 2, 1, jitter=0.3, rngs=nnx.Rngs(0))
+  router.kernel[...] = jnp.array([[1.0, 0.0]])
+  weight = np.asarray(router(jnp.ones((2000, 1)), jnp.ones(2000, bool), rngs=nnx.Rngs(1)).weight, np.float64)
+  factor = np.log(weight / (1 - weight))  # the logit of a token of 1
+  assert 0.7 <= factor.min() + 1e-5 < 0.71 and 1.29 < factor.max() <= 1.3 + 1e-5
+  assert factor.mean() == pytest.approx(1, abs=0.02)
