@@ -58,6 +58,17 @@ def test_normalising_by_the_rate_is_unbiased_and_by_the_batch_is_not() -> None:
   assert np.mean(means["batch"]) == pytest.approx(expected, rel=0.12)
 
 
+def test_a_task_sums_weighed_losses_and_weights_of_known_labels_alone() -> None:
+  known = np.array([[True, True, False], [False, True, True]])
+  weight = np.float32([[0.5, 2.0, 9.0], [9.0, 0.0, 4.0]])
+  asked = targets(np.zeros((2, 3), np.float32), known)._replace(weight=weight)
+  loss = jnp.float32([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+  out = losses.task_loss(asked, loss)
+  assert (float(out.total), float(out.weight)) == (0.5 * 1 + 2 * 2 + 4 * 6, 0.5 + 2 + 4)
+  by_site = losses.task_loss(asked, loss, jnp.float32([1.0, 10.0, 100.0]))
+  assert (float(by_site.total), float(by_site.weight)) == (0.5 + 10 * 4 + 100 * 24, 0.5 + 20 + 400)
+
+
 def test_a_sum_is_divided_by_the_constant_loss_only() -> None:
   part = TaskLoss(jnp.float32(6.0), jnp.float32(4.0))
   assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "sum")) == 3.0
