@@ -150,6 +150,12 @@ def test_famo_gives_more_to_the_task_whose_log_loss_falls_least() -> None:
   assert behind[0] < behind[1] < behind[2]
 
 
+def test_famo_divides_equal_shares_by_the_losses_after_the_step() -> None:
+  losses = [[1.0, 2.0, 4.0]]
+  w = after_steps("famo", losses, [[0.5, 1.0, 2.0]])  # all fall alike, so that no share moves
+  np.testing.assert_allclose(w / w[0], [1, 0.5, 0.25], rtol=1e-5)
+
+
 def test_seesaw_is_log_loss_balancing_until_references_are_known_and_then_serves_those_behind() -> None:
   prior = np.array([1.0, 2.0, 0.5])
   early = after_steps("seesaw", [[0.5, 1.0, 2.0]] * 2)
