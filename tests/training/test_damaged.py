@@ -158,3 +158,18 @@ def test_a_digest_knows_the_place_of_a_value_and_not_the_mesh() -> None:
   layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
   assert digest.of_arrays([value]) == digest.of_arrays([jax.device_put(value, layout)])
   assert digest.of_arrays([value]) != digest.of_arrays([value.T])
+
+
+def test_arrays_other_than_those_whose_digests_were_kept_are_not_used(
+  states: States, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """As if memory had changed between the digest and the disk: every file is whole by itself."""
+  real = digest.of_arrays
+  with Writer(tmp_path, config.Train()) as writer:
+    writer.save(1, state(37, (1, 1, 1), 1), {"at": 1}, {})
+    writer.wait()
+    with monkeypatch.context() as patch:
+      patch.setattr(digest, "of_arrays", lambda tree: {n: d ^ (i == 0) for i, (n, d) in enumerate(real(tree).items())})
+      writer.save(2, state(37, (1, 1, 1), 2), {"at": 2}, {})
+      writer.wait()
+  assert assert_read(tmp_path, states, "a digest") == 1
