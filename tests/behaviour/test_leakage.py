@@ -31,7 +31,7 @@ from tests.fixtures.random_logs import (
   random_rows,
 )
 
-WITH_EVENTS = USERS[:8]  # those of whom `random_rows` draws rows
+WITH_EVENTS = USERS[:8]  # `random_rows` draws rows of these users only
 
 
 def few(examples: int) -> settings:

@@ -99,7 +99,7 @@ Cut = Callable[[config.Config, int], pathlib.Path]
 
 @pytest.fixture(params=["exception", pytest.param("kill", marks=pytest.mark.nightly)])
 def cut(request: pytest.FixtureRequest) -> Cut:
-  """Lets a preparation end when it has written so many shards; returns what it leaves."""
+  """A function of a config and a number of shards: ends a preparation after them and returns the folder it leaves."""
 
   def by_exception(cfg: config.Config, after: int) -> pathlib.Path:
     write, left = shards.write, [after]

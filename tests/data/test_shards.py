@@ -58,7 +58,7 @@ def test_the_number_of_processes_changes_no_byte(unprepared: config.Config, monk
 
 
 def leave_free(files: int) -> None:
-  """Lets this process open so many files more; the limit is one of their numbers, which need not be in a row."""
+  """Limits how many further files this process may open. The limit is on file numbers, which may have gaps."""
   gc.collect()  # what was left open before must not be closed in between
   opened = {int(name) for name in os.listdir("/dev/fd")}  # noqa: PTH208
   free = (n for n in itertools.count() if n not in opened)

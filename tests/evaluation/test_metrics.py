@@ -39,7 +39,7 @@ def test_calibration_error_is_the_distance_of_rates() -> None:
 
 
 def test_calibration_error_counts_every_label_alike() -> None:
-  """Eleven labels fill ten bins, of which the first holds two."""
+  """Eleven labels fill ten bins: the first bin holds two labels, the others one."""
   probability = np.arange(11) / 20
   assert metrics.expected_calibration_error(np.zeros(11), probability) == pytest.approx(probability.mean())
   shuffled = np.random.default_rng(0).permutation(11)

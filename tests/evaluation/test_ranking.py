@@ -25,7 +25,7 @@ def slow_rank(scores: np.ndarray, target: int, seen: np.ndarray | tuple = ()) ->
 
 
 def small_numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
-  """Whole numbers, of which products and sums are exact and often equal."""
+  """Scores are sums of products of whole numbers, so they are exact and often tie."""
   return rng.integers(-2, 3, shape).astype(np.float32)
 
 

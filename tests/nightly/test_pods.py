@@ -10,8 +10,8 @@ import pytest
 
 from supermoe_jax import config
 from tests.fixtures.small_log import raw_config, write_log
+from tests.fixtures.tpu_compiler import assert_installed
 
-LIBRARY = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
 PODS = [("v5e:4x4", 1), ("v6e:4x4", 1), ("v5p:4x4x4", 1), ("v5e:4x4", 2)]
 
 
@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_a_step_compiles_for_a_pod_and_fits(
   topology: str, slices: int, file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test-all', which installs it"
+  assert_installed()
   saved = tmp_path / "plan.json"
   line = [sys.executable, "-m", "supermoe_jax", "plan", "--config", str(file), "--topology", topology]
   line += ["--slices", str(slices), "--json", str(saved)]

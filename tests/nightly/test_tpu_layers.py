@@ -1,34 +1,14 @@
 """Programs for TPU pods, compiled ahead of time by XLA:TPU on this machine (`make test-all` installs libtpu)."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-from tests.fixtures import scripts
-
-LIBRARY = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
+from tests.fixtures import tpu_compiler
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-  """What `tpu_layers.py` found; in a process of its own, since a process has one set of backends."""
-  assert LIBRARY.is_file(), f"{LIBRARY} is missing; run 'make test-all', which installs it"
-  environment = {
-    **os.environ,
-    "TPU_LIBRARY_PATH": str(LIBRARY),
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "",
-  }
-  script = scripts.PROGRAMS / "tpu_layers.py"
-  out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-  assert out.returncode == 0, out.stderr
-  return json.loads(out.stdout.splitlines()[-1])
+  """What the script `tpu_layers` found."""
+  return tpu_compiler.output("tpu_layers")
 
 
 @pytest.mark.slow
