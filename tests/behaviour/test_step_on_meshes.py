@@ -21,8 +21,6 @@ from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import StepMetrics, TrainState, abstract_state, compiled, create_state, place
 from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, rows
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")
-
 STEPS = 3
 
 # What keeps a state from step to step.
@@ -106,12 +104,12 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def on_one_device(few: config.Config, every_task_dataset: Dataset, compiled_afresh: None) -> Trained:
+def on_one_device(few: config.Config, every_task_dataset: Dataset) -> Trained:
   return trained(few, every_task_dataset, (1, 1, 1))
 
 
 @pytest.fixture(scope="module")
-def on_eight(few: config.Config, every_task_dataset: Dataset, compiled_afresh: None) -> Trained:
+def on_eight(few: config.Config, every_task_dataset: Dataset) -> Trained:
   return trained(few, every_task_dataset, (2, 2, 2))
 
 
