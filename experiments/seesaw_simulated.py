@@ -11,7 +11,8 @@ little for all of them: sharing should cost the tasks with many labels, and help
 
 import ml_collections
 
-from supermoe_jax.data.simulator import SimulatedTask, Simulation, raw_config, simulate
+from supermoe_jax.data.latent_users import SimulatedTask, Simulation
+from supermoe_jax.data.simulator import raw_config, simulate
 
 # The groups' binary tasks: label rate, relatedness, name.
 RATES = ((1.0, 1.0, "full"), (0.3, 0.875, "some"), (0.05, 1.0, "rare"))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from supermoe_jax import config
+from supermoe_jax.errors import ConfigError
 
 # Seconds that a cluster may take to tell where its first process is.
 _DETECTION_SECONDS = 300
@@ -37,13 +37,11 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
   told = (coordinator, processes, process)
   if any(t is not None for t in told):
     if coordinator is None or processes is None or process is None:
-      raise config.ConfigError(
-        "--coordinator HOST:PORT, --processes N and --process I belong together; name all three."
-      )
+      raise ConfigError("--coordinator HOST:PORT, --processes N and --process I belong together; name all three.")
     if not 0 <= process < processes:
-      raise config.ConfigError(f"--process={process} must lie between 0 and --processes={processes} less one.")
+      raise ConfigError(f"--process={process} must lie between 0 and --processes={processes} less one.")
     if not coordinator.rpartition(":")[2].isdigit():
-      raise config.ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as all processes reach the first one.")
+      raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as all processes reach the first one.")
     return Place(coordinator, processes, process) if processes > 1 else None
   from jax._src import clusters  # there is no public way to ask without joining
 
@@ -51,7 +49,7 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
   try:
     coordinator, processes, process, _ = detect(None, None, None, None, None, _DETECTION_SECONDS)
   except RuntimeError as error:
-    raise config.ConfigError(
+    raise ConfigError(
       f"JAX finds a cluster, and not this process' place in it ({error}); say it by --coordinator HOST:PORT, "
       "--processes N and --process I (--processes 1 where this process is alone)."
     ) from error

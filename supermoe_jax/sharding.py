@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from supermoe_jax import config
+from supermoe_jax.errors import ConfigError, nearest
 
 AXES = ("data", "expert", "tensor")
 
@@ -37,8 +37,35 @@ LARGE = 1 << 20
 M = TypeVar("M", bound=nnx.Module)
 
 
+class MeshShape(Protocol):
+  """The devices along each axis of a mesh, and how many slices they lie in; `config.Mesh` is one."""
+
+  @property
+  def data(self) -> int:
+    """Devices that rows of a batch are spread over, besides those of `expert`."""
+
+  @property
+  def expert(self) -> int:
+    """Devices that experts are spread over."""
+
+  @property
+  def tensor(self) -> int:
+    """Devices that heads and hidden units are spread over."""
+
+  @property
+  def slices(self) -> int:
+    """Slices (pods joined by a data-centre network) that the devices lie in."""
+
+
+class _Sizes(NamedTuple):
+  data: int = 1
+  expert: int = 1
+  tensor: int = 1
+  slices: int = 1
+
+
 def make_mesh(
-  sizes: config.Mesh, devices: Sequence[jax.Device] | None = None, axis_type: AxisType = AxisType.Auto
+  sizes: MeshShape, devices: Sequence[jax.Device] | None = None, axis_type: AxisType = AxisType.Auto
 ) -> Mesh:
   """Returns a mesh of shape `data × expert × tensor`.
 
@@ -52,19 +79,19 @@ def make_mesh(
   shape = (sizes.data, sizes.expert, sizes.tensor)
   needed = math.prod(shape)
   if needed > len(devices):
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.train.mesh needs {'×'.join(map(str, shape))} = {needed} devices, but JAX sees {len(devices)} "
       f"({devices[0].platform})."
     )
   used = devices[:needed]
   if len({d.process_index for d in used}) < len({d.process_index for d in devices}):
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.train.mesh has {'×'.join(map(str, shape))} = {needed} devices, but {len(devices)} belong to the "
       "processes of this run; let the mesh have them all, or start fewer processes."
     )
   found = slices(used)
   if found != sizes.slices:
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.train.mesh.slices={sizes.slices}, but its {needed} devices lie in {found} of the "
       f"{slices(devices)} slices that JAX sees ({len(devices)} devices)."
     )
@@ -77,18 +104,18 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
 
 
-def mesh_of_processes(sizes: config.Mesh) -> Mesh:
+def mesh_of_processes(sizes: MeshShape) -> Mesh:
   """A mesh for what was trained on one of other `sizes`: of one device, or of several processes of all their devices.
 
   Experts and tensors stay divided as they were if that is possible, rows are over all the rest.
   """
   if jax.process_count() == 1:
-    return make_mesh(config.Mesh(), jax.devices()[:1])
+    return make_mesh(_Sizes(), jax.devices()[:1])
   devices = jax.devices()
   expert, tensor = sizes.expert, sizes.tensor
   if len(devices) % (expert * tensor):
     expert = tensor = 1
-  return make_mesh(config.Mesh(len(devices) // (expert * tensor), expert, tensor, slices(devices)), devices)
+  return make_mesh(_Sizes(len(devices) // (expert * tensor), expert, tensor, slices(devices)), devices)
 
 
 def slices(devices: Sequence[jax.Device]) -> int:
@@ -135,7 +162,7 @@ def spec(*names: str | None) -> PartitionSpec:
 def _entries(names: Sequence[str | None]) -> list[tuple[str, ...]]:
   for name in names:
     if name is not None and name not in RULES:
-      raise ValueError(f"unknown logical name {name!r}{config.nearest(name, RULES)}")
+      raise ValueError(f"unknown logical name {name!r}{nearest(name, RULES)}")
   entries = [RULES[name] if name else () for name in names]
   used = [a for entry in entries for a in entry]
   if len(used) != len(set(used)):
@@ -223,14 +250,14 @@ def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
   """
   ways_ = math.prod(mesh.shape[a] for a in RULES["batch"])
   if rows % ways_:
-    raise config.ConfigError(f"config.train.batch_rows={rows} must divide over the {ways_} devices that share a batch.")
+    raise ConfigError(f"config.train.batch_rows={rows} must divide over the {ways_} devices that share a batch.")
   parts: dict[int, set[int]] = {}
   found: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((rows,))
   for device, (where, *_) in found.items():
     parts.setdefault(device.process_index, set()).add(where.start or 0)
   different = sorted({tuple(sorted(p)) for p in parts.values()})
   if sum(map(len, different)) != ways_ or len(set(map(len, different))) > 1:
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.train.mesh={dict(mesh.shape)} spreads rows over the processes so that some share a part of theirs; let "
       "the devices of each process be a multiple, or a part, of expert × tensor."
     )

@@ -6,7 +6,8 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.batch import Schema
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.moe import MoE
 from supermoe_jax.training.step import abstract_model
 from tests.fixtures import grids
@@ -27,13 +28,13 @@ def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
 
 
 def test_a_mesh_larger_than_the_machine_is_an_error() -> None:
-  with pytest.raises(config.ConfigError, match=r"64×1×1 = 64 devices, but JAX sees 8"):
+  with pytest.raises(ConfigError, match=r"64×1×1 = 64 devices, but JAX sees 8"):
     sharding.make_mesh(config.Mesh(data=64))
 
 
 def test_slices_that_are_not_there_are_an_error() -> None:
   with pytest.raises(
-    config.ConfigError, match=r"slices=2, but its 8 devices lie in 1 of the 1 slices that JAX sees \(8 devices\)"
+    ConfigError, match=r"slices=2, but its 8 devices lie in 1 of the 1 slices that JAX sees \(8 devices\)"
   ):
     sharding.make_mesh(config.Mesh(data=8, slices=2))
 

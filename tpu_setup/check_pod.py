@@ -33,8 +33,9 @@ from typing import Any, NoReturn
 import jax
 from pod_meeting import Meeting, Reasons, Watch
 
-from supermoe_jax import config, exits, hosts
+from supermoe_jax import config, hosts
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError, ExitCode
 from supermoe_jax.training.checkpoint import code_hash, versions
 
 # What makes an accelerator's backend, and need not be installed elsewhere.
@@ -184,7 +185,7 @@ class Check:
       with self._watch.step("leaving: jax.distributed.shutdown"):
         hosts.leave()
     self._meeting.close()
-    return exits.ERROR if wrong else exits.OK
+    return ExitCode.ERROR if wrong else ExitCode.OK
 
   def fail(self, reason: str) -> NoReturn:
     """Ends the check on all hosts, since this one cannot go on."""
@@ -334,7 +335,7 @@ class Check:
       self._verdict(reasons, self._meeting.steps)
       sys.stderr.flush()
     finally:
-      os._exit(exits.ERROR)
+      os._exit(ExitCode.ERROR)
 
   def _say(self, text: str) -> None:
     if not self._meeting.process:
@@ -362,9 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error("--timeout and --sizes must be more than 0")
   try:
     place = hosts.find(args.coordinator, args.processes, args.process)
-  except config.ConfigError as error:
+  except ConfigError as error:
     print(f"check_pod: {error}", file=sys.stderr)
-    return exits.ERROR
+    return ExitCode.ERROR
   start = time.monotonic()
   check = Check(place, args, overrides)
   try:

@@ -34,7 +34,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from supermoe_jax import config, sharding
 from supermoe_jax.data import batches, prepare
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.simulator import Simulation, raw_config, simulate
+from supermoe_jax.data.latent_users import Simulation
+from supermoe_jax.data.simulator import raw_config, simulate
 from supermoe_jax.training import statistics
 from supermoe_jax.training.step import compiled, create_state, place
 

@@ -25,8 +25,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_layer import machine
 
 from supermoe_jax import config, sharding
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches
-from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.training import statistics
 from supermoe_jax.training.step import compiled, create_state, place

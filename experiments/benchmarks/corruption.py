@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import DataError
 
 
 def content(path: pathlib.Path) -> list[Any]:

@@ -33,10 +33,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import config, exits, sharding
+from supermoe_jax import config, sharding
 from supermoe_jax.data import prepare
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.simulator import SimulatedTask, Simulation, raw_config, simulate
+from supermoe_jax.data.latent_users import SimulatedTask, Simulation
+from supermoe_jax.data.simulator import raw_config, simulate
+from supermoe_jax.errors import ExitCode
 from supermoe_jax.training.checkpoint import Checkpoints
 from supermoe_jax.training.log import read_rows
 from supermoe_jax.training.step import create_state
@@ -218,7 +220,7 @@ def main() -> int:
           runs += 1
           killed.update(found)
           differs(waiting[future], f"killed in {', '.join(found)}")
-  bad = len(different) + sum(s.code != exits.RESUME for s in stopped)
+  bad = len(different) + sum(s.code != ExitCode.RESUME for s in stopped)
   total = runs + len(stopped)
   in_phases = ", ".join(f"{killed[p]} in {p}" for p in PHASES)
   print(f"{total - len(different)} of {total} runs of {STEPS} steps ended with the bits of the one that was left alone")
@@ -226,7 +228,8 @@ def main() -> int:
   if stopped:
     times = [s.seconds for s in stopped]
     print(
-      f"{sum(s.code == exits.RESUME for s in stopped)} of {len(stopped)} runs with SIGTERM exited with {exits.RESUME}, "
+      f"{sum(s.code == ExitCode.RESUME for s in stopped)} of {len(stopped)} runs with SIGTERM exited with "
+      f"{ExitCode.RESUME}, "
       f"{statistics.median(times):.2f} s after it in the median, {max(times):.2f} s at most"
     )
   print(*different, sep="\n", end="\n" * bool(different))

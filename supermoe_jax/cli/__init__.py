@@ -11,17 +11,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from supermoe_jax import exits
 from supermoe_jax.cli import data, embeddings, probing, search, serving, training
-
-# Errors that a user can act on: their message is enough, a stack trace would only hide it.
-_EXPECTED = {"ConfigError", "DataError", "RunError", "StudyError"}
+from supermoe_jax.errors import ExitCode, Stopped, SupermoeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a verb.
 
-  Returns: an exit code, see `exits`.
+  Returns:
+    One of `errors.ExitCode`.
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   code = _main(arguments)
@@ -40,28 +38,29 @@ def _main(arguments: Sequence[str]) -> int:
   unknown = [a for a in rest if not a.startswith("--config.")]
   if unknown:
     print(f"supermoe {args.verb}: unknown argument {unknown[0]!r}; see 'supermoe {args.verb} --help'", file=sys.stderr)
-    return exits.USAGE
+    return ExitCode.USAGE
   if args.overrides and not hasattr(args, "config"):
     print(
       f"supermoe {args.verb}: {args.overrides[0]!r} has no effect here: a run keeps the config it was trained with",
       file=sys.stderr,
     )
-    return exits.USAGE
+    return ExitCode.USAGE
   try:
-    return args.run(args) or exits.OK
+    return args.run(args) or ExitCode.OK
   except KeyboardInterrupt:
     print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
-    return exits.INTERRUPTED
-  except BaseException as error:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    explained = bool(kinds & {"Stopped", *_EXPECTED})
-    if not explained and _watched() and isinstance(error, Exception):
-      traceback.print_exc()
-      return exits.CRASHED
-    if not explained or os.environ.get("SUPERMOE_TRACEBACK"):
+    return ExitCode.INTERRUPTED
+  except (SupermoeError, Stopped) as error:
+    # The message is enough; a stack trace would only hide it.
+    if os.environ.get("SUPERMOE_TRACEBACK"):
       raise
     print(f"supermoe {args.verb}: {error}", file=sys.stderr)
-    return exits.RESUME if "Stopped" in kinds else exits.ERROR
+    return ExitCode.RESUME if isinstance(error, Stopped) else ExitCode.ERROR
+  except Exception:
+    if not _watched():
+      raise
+    traceback.print_exc()
+    return ExitCode.CRASHED
 
 
 def _watched() -> bool:

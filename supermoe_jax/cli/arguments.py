@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from supermoe_jax import config
+from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
   from supermoe_jax.training.run import Run
@@ -53,5 +53,5 @@ def open_run(args: argparse.Namespace) -> Run:
   if args.checkpoint == "best":
     return Run(args.workdir, validation.best_checkpoint(args.workdir))
   if args.checkpoint != "newest" and not args.checkpoint.isdigit():
-    raise config.ConfigError(f"--checkpoint={args.checkpoint} must be newest, best or a step.")
+    raise ConfigError(f"--checkpoint={args.checkpoint} must be newest, best or a step.")
   return Run(args.workdir, None if args.checkpoint == "newest" else int(args.checkpoint))

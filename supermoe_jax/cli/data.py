@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from supermoe_jax import config
 from supermoe_jax.cli.arguments import Verbs, add_config
+from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
   from supermoe_jax.data import prepare
@@ -62,9 +63,9 @@ def _inspect(args: argparse.Namespace) -> None:
   print(found.render())
   if args.out is not None:
     if not found.config:
-      raise config.ConfigError(f"no config can be proposed, so {args.out} is not written.")
+      raise ConfigError(f"no config can be proposed, so {args.out} is not written.")
     if args.out.exists():
-      raise config.ConfigError(f"{args.out} exists and is not overwritten; name another --out.")
+      raise ConfigError(f"{args.out} exists and is not overwritten; name another --out.")
     args.out.write_text(found.config)
     print(f"saved {args.out}")
 
@@ -73,7 +74,7 @@ def _prepare(args: argparse.Namespace) -> None:
   memory = [f"--config.data.memory={args.memory}"] if args.memory else []
   cfg = config.load(args.config, [*args.overrides, *memory])
   if args.beam and not args.runner:
-    raise config.ConfigError("--beam has no effect without --runner.")
+    raise ConfigError("--beam has no effect without --runner.")
   from supermoe_jax.data import prepare, summary
 
   engine: prepare.Engine | None = None

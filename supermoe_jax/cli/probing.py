@@ -8,8 +8,9 @@ import pathlib
 import sys
 from typing import Any
 
-from supermoe_jax import config, exits
+from supermoe_jax import config
 from supermoe_jax.cli.arguments import Verbs
+from supermoe_jax.errors import ConfigError, ExitCode
 
 
 def add(verbs: Verbs) -> None:
@@ -86,7 +87,7 @@ def _probe(args: argparse.Namespace) -> int:
     _check_numbers(args)
   except ValueError as error:
     return _usage(str(error))
-  from supermoe_jax import atomic
+  from supermoe_jax import atomic_files
   from supermoe_jax.evaluation import evaluate
   from supermoe_jax.evaluation.probing import measuring, models, probe, words
 
@@ -111,7 +112,9 @@ def _probe(args: argparse.Namespace) -> int:
     return _usage(str(error))
   result = probe.probe(table, judged, others, options)
   result["requirements"] = requirements.judge(required, result)
-  atomic.write(out, json.dumps({"labels_file": str(args.labels), **result}, indent=1, ensure_ascii=False) + "\n")
+  atomic_files.write_file(
+    out, json.dumps({"labels_file": str(args.labels), **result}, indent=1, ensure_ascii=False) + "\n"
+  )
   print(evaluate.render(words.table(result)))
   print(*words.lines(result), sep="\n")
   print(f"all figures: {out}")
@@ -119,12 +122,12 @@ def _probe(args: argparse.Namespace) -> int:
     if not r["met"]:
       more = f" and {len(r['failed']) - 3} more" if len(r["failed"]) > 3 else ""
       print(f"supermoe probe: required {r['text']}, but {'; '.join(r['failed'][:3])}{more}", file=sys.stderr)
-  return exits.OK if all(r["met"] for r in result["requirements"]) else exits.ERROR
+  return ExitCode.OK if all(r["met"] for r in result["requirements"]) else ExitCode.ERROR
 
 
 def _usage(message: str) -> int:
   print(f"supermoe probe: {message}; see 'supermoe probe --help'", file=sys.stderr)
-  return exits.USAGE
+  return ExitCode.USAGE
 
 
 def _named(args: argparse.Namespace) -> dict[str, pathlib.Path]:
@@ -172,9 +175,9 @@ def _out(out: pathlib.Path | None, judged: pathlib.Path) -> pathlib.Path:
     whole = judged.absolute()
     return judged.with_name(whole.name + ".probe.json")
   if not out.absolute().parent.is_dir():
-    raise config.ConfigError(f"--out {out}: there is no directory {out.parent}; make it first.")
+    raise ConfigError(f"--out {out}: there is no directory {out.parent}; make it first.")
   if out.is_dir():
-    raise config.ConfigError(f"--out {out} is a directory; name a file.")
+    raise ConfigError(f"--out {out} is a directory; name a file.")
   if (out.absolute().parent / "manifest.json").is_file():
-    raise config.ConfigError(f"--out {out} lies in a directory that is replaced as a whole; name another place.")
+    raise ConfigError(f"--out {out} lies in a directory that is replaced as a whole; name another place.")
   return out

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from supermoe_jax import config
 from supermoe_jax.cli.arguments import Verbs
+from supermoe_jax.errors import ConfigError
 
 
 def add(verbs: Verbs) -> None:
@@ -64,13 +64,13 @@ def _add_embeddings(verb: argparse.ArgumentParser) -> None:
 
 def _neighbors(args: argparse.Namespace) -> None:
   if args.k < 1:
-    raise config.ConfigError(f"--k={args.k} must be at least 1.")
+    raise ConfigError(f"--k={args.k} must be at least 1.")
   if args.index is None and (args.rebuild or args.recall is not None):
-    raise config.ConfigError("--rebuild and --recall have no effect without --index.")
+    raise ConfigError("--rebuild and --recall have no effect without --index.")
   if args.all and args.out is None:
-    raise config.ConfigError("--all writes neighbours of everyone; name a Parquet file with --out.")
+    raise ConfigError("--all writes neighbours of everyone; name a Parquet file with --out.")
   if args.out is not None and not args.out.parent.is_dir():
-    raise config.ConfigError(f"{args.out}: there is no directory {args.out.parent}; make it first.")
+    raise ConfigError(f"{args.out}: there is no directory {args.out.parent}; make it first.")
   from supermoe_jax.serving import similar
 
   search = similar.open_search(

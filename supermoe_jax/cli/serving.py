@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from supermoe_jax import config
 from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_workdir, open_run
+from supermoe_jax.errors import ConfigError
+from supermoe_jax.serving.requests import Limits
 
 
 def add(verbs: Verbs) -> None:
@@ -57,7 +58,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     from supermoe_jax.serving import service
   except ModuleNotFoundError as error:
-    raise config.ConfigError(f"{error}; the service needs: pip install 'supermoe_jax[serve]'") from None
+    raise ConfigError(f"{error}; the service needs: pip install 'supermoe_jax[serve]'") from None
   from tqdm import tqdm
 
   from supermoe_jax.serving import loader
@@ -66,7 +67,7 @@ def _serve(args: argparse.Namespace) -> None:
   with tqdm(total=len(encoder.programs), desc="compiling", unit=" programs") as bar:
     encoder.warm_up(lambda *unused: bar.update())
   settings = service.Settings(
-    limits=service.Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),
+    limits=Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),
     wait=args.wait_ms / 1000,
     most_waiting=args.most_waiting,
   )

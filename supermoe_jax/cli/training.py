@@ -8,8 +8,9 @@ import os
 import pathlib
 from typing import Any
 
-from supermoe_jax import config, exits
+from supermoe_jax import config
 from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_config, add_processes, add_workdir, open_run
+from supermoe_jax.errors import ConfigError, ExitCode
 
 
 def add(verbs: Verbs) -> None:
@@ -73,14 +74,14 @@ def add(verbs: Verbs) -> None:
 def _plan(args: argparse.Namespace) -> None:
   cfg = config.load(args.config, args.overrides)
   if len(args.topology) > 1 and not args.sweep:
-    raise config.ConfigError("several topologies are compared with --sweep; without it name one.")
+    raise ConfigError("several topologies are compared with --sweep; without it name one.")
   if args.figure and not args.sweep:
-    raise config.ConfigError("--figure draws a --sweep.")
+    raise ConfigError("--figure draws a --sweep.")
   if not -1 <= args.effort <= 1:
-    raise config.ConfigError(f"--effort={args.effort:g} must lie in [-1, 1].")
+    raise ConfigError(f"--effort={args.effort:g} must lie in [-1, 1].")
   for file in filter(None, (args.json, args.figure)):
     if not file.parent.is_dir():
-      raise config.ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
+      raise ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
   os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
   from supermoe_jax.plan import chips, plan, render, sweep
 
@@ -107,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     from supermoe_jax.plan import dry_run
 
     print(*dry_run.describe(cfg), sep="\n")
-    return exits.OK
+    return ExitCode.OK
   if lookout.watched():
     lookout.follow()
   place = hosts.find(args.coordinator, args.processes, args.process)
@@ -118,7 +119,7 @@ def _train(args: argparse.Namespace) -> int:
   step = loop.train(cfg, args.workdir, place=place, profile=args.profile)
   if hosts.first():
     print(f"trained to step {step}: {args.workdir}")
-  return exits.OK
+  return ExitCode.OK
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -132,7 +133,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _seesaw(args: argparse.Namespace) -> None:
   if args.jobs < 1:
-    raise config.ConfigError(f"--jobs={args.jobs} must be at least 1.")
+    raise ConfigError(f"--jobs={args.jobs} must be at least 1.")
   cfg = config.load(args.config, args.overrides)
   from supermoe_jax.evaluation import evaluate, seesaw_words, study
 

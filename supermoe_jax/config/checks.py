@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, nearest, parse_time
+from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, parse_time
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
 from supermoe_jax.config.task_checks import require as _require
+from supermoe_jax.errors import nearest
 
 
 def check(config: Config) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from supermoe_jax.config.schema import MOST_ROWS, ConfigError
+from supermoe_jax.config.schema import MOST_ROWS
+from supermoe_jax.errors import ConfigError
 
 
 def hash_fields(name: str, size: int, *, hashes: int = 1, **settings: Any) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from supermoe_jax import atomic
+from supermoe_jax import atomic_files
 from supermoe_jax.config.checks import check
-from supermoe_jax.config.schema import Config, ConfigError, nearest, to_dict
+from supermoe_jax.config.schema import Config, to_dict
 from supermoe_jax.config.tasks import TASK_KINDS, Task
+from supermoe_jax.errors import ConfigError, nearest
 
 if TYPE_CHECKING:  # what reads no config file, such as the loader of an exported encoder, needs no ml_collections
   import ml_collections
@@ -169,7 +170,7 @@ def _map_lists(value: Any, kind: type) -> Any:
 
 def save(config: Config, path: pathlib.Path) -> None:
   """Writes the resolved config as JSON."""
-  atomic.write(path, json.dumps(to_dict(config), indent=2) + "\n")
+  atomic_files.write_file(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_json(path: pathlib.Path) -> Config:

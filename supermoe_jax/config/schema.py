@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, Contrast, LabelledTask, Task
+from supermoe_jax.errors import ConfigError
 
 MICROSECONDS_PER_DAY = 86_400_000_000
-
-
-class ConfigError(ValueError):
-  """A configuration that cannot be used; the message names the key and the remedy."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns a hint such as `; did you mean 'steps'?`, or the list of valid names when none is near."""
-  valid = sorted(str(v) for v in valid)
-  close = difflib.get_close_matches(name, valid, n=1)
-  if close:
-    return f"; did you mean '{close[0]}'?"
-  return f"; valid: {', '.join(valid)}" if valid else ""
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -170,7 +157,7 @@ class Data:
   memory: str = "2GB"  # DuckDB's budget; beyond it sorting spills to disk
 
   @property
-  def further_values(self) -> tuple[str, ...]:
+  def extra_value_fields(self) -> tuple[str, ...]:
     """The field of each column of an event's codes that follows the first ones, which are one a categorical field."""
     return tuple(n for n, f in self.fields.items() if f.kind != "numeric" for _ in range(f.many - 1))
 

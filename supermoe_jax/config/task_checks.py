@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 
-from supermoe_jax.config.schema import Config, ConfigError, Data, Seesaw, nearest
+from supermoe_jax.config.schema import Config, Data, Seesaw
 from supermoe_jax.config.tasks import (
   Contrast,
   EventLabel,
@@ -16,6 +16,7 @@ from supermoe_jax.config.tasks import (
   answer,
   parse_sample_space,
 )
+from supermoe_jax.errors import ConfigError, nearest
 
 
 def require(condition: bool, message: str) -> None:

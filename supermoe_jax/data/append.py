@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from supermoe_jax import config
+from supermoe_jax import atomic_files, config
 from supermoe_jax.data import (
   histories,
   integrity,
@@ -36,14 +36,13 @@ from supermoe_jax.data import (
   parsing,
   prepare,
   readers,
-  replace,
   shards,
   totals,
 )
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import manifest as manifest_lib
 from supermoe_jax.data.dataset import USERS, Dataset, read_users
-from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Calendar
 from supermoe_jax.data.rewritten import Rewritten
@@ -51,6 +50,7 @@ from supermoe_jax.data.shards import RecordMaker
 from supermoe_jax.data.splits import user_hash_sql
 from supermoe_jax.data.tally import Tally
 from supermoe_jax.data.vocabulary import Encoders
+from supermoe_jax.errors import DataError
 
 LOOKED_AT = 4096  # users at a time
 SHOWN_VALUES = 20  # of those that a vocabulary gained, in the manifest
@@ -80,10 +80,10 @@ def append(
     DataError: the dataset or the files cannot be used, or there is nothing to append.
     ConfigError: a source has another name.
   """
-  replace.restore(path, manifest_lib.KIND)
+  atomic_files.restore(path, manifest_lib.KIND)
   Dataset(path)  # raises where there is none
   try:
-    with replace.replacing(path) as work:
+    with atomic_files.replacing_directory(path) as work:
       dataset = Dataset(path)  # no other process can replace it any more
       cfg, part = new_files.configs(dataset, files, memory)
       for file in (items := new_files.changed_items(dataset, part)):
@@ -110,7 +110,7 @@ class _Append:
     self._dataset, self._cfg, self._keep, self._changed_items = dataset, cfg, keep, changed_items
     self._work, self._scratch = work, work / "scratch"
     self._scratch.mkdir()
-    self._part, self._further = part, cfg.data.further_values
+    self._part, self._extra_columns = part, cfg.data.extra_value_fields
     self._user_labels = prepare.read_user_labels(cfg).values
     self._log = EventLog(part, self._scratch, part=True)
     self._repeats, self._new_users = totals.RepeatCounts(cfg.data), 0
@@ -120,13 +120,13 @@ class _Append:
     before, cfg = self._dataset.encoders, self._cfg
     with self._log as log:
       grown = merging.provisional(before, log)
-      counts = merging.CodeCounts(grown, self._further)
+      counts = merging.CodeCounts(grown, self._extra_columns)
       merged = list(self._merge(grown, counts))
       extension = merging.extend(before, grown, counts, cfg.data, keep=self._keep)
       then, now = self._calendars()
       old = RecordMaker(self._dataset.config, before, then)
       new = RecordMaker(cfg, extension.encoders, now)
-      covered = merging.CodeCounts(extension.encoders, self._further)
+      covered = merging.CodeCounts(extension.encoders, self._extra_columns)
       whom = observed.concerned(cfg.data.split, cfg.labelled_tasks, then, now)
       tally = new.tally()
       if not whom.everyone:  # else all are counted anew, those too whose records stay: there may be snapshots they lack
@@ -134,7 +134,7 @@ class _Append:
       with Rewritten(self._work / shards.DIRECTORY, self._dataset.records) as written:
         for file in merged:
           earlier, block = pickle.loads(file.read_bytes())
-          block = extension.apply(block, self._further)
+          block = extension.apply(block, self._extra_columns)
           covered.add(block)
           if earlier is not None:
             covered.add(earlier, sign=-1)
@@ -156,7 +156,7 @@ class _Append:
     )
     place = found["record"].fill_null(-1).to_numpy()
     self._new_users, done = int(np.sum(place < 0)), 0
-    n_codes, numbers = len(grown.categorical) + len(self._further), list(grown.numeric.values())
+    n_codes, numbers = len(grown.categorical) + len(self._extra_columns), list(grown.numeric.values())
     # Few at a time: the earlier histories of users with little that is new may be long.
     count = -(-log.counts["users"] // LOOKED_AT)
     with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:

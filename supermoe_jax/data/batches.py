@@ -11,54 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.batch import Batch, Features, Slices
 from supermoe_jax.data import packing, windows
 from supermoe_jax.data import targets as targets_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.splits import TRAIN
 from supermoe_jax.data.stream import MOST_ROWS, Stream
-from supermoe_jax.data.targets import Array, Supervision, Targets
-from supermoe_jax.data.windows import CALENDAR, MICROSECONDS_PER_HOUR, Features, calendar_phases, join, stack, window
-
-__all__ = [
-  "CALENDAR",
-  "MICROSECONDS_PER_HOUR",
-  "Batch",
-  "Features",
-  "Slices",
-  "Targets",
-  "calendar_phases",
-  "stack",
-  "training",
-  "window",
-]
-
-
-class Slices(NamedTuple):
-  """Two slices of one user of each row, for a contrast task.
-
-  Attributes:
-    features: shapes as in `Features`, with the dimensions `[B, 2, …]`, L the most events of a slice and one snapshot
-      each, which sees the whole slice and nothing else: no aggregates.
-    known: bool `[B]`, whether the user's training history is long enough for slices.
-  """
-
-  features: Features
-  known: Array
-
-
-class Batch(NamedTuple):
-  """`features`, the `targets` of each active task with labels, and the `slices` of each active contrast task."""
-
-  features: Features
-  targets: dict[str, Targets]
-  slices: dict[str, Slices]
+from supermoe_jax.data.targets import Supervision
+from supermoe_jax.data.windows import join, stack, window
+from supermoe_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +79,7 @@ class _TrainingRow(grain.transforms.RandomMap):
   def _part(self, user: int, rng: np.random.Generator) -> _Part:
     record = self.dataset[user]
     history = self.dataset.history(record)
-    train = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
+    train = np.flatnonzero(record["snapshot_split"] == TRAIN)
     seen = record["snapshot_events"][train]
     start, stop = self._cut(history.n_train, seen, rng)
     visible = seen - start
@@ -221,7 +189,7 @@ def training(
   if not 0 <= index < count:
     raise ValueError(f"shard={shard} must be (index, count) with 0 ≤ index < count")
   if rows % count:
-    raise config.ConfigError(f"config.train.batch_rows={rows} must be a multiple of the {count} hosts.")
+    raise ConfigError(f"config.train.batch_rows={rows} must be a multiple of the {count} hosts.")
   seed = cfg.train.seed if seed is None else seed
   plan = packing.Plan(packing.sizes(dataset, cfg), cfg, seed) if cfg.train.packing else None
   if plan is not None and say is not None:

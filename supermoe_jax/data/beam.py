@@ -23,13 +23,14 @@ from supermoe_jax.data.prepare import Plan, Say
 from supermoe_jax.data.shards import RecordMaker, Rows, Shard
 from supermoe_jax.data.sources import SourceFile
 from supermoe_jax.data.vocabulary import Encoders
+from supermoe_jax.errors import ConfigError
 
 try:
   import apache_beam as beam
 except ModuleNotFoundError as error:
   if error.name != "apache_beam":
     raise
-  raise config.ConfigError(
+  raise ConfigError(
     "--runner needs Apache Beam, which is not installed: pip install 'supermoe_jax[beam]', or in a clone "
     "pip install -e '.[beam]'"
   ) from None
@@ -63,7 +64,7 @@ class Beam:
     try:
       return runners.create_runner(self._name)
     except (ValueError, ImportError, AttributeError) as error:
-      raise config.ConfigError(f"--runner={self._name}: {error}") from None
+      raise ConfigError(f"--runner={self._name}: {error}") from None
 
   def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> MergedLog:
     """See `prepare.Engine`."""
@@ -140,14 +141,14 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
   for option in given:
     key, equals, value = option.lstrip("-").partition("=")
     if not equals or not key or key == "runner":
-      raise config.ConfigError(f"--beam {option}: write an option of Beam as KEY=VALUE, the runner as --runner NAME.")
+      raise ConfigError(f"--beam {option}: write an option of Beam as KEY=VALUE, the runner as --runner NAME.")
     taken = {"true": True, "false": False}.get(value.lower(), value)
     # One that is given several times is a list, such as experiments.
     out[key] = [*(out[key] if isinstance(out[key], list) else [out[key]]), taken] if key in out else taken
   try:
     PipelineOptions.from_dictionary(out).get_all_options()
   except SystemExit:  # of argparse, which has said why
-    raise config.ConfigError(f"--beam {' '.join(given)}: Beam does not understand these options.") from None
+    raise ConfigError(f"--beam {' '.join(given)}: Beam does not understand these options.") from None
   return out
 
 

@@ -20,9 +20,10 @@ from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data import raw, readers
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.numeric import Numeric
 from supermoe_jax.data.raw import field_column
-from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.vocabulary import FIRST_VALUE, UNKNOWN, Classes, Numeric, Vocabulary
+from supermoe_jax.data.vocabulary import FIRST_VALUE, UNKNOWN, Classes, Vocabulary
+from supermoe_jax.errors import ConfigError, DataError
 
 SNAPSHOTS_A_USER = 20  # of the sample, at most
 SPLITS = ("train", "validation", "test")  # as the records number them
@@ -64,7 +65,7 @@ def check(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> dict[str, 
     ConfigError: `sample` is not positive.
   """
   if sample < 1:
-    raise config.ConfigError(f"--sample={sample} must be at least 1.")
+    raise ConfigError(f"--sample={sample} must be at least 1.")
   dataset = Dataset(path)
   dataset.check_files()
   rng = np.random.default_rng(seed)

@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from supermoe_jax import config
+from supermoe_jax.batch import Schema
 from supermoe_jax.data import files, integrity, records, shards
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.histories import UserBlock, UserHistory, end_to_end
-from supermoe_jax.data.labels import TRAIN
 from supermoe_jax.data.records import Part
-from supermoe_jax.data.schema import Schema, make_aggregator, make_schema
-from supermoe_jax.data.splits import user_split
+from supermoe_jax.data.schema import make_aggregator, make_schema
+from supermoe_jax.data.splits import TRAIN, user_split
 from supermoe_jax.data.vocabulary import Encoders
+from supermoe_jax.errors import DataError
 
 try:
   import resource
@@ -103,7 +103,7 @@ class Dataset:
   @functools.cached_property
   def hidden_codes(self) -> tuple[int, ...]:
     """The columns of the codes that the model must not see."""
-    columns = [*self.schema.categorical, *self.schema.further]
+    columns = [*self.schema.categorical, *self.schema.extra_columns]
     return tuple(i for i, n in enumerate(columns) if n not in self.schema.inputs)
 
   @functools.cached_property

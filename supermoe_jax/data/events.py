@@ -19,14 +19,12 @@ from supermoe_jax import config
 from supermoe_jax.data.facts import Facts, FieldFacts
 from supermoe_jax.data.field_values import field_columns
 from supermoe_jax.data.log import BATCH_ROWS, Log
-from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.sources import Reading, SourceReader
 from supermoe_jax.data.splits import training_user_sql, user_hash_sql
 
 if TYPE_CHECKING:
   from supermoe_jax.data.vocabulary import Encoders
 
-__all__ = ["DataError", "EventLog", "EventTables"]
 
 TIE = 'hash("user", time)'
 
@@ -216,7 +214,7 @@ class EventTables:
     with contextlib.closing(self._con.cursor()) as con, contextlib.closing(self._con.cursor()) as ids:
       joins, codes = [], []
       place: dict[str, int] = {}
-      for i, name in enumerate([*encoders.categorical, *self._data.further_values]):
+      for i, name in enumerate([*encoders.categorical, *self._data.extra_value_fields]):
         encoder, column, table = encoders.categorical[name], f"e.{self._columns[name]}", f"codes_{i}"
         if self._data.fields[name].many:
           place[name] = place.get(name, 0) + 1

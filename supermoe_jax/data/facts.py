@@ -14,8 +14,8 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import parsing
-from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.sources import Reading
+from supermoe_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

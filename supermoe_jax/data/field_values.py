@@ -8,7 +8,8 @@ from typing import Literal
 
 from supermoe_jax import config
 from supermoe_jax.data import parsing, readers
-from supermoe_jax.data.readers import DataError, TableFile
+from supermoe_jax.data.readers import TableFile
+from supermoe_jax.errors import DataError
 
 DROP_REMEDY = "set config.data.on_bad_rows='drop' to leave such rows out and count them"
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import duckdb
 
-from supermoe_jax.config import nearest
 from supermoe_jax.data import readers, remote
-from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile, literal
+from supermoe_jax.data.readers import EmptyFileError, TableFile, literal
 from supermoe_jax.data.remote import FilePath, RemoteFile
+from supermoe_jax.errors import DataError, nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from supermoe_jax import config
 from supermoe_jax.data.facts import FieldFacts
 from supermoe_jax.data.log import Log
 from supermoe_jax.data.numeric import MAX_KNOTS, NumberEncoder, Numeric, Quantile
-from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.vocabulary import Categorical, Encoders, Hashing, LabelEncoder, Vocabulary
+from supermoe_jax.errors import DataError
 
 
 def fit(log: Log, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:

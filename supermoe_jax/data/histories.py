@@ -31,8 +31,8 @@ class UserHistory:
   """The events of one user, in stable time order.
 
   Shapes: N events, F columns of codes: one of each categorical field (kinds vocabulary and hash) in config order, then
-  one of each further value of fields of many, as `config.Data.further_values` lists them; G numeric fields in config
-  order.
+  one of each extra value of fields of many, as `config.Data.extra_value_fields` lists them; G numeric fields in
+  config order.
 
   Attributes:
     user: the user's id as text.

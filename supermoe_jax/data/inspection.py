@@ -18,9 +18,10 @@ from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import leaks, parsing, proposal, readers, roles, sequences
 from supermoe_jax.data.leaks import Suspect
-from supermoe_jax.data.readers import DataError, EmptyFileError, TableFile
+from supermoe_jax.data.readers import EmptyFileError, TableFile
 from supermoe_jax.data.remote import FilePath
 from supermoe_jax.data.roles import Measured, Role
+from supermoe_jax.errors import DataError
 
 MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk
 SAMPLE_ROWS = 1000

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import DataError
 
 MANIFEST = "manifest.json"
 # Too large to be read whole at every start: shards, by a part of their names, and the table of users.

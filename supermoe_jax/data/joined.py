@@ -11,7 +11,8 @@ from supermoe_jax import config
 from supermoe_jax.data import field_values, parsing, readers
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data.field_values import Fault
-from supermoe_jax.data.readers import DataError, TableFile
+from supermoe_jax.data.readers import TableFile
+from supermoe_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

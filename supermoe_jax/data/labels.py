@@ -18,35 +18,9 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.histories import UserBlock, UserHistory
-from supermoe_jax.data.splits import SPLITS, TEST, TRAIN, VALIDATION, user_split
+from supermoe_jax.data.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN
-
-__all__ = [
-  "SPLITS",
-  "TEST",
-  "TRAIN",
-  "VALIDATION",
-  "Calendar",
-  "Comparison",
-  "EventAnswer",
-  "Labels",
-  "Snapshots",
-  "at_events",
-  "calendar",
-  "counts_before",
-  "following_events",
-  "future_event",
-  "future_values",
-  "iso",
-  "leave_one_out_snapshots",
-  "log_end",
-  "next_carrier",
-  "next_event",
-  "supervision",
-  "temporal_snapshots",
-  "user_label",
-  "user_split",
-]
+from supermoe_jax.errors import ConfigError
 
 
 class Snapshots(NamedTuple):
@@ -115,7 +89,7 @@ def calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
   )
   for text, time in zip((*split.validation, *split.test), (*validation, *test)):
     if not log_start < time <= log_end:
-      raise config.ConfigError(
+      raise ConfigError(
         f"config.data.split: the snapshot {text} lies outside the log, which runs from {iso(log_start)} to "
         f"{iso(log_end)}."
       )
@@ -145,7 +119,7 @@ def _regular(split: config.Split, log_start: int, end: int, end_text: str) -> np
   )
   found = np.arange(end - step, first - 1, -step, dtype=np.int64)[::-1]
   if not len(found):
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.data.split: no training snapshot fits between {iso(first)} and {end_text} every "
       f"{split.every_days:g} days; lower every_days or set train_start earlier."
     )

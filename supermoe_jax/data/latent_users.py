@@ -22,17 +22,14 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.data.splits import TRAIN, user_split
+from supermoe_jax.errors import SimulationError
 
 START = "2021-01-01"  # the first day of the log
 NEXT_ITEM = "next_item"  # the task about the next event, which every simulation has
 MOST_BITS = 12
 FEWEST_BITS = 3  # of a group: a multiplexer's
 MOST_CLASSES = 4  # that its function can tell apart
-
-
-class SimulationError(ValueError):
-  """Settings that describe no simulation; the message names the setting and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +195,7 @@ def draw(simulation: Simulation, world: World) -> Population:
   item = np.argmax(world.log_item[state[owner]] + noise, axis=1)
   user_id = [f"u{i:0{len(str(n))}d}" for i in range(n)]
   shares = config.Split(**raw_split(simulation))
-  split = np.array([labels_lib.user_split(u, shares) for u in user_id], np.int32)
+  split = np.array([user_split(u, shares) for u in user_id], np.int32)
   label, known = {}, {}
   for task in simulation.tasks:
     rng = _rng(simulation, f"labels {task.name}")
@@ -208,7 +205,7 @@ def draw(simulation: Simulation, world: World) -> Population:
     else:
       passed = np.cumsum(answer, axis=1)[:, :-1] <= rng.random((n, 1))
       label[task.name] = passed.sum(axis=1).astype(np.float64)
-    known[task.name] = (split != labels_lib.TRAIN) | (rng.random(n) < task.label_rate)
+    known[task.name] = (split != TRAIN) | (rng.random(n) < task.label_rate)
   return Population(user_id, split, state, offset, time, item, label, known)
 
 

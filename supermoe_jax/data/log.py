@@ -13,9 +13,9 @@ from typing import Any, Self
 import pyarrow as pa
 
 from supermoe_jax import config
+from supermoe_jax.atomic_files import replacing_file
 from supermoe_jax.data import readers
 from supermoe_jax.data.facts import Facts, log_counts
-from supermoe_jax.data.replace import replacing_file
 from supermoe_jax.data.sources import Reading
 
 BATCH_ROWS = 1 << 17  # handed from DuckDB to NumPy at a time

@@ -17,8 +17,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.histories import UserBlock
-from supermoe_jax.data.labels import TRAIN
-from supermoe_jax.data.splits import user_split
+from supermoe_jax.data.splits import TRAIN, user_split
 from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Categorical, Encoders, Vocabulary
 
 
@@ -58,7 +57,7 @@ def merge(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data)
   order = np.lexsort((is_new, source, time, user))  # stable: what is equal in all keeps its order
   user, time, source, codes, numeric, is_new = (a[order] for a in (user, time, source, codes, numeric, is_new))
   # Fields of the table of users do not matter: all events of a user have the same, though it may have got a code since.
-  own = [data.fields[name].table == "events" for name in (*encoders.categorical, *data.further_values)]
+  own = [data.fields[name].table == "events" for name in (*encoders.categorical, *data.extra_value_fields)]
   repeats = _repeats(user, time, source, codes[:, own], numeric, is_new, _comparable(codes, encoders, data))
   found = Repeats(source[repeats], codes[repeats], numeric[repeats])
   if data.duplicates == "drop":
@@ -70,7 +69,7 @@ def merge(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data)
 
 def _comparable(codes: np.ndarray, encoders: Encoders, data: config.Data) -> np.ndarray:
   """Whether the codes of each event tell all its values, those of the table of users left out: bool `[N]`."""
-  fields, out = [*encoders.categorical, *data.further_values], np.ones(len(codes), bool)
+  fields, out = [*encoders.categorical, *data.extra_value_fields], np.ones(len(codes), bool)
   for name, encoder in encoders.categorical.items():
     if data.fields[name].table == "users":
       continue
@@ -154,9 +153,9 @@ class CodeCounts:
     training: the same, of the events in training.
   """
 
-  def __init__(self, encoders: Encoders, further: Sequence[str]):
-    """`further` are the fields of the further columns of codes."""
-    self._fields = [*encoders.categorical, *further]
+  def __init__(self, encoders: Encoders, extra_columns: Sequence[str]):
+    """`extra_columns` are the fields of the further columns of codes."""
+    self._fields = [*encoders.categorical, *extra_columns]
     self.all = {n: np.zeros(e.n_codes, np.int64) for n, e in encoders.categorical.items()}
     self.training = {n: np.zeros(e.n_codes, np.int64) for n, e in encoders.categorical.items()}
 
@@ -185,10 +184,10 @@ class Extension:
   added: Mapping[str, list[str]]
   left_out: Mapping[str, int]
 
-  def apply(self, block: UserBlock, further: Sequence[str]) -> UserBlock:
+  def apply(self, block: UserBlock, extra_columns: Sequence[str]) -> UserBlock:
     """A block with the final codes for the provisional ones."""
     codes = block.codes.copy()
-    for column, name in enumerate([*self.encoders.categorical, *further]):
+    for column, name in enumerate([*self.encoders.categorical, *extra_columns]):
       if name in self.final:
         codes[:, column] = self.final[name][codes[:, column]]
     return dataclasses.replace(block, codes=codes)

@@ -10,7 +10,7 @@ from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import readers
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import ConfigError, DataError, nearest
 
 
 def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -26,7 +26,7 @@ def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[
     if len(sources) == 1 and source != sources[0]:
       source, equals, file = sources[0], "=", argument
     if not equals:
-      raise config.ConfigError(f"{argument!r} names no source; write SOURCE=FILE, SOURCE one of {', '.join(sources)}.")
+      raise ConfigError(f"{argument!r} names no source; write SOURCE=FILE, SOURCE one of {', '.join(sources)}.")
     out.setdefault(source, []).append(file)
   return out
 
@@ -59,7 +59,7 @@ def configs(
   else:
     for name, patterns in files.items():
       if name not in known:
-        raise config.ConfigError(f"{dataset.path} has no source {name!r}{config.nearest(name, known)}")
+        raise ConfigError(f"{dataset.path} has no source {name!r}{nearest(name, known)}")
       new[name] = _named(name, patterns)
       for file in new[name]:
         if files_lib.place(file) in read:
@@ -68,7 +68,7 @@ def configs(
       raise DataError(f"no file is named to be appended to {dataset.path}.")
   for name, source in cfg.data.sources.items():
     if new.get(name) and source.format == "sequences":
-      raise config.ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")
+      raise ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")
   _check_users_table(dataset)
 
   def having(of_sources: Mapping[str, tuple[str, ...]], memory: str) -> config.Data:

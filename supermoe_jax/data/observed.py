@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data.labels import TRAIN, Calendar
+from supermoe_jax.data.labels import Calendar
+from supermoe_jax.data.splits import TRAIN
 
 
 class Concerned(NamedTuple):

@@ -8,7 +8,8 @@ import duckdb
 import numpy as np
 
 from supermoe_jax.config import parse_time
-from supermoe_jax.data.readers import DataError, TableFile, first_line, literal, naming
+from supermoe_jax.data.readers import TableFile, first_line, literal, naming
+from supermoe_jax.errors import DataError
 
 NUMBERS: tuple[str, ...] = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL")
 NUMBERS += tuple("U" + name for name in NUMBERS[:5])

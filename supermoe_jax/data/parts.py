@@ -28,14 +28,14 @@ import numpy as np
 import pyarrow as pa
 
 from supermoe_jax import config
+from supermoe_jax.atomic_files import replacing_file
 from supermoe_jax.data import readers, splits
 from supermoe_jax.data.events import EventTables
 from supermoe_jax.data.facts import Facts
 from supermoe_jax.data.field_values import field_columns
 from supermoe_jax.data.log import BATCH_ROWS
-from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.replace import replacing_file
 from supermoe_jax.data.sources import FileCounts, SourceFile, SourceReader, create_rows
+from supermoe_jax.errors import ConfigError, DataError
 
 IPC_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
@@ -212,7 +212,7 @@ class Failures:
 
   KINDS: tuple[tuple[type[Exception], Callable[[str], Exception]], ...] = (
     (DataError, DataError),
-    (config.ConfigError, config.ConfigError),
+    (ConfigError, ConfigError),
     (OSError, OSError),
     (duckdb.Error, OSError),
   )
@@ -232,7 +232,7 @@ class Failures:
     try:
       yield
     except tuple(kind for kind, _ in self.KINDS) as error:
-      lasting = isinstance(error, DataError | config.ConfigError)
+      lasting = isinstance(error, DataError | ConfigError)
       kind = next(i for i, (kind, _) in enumerate(self.KINDS) if isinstance(error, kind))
       note = self.folder / f"{place}.{uuid.uuid4().hex}"
       note.write_text(json.dumps({"kind": kind, "message": str(error)}))

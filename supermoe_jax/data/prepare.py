@@ -23,15 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import fitting, integrity, replace, shards, user_table, vocabulary
+from supermoe_jax import atomic_files, config
+from supermoe_jax.data import fitting, integrity, shards, user_table, vocabulary
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import manifest as manifest_lib
 from supermoe_jax.data.dataset import FORMAT_VERSION, USERS, Dataset, input_files
-from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.log import Log
 from supermoe_jax.data.schema import make_comparison
 from supermoe_jax.data.shards import RecordMaker, Rows, Shard
+from supermoe_jax.errors import ConfigError, DataError
 
 STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
 
@@ -87,11 +88,11 @@ def prepare(
     ConfigError: the split does not fit the log.
   """
   path, engine = pathlib.Path(cfg.data.path), engine or ThisMachine()
-  replace.restore(path, manifest_lib.KIND)
+  atomic_files.restore(path, manifest_lib.KIND)
   there = path.is_dir() and any(path.iterdir())
-  if there and not overwrite and replace.manifest_kind(path) == manifest_lib.KIND:
+  if there and not overwrite and atomic_files.manifest_kind(path) == manifest_lib.KIND:
     return _existing(cfg, path, say)
-  replace.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", USERS, shards.TFDS_NAME))
+  atomic_files.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", USERS, shards.TFDS_NAME))
   identity = {"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg), "by": engine.name}
   identity = json.loads(json.dumps(identity))
 
@@ -101,7 +102,7 @@ def prepare(
     return same
 
   try:
-    with replace.replacing(path, resume=resume) as work:
+    with atomic_files.replacing_directory(path, resume=resume) as work:
       (work / STATE).write_text(json.dumps(identity))
       return _prepare_into(cfg, work, engine, say)
   except concurrent.futures.process.BrokenProcessPool as error:
@@ -212,9 +213,7 @@ def check_tasks(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
   for name, task in cfg.tasks.items():
     if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
       known = encoders.categorical[task.field].n_codes - 2
-      raise config.ConfigError(
-        f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training."
-      )
+      raise ConfigError(f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training.")
   for name in cfg.labelled_tasks:
     make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
 

@@ -15,6 +15,7 @@ from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import readers, roles
 from supermoe_jax.data.parsing import date
 from supermoe_jax.data.remote import FilePath
+from supermoe_jax.errors import DataError
 
 if TYPE_CHECKING:
   from supermoe_jax.data.inspection import Table
@@ -122,7 +123,7 @@ def _source(table: Table, items: Table | None) -> dict[str, Any]:
 def _format_by_ending(file: FilePath) -> str:
   try:
     return readers.format_of(file)
-  except readers.DataError:
+  except DataError:
     return ""
 
 

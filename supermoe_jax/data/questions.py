@@ -20,11 +20,12 @@ import grain
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import Features, Targets
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Labels
-from supermoe_jax.data.targets import Supervision, Targets
-from supermoe_jax.data.windows import BlockWindows, Features, blank, pad
+from supermoe_jax.data.targets import Supervision
+from supermoe_jax.data.windows import BlockWindows, blank, pad
 
 # Users read at a time. Their features are made by a few array operations, and a block of long histories stays small.
 BLOCK_USERS = 256

@@ -18,10 +18,9 @@ from collections.abc import Collection, Iterator, Mapping
 
 import duckdb
 
-from supermoe_jax.config import nearest
 from supermoe_jax.data import remote
-from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.remote import FilePath, RemoteFile
+from supermoe_jax.errors import DataError, nearest
 
 ENDINGS = {
   "parquet": (".parquet", ".pq"),

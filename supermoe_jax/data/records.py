@@ -17,10 +17,11 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from supermoe_jax import config
+from supermoe_jax.batch import Schema
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Calendar, Labels, Snapshots
-from supermoe_jax.data.schema import Schema, make_event_answer
+from supermoe_jax.data.schema import make_event_answer
 from supermoe_jax.data.vocabulary import Encoders
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def parts(schema: Schema, tasks: Mapping[str, config.LabelledTask]) -> dict[str,
     "snapshot_split": Part(np.int32),
   }
   if schema.categorical:
-    out["codes"] = Part(np.int32, (len(schema.categorical) + len(schema.further),), of_events=True)
+    out["codes"] = Part(np.int32, (len(schema.categorical) + len(schema.extra_columns),), of_events=True)
   if schema.numeric:
     out["numeric"] = Part(np.float32, (len(schema.numeric),), of_events=True)
   for name, task in tasks.items():

@@ -5,49 +5,17 @@ A dataset and a model never have to look at the events for any of this.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import Schema
 from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.labels import Comparison, EventAnswer
-from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Numeric, Vocabulary
+from supermoe_jax.data.numeric import Numeric
+from supermoe_jax.data.vocabulary import FIRST_VALUE, Classes, Encoders, Vocabulary
+from supermoe_jax.errors import ConfigError, DataError, nearest
 
 SHOWN_VALUES = 20  # of a vocabulary, in a message about a value that it does not hold
-
-
-@dataclasses.dataclass(frozen=True)
-class Schema:
-  """What a model must know of a dataset to be built.
-
-  Attributes:
-    sources: names of the event sources; an event's type.
-    categorical: codes of each categorical field, 0 absent and 1 out of vocabulary included.
-    numeric: names of the numeric fields.
-    aggregates: A, the length of a snapshot's aggregates; 0 without.
-    outputs: of each task with labels, the number of its outputs.
-    inputs: the categorical fields that the model may see.
-    numeric_inputs: the columns, among the numeric fields, of those that the model may see.
-    further: the field of each further column of the codes, which follow those of `categorical`.
-    shares: the field whose table a field has, where it is another's.
-  """
-
-  sources: tuple[str, ...]
-  categorical: Mapping[str, int]
-  numeric: tuple[str, ...]
-  aggregates: int
-  outputs: Mapping[str, int]
-  inputs: tuple[str, ...]
-  numeric_inputs: tuple[int, ...]
-  further: tuple[str, ...] = ()
-  shares: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-  def field(self, name: str) -> int:
-    """The column of a categorical field in the codes."""
-    return list(self.categorical).index(name)
 
 
 def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:
@@ -61,7 +29,7 @@ def make_schema(cfg: config.Config, encoders: Encoders) -> Schema:
     {n: _n_outputs(n, t, encoders) for n, t in cfg.labelled_tasks.items()},
     tuple(n for n in encoders.categorical if fields[n].input),
     tuple(i for i, n in enumerate(encoders.numeric) if fields[n].input),
-    cfg.data.further_values,
+    cfg.data.extra_value_fields,
     {n: f.shares for n, f in fields.items() if f.shares},
   )
 
@@ -112,7 +80,7 @@ def make_event_answer(name: str, task: config.EventLabel, data: config.Data, enc
   for value in task.positive:
     code = encoder.code(value)
     if code < FIRST_VALUE:
-      hint = config.nearest(value, encoder.values).partition("; valid")[0]
+      hint = nearest(value, encoder.values).partition("; valid")[0]
       shown = ", ".join(repr(v) for v in encoder.values[:SHOWN_VALUES])
       more = ", …" if len(encoder.values) > SHOWN_VALUES else ""
       raise DataError(
@@ -138,7 +106,7 @@ def make_comparison(cfg: config.Config, name: str, encoders: Encoders) -> Compar
     try:
       return Comparison(*space, np.array([float(v) for v in values], np.float32))
     except ValueError:
-      raise config.ConfigError(
+      raise ConfigError(
         f"config.tasks.{name}.sample_space={cfg.labelled_tasks[name].sample_space!r}: the classes of {space.task} are "
         f"not all numbers ({', '.join(map(repr, values[:SHOWN_VALUES]))}); compare a binary task."
       ) from None

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import duckdb
 
 from supermoe_jax.data import readers
-from supermoe_jax.data.readers import DataError, TableFile
+from supermoe_jax.data.readers import TableFile
+from supermoe_jax.errors import DataError
 
 
 def check(con: duckdb.DuckDBPyConnection, files: Sequence[TableFile]) -> None:

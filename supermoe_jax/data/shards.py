@@ -25,13 +25,12 @@ import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.atomic_files import replacing_file
 from supermoe_jax.data import records, snapshots
 from supermoe_jax.data.histories import UserBlock, read_block
 from supermoe_jax.data.labels import Calendar, Snapshots
-from supermoe_jax.data.replace import replacing_file
 from supermoe_jax.data.schema import make_aggregator, make_schema
-from supermoe_jax.data.splits import user_split
+from supermoe_jax.data.splits import TEST, TRAIN, user_split
 from supermoe_jax.data.tally import Tally
 from supermoe_jax.data.vocabulary import Encoders
 
@@ -59,7 +58,7 @@ class RecordMaker:
     self.schema = make_schema(cfg, encoders)
     self.tasks = cfg.labelled_tasks
     self.parts = records.parts(self.schema, self.tasks)
-    self.n_codes = len(self.schema.categorical) + len(self.schema.further)
+    self.n_codes = len(self.schema.categorical) + len(self.schema.extra_columns)
     self.numbers = list(encoders.numeric.values())
     self._split, self._times = cfg.data.split, times
     self._labeller = records.Labeller(cfg, encoders, times)
@@ -110,7 +109,7 @@ class RecordMaker:
     tally.add(block, found, {n: of_task.labels for n, of_task in labels.items()}, left_out, self._last_use)
     if self._aggregator is not None:
       user, time, n_events, split = found
-      train = split == labels_lib.TRAIN
+      train = split == TRAIN
       aggregates = self._aggregator(block, user[train], time[train], n_events[train])
       tally.add_aggregates(aggregates, user[train])
     return block, found, labels, owner
@@ -122,7 +121,7 @@ def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) 
     return None
   horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
   # Where all snapshots are the users' own, any event of the log may lie before one.
-  last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[labels_lib.TEST]
+  last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[TEST]
   return int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
 
 

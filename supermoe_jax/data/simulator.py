@@ -21,15 +21,14 @@ import pyarrow.parquet as pq
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax import config
+from supermoe_jax.atomic_files import replacing_directory
 from supermoe_jax.config import MICROSECONDS_PER_DAY
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.latent_users import (
   NEXT_ITEM,
   START,
   Population,
   SimulatedTask,
   Simulation,
-  SimulationError,
   World,
   build_world,
   draw,
@@ -38,8 +37,8 @@ from supermoe_jax.data.latent_users import (
   raw_split,
   visible_counts,
 )
-from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.replace import replacing
+from supermoe_jax.data.splits import SPLITS, TRAIN
+from supermoe_jax.errors import DataError, SimulationError
 
 __all__ = [
   "BayesScore",
@@ -106,11 +105,11 @@ def bayes_scores(
   visible = counts.sum(axis=1).astype(np.int64)
   belief = posterior(world.log_item, counts)
   scores = {}
-  asked = np.flatnonzero((visible > 0) & (population.split == labels_lib.SPLITS[split]))
+  asked = np.flatnonzero((visible > 0) & (population.split == SPLITS[split]))
   if simulation.tasks and not len(asked):
     raise SimulationError(f"no user is asked for labels in {split}; simulate more users.")
   for task in simulation.tasks:
-    told = (population.split == labels_lib.TRAIN) & population.known[task.name]
+    told = (population.split == TRAIN) & population.known[task.name]
     label, best = population.label[task.name], belief[asked] @ world.answer[task.name]
     if task.form == "regression":
       scores[task.name] = _regression(task, label[asked], label[told], best)
@@ -184,7 +183,7 @@ def simulate(simulation: Simulation, folder: str | pathlib.Path) -> Simulated:
     "bayes": {s: {n: dataclasses.asdict(b) for n, b in tasks.items()} for s, tasks in bayes.items()},
   }
   possible = {n: {"bayes": b.bayes, "constant": b.constant} for n, b in bayes["test"].items()}
-  with replacing(folder) as work:
+  with replacing_directory(folder) as work:
     pq.write_table(_events(simulation, population), work / "events.parquet")
     pq.write_table(_users(simulation, population), work / "users.parquet")
     pq.write_table(_truth(simulation, world, population), work / "truth.parquet")
@@ -217,7 +216,7 @@ def _users(simulation: Simulation, population: Population) -> pa.Table:
 def _truth(simulation: Simulation, world: World, population: Population) -> pa.Table:
   columns = {
     "user": pa.array(population.user_id),
-    "split": pa.array([list(labels_lib.SPLITS)[s] for s in population.split]),
+    "split": pa.array([list(SPLITS)[s] for s in population.split]),
     "bits": pa.array(world.states[population.state].tolist(), pa.list_(pa.int8())),
   }
   for task in simulation.tasks:

@@ -12,7 +12,8 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.histories import UserBlock
-from supermoe_jax.data.labels import TRAIN, Calendar, Snapshots
+from supermoe_jax.data.labels import Calendar, Snapshots
+from supermoe_jax.data.splits import TRAIN
 
 
 class LeftOut(NamedTuple):

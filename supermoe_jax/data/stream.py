@@ -26,7 +26,7 @@ import grain
 from absl import flags
 
 from supermoe_jax import config
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from typing import Any, Self
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.batch import Schema
 from supermoe_jax.data.histories import UserBlock
 from supermoe_jax.data.labels import Labels, Snapshots
-from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.snapshots import LeftOut
+from supermoe_jax.data.splits import SPLITS
 from supermoe_jax.data.vocabulary import Classes, Encoders
 
 # Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
@@ -30,8 +30,6 @@ SMALLEST_DEVIATION = 1e-4
 UNIT = 2.0**36  # of sums, a number's share of 1
 
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that 64 bits hold, written as integers are
-
-SPLITS = tuple(labels_lib.SPLITS)
 
 
 def exact_sums(values: np.ndarray, starts: np.ndarray) -> list[int]:
@@ -105,7 +103,7 @@ class Tally:
     state["without_snapshot"] += users - len(np.unique(snapshots.user))
     state["too_early"] += left_out.too_early
     state["repeated"] += left_out.repeated
-    for split, index in labels_lib.SPLITS.items():
+    for split, index in SPLITS.items():
       here = snapshots.split == index
       state["snapshots"][split] += int(here.sum())
       for task, label in labels.items():

@@ -16,40 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import Targets
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.schema import make_comparison, make_event_answer
+from supermoe_jax.data.splits import TRAIN
 from supermoe_jax.data.vocabulary import UNKNOWN
 from supermoe_jax.data.windows import pad
 
 # Users whose labels are counted to tell how large a sample space is; a few milliseconds each.
 SPACE_USERS = 1000
-
-# A NumPy array on the host, a JAX array inside a step.
-Array = Any
-
-
-class Targets(NamedTuple):
-  """A task's answers for a batch.
-
-  Sites are the S snapshots; of a next-event task the L events before them; of an event label the L events, then the m
-  events after snapshot 0, those after snapshot 1, and so on. The sites of a packed row are those of its users, one
-  behind the other.
-
-  Attributes:
-    value: float32 `[B, sites]` of 0 and 1 or standardised numbers, float32 `[B, S, values]` of 0 and 1, or int32
-      `[B, sites]` codes of a next event or indices of classes; 0 where nothing is known.
-    known: bool `[B, sites]`, the supervision indicator δ: there is a label, and the site counts by the sample space.
-    weight: float32 `[B, sites]`, the sample weight ω; 0 where not known.
-    given: int32 `[B, sites, G]`, codes that an event label may see of the event asked about; G is 0 for other kinds.
-  """
-
-  value: Array
-  known: Array
-  weight: Array
-  given: Array
 
 
 class Supervision:
@@ -204,7 +182,7 @@ def count_spaces(dataset: Dataset, cfg: config.Config, users: int = SPACE_USERS)
   users = min(users, len(dataset))
   for index in range(users):
     record = dataset[index]
-    chosen = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
+    chosen = np.flatnonzero(record["snapshot_split"] == TRAIN)
     found = [way.at_snapshots(record, dataset.history(record), chosen) for way in ways]
     total += [[int(np.sum(f[n].known)) for f in found] for n in names]
   return {

@@ -11,10 +11,12 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data import files as files_lib
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import parsing, readers
-from supermoe_jax.data.readers import DataError, TableFile
-from supermoe_jax.data.vocabulary import Classes, LabelEncoder, Numeric
+from supermoe_jax.data.numeric import Numeric
+from supermoe_jax.data.readers import TableFile
+from supermoe_jax.data.splits import TRAIN, user_split
+from supermoe_jax.data.vocabulary import Classes, LabelEncoder
+from supermoe_jax.errors import DataError, nearest
 
 SHOWN_VALUES = 20  # of a column, in a message about a value that it does not hold
 
@@ -115,7 +117,7 @@ def _check_positive(con: duckdb.DuckDBPyConnection, key: str, task: config.UserL
   ]
   for value in task.positive:
     if value not in present:
-      hint = config.nearest(value, present).partition("; valid")[0]
+      hint = nearest(value, present).partition("; valid")[0]
       shown = ", ".join(repr(v) for v in present[:SHOWN_VALUES]) + (", …" if len(present) > SHOWN_VALUES else "")
       raise DataError(
         f"{key}: {value!r} never occurs in column {task.column!r}{hint} (it holds {shown or 'no value at all'})."
@@ -155,7 +157,7 @@ def _known(con: duckdb.DuckDBPyConnection, value: str) -> tuple[dict[str, Any], 
 
 
 def _of_training_users(values: Mapping[str, Any], split: config.Split, name: str, task: config.UserLabel) -> list[Any]:
-  training = [v for u, v in values.items() if labels_lib.user_split(u, split) == labels_lib.TRAIN]
+  training = [v for u, v in values.items() if user_split(u, split) == TRAIN]
   if not training:
     raise DataError(
       f"config.tasks.{name}: no training user has a value in column {task.column!r} ({len(values)} other users have "

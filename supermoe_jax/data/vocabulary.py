@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.numeric import NumberEncoder, Numeric, number_encoder
+from supermoe_jax.errors import DataError
 
 if TYPE_CHECKING:  # encoding a value takes NumPy alone; only tables and files of them take Arrow
   import pyarrow as pa

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from supermoe_jax.batch import CALENDAR, Features
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.histories import UserBlock, UserHistory
 
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
   from supermoe_jax.data.dataset import Dataset
 
 MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
-
-# Numbers that describe a moment in the calendar; see `calendar_phases`.
-CALENDAR = 6
-
-# A NumPy array on the host, a JAX array inside a step.
-Array = Any
 
 
 class Encoding(Protocol):
@@ -38,51 +33,6 @@ class Encoding(Protocol):
 
   def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`."""
-
-
-class Features(NamedTuple):
-  """What the encoder sees.
-
-  Attributes:
-    codes: int32 `[B, L, F]`, columns as in `events.UserHistory`; 0 absent, padding, or a field that is no input.
-    source: int32 `[B, L]`; 0 padding, otherwise 1 + the source's index.
-    numeric: float32 `[B, L, G]`; NaN absent, padding, or a field that is no input.
-    calendar: float32 `[B, L, 6]`, phases of day, week and year.
-    time: float32 `[B, L]`, hours since the first event of its user in the row.
-    gap: float32 `[B, L]`, hours since the user's previous event; 0 for the first.
-    segment: int32 `[B, L]`, the user of each event: the users of a row lie one behind the other, numbered from 1; 0 is
-      padding. Only a packed row holds more than one.
-    query_events: int32 `[B, S]`, how many of its user's events in the row a snapshot sees.
-    query_segment: int32 `[B, S]`, the user of each snapshot; 0 where there is none.
-    query_time: float32 `[B, S]`, hours since its user's first event in the row.
-    query_gap: float32 `[B, S]`, hours since the last event that the snapshot sees.
-    query_calendar: float32 `[B, S, 6]`.
-    query_aggregates: float32 `[B, S, A]`, standardised.
-  """
-
-  codes: Array
-  source: Array
-  numeric: Array
-  calendar: Array
-  time: Array
-  gap: Array
-  segment: Array
-  query_events: Array
-  query_segment: Array
-  query_time: Array
-  query_gap: Array
-  query_calendar: Array
-  query_aggregates: Array
-
-  @property
-  def length(self) -> Array:
-    """int `[B]`, events that are not padding."""
-    return (self.segment > 0).sum(axis=-1)
-
-  @property
-  def query_valid(self) -> Array:
-    """bool `[B, S]`, whether there is a snapshot."""
-    return self.query_segment > 0
 
 
 def calendar_phases(time: np.ndarray) -> np.ndarray:
@@ -203,7 +153,7 @@ class BlockWindows:
 def blank(dataset: Dataset, rows: int, length: int) -> Features:
   """Rows of padding, of `length` events and one snapshot each."""
   schema = dataset.schema
-  columns = {"codes": len(schema.categorical) + len(schema.further), "numeric": len(schema.numeric)}
+  columns = {"codes": len(schema.categorical) + len(schema.extra_columns), "numeric": len(schema.numeric)}
   columns |= {"calendar": CALENDAR, "query_calendar": CALENDAR, "query_aggregates": schema.aggregates}
   whole = ("codes", "source", "segment", "query_events", "query_segment")
   return Features(

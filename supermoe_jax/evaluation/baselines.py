@@ -13,6 +13,7 @@ from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.labels import Comparison, Labels
 from supermoe_jax.data.questions import Question
 from supermoe_jax.data.schema import make_comparison
+from supermoe_jax.data.splits import TRAIN
 from supermoe_jax.evaluation import probes
 
 # Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred
@@ -85,7 +86,7 @@ class AggregateModels:
     ys: dict[str, list[np.ndarray]] = {t: [] for t in answers}
     for index in range(min(len(dataset), FITTED_USERS)):  # records are shuffled: any prefix is a sample
       record = dataset[index]
-      train = record["snapshot_split"] == labels_lib.TRAIN
+      train = record["snapshot_split"] == TRAIN
       last = {t: np.flatnonzero(train & _known(record, cfg.active_views[t], t, spaces[t]))[-1:] for t in answers}
       at = np.unique(np.concatenate([*last.values(), np.zeros(0, np.int64)])).astype(np.int64)
       history = dataset.history(record)

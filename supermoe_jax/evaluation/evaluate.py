@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import atomic, config
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax import atomic_files, config
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.questions import Question, QuestionBatch
+from supermoe_jax.data.splits import SPLITS
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, event_experts, intervals, metrics, ranking
 from supermoe_jax.evaluation.breakdown import Answers
 from supermoe_jax.evaluation.metrics import Metrics
@@ -30,7 +31,7 @@ MAIN_METRIC: dict[config.Answer, str] = {
   "regression": "rmse",
 }
 
-SPLITS = ("validation", "test")
+EVALUATED_SPLITS = ("validation", "test")
 
 # Questions ranked at a time.
 RANKED_AT_ONCE = 1024
@@ -71,7 +72,7 @@ def evaluate(
   *,
   compare: bool = True,
   progress: bool = True,
-  splits: Sequence[str] = SPLITS,
+  splits: Sequence[str] = EVALUATED_SPLITS,
   write: bool = True,
   asked: Mapping[str, Sequence[QuestionBatch]] | None = None,
   most: int = 0,
@@ -93,8 +94,10 @@ def evaluate(
     ConfigError: a split has no snapshot.
     ValueError: the file is to be written, but not of both splits.
   """
-  if write and set(splits) != set(SPLITS):
-    raise ValueError(f"evaluation.json holds {' and '.join(SPLITS)}, not only {', '.join(splits)}; pass write=False")
+  if write and set(splits) != set(EVALUATED_SPLITS):
+    raise ValueError(
+      f"evaluation.json holds {' and '.join(EVALUATED_SPLITS)}, not only {', '.join(splits)}; pass write=False"
+    )
   begun = clock.monotonic()
   tasks = run.cfg.active_views
   aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
@@ -106,7 +109,7 @@ def evaluate(
     if asked is not None:
       questions: Iterable[QuestionBatch] = asked[split]
     else:
-      questions = questions_lib.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split], most=most)
+      questions = questions_lib.questions(run.dataset, run.cfg, split=SPLITS[split], most=most)
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
@@ -132,7 +135,7 @@ def evaluate(
     }
   result["seconds"] = round(clock.monotonic() - begun, 1)
   if write:
-    atomic.write(run.workdir / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    atomic_files.write_file(run.workdir / "evaluation.json", json.dumps(result, indent=1) + "\n")
   return result
 
 
@@ -180,9 +183,7 @@ def _collect(run: Run, split: str, questions: Iterable[QuestionBatch], expected:
         seen.setdefault(name, []).extend(values)
       bar.update(n)
   if not asked:
-    raise config.ConfigError(
-      f"there is no {split} snapshot to evaluate; see 'snapshots' in {run.dataset.path}/manifest.json."
-    )
+    raise ConfigError(f"there is no {split} snapshot to evaluate; see 'snapshots' in {run.dataset.path}/manifest.json.")
   return _Collected(
     asked,
     {n: np.concatenate(parts) for n, parts in answers.items()},

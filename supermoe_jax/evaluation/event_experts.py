@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.questions import QuestionBatch
+from supermoe_jax.data.splits import TEST
 from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Vocabulary
 from supermoe_jax.training.run import Run
 
@@ -41,7 +41,7 @@ def count(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
   model = run.cfg.model
   if model.encoder == "gru" or not model.moe_every or model.layers < model.moe_every:
     return None
-  asked = questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST, most=SNAPSHOTS)
+  asked = questions_lib.questions(run.dataset, run.cfg, split=TEST, most=SNAPSHOTS)
   expected = min(run.dataset.manifest["snapshots"]["test"], SNAPSHOTS)
   snapshots, tokens = 0, 0
   sources: list[np.ndarray] = []
@@ -80,7 +80,7 @@ def _valid(batch: QuestionBatch) -> np.ndarray:
 def tally(dataset: Dataset, source: np.ndarray, codes: np.ndarray, expert: np.ndarray, experts: int) -> dict[str, Any]:
   """Counts the choices `expert [M, N, K]` of events of `source [N]`, from 1, with `codes [N, F]`."""
   schema = dataset.schema
-  columns = [*schema.categorical, *schema.further]
+  columns = [*schema.categorical, *schema.extra_columns]
   fields: dict[str, list[dict[str, Any]]] = {}
   unnamed = []
   for name in schema.inputs:

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import config
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches
-from supermoe_jax.data.batches import Batch
 from supermoe_jax.training import losses
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.statistics import TaskStatistics

@@ -21,12 +21,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from supermoe_jax import atomic, config
+from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError, StudyError, nearest
 from supermoe_jax.evaluation import seesaw, seesaw_words, study_weights
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.evaluation.seesaw import SINGLE, RunResult
 from supermoe_jax.evaluation.study_run import PlannedRun, end_with, execute
+from supermoe_jax.report.seesaw_figures import picture
 
 # The variants of a study whose config names none; all of them are changes of that config.
 STANDARD: dict[str, tuple[str, ...]] = {
@@ -50,10 +52,6 @@ POLL_SECONDS = 1.0
 
 # Runs' own version: a change of what a run measures asks for new runs.
 FORMAT = 1
-
-
-class StudyError(RuntimeError):
-  """A study whose runs failed; the message names them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +110,7 @@ class _Study:
     listed = dict(self.plan.variants) or STANDARD
     for pattern in only:
       if not fnmatch.filter(listed, pattern):
-        raise config.ConfigError(f"--only: {pattern!r} matches no variant{config.nearest(pattern, listed)}")
+        raise ConfigError(f"--only: {pattern!r} matches no variant{nearest(pattern, listed)}")
     names = [n for n in listed if not only or any(fnmatch.fnmatchcase(n, p) for p in only)]
     self.variants = {n: self._varied(f"config.seesaw.variants.{n}", cfg, listed[n]) for n in names}
     self.overrides = {n: list(listed[n]) for n in names}
@@ -130,10 +128,10 @@ class _Study:
       cfg = dataclasses.replace(cfg, tasks={n: dataclasses.replace(t, weight=1.0) for n, t in cfg.tasks.items()})
     try:
       varied = config.override(cfg, [f"--config.{o}" for o in overrides])
-    except config.ConfigError as error:
-      raise config.ConfigError(f"{path}: {error}") from None
+    except ConfigError as error:
+      raise ConfigError(f"{path}: {error}") from None
     if varied.data_hash() != cfg.data_hash() or varied.data.path != cfg.data.path:
-      raise config.ConfigError(f"{path} changes what is prepared; a study has one dataset.")
+      raise ConfigError(f"{path} changes what is prepared; a study has one dataset.")
     return dataclasses.replace(varied, seesaw=config.Seesaw())
 
   def _single(self, path: str, task: str, overrides: Sequence[str]) -> config.Config:
@@ -227,7 +225,7 @@ class _Study:
     )
     report["data_hash"] = self.cfg.data_hash()
     file = self.workdir / "seesaw.json"
-    atomic.write(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    atomic_files.write_file(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
   # ----------------------------------------------------------------------------------------------------------- running
@@ -341,8 +339,8 @@ def _write_pages(report: seesaw_words.Report, workdir: pathlib.Path) -> None:
   from supermoe_jax.report import seesaw_page  # pictures only when there is something to draw
 
   seesaw_page.write(report, workdir / "seesaw.html")
-  seesaw_page.picture(report, workdir / "seesaw.svg")
-  atomic.write(workdir / "seesaw.md", seesaw_words.markdown(report))
+  picture(report, workdir / "seesaw.svg")
+  atomic_files.write_file(workdir / "seesaw.md", seesaw_words.markdown(report))
 
 
 def _identity(cfg: config.Config, encoding: str) -> str:

@@ -13,11 +13,11 @@ import time as clock
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from supermoe_jax import atomic, config
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax import atomic_files, config
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.questions import QuestionBatch
+from supermoe_jax.data.splits import SPLITS
 from supermoe_jax.evaluation import evaluate, gradients
 from supermoe_jax.evaluation.seesaw import RunResult
 from supermoe_jax.models import parameters
@@ -61,7 +61,7 @@ def execute(group: Sequence[PlannedRun]) -> list[str | None]:
   for planned in group:
     try:
       result = run_one(planned.cfg, planned.file.with_suffix(""), variant=planned.variant, task=planned.task)
-      atomic.write(planned.file, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
+      atomic_files.write_file(planned.file, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
       out.append(None)
     except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
       out.append(f"{type(error).__name__}: {error}")
@@ -123,7 +123,7 @@ class _Asked:
 def _questions(asked: _Asked) -> Mapping[str, Sequence[QuestionBatch]]:
   dataset = Dataset(asked.cfg.data.path)
   splits = ("validation", "test")
-  return {s: list(questions_lib.questions(dataset, asked.cfg, split=labels_lib.SPLITS[s])) for s in splits}
+  return {s: list(questions_lib.questions(dataset, asked.cfg, split=SPLITS[s])) for s in splits}
 
 
 def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:

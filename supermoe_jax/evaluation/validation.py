@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from supermoe_jax import config, hosts
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, metrics
 from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.log import SPEED, keep_until, read_rows
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.statistics import TaskStatistics
@@ -109,7 +109,7 @@ def check_metric(cfg: config.Config) -> None:
   """Raises a ConfigError where the metric that is to choose the best checkpoint is none of its task's."""
   name, _, metric = cfg.train.validate.metric.partition("/")
   if metric and metric not in (known := evaluate.metric_names(cfg, cfg.labelled_tasks[name])):
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.train.validate.metric={cfg.train.validate.metric!r}: the metrics of {name} are {', '.join(known)}."
     )
 

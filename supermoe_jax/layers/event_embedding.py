@@ -38,7 +38,7 @@ class EventEmbedding(nnx.Module):
     numeric_inputs: Sequence[int],
     calendar: int,
     *,
-    further: Sequence[str] = (),
+    extra_columns: Sequence[str] = (),
     shares: Mapping[str, str] | None = None,
     layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
@@ -52,7 +52,7 @@ class EventEmbedding(nnx.Module):
       inputs: the categorical fields that the model may see.
       numeric_inputs: the columns of the numeric fields that the model may see.
       calendar: how many numbers describe an event's place in the calendar.
-      further: the field of each further column of the codes, whose values share the field's table.
+      extra_columns: the field of each further column of the codes, whose values share the field's table.
       shares: the field whose table a field has, where it is another's; both have its codes.
       layout: of the fields' tables.
       rngs: of the initial parameters.
@@ -66,7 +66,7 @@ class EventEmbedding(nnx.Module):
     source = jax.random.normal(rngs.params(), (sources + 1, d_model)) * d_model**-0.5
     self.source = sharding.param(source.at[0].set(0.0), None, "embed")
     self.owner = {n: (shares or {}).get(n, n) for n in categorical if n in inputs}
-    columns = [self.owner.get(n) for n in (*categorical, *further)]
+    columns = [self.owner.get(n) for n in (*categorical, *extra_columns)]
     tables = [n for n in categorical if n in self.owner.values()]
     self.columns = {n: tuple(i for i, c in enumerate(columns) if c == n) for n in tables}
     self.tables = nnx.Dict(
@@ -84,7 +84,7 @@ class EventEmbedding(nnx.Module):
   def __call__(
     self, codes: jax.Array, source: jax.Array, numeric: jax.Array, calendar: jax.Array, gap: jax.Array
   ) -> jax.Array:
-    """Embeds events; shapes as in `data.batches.Features`, which hold the fields that are no inputs too.
+    """Embeds events; shapes as in `batch.Features`, which hold the fields that are no inputs too.
 
     Returns: `[B, L, D]`; padding gives an arbitrary vector.
     """

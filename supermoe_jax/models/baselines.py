@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import Features
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.batch import Features, Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
 from supermoe_jax.layers.table import ONE_DEVICE, Layout

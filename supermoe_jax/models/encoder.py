@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import CALENDAR, Features
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.batch import CALENDAR, Features, Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.moe import Mlp, MoE, Stats, TaskGates
@@ -67,7 +66,14 @@ def embeddings(
   d = model.d_model
   fields = schema.categorical, schema.inputs, schema.numeric_inputs
   events = EventEmbedding(
-    d, len(schema.sources), *fields, CALENDAR, further=schema.further, shares=schema.shares, layout=layout, rngs=rngs
+    d,
+    len(schema.sources),
+    *fields,
+    CALENDAR,
+    extra_columns=schema.extra_columns,
+    shares=schema.shares,
+    layout=layout,
+    rngs=rngs,
   )
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import config
-from supermoe_jax.data.batches import Batch, Features, Targets
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.batch import Batch, Features, Schema, Targets
 from supermoe_jax.layers.event_embedding import EventEmbedding
 from supermoe_jax.layers.heads import EventLabelHead, LinearHead, NextValueHead
 from supermoe_jax.layers.table import ONE_DEVICE, Layout

@@ -7,7 +7,7 @@ import math
 import re
 from typing import NamedTuple
 
-from supermoe_jax import config
+from supermoe_jax.errors import ConfigError, nearest
 from supermoe_jax.training import utilisation
 
 GIB = 2**30
@@ -92,14 +92,12 @@ def topology(text: str, slices: int = 1) -> Topology:
   """
   name, _, sizes = text.partition(":")
   if name != "cpu" and name not in CHIPS:
-    raise config.ConfigError(f"--topology={text}: no such chip as {name!r}{config.nearest(name, [*CHIPS, 'cpu'])}")
+    raise ConfigError(f"--topology={text}: no such chip as {name!r}{nearest(name, [*CHIPS, 'cpu'])}")
   dimensions = {"cpu": 1, "v5p": 3}.get(name, 2)
   example = {1: "8", 2: "16x16" if name in ("v5e", "v6e") else "8x8", 3: "4x4x8"}[dimensions]
   if not re.fullmatch(r"\d+(x\d+)*", sizes) or sizes.count("x") + 1 != dimensions or "0" in sizes.split("x"):
-    raise config.ConfigError(f"--topology={text}: write the sizes of {name} as {name}:{example}.")
+    raise ConfigError(f"--topology={text}: write the sizes of {name} as {name}:{example}.")
   found = Topology(name, tuple(int(n) for n in sizes.split("x")), slices)
   if slices < 1 or (slices > 1 and not found.tpu):
-    raise config.ConfigError(
-      f"--slices={slices}: slices are of TPUs, at least 1; the nodes of GPUs stand in --topology."
-    )
+    raise ConfigError(f"--slices={slices}: slices are of TPUs, at least 1; the nodes of GPUs stand in --topology.")
   return found

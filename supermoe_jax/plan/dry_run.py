@@ -11,6 +11,7 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.models import parameters
 from supermoe_jax.plan import program
@@ -31,7 +32,7 @@ def describe(cfg: config.Config) -> list[str]:
   stream = batches.training(dataset, cfg, say=said.append)
   found = program.step(cfg, dataset.schema, mesh)
   if found.module is None:
-    raise config.ConfigError(
+    raise ConfigError(
       f"the step needs {size(found.needed)} of each device's memory, which is more than there is; 'supermoe plan' says "
       "what takes it."
     )

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from supermoe_jax import config, sharding
+from supermoe_jax.batch import Schema
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.integrity import MANIFEST
-from supermoe_jax.data.schema import Schema
 from supermoe_jax.models import parameters
 from supermoe_jax.plan import collectives, estimate, hlo, program, shapes, traffic
 from supermoe_jax.plan.chips import Topology

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import Batch
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.batch import Batch, Schema
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.plan import arithmetic, hlo, shapes
 from supermoe_jax.plan.chips import Topology
@@ -100,7 +100,7 @@ def fitted(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[
   mesh, said = cfg.train.mesh, []
   fixed = mesh.expert * mesh.tensor
   if topology.devices % fixed or (topology.devices // fixed) % topology.slices:
-    raise config.ConfigError(
+    raise ConfigError(
       f"--topology={topology}: config.train.mesh has expert × tensor = {fixed}, of which {topology.devices} devices in "
       f"{topology.slices} slice(s) hold no whole number; name others by --config.train.mesh.expert and .tensor."
     )
@@ -111,7 +111,7 @@ def fitted(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[
   ways = data * mesh.expert
   for name, rows in (("train", cfg.train.batch_rows), ("evaluate", cfg.evaluate.batch_rows)):
     if rows % (ways * (cfg.train.accumulate if name == "train" else 1)):
-      raise config.ConfigError(
+      raise ConfigError(
         f"--topology={topology}: config.{name}.batch_rows={rows} must divide over the {ways} devices that share a "
         f"batch; name another by --config.{name}.batch_rows={max(1, round(rows / ways)) * ways}."
       )
@@ -130,7 +130,7 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
       jax.config.update("jax_num_cpu_devices", topology.devices)
     found = jax.devices("cpu")
     if len(found) < topology.devices:
-      raise config.ConfigError(
+      raise ConfigError(
         f"--topology={topology}: JAX began with {len(found)} CPU devices; set "
         f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices}."
       )
@@ -143,7 +143,7 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
   except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-    raise config.ConfigError(f"--topology={topology}: XLA's compiler for TPUs refuses it: {error}") from error
+    raise ConfigError(f"--topology={topology}: XLA's compiler for TPUs refuses it: {error}") from error
 
 
 # Where `pip install --target` puts the compiler in this project; see the Makefile.
@@ -159,7 +159,7 @@ def _point_to_libtpu() -> None:
     return
   if not _BESIDE.is_file():
     wanted = next(r.partition(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu"))
-    raise config.ConfigError(
+    raise ConfigError(
       "XLA's compiler for TPUs is missing. Install it beside the environment: pip install --no-deps --target "
       f"{_BESIDE.parent.parent} '{wanted}'; or name its libtpu.so in TPU_LIBRARY_PATH."
     )

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import CALENDAR, Batch, Features, Schema, Slices, Targets
 from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.batches import CALENDAR, Batch, Features, Slices, Targets
-from supermoe_jax.data.schema import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
+from supermoe_jax.errors import ConfigError
 
 
 def largest_schema(cfg: config.Config) -> Schema:
@@ -35,7 +35,7 @@ def largest_schema(cfg: config.Config) -> Schema:
     {n: _outputs(n, t, sizes) for n, t in cfg.active_views.items()},
     tuple(n for n in sizes if fields[n].input),
     tuple(i for i, n in enumerate(numeric) if fields[n].input),
-    cfg.data.further_values,
+    cfg.data.extra_value_fields,
     {n: f.shares for n, f in fields.items() if f.shares},
   )
 
@@ -53,7 +53,7 @@ def _outputs(name: str, task: config.LabelledTask, sizes: dict[str, int]) -> int
   if isinstance(task, config.NextEvent):
     return sizes[task.field] - FIRST_VALUE
   if isinstance(task, config.UserLabel) and task.type == "multiclass":
-    raise config.ConfigError(
+    raise ConfigError(
       f"config.tasks.{name}: how many classes column {task.column!r} has is known once the dataset is prepared; run "
       f"'supermoe prepare' first, or leave the task out by --config.exclude_tasks={name}"
     )
@@ -78,7 +78,7 @@ def _array(dtype: Any, *shape: int) -> Any:
 
 
 def _features(schema: Schema, rows: tuple[int, ...], events: int, snapshots: int) -> Features:
-  codes = len(schema.categorical) + len(schema.further)
+  codes = len(schema.categorical) + len(schema.extra_columns)
 
   def of_events(dtype: type, *last: int) -> Any:
     return _array(dtype, *rows, events, *last)

@@ -13,8 +13,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from supermoe_jax import atomic, config, versions
-from supermoe_jax.data.schema import Schema
+from supermoe_jax import atomic_files, config, versions
+from supermoe_jax.batch import Schema
 from supermoe_jax.data.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation import seesaw_words
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
@@ -38,7 +38,7 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   run = read(workdir)
   page = rendering.render("report.html.jinja", _page(run), _FILTERS)
   file = workdir / "report.html"
-  atomic.write(file, page)
+  atomic_files.write_file(file, page)
   return file
 
 
@@ -146,6 +146,6 @@ def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:
     outputs=outputs,
     inputs=tuple(n for n in codes if fields[n].input),
     numeric_inputs=tuple(i for i, n in enumerate(numeric) if fields[n].input),
-    further=cfg.data.further_values,
+    extra_columns=cfg.data.extra_value_fields,
     shares={n: f.shares for n, f in fields.items() if f.shares},
   )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from supermoe_jax import config
 from supermoe_jax.data import dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from supermoe_jax.evaluation import validation
 from supermoe_jax.training.log import read_rows
 

@@ -34,7 +34,7 @@ class Reader:
   def __init__(self, dataset: Dataset):
     self._dataset = dataset
     schema = dataset.schema
-    self._columns = [*schema.categorical, *schema.further]
+    self._columns = [*schema.categorical, *schema.extra_columns]
     encoders = {n: dataset.encoders.categorical[schema.shares.get(n, n)] for n in schema.categorical}
     self._vocabularies = {n: e for n, e in encoders.items() if isinstance(e, Vocabulary)}
     self.unnamed = [n for n in encoders if n not in self._vocabularies]

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
-from supermoe_jax import atomic
+from supermoe_jax import atomic_files
 from supermoe_jax.evaluation.seesaw_words import Report, signed
 from supermoe_jax.report.curves import step_axis
 from supermoe_jax.report.drawing import (
@@ -81,7 +81,7 @@ def picture(found: Report, file: pathlib.Path) -> pathlib.Path:
   if kind == "svg":
     text = re.sub(r"<metadata>.*?</metadata>", "", content.decode(), flags=re.DOTALL)
     content = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text).encode()
-  atomic.write(file, content)
+  atomic_files.write_file(file, content)
   return file
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from supermoe_jax import atomic
+from supermoe_jax import atomic_files
 from supermoe_jax.evaluation import seesaw_words as said
 from supermoe_jax.evaluation.seesaw_words import Report
 from supermoe_jax.report import heat_maps, rendering
@@ -30,7 +30,7 @@ def write(report: Report, file: pathlib.Path) -> pathlib.Path:
   file = pathlib.Path(file)
   filters = {"number": number, "cell": said.cell, "interval": said.interval, "signed": said.signed}
   filters |= {"score": _score, "share": _share}
-  atomic.write(file, rendering.render("seesaw.html.jinja", _page(report, file), filters))
+  atomic_files.write_file(file, rendering.render("seesaw.html.jinja", _page(report, file), filters))
   return file
 
 

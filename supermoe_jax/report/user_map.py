@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from supermoe_jax import config
 from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.splits import TEST
 from supermoe_jax.report import map_figures
 from supermoe_jax.report.parts import Parts
 from supermoe_jax.report.words import question
@@ -102,7 +103,7 @@ def pick_labels(
   tasks = {n: t for n, t in cfg.active_views.items() if isinstance(t, kinds) and config.answer(t) == "binary"}
   values: dict[str, dict[str, int]] = {n: {} for n in tasks}
   for record in records:
-    at_test = (record["snapshot_split"] == labels_lib.TEST) & (record["snapshot_time"] == snapshot)
+    at_test = (record["snapshot_split"] == TEST) & (record["snapshot_time"] == snapshot)
     for name, task in tasks.items():
       known = record[f"known_{name}"].astype(bool)
       where = np.flatnonzero(known & at_test if isinstance(task, config.FutureEvent) else known)

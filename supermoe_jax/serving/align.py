@@ -24,9 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import replace
-from supermoe_jax.data.events import DataError
+from supermoe_jax import atomic_files
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving import embeddings, part_files, population
 from supermoe_jax.serving.neighbors import Exact, Space, unit
 
@@ -87,10 +86,10 @@ def align(
     DataError: a directory is damaged, they share too few users, or `out` is in the way.
   """
   if out.resolve() in (new.resolve(), old.resolve()):
-    raise config.ConfigError(f"--out {out} is what the embeddings are read from; name another directory.")
+    raise ConfigError(f"--out {out} is what the embeddings are read from; name another directory.")
   if not 0 <= max_drift <= 2:
-    raise config.ConfigError(f"--max-drift={max_drift:g} must lie in [0, 2].")
-  replace.check_replaceable(out, embeddings.KIND, part_files.NAMES)
+    raise ConfigError(f"--max-drift={max_drift:g} must lie in [0, 2].")
+  atomic_files.check_replaceable(out, embeddings.KIND, part_files.NAMES)
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   pairs = pair(new, old, seed)
@@ -119,7 +118,7 @@ def align(
     },
   }
   try:
-    with replace.replacing(out) as work:
+    with atomic_files.replacing_directory(out) as work:
       for file in tqdm(embeddings.parts(new), desc="aligning", unit=" parts", mininterval=1):
         _turn_part(file, work / file.name, turn)
       for file in embeddings.absent(new):  # users without a vector are no matter of the space

@@ -19,9 +19,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import replace
-from supermoe_jax.data.events import DataError
+from supermoe_jax import atomic_files
+from supermoe_jax.errors import ConfigError, DataError, nearest
 from supermoe_jax.evaluation import intervals, probes
 from supermoe_jax.serving import population
 from supermoe_jax.serving.neighbors import unit
@@ -99,7 +98,7 @@ def _ids(file: pathlib.Path) -> pa.ChunkedArray | pa.Array:
     return table["user_id"]
   if table.num_columns == 1:
     return table.column(0)
-  raise DataError(f"{file} has no column 'user_id'{config.nearest('user_id', table.schema.names)}.")
+  raise DataError(f"{file} has no column 'user_id'{nearest('user_id', table.schema.names)}.")
 
 
 def scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -123,7 +122,7 @@ def scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -
     # Without this the direction that all users share, and those that vary most, would drown what the seeds have.
     alike = unit((vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1))[0]
     return np.asarray(alike @ alike[seeds].mean(axis=0))
-  raise config.ConfigError(f"--method={method!r}{config.nearest(method, METHODS)}.")
+  raise ConfigError(f"--method={method!r}{nearest(method, METHODS)}.")
 
 
 def lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, seed: int = 0) -> dict[str, Any]:
@@ -181,16 +180,16 @@ def audience(
     DataError: embeddings or seeds cannot be used; see `population.select` and `read_seeds`.
   """
   if method not in METHODS:
-    raise config.ConfigError(f"--method={method!r}{config.nearest(method, METHODS)}.")
+    raise ConfigError(f"--method={method!r}{nearest(method, METHODS)}.")
   if out.suffix != ".parquet":
-    raise config.ConfigError(f"--out {out} must end in .parquet.")
+    raise ConfigError(f"--out {out} must end in .parquet.")
   if not out.parent.is_dir():
-    raise config.ConfigError(f"{out}: there is no directory {out.parent}; make it first.")
+    raise ConfigError(f"{out}: there is no directory {out.parent}; make it first.")
   selection = population.select(path, as_of)
   seeds = read_seeds(seeds_file, selection.users)
   others = len(selection) - len(seeds.rows)
   if not 1 <= size < others:
-    raise config.ConfigError(f"--size={size} must lie between 1 and {others - 1:,}: there are {others:,} other users.")
+    raise ConfigError(f"--size={size} must lie between 1 and {others - 1:,}: there are {others:,} other users.")
   vectors = selection.all_vectors()
   report = {
     "embeddings": str(path),
@@ -216,7 +215,7 @@ def audience(
     }
   ).replace_schema_metadata({"supermoe": json.dumps(report)})
   try:
-    with replace.replacing_file(out) as part:
+    with atomic_files.replacing_file(out) as part:
       pq.write_table(table, part)
   except OSError as error:
     raise DataError(f"writing {out} failed: {error}; nothing was kept.") from error

@@ -11,8 +11,8 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data import field_values, joined, parsing, readers
 from supermoe_jax.data import files as files_lib
-from supermoe_jax.data.errors import DataError
 from supermoe_jax.data.readers import TableFile
+from supermoe_jax.errors import DataError
 from supermoe_jax.serving.preprocessing import Items
 from supermoe_jax.serving.raw_values import Kind, TimeKind
 from supermoe_jax.serving.spec import FieldSpec, SourceSpec

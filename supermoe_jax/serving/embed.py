@@ -25,17 +25,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from supermoe_jax import atomic, config, hosts, sharding
+from supermoe_jax import atomic_files, config, hosts, sharding
 from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data import replace
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.labels import iso
 from supermoe_jax.data.questions import Question, QuestionBatch, Reader
+from supermoe_jax.errors import ConfigError, DataError, RunError
 from supermoe_jax.serving import embeddings, part_files, user_columns
 from supermoe_jax.serving.embeddings import KIND
 from supermoe_jax.serving.part_files import Style
 from supermoe_jax.serving.refresh import Earlier, Kept
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 
 ROWS_PER_PART = 32_768
@@ -60,7 +58,7 @@ def parse_times(as_of: Sequence[str], run: Run) -> dict[str, int | None]:
       time = _end(run) if text == "now" else config.parse_time(text, "--as-of")
       name = iso(time)
     if name in out:
-      raise config.ConfigError(f"--as-of {' '.join(as_of)} names a time twice.")
+      raise ConfigError(f"--as-of {' '.join(as_of)} names a time twice.")
     out[name] = time
   return out
 
@@ -107,9 +105,9 @@ def embed(
   """
   times = parse_times(as_of, run)
   if dtype not in part_files.TYPES:
-    raise config.ConfigError(f"--dtype={dtype} must be one of {', '.join(part_files.TYPES)}.")
+    raise ConfigError(f"--dtype={dtype} must be one of {', '.join(part_files.TYPES)}.")
   user_columns.check(run.cfg, columns)
-  replace.check_replaceable(out, KIND, part_files.NAMES)
+  atomic_files.check_replaceable(out, KIND, part_files.NAMES)
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   if since is not None and not (since / "manifest.json").is_file() and (since / "embeddings").is_dir():
@@ -120,7 +118,7 @@ def embed(
       hosts.meet("the directory is there")
       work = out.with_name(out.name + ".incomplete")
       return job.finish(work, job.write(work))
-    with replace.replacing(out, resume=job.can_go_on) as work:
+    with atomic_files.replacing_directory(out, resume=job.can_go_on) as work:
       job.begin(work)
       hosts.meet("the directory is there")
       return job.finish(work, job.write(work))
@@ -215,7 +213,7 @@ class _Job:
     if not (work / UNFINISHED).is_file():
       if self._columns:
         user_columns.sort(self._run.cfg, self._run.dataset, self._columns, work, self._users_per_part)
-      atomic.write(work / UNFINISHED, json.dumps(self._identity()) + "\n")
+      atomic_files.write_file(work / UNFINISHED, json.dumps(self._identity()) + "\n")
     for left in work.glob("*.part"):  # of a file that a kill cut off
       left.unlink()
 
@@ -356,7 +354,7 @@ class _Job:
       "seconds": {name: round(value, 1) for name, value in self._busy._asdict().items()},
     }
     if hosts.first():
-      atomic.write(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+      atomic_files.write_file(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
       (work / user_columns.FILE).unlink(missing_ok=True)
       shutil.rmtree(work / user_columns.SPILL, ignore_errors=True)
       (work / UNFINISHED).unlink()

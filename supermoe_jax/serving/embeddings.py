@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 
 # What the manifest calls such a directory.
 KIND = "embeddings"

@@ -30,11 +30,11 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import readers, replace
+from supermoe_jax import atomic_files, config
+from supermoe_jax.batch import Features
+from supermoe_jax.data import readers
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.errors import DataError
-from supermoe_jax.data.windows import Features
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.layers import exchange
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.serving import columns, program
@@ -83,17 +83,17 @@ def export(
   longest = run.cfg.model.max_events
   sizes = sorted(set(batch_sizes)), sorted({*(events or lengths(longest)), longest})
   if not sizes[0] or sizes[0][0] < 1 or sizes[1][0] < 1 or sizes[1][-1] > longest:
-    raise config.ConfigError(
+    raise ConfigError(
       f"batch sizes {sizes[0]} and lengths {sizes[1]}: both at least 1, and lengths at most "
       f"config.model.max_events={longest}."
     )
-  replace.check_replaceable(
+  atomic_files.check_replaceable(
     out, KIND, (MANIFEST, "program-*.stablehlo", PARAMETERS, "preprocessing.json", "vocabulary-*.json", "items-*.*")
   )
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds an exported encoder and is not overwritten; name another --out, or add --overwrite.")
   try:
-    with replace.replacing(out) as work:
+    with atomic_files.replacing_directory(out) as work:
       return _write(run, work, *sizes)
   except OSError as error:
     raise DataError(f"writing the encoder to {out} failed: {error}; nothing was kept.") from error
@@ -200,7 +200,7 @@ def make_preprocessing(dataset: Dataset, max_events: int) -> Preprocessing:
       sources,
       columns.field_specs(data),
       found.user_columns(),
-      data.further_values,
+      data.extra_value_fields,
       dataset.hidden_codes,
       dataset.hidden_numeric,
       data.duplicates == "drop",

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import replace
-from supermoe_jax.data.events import DataError
+from supermoe_jax import atomic_files
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving.neighbors import SPARE, Exact, Neighbours, Space
 
 KIND = b"supermoe neighbours "
@@ -113,7 +112,7 @@ class Index:
     """
     faiss = _faiss()
     try:
-      with replace.replacing_file(file) as part, part.open("wb") as stream:
+      with atomic_files.replacing_file(file) as part, part.open("wb") as stream:
         stream.write(MAGIC + json.dumps(dataclasses.asdict(self.header)).encode() + b"\n")
         faiss.write_index(self._graph, faiss.PyCallbackIOWriter(stream.write), faiss.IO_FLAG_SKIP_STORAGE)
     except OSError as error:
@@ -167,7 +166,7 @@ def build(
   """
   faiss = _faiss()
   if not 0 < recall < 1:
-    raise config.ConfigError(f"--recall={recall:g} must lie in (0, 1); --exact finds all.")
+    raise ConfigError(f"--recall={recall:g} must lie in (0, 1); --exact finds all.")
   rows, width = space.shaped.shape
   sample = min(sample, rows // 10)
   if sample < NEAREST:
@@ -266,7 +265,7 @@ def read(file: pathlib.Path, space: Space, fingerprint: str) -> Index:
         raise DataError(f"{file} is an index of another version, or damaged; build it again with --rebuild.")
       header = Header(**json.loads(stream.readline()))
       if header.metric != space.metric:
-        raise config.ConfigError(
+        raise ConfigError(
           f"{file} was built for --metric {header.metric}, not {space.metric}; name another --index for that."
         )
       if header.fingerprint != fingerprint or (header.rows, header.width) != space.shaped.shape:
@@ -277,7 +276,7 @@ def read(file: pathlib.Path, space: Space, fingerprint: str) -> Index:
         )
       graph = faiss.read_index(faiss.PyCallbackIOReader(stream.read), faiss.IO_FLAG_SKIP_STORAGE)
   except (OSError, ValueError, TypeError, RuntimeError) as error:
-    if isinstance(error, DataError | config.ConfigError):
+    if isinstance(error, DataError | ConfigError):
       raise
     raise DataError(f"{file} is damaged ({str(error).splitlines()[0]}); build it again with --rebuild.") from error
   vectors = faiss.IndexScalarQuantizer(header.width, faiss.ScalarQuantizer.QT_fp16, _metric(space))
@@ -311,7 +310,7 @@ def _faiss() -> Any:
   try:
     import faiss
   except ImportError:
-    raise config.ConfigError(
+    raise ConfigError(
       "an index of neighbours needs FAISS: pip install 'supermoe_jax[search]'; or leave --index out."
     ) from None
   return faiss

@@ -28,9 +28,9 @@ import jax.export
 import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by it)
 import numpy as np
 
+from supermoe_jax.batch import Features
 from supermoe_jax.data import windows
-from supermoe_jax.data.errors import DataError
-from supermoe_jax.data.windows import Features
+from supermoe_jax.errors import DataError
 from supermoe_jax.serving import preprocessing as preprocessing_lib
 from supermoe_jax.serving import program
 from supermoe_jax.serving.preprocessing import Counts, InputError, Preprocessing

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from supermoe_jax import config, hosts, sharding
+from supermoe_jax.errors import ConfigError, nearest
 
 METRICS = ("cosine", "dot", "euclidean")
 
@@ -72,7 +73,7 @@ class Space(NamedTuple):
       ConfigError: an unknown metric.
     """
     if metric not in METRICS:
-      raise config.ConfigError(f"--metric={metric!r}{config.nearest(metric, METRICS)}.")
+      raise ConfigError(f"--metric={metric!r}{nearest(metric, METRICS)}.")
     vectors = np.ascontiguousarray(vectors, np.float32)
     none, still = np.zeros(len(vectors), np.float32), np.zeros(vectors.shape[1], np.float32)
     length = np.ones(len(vectors))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from supermoe_jax.data import replace
+from supermoe_jax import atomic_files
 from supermoe_jax.data.questions import Absent, Question
 
 # What a directory of embeddings holds, as patterns.
@@ -88,5 +88,5 @@ def write(work: pathlib.Path, number: int, table: pa.Table, missing: pa.Table) -
   """Writes a part and who is absent from it; once the part is there, both are."""
   for name, content in ((absent(number), missing), (part(number), table)):
     if len(content) or name == part(number):
-      with replace.replacing_file(work / name) as file:
+      with atomic_files.replacing_file(work / name) as file:
         pq.write_table(content, file)

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from supermoe_jax import config
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.labels import iso
+from supermoe_jax.errors import DataError, nearest
 from supermoe_jax.serving import embeddings
 
 # So many are named in a message where there may be millions.
@@ -209,7 +209,7 @@ def _read(file: pathlib.Path, columns: Sequence[str]) -> pa.Table:
     there = pq.read_schema(file).names
     for column in columns:
       if column not in there:
-        raise DataError(f"{file} has no column {column!r}{config.nearest(column, there)}; embed again.")
+        raise DataError(f"{file} has no column {column!r}{nearest(column, there)}; embed again.")
     return pq.read_table(file, columns=list(columns))
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{file} is damaged ({error}); embed again.") from error

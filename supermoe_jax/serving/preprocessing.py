@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from supermoe_jax.config import nearest
+from supermoe_jax.batch import Features
 from supermoe_jax.data import windows
 from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.histories import UserBlock, UserHistory
 from supermoe_jax.data.numeric import NumberEncoder, number_encoder
 from supermoe_jax.data.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
-from supermoe_jax.data.windows import Features
+from supermoe_jax.errors import nearest
 from supermoe_jax.serving.raw_values import Kind, ValueProblem, number_reader, text_reader, texts_reader
 from supermoe_jax.serving.spec import SourceSpec, Spec, of_saved
 
@@ -243,17 +243,17 @@ class Preprocessing:
     n = len(events)
     time = np.fromiter((e.time for e in events), np.int64, n)
     order = np.argsort(time, kind="stable")
-    codes = np.zeros((n, len(self.categorical) + len(self.spec.further)), np.int32)
+    codes = np.zeros((n, len(self.categorical) + len(self.spec.extra_columns)), np.int32)
     numeric = np.full((n, len(self.numeric)), np.nan, np.float32)
     for column, (name, encoder) in enumerate(self.categorical.items()):
       values, many = [e.values[self._place[name]] for e in events], self.spec.fields[name].many
       if many:
         counted = sum(max(len(v) - many, 0) for v in values if v)
         counts.cut |= {name: counted} if counted else {}
-        further = [len(self.categorical) + i for i, f in enumerate(self.spec.further) if f == name]
-        for i, c in enumerate([column, *further]):
+        extra_columns = [len(self.categorical) + i for i, f in enumerate(self.spec.extra_columns) if f == name]
+        for i, c in enumerate([column, *extra_columns]):
           codes[:, c] = [encoder.code(v[i] if v and len(v) > i else None) for v in values]
-        unknown = int(np.sum(codes[:, [column, *further]] == UNKNOWN))
+        unknown = int(np.sum(codes[:, [column, *extra_columns]] == UNKNOWN))
       else:
         codes[:, column] = [encoder.code(v) for v in values]
         unknown = int(np.sum(codes[:, column] == UNKNOWN))

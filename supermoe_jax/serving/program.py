@@ -18,8 +18,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from supermoe_jax.data.errors import DataError
-from supermoe_jax.data.windows import Features
+from supermoe_jax.batch import Features
+from supermoe_jax.errors import DataError
 
 # What one artefact is lowered for.
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset, read_user_rows
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.splits import user_hash
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving import embeddings, part_files
 from supermoe_jax.serving.part_files import Style
 from supermoe_jax.training.run import Run
@@ -64,7 +63,7 @@ class Earlier:
     self._path, self._dataset, self._style = path, run.dataset, style
     self.manifest = embeddings.read_manifest(path)
     if "aligned_to" in self.manifest:
-      raise config.ConfigError(
+      raise ConfigError(
         f"--since {path} was turned by 'supermoe align' into the space of {self.manifest['aligned_to']['embeddings']}; "
         "vectors of two spaces do not belong in one table. Name the embeddings that it was made of, and align again."
       )
@@ -74,7 +73,7 @@ class Earlier:
       )
     for key, name in SAME.items():
       if self.manifest.get(key) != manifest[key]:
-        raise config.ConfigError(
+        raise ConfigError(
           f"--since {path}: {name} was {self.manifest.get(key)!r} there and is {manifest[key]!r} now; vectors of "
           "different kinds do not belong in one table. Leave out --since to embed all users."
         )

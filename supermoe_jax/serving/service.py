@@ -27,7 +27,8 @@ from starlette.requests import ClientDisconnect
 
 from supermoe_jax.serving import requests
 from supermoe_jax.serving.batching import Batcher, OverloadedError
-from supermoe_jax.serving.loader import Encoder, InputError, Prepared, as_json, moment
+from supermoe_jax.serving.loader import Encoder, Prepared, as_json, moment
+from supermoe_jax.serving.preprocessing import InputError
 from supermoe_jax.serving.requests import Answer, Health, Limits, MalformedJson, Problem, Problems
 
 RETRY_AFTER = "1"  # seconds

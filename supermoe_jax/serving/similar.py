@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from supermoe_jax import config
-from supermoe_jax.data import replace
-from supermoe_jax.data.events import DataError
+from supermoe_jax import atomic_files
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving import index as index_lib
 from supermoe_jax.serving import population
 from supermoe_jax.serving.neighbors import BATCH, Exact, Space
@@ -87,11 +86,11 @@ def open_search(
     DataError: embeddings or the index are damaged, the index is of others, or the file that it names is no index.
   """
   if index is not None and path.resolve() in index.resolve().parents:
-    raise config.ConfigError(
+    raise ConfigError(
       f"--index {index} lies inside {path}, which is replaced as a whole when users are embedded again; keep it beside."
     )
   if index is not None and not index.parent.is_dir():
-    raise config.ConfigError(f"{index}: there is no directory {index.parent}; make it first.")
+    raise ConfigError(f"{index}: there is no directory {index.parent}; make it first.")
   selection = population.select(path, as_of)
   space = Space.of(selection.all_vectors(), metric)
   said = [f"{len(selection):,} users, {selection.time()}"]
@@ -125,7 +124,7 @@ def write(search: Search, k: int, out: pathlib.Path) -> int:
   """
   rows = 0
   try:
-    with replace.replacing_file(out) as part:
+    with atomic_files.replacing_file(out) as part:
       writer: pq.ParquetWriter | None = None
       try:
         for table in search.of_all(k):
@@ -147,7 +146,7 @@ def write_table(table: pa.Table, out: pathlib.Path) -> None:
     DataError: the file cannot be written; nothing is kept of it.
   """
   try:
-    with replace.replacing_file(out) as part:
+    with atomic_files.replacing_file(out) as part:
       pq.write_table(table, part)
   except OSError as error:
     raise DataError(f"writing {out} failed: {error}; nothing was kept.") from error

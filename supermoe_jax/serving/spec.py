@@ -51,7 +51,7 @@ class Spec:
     sources: in the order of the config.
     fields: in the order of the config.
     user_columns: the kind of each column of the table of users that a field reads.
-    further: the field of each further column of the codes.
+    extra_columns: the field of each further column of the codes.
     hidden_codes: see `windows.Encoding`.
     hidden_numeric: see `windows.Encoding`.
     drop_duplicates: whether an event that repeats another one is left out, as in preparation.
@@ -61,7 +61,7 @@ class Spec:
   sources: Mapping[str, SourceSpec]
   fields: Mapping[str, FieldSpec]
   user_columns: Mapping[str, Kind]
-  further: tuple[str, ...]
+  extra_columns: tuple[str, ...]
   hidden_codes: tuple[int, ...]
   hidden_numeric: tuple[int, ...]
   drop_duplicates: bool
@@ -77,10 +77,13 @@ def of_saved(saved: Mapping[str, Any]) -> Spec:
     changed = {"time_kind": TimeKind(**of["time_kind"]), "columns": kinds(of["columns"]), "joined": tuple(of["joined"])}
     return SourceSpec(**{**of, **changed})
 
+  saved = dict(saved)
+  if "further" in saved:  # the name of `extra_columns` in exports of version 0.1
+    saved["extra_columns"] = saved.pop("further")
   parts = {
     "sources": {n: source(s) for n, s in saved["sources"].items()},
     "fields": {n: FieldSpec(**f) for n, f in saved["fields"].items()},
     "user_columns": kinds(saved["user_columns"]),
-    **{k: tuple(saved[k]) for k in ("further", "hidden_codes", "hidden_numeric")},
+    **{k: tuple(saved[k]) for k in ("extra_columns", "hidden_codes", "hidden_numeric")},
   }
   return Spec(**{**saved, **parts})

@@ -17,7 +17,7 @@ from supermoe_jax.data import dataset as dataset_lib
 from supermoe_jax.data import files as files_lib
 from supermoe_jax.data import parsing, readers
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving import part_files
 
 FILE, SPILL = "columns.parquet", "columns.spilled"
@@ -28,13 +28,13 @@ def check(cfg: config.Config, columns: Sequence[str]) -> None:
   if not columns:
     return
   if cfg.data.users is None:
-    raise config.ConfigError(
+    raise ConfigError(
       f"--columns {' '.join(columns)}: the run's config names no table of users (config.data.users) to take them from."
     )
   for name in columns:
     if name in part_files.COLUMNS or columns.count(name) > 1:
       why = "is a column of every embedding table" if name in part_files.COLUMNS else "is named twice"
-      raise config.ConfigError(f"--columns: {name!r} {why}; leave it out.")
+      raise ConfigError(f"--columns: {name!r} {why}; leave it out.")
 
 
 def sort(cfg: config.Config, dataset: Dataset, columns: Sequence[str], work: pathlib.Path, rows: int) -> None:

@@ -21,8 +21,8 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers as managers
 
 from supermoe_jax import config, hosts
+from supermoe_jax.errors import RunError
 from supermoe_jax.training import digest, relayout
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import TrainState
 

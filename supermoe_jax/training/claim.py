@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 
-from supermoe_jax import atomic, config
+from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training.errors import RunError
+from supermoe_jax.errors import RunError
 
 # Settings of training that a run may go on with other values of: what it learns does not depend on them.
 MAY_CHANGE = ("mesh", "workers", "checkpoint_every", "checkpoints_kept", "nonfinite_steps", "hang_seconds")
@@ -41,7 +41,7 @@ def check_encoding(workdir: pathlib.Path, dataset: Dataset, *, create: bool = Fa
   """
   file, manifest = workdir / "encoding.json", dataset.manifest
   if create and not file.is_file():
-    atomic.write(file, json.dumps({"encoding_hash": manifest["encoding_hash"]}) + "\n")
+    atomic_files.write_file(file, json.dumps({"encoding_hash": manifest["encoding_hash"]}) + "\n")
   known = {manifest["encoding_hash"], *(a["encoding_before"] for a in manifest.get("appends", ()))}
   if json.loads(file.read_text())["encoding_hash"] not in known:
     raise RunError(

@@ -16,7 +16,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from supermoe_jax import atomic, config, hosts
+from supermoe_jax import atomic_files, config, hosts
 from supermoe_jax.training import tables, utilisation
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.step_metrics import StepMetrics
@@ -195,7 +195,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def keep_until(path: pathlib.Path, step: int) -> None:
   """Drops rows after `step` (written after the checkpoint that a run resumes from), and a row that was cut."""
   if path.is_file():
-    atomic.write(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+    atomic_files.write_file(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from supermoe_jax.exits import CRASHED, ENDS, RESUME
+from supermoe_jax.errors import DELIBERATE_EXITS, ExitCode
 from supermoe_jax.hosts import Place
 from supermoe_jax.training import roster
 
@@ -58,10 +58,10 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
       child.send_signal(signal.SIGABRT)  # its threads' places are written by faulthandler
       child.wait()
       return _lost(gone)
-  if child.returncode in ENDS:
+  if child.returncode in DELIBERATE_EXITS:
     return child.returncode
   if -child.returncode in passed:  # before it could listen; nothing was begun
-    return RESUME
+    return ExitCode.RESUME
   end = time.monotonic() + roster.DEAD + 3 * roster.BEAT
   while time.monotonic() < end:
     gone = others.gone()
@@ -71,7 +71,7 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
   what = f"signal {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"code {child.returncode}"
   hint = "; the system may have been out of memory" if child.returncode == -signal.SIGKILL else ""
   print(f"supermoe train: process {place.process} was ended by {what}{hint}; all others live.", file=sys.stderr)
-  return CRASHED
+  return ExitCode.CRASHED
 
 
 class _Others:
@@ -105,7 +105,7 @@ def _lost(gone: list[str], ended: bool = False) -> int:
     file=sys.stderr,
     flush=True,
   )
-  return RESUME
+  return ExitCode.RESUME
 
 
 def follow() -> None:
@@ -113,4 +113,4 @@ def follow() -> None:
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   if os.getppid() != int(os.environ[CHILD]):  # it was gone before
-    os._exit(CRASHED)
+    os._exit(ExitCode.CRASHED)

@@ -16,25 +16,26 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import config, hosts, sharding
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches
-from supermoe_jax.data.batches import stack
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.stream import Position
 from supermoe_jax.data.targets import count_spaces
+from supermoe_jax.data.windows import stack
+from supermoe_jax.errors import ConfigError, RunError, Stopped
 from supermoe_jax.evaluation.validation import Validation, check_metric
 from supermoe_jax.models import parameters
 from supermoe_jax.training import statistics as statistics_lib
 from supermoe_jax.training import utilisation
 from supermoe_jax.training.checkpoint import Checkpoints, Writer, code_hash, versions
 from supermoe_jax.training.claim import check_encoding, claim
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.log import Log
 from supermoe_jax.training.profiler import Profiler
 from supermoe_jax.training.roster import Roster
 from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import TrainState, abstract_state, compiled, create_state
 from supermoe_jax.training.step import place as place_batch
-from supermoe_jax.training.stopping import Signals, Stopped, save_batch
+from supermoe_jax.training.stopping import Signals, save_batch
 
 # Rows that label rates and constant losses are measured on.
 MEASURED_ROWS = 1024
@@ -122,7 +123,7 @@ def _train(
     if hosts.first():
       claim(workdir, cfg)
       check_encoding(workdir, dataset, create=True)
-  except (RunError, config.ConfigError, OSError) as error:
+  except (RunError, ConfigError, OSError) as error:
     problem = str(error)
   for _, theirs in hosts.gather(problem):  # all end, or none
     if theirs:
@@ -209,7 +210,7 @@ def _tell_versions(before: Mapping[str, str], say: Callable[[str], None]) -> Non
 def _check_skipped(
   steps: Sequence[int],
   total: int,
-  stream: Position[batches.Batch],
+  stream: Position[Batch],
   cfg: config.Config,
   workdir: pathlib.Path,
   say: Callable[[str], None],

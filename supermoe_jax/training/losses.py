@@ -25,10 +25,11 @@ import optax
 from flax import nnx
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import Batch, Slices, Targets
+from supermoe_jax.batch import Batch, Slices, Targets
 from supermoe_jax.layers import catalogue
 from supermoe_jax.layers.heads import NextValueHead
-from supermoe_jax.models.supermoe import Encoded, SuperMoE, safe_value
+from supermoe_jax.models.encoder import Encoded
+from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training import weighting
 from supermoe_jax.training.statistics import TaskStatistics
 

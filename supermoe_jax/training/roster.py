@@ -20,10 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from supermoe_jax import config
-from supermoe_jax.exits import ERROR, RESUME
+from supermoe_jax.errors import ExitCode, RunError, Stopped
 from supermoe_jax.hosts import Place
-from supermoe_jax.training.errors import RunError
-from supermoe_jax.training.stopping import Stopped
 
 # Seconds between two signs of life.
 BEAT = 1.0
@@ -177,7 +175,7 @@ class Roster:
         self._write()
       except RunError as error:
         print(f"supermoe train: {error}", file=sys.stderr, flush=True)
-        os._exit(ERROR)
+        os._exit(ExitCode.ERROR)
       except OSError as error:  # the disk is full, or gone: training finds out when it saves
         print(f"warning: {self._file} cannot be written: {error}", file=sys.stderr)
       waited = time.monotonic() - self._since
@@ -196,7 +194,7 @@ class Roster:
       file=sys.stderr,
       flush=True,
     )
-    os._exit(RESUME)
+    os._exit(ExitCode.RESUME)
 
 
 def read(file: pathlib.Path) -> dict[str, Any] | None:

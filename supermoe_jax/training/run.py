@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from supermoe_jax import config, hosts, sharding
-from supermoe_jax.data.batches import Features
+from supermoe_jax.batch import Features
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
 from supermoe_jax.training.claim import check_encoding
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.step import abstract_model, place
 
 
@@ -63,7 +63,7 @@ class Run:
     self.dataset.check_matches(self.cfg, appended=False)
     try:
       self.mesh = sharding.make_mesh(self.cfg.train.mesh)
-    except config.ConfigError:  # what was trained on other devices runs on these as well
+    except ConfigError:  # what was trained on other devices runs on these as well
       self.mesh = sharding.mesh_of_processes(self.cfg.train.mesh)
     self.graph, abstract = abstract_model(self.cfg, self.dataset.schema, self.mesh.devices.flat[0].platform)
     layouts = sharding.shardings(self.mesh, abstract)

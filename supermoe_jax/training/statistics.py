@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data.batches import Batch
+from supermoe_jax.batch import Batch
 
 # Times the usual number of batches after which `measure` no longer waits for rare labels.
 LONGEST = 16

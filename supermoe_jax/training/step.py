@@ -16,8 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import Batch
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.batch import Batch, Schema
 from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.layers.table import Layout, TableRows
 from supermoe_jax.models.supermoe import SuperMoE

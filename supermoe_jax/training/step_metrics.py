@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
-from supermoe_jax.data.batches import Batch
+from supermoe_jax.batch import Batch
 from supermoe_jax.training import losses, tables
 from supermoe_jax.training.losses import TaskLoss
 

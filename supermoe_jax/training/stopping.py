@@ -14,10 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-class Stopped(BaseException):
-  """A run that was asked to stop is saved and can go on; like an interruption, no error that anyone should handle."""
-
-
 class Signals:
   """Listens for SIGTERM and SIGINT while a run trains; a second SIGINT stops it where it is.
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import sharding
-from supermoe_jax.data.batches import Batch
+from supermoe_jax.batch import Batch
 from supermoe_jax.layers import table
 from supermoe_jax.layers.exchange import Extent, Touched
 from supermoe_jax.layers.lines import NONE, put, take

@@ -8,9 +8,9 @@ import pytest
 
 from supermoe_jax import config, sharding
 from supermoe_jax.data import batches, check, prepare
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.splits import TEST, VALIDATION
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoint import RestoredModel
@@ -50,14 +50,14 @@ def untrained(cfg: config.Config, dataset: Dataset, workdir: pathlib.Path) -> Ru
 
 def assert_every_task_is_evaluated(result: dict, run: Run) -> None:
   """Each known label of the users of a split is asked about once, and each task has its main metric somewhere."""
-  for split in evaluate.SPLITS:
+  for split in evaluate.EVALUATED_SPLITS:
     measured = result["splits"][split]
     assert measured.keys() == run.cfg.active_views.keys()
     for name, task in measured.items():
       assert 0 < task["labels"] <= run.dataset.manifest["labels"][name][split]["known"]
       assert result["main_metric"][name] in task["metrics"] and task["baselines"]
   for name, metric in result["main_metric"].items():
-    assert any(result["splits"][s][name]["metrics"][metric] is not None for s in evaluate.SPLITS), name
+    assert any(result["splits"][s][name]["metrics"][metric] is not None for s in evaluate.EVALUATED_SPLITS), name
 
 
 def test_every_kind_of_task_has_labels_of_divided_users(cfg: config.Config, dataset: Dataset) -> None:
@@ -74,7 +74,7 @@ def test_training_shows_no_user_who_is_held_out(cfg: config.Config, dataset: Dat
 
 def test_a_split_asks_about_its_own_users_alone(cfg: config.Config, dataset: Dataset) -> None:
   every = range(len(dataset))
-  for split in (labels_lib.VALIDATION, labels_lib.TEST):
+  for split in (VALIDATION, TEST):
     asked = {q.user for b in questions_lib.questions(dataset, cfg, split=split) for q in b.questions}
     own = {i for i in every if dataset[i]["user_split"] == split}
     assert asked and asked <= own

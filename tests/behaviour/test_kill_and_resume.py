@@ -17,14 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from supermoe_jax import cli, config, exits, sharding
-from supermoe_jax.data.batches import Batch
+from supermoe_jax import cli, config, sharding
+from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ExitCode, RunError, Stopped
 from supermoe_jax.training import loop, profiler
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import compiled
-from supermoe_jax.training.stopping import Stopped
 from tests.fixtures import short_runs
 from tests.fixtures.short_runs import assert_same_end, at_step, parameters, rows, silent, steps_saved
 
@@ -145,7 +144,7 @@ def test_a_run_stopped_by_a_signal_exits_with_the_code_that_says_resume(
 ) -> None:
   monkeypatch.setattr(config, "load", lambda *_: short)
   at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-  assert cli.main(["train", "--config", "any", "--workdir", str(six)]) == exits.RESUME == 75
+  assert cli.main(["train", "--config", "any", "--workdir", str(six)]) == ExitCode.RESUME == 75
   assert "is saved at step 7 of 8; the same command goes on" in capsys.readouterr().err
 
 

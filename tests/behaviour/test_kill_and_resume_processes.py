@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from supermoe_jax import config, exits
+from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ExitCode
 from supermoe_jax.training import loop
 from tests.fixtures import short_runs
 from tests.fixtures.pod_checks import config_file, free_port, with_devices
@@ -143,7 +144,7 @@ def test_hosts_come_back_when_a_process_is_killed_or_asked_to_stop_and_end_as_if
   assert "supermoe train: process 1 (" in hosts[0].said(1) and "no sign of life" in hosts[0].said(1), told
   assert re.search(rf"resuming {run} at step [36]0 of 90", hosts[0].said(2)), told
   for host in hosts:
-    assert f"end 2: code {exits.RESUME}" in host.said(2) and not host.said(4), told
+    assert f"end 2: code {ExitCode.RESUME}" in host.said(2) and not host.said(4), told
   (step,) = {re.search(r"is saved at step (\d+) of 90", h.said(2))[1] for h in hosts}
   assert f"resuming {run} at step {step} of 90" in hosts[0].said(3), told
   assert f"trained to step 90: {run}" in hosts[0].said(3), told

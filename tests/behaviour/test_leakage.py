@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from supermoe_jax.batch import Features
 from supermoe_jax.data import tally, windows
 from supermoe_jax.data.dataset import Dataset
 from tests.fixtures.plain_reference import SPLITS, Record, Reference, check_manifest, check_record
@@ -132,7 +133,7 @@ def test_every_record_of_random_logs_equals_a_plain_reference(way: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- leakage
 
 
-def features(dataset: Dataset, record: Record, chosen: np.ndarray) -> list[windows.Features]:
+def features(dataset: Dataset, record: Record, chosen: np.ndarray) -> list[Features]:
   """What the encoder would see at each of the snapshots, each as a row of its own."""
   history, times, seen = dataset.history(record), record["snapshot_time"], record["snapshot_events"]
   n = max([1, *seen[chosen].tolist()])

@@ -18,7 +18,8 @@ from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop, statistics
 from supermoe_jax.training.checkpoint import Checkpoints, Writer
 from supermoe_jax.training.run import Run
-from supermoe_jax.training.step import StepMetrics, TrainState, abstract_state, compiled, create_state, place
+from supermoe_jax.training.step import TrainState, abstract_state, compiled, create_state, place
+from supermoe_jax.training.step_metrics import StepMetrics
 from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, rows
 
 STEPS = 3

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from supermoe_jax import cli, config, exits
+from supermoe_jax import cli, config
+from supermoe_jax.errors import ExitCode, StudyError
 from supermoe_jax.evaluation import study
-from supermoe_jax.evaluation.study import StudyError
 from tests.fixtures import seesaw_runs
 from tests.fixtures.small_log import raw_config, write_log
 
@@ -88,7 +88,7 @@ def test_seesaw_makes_a_study_of_the_config_and_prints_its_table_and_words(
 
   monkeypatch.setattr(study, "study", made)
   verb = ["seesaw", "--config", str(config_file), "--workdir", str(tmp_path / "study")]
-  assert cli.main([*verb, "--jobs", "2", "--only", "good", "tu*", "--config.train.steps=7"]) == exits.OK
+  assert cli.main([*verb, "--jobs", "2", "--only", "good", "tu*", "--config.train.steps=7"]) == ExitCode.OK
   assert asked == [(7, tmp_path / "study", {"jobs": 2, "only": ["good", "tu*"]})]
   said = capsys.readouterr().out
   assert "−3.03 ±0.38 ▼" in said and report["words"][0] in said
@@ -97,8 +97,8 @@ def test_seesaw_makes_a_study_of_the_config_and_prints_its_table_and_words(
     raise StudyError("2 runs failed")
 
   monkeypatch.setattr(study, "study", fails)
-  assert cli.main(verb) == exits.ERROR and "supermoe seesaw: 2 runs failed" in capsys.readouterr().err
-  assert cli.main([*verb, "--jobs", "0"]) == exits.ERROR and "--jobs=0 must be at least 1" in capsys.readouterr().err
+  assert cli.main(verb) == ExitCode.ERROR and "supermoe seesaw: 2 runs failed" in capsys.readouterr().err
+  assert cli.main([*verb, "--jobs", "0"]) == ExitCode.ERROR and "--jobs=0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pathlib
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.errors import ConfigError
 from tests.fixtures.small_log import raw_config
 
 
@@ -110,12 +111,12 @@ def changed(raw: dict, key: str, value: object) -> dict:
 )
 def test_an_impossible_config_names_the_key_and_the_remedy(raw: dict, key: str, value: object, message: str) -> None:
   raw["data"]["fields"] |= {"mixed": {"column": "page", "buckets": 9}, "town": {"table": "users"}}
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     config.resolve(changed(raw, key, value))
 
 
 def test_a_user_label_needs_a_table_of_users(raw: dict) -> None:
-  with pytest.raises(config.ConfigError, match=r"a user label needs config\.data\.users"):
+  with pytest.raises(ConfigError, match=r"a user label needs config\.data\.users"):
     config.resolve(changed(raw, "data.users", None))
 
 
@@ -148,19 +149,19 @@ def test_overrides_take_the_type_of_the_value_they_replace(raw: dict, tmp_path: 
   ],
 )
 def test_a_wrong_override_is_an_error(raw: dict, tmp_path: pathlib.Path, argument: str, message: str) -> None:
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     config.load(write(tmp_path, raw), [argument])
 
 
 def test_a_missing_config_file_names_the_nearest(raw: dict, tmp_path: pathlib.Path) -> None:
   write(tmp_path, raw)
-  with pytest.raises(config.ConfigError, match=r"no such file as .*; did you mean 'small\.py'"):
+  with pytest.raises(ConfigError, match=r"no such file as .*; did you mean 'small\.py'"):
     config.load(str(tmp_path / "smal.py"))
 
 
 def test_a_config_that_fails_says_why(tmp_path: pathlib.Path) -> None:
   (tmp_path / "broken.py").write_text("def get_config():\n  return 1 / 0\n")
-  with pytest.raises(config.ConfigError, match=r"broken\.py: ZeroDivisionError: division by zero"):
+  with pytest.raises(ConfigError, match=r"broken\.py: ZeroDivisionError: division by zero"):
     config.load(str(tmp_path / "broken.py"))
 
 

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
-from supermoe_jax import config
-from supermoe_jax.data import append, prepare, replace, splits
+from supermoe_jax import atomic_files, config
+from supermoe_jax.data import append, prepare, splits
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures.new_visits import QUIET, write_visits
 from tests.fixtures.small_log import raw_config as small_config
 from tests.fixtures.small_log import write_log
@@ -48,7 +48,7 @@ def test_a_bad_file_leaves_the_dataset_as_it_was(appendable: config.Config, tmp_
 def test_only_one_process_at_a_time_writes_a_dataset(appendable: config.Config, tmp_path: pathlib.Path) -> None:
   path = pathlib.Path(appendable.data.path)
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
-  with replace.replacing(path.with_name("other")), replace.replacing(path) as work:
+  with atomic_files.replacing_directory(path.with_name("other")), atomic_files.replacing_directory(path) as work:
     (work / "half").touch()
     with pytest.raises(DataError, match=r"dataset.incomplete is being written by another process"):
       append.append(path, {"visits": [file]}, **QUIET)

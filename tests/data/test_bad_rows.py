@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
 BAD_ROWS = [

@@ -5,20 +5,22 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches, prepare
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.splits import TRAIN
+from supermoe_jax.data.windows import window
 from tests.fixtures.small_log import raw_config, write_log
 
 
 @pytest.fixture(scope="module")
-def first(dataset: Dataset, cfg: config.Config) -> list[batches.Batch]:
+def first(dataset: Dataset, cfg: config.Config) -> list[Batch]:
   stream = iter(batches.training(dataset, cfg))
   return [next(stream) for _ in range(12)]
 
 
 def test_a_training_row_holds_only_the_training_period(
-  first: list[batches.Batch], dataset: Dataset, cfg: config.Config
+  first: list[Batch], dataset: Dataset, cfg: config.Config
 ) -> None:
   most = max(int(dataset[i]["n_train"]) for i in range(len(dataset)))
   for batch in first:
@@ -55,7 +57,7 @@ def test_a_training_rows_targets_are_the_records_labels(dataset: Dataset, cfg: c
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_seed_others(
-  first: list[batches.Batch], dataset: Dataset, cfg: config.Config
+  first: list[Batch], dataset: Dataset, cfg: config.Config
 ) -> None:
   again = next(iter(batches.training(dataset, cfg)))
   other = next(iter(batches.training(dataset, cfg, seed=7)))
@@ -66,7 +68,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(
 
 
 def test_a_saved_position_continues_with_the_same_batches(
-  first: list[batches.Batch], dataset: Dataset, cfg: config.Config
+  first: list[Batch], dataset: Dataset, cfg: config.Config
 ) -> None:
   stream = iter(batches.training(dataset, cfg))
   for _ in range(5):
@@ -95,7 +97,7 @@ def test_a_window_ends_at_a_random_snapshot_and_its_snapshots_see_a_quarter_or_a
   cut = elsewhere = left_out = 0
   for index in range(len(dataset)):
     record, n_train = dataset[index], int(dataset[index]["n_train"])
-    seen = record["snapshot_events"][record["snapshot_split"] == labels_lib.TRAIN]
+    seen = record["snapshot_events"][record["snapshot_split"] == TRAIN]
     stops = set()
     for _ in range(4):
       features = row_of.random_map(index, rng).features
@@ -119,7 +121,7 @@ def test_a_row_that_does_not_fit_is_an_error(dataset: Dataset) -> None:
   history = dataset.history(dataset[0])
   none = np.zeros(0, np.int64)
   with pytest.raises(ValueError, match="do not fit a row of 1"):
-    batches.window(dataset, history, 0, 3, none, none, 1, 1)
+    window(dataset, history, 0, 3, none, none, 1, 1)
 
 
 def test_held_out_users_are_not_among_the_training_rows(tmp_path: pathlib.Path) -> None:
@@ -131,7 +133,7 @@ def test_held_out_users_are_not_among_the_training_rows(tmp_path: pathlib.Path) 
     raw["train"]["packing"] = packing
     cfg = config.resolve(raw)
     data = Dataset(cfg.data.path)
-    training = [i for i in range(len(data)) if data[i]["user_split"] == labels_lib.TRAIN]
+    training = [i for i in range(len(data)) if data[i]["user_split"] == TRAIN]
     assert data.training_users.tolist() == training and 0 < len(training) < 20
     stream = iter(batches.training(data, cfg))
     rows = [next(stream).features for _ in range(-(-4 * len(training) // cfg.train.batch_rows))]

@@ -15,8 +15,8 @@ from supermoe_jax import cli, config
 from supermoe_jax.data import check, prepare
 from supermoe_jax.data.check import CheckError
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.records import Labeller, TaskLabels
+from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import copied
 from tests.fixtures.random_logs import (
   CASES,

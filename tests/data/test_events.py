@@ -10,7 +10,8 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data import events, fitting
-from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.events import EventLog
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, LEAVE_ONE_OUT, PRICE, SECOND, UNKNOWN, good_rows
 
 # ---------------------------------------------------------------------------------------------------------------- order

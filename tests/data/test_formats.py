@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from supermoe_jax.data import fitting, readers
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
 
 # -------------------------------------------------------------------------------------------------------------- formats

@@ -10,9 +10,10 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data import fitting, labels
-from supermoe_jax.data.events import DataError, EventLog
+from supermoe_jax.data.events import EventLog
 from supermoe_jax.data.inspection import inspect
 from supermoe_jax.data.roles import Measured, field_role, user_candidates
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import histories
 
 JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000

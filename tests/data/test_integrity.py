@@ -10,7 +10,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import append, integrity
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures import scripts
 from tests.fixtures.new_visits import QUIET, write_visits
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from supermoe_jax.data import readers
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 
 OBJECTS = {"x": {"brand": 5, "a/b~c": "p"}, "y": {"tags": ["t", "u"], "brand": None}, "n": None}
 LISTS = {"y": [1, 2], "x": [3], "n": None}

@@ -13,8 +13,10 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data import labels
 from supermoe_jax.data.aggregates import Aggregator
 from supermoe_jax.data.histories import UserHistory
-from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION, EventAnswer
+from supermoe_jax.data.labels import EventAnswer
 from supermoe_jax.data.snapshots import user_snapshots
+from supermoe_jax.data.splits import TEST, TRAIN, VALIDATION, user_split
+from supermoe_jax.errors import ConfigError
 
 SPLIT = config.Split(
   train_end="1970-02-10", every_days=5.0, validation=("1970-02-10",), test=("1970-02-20", "1970-03-01")
@@ -51,12 +53,12 @@ def test_training_snapshots_count_back_from_the_end_of_training() -> None:
 
 
 def test_a_snapshot_outside_the_log_is_an_error() -> None:
-  with pytest.raises(config.ConfigError, match="1970-03-01 lies outside the log, which runs from 1970-01-01"):
+  with pytest.raises(ConfigError, match="1970-03-01 lies outside the log, which runs from 1970-01-01"):
     labels.calendar(SPLIT, 0, 55 * DAY)
 
 
 def test_no_room_for_a_training_snapshot_is_an_error() -> None:
-  with pytest.raises(config.ConfigError, match="no training snapshot fits"):
+  with pytest.raises(ConfigError, match="no training snapshot fits"):
     labels.calendar(SPLIT, 38 * DAY, LOG_END)
 
 
@@ -263,7 +265,7 @@ def test_a_user_label_counts_only_in_the_split_of_its_user() -> None:
 
 def test_users_are_divided_by_hash_in_the_stated_shares() -> None:
   split = config.Split(user_validation=0.1, user_test=0.2)
-  share = np.bincount([labels.user_split(f"user{i}", split) for i in range(5000)], minlength=3) / 5000
+  share = np.bincount([user_split(f"user{i}", split) for i in range(5000)], minlength=3) / 5000
   np.testing.assert_allclose(share, [0.7, 0.1, 0.2], atol=0.02)
 
 

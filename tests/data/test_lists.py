@@ -10,6 +10,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import fitting, prepare, summary
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, UNKNOWN, histories
 
 TAGS = [["p", "q", "p"], ["q"], None, [], ["r", "", "q", "p"]]
@@ -141,7 +142,7 @@ def test_a_dataset_holds_the_further_values_and_counts_those_cut(tmp_path, write
   manifest, data = dataset(tmp_path, write)
   assert manifest["fields"]["tags"]["values_cut"] == 3
   assert "field tags: 3 values of lists longer than 2 were cut off" in summary.render(manifest)
-  assert data.schema.further == ("tags",) and data.schema.categorical == {"tags": 5, "item": 3}
+  assert data.schema.extra_columns == ("tags",) and data.schema.categorical == {"tags": 5, "item": 3}
   tags = data.encoders.categorical["tags"]
   expected = {"a": [["p", "q"], ["q", None]], "b": [["r", "q"], ["p", None]]}
   for record in (data[0], data[1]):
@@ -169,7 +170,7 @@ def test_further_values_reach_the_model_only_if_the_field_is_an_input(shown, tmp
   ],
 )
 def test_what_lists_cannot_be_used_for_is_an_error(changes, says, make_data):
-  with pytest.raises(config.ConfigError, match=says):
+  with pytest.raises(ConfigError, match=says):
     make_data("e.csv", **changes)
 
 
@@ -178,5 +179,5 @@ def test_what_lists_cannot_be_used_for_is_an_error(changes, says, make_data):
 )
 def test_an_event_label_asks_and_is_given_single_values(task, make_data):
   data = config.to_dict(make_data("e.csv", fields={"item": {}, "tags": {"many": 2}}))
-  with pytest.raises(config.ConfigError, match=r"config\.tasks\.label: 'tags' holds lists"):
+  with pytest.raises(ConfigError, match=r"config\.tasks\.label: 'tags' holds lists"):
     config.resolve({"data": data, "tasks": {"label": {"kind": "event_label", **task}}})

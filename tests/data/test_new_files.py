@@ -12,7 +12,7 @@ import pytest
 from supermoe_jax import cli, config
 from supermoe_jax.data import append, prepare, splits
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.new_visits import QUIET, write_visits
 from tests.fixtures.small_log import raw_config as small_config
 from tests.fixtures.small_log import write_log
@@ -26,7 +26,7 @@ def test_a_file_is_not_appended_twice(appendable: config.Config, tmp_path: pathl
     append.append(path, {"visits": [file]}, **QUIET)
   with pytest.raises(DataError, match="no file is new"):
     append.append(path, **QUIET)
-  with pytest.raises(config.ConfigError, match="has no source 'visit'; did you mean 'visits'"):
+  with pytest.raises(ConfigError, match="has no source 'visit'; did you mean 'visits'"):
     append.append(path, {"visit": [file]}, **QUIET)
 
 

@@ -12,7 +12,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import prepare
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.dataset_copies import contents, facts, moved
 
 
@@ -136,7 +136,7 @@ def test_users_of_the_user_table_without_events_are_counted(unprepared: config.C
 
 
 def test_more_values_than_there_are_is_an_error(unprepared: config.Config) -> None:
-  with pytest.raises(config.ConfigError, match=r"tasks\.pages\.top=500, but page has only \d+ values"):
+  with pytest.raises(ConfigError, match=r"tasks\.pages\.top=500, but page has only \d+ values"):
     prepare.prepare(config.override(unprepared, ["--config.tasks.pages.top=500"]))
 
 

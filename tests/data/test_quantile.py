@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from supermoe_jax import config
 from supermoe_jax.data import fitting, schema
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.numeric import MAX_KNOTS, Numeric, Quantile
 from supermoe_jax.data.vocabulary import Encoders
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import histories
 
 TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.questions import QuestionBatch, Reader
+from supermoe_jax.data.splits import SPLITS, VALIDATION
 from supermoe_jax.data.windows import BlockWindows, window
 
 DAYS = [config.parse_time(t, "") for t in ("2024-01-10", "2024-03-01", "2024-05-20")]
@@ -23,7 +23,7 @@ def test_questions_cover_a_split_once_and_see_the_last_events_before_the_snapsho
   dataset: Dataset, cfg: config.Config, split: str
 ) -> None:
   asked = 0
-  for batch in questions_lib.questions(dataset, cfg, split=labels_lib.SPLITS[split]):
+  for batch in questions_lib.questions(dataset, cfg, split=SPLITS[split]):
     assert len(batch.features.length) == cfg.evaluate.batch_rows
     for row, question in enumerate(batch.questions):
       record = dataset[question.user]
@@ -42,7 +42,7 @@ def test_bounded_questions_are_a_sample_of_all_that_is_the_same_each_time(
   dataset: Dataset, cfg: config.Config, most: int
 ) -> None:
   def asked(cfg: config.Config, most: int) -> list[tuple[int, int]]:
-    found = questions_lib.questions(dataset, cfg, split=labels_lib.VALIDATION, most=most)
+    found = questions_lib.questions(dataset, cfg, split=VALIDATION, most=most)
     return [(q.user, q.snapshot) for batch in found for q in batch.questions]
 
   every, some = asked(cfg, 0), asked(cfg, most)

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import prepare, summary
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.data.splits import SPLITS, TEST
+from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.every_kind_log import raw_config
 
 
 def test_the_manifest_counts_every_kind(data: Dataset) -> None:
   records = [data[i] for i in range(len(data))]
-  for split, index in labels_lib.SPLITS.items():
+  for split, index in SPLITS.items():
     here = [r["snapshot_split"] == index for r in records]
 
     def values(name: str, here: list[np.ndarray] = here) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_a_sample_space_over_classes_that_are_no_numbers_is_an_error(
   raw = raw_config(folder)
   raw["data"]["path"] = str(tmp_path / "dataset")
   raw["tasks"]["age"]["sample_space"] = "segment == 1"
-  with pytest.raises(config.ConfigError, match="the classes of segment are not all numbers"):
+  with pytest.raises(ConfigError, match="the classes of segment are not all numbers"):
     prepare.prepare(config.resolve(raw), say=lambda text: None)
 
 
@@ -67,7 +67,7 @@ def test_leave_one_out_knows_user_and_event_labels(folder: pathlib.Path, tmp_pat
   cfg = config.resolve(raw)
   manifest = prepare.prepare(cfg, say=lambda text: None)
   assert all(manifest["labels"][n][s]["known"] for n in ("click", "paid", "age") for s in ("train", "test"))
-  for batch in questions_lib.questions(Dataset(cfg.data.path), cfg, split=labels_lib.TEST):
+  for batch in questions_lib.questions(Dataset(cfg.data.path), cfg, split=TEST):
     assert not batch.labels["click"].known[:, 1:].any()
     assert batch.labels["click"].known[:, 0].any()
 

@@ -12,8 +12,8 @@ import fsspec
 import pytest
 
 from supermoe_jax.data import files, fitting, inspection, readers, remote
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.remote import RemoteFile
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import PRICE, good_rows
 
 NAMES = ["e.parquet", "e.csv", "e.csv.gz", "e.jsonl", "e.inter"]

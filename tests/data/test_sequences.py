@@ -6,8 +6,8 @@ import gzip
 
 import pytest
 
-from supermoe_jax.data.events import DataError
 from supermoe_jax.data.sources import FILE_PLACES
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import times
 
 SOURCE = {"time": "position", "time_unit": "s"}

@@ -16,7 +16,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import prepare, shards
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import contents, facts, moved
 from tests.fixtures.new_visits import QUIET
 

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax import config
-from supermoe_jax.data import labels, latent_users, simulator
-from supermoe_jax.data.readers import DataError
-from supermoe_jax.data.simulator import BayesScore, SimulatedTask, Simulation, SimulationError
+from supermoe_jax.data import latent_users, simulator
+from supermoe_jax.data.latent_users import SimulatedTask, Simulation
+from supermoe_jax.data.simulator import BayesScore
+from supermoe_jax.data.splits import SPLITS, TRAIN, user_split
+from supermoe_jax.errors import DataError, SimulationError
 
 TASKS = (
   SimulatedTask("full", 0),
@@ -151,7 +153,7 @@ def test_labels_follow_their_probabilities(drawn: Drawn) -> None:
 
 def test_label_rates_thin_out_the_labels_of_training_users_only(drawn: Drawn) -> None:
   _, population = drawn
-  train = population.split == labels.TRAIN
+  train = population.split == TRAIN
   for task in TASKS:
     known = population.known[task.name]
     assert known[~train].all()
@@ -172,7 +174,7 @@ def test_no_noisier_posterior_beats_the_bayes_score(drawn: Drawn, split: str) ->
   right = latent_users.posterior(world.log_item, counts)
   fewer = latent_users.posterior(world.log_item, rng.binomial(counts.astype(int), 0.5).astype(float))
   blurred = latent_users.posterior(world.log_item + 0.7 * rng.normal(size=world.log_item.shape), counts)
-  users = population.split == labels.SPLITS[split]
+  users = population.split == SPLITS[split]
   for name in ("full", "some", "rare"):
     label = population.label[name][users]
 
@@ -181,7 +183,7 @@ def test_no_noisier_posterior_beats_the_bayes_score(drawn: Drawn, split: str) ->
 
     assert area(right) == pytest.approx(scores[name].bayes)
     assert max(area(fewer), area(blurred)) < scores[name].bayes
-  told = (population.split == labels.TRAIN) & population.known["value"]
+  told = (population.split == TRAIN) & population.known["value"]
   label, scale = population.label["value"][users], np.std(population.label["value"][told])
   errors = [np.sqrt(np.mean((b[users] @ world.answer["value"] - label) ** 2)) / scale for b in (right, fewer, blurred)]
   assert errors[0] == pytest.approx(scores["value"].bayes)
@@ -300,7 +302,7 @@ def test_the_config_of_a_simulation_is_valid_and_splits_users_alike(tmp_path: pa
   cfg = config.resolve(simulator.raw_config(folder))
   assert list(cfg.tasks) == [*(t.name for t in TASKS), "next_item"]
   assert [config.answer(cfg.tasks[n]) for n in ("full", "kind", "value")] == ["binary", "multiclass", "regression"]
-  split = [labels.user_split(u, cfg.data.split) for u in drawn[1].user_id]
+  split = [user_split(u, cfg.data.split) for u in drawn[1].user_id]
   assert split == drawn[1].split.tolist()
   start, end = config.parse_time("2021-01-01", ""), config.parse_time(cfg.data.split.log_end, "")
   assert (end - start) / config.MICROSECONDS_PER_DAY == SMALL.days

@@ -10,7 +10,7 @@ from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data import labels, snapshots, splits
 from supermoe_jax.data.histories import UserHistory
-from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION
+from supermoe_jax.data.splits import TEST, TRAIN, VALIDATION
 
 TEMPORAL = {"train_end": "1970-02-10", "validation": ("1970-02-12",), "test": ("1970-02-20",)}
 

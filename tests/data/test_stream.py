@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches
 from supermoe_jax.data import stream as stream_lib
-from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import ConfigError, DataError
 
 BATCH = 4  # rows of a batch, of all hosts
 
@@ -136,7 +136,7 @@ def test_a_position_of_other_rows_is_an_error(dataset: Dataset, cfg: config.Conf
 
 
 def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error(dataset: Dataset, cfg: config.Config) -> None:
-  with pytest.raises(config.ConfigError, match=r"config\.train\.batch_rows=8 must be a multiple of the 3 hosts"):
+  with pytest.raises(ConfigError, match=r"config\.train\.batch_rows=8 must be a multiple of the 3 hosts"):
     batches.training(dataset, cfg, shard=(0, 3))
   with pytest.raises(ValueError, match=r"shard=\(2, 2\)"):
     batches.training(dataset, cfg, shard=(2, 2))

@@ -12,8 +12,10 @@ from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data import shards, tally
 from supermoe_jax.data.histories import UserBlock
-from supermoe_jax.data.labels import TEST, TRAIN, VALIDATION, Calendar, Labels, Snapshots
+from supermoe_jax.data.labels import Calendar, Labels, Snapshots
 from supermoe_jax.data.snapshots import LeftOut
+from supermoe_jax.data.splits import TEST, TRAIN, VALIDATION
+from supermoe_jax.data.vocabulary import Classes
 
 TASKS: dict[str, config.LabelledTask] = {
   "bought": config.FutureEvent(source="buys", horizon_days=3.0),
@@ -69,7 +71,7 @@ def test_users_events_and_snapshots_are_counted() -> None:
 
 def test_labels_are_counted_by_split_and_their_rates_are_those_of_training() -> None:
   found = counted()
-  classes: Any = types.SimpleNamespace(labels={"tier": tally.Classes(("a", "b", "c"), (1, 1, 1))})
+  classes: Any = types.SimpleNamespace(labels={"tier": Classes(("a", "b", "c"), (1, 1, 1))})
   labels = found.labels(classes)
   assert labels["bought"] == {
     "train": {"known": 2, "positive": 1},

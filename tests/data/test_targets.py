@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.batch import Targets
 from supermoe_jax.data import batches
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
-from supermoe_jax.data.targets import Supervision, Targets, count_spaces, join
+from supermoe_jax.data.splits import SPLITS, TEST, TRAIN
+from supermoe_jax.data.targets import Supervision, count_spaces, join
 from supermoe_jax.data.vocabulary import FIRST_VALUE, UNKNOWN
 from tests.fixtures.every_kind_log import SEGMENTS, M
 
@@ -53,7 +54,7 @@ def test_event_labels_equal_a_plain_reference_at_events_and_snapshots(
     record = data[index]
     history, ratings = data.history(record), raw_rating[record["user"]]
     n_train = history.n_train
-    chosen = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
+    chosen = np.flatnonzero(record["snapshot_split"] == TRAIN)
     row = join([supervision.part(record, history, 0, n_train, chosen)[name]], n_train + 2, len(chosen) + 1)
 
     carriers = [i for i in range(n_train) if carries(history, i)]
@@ -87,10 +88,10 @@ def test_snapshot_tasks_equal_a_plain_reference(data: Dataset, rich: config.Conf
   for index in range(len(data)):
     record = data[index]
     user, history = int(record["user"]), data.history(record)
-    chosen = np.flatnonzero(record["snapshot_split"] == labels_lib.TRAIN)
+    chosen = np.flatnonzero(record["snapshot_split"] == TRAIN)
     parts = supervision.part(record, history, 0, 0, chosen)
     row = {n: join([part], 1, len(chosen)) for n, part in parts.items()}
-    has_label = user % 3 < 2 and record["user_split"] == labels_lib.TRAIN
+    has_label = user % 3 < 2 and record["user_split"] == TRAIN
     age = 20.0 + user
     for s, at in enumerate(chosen):
       known = {n: bool(t.known[s]) for n, t in row.items() if n in counted or n == "paid"}
@@ -139,7 +140,7 @@ def test_questions_hold_what_is_known_within_the_sample_spaces(
   data: Dataset, rich: config.Config, split: str, raw_rating: dict[str, list[float | None]]
 ) -> None:
   known = outside = 0
-  for batch in questions_lib.questions(data, rich, split=labels_lib.SPLITS[split]):
+  for batch in questions_lib.questions(data, rich, split=SPLITS[split]):
     n = len(batch.questions)
     assert list(batch.labels) == list(rich.labelled_tasks)
     assert {k: v.shape for k, v in batch.given.items()} == {
@@ -172,7 +173,7 @@ def test_the_labels_outside_of_a_sample_space_and_of_unknown_membership_are_coun
   inside = outside = unknown = 0
   for index in range(len(data)):  # items: paid != 1
     record = data[index]
-    labelled = (record["snapshot_split"] == labels_lib.TRAIN) & (record["known_items"] > 0)
+    labelled = (record["snapshot_split"] == TRAIN) & (record["known_items"] > 0)
     told = record["known_paid"] > 0
     inside += int(np.sum(labelled & told & (record["label_paid"] != 1)))
     outside += int(np.sum(labelled & told & (record["label_paid"] == 1)))
@@ -235,6 +236,6 @@ def test_missing_labels_can_be_taken_for_negative_at_real_snapshots_only(data: D
   np.testing.assert_array_equal(filled.targets["items"].known, valid & (filled.targets["paid"].value != 1))
   for name in ("next_item", "click"):
     np.testing.assert_array_equal(filled.targets[name].known, masked.targets[name].known)
-  for one, other in zip(*(questions_lib.questions(data, c, split=labels_lib.TEST) for c in (rich, negative))):
+  for one, other in zip(*(questions_lib.questions(data, c, split=TEST) for c in (rich, negative))):
     for name in one.labels:
       np.testing.assert_array_equal(one.labels[name].known, other.labels[name].known)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import JUNE_1, LEAVE_ONE_OUT, SECOND
 
 

@@ -9,7 +9,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import check, fitting
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import copied
 from tests.fixtures.event_rows import ABSENT, JUNE_1, UNKNOWN, good_rows, histories
 from tests.fixtures.random_logs import CASES, folder_once, prepared_once

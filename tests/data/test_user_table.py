@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from supermoe_jax.config import Split, UserLabel, UserTable
-from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.events import DataError
+from supermoe_jax.data.splits import TRAIN, user_split
 from supermoe_jax.data.user_table import read_user_table
+from supermoe_jax.errors import DataError
 
 WOMAN = UserLabel(column="gender", positive=("F",))
 YOUNG = UserLabel(column="age", positive=("10", "20"))
@@ -111,7 +111,7 @@ def test_a_missing_file_is_named():
 
 SPLIT = Split(user_validation=0.2, user_test=0.2)
 USERS = [str(i) for i in range(60)]
-TRAINING = [u for u in USERS if labels_lib.user_split(u, SPLIT) == labels_lib.TRAIN]
+TRAINING = [u for u in USERS if user_split(u, SPLIT) == TRAIN]
 OTHERS = [u for u in USERS if u not in TRAINING]
 SEGMENT = UserLabel(column="segment", type="multiclass")
 INCOME = UserLabel(column="income", type="regression")

@@ -8,18 +8,9 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.config import hashing
 from supermoe_jax.data import fitting
-from supermoe_jax.data.events import DataError
-from supermoe_jax.data.vocabulary import (
-  ABSENT,
-  FIRST_VALUE,
-  UNKNOWN,
-  Classes,
-  Encoders,
-  Hashing,
-  Numeric,
-  Vocabulary,
-  _bucket,
-)
+from supermoe_jax.data.numeric import Numeric
+from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Classes, Encoders, Hashing, Vocabulary, _bucket
+from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.event_rows import histories
 
 TRAIN_END = config.parse_time("2021-01-01", "") // 1_000_000
@@ -257,7 +248,7 @@ def test_a_trillion_buckets_are_tables_of_int32():
   assert len(fields) == 470 and all(f["size"] < 2**31 - 2**24 and f["column"] == "item_id" for f in fields.values())
   assert sum(f["size"] for f in fields.values()) >= 10**12
   for wrong in ({"size": 0}, {"size": 5, "hashes": 3}):
-    with pytest.raises(config.ConfigError, match="size at least 1, hashes 1 or 2"):
+    with pytest.raises(ConfigError, match="size at least 1, hashes 1 or 2"):
       config.hash_fields("item", **wrong)
 
 
@@ -289,5 +280,5 @@ def test_fields_that_share_a_vocabulary_have_the_same_codes(fitted):
   ],
 )
 def test_what_cannot_be_shared_is_an_error(make_data, seen, message):
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     make_data("e.parquet", fields={"seen": seen, "things": {}})

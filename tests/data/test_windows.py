@@ -12,10 +12,11 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data import batches, prepare, windows
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.splits import TEST
+from supermoe_jax.errors import ConfigError
 from tests.fixtures.every_kind_log import raw_config
 
 
@@ -24,7 +25,7 @@ def test_fields_that_are_no_inputs_are_hidden_from_features_and_aggregates(data:
   assert list(data.schema.categorical) == ["click", "item"] and data.schema.numeric == ("rating", "shown")
   names = data.aggregator.names
   assert any("mean shown" in n for n in names) and not any("rating" in n for n in names)
-  (batch, *_) = questions_lib.questions(data, rich, split=labels_lib.TEST)
+  (batch, *_) = questions_lib.questions(data, rich, split=TEST)
   n = len(batch.questions)
   for features in (next(iter(batches.training(data, rich))).features, batch.features._replace()):
     assert not features.codes[..., 0].any() and features.codes[..., 1].any()
@@ -69,7 +70,7 @@ def test_counting_the_values_of_a_hidden_field_is_an_error(folder: pathlib.Path,
   raw = raw_config(folder)
   raw["data"]["path"] = str(tmp_path / "dataset")
   raw["data"]["aggregates"]["fields"] = ["click"]
-  with pytest.raises(config.ConfigError, match=r"aggregates\.fields holds 'click', which the model must not see"):
+  with pytest.raises(ConfigError, match=r"aggregates\.fields holds 'click', which the model must not see"):
     prepare.prepare(config.resolve(raw), say=lambda text: None)
 
 

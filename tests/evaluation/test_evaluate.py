@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
+from supermoe_jax.data.splits import SPLITS, TEST
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.training.run import Run
 
@@ -46,7 +46,7 @@ def test_the_file_holds_what_is_returned(result: dict, run: Run) -> None:
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run, split: str) -> None:
   label, score = [], []
-  for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.SPLITS[split]):
+  for batch in questions_lib.questions(run.dataset, run.cfg, split=SPLITS[split]):
     out = np.asarray(run.answer(batch.features, batch.given).answers["quiet"])
     for row, question in enumerate(batch.questions):
       record = run.dataset[question.user]
@@ -62,7 +62,7 @@ def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run, split: str
 def test_what_a_user_has_seen_is_what_lies_before_the_question(run: Run) -> None:
   cfg = config.override(run.cfg, ["--config.tasks.next_page.exclude_seen=True"])
   column = run.dataset.schema.field("page")
-  for batch in questions_lib.questions(run.dataset, cfg, split=labels_lib.TEST):
+  for batch in questions_lib.questions(run.dataset, cfg, split=TEST):
     assert len(batch.seen["next_page"]) == len(batch.questions)
     for question, seen in zip(batch.questions, batch.seen["next_page"]):
       assert set(seen) == set(run.dataset[question.user]["codes"][: question.n_events, column])

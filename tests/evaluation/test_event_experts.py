@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax.data import labels as labels_lib
+from supermoe_jax.batch import Features
 from supermoe_jax.data import questions as questions_lib
+from supermoe_jax.data.splits import TEST
 from supermoe_jax.data.vocabulary import Hashing, Vocabulary
-from supermoe_jax.data.windows import Features
 from supermoe_jax.evaluation import event_experts
 from supermoe_jax.training.run import Run
 
@@ -22,7 +22,7 @@ def test_events_and_snapshots_together_make_the_load_that_the_layers_report(run:
     found = nnx.merge(run.graph, variables, copy=True).encode(features, dropless=True).experts.stats
     return found.expert, found.load
 
-  batch = next(iter(questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST)))
+  batch = next(iter(questions_lib.questions(run.dataset, run.cfg, split=TEST)))
   events = run.event_experts(batch.features)
   with jax.set_mesh(run.mesh):
     snapshots, load = map(np.asarray, jax.jit(stats)(run.variables, batch.features))
@@ -40,7 +40,7 @@ def test_every_event_is_counted_once_by_its_type_and_its_values(run: Run) -> Non
   page = run.dataset.schema.field("page")
   first = found["fields"]["page"][0]
   code = run.dataset.encoders.categorical["page"].code(first["name"])
-  for batch in questions_lib.questions(run.dataset, run.cfg, split=labels_lib.TEST):
+  for batch in questions_lib.questions(run.dataset, run.cfg, split=TEST):
     valid = np.asarray(batch.features.segment) > 0
     tokens += valid.sum()
     by_source += (np.asarray(batch.features.source)[valid] == 2).sum()
@@ -68,7 +68,7 @@ def test_a_model_without_experts_has_nothing_to_count(run: Run) -> None:
 
 def test_values_are_named_and_lists_count_for_each_of_their_values() -> None:
   schema = types.SimpleNamespace(
-    categorical={"tag": 5, "id": 4}, further=("tag",), inputs=("tag", "id"), shares={}, sources=("views", "buys")
+    categorical={"tag": 5, "id": 4}, extra_columns=("tag",), inputs=("tag", "id"), shares={}, sources=("views", "buys")
   )
   tag = Vocabulary(["red", "blue"], np.array([3, 2]), buckets=2)
   dataset = types.SimpleNamespace(

@@ -13,10 +13,11 @@ import pytest
 from sklearn import metrics as sk
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import labels as labels_lib
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.labels import Labels
 from supermoe_jax.data.questions import Question, QuestionBatch
+from supermoe_jax.data.splits import TEST, TRAIN, VALIDATION
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
@@ -93,7 +94,7 @@ class FakeDataset:
     record = {
       "number": user,
       "codes": np.array([[2], [2 + user % ITEMS], [2 + (user + 1) % ITEMS]]),
-      "snapshot_split": np.array([labels_lib.TRAIN, labels_lib.TRAIN, labels_lib.VALIDATION]),
+      "snapshot_split": np.array([TRAIN, TRAIN, VALIDATION]),
     }
     record |= {"snapshot_time": np.array([3, 5, 9]), "snapshot_events": np.array([1, 2, 3])}
     for name, value in label.items():
@@ -143,7 +144,7 @@ class FakeRun:
     self.items = Catalogue.of(rng.normal(size=(ITEMS, 4)).astype(np.float32))
 
   def questions(self, dataset, cfg, *, split: int, most: int) -> Iterator[QuestionBatch]:
-    assert split in (labels_lib.VALIDATION, labels_lib.TEST)
+    assert split in (VALIDATION, TEST)
     for start in range(0, USERS, ROWS):
       part = slice(start, min(start + ROWS, USERS))
       # Two snapshots a user, so that events of several snapshots are one user's.
@@ -287,7 +288,7 @@ def test_each_kind_is_compared_with_its_baselines(make_run) -> None:
 def test_models_on_aggregates_answer_the_questions_whose_labels_are_known(make_run) -> None:
   run = make_run()
   tasks = evaluate.evaluate(run, progress=False, write=False)["splits"]["test"]
-  every = [q for b in run.questions(None, run.cfg, split=labels_lib.TEST, most=0) for q in b.questions]
+  every = [q for b in run.questions(None, run.cfg, split=TEST, most=0) for q in b.questions]
   answers = baselines.AggregateModels(run.dataset, run.cfg).predictions(every)
   for name, metric in {"quiet": "auc", "age": "rmse"}.items():
     own = answers[name][run.labels[name].known]
@@ -356,7 +357,7 @@ def test_the_table_says_where_less_is_better(make_run) -> None:
 def test_a_split_without_snapshots_is_an_error(make_run, monkeypatch) -> None:
   run = make_run()
   monkeypatch.setattr(questions_lib, "questions", lambda *args, **options: iter(()))
-  with pytest.raises(config.ConfigError, match="no validation snapshot"):
+  with pytest.raises(ConfigError, match="no validation snapshot"):
     evaluate.evaluate(run, compare=False, progress=False)
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError, StudyError
 from supermoe_jax.evaluation import evaluate, study_run, study_weights
 from supermoe_jax.evaluation import study as study_lib
 from supermoe_jax.evaluation.seesaw import RunResult
-from supermoe_jax.evaluation.study import StudyError, study
+from supermoe_jax.evaluation.study import study
 from supermoe_jax.evaluation.study_run import PlannedRun
 from supermoe_jax.training import loop
 from supermoe_jax.training.log import read_rows
@@ -54,7 +55,7 @@ def made_up(group: Sequence[PlannedRun]) -> list[str | None]:
     rng = np.random.default_rng(int(cfg.hash(), 16))
     main = {t: evaluate.main_metric(cfg, task) for t, task in cfg.active_views.items()}
     found = {
-      t: {s: {m: rng.uniform(0.6, 0.7), "log_loss": rng.uniform(0.3, 0.6)} for s in evaluate.SPLITS}
+      t: {s: {m: rng.uniform(0.6, 0.7), "log_loss": rng.uniform(0.3, 0.6)} for s in evaluate.EVALUATED_SPLITS}
       for t, m in main.items()
     }
     result = RunResult(
@@ -334,13 +335,13 @@ def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
   ):
     raw = config.to_dict(planned)
     raw["seesaw"]["variants"]["bad"] = overrides
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
       study(config.resolve(raw), tmp_path / "s")
   assert not (tmp_path / "s").exists()
 
 
 def test_only_must_name_a_variant(planned: config.Config, tmp_path: pathlib.Path) -> None:
-  with pytest.raises(config.ConfigError, match="--only: 'densse' matches no variant; did you mean 'dense'"):
+  with pytest.raises(ConfigError, match="--only: 'densse' matches no variant; did you mean 'dense'"):
     study(planned, tmp_path / "s", only=["densse"])
 
 

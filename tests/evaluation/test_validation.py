@@ -11,11 +11,11 @@ import pytest
 
 from supermoe_jax import cli, config, sharding
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, validation
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from tests.fixtures.grids import quick_few
 from tests.fixtures.small_log import every_task_config
@@ -175,7 +175,7 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(
   cfg: config.Config, dataset: Dataset, tmp_path: pathlib.Path
 ) -> None:
   wrong = config.override(cfg, ["--config.train.validate.metric=quiet/hr@10"])
-  with pytest.raises(config.ConfigError, match=r"metrics of quiet are auc, average_precision, ece, log_loss\."):
+  with pytest.raises(ConfigError, match=r"metrics of quiet are auc, average_precision, ece, log_loss\."):
     loop.train(wrong, tmp_path / "run", say=lambda _: None)
   assert not (tmp_path / "run").exists()
 
@@ -196,5 +196,5 @@ def test_every_form_of_answer_names_its_metrics(tmp_path: pathlib.Path) -> None:
   ],
 )
 def test_settings_that_cannot_work_are_refused(cfg: config.Config, change: str, problem: str) -> None:
-  with pytest.raises(config.ConfigError, match=problem):
+  with pytest.raises(ConfigError, match=problem):
     config.override(cfg, [f"--config.train.validate.{change}"])

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from supermoe_jax import config, sharding
 from supermoe_jax.layers import dispatch, experts
+from supermoe_jax.layers.experts import Experts
 from tests.fixtures import dispatch_oracle as oracle
 from tests.fixtures import grids, two_processes
 
@@ -110,7 +111,7 @@ def test_ragged_drops_what_finds_no_room_and_tells(factor: float, monkeypatch: p
   ways, here = 4, N // 4
 
   def run(x, expert, weight, valid, weights):
-    out = dispatch.ragged(dispatch.Tokens(x, expert, weight, valid), dispatch.Experts(weights, oracle.E), factor)
+    out = dispatch.ragged(dispatch.Tokens(x, expert, weight, valid), Experts(weights, oracle.E), factor)
     return jax.lax.psum(out.y, sharding.axes("mlp")), out.kept
 
   x, weight, expert, valid = example(11, "all to two", 80)
@@ -181,7 +182,7 @@ def strategy(name: str, capacity_factor: float | None):
   """The jitted strategy on one device."""
 
   def run(x, weight, expert, valid):
-    held = dispatch.Experts(oracle.weights(), oracle.E)
+    held = Experts(oracle.weights(), oracle.E)
     return dispatch.STRATEGIES[name](dispatch.Tokens(x, expert, weight, valid), held, capacity_factor)
 
   return jax.jit(run)

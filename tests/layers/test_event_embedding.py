@@ -114,9 +114,9 @@ def test_fields_that_cannot_be_read_are_errors() -> None:
     embedding.values(("item",), jnp.zeros((3, 2), int))
 
 
-def test_further_values_of_a_field_add_their_rows_of_its_table() -> None:
+def test_extra_values_of_a_field_add_their_rows_of_its_table() -> None:
   one, embed = plain()
-  many = embedded(make(further=("item", "label")))
+  many = embedded(make(extra_columns=("item", "label")))
   codes, *rest = arguments()
   further = np.stack([(codes[..., 0] + 3) % 9, codes[..., 1]], axis=-1)
   further[1, 2, 0] = 0  # absent

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax.data.batches import Features
+from supermoe_jax.batch import Features
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.models.baselines import PLE, ExpertMlps, GRUEncoder, MMoE
 from tests.fixtures.small_model import MODEL, SCHEMA, B, D, S, noise, random_features

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.batches import Batch, Features
+from supermoe_jax.batch import Batch, Features
 from supermoe_jax.models.encoder import shift
 from tests.fixtures import grids
 from tests.fixtures.small_model import (

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from supermoe_jax import config
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches
-from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.training import losses, statistics
 from supermoe_jax.training.losses import TaskLoss

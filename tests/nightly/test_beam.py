@@ -17,7 +17,7 @@ import pytest
 from supermoe_jax import cli, config
 from supermoe_jax.data import beam, merged, parts, prepare, shards
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.random_logs import WAYS, Case, random_case, raw_config, write_case
 
 # Of where the dataset lies, when it was made, and how its records are divided among files.
@@ -59,7 +59,7 @@ def config_file(folder: pathlib.Path, cfg: config.Config) -> str:
 
 
 def message(run: Callable[[config.Config], Any], cfg: config.Config) -> str:
-  with pytest.raises((DataError, config.ConfigError)) as caught:
+  with pytest.raises((DataError, ConfigError)) as caught:
     run(cfg)
   assert not pathlib.Path(cfg.data.path).exists()
   return f"{type(caught.value).__name__}: {caught.value}"
@@ -231,7 +231,7 @@ def test_without_beam_the_error_says_how_to_install_it(
   ],
 )
 def test_a_runner_or_an_option_that_is_none_is_an_error(runner: str, options: list[str], said: str) -> None:
-  with pytest.raises(config.ConfigError, match=said):
+  with pytest.raises(ConfigError, match=said):
     beam.Beam(runner, options)
 
 

@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import Mesh
 
 from supermoe_jax import cli, config, sharding
+from supermoe_jax.batch import Schema
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.schema import Schema
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.plan import chips, plan, program, render, sweep
 from tests.fixtures import grids, scripts
 
@@ -171,14 +172,14 @@ def test_a_sweep_asks_for_rows_a_device_or_in_all_and_keeps_experts_where_they_d
   ],
 )
 def test_a_wrong_topology_is_told(text: str, message: str) -> None:
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     chips.topology(text)
 
 
 def test_a_mesh_or_batch_that_does_not_divide_is_told(wide: config.Config) -> None:
-  with pytest.raises(config.ConfigError, match="expert × tensor = 2, of which 3 devices in 1"):
+  with pytest.raises(ConfigError, match="expert × tensor = 2, of which 3 devices in 1"):
     program.fitted(wide, chips.topology("cpu:3"))
-  with pytest.raises(config.ConfigError, match=r"config.train.batch_rows=16 must divide over the 32 devices.*=32"):
+  with pytest.raises(ConfigError, match=r"config.train.batch_rows=16 must divide over the 32 devices.*=32"):
     program.fitted(wide, chips.topology("v5e:4x8"))
-  with pytest.raises(config.ConfigError, match="slices are of TPUs"):
+  with pytest.raises(ConfigError, match="slices are of TPUs"):
     chips.topology("h100:1x8", 2)

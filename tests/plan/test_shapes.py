@@ -10,6 +10,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import batches
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.plan import shapes
 
 
@@ -24,9 +25,7 @@ def test_a_batch_has_the_shapes_that_are_planned_for(every_task: config.Config, 
 def test_without_a_dataset_vocabularies_are_full_and_all_else_is_the_same(
   every_task: config.Config, every_task_dataset: Dataset
 ) -> None:
-  with pytest.raises(
-    config.ConfigError, match=r"tier: how many classes column 'tier' has.*--config.exclude_tasks=tier"
-  ):
+  with pytest.raises(ConfigError, match=r"tier: how many classes column 'tier' has.*--config.exclude_tasks=tier"):
     shapes.largest_schema(every_task)
   cfg = dataclasses.replace(every_task, exclude_tasks=("tier",))
   largest, real = shapes.largest_schema(cfg), every_task_dataset.schema
@@ -35,7 +34,7 @@ def test_without_a_dataset_vocabularies_are_full_and_all_else_is_the_same(
   assert all(largest.categorical[n] >= real.categorical[n] for n in real.categorical)
   page = cfg.data.fields["page"]
   assert largest.categorical["page"] == page.size + 2 + page.buckets
-  for part in ("sources", "numeric", "aggregates", "inputs", "numeric_inputs", "further", "shares"):
+  for part in ("sources", "numeric", "aggregates", "inputs", "numeric_inputs", "extra_columns", "shares"):
     assert getattr(largest, part) == getattr(real, part), part
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config, report
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.report import curves, drawing, heat_maps, map_figures, parts, user_map, words
 from supermoe_jax.report import page as report_page
 from tests.fixtures.html_page import Page, assert_self_contained
@@ -266,7 +266,7 @@ def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
 
 
 def test_errors(tmp_path, cfg):
-  with pytest.raises(config.ConfigError, match="not a run directory"):
+  with pytest.raises(ConfigError, match="not a run directory"):
     report.write(tmp_path / "elsewhere")
   run = tmp_path / "run"
   (run / "evaluation.json").write_text("{")

@@ -9,6 +9,7 @@ import pytest
 
 from supermoe_jax.evaluation import seesaw, seesaw_words
 from supermoe_jax.report import drawing, seesaw_figures, seesaw_page
+from supermoe_jax.report.seesaw_figures import picture
 from tests.fixtures.html_page import Page, assert_self_contained
 from tests.fixtures.seesaw_study import HOSTILE_TASK, HOSTILE_VARIANT, METRIC, VARIANTS, make, run, study
 
@@ -91,7 +92,7 @@ def test_a_study_of_one_seed_and_one_run_missing(tmp_path):
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_the_picture_stands_alone(tmp_path, kind):
-  file = seesaw_page.picture(make(study(variants=VARIANTS[:2]), variants=VARIANTS[:2]), tmp_path / f"gains.{kind}")
+  file = picture(make(study(variants=VARIANTS[:2]), variants=VARIANTS[:2]), tmp_path / f"gains.{kind}")
   content = file.read_bytes()
   assert [p.name for p in tmp_path.iterdir()] == [f"gains.{kind}"]
   if kind == "png":
@@ -107,13 +108,13 @@ def test_the_picture_stands_alone(tmp_path, kind):
 
 def test_a_picture_of_another_kind_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"\.svg or \.png"):
-    seesaw_page.picture(make(study()), tmp_path / "gains.gif")
+    picture(make(study()), tmp_path / "gains.gif")
   assert not list(tmp_path.iterdir())
 
 
 def test_the_same_report_gives_the_same_picture(tmp_path):
   report = make(study(variants=("tuned",)), variants=("tuned",))
-  first, second = (seesaw_page.picture(report, tmp_path / f"{n}.svg").read_bytes() for n in "ab")
+  first, second = (picture(report, tmp_path / f"{n}.svg").read_bytes() for n in "ab")
   assert first == second
 
 

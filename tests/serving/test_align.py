@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from supermoe_jax import cli, config
-from supermoe_jax.data.events import DataError
+from supermoe_jax import cli
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving import align, embeddings, part_files, refresh
 from tests.fixtures import embedding_folder
 from tests.fixtures.embedding_folder import turned
@@ -144,7 +144,7 @@ def test_the_users_without_events_come_along_and_a_refresh_refuses_what_was_turn
   align.align(new, old, tmp_path / "out", max_drift=0.5)
   assert embeddings.absent(tmp_path / "out")[0].read_bytes() == (new / "absent-00000.parquet").read_bytes()
   style = part_files.Style(True, 16, "float32")
-  with pytest.raises(config.ConfigError, match="vectors of two spaces do not belong in one table"):
+  with pytest.raises(ConfigError, match="vectors of two spaces do not belong in one table"):
     refresh.Earlier(tmp_path / "out", types.SimpleNamespace(dataset=None), {}, style)
 
 

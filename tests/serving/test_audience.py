@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import cli
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError
 from supermoe_jax.serving import audience, population
 from supermoe_jax.serving.audience import METHODS
 from tests.fixtures import embedding_folder

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import labels, prepare, questions
-from supermoe_jax.data.events import DataError
-from supermoe_jax.data.windows import Features
+from supermoe_jax.batch import Features
+from supermoe_jax.data import prepare, questions
+from supermoe_jax.data.splits import TEST
+from supermoe_jax.errors import ConfigError, DataError, RunError
 from supermoe_jax.serving import embed, embeddings, part_files
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from tests.fixtures import two_processes
 from tests.fixtures.small_log import raw_config
@@ -198,7 +198,7 @@ def test_rows_of_any_length_are_those_of_evaluation(
   table = embeddings.read(tmp_path / "out")
   keys = zip(map(str, table["user_id"].to_pylist()), table["as_of"].cast("int64").to_pylist())
   embedded, compared = dict(zip(keys, embeddings.vectors(table))), 0
-  for batch in questions.questions(run.dataset, run.cfg, split=labels.TEST):
+  for batch in questions.questions(run.dataset, run.cfg, split=TEST):
     z = np.asarray(run.answer(batch.features, batch.given).z)
     for i, question in enumerate(batch.questions):
       np.testing.assert_allclose(embedded[question.user_id, question.time], z[i], atol=1e-5)
@@ -236,8 +236,8 @@ def test_user_columns_come_along(run: Run, log_folder: pathlib.Path, tmp_path: p
   ("columns", "error", "message"),
   [
     (["plna"], DataError, r"no column 'plna' \(--columns\); did you mean 'plan'"),
-    (["as_of"], config.ConfigError, "'as_of' is a column of every embedding table"),
-    (["plan", "plan"], config.ConfigError, "'plan' is named twice"),
+    (["as_of"], ConfigError, "'as_of' is a column of every embedding table"),
+    (["plan", "plan"], ConfigError, "'plan' is named twice"),
   ],
 )
 def test_a_user_column_that_cannot_come_along_is_an_error(
@@ -261,7 +261,7 @@ def test_a_vector_that_is_not_finite_is_an_error_that_names_the_user(
   ("days", "message"), [(["soon"], "--as-of='soon' is not a time"), (["2024-03-01", "2024-03-01T00:00"], "twice")]
 )
 def test_a_day_that_cannot_be_used_is_an_error(run: Run, tmp_path: pathlib.Path, days: list[str], message: str) -> None:
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     embed.embed(run, days, tmp_path / "out")
 
 

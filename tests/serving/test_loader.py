@@ -15,11 +15,12 @@ from flax import nnx
 
 from supermoe_jax import cli, config
 from supermoe_jax.data import questions
-from supermoe_jax.data.errors import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.layers import exchange
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.serving import embed, embeddings, export, loader
-from supermoe_jax.serving.loader import Encoder, InputError
+from supermoe_jax.serving.loader import Encoder
+from supermoe_jax.serving.preprocessing import InputError
 from supermoe_jax.training.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
@@ -207,7 +208,7 @@ def test_an_encoder_that_is_there_is_kept_unless_told(exported: pathlib.Path, ru
   (tmp_path / "thesis.txt").write_text("years of work")
   with pytest.raises(DataError, match="holds no encoder and is not overwritten"):
     export.export(run, tmp_path, overwrite=True)
-  with pytest.raises(config.ConfigError, match=r"lengths at most config\.model\.max_events=24"):
+  with pytest.raises(ConfigError, match=r"lengths at most config\.model\.max_events=24"):
     export.export(run, tmp_path / "new", events=(48,))
 
 

@@ -10,7 +10,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import prepare, windows
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.errors import DataError
+from supermoe_jax.errors import DataError
 from supermoe_jax.serving.export import make_preprocessing
 from supermoe_jax.serving.preprocessing import InputError, Preprocessing
 from tests.fixtures import column_types_log
@@ -43,7 +43,7 @@ def test_every_kind_of_column_is_read_as_in_the_event_files(case: tuple[Dataset,
     assert counts.used == len(wanted.time) and not counts.ignored
     np.testing.assert_array_equal(found.time, wanted.time)
     np.testing.assert_array_equal(found.source, wanted.source)
-    for column, name in enumerate([*dataset.schema.categorical, *dataset.schema.further]):
+    for column, name in enumerate([*dataset.schema.categorical, *dataset.schema.extra_columns]):
       np.testing.assert_array_equal(found.codes[:, column], wanted.codes[:, column], err_msg=name)
     np.testing.assert_allclose(found.numeric, wanted.numeric, rtol=1e-6, atol=1e-7)
 

@@ -11,7 +11,7 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data import append
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.serving import embed, embeddings
 from supermoe_jax.training.run import Run
 
@@ -118,13 +118,13 @@ def test_a_set_is_refreshed_in_its_own_place(case: Case) -> None:
 
 
 def test_vectors_of_another_kind_are_not_mixed(case: Case, run: Run, tmp_path: pathlib.Path) -> None:
-  with pytest.raises(config.ConfigError, match="--dtype was 'float32' there and is 'float16' now"):
+  with pytest.raises(ConfigError, match="--dtype was 'float32' there and is 'float16' now"):
     embed.embed(case.run, [LATER], tmp_path / "out", since=case.folder / "fixed", dtype="float16")
   copy = tmp_path / "other"
   shutil.copytree(case.folder / "fixed", copy)
   manifest = json.loads((copy / "manifest.json").read_text())
   (copy / "manifest.json").write_text(json.dumps({**manifest, "step": 4}))
-  with pytest.raises(config.ConfigError, match="the step was 4 there and is 12 now"):
+  with pytest.raises(ConfigError, match="the step was 4 there and is 12 now"):
     embed.embed(case.run, [LATER], tmp_path / "out", since=copy)
   (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "dataset"}))
   with pytest.raises(DataError, match="written by an earlier version"):

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from supermoe_jax import config
+from supermoe_jax.errors import RunError
 from supermoe_jax.layers.table import EmbeddingTable, Layout
 from supermoe_jax.training.checkpoint import Checkpoints, Writer
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.step import TrainState
 from tests.fixtures.grids import quick_few
 from tests.fixtures.small_state import D, state

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config, sharding
+from supermoe_jax.errors import RunError
 from supermoe_jax.training import digest, loop
 from supermoe_jax.training.checkpoint import Checkpoints, Writer
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState
 from tests.fixtures.small_state import state

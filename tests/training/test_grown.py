@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import append, labels, prepare
+from supermoe_jax.data import append, prepare
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.splits import TEST
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoint import Writer
@@ -48,7 +49,7 @@ def assert_grown(cfg: config.Config, folder: pathlib.Path) -> Run:
   """Appends a day with a new value to the dataset of the run in `folder / "run"`; returns the run as it reads it."""
   before = Run(folder / "run")
   table = before.catalogue("next_page")
-  asked = [next(questions_lib.questions(before.dataset, cfg, split=labels.TEST))]
+  asked = [next(questions_lib.questions(before.dataset, cfg, split=TEST))]
   told = before.answer(asked[0].features, asked[0].given)
 
   pages = ["page0", "brand new", "brand new"]

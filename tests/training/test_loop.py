@@ -8,9 +8,8 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data import integrity
 from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import DataError
+from supermoe_jax.errors import DataError, RunError
 from supermoe_jax.training import loop
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.run import Run
 from tests.fixtures.short_runs import rows, silent
 

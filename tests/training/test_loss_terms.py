@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config
-from supermoe_jax.data.batches import Batch, Targets
+from supermoe_jax.batch import Batch, Targets
+from supermoe_jax.models.supermoe import safe_value
 from supermoe_jax.training import losses, statistics
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.statistics import TaskStatistics
@@ -32,7 +33,7 @@ def test_micro_batches_add_up_to_the_whole_batch(seed: int, cut: int, rate: floa
 
   def loss(rows: slice) -> float:
     asked = targets(value[rows].astype(np.float32), known[rows])
-    each = losses.per_sample(BINARY, jnp.asarray(logits[rows], jnp.float32), losses.safe_value(asked))
+    each = losses.per_sample(BINARY, jnp.asarray(logits[rows], jnp.float32), safe_value(asked))
     return float(losses.combine({"t": losses.task_loss(asked, each)}, measured, jnp.ones(1), 8))
 
   assert loss(slice(0, cut)) + loss(slice(cut, 8)) == pytest.approx(loss(slice(0, 8)), rel=1e-5)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config, sharding
+from supermoe_jax.batch import Batch
 from supermoe_jax.data import batches
-from supermoe_jax.data.batches import Batch
 from supermoe_jax.data.dataset import Dataset
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, statistics, weighting

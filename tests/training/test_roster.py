@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from supermoe_jax import atomic, config, exits, hosts
+from supermoe_jax import atomic_files, hosts
+from supermoe_jax.errors import DELIBERATE_EXITS, ConfigError, ExitCode, RunError, Stopped
 from supermoe_jax.hosts import Place
 from supermoe_jax.training import lookout, roster
-from supermoe_jax.training.errors import RunError
 from supermoe_jax.training.roster import Roster
-from supermoe_jax.training.stopping import Stopped
 
 FACTS = {"config": {"train": {"steps": 5}}, "dataset": "d", "version": {"jax": "1"}}
 
@@ -152,7 +151,7 @@ def test_a_process_on_another_machine_keeps_its_place_as_long_as_it_shows_life(t
     while not over.wait(0.02):
       n += 1
       sign = {"process": 0, "of": 1, "host": "elsewhere", "pid": 1, "beat": n, "step": 3, "facts": FACTS}
-      atomic.write(file, json.dumps(sign))
+      atomic_files.write_file(file, json.dumps(sign))
 
   thread = threading.Thread(target=beat)
   thread.start()
@@ -179,7 +178,7 @@ with roster.Roster(pathlib.Path({str(tmp_path)!r}), None, {{}}, hang_seconds=0.3
   stuck_in_a_collective()
 """
   process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
-  assert process.returncode == exits.RESUME
+  assert process.returncode == ExitCode.RESUME
   assert "after step 4, longer than config.train.hang_seconds=0.3" in process.stderr
   assert "stuck_in_a_collective" in (tmp_path / "hang_0.txt").read_text()
 
@@ -192,10 +191,11 @@ def watched(folder: pathlib.Path, body: str, monkeypatch: pytest.MonkeyPatch, be
   monkeypatch.setattr(roster, "DEAD", 1.0)
   child = f"""
 import json, os, pathlib, signal, sys, time
-from supermoe_jax import atomic
+from supermoe_jax import atomic_files
 file = pathlib.Path({str(folder)!r}) / "hosts" / "0.json"
 file.parent.mkdir(exist_ok=True)
-atomic.write(file, json.dumps({{"process": 0, "of": 2, "host": "here", "pid": os.getpid(), "beat": 1, "step": 1}}))
+sign = {{"process": 0, "of": 2, "host": "here", "pid": os.getpid(), "beat": 1, "step": 1}}
+atomic_files.write_file(file, json.dumps(sign))
 {body}
 """
   popen = subprocess.Popen
@@ -209,7 +209,7 @@ atomic.write(file, json.dumps({{"process": 0, "of": 2, "host": "here", "pid": os
     while time.monotonic() < end and not over.wait(0.05):
       n += 1
       sign = {"process": 1, "of": 2, "host": "there", "pid": 9, "beat": n, "step": n}
-      atomic.write(folder / "hosts" / "1.json", json.dumps(sign))
+      atomic_files.write_file(folder / "hosts" / "1.json", json.dumps(sign))
 
   thread = threading.Thread(target=show)
   thread.start()
@@ -220,7 +220,7 @@ atomic.write(file, json.dumps({{"process": 0, "of": 2, "host": "here", "pid": os
     thread.join()
 
 
-@pytest.mark.parametrize("code", exits.ENDS)
+@pytest.mark.parametrize("code", DELIBERATE_EXITS)
 def test_a_child_that_ends_by_itself_is_believed(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -231,7 +231,7 @@ def test_of_a_process_that_shows_no_life_a_lookout_tells_the_name_and_ends_the_c
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   code = watched(tmp_path, "time.sleep(60)", monkeypatch, 1.0)
-  assert code == exits.RESUME
+  assert code == ExitCode.RESUME
   assert "process 1 (there, pid 9), last seen at step" in capsys.readouterr().err
 
 
@@ -246,7 +246,7 @@ def test_a_child_that_dies_with_another_process_names_it(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   code = watched(tmp_path, "time.sleep(1); os.abort()", monkeypatch, 0.8)
-  assert code == exits.RESUME
+  assert code == ExitCode.RESUME
   assert "process 1 (there, pid 9)" in capsys.readouterr().err
 
 
@@ -254,7 +254,7 @@ def test_a_child_that_dies_alone_is_told_so(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   body = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
-  assert watched(tmp_path, body, monkeypatch, 60) == exits.CRASHED
+  assert watched(tmp_path, body, monkeypatch, 60) == ExitCode.CRASHED
   assert "was ended by signal SIGKILL; the system may have been out of memory; all others live" in (
     capsys.readouterr().err
   )
@@ -271,7 +271,7 @@ def test_a_cluster_that_cannot_tell_the_place_is_an_error(monkeypatch: pytest.Mo
     raise RuntimeError("no rights")
 
   monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", detect)
-  with pytest.raises(config.ConfigError, match=r"no rights.*--coordinator HOST:PORT"):
+  with pytest.raises(ConfigError, match=r"no rights.*--coordinator HOST:PORT"):
     hosts.find()
 
 
@@ -295,5 +295,5 @@ def test_a_place_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
   ],
 )
 def test_half_a_place_is_an_error(told: tuple[Any, ...], message: str) -> None:
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     hosts.find(*told)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config, sharding
+from supermoe_jax.layers.exchange import Touched
 from supermoe_jax.training import row_optimizers, tables
 from tests.fixtures import table_steps, two_processes
 from tests.fixtures.grids import quick_few
@@ -211,7 +212,7 @@ def test_a_gradient_for_every_row_moves_rows_as_touching_all_of_them_does(name: 
   slots = tables.slots(optimizer, rows, 3)
   rule = tables.Rule(optimizer, 0.1, scale=0.5, decay=0.01)
   index = jnp.arange(40, dtype=jnp.int32)
-  touched = tables.Touched(index, gradient.reshape(40, 3), jnp.zeros(1, jnp.int32))
+  touched = Touched(index, gradient.reshape(40, 3), jnp.zeros(1, jnp.int32))
   for one, other in zip(
     jax.tree.leaves(tables.apply(rows, slots, gradient, rule, 3)),
     jax.tree.leaves(tables.apply(rows, slots, touched, rule)),

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from supermoe_jax import config, sharding
 from supermoe_jax.data import questions as questions_lib
 from supermoe_jax.data.dataset import Dataset, read_users
-from supermoe_jax.data.readers import DataError
 from supermoe_jax.data.schema import make_aggregator
 from supermoe_jax.data.vocabulary import Vocabulary
+from supermoe_jax.errors import DataError
 from supermoe_jax.evaluation.probing.features import Features
 from supermoe_jax.training.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run

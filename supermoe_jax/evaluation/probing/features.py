@@ -18,9 +18,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from supermoe_jax import config
-from supermoe_jax.config import nearest
 from supermoe_jax.data.labels import iso
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import ConfigError, DataError, nearest
 from supermoe_jax.serving import embeddings
 
 USER = "user_id"  # what a file may call its users, as embeddings do, whatever labels call theirs
@@ -156,7 +155,7 @@ def _times(path: pathlib.Path, column: pa.Array, name: str) -> np.ndarray:
   for text in pc.unique(column).to_pylist():
     try:
       known[text] = config.parse_time(text, name)
-    except config.ConfigError as error:
+    except ConfigError as error:
       raise DataError(f"{path}: {error}") from None
   return np.array([known[t] for t in column.to_pylist()], np.int64)
 

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 import duckdb
 import numpy as np
 
-from supermoe_jax.config import nearest
 from supermoe_jax.data import parsing, readers
 from supermoe_jax.data.labels import iso
-from supermoe_jax.data.readers import DataError, TableFile, identifier
+from supermoe_jax.data.readers import TableFile, identifier
+from supermoe_jax.errors import DataError, nearest
 
 Kind = Literal["binary", "multiclass", "regression"]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.sparse
 
-from supermoe_jax.config import ConfigError
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import probes
 from supermoe_jax.evaluation.probing.labels import Label
 

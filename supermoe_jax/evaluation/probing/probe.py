@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from supermoe_jax import config, versions
 from supermoe_jax.data.labels import iso
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.evaluation.probing import features as features_lib
 from supermoe_jax.evaluation.probing import labels as labels_lib
 from supermoe_jax.evaluation.probing import measuring
@@ -71,7 +71,7 @@ def probe(table: LabelTable, judged: Features, others: Sequence[Features], optio
   beside, notes = _beside(judged, user, time, options)
   every = {f.name: f for f in (judged, *others, *beside)}
   if len(every) < 1 + len(others) + len(beside):
-    raise config.ConfigError(f"two of {', '.join(f.name for f in (judged, *others, *beside))} are of one name.")
+    raise ConfigError(f"two of {', '.join(f.name for f in (judged, *others, *beside))} are of one name.")
   found = {n: f.find(user, time) for n, f in every.items()}
   counts = _counts(table, judged, user, choice, found)
   usable = np.flatnonzero(np.all([r >= 0 for r in found.values()], axis=0))
@@ -158,12 +158,12 @@ def _beside(
 
   for name in wanted:
     if name not in beside.BESIDE:
-      raise config.ConfigError(f"--beside {name}: valid are {', '.join(beside.BESIDE)}.")
+      raise ConfigError(f"--beside {name}: valid are {', '.join(beside.BESIDE)}.")
   try:
     origin = beside.find(judged.about, options.workdir)
     if time is None:
       raise DataError("the labels have no time; name it with --as-of.")
-  except (DataError, config.ConfigError) as error:
+  except (DataError, ConfigError) as error:
     if options.beside is None and options.workdir is None:
       return [], [f"no aggregates stand beside: {error}"]
     raise DataError(f"--beside {' '.join(wanted)}: {error}") from error

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from supermoe_jax.config import nearest
+from supermoe_jax.errors import nearest
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 
 METRICS = ("auc", "average_precision", "log_loss", "ece", "accuracy", "macro_f1", "rmse", "mae", "r2")

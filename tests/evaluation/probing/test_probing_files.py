@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import DataError
 from supermoe_jax.evaluation.probing import features, labels
 
 

@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all."""
+"""Files and directories that are there whole or not at all, whatever kills the process that writes them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,30 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
-from supermoe_jax.config import ConfigError
-from supermoe_jax.data.readers import DataError
+from supermoe_jax.errors import ConfigError, DataError
+
+
+def write_file(file: pathlib.Path, content: str | bytes) -> None:
+  """Writes a file beside its place and moves it there: a reader finds the old file or the new one, always whole."""
+  temporary = file.with_name(file.name + ".incomplete")
+  temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+  temporary.replace(file)
+
+
+@contextlib.contextmanager
+def replacing_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a path to write to, which replaces `file` once the block has ended without an error and all is on disk."""
+  part = file.with_name(file.name + ".part")
+  try:
+    yield part
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+    part.replace(file)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def check_replaceable(path: pathlib.Path, kind: str, names: tuple[str, ...]) -> None:
@@ -61,8 +83,10 @@ def _remove(directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | None = None) -> Iterator[pathlib.Path]:
-  """Gives a directory to write into, which takes the place of `path` when the block ends without an error.
+def replacing_directory(
+  path: pathlib.Path, *, resume: Callable[[pathlib.Path], bool] | None = None
+) -> Iterator[pathlib.Path]:
+  """Yields a directory to write into, which replaces `path` once the block has ended without an error.
 
   What stood at `path` stays until the new directory is whole, and comes back if it cannot take its place.
 
@@ -125,19 +149,3 @@ def _lock(work: pathlib.Path) -> int:
       if os.path.samestat(os.fstat(descriptor), work.stat()):
         return descriptor
     os.close(descriptor)  # the other process has just ended, and renamed or removed it
-
-
-@contextlib.contextmanager
-def replacing_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a path to write to, which takes the place of `file` when the block ends without an error: whole, on disk."""
-  part = file.with_name(file.name + ".part")
-  try:
-    yield part
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
-    part.replace(file)
-  finally:
-    part.unlink(missing_ok=True)
