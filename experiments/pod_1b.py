@@ -10,11 +10,11 @@ import pathlib
 
 import ml_collections
 
-from supermoe_jax.config import read
+from supermoe_jax.config import read_config
 
 
 def get_config(files: str = "events/*.parquet") -> ml_collections.ConfigDict:
-  config = read(f"{pathlib.Path(__file__).with_name('pod_1t.py')}:{files}")
+  config = read_config(f"{pathlib.Path(__file__).with_name('pod_1t.py')}:{files}")
   config.data.path = "runs/pod_1b/dataset"
   fields = config.data.fields
   fields.item.size = fields.item_again.size = 2**19

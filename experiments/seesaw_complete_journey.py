@@ -12,11 +12,11 @@ import pathlib
 
 import ml_collections
 
-from supermoe_jax.config import read
+from supermoe_jax.config import read_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = read(str(pathlib.Path(__file__).with_name("complete_journey.py")))
+  config = read_config(str(pathlib.Path(__file__).with_name("complete_journey.py")))
   config.model.max_events = 32
   config.model.conditioning = "none"
   config.train.steps = 320

@@ -11,8 +11,8 @@ little for all of them: sharing should cost the tasks with many labels, and help
 
 import ml_collections
 
-from supermoe_jax.data.latent_users import SimulatedTask, Simulation
-from supermoe_jax.data.simulator import raw_config, simulate
+from supermoe_jax.simulation.latent_users import SimulatedTask, Simulation
+from supermoe_jax.simulation.simulator import simulate, simulation_config
 
 # The groups' binary tasks: label rate, relatedness, name.
 RATES = ((1.0, 1.0, "full"), (0.3, 0.875, "some"), (0.05, 1.0, "rare"))
@@ -82,5 +82,5 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
   single = {"experts": (), "dense": dense}
   seesaw = {"seeds": (0, 1, 2, 3, 4), "variants": variants, "single": single, "tuned": "tuned_static"}
   seesaw |= {"static_candidates": 24, "static_spread": 5.0}
-  sections = {**raw_config(folder), "model": model, "train": train, "seesaw": seesaw}
+  sections = {**simulation_config(folder), "model": model, "train": train, "seesaw": seesaw}
   return ml_collections.ConfigDict(sections)

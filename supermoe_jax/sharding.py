@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -269,6 +270,33 @@ def param(value: jax.Array, *names: str | None) -> nnx.Param:
   if value.ndim != len(names):
     raise ValueError(f"{len(names)} logical names for a parameter of shape {value.shape}")
   return nnx.Param(value, logical=names)
+
+
+def linear(
+  n_in: int,
+  n_out: int,
+  *,
+  rngs: nnx.Rngs,
+  names: tuple[str | None, str | None] = ("embed", None),
+  bias: bool = True,
+  zero: bool = False,
+  dtype: jnp.dtype | None = None,
+) -> nnx.Linear:
+  """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` remembers the logical `names` of its dimensions.
+
+  With `zero` it starts at 0: an input that training never varies then stays without effect. `dtype` is that of the
+  computation (None: of input and parameters); parameters are float32.
+  """
+  return nnx.Linear(
+    n_in,
+    n_out,
+    use_bias=bias,
+    dtype=dtype,
+    kernel_init=nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal(),
+    kernel_metadata={"logical": names},
+    bias_metadata={"logical": names[1:]},
+    rngs=rngs,
+  )
 
 
 def stacked(state: nnx.State) -> nnx.State:

@@ -17,8 +17,8 @@ import pytest
 pytest.register_assert_rewrite("tests.fixtures")  # before the first import
 
 from supermoe_jax import config
-from supermoe_jax.data import prepare
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.preparation import prepare
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
 from tests.fixtures import compilation, small_log

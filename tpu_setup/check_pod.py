@@ -33,10 +33,11 @@ from typing import Any, NoReturn
 import jax
 from pod_meeting import Meeting, Reasons, Watch
 
-from supermoe_jax import config, hosts
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, ExitCode
-from supermoe_jax.training.checkpoint import code_hash, versions
+from supermoe_jax.training.checkpoints.checkpoint import code_hash, versions
 
 # What makes an accelerator's backend, and need not be installed elsewhere.
 BACKENDS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -162,7 +163,7 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
 class Check:
   """One process' check of a pod."""
 
-  def __init__(self, place: hosts.Place | None, args: argparse.Namespace, overrides: Sequence[str]):
+  def __init__(self, place: processes.Place | None, args: argparse.Namespace, overrides: Sequence[str]):
     """Describes it; the processes meet in `run`."""
     self._place, self._args, self._overrides = place, args, overrides
     self._meeting = Meeting(place, args.timeout, self._end)
@@ -175,7 +176,7 @@ class Check:
     wrong = self._compare()
     if not wrong:
       with self._watch.step("joining: jax.distributed.initialize"):
-        hosts.initialize(self._place)
+        processes.initialize(self._place)
       wrong = self._devices()
     if not wrong:
       # These import what training needs, and take devices that compute for granted.
@@ -183,7 +184,7 @@ class Check:
     self._verdict(wrong)
     if jax.distributed.is_initialized():
       with self._watch.step("leaving: jax.distributed.shutdown"):
-        hosts.leave()
+        processes.leave()
     self._meeting.close()
     return ExitCode.ERROR if wrong else ExitCode.OK
 
@@ -362,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if args.timeout <= 0 or min(args.sizes) <= 0:
     parser.error("--timeout and --sizes must be more than 0")
   try:
-    place = hosts.find(args.coordinator, args.processes, args.process)
+    place = processes.find_place(args.coordinator, args.processes, args.process)
   except ConfigError as error:
     print(f"check_pod: {error}", file=sys.stderr)
     return ExitCode.ERROR

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-  from supermoe_jax.hosts import Place
+  from supermoe_jax.distributed.processes import Place
 
 # Seconds that the first process waits longer than a step may take, so that one that hangs speaks for itself.
 GRACE = 5.0

@@ -32,12 +32,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches, prepare
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.latent_users import Simulation
-from supermoe_jax.data.simulator import raw_config, simulate
-from supermoe_jax.training import statistics
-from supermoe_jax.training.step import compiled, create_state, place
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.preparation import prepare
+from supermoe_jax.simulation.latent_users import Simulation
+from supermoe_jax.simulation.simulator import simulate, simulation_config
+from supermoe_jax.training import task_statistics
+from supermoe_jax.training.step import compiled_program, create_state, place_on_mesh
 
 OPERATIONS = ("all-reduce", "all-to-all")
 
@@ -207,7 +208,7 @@ def tiny(folder: pathlib.Path, sizes: config.Mesh) -> config.Config:
   """Simulates and prepares users in `folder`, the same on every host, and returns the config of a tiny model."""
   simulation = Simulation(users=200, groups=(3,), items=64, events=(8, 16))
   simulate(simulation, folder / "log")
-  raw = raw_config(folder / "log")
+  raw = simulation_config(folder / "log")
   raw["data"]["memory"] = "256MB"
   raw["model"] = {
     "d_model": 16, "layers": 1, "moe_every": 1, "heads": 2, "experts": 8, "d_expert": 16, "max_events": 16,
@@ -233,10 +234,10 @@ class Training:
       dataset = Dataset(self._cfg.data.path)
       self.dataset, self._schema = dataset.manifest["encoding_hash"], dataset.schema
       shard = sharding.host_rows(self._mesh, self._cfg.train.batch_rows)
-      stream = iter(batches.training(dataset, self._cfg, shard=shard))
+      stream = iter(training_batches.training_batches(dataset, self._cfg, shard=shard))
       self._batches = [next(stream), next(stream)]
-      drawn = batches.training(dataset, self._cfg)
-      self._measured = statistics.measure(self._cfg.active_tasks, dataset.schema.outputs, drawn, 4)
+      drawn = training_batches.training_batches(dataset, self._cfg)
+      self._measured = task_statistics.measure_statistics(self._cfg.active_tasks, dataset.schema.outputs, drawn, 4)
       stream.close()
 
   def run(self) -> dict[str, Any]:
@@ -244,11 +245,11 @@ class Training:
     said: dict[str, Any] = {"dataset": self.dataset, "losses": [], "seconds": []}
     with jax.set_mesh(self._mesh):
       _, state = create_state(self._cfg, self._schema, self._mesh)
-      step = compiled(self._cfg, self._schema, self._mesh).step
+      step = compiled_program(self._cfg, self._schema, self._mesh).step
       constants = jax.tree.map(np.float32, self._measured)
       everywhere = jax.device_put(constants, NamedSharding(self._mesh, PartitionSpec()))
       for batch in self._batches:
-        placed = jax.block_until_ready((state, place(batch, self._mesh)))[1]
+        placed = jax.block_until_ready((state, place_on_mesh(batch, self._mesh)))[1]
         start = time.perf_counter()
         state, metrics = step(state, placed, everywhere)
         said["losses"].append(float(metrics.loss))

@@ -26,10 +26,10 @@ from moe_layer import machine
 
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Batch
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training import statistics
-from supermoe_jax.training.step import compiled, create_state, place
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.training import task_statistics
+from supermoe_jax.training.step import compiled_program, create_state, place_on_mesh
 
 
 def tokens(batch: Batch) -> int:
@@ -40,7 +40,7 @@ def measure(path: pathlib.Path, cfg: config.Config, n_batches: int, warm: int, s
   """The figures of a config on a dataset."""
   dataset = Dataset(path)
   start = time.perf_counter()
-  stream = iter(batches.training(dataset, cfg, workers=cfg.train.workers, say=print))
+  stream = iter(training_batches.training_batches(dataset, cfg, workers=cfg.train.workers, say=print))
   plan_seconds = time.perf_counter() - start
   epoch = -(-stream.get_state()["rows_of_an_epoch"] // cfg.train.batch_rows)
   first = _rate(stream, n_batches)
@@ -74,12 +74,12 @@ def _rate(stream: Any, n: int) -> float:
 def _step(cfg: config.Config, dataset: Dataset, made: list[Batch], steps: int) -> dict[str, Any]:
   """The median of the training step's time on one batch."""
   mesh = sharding.make_mesh(cfg.train.mesh)
-  measured = statistics.measure(cfg.active_tasks, dataset.schema.outputs, made, len(made))
+  measured = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, made, len(made))
   constants = jax.device_put(measured, NamedSharding(mesh, PartitionSpec()))
   _, state = create_state(cfg, dataset.schema, mesh)
-  step, seconds = compiled(cfg, dataset.schema, mesh).step, []
+  step, seconds = compiled_program(cfg, dataset.schema, mesh).step, []
   with jax.set_mesh(mesh):
-    batch = place(made[0], mesh)
+    batch = place_on_mesh(made[0], mesh)
     for _ in range(steps + 1):  # the first one compiles
       start = time.perf_counter()
       state, metrics = step(state, batch, constants)

@@ -25,7 +25,7 @@ from typing import Any
 import duckdb
 from prepare import watched
 
-from supermoe_jax.serving import embeddings
+from supermoe_jax.embeddings import embedding_files
 
 DAYS = 300
 QUICKSTART = pathlib.Path(__file__).parent.parent / "complete_journey.py"
@@ -103,7 +103,7 @@ def trained(folder: pathlib.Path, users: int) -> pathlib.Path:
 def measure(run: pathlib.Path, users: int) -> dict[str, Any]:
   """Embeds all users of a run once."""
   seconds, peak = supermoe("embed", "--workdir", str(run), "--as-of", "now")
-  took = embeddings.read_manifest(run / "embeddings")["seconds"]
+  took = embedding_files.read_embedding_manifest(run / "embeddings")["seconds"]
   return {
     "users": users, "seconds": seconds, "users_per_second": users / took["whole"], "peak": peak, **took,
     "in_encoder": took["encoding"] / took["whole"],
@@ -126,7 +126,7 @@ def killed(run: pathlib.Path, times: int, seconds: float, seed: int) -> dict[str
     print(f"killed with {moments[-1]} parts written")
   if not out.exists():
     supermoe(*command[3:])
-  parts = zip(embeddings.parts(run / "embeddings"), embeddings.parts(out), strict=True)
+  parts = zip(embedding_files.part_paths(run / "embeddings"), embedding_files.part_paths(out), strict=True)
   return {
     "kills": len(moments),
     "parts_at_kills": moments,

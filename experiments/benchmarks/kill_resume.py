@@ -34,13 +34,13 @@ import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import prepare
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.latent_users import SimulatedTask, Simulation
-from supermoe_jax.data.simulator import raw_config, simulate
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.preparation import prepare
 from supermoe_jax.errors import ExitCode
-from supermoe_jax.training.checkpoint import Checkpoints
-from supermoe_jax.training.log import read_rows
+from supermoe_jax.simulation.latent_users import SimulatedTask, Simulation
+from supermoe_jax.simulation.simulator import simulate, simulation_config
+from supermoe_jax.training.checkpoints.checkpoint import Checkpoints
+from supermoe_jax.training.monitoring.metrics_log import read_rows
 from supermoe_jax.training.step import create_state
 
 STEPS = 120
@@ -53,7 +53,7 @@ def prepared(folder: pathlib.Path) -> pathlib.Path:
   tasks = (SimulatedTask("a", 0), SimulatedTask("b", 1, label_rate=0.3))
   simulation = Simulation(users=400, groups=(3, 3), events=(16, 28), tasks=tasks)
   simulate(simulation, folder / "log")
-  raw = raw_config(folder / "log")
+  raw = simulation_config(folder / "log")
   raw["model"] = {
     "d_model": 16, "layers": 2, "heads": 2, "d_hidden": 32, "experts": 4, "d_expert": 16, "max_events": 28,
   }  # fmt: skip

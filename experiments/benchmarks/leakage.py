@@ -13,8 +13,8 @@ import pathlib
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.training.run import Run
 
 
@@ -46,7 +46,7 @@ class OtherFuture(Dataset):
 
 def vectors(run: Run, time: int) -> dict[str, bytes]:
   out = {}
-  for batch in questions_lib.questions(run.dataset, run.cfg, times=[time]):
+  for batch in snapshot_batches.query_batches(run.dataset, run.cfg, times=[time]):
     for question, z in zip(batch.questions, np.asarray(run.answer(batch.features).z)):
       out[question.user_id] = z.tobytes()
   return out

@@ -33,9 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from supermoe_jax.serving import index as index_lib
-from supermoe_jax.serving import population
-from supermoe_jax.serving.neighbors import Exact, Space, unit
+from supermoe_jax.embeddings import hnsw_index, selection
+from supermoe_jax.embeddings.exact_neighbors import ExactSearch, VectorSpace, unit_vectors
 
 WIDTH = 128
 KINDS = ("clusters", "spectrum", "gaussian")
@@ -46,20 +45,20 @@ def draw(kind: str, rows: int, seed: int) -> np.ndarray:
   """Vectors `[rows, WIDTH]` of length 1; the points of `clusters` are the same for every seed."""
   out = np.empty((rows, WIDTH), np.float32)
   rng = np.random.default_rng(seed)
-  centres = unit(np.random.default_rng(0).normal(size=(1000, WIDTH)).astype(np.float32))[0]
+  centres = unit_vectors(np.random.default_rng(0).normal(size=(1000, WIDTH)).astype(np.float32))[0]
   for first in range(0, rows, 100_000):
     some = rng.normal(size=(min(100_000, rows - first), WIDTH)).astype(np.float32)
     if kind == "clusters":
       some = centres[rng.integers(0, len(centres), len(some))] + some * (0.5 / WIDTH**0.5)
     elif kind == "spectrum":
       some = some / (1 + np.arange(WIDTH, dtype=np.float32))
-    out[first : first + len(some)] = unit(some)[0]
+    out[first : first + len(some)] = unit_vectors(some)[0]
   return out
 
 
 def dimension(vectors: np.ndarray, sample: int = 2400, nearest: int = 20) -> float:
   """The local intrinsic dimension, the median over a sample."""
-  some = unit(vectors[:sample])[0].astype(np.float64)
+  some = unit_vectors(vectors[:sample])[0].astype(np.float64)
   distance = np.sqrt(np.maximum(2 - 2 * some @ some.T, 0))
   distance.sort(axis=1)
   near = np.maximum(distance[:, 1 : nearest + 1], 1e-9)
@@ -72,9 +71,9 @@ def seconds(work: Callable[[], Any]) -> float:
   return time.perf_counter() - begun
 
 
-def fastest(space: Space, queries: np.ndarray) -> Exact:
+def fastest(space: VectorSpace, queries: np.ndarray) -> ExactSearch:
   """Exact search with the batch that is fastest for these queries."""
-  best, least = Exact(space), float("inf")
+  best, least = ExactSearch(space), float("inf")
   for batch in (256, 1024, 4096):
     if batch > max(len(queries), 256):
       continue
@@ -96,14 +95,14 @@ def measure(name: str, rows: np.ndarray, queries: np.ndarray, args: argparse.Nam
   """All figures of one kind of data."""
   import faiss
 
-  space = Space.of(rows)
+  space = VectorSpace.of(rows)
   exact = fastest(space, queries)
   kept = args.keep / f"{name}-{len(rows)}.index" if args.keep else None
   mark = f"{name} {len(rows)} {float(rows[-1] @ rows[0]):.6f}"
   if kept is not None and kept.exists():
-    built = index_lib.read(kept, space, mark)
+    built = hnsw_index.read_index(kept, space, mark)
   else:
-    built = index_lib.build(space, mark, recall=args.recall, exact=exact)
+    built = hnsw_index.build_index(space, mark, recall=args.recall, exact=exact)
     if kept is not None:
       built.write(kept)
   size = args.scratch / f"{name}.index"
@@ -138,8 +137,8 @@ def measure(name: str, rows: np.ndarray, queries: np.ndarray, args: argparse.Nam
     "own_recall": header.recall,
     "own_recall_low": header.recall_low,
     "ef": header.ef,
-    "links": index_lib.LINKS,
-    "construction": index_lib.CONSTRUCTION,
+    "links": hnsw_index.LINKS,
+    "construction": hnsw_index.CONSTRUCTION,
     "build_seconds": header.build_seconds,
     "file_mib": file_bytes / 2**20,
     "index_is_used": header.faster(),
@@ -152,7 +151,7 @@ def libraries(rows: np.ndarray, queries: np.ndarray, name: str) -> Iterator[dict
   import hnswlib
   from usearch.index import Index
 
-  true = Exact(Space.of(rows)).search(queries, NEAREST).row
+  true = ExactSearch(VectorSpace.of(rows)).search(queries, NEAREST).row
   width, links, construction = rows.shape[1], 16, 100
 
   def of_hnswlib() -> Callable[[int], np.ndarray]:
@@ -175,7 +174,7 @@ def libraries(rows: np.ndarray, queries: np.ndarray, name: str) -> Iterator[dict
     graph = faiss.IndexHNSWFlat(width, links, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = construction
     graph.add(rows)
-    return lambda ef: index_lib.walk(graph, queries, NEAREST, ef)
+    return lambda ef: hnsw_index.search_graph(graph, queries, NEAREST, ef)
 
   packages = {"faiss-cpu": of_faiss, "hnswlib": of_hnswlib, "usearch": of_usearch}
   for package, make in packages.items():
@@ -232,7 +231,7 @@ def main() -> None:
       parser.error(f"{args.json} cannot be written: {error.strerror}")
   sets: Iterator[tuple[str, np.ndarray, np.ndarray]]
   if args.embeddings:
-    vectors = population.select(args.embeddings).all_vectors()
+    vectors = selection.select_rows(args.embeddings).all_vectors()
     asked = np.random.default_rng(0).permutation(len(vectors)) < len(vectors) // 10
     sets = iter([(args.embeddings.name, vectors[~asked], vectors[asked])])
   else:

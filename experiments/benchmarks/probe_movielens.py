@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/probe_movielens.py DATA_FOLDER --out FOLDER [options …]
 
-DATA_FOLDER holds `sequences.parquet` (`user_id, movie_id, pos`) and `users.parquet` (`user_id, gender, age,
+DATA_FOLDER holds `sequence_files.parquet` (`user_id, movie_id, pos`) and `users.parquet` (`user_id, gender, age,
 occupation`). A history is all but the user's last two events. Written to FOLDER:
 
     labels.parquet   gender, age35 (35 and over), student (occupation 4 or 10)
@@ -28,7 +28,8 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from supermoe_jax import cli
-from supermoe_jax.evaluation.probing import labels, measuring, models
+from supermoe_jax.probing import label_table, models
+from supermoe_jax.probing import protocol as protocol_lib
 
 FACTORS = 64
 LEFT_OUT = 2  # a user's last events
@@ -77,23 +78,23 @@ def write_labels(data: pathlib.Path, out: pathlib.Path) -> None:
 
 def sparse(out: pathlib.Path, users: np.ndarray, tfidf: csr_matrix) -> dict[str, dict[str, float | None]]:
   """AUC of a logistic regression on the TF-IDF, by the protocol of the command."""
-  table = labels.read(out / "labels.parquet")
+  table = label_table.read_label_table(out / "labels.parquet")
   place = {str(u): i for i, u in enumerate(users)}
   known = np.array([u in place for u in table.users])
   rows = np.array([place[u] for u in table.users[known]])
-  protocol = measuring.Protocol()
+  protocol = protocol_lib.Protocol()
   asked = {}
   for label in table.labels:
     own = label._replace(value=label.value[known])
-    asked[label.name] = measuring.ask(
+    asked[label.name] = protocol_lib.predict_all(
       {"tfidf": tfidf[rows]},
       own,
-      measuring.Rows(np.arange(len(rows))),
+      protocol_lib.ProbeRows(np.arange(len(rows))),
       {"logistic": models.logistic},
       protocol,
       models.default_threads(),
     )
-  measured = measuring.measure(asked, "tfidf", protocol)
+  measured = protocol_lib.measure_predictions(asked, "tfidf", protocol)
   return {name: m.scores["tfidf"]["logistic"]["auc"]._asdict() for name, m in measured.items()}
 
 

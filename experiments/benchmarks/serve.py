@@ -40,7 +40,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
 from supermoe_jax import config
-from supermoe_jax.serving import embeddings
+from supermoe_jax.embeddings import embedding_files
 
 JSON = {"content-type": "application/json"}
 TOLERANCE = 1e-5
@@ -203,10 +203,10 @@ def main() -> None:
   parser.add_argument("--schemathesis", type=float, default=0.2, help="share of the hostile requests")
   parser.add_argument("--growth", type=float, default=32.0, help="MiB")
   args = parser.parse_args()
-  table = embeddings.read(args.workdir / "embeddings")
+  table = embedding_files.read_embeddings(args.workdir / "embeddings")
   as_of = max(table["as_of"].to_pylist())
   table = table.filter(pc.equal(table["as_of"], pa.scalar(as_of, table["as_of"].type))).slice(0, args.users)
-  wanted, day = embeddings.vectors(table), as_of.isoformat()
+  wanted, day = embedding_files.embedding_vectors(table), as_of.isoformat()
   with served(args.model) as (address, process):
     schema = httpx.get(f"{address}/schema").json()
     users = raw_users(config.load_json(args.workdir / "config.json"), schema, table["user_id"].to_pylist())

@@ -33,11 +33,10 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training import loop
-from supermoe_jax.training import statistics as statistics_lib
-from supermoe_jax.training.step import compiled, create_state, place
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.training import loop, task_statistics
+from supermoe_jax.training.step import compiled_program, create_state, place_on_mesh
 
 STEPS = 5  # of a program's turn
 
@@ -57,11 +56,13 @@ class Program:
   def __init__(self, cfg: config.Config, dataset: Dataset, taken: list[Any]):
     self._mesh = sharding.make_mesh(cfg.train.mesh)
     _, self._state = create_state(cfg, dataset.schema, self._mesh)
-    measured = statistics_lib.measure(cfg.active_tasks, dataset.schema.outputs, taken, len(taken))
+    measured = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, taken, len(taken))
     self._constants = jax.tree.map(jnp.float32, measured)
-    self._batches = [place(batch, self._mesh) for batch in taken]
+    self._batches = [place_on_mesh(batch, self._mesh) for batch in taken]
     with jax.set_mesh(self._mesh):
-      lowered = compiled(cfg, dataset.schema, self._mesh).step.lower(self._state, self._batches[0], self._constants)
+      lowered = compiled_program(cfg, dataset.schema, self._mesh).step.lower(
+        self._state, self._batches[0], self._constants
+      )
       self._step = lowered.compile()
     cost = self._step.cost_analysis() or {}
     self.flops, self.bytes = float(cost.get("flops", 0)), float(cost.get("bytes accessed", 0))
@@ -122,7 +123,7 @@ def main() -> None:
   args, overrides = parser.parse_known_args()
   cfg = config.override(config.load(args.config, overrides), ["--config.train.steps_per_call=1"])
   dataset = Dataset(cfg.data.path)
-  taken = list(itertools.islice(batches.training(dataset, cfg), STEPS))
+  taken = list(itertools.islice(training_batches.training_batches(dataset, cfg), STEPS))
   programs = {name: Program(c, dataset, taken) for name, c in variants(cfg).items()}
   peak = products()
   for program in programs.values():

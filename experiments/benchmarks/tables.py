@@ -148,17 +148,17 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], 
 
   from supermoe_jax import config
   from supermoe_jax.layers import exchange, table
-  from supermoe_jax.training import row_optimizers, tables
+  from supermoe_jax.training import row_optimizers, table_step
 
-  mover = row_optimizers.make(config.Tables(optimizer=optimizer))
+  mover = row_optimizers.make_row_optimizer(config.Tables(optimizer=optimizer))
 
   def create() -> Any:
     rows = table.EmbeddingTable(size, WIDTH, rngs=nnx.Rngs(0)).rows.get_value()
-    return rows, tables.slots(mover, rows, WIDTH)
+    return rows, table_step.row_state(mover, rows, WIDTH)
 
   def step(rows: Any, slots: Any, codes: Any) -> Any:
     extent = exchange.Extent(size, rows.shape[1])
-    asked, _ = table.distinct(codes, extent)
+    asked, _ = table.distinct_codes(codes, extent)
     found = table.fetch(rows, asked, extent)
 
     def loss(vectors: Any) -> Any:
@@ -166,7 +166,7 @@ def sparse(size: int, optimizer: str, target: Any) -> tuple[Callable[..., Any], 
 
     value, gradient = jax.value_and_grad(loss)(found.rows)
     touched = table.collect(rows, asked, gradient)
-    rows, slots = tables.apply(rows, slots, touched, tables.Rule(mover, 0.05))
+    rows, slots = table_step.move_rows(rows, slots, touched, table_step.MoveRule(mover, 0.05))
     return rows, slots, value
 
   return create, step

@@ -64,7 +64,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _watched() -> bool:
-  """Whether another process watches over this one; see `training.lookout`."""
+  """Whether another process watches over this one; see `distributed.supervisor`."""
   return "SUPERMOE_LOOKOUT" in os.environ
 
 

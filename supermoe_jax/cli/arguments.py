@@ -38,7 +38,7 @@ def add_checkpoint(verb: argparse.ArgumentParser) -> None:
 
 
 def add_processes(verb: argparse.ArgumentParser) -> None:
-  """Adds what says which process of several this is; see `hosts.find`."""
+  """Adds what says which process of several this is; see `processes.find_place`."""
   several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
   several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
   several.add_argument("--processes", type=int, metavar="N", help="how many there are")

@@ -11,10 +11,10 @@ from supermoe_jax.cli.arguments import Verbs, add_config
 from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-  from supermoe_jax.data import prepare
+  from supermoe_jax.data.preparation import prepare
 
 
-def add(verbs: Verbs) -> None:
+def add_data_verbs(verbs: Verbs) -> None:
   """Adds the verbs."""
   verb = verbs.add_parser("inspect", help="read event files and propose a config")
   verb.add_argument("files", nargs="+", help="paths or globs of event files")
@@ -57,9 +57,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-  from supermoe_jax.data import inspection
+  from supermoe_jax.data.inspect import inspect
 
-  found = inspection.inspect(args.files, args.format)
+  found = inspect.inspect(args.files, args.format)
   print(found.render())
   if args.out is not None:
     if not found.config:
@@ -75,25 +75,26 @@ def _prepare(args: argparse.Namespace) -> None:
   cfg = config.load(args.config, [*args.overrides, *memory])
   if args.beam and not args.runner:
     raise ConfigError("--beam has no effect without --runner.")
-  from supermoe_jax.data import prepare, summary
+  from supermoe_jax.data.preparation import prepare, summary
 
   engine: prepare.Engine | None = None
   if args.runner:
-    from supermoe_jax.data import beam
+    from supermoe_jax.data.beam import pipeline
 
-    engine = beam.Beam(args.runner, args.beam)
-  print(summary.render(prepare.prepare(cfg, overwrite=args.overwrite, engine=engine)))
+    engine = pipeline.Beam(args.runner, args.beam)
+  print(summary.dataset_summary(prepare.prepare(cfg, overwrite=args.overwrite, engine=engine)))
 
 
 def _append(args: argparse.Namespace) -> None:
-  from supermoe_jax.data import append, new_files, summary
+  from supermoe_jax.data.append import append, new_files
+  from supermoe_jax.data.preparation import summary
 
   files = new_files.named_files(args.data, args.files) if args.files else None
   manifest = append.append(args.data, files, keep_vocabularies=args.keep_vocabularies, memory=args.memory)
-  print(summary.render_append(manifest))
+  print(summary.append_summary(manifest))
 
 
 def _check(args: argparse.Namespace) -> None:
-  from supermoe_jax.data import check
+  from supermoe_jax.data.check import check
 
-  print(check.render(check.check(args.data, sample=args.sample, seed=args.seed)))
+  print(check.check_summary(check.check_dataset(args.data, sample=args.sample, seed=args.seed)))

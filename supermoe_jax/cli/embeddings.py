@@ -11,7 +11,7 @@ from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_processes, add
 _SPARED = {"kept": "taken over from --since", "done_before": "done before this command went on"}
 
 
-def add(verbs: Verbs) -> None:
+def add_embedding_verbs(verbs: Verbs) -> None:
   """Adds the verbs."""
   verb = verbs.add_parser("embed", help="write the embeddings of all users as of one or more times")
   add_workdir(verb)
@@ -41,16 +41,16 @@ def add(verbs: Verbs) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
-  from supermoe_jax import hosts
+  from supermoe_jax.distributed import processes
 
-  hosts.initialize(hosts.find(args.coordinator, args.processes, args.process))
-  from supermoe_jax.serving import embed
+  processes.initialize(processes.find_place(args.coordinator, args.processes, args.process))
+  from supermoe_jax.embeddings import embed
 
   out = args.out or args.workdir / "embeddings"
   options = {"overwrite": args.overwrite, "since": args.since, "columns": args.columns, "dtype": args.dtype}
   manifest = embed.embed(open_run(args), args.as_of, out, **options)
-  hosts.leave()
-  if not hosts.first():
+  processes.leave()
+  if not processes.is_first():
     return
   print(f"{manifest['rows']:,} embeddings of width {manifest['width']} in {manifest['parts']} part(s): {out}")
   for time, count in manifest["as_of"].items():

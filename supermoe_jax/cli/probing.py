@@ -13,7 +13,7 @@ from supermoe_jax.cli.arguments import Verbs
 from supermoe_jax.errors import ConfigError, ExitCode
 
 
-def add(verbs: Verbs) -> None:
+def add_probing_verbs(verbs: Verbs) -> None:
   """Adds the verb."""
   verb = verbs.add_parser(
     "probe",
@@ -78,30 +78,30 @@ def add(verbs: Verbs) -> None:
 
 
 def _probe(args: argparse.Namespace) -> int:
-  from supermoe_jax.evaluation.probing import requirements
+  from supermoe_jax.probing import requirements
 
   try:
     named = _named(args)
-    required = [requirements.parse(text) for text in args.require]
+    required = [requirements.parse_requirement(text) for text in args.require]
     kinds = _kinds(args.kind)
     _check_numbers(args)
   except ValueError as error:
     return _usage(str(error))
   from supermoe_jax import atomic_files
   from supermoe_jax.evaluation import evaluate
-  from supermoe_jax.evaluation.probing import measuring, models, probe, words
+  from supermoe_jax.probing import models, probe, probe_tables, protocol
 
   out = _out(args.out, next(iter(named.values())))
-  options = probe.Options(
+  options = probe.ProbeOptions(
     models=tuple(dict.fromkeys(args.models)),
     beside=None if args.beside is None else () if args.beside == ["none"] else tuple(dict.fromkeys(args.beside)),
     workdir=args.workdir,
     as_of=tuple(config.parse_time(t, "--as-of") for t in args.as_of),
-    protocol=measuring.Protocol(args.folds, args.repeats, args.temporal, args.seed, args.resamples),
+    protocol=protocol.Protocol(args.folds, args.repeats, args.temporal, args.seed, args.resamples),
     threads=args.threads or models.default_threads(),
     mlp_size=None if args.mlp_size is None else tuple(args.mlp_size),
   )
-  table, (judged, *others) = probe.read(
+  table, (judged, *others) = probe.read_inputs(
     args.labels, named, user=args.user, time=args.time, wanted=args.label, kinds=kinds
   )
   beside = [o.name for o in others] + list(("aggregates",) if options.beside is None else options.beside)
@@ -111,12 +111,12 @@ def _probe(args: argparse.Namespace) -> int:
   except ValueError as error:
     return _usage(str(error))
   result = probe.probe(table, judged, others, options)
-  result["requirements"] = requirements.judge(required, result)
+  result["requirements"] = requirements.judge_requirements(required, result)
   atomic_files.write_file(
     out, json.dumps({"labels_file": str(args.labels), **result}, indent=1, ensure_ascii=False) + "\n"
   )
-  print(evaluate.render(words.table(result)))
-  print(*words.lines(result), sep="\n")
+  print(evaluate.aligned_table(probe_tables.probe_table(result)))
+  print(*probe_tables.probe_notes(result), sep="\n")
   print(f"all figures: {out}")
   for r in result["requirements"]:
     if not r["met"]:

@@ -9,7 +9,7 @@ from supermoe_jax.cli.arguments import Verbs
 from supermoe_jax.errors import ConfigError
 
 
-def add(verbs: Verbs) -> None:
+def add_search_verbs(verbs: Verbs) -> None:
   """Adds the verbs."""
   verb = verbs.add_parser("neighbors", help="the users that are nearest to some, or to each")
   _add_embeddings(verb)
@@ -71,9 +71,9 @@ def _neighbors(args: argparse.Namespace) -> None:
     raise ConfigError("--all writes neighbours of everyone; name a Parquet file with --out.")
   if args.out is not None and not args.out.parent.is_dir():
     raise ConfigError(f"{args.out}: there is no directory {args.out.parent}; make it first.")
-  from supermoe_jax.serving import similar
+  from supermoe_jax.embeddings import neighbors
 
-  search = similar.open_search(
+  search = neighbors.open_search(
     args.embeddings,
     metric=args.metric,
     as_of=args.as_of,
@@ -83,27 +83,29 @@ def _neighbors(args: argparse.Namespace) -> None:
   )
   print(*search.said, sep="\n")
   if args.all:
-    rows = similar.write(search, args.k, args.out)
+    rows = neighbors.write_all_neighbors(search, args.k, args.out)
     print(f"{rows:,} rows: {args.out}")
     return
   table = search.of(args.user, args.k)
-  print(*similar.render(table, args.metric), sep="\n")
+  print(*neighbors.neighbors_text(table, args.metric), sep="\n")
   if args.out is not None:
-    similar.write_table(table, args.out)
+    neighbors.write_neighbors(table, args.out)
     print(f"{len(table):,} rows: {args.out}")
 
 
 def _audience(args: argparse.Namespace) -> None:
-  from supermoe_jax.serving import audience
+  from supermoe_jax.embeddings import audience
 
   report = audience.audience(args.embeddings, args.seeds, args.size, args.out, method=args.method, as_of=args.as_of)
-  print(*audience.render(report), sep="\n")
+  print(*audience.audience_summary(report), sep="\n")
   print(f"{report['size']:,} users: {args.out}")
 
 
 def _align(args: argparse.Namespace) -> None:
-  from supermoe_jax.serving import align
+  from supermoe_jax.embeddings import align
 
-  manifest = align.align(args.embeddings, args.to, args.out, max_drift=args.max_drift, overwrite=args.overwrite)
-  print(*align.render(manifest), sep="\n")
+  manifest = align.align_embeddings(
+    args.embeddings, args.to, args.out, max_drift=args.max_drift, overwrite=args.overwrite
+  )
+  print(*align.alignment_summary(manifest), sep="\n")
   print(f"{manifest['rows']:,} embeddings of width {manifest['width']}, in the space of {args.to}: {args.out}")

@@ -10,7 +10,7 @@ from supermoe_jax.errors import ConfigError
 from supermoe_jax.serving.requests import Limits
 
 
-def add(verbs: Verbs) -> None:
+def add_serving_verbs(verbs: Verbs) -> None:
   """Adds the verbs."""
   verb = verbs.add_parser("export", help="write the encoder with its preprocessing, for use with JAX and NumPy alone")
   add_workdir(verb)
@@ -46,7 +46,9 @@ def _export(args: argparse.Namespace) -> None:
 
   out = args.out or args.workdir / "encoder"
   sizes = tuple(args.batch_sizes) or export.BATCH_SIZES
-  manifest = export.export(open_run(args), out, batch_sizes=sizes, events=tuple(args.lengths), overwrite=args.overwrite)
+  manifest = export.export_encoder(
+    open_run(args), out, batch_sizes=sizes, events=tuple(args.lengths), overwrite=args.overwrite
+  )
   programs = len(manifest["programs"])
   print(f"encoder of step {manifest['step']}, width {manifest['width']}, for {', '.join(manifest['platforms'])}: {out}")
   print(f"  {programs} programs: batches of {_listed(manifest['batch_sizes'])} × {_listed(manifest['lengths'])} events")
@@ -63,15 +65,15 @@ def _serve(args: argparse.Namespace) -> None:
 
   from supermoe_jax.serving import loader
 
-  encoder = loader.load(args.model)
+  encoder = loader.load_encoder(args.model)
   with tqdm(total=len(encoder.programs), desc="compiling", unit=" programs") as bar:
     encoder.warm_up(lambda *unused: bar.update())
-  settings = service.Settings(
+  settings = service.ServiceSettings(
     limits=Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),
     wait=args.wait_ms / 1000,
     most_waiting=args.most_waiting,
   )
-  uvicorn.run(service.app(encoder, settings), host=args.host, port=args.port, access_log=False)
+  uvicorn.run(service.make_app(encoder, settings), host=args.host, port=args.port, access_log=False)
 
 
 def _listed(numbers: list[int]) -> str:

@@ -13,7 +13,7 @@ from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_config, add_pr
 from supermoe_jax.errors import ConfigError, ExitCode
 
 
-def add(verbs: Verbs) -> None:
+def add_training_verbs(verbs: Verbs) -> None:
   """Adds the verbs."""
   verb = verbs.add_parser(
     "plan", help="what a training step takes on a pod: memory, traffic, time; compiled, not guessed"
@@ -88,36 +88,35 @@ def _plan(args: argparse.Namespace) -> None:
   topologies = [chips.topology(name, args.slices) for name in args.topology]
   found: Any
   if args.sweep:
-    found = sweep.sweep(cfg, topologies, args.sweep, args.effort)
-    print(*sweep.lines(found), sep="\n")
+    found = sweep.sweep_topologies(cfg, topologies, args.sweep, args.effort)
+    print(*sweep.sweep_table(found), sep="\n")
     if args.figure:
-      sweep.draw(found, args.figure)
+      sweep.draw_sweep(found, args.figure)
   else:
-    found = plan.plan(cfg, topologies[0], args.effort)
-    print(*render.lines(found), sep="\n")
+    found = plan.plan_step(cfg, topologies[0], args.effort)
+    print(*render.plan_text(found), sep="\n")
   if args.json:
     args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _train(args: argparse.Namespace) -> int:
   cfg = config.load(args.config, args.overrides)
-  from supermoe_jax import hosts
-  from supermoe_jax.training import lookout
+  from supermoe_jax.distributed import processes, supervisor
 
   if args.dry_run:
     from supermoe_jax.plan import dry_run
 
-    print(*dry_run.describe(cfg), sep="\n")
+    print(*dry_run.describe_run(cfg), sep="\n")
     return ExitCode.OK
-  if lookout.watched():
-    lookout.follow()
-  place = hosts.find(args.coordinator, args.processes, args.process)
-  if place is not None and not lookout.watched():
-    return lookout.watch(args.arguments, place, args.workdir)
+  if supervisor.watched():
+    supervisor.follow()
+  place = processes.find_place(args.coordinator, args.processes, args.process)
+  if place is not None and not supervisor.watched():
+    return supervisor.watch(args.arguments, place, args.workdir)
   from supermoe_jax.training import loop
 
   step = loop.train(cfg, args.workdir, place=place, profile=args.profile)
-  if hosts.first():
+  if processes.is_first():
     print(f"trained to step {step}: {args.workdir}")
   return ExitCode.OK
 
@@ -127,7 +126,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
   run = open_run(args)
   result = evaluate.evaluate(run)
-  print(evaluate.render(evaluate.table(result)))
+  print(evaluate.aligned_table(evaluate.results_table(result)))
   print(f"of step {run.step}; all metrics, validation too: {args.workdir / 'evaluation.json'}")
 
 
@@ -135,10 +134,11 @@ def _seesaw(args: argparse.Namespace) -> None:
   if args.jobs < 1:
     raise ConfigError(f"--jobs={args.jobs} must be at least 1.")
   cfg = config.load(args.config, args.overrides)
-  from supermoe_jax.evaluation import evaluate, seesaw_words, study
+  from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.seesaw import sentences, study
 
   report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only)
-  print(evaluate.render(seesaw_words.table(report)))
+  print(evaluate.aligned_table(sentences.gains_table(report)))
   print(*report["words"], sep="\n")
   print(f"all figures: {args.workdir / 'seesaw.json'}; with pictures: {args.workdir / 'seesaw.html'}")
 
@@ -146,4 +146,4 @@ def _seesaw(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
   from supermoe_jax import report
 
-  print(f"report: {report.write(args.workdir)}")
+  print(f"report: {report.write_report(args.workdir)}")

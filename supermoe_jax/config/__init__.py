@@ -6,7 +6,7 @@ nearest valid one.
 """
 
 from supermoe_jax.config.hashing import hash_fields
-from supermoe_jax.config.loading import differences, load, load_json, override, read, resolve, save
+from supermoe_jax.config.loading import differences, load, load_json, override, read_config, resolve, save
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
   Aggregates,
@@ -25,6 +25,7 @@ from supermoe_jax.config.schema import (
   UserTable,
   Validate,
   Weighting,
+  format_time,
   parse_time,
   to_dict,
 )
@@ -77,13 +78,14 @@ __all__ = [
   "Weighting",
   "answer",
   "differences",
+  "format_time",
   "hash_fields",
   "load",
   "load_json",
   "override",
   "parse_sample_space",
   "parse_time",
-  "read",
+  "read_config",
   "resolve",
   "save",
   "to_dict",

@@ -10,7 +10,7 @@ from supermoe_jax.config.task_checks import require as _require
 from supermoe_jax.errors import nearest
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
   """Rejects combinations that can never work, before any file is read."""
   _check_data(config.data)
   check_tasks(config)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from supermoe_jax import atomic_files
-from supermoe_jax.config.checks import check
+from supermoe_jax.config.checks import check_config
 from supermoe_jax.config.schema import Config, to_dict
 from supermoe_jax.config.tasks import TASK_KINDS, Task
 from supermoe_jax.errors import ConfigError, nearest
@@ -36,7 +36,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     ConfigError: an unknown key, a value of the wrong type, or an impossible combination.
   """
   config = _build(Config, raw, "config")
-  check(config)
+  check_config(config)
   return config
 
 
@@ -91,10 +91,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     ConfigError: as `read`; what the file gives cannot be used.
   """
-  return override(_build(Config, read(path).to_dict(), "config"), overrides)
+  return override(_build(Config, read_config(path).to_dict(), "config"), overrides)
 
 
-def read(path: str) -> ml_collections.ConfigDict:
+def read_config(path: str) -> ml_collections.ConfigDict:
   """What a config file's `get_config` returns, for a config that begins as another one does.
 
   As with `ml_collections`, what follows a colon is given to `get_config`: `file.py:argument`.

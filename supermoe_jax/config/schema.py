@@ -347,14 +347,14 @@ class Config:
 
   def data_hash(self) -> str:
     """Identifies a preparation."""
-    return _digest(self.data_identity())
+    return _hash_text(self.data_identity())
 
   def hash(self) -> str:
     """Identifies the whole configuration."""
-    return _digest(to_dict(self))
+    return _hash_text(to_dict(self))
 
 
-def _digest(value: Any) -> str:
+def _hash_text(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -368,6 +368,13 @@ def parse_time(text: str, path: str) -> int:
     moment = moment.replace(tzinfo=datetime.UTC)
   epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
   return (moment - epoch) // datetime.timedelta(microseconds=1)
+
+
+def format_time(microseconds: int) -> str:
+  """Returns the ISO 8601 text, in UTC and to the second, of a time in microseconds since 1970."""
+  import numpy as np  # reading a config needs no NumPy
+
+  return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
 
 
 def to_dict(value: Any) -> Any:

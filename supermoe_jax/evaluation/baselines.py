@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data import labels as labels_lib
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.labels import Comparison, Labels
-from supermoe_jax.data.questions import Question
-from supermoe_jax.data.schema import make_comparison
-from supermoe_jax.data.splits import TRAIN
-from supermoe_jax.evaluation import probes
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.dataset.snapshot_batches import Query
+from supermoe_jax.data.encoding.splits import TRAIN
+from supermoe_jax.data.format.schema import make_comparison
+from supermoe_jax.data.tasks import labels
+from supermoe_jax.data.tasks.labels import Comparison, Labels
+from supermoe_jax.evaluation import linear_probes
 
 # Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred
 # inputs, and a record costs about a millisecond.
@@ -34,7 +34,7 @@ def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> n
   return rank
 
 
-def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Question], target: np.ndarray) -> np.ndarray:
+def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Query], target: np.ndarray) -> np.ndarray:
   """Ranks targets by how often they occur in the user's own history, then by frequency in the training period."""
   column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
   rank = np.full(len(target), np.inf)
@@ -77,7 +77,7 @@ class AggregateModels:
   def __init__(self, dataset: Dataset, cfg: config.Config):
     """Fits the models of the config's active tasks."""
     self._dataset = dataset
-    self._probes: dict[str, probes.Predictor] = {}
+    self._probes: dict[str, linear_probes.Predictor] = {}
     answers = {n: config.answer(t) for n, t in cfg.active_views.items() if not isinstance(t, config.AT_EVENTS)}
     if not dataset.schema.aggregates or not answers:
       return
@@ -99,9 +99,9 @@ class AggregateModels:
     for task, answer in answers.items():
       if ys[task]:
         x, y = np.array(xs[task]), np.array(ys[task])
-        self._probes[task] = probes.fit(answer, x, y, dataset.schema.outputs[task])
+        self._probes[task] = linear_probes.fit_probe(answer, x, y, dataset.schema.outputs[task])
 
-  def predictions(self, questions: Sequence[Question]) -> dict[str, np.ndarray]:
+  def predictions(self, questions: Sequence[Query]) -> dict[str, np.ndarray]:
     """Answers of each task to each question; empty without aggregates.
 
     Probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
@@ -116,7 +116,7 @@ class AggregateModels:
     return {t: np.concatenate(p) for t, p in parts.items()}
 
 
-def at_questions(dataset: Dataset, questions: Sequence[Question]) -> np.ndarray:
+def at_questions(dataset: Dataset, questions: Sequence[Query]) -> np.ndarray:
   """Standardised aggregates at questions: float32 `[n, A]`."""
   users, owner = np.unique([q.user for q in questions], return_inverse=True)
   block = dataset.histories(users)
@@ -128,4 +128,4 @@ def at_questions(dataset: Dataset, questions: Sequence[Question]) -> np.ndarray:
 def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:
   """Whether the task has a label in its sample space at each snapshot: bool `[S]`."""
   inside = space and space(Labels(record[f"label_{space.task}"], record[f"known_{space.task}"] > 0))
-  return labels_lib.supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]
+  return labels.supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]

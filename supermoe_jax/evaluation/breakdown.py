@@ -19,7 +19,7 @@ BINS = 10  # of a reliability diagram, equally filled as those of `metrics.expec
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class ScoredAnswers:
   """The known labels of one task, n of them, with the answers of the run and of its baselines.
 
   Attributes:
@@ -49,8 +49,8 @@ class Answers:
     others = {b: self._influence(a) for b, a in self.baselines.items()}
     return {
       "users": len(np.unique(self.user)),
-      "run": _listed(intervals.interval(self.form, run, self.user)),
-      "baselines": {b: _listed(intervals.interval(self.form, o, self.user)) for b, o in others.items()},
+      "run": _listed(intervals.user_interval(self.form, run, self.user)),
+      "baselines": {b: _listed(intervals.user_interval(self.form, o, self.user)) for b, o in others.items()},
       "differences": {b: intervals.difference(run, o, self.user) for b, o in others.items()},
     }
 
@@ -73,7 +73,7 @@ class Answers:
       found = self._influence(answer, where)
       scored = {
         "value": None if found is None else found.value,
-        "interval": _listed(intervals.interval(self.form, found, self.user[where])),
+        "interval": _listed(intervals.user_interval(self.form, found, self.user[where])),
       }
       if name == "run":
         out["run"] = scored

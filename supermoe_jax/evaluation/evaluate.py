@@ -12,13 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.labels import Labels
-from supermoe_jax.data.questions import Question, QuestionBatch
-from supermoe_jax.data.splits import SPLITS
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
+from supermoe_jax.data.encoding.splits import SPLITS
+from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, event_experts, intervals, metrics, ranking
-from supermoe_jax.evaluation.breakdown import Answers
+from supermoe_jax.evaluation.breakdown import ScoredAnswers
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.training.run import Run
 
@@ -50,7 +50,7 @@ class _Collected(NamedTuple):
     gate: float32 `[n, T, E]`; None without gates.
   """
 
-  questions: list[Question]
+  questions: list[Query]
   answers: dict[str, np.ndarray]
   labels: dict[str, Labels]
   seen: dict[str, list[np.ndarray]]
@@ -59,7 +59,7 @@ class _Collected(NamedTuple):
   gate: np.ndarray | None
 
 
-class _Asked(NamedTuple):
+class _TaskAnswers(NamedTuple):
   """The known labels of one task, with the model's answers: n of them, each of question `question [n]`."""
 
   value: np.ndarray
@@ -74,7 +74,7 @@ def evaluate(
   progress: bool = True,
   splits: Sequence[str] = EVALUATED_SPLITS,
   write: bool = True,
-  asked: Mapping[str, Sequence[QuestionBatch]] | None = None,
+  asked: Mapping[str, Sequence[QueryBatch]] | None = None,
   most: int = 0,
 ) -> dict[str, Any]:
   """Measures every active task that has labels and returns what `evaluation.json` holds.
@@ -103,13 +103,13 @@ def evaluate(
   aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
   measured: dict[str, dict[str, Any]] = {}
   load: dict[str, Any] = {}
-  answers: dict[str, Answers] = {}
+  answers: dict[str, ScoredAnswers] = {}
   for split in splits:
     expected = run.dataset.manifest["snapshots"][split]
     if asked is not None:
-      questions: Iterable[QuestionBatch] = asked[split]
+      questions: Iterable[QueryBatch] = asked[split]
     else:
-      questions = questions_lib.questions(run.dataset, run.cfg, split=SPLITS[split], most=most)
+      questions = snapshot_batches.query_batches(run.dataset, run.cfg, split=SPLITS[split], most=most)
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
@@ -131,7 +131,7 @@ def evaluate(
       "intervals": intervals.METHOD,
       "by_history": {n: a.by_history() for n, a in answers.items()},
       "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
-      "event_experts": event_experts.count(run, progress=progress),
+      "event_experts": event_experts.count_experts(run, progress=progress),
     }
   result["seconds"] = round(clock.monotonic() - begun, 1)
   if write:
@@ -148,14 +148,14 @@ def metric_names(cfg: config.Config, task: config.LabelledTask) -> list[str]:
   """The names of all metrics of a task: those of two answers, right ones."""
   form, two = config.answer(task), np.arange(2)
   if form == "catalogue":
-    return sorted(metrics.ranking(two + 1.0, cfg.evaluate.cutoffs))
+    return sorted(metrics.ranking_metrics(two + 1.0, cfg.evaluate.cutoffs))
   value = np.eye(2) if form == "multilabel" else two
   return sorted(_score(task, value, np.eye(2) if form == "multiclass" else value.astype(np.float64), two))
 
 
-def _collect(run: Run, split: str, questions: Iterable[QuestionBatch], expected: int | None) -> _Collected:
+def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: int | None) -> _Collected:
   """Asks the questions, under a bar of so many where they are `expected`."""
-  asked: list[Question] = []
+  asked: list[Query] = []
   tasks = run.cfg.active_views
   answers: dict[str, list[np.ndarray]] = {n: [] for n in tasks}
   labels: dict[str, list[Labels]] = {n: [] for n in tasks}
@@ -202,13 +202,13 @@ def _task(
   collected: _Collected,
   compare: bool,
   by_aggregates: np.ndarray | None,
-) -> tuple[dict[str, Any], Answers] | None:
+) -> tuple[dict[str, Any], ScoredAnswers] | None:
   """Metrics and baselines of one task, and the answers that they are of; None without any label."""
   label = collected.labels[name]
   known = np.nonzero(label.known)  # of a task with several events a question: the events
   if not len(known[0]):
     return None
-  asked = _Asked(label.value[known], collected.answers[name][known], known[0])
+  asked = _TaskAnswers(label.value[known], collected.answers[name][known], known[0])
   if isinstance(task, config.NextEvent):
     return _ranking(run, name, task, asked, collected, compare)
   users = np.array([q.user for q in collected.questions])[asked.question]
@@ -233,14 +233,14 @@ def _task(
 def _answers(
   run: Run,
   form: config.Answer,
-  asked: _Asked,
+  asked: _TaskAnswers,
   own: np.ndarray,
   others: Mapping[str, np.ndarray],
   collected: _Collected,
-) -> Answers:
+) -> ScoredAnswers:
   questions = [collected.questions[i] for i in asked.question]
   user, events = (np.array([getattr(q, k) for q in questions]) for k in ("user", "n_events"))
-  return Answers(form, asked.value, own, others, user, events, max(run.cfg.evaluate.cutoffs))
+  return ScoredAnswers(form, asked.value, own, others, user, events, max(run.cfg.evaluate.cutoffs))
 
 
 def predictions(form: config.Answer, answer: np.ndarray) -> np.ndarray:
@@ -257,20 +257,20 @@ def predictions(form: config.Answer, answer: np.ndarray) -> np.ndarray:
 def _score(task: config.LabelledTask, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
   form = config.answer(task)
   if form == "regression":
-    return metrics.regression(value, predicted)
+    return metrics.regression_metrics(value, predicted)
   if form == "multiclass":
-    return metrics.multi_class(value.astype(np.int64), predicted)
+    return metrics.multi_class_metrics(value.astype(np.int64), predicted)
   value = value.astype(np.float32)
   if form == "multilabel":
-    return metrics.multi_label(value, predicted)
+    return metrics.multi_label_metrics(value, predicted)
   if isinstance(task, config.EventLabel):
-    return metrics.event_binary(value, predicted, users)
-  return metrics.binary(value, predicted)
+    return metrics.event_binary_metrics(value, predicted, users)
+  return metrics.binary_metrics(value, predicted)
 
 
 def _ranking(
-  run: Run, name: str, task: config.NextEvent, asked: _Asked, collected: _Collected, compare: bool
-) -> tuple[dict[str, Any], Answers]:
+  run: Run, name: str, task: config.NextEvent, asked: _TaskAnswers, collected: _Collected, compare: bool
+) -> tuple[dict[str, Any], ScoredAnswers]:
   value, state = asked.value, asked.answer
   seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
   items, chunk = run.catalogue(name), run.cfg.evaluate.catalogue_chunk
@@ -291,8 +291,8 @@ def _ranking(
   out = {
     "labels": len(value),
     "unseen_in_training": int(np.sum(value < 2)),
-    "metrics": metrics.ranking(own, cutoffs),
-    "baselines": {b: metrics.ranking(rank, cutoffs) for b, rank in others.items()},
+    "metrics": metrics.ranking_metrics(own, cutoffs),
+    "baselines": {b: metrics.ranking_metrics(rank, cutoffs) for b, rank in others.items()},
   }
   return out, _answers(run, "catalogue", asked, own, others, collected)
 
@@ -324,7 +324,7 @@ def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: 
   return out
 
 
-def table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:
+def results_table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:
   """Rows for people: task, labels, metric, this run, each baseline; the first row is the heading."""
   tasks = result["splits"][split]
   names = list(dict.fromkeys(b for t in tasks.values() for b in t["baselines"]))
@@ -341,7 +341,7 @@ def _cell(value: float | None) -> str:
   return "–" if value is None else f"{value:.4f}"
 
 
-def render(rows: list[list[str]]) -> str:
+def aligned_table(rows: list[list[str]]) -> str:
   """Aligns a table for the terminal."""
   widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
   lines = [

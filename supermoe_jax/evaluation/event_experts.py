@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.questions import QuestionBatch
-from supermoe_jax.data.splits import TEST
-from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Vocabulary
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
+from supermoe_jax.data.encoding.splits import TEST
+from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Vocabulary
 from supermoe_jax.training.run import Run
 
 # Test snapshots that are drawn, and event tokens after which no more are read: shares of so many are known to about a
@@ -31,7 +31,7 @@ OTHER = "(out of vocabulary)"
 HASHED = "(other values, hashed)"
 
 
-def count(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
+def count_experts(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
   """Counts where the events of a sample of test snapshots were sent; None of a model without expert layers.
 
   Returns: `snapshots` and `tokens` counted, the choices of each layer's experts `[M, E]` in all (`overall`), of each
@@ -41,7 +41,7 @@ def count(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
   model = run.cfg.model
   if model.encoder == "gru" or not model.moe_every or model.layers < model.moe_every:
     return None
-  asked = questions_lib.questions(run.dataset, run.cfg, split=TEST, most=SNAPSHOTS)
+  asked = snapshot_batches.query_batches(run.dataset, run.cfg, split=TEST, most=SNAPSHOTS)
   expected = min(run.dataset.manifest["snapshots"]["test"], SNAPSHOTS)
   snapshots, tokens = 0, 0
   sources: list[np.ndarray] = []
@@ -64,20 +64,22 @@ def count(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
   return {
     "snapshots": snapshots,
     "tokens": tokens,
-    **tally(
+    **count_choices(
       run.dataset, np.concatenate(sources), np.concatenate(codes), np.concatenate(experts, axis=1), model.experts
     ),
   }
 
 
-def _valid(batch: QuestionBatch) -> np.ndarray:
+def _valid(batch: QueryBatch) -> np.ndarray:
   """Whether there is an event, bool `[B, L]`; rows beyond the questions are padding throughout."""
   valid = np.asarray(batch.features.segment) > 0
   valid[len(batch.questions) :] = False
   return valid
 
 
-def tally(dataset: Dataset, source: np.ndarray, codes: np.ndarray, expert: np.ndarray, experts: int) -> dict[str, Any]:
+def count_choices(
+  dataset: Dataset, source: np.ndarray, codes: np.ndarray, expert: np.ndarray, experts: int
+) -> dict[str, Any]:
   """Counts the choices `expert [M, N, K]` of events of `source [N]`, from 1, with `codes [N, F]`."""
   schema = dataset.schema
   columns = [*schema.categorical, *schema.extra_columns]
@@ -119,7 +121,7 @@ def _choices(expert: np.ndarray, experts: int) -> dict[str, Any]:
   return {"tokens": expert.shape[1], "choices": counts}
 
 
-def lift(row: Mapping[str, Any], overall: np.ndarray, layer: int) -> np.ndarray:
+def expert_lift(row: Mapping[str, Any], overall: np.ndarray, layer: int) -> np.ndarray:
   """How many times as often as any token a row's tokens go to each expert of a layer: `[E]`; NaN where none goes.
 
   `overall [E]` are the choices of all tokens in that layer.

@@ -76,14 +76,14 @@ def influence(scored: Scored) -> Influence | None:
 
 def _areas(positive: np.ndarray, score: np.ndarray) -> Influence | None:
   """The mean area under the curves of `positive, score [n, C]` over the columns that hold both classes."""
-  found = [area(positive[:, c], score[:, c]) for c in range(score.shape[1])]
+  found = [area_influence(positive[:, c], score[:, c]) for c in range(score.shape[1])]
   known = [f for f in found if f is not None]
   if not known:
     return None
   return Influence(float(np.mean([f.value for f in known])), np.mean([f.psi for f in known], axis=0))
 
 
-def area(positive: np.ndarray, score: np.ndarray) -> Influence | None:
+def area_influence(positive: np.ndarray, score: np.ndarray) -> Influence | None:
   """The area under the ROC curve of `positive, score [n]` by ranks, and the influences; None with one class only."""
   ones = int(positive.sum())
   zeros = len(positive) - ones
@@ -97,7 +97,7 @@ def area(positive: np.ndarray, score: np.ndarray) -> Influence | None:
   return Influence(value, (above - value) / np.where(positive, ones, zeros))
 
 
-def interval(form: config.Answer, found: Influence | None, user: np.ndarray) -> Interval | None:
+def user_interval(form: config.Answer, found: Influence | None, user: np.ndarray) -> Interval | None:
   """The interval of a metric, labels being of the users `user [n]`; None where the labels tell of none.
 
   At the end of its range (an area of 1) a metric has no spread to be estimated from, and with one user neither.

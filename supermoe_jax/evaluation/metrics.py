@@ -20,18 +20,18 @@ LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae"})
 SMALLEST_PROBABILITY = 1e-7
 
 
-def gain(metric: str, value: float, reference: float) -> float:
+def improvement(metric: str, value: float, reference: float) -> float:
   """Returns by how much `value` is better than `reference`; negative where it is worse."""
   return reference - value if metric in LOWER_IS_BETTER else value - reference
 
 
-def best(metric: str, values: Iterable[float | None]) -> float | None:
+def best_value(metric: str, values: Iterable[float | None]) -> float | None:
   """Returns the best of the values that are not None, or None."""
   known = [v for v in values if v is not None]
-  return max(known, key=lambda v: gain(metric, v, 0.0), default=None)
+  return max(known, key=lambda v: improvement(metric, v, 0.0), default=None)
 
 
-def binary(label: np.ndarray, probability: np.ndarray) -> Metrics:
+def binary_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
   """AUC, average precision, log loss and calibration error of `probability [n]` for `label [n]` of 0 and 1.
 
   AUC and average precision are None when only one class is present.
@@ -46,7 +46,7 @@ def binary(label: np.ndarray, probability: np.ndarray) -> Metrics:
   }
 
 
-def event_binary(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> Metrics:
+def event_binary_metrics(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> Metrics:
   """The metrics of `binary`, and AUC within users: the labels are of events, of which a user has several.
 
   `gauc` is the mean of the users' own AUCs, weighted by their numbers of labels; users whose labels are of one class
@@ -56,7 +56,7 @@ def event_binary(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -
   """
   area, count = _area_of_each_user(label, probability, user)
   mean = float(np.average(area, weights=count)) if len(area) else None
-  return {**binary(label, probability), "gauc": mean, "gauc_users": float(len(area))}
+  return {**binary_metrics(label, probability), "gauc": mean, "gauc_users": float(len(area))}
 
 
 def _area_of_each_user(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ def expected_calibration_error(label: np.ndarray, probability: np.ndarray, bins:
   return float(sum(len(p) * abs(probability[p].mean() - label[p].mean()) for p in parts) / len(label))
 
 
-def multi_class(label: np.ndarray, probability: np.ndarray) -> Metrics:
+def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
   """Accuracy, macro F1, mean AUC, log loss and calibration error of `probability [n, C]` for class indices `label [n]`.
 
   `macro_f1` is the mean over the classes that occur as label or as answer. `auc` is the mean, over the classes that
@@ -106,7 +106,7 @@ def multi_class(label: np.ndarray, probability: np.ndarray) -> Metrics:
   }
 
 
-def multi_label(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metrics:
+def multi_label_metrics(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metrics:
   """Mean AUC over the values that occur (`label, probability [n, values]`), recall in the k likeliest, log loss.
 
   `values_without_auc` counts the values left out of the mean because all or none have them.
@@ -126,7 +126,7 @@ def multi_label(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metr
   }
 
 
-def regression(label: np.ndarray, prediction: np.ndarray) -> Metrics:
+def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
   """Root mean square error, mean absolute error and R² of `prediction [n]`, in the unit of `label [n]`.
 
   R² compares with the mean of these very labels; it is None when they are all alike.
@@ -142,7 +142,7 @@ def regression(label: np.ndarray, prediction: np.ndarray) -> Metrics:
   }
 
 
-def ranking(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
+def ranking_metrics(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
   """HR@k, NDCG@k and MRR@k of one relevant item a question, at `rank [n]` (1 is best; infinite: not ranked)."""
   _require_labels(rank)
   out: Metrics = {}

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supermoe_jax import hosts, sharding
+from supermoe_jax import sharding
+from supermoe_jax.distributed import processes
 from supermoe_jax.layers import catalogue as catalogue_lib
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -20,10 +21,12 @@ def _rank(
 ) -> jax.Array:
   """Ranks of the codes `target [n]`; `seen [n, m]` holds codes, 0 for none."""
   items = Catalogue(rows, bias, size)
-  mine = catalogue_lib.score(state, target[:, None], items)
+  mine = catalogue_lib.score_codes(state, target[:, None], items)
   better = catalogue_lib.count_at_least(state, mine[:, 0], target, items, chunk)
   counted = (seen > 0) & (seen != target[:, None])
-  return 1 + better - jnp.sum(counted & (catalogue_lib.score(state, seen, items) >= mine), axis=1, dtype=jnp.int32)
+  return (
+    1 + better - jnp.sum(counted & (catalogue_lib.score_codes(state, seen, items) >= mine), axis=1, dtype=jnp.int32)
+  )
 
 
 def target_ranks(
@@ -59,4 +62,4 @@ def target_ranks(
   padded = np.zeros((room, np.shape(state)[1]), np.float32)
   padded[:n] = state
   rank = _rank(padded, asked, codes, items.rows, items.bias, items.size, chunk)
-  return np.where(lost, np.inf, hosts.whole(rank)[:n])
+  return np.where(lost, np.inf, processes.whole(rank)[:n])

@@ -12,15 +12,16 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from supermoe_jax import config, hosts
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, metrics
-from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
-from supermoe_jax.training.log import SPEED, keep_until, read_rows
+from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
+from supermoe_jax.training.monitoring.metrics_log import SPEED, read_rows, truncate_rows
 from supermoe_jax.training.run import Run
-from supermoe_jax.training.statistics import TaskStatistics
 from supermoe_jax.training.step import abstract_model
+from supermoe_jax.training.task_statistics import TaskStatistics
 
 FILE = "validation.jsonl"
 
@@ -44,14 +45,14 @@ class Validation:
     """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
     self._graph, _ = abstract_model(cfg, dataset.schema, mesh.devices.flat[0].platform)
-    self._say, self._progress = say, progress and sys.stderr.isatty() and hosts.first()
+    self._say, self._progress = say, progress and sys.stderr.isatty() and processes.is_first()
     self._rows: list[dict[str, Any]] = []
 
   def resume(self, step: int) -> None:
     """Takes up the rows of a run that stands at `step`; those of later ones are dropped."""
-    if hosts.first():
-      keep_until(self._workdir / FILE, step)
-    self._rows = json.loads(hosts.gather(json.dumps(rows(self._workdir)))[0][1])
+    if processes.is_first():
+      truncate_rows(self._workdir / FILE, step)
+    self._rows = json.loads(processes.gather_text(json.dumps(validation_rows(self._workdir)))[0][1])
 
   def due(self, step: int) -> bool:
     """Whether the run is to be validated at `step`, and was not yet."""
@@ -72,10 +73,10 @@ class Validation:
       run, compare=False, progress=self._progress, splits=("validation",), write=False, most=most
     )
     tasks = {n: t["metrics"] for n, t in found["splits"]["validation"].items()}
-    reached = score(self._cfg, tasks)
+    reached = validation_score(self._cfg, tasks)
     row = {"step": step, "score": reached, "tasks": tasks, SPEED: {"seconds": round(clock.monotonic() - begun, 1)}}
     self._rows.append(row)
-    if hosts.first():
+    if processes.is_first():
       with (self._workdir / FILE).open("a") as file:
         file.write(json.dumps(row) + "\n")
     main = ", ".join(f"{n} {m} {_cell(tasks[n][m])}" for n, m in found["main_metric"].items() if n in tasks)
@@ -88,7 +89,7 @@ class Validation:
     return _ordered(self._rows)[: self._cfg.train.validate.checkpoints_kept]
 
 
-def score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | None:
+def validation_score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | None:
   """What "best" means: `config.train.validate.metric`, or the mean of the tasks' main metrics; more is better.
 
   Of numbers R² stands for the root mean square error, which has a unit. Tasks without a value do not count; None where
@@ -98,7 +99,7 @@ def score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | N
   if asked:
     name, metric = asked.split("/")
     value = tasks.get(name, {}).get(metric)
-    return None if value is None else metrics.gain(metric, value, 0.0)
+    return None if value is None else metrics.improvement(metric, value, 0.0)
   main = {n: evaluate.main_metric(cfg, t) for n, t in cfg.active_views.items()}
   values = [found.get("r2" if main[n] == "rmse" else main[n]) for n, found in tasks.items()]
   known = [v for v in values if v is not None]
@@ -114,7 +115,7 @@ def check_metric(cfg: config.Config) -> None:
     )
 
 
-def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def validation_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """All rows of a run directory; none where it was not validated while it trained."""
   return read_rows(workdir / FILE)
 
@@ -126,7 +127,7 @@ def best_checkpoint(workdir: pathlib.Path) -> int:
     RunError: there is none.
   """
   there = set(Checkpoints(workdir).steps)
-  found = [step for step in _ordered(rows(workdir)) if step in there]
+  found = [step for step in _ordered(validation_rows(workdir)) if step in there]
   if not found:
     raise RunError(
       f"{workdir} has no checkpoint that was validated while it trained; train with config.train.validate.every, or "

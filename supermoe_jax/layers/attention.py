@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.layers.linear import linear
+from supermoe_jax.sharding import linear
 
 # Hours at which the learned bias on time gaps may bend: at once, a day, four weeks. Each costs a pass over all pairs.
 GAP_KNOTS = np.log1p(np.array([0.0, 24.0, 672.0]))

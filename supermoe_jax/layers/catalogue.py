@@ -47,7 +47,7 @@ class Catalogue(NamedTuple):
     return cls(rows, jnp.pad(scores, padding).reshape(groups, m), size)
 
 
-class _Part(NamedTuple):
+class _RowChunk(NamedTuple):
   """Rows that all devices see at a time: `rows [n, D]`, `bias [n]`, their codes `code [n]`; 0 where there is none."""
 
   rows: jax.Array
@@ -59,14 +59,14 @@ def _first(i: jax.Array, here: int, step: int) -> jax.Array:
   return jnp.minimum(i * step, here - step)  # the last part may begin within the one before
 
 
-def _sizes(catalogue: Catalogue, chunk: int) -> tuple[int, int, int]:
+def _chunk_sizes(catalogue: Catalogue, chunk: int) -> tuple[int, int, int]:
   """Rows of a device, of those how many make a part, and the number of parts."""
   here, p = catalogue.bias.size // sharding.ways("rows"), catalogue.bias.shape[1] // catalogue.rows.shape[1]
   step = max(p, min(here, chunk // sharding.ways("rows")) // p * p)  # whole lines
   return here, step, -(-here // step)
 
 
-def _part(rows: jax.Array, bias: jax.Array, i: jax.Array, size: int, m: int, step: int) -> _Part:
+def _row_chunk(rows: jax.Array, bias: jax.Array, i: jax.Array, size: int, m: int, step: int) -> _RowChunk:
   """The i-th part, of this device's `rows [n / p, p·D]`, `bias [n]` and those of all others."""
   ways = sharding.ways("rows")
   first, p = _first(i, len(bias), step), len(bias) // len(rows)
@@ -77,10 +77,10 @@ def _part(rows: jax.Array, bias: jax.Array, i: jax.Array, size: int, m: int, ste
   mine = jax.lax.dynamic_slice_in_dim(rows, first // p, step // p), jax.lax.dynamic_slice_in_dim(bias, first, step)
   if ways > 1:
     mine = tuple(jax.lax.all_gather(x, sharding.axes("rows"), tiled=True) for x in mine)
-  return _Part(mine[0].astype(jnp.float32).reshape(code.size, -1), mine[1], code.reshape(-1))
+  return _RowChunk(mine[0].astype(jnp.float32).reshape(code.size, -1), mine[1], code.reshape(-1))
 
 
-def _scores(state: jax.Array, part: _Part) -> jax.Array:
+def _scores(state: jax.Array, part: _RowChunk) -> jax.Array:
   return jnp.where(part.code > 0, state @ part.rows.T + part.bias, -jnp.inf)
 
 
@@ -118,7 +118,7 @@ def _cross_entropy(
 def _cross_entropy_forward(
   state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  _, step, parts = _sizes(Catalogue(rows, bias, size), chunk)
+  _, step, parts = _chunk_sizes(Catalogue(rows, bias, size), chunk)
   m = bias.shape[1]
 
   def local(state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +126,7 @@ def _cross_entropy_forward(
 
     def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       top, total, own = sums
-      part = _part(rows, bias, i, size, m, step)
+      part = _row_chunk(rows, bias, i, size, m, step)
       scores = _scores(state, part)
       higher = jnp.maximum(top, jnp.max(scores, axis=1))
       safe = jnp.where(jnp.isfinite(higher), higher, 0.0)
@@ -148,7 +148,7 @@ def _cross_entropy_backward(
   size: int, chunk: int, saved: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
   state, target, rows, bias, lse = saved
-  _, step, parts = _sizes(Catalogue(rows, bias, size), chunk)
+  _, step, parts = _chunk_sizes(Catalogue(rows, bias, size), chunk)
   m = bias.shape[1]
 
   def local(
@@ -161,7 +161,7 @@ def _cross_entropy_backward(
 
     def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       by_state, by_rows, by_bias = sums
-      part = _part(flat, flat_bias, i, size, m, step)
+      part = _row_chunk(flat, flat_bias, i, size, m, step)
       p = jnp.exp(_scores(state, part) - lse[:, None])
       mine = (part.code == target[:, None]) & (part.code > 0)
       by_score = gradient[:, None] * (p - mine)
@@ -190,10 +190,10 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 # ------------------------------------------------------------------------------------------------------------- ranking
 
 
-def score(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
+def score_codes(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
   """The scores `[n, m]` of the codes `[n, m]` against `state [n, D]`; n must divide over the devices of the batch."""
   extent = exchange.Extent(catalogue.size, catalogue.bias.shape[1])
-  asked, _ = table.distinct(codes, extent)
+  asked, _ = table.distinct_codes(codes, extent)
   found = table.look_up(table.fetch(catalogue.rows, asked, extent), codes, extent)
   bias = table.look_up(table.fetch(catalogue.bias[..., None], asked, extent), codes, extent)
   return jnp.einsum("nd,nmd->nm", state, found) + bias[..., 0]
@@ -206,14 +206,14 @@ def count_at_least(
 
   n must divide over all devices.
   """
-  _, step, parts = _sizes(catalogue, chunk)
+  _, step, parts = _chunk_sizes(catalogue, chunk)
   m = catalogue.bias.shape[1]
 
   def local(state: jax.Array, least: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array) -> jax.Array:
     rows, bias = _flat(rows, bias)
 
     def add(i: jax.Array, found: jax.Array) -> jax.Array:
-      part = _part(rows, bias, i, catalogue.size, m, step)
+      part = _row_chunk(rows, bias, i, catalogue.size, m, step)
       above = (_scores(state, part) >= least[:, None]) & (part.code != but[:, None]) & (part.code > 0)
       return found + jnp.sum(above, axis=1, dtype=jnp.int32)
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import slots
+from supermoe_jax.layers import expert_buffer
 from supermoe_jax.layers.experts import Experts
 
 # Fewest rows that one expert computes at a time when nothing may be dropped.
@@ -77,8 +77,12 @@ def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> 
     return (_in_groups if sharding.platform() == "tpu" else _in_blocks)(tokens, experts)
   x, expert, weight, valid = tokens
   capacity = _capacity(capacity_factor, expert, experts.total)
-  slot, kept, n_slots = _cells(expert, slots.rank(expert, valid, experts.total), capacity, experts.total)
-  y = slots.through(x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.total, capacity, -1))))
+  slot, kept, n_slots = _cells(
+    expert, expert_buffer.rank_choices(expert, valid, experts.total), capacity, experts.total
+  )
+  y = expert_buffer.run_through_buffer(
+    x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.total, capacity, -1)))
+  )
   return Dispatched(y, kept)
 
 
@@ -87,22 +91,25 @@ def _in_blocks(tokens: Tokens, experts: Experts) -> Dispatched:
   x, expert, weight, valid = tokens
   rows = max(BLOCK, expert.size // (4 * experts.total))  # at most 5 E blocks, which each fetch their expert's weights
   blocks = expert.size // rows + experts.total
-  ranked = slots.rank(expert, valid, experts.total)
+  ranked = expert_buffer.rank_choices(expert, valid, experts.total)
   used = (ranked.load + rows - 1) // rows
   end = jnp.cumsum(used)
   slot = jnp.where(ranked.sent, (end - used)[expert] * rows + ranked.rank, blocks * rows)
   group = jnp.minimum(jnp.searchsorted(end, jnp.arange(blocks), side="right"), experts.total - 1)
-  y = slots.through(x, weight, slot, blocks * rows, lambda b: _flat(experts(b.reshape(blocks, rows, -1), group)))
+  y = expert_buffer.run_through_buffer(
+    x, weight, slot, blocks * rows, lambda b: _flat(experts(b.reshape(blocks, rows, -1), group))
+  )
   return Dispatched(y, ranked.sent)
 
 
 def _in_groups(tokens: Tokens, experts: Experts) -> Dispatched:
   """The choices lie one after the other by expert, and one product multiplies groups of any size."""
   x, expert, weight, valid = tokens
-  ranked = slots.rank(expert, valid, experts.total)
-  slot = jnp.where(ranked.sent, slots.places(expert, ranked), expert.size)
+  ranked = expert_buffer.rank_choices(expert, valid, experts.total)
+  slot = jnp.where(ranked.sent, expert_buffer.sorted_places(expert, ranked), expert.size)
   return Dispatched(
-    slots.through(x, weight, slot, expert.size, lambda rows: experts.ragged(rows, ranked.load)), ranked.sent
+    expert_buffer.run_through_buffer(x, weight, slot, expert.size, lambda rows: experts.ragged(rows, ranked.load)),
+    ranked.sent,
   )
 
 
@@ -118,7 +125,9 @@ def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) 
     return sorted_(tokens, experts, capacity_factor)
   x, expert, weight, valid = tokens
   capacity = _capacity(capacity_factor, expert, experts.total)
-  slot, kept, n_slots = _cells(expert, slots.rank(expert, valid, experts.total), capacity, experts.total)
+  slot, kept, n_slots = _cells(
+    expert, expert_buffer.rank_choices(expert, valid, experts.total), capacity, experts.total
+  )
 
   def run(buffer: jax.Array) -> jax.Array:
     axis = sharding.axes("expert")
@@ -126,7 +135,7 @@ def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) 
     arrived = jax.lax.all_to_all(buffer, axis, split_axis=0, concat_axis=1, tiled=True)  # [E / W, W · C, D]
     return _flat(jax.lax.all_to_all(experts(arrived), axis, split_axis=1, concat_axis=0, tiled=True))
 
-  return Dispatched(slots.through(x, weight, slot, n_slots, run), kept)
+  return Dispatched(expert_buffer.run_through_buffer(x, weight, slot, n_slots, run), kept)
 
 
 def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
@@ -137,9 +146,11 @@ def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
   x, expert, weight, valid = (jax.lax.all_gather(part, axis, tiled=True) for part in tokens)
   capacity = _capacity(capacity_factor, expert, experts.total)
   here = expert - experts.held * sharding.index("expert")
-  ranked = slots.rank(here, valid, experts.held)
+  ranked = expert_buffer.rank_choices(here, valid, experts.held)
   slot, kept, n_slots = _cells(here, ranked, capacity, experts.held)
-  y = slots.through(x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.held, capacity, -1))))
+  y = expert_buffer.run_through_buffer(
+    x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.held, capacity, -1)))
+  )
   kept = jax.lax.psum_scatter(kept.astype(jnp.int32), axis, tiled=True) > 0
   return Dispatched(jax.lax.psum_scatter(y, axis, tiled=True), kept)
 
@@ -154,18 +165,18 @@ def ragged(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
   if ways == 1:
     return _in_groups(tokens, experts)
   x, expert, weight, valid = tokens
-  ranked = slots.rank(expert, valid, experts.total)
+  ranked = expert_buffer.rank_choices(expert, valid, experts.total)
   most = ways * expert.size
   room = most if capacity_factor is None else min(most, math.ceil(capacity_factor * expert.size))
   plan = _exchange_plan(ranked.load, ways, room)
-  device, place = expert // experts.held, slots.places(expert, ranked)
+  device, place = expert // experts.held, expert_buffer.sorted_places(expert, ranked)
   kept = ranked.sent & (place - plan.send_start[device] < plan.sent[device])
   slot = jnp.where(kept, place, expert.size)
-  y = slots.through(x, weight, slot, expert.size, lambda rows: _exchange(rows, experts, plan, room))
+  y = expert_buffer.run_through_buffer(x, weight, slot, expert.size, lambda rows: _exchange(rows, experts, plan, room))
   return Dispatched(y, kept)
 
 
-class _Plan(NamedTuple):
+class _ExchangePlan(NamedTuple):
   """Who sends how many rows to whom, int32; all seen from this device, W devices.
 
   Attributes:
@@ -184,7 +195,7 @@ class _Plan(NamedTuple):
   group: jax.Array
 
 
-def _exchange_plan(load: jax.Array, ways: int, room: int) -> _Plan:
+def _exchange_plan(load: jax.Array, ways: int, room: int) -> _ExchangePlan:
   """Plans the exchange for `load [E]` choices of each expert here and `room` rows in a device's buffer."""
   axis, me = sharding.axes("expert"), sharding.index("expert")
   counts = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # from, to, expert there
@@ -195,10 +206,10 @@ def _exchange_plan(load: jax.Array, ways: int, room: int) -> _Plan:
   arrive = jnp.cumsum(sent, axis=0) - sent
   until = jnp.minimum(jnp.cumsum(counts[:, me], axis=1), sent[:, me][:, None])
   group = jnp.diff(until, axis=1, prepend=0)
-  return _Plan(start[me], sent[me], arrive[me], sent[:, me], start[:, me], group)
+  return _ExchangePlan(start[me], sent[me], arrive[me], sent[:, me], start[:, me], group)
 
 
-def _exchange(rows: jax.Array, experts: Experts, plan: _Plan, room: int) -> jax.Array:
+def _exchange(rows: jax.Array, experts: Experts, plan: _ExchangePlan, room: int) -> jax.Array:
   """Sends sorted `rows [K·n, D]` to their experts' devices, runs them there, and returns the results in place."""
   axis = sharding.axes("expert")
   arrived = _ragged_all_to_all(
@@ -209,10 +220,12 @@ def _exchange(rows: jax.Array, experts: Experts, plan: _Plan, room: int) -> jax.
   group = jnp.tile(jnp.arange(held), ways)
   group = jnp.repeat(group, plan.group.reshape(-1), total_repeat_length=room)
   here = jnp.arange(room) < jnp.sum(plan.received)
-  ranked = slots.rank(group[:, None], here, held)
-  place = jnp.where(here[:, None], slots.places(group[:, None], ranked), room)
+  ranked = expert_buffer.rank_choices(group[:, None], here, held)
+  place = jnp.where(here[:, None], expert_buffer.sorted_places(group[:, None], ranked), room)
   one = jnp.ones_like(place, rows.dtype)
-  done = slots.through(arrived, one, place, room, lambda r: experts.ragged(r, ranked.load)).astype(rows.dtype)
+  done = expert_buffer.run_through_buffer(arrived, one, place, room, lambda r: experts.ragged(r, ranked.load)).astype(
+    rows.dtype
+  )
   back_start = jnp.cumsum(plan.received) - plan.received
   return _ragged_all_to_all(done, _like(done, len(rows)), back_start, plan.received, plan.return_start, plan.sent, axis)
 
@@ -243,19 +256,19 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def check(name: str) -> None:
+def check_strategy(name: str) -> None:
   """Raises ValueError when there is no such strategy."""
   if name != "auto" and name not in STRATEGIES:
     raise ValueError(f"dispatch={name!r} must be 'auto' or one of {', '.join(map(repr, STRATEGIES))}")
 
 
-def choose(name: str, k: int, capacity_factor: float | None, dtype: jnp.dtype) -> str:
+def choose_strategy(name: str, k: int, capacity_factor: float | None, dtype: jnp.dtype) -> str:
   """Returns the strategy that `auto` means on the mesh in use for tokens of `dtype`, or `name` itself.
 
   Raises:
     ValueError: there is no such strategy, or the backend lacks what it needs.
   """
-  check(name)
+  check_strategy(name)
   ways = sharding.ways("expert")
   if name == "ragged" and ways > 1 and sharding.platform() == "cpu":
     raise ValueError("dispatch='ragged' over several devices needs a TPU or GPU: XLA:CPU has no ragged all-to-all")
@@ -274,7 +287,9 @@ def _capacity(factor: float, expert: jax.Array, experts: int) -> int:
   return min(math.ceil(factor * k * n / experts), n)
 
 
-def _cells(expert: jax.Array, ranked: slots.Ranked, capacity: int, experts: int) -> tuple[jax.Array, jax.Array, int]:
+def _cells(
+  expert: jax.Array, ranked: expert_buffer.RankedChoices, capacity: int, experts: int
+) -> tuple[jax.Array, jax.Array, int]:
   """Slots `[n, K]` in a buffer of `capacity` rows an expert, which choices have one, and the number of slots."""
   kept = ranked.sent & (ranked.rank < capacity)
   n_slots = experts * capacity

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
+from supermoe_jax.sharding import linear
 
 # Hours at which the encoding of an event's or a snapshot's gap may bend.
 GAP_KNOTS = np.log1p(np.array([0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0]))

@@ -3,7 +3,7 @@
 A table of R rows and width D is an array `[G, M, D]`: the row of code r lies at `[r // M, r % M]`, which is natural
 order, and the M *stripes* are spread over the W devices. So codes that are about equally frequent go to different
 owners; the array does not depend on W; and it grows at its end. On TPUs p rows may share a line, `[G, M / p, p·D]`: the
-same numbers in the same order (see `layers.lines`).
+same numbers in the same order (see `layers.tpu_lines`).
 
 A row's *place* counts the rows of the first device, then those of the second, and so on. The ids of a batch are sorted
 by place, so that those of one owner lie together: cells are filled and emptied by gathers, and nothing is sorted again.
@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import sorting
-from supermoe_jax.layers.lines import NONE, rows_at, take
+from supermoe_jax.layers.expert_buffer import ascending
+from supermoe_jax.layers.tpu_lines import NONE, rows_at, take_rows
 
 # Fewest stripes of a table, and most of one for which no larger mesh asks; fewest rows of a stripe beyond the fewest.
 LEAST_STRIPES, MOST_STRIPES, LEAST_ROWS = 8, 4096, 8
@@ -71,7 +71,7 @@ class Extent(NamedTuple):
     return jnp.where((code > 0) & (code < self.size), place, NONE)
 
 
-def distinct(codes: jax.Array, extent: Extent, room: int) -> tuple[jax.Array, jax.Array]:
+def distinct_places(codes: jax.Array, extent: Extent, room: int) -> tuple[jax.Array, jax.Array]:
   """The places of the different codes of a device, in order, then `NONE`: int32 `[room]`.
 
   `room` must hold what can come: all codes, or all rows.
@@ -79,7 +79,7 @@ def distinct(codes: jax.Array, extent: Extent, room: int) -> tuple[jax.Array, ja
   Returns: the places, and how many codes were out of range, int32 `[1]`.
   """
   flat = codes.reshape(-1)
-  ordered = sorting.ascending(extent.places(flat))
+  ordered = ascending(extent.places(flat))
   before = jnp.concatenate([jnp.full_like(ordered[:1], -1), ordered[:-1]])
   first = (ordered != before) & (ordered != NONE)
   index = jnp.where(first, jnp.cumsum(first) - 1, room)
@@ -87,7 +87,7 @@ def distinct(codes: jax.Array, extent: Extent, room: int) -> tuple[jax.Array, ja
   return found, jnp.sum((flat < 0) | (flat >= extent.size), dtype=jnp.int32)[None]
 
 
-def look_up(place: jax.Array, rows: jax.Array, codes: jax.Array, extent: Extent) -> jax.Array:
+def look_up_on_device(place: jax.Array, rows: jax.Array, codes: jax.Array, extent: Extent) -> jax.Array:
   """The rows of `codes [...]` among those fetched, `place [U]` in order with `rows [U, D]`; 0 for any other code."""
   if not len(place):
     return jnp.zeros((*codes.shape, rows.shape[-1]), rows.dtype)
@@ -153,7 +153,7 @@ class _Cells(NamedTuple):
     return jnp.where(there, jnp.take(place, index, mode="clip") - first, NONE)
 
 
-def fetch(table: jax.Array, place: jax.Array, rows_here: int, factor: float) -> jax.Array:
+def fetch_on_device(table: jax.Array, place: jax.Array, rows_here: int, factor: float) -> jax.Array:
   """The rows of ids at `place [U]`, in order, wherever they lie: `[U, D]`, 0 for `NONE`.
 
   `table` is this device's part, of `rows_here` rows. A round exchanges `factor` times an even share of the ids; there
@@ -163,7 +163,7 @@ def fetch(table: jax.Array, place: jax.Array, rows_here: int, factor: float) -> 
   if not len(place):
     return jnp.zeros((0, width), table.dtype)
   if sharding.ways("rows") == 1:
-    return take(lines, place, place != NONE, width)
+    return take_rows(lines, place, place != NONE, width)
   plan = _Cells.of(place, rows_here, factor)
   c, sent = plan.cells, place != NONE
   owner = jnp.where(sent, place // rows_here, 0)
@@ -171,7 +171,7 @@ def fetch(table: jax.Array, place: jax.Array, rows_here: int, factor: float) -> 
 
   def one(round_: jax.Array, found: jax.Array) -> jax.Array:
     asked = _exchange(plan.rows(place, round_))
-    back = _exchange(take(lines, asked, asked != NONE, width)).reshape(-1, width)
+    back = _exchange(take_rows(lines, asked, asked != NONE, width)).reshape(-1, width)
     now = sent & (rank // c == round_)
     return jnp.where(now[:, None], jnp.take(back, owner * c + rank % c, axis=0, mode="clip"), found)
 
@@ -194,7 +194,7 @@ class Touched(NamedTuple):
   lost: jax.Array
 
 
-def collect(place: jax.Array, gradient: jax.Array, rows_here: int, factor: float) -> Touched:
+def collect_on_device(place: jax.Array, gradient: jax.Array, rows_here: int, factor: float) -> Touched:
   """Brings the gradients `[U, D]` of ids at `place [U]`, each once on its device, to their owners and sums them there.
 
   Each device holds `rows_here` rows; `factor` is as for `fetch`.

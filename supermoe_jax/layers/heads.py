@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax.layers.catalogue import Catalogue
-from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.table import EmbeddingTable
+from supermoe_jax.sharding import linear
 
 
 class LinearHead(nnx.Module):

@@ -11,8 +11,8 @@ from flax import nnx
 
 from supermoe_jax import sharding
 from supermoe_jax.layers import dispatch, experts
-from supermoe_jax.layers.linear import linear
 from supermoe_jax.layers.routing import Aux, Router
+from supermoe_jax.sharding import linear
 
 
 class Stats(NamedTuple):
@@ -222,7 +222,7 @@ class MoE(nnx.Module):
     routing = self.router(x, valid, task, rngs=rngs)
     factor = None if dropless else self.capacity_factor
     dtype = self.dtype or x.dtype
-    strategy = dispatch.STRATEGIES[dispatch.choose(self.dispatch, self.router.k, factor, dtype)]
+    strategy = dispatch.STRATEGIES[dispatch.choose_strategy(self.dispatch, self.router.k, factor, dtype)]
     weights = {n: getattr(self, n).get_value() for n in self.names}
     shared = {n: w[None] for n, w in self.shared.weights().items()} if self.shared is not None else {}
     y, kept = sharding.on_shards(
@@ -294,7 +294,7 @@ class TaskGates(nnx.Module):
 
 def _check(activation: str, strategy: str, capacity_factor: float | None) -> None:
   experts.check_activation(activation)
-  dispatch.check(strategy)
+  dispatch.check_strategy(strategy)
   if capacity_factor is not None and capacity_factor <= 0:
     raise ValueError(f"capacity_factor={capacity_factor} must be positive, or None for no capacity")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import exchange, lines
+from supermoe_jax.layers import exchange, tpu_lines
 
 # Rows that are initialised at a time.
 _CREATED_AT_ONCE = 1 << 12
@@ -31,7 +31,7 @@ class Fetched(NamedTuple):
 
   Attributes:
     place: int32 `[S·U]` for S devices, where each one's rows lie (see `layers.exchange`), in order, then
-      `lines.NONE`.
+      `tpu_lines.NONE`.
     rows: float32 `[S·U, D]`; 0 where there is none.
   """
 
@@ -76,15 +76,15 @@ class EmbeddingTable(nnx.Module):
       layout: `ways`, the devices that the rows will be spread over (any divisor of it will do as well); `cells`, the
         room for each pair of devices in an exchange, as a multiple of an even share of the ids; `dtype` of the rows as
         they are kept (what is looked up is float32); `platform`, such as "tpu", where rows may share lines
-        (`layers.lines`); None: that of the mesh in use, else JAX' default.
+        (`layers.tpu_lines`); None: that of the mesh in use, else JAX' default.
       rngs: gives the key of the initial rows.
 
     Raises:
       ValueError: `size` is more than int32 codes can name. Split the ids over several tables.
     """
-    if not 0 < size <= lines.MOST_ROWS:
+    if not 0 < size <= tpu_lines.MOST_ROWS:
       raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
-    p = lines.per_line(d_model, layout.platform or sharding.platform())
+    p = tpu_lines.rows_per_line(d_model, layout.platform or sharding.platform())
     m = exchange.stripes(size, layout.ways * p)
     self.size, self.width, self.cells, self.extent = size, d_model, layout.cells, exchange.Extent(size, m)
     value = initial_rows(rngs.params(), size, m, p, d_model, jnp.dtype(layout.dtype))
@@ -127,19 +127,19 @@ def initial_rows(key: jax.Array, size: int, m: int, p: int, d_model: int, dtype:
   return jax.lax.fori_loop(0, -(-groups // step), fill, jnp.zeros((groups, m // p, p * d_model), dtype))
 
 
-def distinct(codes: jax.Array, extent: exchange.Extent) -> tuple[jax.Array, jax.Array]:
+def distinct_codes(codes: jax.Array, extent: exchange.Extent) -> tuple[jax.Array, jax.Array]:
   """The different codes among `codes [B, n]` of each device, as the places of their rows, int32 `[S·U]`, and how many
   were out of range, `[S]`."""
   ways = sharding.ways("rows") // sharding.ways("batch")
   room = min(codes.size // sharding.ways("batch"), extent.size)
   room = -(-room // ways) * ways  # so that devices that share rows of the batch can share the ids
-  local = functools.partial(exchange.distinct, extent=extent, room=room)
+  local = functools.partial(exchange.distinct_places, extent=extent, room=room)
   return sharding.on_shards(local, (("batch", None),), (("batch",), ("batch",)), codes)
 
 
 def fetch(rows: jax.Array, place: jax.Array, extent: exchange.Extent, cells: float = CELLS) -> Fetched:
   """Fetches the rows at `place [S·U]`, as `distinct` gives them, from the `rows` of a table of that extent."""
-  local = functools.partial(exchange.fetch, rows_here=extent.rows_here, factor=cells)
+  local = functools.partial(exchange.fetch_on_device, rows_here=extent.rows_here, factor=cells)
   found = sharding.on_shards(local, ((None, "rows", None), ("rows",)), ("rows", None), rows, place)
   return Fetched(place, sharding.constrain(found.astype(jnp.float32), "batch", None))
 
@@ -147,7 +147,7 @@ def fetch(rows: jax.Array, place: jax.Array, extent: exchange.Extent, cells: flo
 def look_up(fetched: Fetched, codes: jax.Array, extent: exchange.Extent) -> jax.Array:
   """The rows of `codes [B, ...]` among those fetched: `[B, ..., D]`, 0 for others."""
   names = ("batch", *(None for _ in codes.shape[1:]))
-  local = functools.partial(exchange.look_up, extent=extent)
+  local = functools.partial(exchange.look_up_on_device, extent=extent)
   inputs = ("batch",), ("batch", None), names
   return sharding.on_shards(local, inputs, (*names, None), fetched.place, fetched.rows, codes)
 
@@ -160,7 +160,7 @@ def _look_up_all(rows: jax.Array, codes: jax.Array, extent: exchange.Extent, cel
 def _look_up_all_forward(
   rows: jax.Array, codes: jax.Array, extent: exchange.Extent, cells: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-  place, _ = distinct(codes.reshape(len(codes), -1), extent)
+  place, _ = distinct_codes(codes.reshape(len(codes), -1), extent)
   return look_up(fetch(rows, place, extent, cells), codes, extent), (rows, place, codes)
 
 
@@ -186,7 +186,7 @@ def collect(rows: jax.Array, place: jax.Array, gradient: jax.Array, cells: float
   here = rows.size // gradient.shape[-1] // sharding.ways("rows")
 
   def local(place: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(exchange.collect(place, gradient, here, cells))
+    return tuple(exchange.collect_on_device(place, gradient, here, cells))
 
   flat = ("rows", None)
   outputs = (("rows",), flat, ("rows",))
@@ -198,7 +198,7 @@ def scattered(rows: jax.Array, touched: exchange.Touched) -> jax.Array:
 
   def local(rows: jax.Array, row: jax.Array, gradient: jax.Array) -> jax.Array:
     empty = jnp.zeros_like(rows).reshape(-1, rows.shape[-1])
-    return lines.put(empty, row, gradient.astype(rows.dtype)).reshape(rows.shape)
+    return tpu_lines.put_rows(empty, row, gradient.astype(rows.dtype)).reshape(rows.shape)
 
   names = (None, "rows", None)
   return sharding.on_shards(local, (names, ("rows",), ("rows", None)), names, rows, touched.row, touched.gradient)

@@ -14,7 +14,7 @@ from supermoe_jax.batch import Features, Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
-from supermoe_jax.models.encoder import Encoded, embed, embeddings, no_experts
+from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no_experts
 
 
 class ExpertMlps(nnx.Module):
@@ -139,7 +139,7 @@ class GRUEncoder(nnx.Module):
   def __init__(self, model: config.Model, schema: Schema, *, layout: Layout = ONE_DEVICE, rngs: nnx.Rngs):
     """Creates `model.layers` layers of `model.d_model` units; `layout` is of the tables."""
     d, dtype = model.d_model, jnp.dtype(model.dtype)
-    self.event_embedding, self.query_embedding = embeddings(model, schema, layout, rngs)
+    self.event_embedding, self.query_embedding = make_embeddings(model, schema, layout, rngs)
     self.cells = nnx.List([nnx.GRUCell(d, d, dtype=dtype, rngs=rngs) for _ in range(model.layers)])
     self.query_mlp = Mlp(d, 2 * d, rngs=rngs)
     self.dropout = nnx.Dropout(model.dropout)
@@ -152,7 +152,7 @@ class GRUEncoder(nnx.Module):
     def drop(x: jax.Array) -> jax.Array:
       return self.dropout(x, deterministic=rngs is None, rngs=rngs)
 
-    events, queries = embed(self.event_embedding, self.query_embedding, features)
+    events, queries = embed_rows(self.event_embedding, self.query_embedding, features)
     states = sharding.constrain(events, "batch", None, None)
     visible, position = visibility(features.segment, features.query_segment, features.query_events)
     (batch, length), snapshots = features.segment.shape, features.query_segment.shape[1]

@@ -59,7 +59,7 @@ def task_key(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def embeddings(
+def make_embeddings(
   model: config.Model, schema: Schema, layout: Layout, rngs: nnx.Rngs
 ) -> tuple[EventEmbedding, QueryEmbedding]:
   """Creates what every encoder reads a row with."""
@@ -78,7 +78,7 @@ def embeddings(
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
 
 
-def embed(
+def embed_rows(
   event_embedding: EventEmbedding, query_embedding: QueryEmbedding, features: Features
 ) -> tuple[jax.Array, jax.Array]:
   """Embeds a batch: its events `[B, L, D]` and its snapshots `[B, S, D]`."""
@@ -119,7 +119,7 @@ class Encoder(nnx.Module):
     d = model.d_model
     self.tokens = len(tasks) if model.conditioning == "token" else 0
     self.shuffled = model.task_ids == "shuffled"
-    self.event_embedding, self.query_embedding = embeddings(model, schema, layout, rngs)
+    self.event_embedding, self.query_embedding = make_embeddings(model, schema, layout, rngs)
     self.dropout = nnx.Dropout(model.dropout)
     make = _make_block(model, balance_bias, self.tokens)
     self.stack = Stack(make, model.layers, model.moe_every, remat=model.remat, rngs=rngs)
@@ -133,7 +133,7 @@ class Encoder(nnx.Module):
 
   def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
     """Encodes a batch; with `rngs`, dropout is on."""
-    events, queries = embed(self.event_embedding, self.query_embedding, features)
+    events, queries = embed_rows(self.event_embedding, self.query_embedding, features)
     (batch, length, d), snapshots = events.shape, queries.shape[1]
     visible, position = visibility(features.segment, features.query_segment, features.query_events)
     x = jnp.concatenate([events, queries], axis=1)

@@ -24,7 +24,7 @@ class Parameters(NamedTuple):
   active: int
 
 
-def count(variables: nnx.State, chosen: float) -> Parameters:
+def count_parameters(variables: nnx.State, chosen: float) -> Parameters:
   """Counts the variables of a model, abstract or not; of its experts a token chooses the share `chosen`.
 
   What only fills up the stripes of a table, or of what lies beside its rows, is none.

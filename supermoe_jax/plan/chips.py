@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from supermoe_jax.errors import ConfigError, nearest
-from supermoe_jax.training import utilisation
+from supermoe_jax.training.monitoring import utilisation
 
 GIB = 2**30
 
@@ -38,7 +38,7 @@ class Chip:
   @property
   def flops(self) -> float:
     """Dense bfloat16 products, FLOP/s."""
-    found = utilisation.peak(self.kind)
+    found = utilisation.peak_flops(self.kind)
     assert found is not None, self.kind
     return found
 

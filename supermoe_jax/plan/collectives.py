@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from supermoe_jax.plan.hlo import Instruction, Module, runs
+from supermoe_jax.plan.hlo import HloModule, Instruction, count_runs
 
 COLLECTIVES = (
   "all-gather",
@@ -54,12 +54,12 @@ class Collective(NamedTuple):
     return once * self.bytes * self.times
 
 
-def read(module: Module, devices: int, slices: int = 1) -> list[Collective]:
+def read_collectives(module: HloModule, devices: int, slices: int = 1) -> list[Collective]:
   """The collectives of a program for so many devices in so many slices.
 
   XLA:TPU lays one that it overlaps with other work out over several fusions, a chain of one name: it counts once.
   """
-  times = runs(module).times
+  times = count_runs(module).times
   out: list[Collective] = []
   chains: dict[str, int] = {}
   for name, count in times.items():

@@ -9,16 +9,16 @@ import jax
 from flax import nnx
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.models import parameters
 from supermoe_jax.plan import program
-from supermoe_jax.plan.render import size
+from supermoe_jax.plan.render import bytes_text
 
 
-def describe(cfg: config.Config) -> list[str]:
+def describe_run(cfg: config.Config) -> list[str]:
   """Returns lines that say what `supermoe train` would do with a config; nothing is written, and no state allocated.
 
   Raises:
@@ -29,23 +29,23 @@ def describe(cfg: config.Config) -> list[str]:
   dataset.check_matches(cfg)
   train, mesh = cfg.train, sharding.make_mesh(cfg.train.mesh)
   said: list[str] = []
-  stream = batches.training(dataset, cfg, say=said.append)
-  found = program.step(cfg, dataset.schema, mesh)
+  stream = training_batches.training_batches(dataset, cfg, say=said.append)
+  found = program.compile_step(cfg, dataset.schema, mesh)
   if found.module is None:
     raise ConfigError(
-      f"the step needs {size(found.needed)} of each device's memory, which is more than there is; 'supermoe plan' says "
-      "what takes it."
+      f"the step needs {bytes_text(found.needed)} of each device's memory, which is more than there is; 'supermoe "
+      "plan' says what takes it."
     )
-  count = parameters.count(found.state.model, cfg.model.experts_per_token / cfg.model.experts)
+  count = parameters.count_parameters(found.state.model, cfg.model.experts_per_token / cfg.model.experts)
   rows, epoch, devices = train.batch_rows, stream.state(0)["rows_of_an_epoch"], mesh.devices.size
-  leaves = program.leaves(found.state).values()
+  leaves = program.array_leaves(found.state).values()
   lines = [
     f"mesh: {' × '.join(f'{n} {s}' for n, s in mesh.shape.items())}; {devices} of {jax.device_count()} devices "
     f"({mesh.devices.flat[0].device_kind}), {jax.process_count()} process(es)",
     f"parameters: {count.total:,}, of which {count.tables:,} in tables; {count.active:,} are at work on a token",
     *(f"  table {line}" for line in _tables(found.state.model)),
-    f"state (parameters, moments, what rows keep): {size(sum(map(_bytes, leaves)))}, "
-    f"{size(sum(map(program.shard_bytes, leaves)))} a device; "
+    f"state (parameters, moments, what rows keep): {bytes_text(sum(map(_bytes, leaves)))}, "
+    f"{bytes_text(sum(map(program.shard_bytes, leaves)))} a device; "
     f"{train.checkpoints_kept + (train.validate.checkpoints_kept if train.validate.every else 0)} checkpoints of that "
     f"size are kept, one every {train.checkpoint_every:,} steps",
     f"a step: {rows:,} rows of {cfg.model.max_events} events and {train.snapshots_per_row} snapshots; "
@@ -56,15 +56,16 @@ def describe(cfg: config.Config) -> list[str]:
     *_compiled(found),
   ]
   replicated = sharding.replicated(mesh, found.state.model)
-  return lines + [f"warning: {n} ({size(s)}) lies whole on every device" for n, s in replicated.items()]
+  return lines + [f"warning: {n} ({bytes_text(s)}) lies whole on every device" for n, s in replicated.items()]
 
 
-def _compiled(found: program.Program) -> list[str]:
+def _compiled(found: program.CompiledStep) -> list[str]:
   memory = found.executable.memory_analysis()
   flops = found.flops / found.mesh.size
   return [
-    f"memory of the compiled program a device: {size(memory.argument_size_in_bytes)} of state and batch, which its "
-    f"results take the place of ({size(memory.alias_size_in_bytes)}), and {size(memory.temp_size_in_bytes)} besides",
+    f"memory of the compiled program a device: {bytes_text(memory.argument_size_in_bytes)} of state and batch, which "
+    f"its results take the place of ({bytes_text(memory.alias_size_in_bytes)}), and "
+    f"{bytes_text(memory.temp_size_in_bytes)} besides",
     f"products of a step a device: {flops / 1e9:,.2f} GFLOP",
   ]
 
@@ -74,7 +75,7 @@ def _tables(model: nnx.State) -> list[str]:
   for _, variable in nnx.to_flat_state(nnx.filter_state(model, TableRows)):
     value, about = variable.get_value(), variable.get_metadata()
     out.append(
-      f"{about['table']}: {about['size']:,} rows of {about['width']} {value.dtype.name}, {size(_bytes(value))}"
+      f"{about['table']}: {about['size']:,} rows of {about['width']} {value.dtype.name}, {bytes_text(_bytes(value))}"
     )
   return out
 

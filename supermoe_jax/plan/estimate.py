@@ -65,7 +65,7 @@ class Traffic(NamedTuple):
   network_seconds: float
 
 
-def traffic(found: Sequence[Collective], mesh: Mesh, topology: Topology) -> list[Traffic]:
+def network_traffic(found: Sequence[Collective], mesh: Mesh, topology: Topology) -> list[Traffic]:
   """Adds up collectives by kind and mesh axes; those that send most come first. Of CPUs no seconds are told."""
   groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = collections.defaultdict(list)
   for one in found:
@@ -170,7 +170,7 @@ class Times(NamedTuple):
     return math.fsum(self)
 
 
-def times(flops: float, moved: float, found: Sequence[Traffic], chip: Chip) -> Times:
+def step_times(flops: float, moved: float, found: Sequence[Traffic], chip: Chip) -> Times:
   """The times of a step: `flops`, and bytes `moved` to and from memory, of one device."""
   links, network = sum(t.seconds for t in found), sum(t.network_seconds for t in found)
   return Times(flops / chip.flops, moved / chip.memory_rate, links, network)

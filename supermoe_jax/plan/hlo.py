@@ -52,7 +52,7 @@ def _bits(dtype: str) -> int:
   return int("".join(re.findall(r"^[a-z]+(\d+)", dtype)))
 
 
-def shapes(text: str) -> list[Shape]:
+def parse_shapes(text: str) -> list[Shape]:
   """The arrays of a type, of which a tuple has several."""
   return [_shape(*found.groups()) for found in _SHAPE.finditer(text)]
 
@@ -84,7 +84,7 @@ class Instruction:
   @functools.cached_property
   def shapes(self) -> list[Shape]:
     """Its results."""
-    return shapes(self.type)
+    return parse_shapes(self.type)
 
   @property
   def op_name(self) -> str:
@@ -100,14 +100,14 @@ class Instruction:
     return out
 
 
-class Module(NamedTuple):
+class HloModule(NamedTuple):
   """A program: its computations by name, and the one where it begins."""
 
   computations: Mapping[str, Mapping[str, Instruction]]
   entry: str
 
 
-def parse(text: str) -> Module:
+def parse_module(text: str) -> HloModule:
   """Reads a compiled program as XLA prints it."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = "", dict[str, Instruction]()
@@ -119,7 +119,7 @@ def parse(text: str) -> Module:
       instruction = _instruction(line.strip())
       if instruction is not None:
         current[instruction.name] = instruction
-  return Module(computations, entry)
+  return HloModule(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -153,7 +153,7 @@ class Runs(NamedTuple):
   unknown: tuple[str, ...]
 
 
-def runs(module: Module) -> Runs:
+def count_runs(module: HloModule) -> Runs:
   """How often each computation runs in a run of the program; a loop's length is read from its condition.
 
   Of a conditional every branch counts.
@@ -177,7 +177,7 @@ def _of_a_value(instruction: Instruction, key: str) -> bool:
   return key == "to_apply" and instruction.opcode != "call"
 
 
-def _in_order(module: Module) -> list[str]:
+def _in_order(module: HloModule) -> list[str]:
   """The computations that run, each after all that call it."""
   seen: set[str] = set()
   out: list[str] = []
@@ -195,7 +195,7 @@ def _in_order(module: Module) -> list[str]:
   return out[::-1]
 
 
-def _length(loop: Instruction, module: Module) -> int | None:
+def _length(loop: Instruction, module: HloModule) -> int | None:
   """The number of passes of a loop that counts to a constant; None where it ends by what it finds."""
   known = re.search(r'known_trip_count[^{]*\{[^}]*?"?n"?\s*:\s*"(\d+)"', loop.rest)
   if known:

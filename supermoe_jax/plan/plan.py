@@ -12,13 +12,13 @@ import jax
 
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Schema
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.integrity import MANIFEST
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.format.integrity import MANIFEST
 from supermoe_jax.models import parameters
 from supermoe_jax.plan import collectives, estimate, hlo, program, shapes, traffic
 from supermoe_jax.plan.chips import Topology
 from supermoe_jax.plan.remedies import remedies
-from supermoe_jax.training import utilisation
+from supermoe_jax.training.monitoring import utilisation
 
 _ESTIMATED = "XLA:CPU stands in for the compiler of these devices: arguments are exact, all else is an estimate"
 
@@ -37,7 +37,7 @@ def schema_of(cfg: config.Config) -> tuple[Schema, str]:
   return shapes.largest_schema(cfg), f"{path} holds no dataset yet: sizes are the largest that the config allows"
 
 
-def plan(cfg: config.Config, topology: Topology, effort: float = program.LEAST_EFFORT) -> dict[str, Any]:
+def plan_step(cfg: config.Config, topology: Topology, effort: float = program.LEAST_EFFORT) -> dict[str, Any]:
   """Compiles the training step of a config for a topology and returns what it takes; see `render`.
 
   `effort` is XLA:TPU's to make the program quick, from -1 to 1. A run has 0, which takes several times as long.
@@ -46,18 +46,18 @@ def plan(cfg: config.Config, topology: Topology, effort: float = program.LEAST_E
     ConfigError: the mesh or the batch does not divide over the devices, or they cannot be compiled for.
     DataError: the dataset was prepared from another config.
   """
-  cfg, notes = program.fitted(cfg, topology)
+  cfg, notes = program.fitted_config(cfg, topology)
   schema, about = schema_of(cfg)
-  mesh = sharding.make_mesh(cfg.train.mesh, program.devices(topology))
+  mesh = sharding.make_mesh(cfg.train.mesh, program.compile_devices(topology))
   effort = effort if topology.tpu else 0.0  # others compile quickly
-  compiled = program.step(cfg, schema, mesh, effort)
+  compiled = program.compile_step(cfg, schema, mesh, effort)
   chip = topology.chip
   notes = [about, *notes]
   if not topology.tpu:
     notes.append(_ESTIMATED)
   elif effort:
     notes.append(f"compiled with effort {effort:g} of -1 to 1; a run has 0, which may move and keep less (--effort 0)")
-  count = parameters.count(compiled.state.model, cfg.model.experts_per_token / cfg.model.experts)
+  count = parameters.count_parameters(compiled.state.model, cfg.model.experts_per_token / cfg.model.experts)
   memory = _memory(compiled)
   tokens = _tokens(cfg)
   result: dict[str, Any] = {
@@ -87,8 +87,8 @@ def plan(cfg: config.Config, topology: Topology, effort: float = program.LEAST_E
   return result
 
 
-def _parameters(compiled: program.Program, kind: str) -> int:
-  kinds, leaves = program.kinds(compiled.state), program.leaves(compiled.state)
+def _parameters(compiled: program.CompiledStep, kind: str) -> int:
+  kinds, leaves = program.array_kinds(compiled.state), program.array_leaves(compiled.state)
   return sum(math.prod(leaves[p].shape) for p, k in kinds.items() if k == kind)
 
 
@@ -99,9 +99,9 @@ def _tokens(cfg: config.Config) -> int:
   return cfg.train.batch_rows * row * cfg.train.steps_per_call
 
 
-def _memory(compiled: program.Program) -> dict[str, Any]:
+def _memory(compiled: program.CompiledStep) -> dict[str, Any]:
   """Bytes a device."""
-  leaves, kinds = program.leaves(compiled.state), program.kinds(compiled.state)
+  leaves, kinds = program.array_leaves(compiled.state), program.array_kinds(compiled.state)
   parts: dict[str, int] = collections.defaultdict(int)
   for path, leaf in leaves.items():
     parts[kinds[path]] += program.shard_bytes(leaf)
@@ -126,7 +126,7 @@ def _memory(compiled: program.Program) -> dict[str, Any]:
   }
 
 
-def _padding(compiled: program.Program) -> dict[str, int]:
+def _padding(compiled: program.CompiledStep) -> dict[str, int]:
   """The bytes by which tiles of the device's memory make each argument larger."""
   module = compiled.module
   assert module is not None
@@ -140,20 +140,20 @@ def _padding(compiled: program.Program) -> dict[str, int]:
 
 
 def _work(
-  compiled: program.Program, topology: Topology, flops: float, tokens: int, flops_a_token: float
+  compiled: program.CompiledStep, topology: Topology, flops: float, tokens: int, flops_a_token: float
 ) -> dict[str, Any]:
   module, mesh = compiled.module, compiled.mesh
   assert module is not None
-  moved = traffic.count(module)
-  found = estimate.traffic(collectives.read(module, mesh.size, topology.slices), mesh, topology)
+  moved = traffic.memory_traffic(module)
+  found = estimate.network_traffic(collectives.read_collectives(module, mesh.size, topology.slices), mesh, topology)
   out: dict[str, Any] = {
     "memory_traffic": moved,
     "collectives": [estimate.as_dict(t) for t in found],
-    "loops_of_unknown_length": len(hlo.runs(module).unknown),
+    "loops_of_unknown_length": len(hlo.count_runs(module).unknown),
   }
   chip = topology.chip
   if chip is not None:
-    times = estimate.times(flops, moved, found, chip)
+    times = estimate.step_times(flops, moved, found, chip)
     out["seconds"] = {**times._asdict(), "step": times.step, "alone": times.alone, "bound": times.bound}
     out["tokens_per_second"] = tokens / times.step
     out["mfu"] = tokens * flops_a_token / (times.step * topology.devices * chip.flops)

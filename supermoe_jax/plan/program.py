@@ -23,11 +23,11 @@ from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.plan import arithmetic, hlo, shapes
 from supermoe_jax.plan.chips import Topology
-from supermoe_jax.training.statistics import TaskStatistics
-from supermoe_jax.training.step import TrainState, abstract_state, compiled
+from supermoe_jax.training.step import TrainState, abstract_state, compiled_program
+from supermoe_jax.training.task_statistics import TaskStatistics
 
 
-class Program(NamedTuple):
+class CompiledStep(NamedTuple):
   """A compiled step.
 
   Attributes:
@@ -46,7 +46,7 @@ class Program(NamedTuple):
   mesh: Mesh
   flops: float
   executable: Any
-  module: hlo.Module | None
+  module: hlo.HloModule | None
   needed: int
   seconds: float
 
@@ -56,19 +56,19 @@ class Program(NamedTuple):
 LEAST_EFFORT = -1.0
 
 
-def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> Program:
+def compile_step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> CompiledStep:
   """Compiles the training step of a config for the devices of a mesh, with that effort of XLA's."""
   state = abstract_state(cfg, schema, mesh)
   several = (cfg.train.steps_per_call,) if cfg.train.steps_per_call > 1 else ()
   layout = sharding.batch_sharding(mesh, stacked=bool(several))
   batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype, sharding=layout), shapes.batch(cfg, schema)
+    lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype, sharding=layout), shapes.batch_shapes(cfg, schema)
   )
   number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
   statistics = {name: TaskStatistics(number, number, number) for name in cfg.active_tasks}
   begun = time.monotonic()
   with jax.set_mesh(mesh):
-    traced = compiled(cfg, schema, mesh).step.trace(state, batch, statistics)
+    traced = compiled_program(cfg, schema, mesh).step.trace(state, batch, statistics)
     flops = arithmetic.products(traced.jaxpr.jaxpr, mesh.size)
     try:
       executable = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
@@ -76,9 +76,9 @@ def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) ->
       needed = _needed(str(error))
       if not needed:
         raise
-      return Program(state, (batch, statistics), mesh, flops, None, None, needed, time.monotonic() - begun)
-  module = hlo.parse(executable.as_text())
-  return Program(state, (batch, statistics), mesh, flops, executable, module, 0, time.monotonic() - begun)
+      return CompiledStep(state, (batch, statistics), mesh, flops, None, None, needed, time.monotonic() - begun)
+  module = hlo.parse_module(executable.as_text())
+  return CompiledStep(state, (batch, statistics), mesh, flops, executable, module, 0, time.monotonic() - begun)
 
 
 def _needed(message: str) -> int:
@@ -89,7 +89,7 @@ def _needed(message: str) -> int:
   return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))) if found else 0
 
 
-def fitted(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[str]]:
+def fitted_config(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[str]]:
   """The config with a mesh of all devices of a topology, and what was changed for that, if anything.
 
   Only `data` grows or shrinks, and with it nothing else: the batch is the config's.
@@ -118,7 +118,7 @@ def fitted(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[
   return config.override(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, mesh=wanted)), ()), said
 
 
-def devices(topology: Topology) -> Sequence[jax.Device]:
+def compile_devices(topology: Topology) -> Sequence[jax.Device]:
   """Devices to compile for: those of a TPU topology need not be there; of GPUs and CPUs this machine's CPUs stand in.
 
   Raises:
@@ -166,7 +166,7 @@ def _point_to_libtpu() -> None:
   os.environ["TPU_LIBRARY_PATH"] = str(_BESIDE)
 
 
-def leaves(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
+def array_leaves(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
   """The arrays of a state by their paths, as the compiled program names its arguments."""
   found, _ = jax.tree_util.tree_flatten_with_path(state)
   return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in found}
@@ -180,12 +180,12 @@ def shard_bytes(leaf: Any) -> int:
   return size
 
 
-def kinds(state: TrainState) -> dict[str, str]:
+def array_kinds(state: TrainState) -> dict[str, str]:
   """What each array of a state is, by its path: "tables", "experts" or "dense", of the optimizer, or "other"."""
   variables, _ = jax.tree_util.tree_flatten_with_path(state.model, is_leaf=lambda v: isinstance(v, nnx.Variable))
   model = {jax.tree_util.keystr(path): _kind(variable) for path, variable in variables}
   out = {}
-  for path in leaves(state):
+  for path in array_leaves(state):
     owner = model.get(path[path.find("['") :].removesuffix(".value"), "dense")
     part = path.removeprefix("state.").partition("[")[0].partition(".")[0]
     out[path] = {"model": owner, "slots": "optimizer of tables", "optimizer": f"optimizer of {owner}"}.get(

@@ -19,13 +19,13 @@ _PARTS = {
 _BOUNDS = {"products": "products", "memory": "memory", "links": "links between chips", "network": "network"}
 
 
-def lines(plan: Mapping[str, Any]) -> list[str]:
+def plan_text(plan: Mapping[str, Any]) -> list[str]:
   """Returns the lines of a plan."""
   memory, parameters, chip = plan["memory"], plan["parameters"], plan["chip"]
   mesh = " × ".join(f"{n} {s}" for n, s in plan["mesh"].items())
   out = [
     f"{plan['topology']['name']}: {plan['topology']['devices']:,} devices, mesh {mesh}"
-    + (f"; {chip['kind']}, {size(chip['memory'])} of memory each" if chip else ""),
+    + (f"; {chip['kind']}, {bytes_text(chip['memory'])} of memory each" if chip else ""),
     *(f"note: {note}" for note in plan["notes"]),
     "",
     f"parameters  {parameters['total']:>22,}",
@@ -33,10 +33,10 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     f"  {'at work':<10}{parameters['active']:>22,}  on a token",
     "",
     "memory of a device",
-    *(f"  {_PARTS[name]:<22}{size(n):>12}" for name, n in _in_order(memory["parts"])),
+    *(f"  {_PARTS[name]:<22}{bytes_text(n):>12}" for name, n in _in_order(memory["parts"])),
   ]
   if memory["temporary"] is None:
-    out.append(f"  {'whole, as XLA says':<22}{size(memory['total']):>12}")
+    out.append(f"  {'whole, as XLA says':<22}{bytes_text(memory['total']):>12}")
   else:
     rows = {
       "padding to tiles": memory["padding"],
@@ -45,19 +45,21 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
       "new results": memory["outputs"],
       "the program": memory["program"],
     }
-    out += [f"  {name:<22}{size(n):>12}" for name, n in rows.items() if n]
-    out.append(f"  {'whole':<22}{size(memory['total']):>12}")
+    out += [f"  {name:<22}{bytes_text(n):>12}" for name, n in rows.items() if n]
+    out.append(f"  {'whole':<22}{bytes_text(memory['total']):>12}")
     out += [
-      f"    {name}: {size(n)} of padding" for name, n in memory["padded_most"].items() if n > memory["total"] / 100
+      f"    {name}: {bytes_text(n)} of padding"
+      for name, n in memory["padded_most"].items()
+      if n > memory["total"] / 100
     ]
   if plan["fits"] is not None:
     share = memory["total"] / chip["memory"]
     verdict = "fits" if plan["fits"] else "does not fit"
-    out += ["", f"{verdict}: {size(memory['total'])} of {size(chip['memory'])}, {share:.0%}"]
+    out += ["", f"{verdict}: {bytes_text(memory['total'])} of {bytes_text(chip['memory'])}, {share:.0%}"]
     out += [f"  try {line}" for line in plan["remedies"]]
   if "collectives" in plan:
     out += ["", *_work(plan)]
-  out += [f"warning: {name} ({size(n)}) lies whole on every device" for name, n in plan["replicated"].items()]
+  out += [f"warning: {name} ({bytes_text(n)}) lies whole on every device" for name, n in plan["replicated"].items()]
   return [*out, f"compiled in {plan['compile_seconds']:.0f} s"]
 
 
@@ -68,15 +70,15 @@ def _in_order(parts: Mapping[str, int]) -> list[tuple[str, int]]:
 def _work(plan: Mapping[str, Any]) -> list[str]:
   out = [
     f"a step of {plan['tokens']:,} tokens, on a device: {plan['flops'] / 1e12:,.3f} TFLOP of products, "
-    f"{size(plan['memory_traffic'])} to and from memory",
+    f"{bytes_text(plan['memory_traffic'])} to and from memory",
     f"  {'collective':<22}{'along':<26}{'times':>6}{'bytes':>12}{'largest':>12}{'sent':>12}{'ms':>9}",
   ]
   for row in plan["collectives"]:
     time = 1e3 * (row["seconds"] + row["network_seconds"])
     along = " × ".join(row["axes"])
     out.append(
-      f"  {row['kind']:<22}{along:<26}{row['times']:>6}{size(row['bytes']):>12}{size(row['largest']):>12}"
-      f"{size(row['sent']):>12}" + (f"{time:>9.3f}" if plan["chip"] else f"{'–':>9}")
+      f"  {row['kind']:<22}{along:<26}{row['times']:>6}{bytes_text(row['bytes']):>12}{bytes_text(row['largest']):>12}"
+      f"{bytes_text(row['sent']):>12}" + (f"{time:>9.3f}" if plan["chip"] else f"{'–':>9}")
     )
   if plan["loops_of_unknown_length"]:
     out.append(f"  {plan['loops_of_unknown_length']} loops end by what they find (rounds of an exchange): counted once")
@@ -92,7 +94,7 @@ def _work(plan: Mapping[str, Any]) -> list[str]:
   return out
 
 
-def size(n: float) -> str:
+def bytes_text(n: float) -> str:
   """Bytes, such as "7.8 GiB"."""
   sign, n = "-" if n < 0 else "", abs(n)
   for unit in ("B", "KiB", "MiB", "GiB"):

@@ -9,8 +9,8 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import CALENDAR, Batch, Features, Schema, Slices, Targets
-from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.vocabulary import FIRST_VALUE
+from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
 from supermoe_jax.errors import ConfigError
 
 
@@ -60,8 +60,8 @@ def _outputs(name: str, task: config.LabelledTask, sizes: dict[str, int]) -> int
   return task.top if isinstance(task, config.FutureValues) else 1
 
 
-def batch(cfg: config.Config, schema: Schema) -> Batch:
-  """The shapes and dtypes of a training batch of all hosts: what `data.batches.training` makes."""
+def batch_shapes(cfg: config.Config, schema: Schema) -> Batch:
+  """The shapes and dtypes of a training batch of all hosts: what `dataset.training_batches.training_batches` makes."""
   rows, events, snapshots = cfg.train.batch_rows, cfg.model.max_events, cfg.train.snapshots_per_row
   tasks = cfg.active_tasks
   targets = {n: _targets(t, schema.outputs[n], (rows, events, snapshots)) for n, t in cfg.active_views.items()}

@@ -14,15 +14,15 @@ from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.plan.chips import Topology
-from supermoe_jax.plan.plan import plan
-from supermoe_jax.plan.program import LEAST_EFFORT, fitted
-from supermoe_jax.plan.render import size
+from supermoe_jax.plan.plan import plan_step
+from supermoe_jax.plan.program import LEAST_EFFORT, fitted_config
+from supermoe_jax.plan.render import bytes_text
 
 # Of which rows there are as many on few devices as on many.
 _WHERE = {"weak": "on each device", "strong": "on all devices together"}
 
 
-def sweep(
+def sweep_topologies(
   cfg: config.Config, topologies: Sequence[Topology], scaling: str = "weak", effort: float = LEAST_EFFORT
 ) -> dict[str, Any]:
   """Plans a config on each topology, with the batch that a device has on its own mesh or with its whole batch.
@@ -45,10 +45,10 @@ def sweep(
     )
     evaluate = dataclasses.replace(cfg.evaluate, batch_rows=ways)
     wanted = dataclasses.replace(cfg, train=train, evaluate=evaluate)
-    fitted(wanted, topology)  # says so now where one cannot be, not after the others have been compiled
+    fitted_config(wanted, topology)  # says so now where one cannot be, not after the others have been compiled
     asked.append((wanted, topology))
   bar = tqdm(asked, unit=" topologies", desc="compiling")
-  plans = [plan(wanted, topology, effort) for wanted, topology in bar]
+  plans = [plan_step(wanted, topology, effort) for wanted, topology in bar]
   return {"scaling": scaling, "rows": rows if scaling == "weak" else cfg.train.batch_rows, "plans": plans}
 
 
@@ -59,12 +59,12 @@ def efficiency(found: Mapping[str, Any]) -> dict[str, float]:
   return {name: value / next(iter(each.values())) for name, value in each.items()}
 
 
-def sent(found: Mapping[str, Any]) -> float:
+def bytes_sent(found: Mapping[str, Any]) -> float:
   """Bytes that a device sends in a step, by all collectives."""
   return math.fsum(row["sent"] for row in found.get("collectives", ()))
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def sweep_table(found: Mapping[str, Any]) -> list[str]:
   """The sweep as a table: each row against the first that could be compiled."""
   titles = f"{'memory':>11}{'fits':>6}{'sent':>12}{'ms a step':>11}{'efficiency':>12}"
   head = f"{'topology':<18}{'devices':>8}{'mesh':>12}{titles}"
@@ -72,17 +72,17 @@ def lines(found: Mapping[str, Any]) -> list[str]:
   share = efficiency(found)
   for p in found["plans"]:
     mesh = "×".join(str(n) for n in p["mesh"].values())
-    row = f"{p['topology']['name']:<18}{p['topology']['devices']:>8,}{mesh:>12}{size(p['memory']['total']):>11}"
+    row = f"{p['topology']['name']:<18}{p['topology']['devices']:>8,}{mesh:>12}{bytes_text(p['memory']['total']):>11}"
     row += f"{ {True: 'yes', False: 'no', None: '–'}[p['fits']]:>6}"
     if "collectives" in p:
-      row += f"{size(sent(p)):>12}"
+      row += f"{bytes_text(bytes_sent(p)):>12}"
     if "seconds" in p:
       row += f"{1e3 * p['seconds']['step']:>11.2f}{share[p['topology']['name']]:>12.0%}"
     out.append(row)
   return out
 
 
-def draw(found: Mapping[str, Any], file: pathlib.Path) -> None:
+def draw_sweep(found: Mapping[str, Any], file: pathlib.Path) -> None:
   """Draws bytes sent and memory of a device, and the estimated efficiency, over the number of devices."""
   plans = [p for p in found["plans"] if "collectives" in p]
   devices = [p["topology"]["devices"] for p in plans]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from supermoe_jax.plan.collectives import COLLECTIVES
-from supermoe_jax.plan.hlo import Instruction, Module, runs
+from supermoe_jax.plan.hlo import HloModule, Instruction, count_runs
 
 # They name or place values, and move none.
 _NO_TRAFFIC = {
@@ -19,13 +19,13 @@ _PARTLY_READ = {"dynamic-slice", "gather", "slice"}
 _PARTLY_WRITTEN = {"dynamic-update-slice": 1, "scatter": 2}
 
 
-def count(module: Module) -> int:
+def memory_traffic(module: HloModule) -> int:
   """Bytes that a run of the program reads from and writes to a device's main memory, each fusion once.
 
   Of what is only looked up or written in part (a table, say), that part counts. What stays in the chip's own memory
   does not.
   """
-  times = runs(module).times
+  times = count_runs(module).times
   fused = {i.called().get("calls") for c in module.computations.values() for i in c.values() if i.opcode == "fusion"}
   total = 0
   for name, count in times.items():
@@ -35,7 +35,7 @@ def count(module: Module) -> int:
   return total
 
 
-def _moved(instruction: Instruction, computation: Mapping[str, Instruction], module: Module) -> int:
+def _moved(instruction: Instruction, computation: Mapping[str, Instruction], module: HloModule) -> int:
   if instruction.opcode in _NO_TRAFFIC or (instruction.opcode == "custom-call" and not instruction.operands):
     return 0
   operands = [computation[o] for o in instruction.operands if o in computation]

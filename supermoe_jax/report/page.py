@@ -13,21 +13,30 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from supermoe_jax import atomic_files, config, versions
+from supermoe_jax import atomic_files, config, environment
 from supermoe_jax.batch import Schema
-from supermoe_jax.data.vocabulary import FIRST_VALUE
-from supermoe_jax.evaluation import seesaw_words
+from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.models import parameters
-from supermoe_jax.report import course, experts, neighbours, rendering, results, seesaw_section, user_map, words
-from supermoe_jax.report.drawing import number, percent
-from supermoe_jax.report.parts import Parts, read
+from supermoe_jax.report import (
+  experts_section,
+  neighbors_section,
+  rendering,
+  results_section,
+  seesaw_section,
+  task_sentences,
+  training_section,
+  user_map_section,
+)
+from supermoe_jax.report.figures.drawing import number, percent
+from supermoe_jax.report.run_files import RunFiles, read_run
+from supermoe_jax.seesaw import sentences
 from supermoe_jax.training.step import abstract_model
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "supermoe_jax")
 
 
-def write(workdir: pathlib.Path) -> pathlib.Path:
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """Writes `WORKDIR/report.html` and returns its path.
 
   Raises:
@@ -35,14 +44,14 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
     DataError: a file of the run is damaged.
   """
   workdir = pathlib.Path(workdir)
-  run = read(workdir)
-  page = rendering.render("report.html.jinja", _page(run), _FILTERS)
+  run = read_run(workdir)
+  page = rendering.render_template("report.html.jinja", _page(run), _FILTERS)
   file = workdir / "report.html"
   atomic_files.write_file(file, page)
   return file
 
 
-def _page(run: Parts) -> dict[str, Any]:
+def _page(run: RunFiles) -> dict[str, Any]:
   where = shlex.quote(str(run.workdir))
   test = run.cfg.data.split.test
   return {
@@ -58,27 +67,27 @@ def _page(run: Parts) -> dict[str, Any]:
     },
     "notes": list(_notes(run)),
     "parameters": _parameters(run),
-    "views": words.views(run.cfg.model),
-    "tasks": {n: words.question(t) for n, t in run.cfg.active_tasks.items()},
-    "headline": results.headline(run),
-    "metrics": results.metric_tables(run),
+    "views": task_sentences.views_sentence(run.cfg.model),
+    "tasks": {n: task_sentences.task_question(t) for n, t in run.cfg.active_tasks.items()},
+    "headline": results_section.headline_section(run),
+    "metrics": results_section.metric_tables(run),
     "lower_is_better": LOWER_IS_BETTER,
-    "seesaw": seesaw_section.found(run),
-    "label_shares": results.label_shares(run),
-    "training": course.training(run),
-    "history": results.by_history(run),
-    "calibration": results.calibration(run),
-    "experts": experts.by_task(run),
-    "events": experts.by_event(run),
-    "map": user_map.embedding_map(run),
-    "neighbours": neighbours.of_some_users(run),
+    "seesaw": seesaw_section.find_study(run),
+    "label_shares": results_section.label_shares(run),
+    "training": training_section.training_section(run),
+    "history": results_section.history_section(run),
+    "calibration": results_section.calibration_section(run),
+    "experts": experts_section.by_task(run),
+    "events": experts_section.by_event(run),
+    "map": user_map_section.embedding_map(run),
+    "neighbours": neighbors_section.neighbors_section(run),
     "config_text": json.dumps(config.to_dict(run.cfg), indent=2, ensure_ascii=False),
-    "versions": versions.installed(PACKAGES),
+    "versions": environment.installed(PACKAGES),
     "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
   }
 
 
-def _notes(run: Parts) -> Iterator[str]:
+def _notes(run: RunFiles) -> Iterator[str]:
   """Says where the parts do not belong together: what a reader would otherwise compare in error."""
   if run.manifest is not None and not run.same_data:
     yield (
@@ -111,16 +120,16 @@ def _between(interval: Sequence[float] | None, *, signed: bool = False) -> str:
   return "–" if interval is None else " to ".join(_score(end, signed=signed, digits=3) for end in interval)
 
 
-_FILTERS = {"number": number, "percent": percent, "score": _score, "between": _between, "cell": seesaw_words.cell}
+_FILTERS = {"number": number, "percent": percent, "score": _score, "between": _between, "cell": sentences.cell}
 
 
-def _parameters(run: Parts) -> dict[str, int] | None:
+def _parameters(run: RunFiles) -> dict[str, int] | None:
   """Counts the model's parameters by building it without allocating it; needs the dataset's numbers of codes."""
   if run.manifest is None or not run.same_data:
     return None
   model, schema = run.cfg.model, _schema(run.cfg, run.manifest)
   _, variables = abstract_model(run.cfg, schema)
-  found = parameters.count(variables, model.experts_per_token / model.experts)
+  found = parameters.count_parameters(variables, model.experts_per_token / model.experts)
   return {**found._asdict(), "rest": found.total - found.tables}
 
 

@@ -7,11 +7,11 @@ import datetime
 
 import numpy as np
 
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.histories import UserHistory
-from supermoe_jax.data.numeric import NumberEncoder, Numeric
-from supermoe_jax.data.vocabulary import ABSENT, FIRST_VALUE, Vocabulary
-from supermoe_jax.report.drawing import number
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.encoding.histories import UserHistory
+from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
+from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, Vocabulary
+from supermoe_jax.report.figures.drawing import number
 
 # Events hold numbers with 24 bits: what is nearer to 0 than this share of the usual was 0.
 _ROUNDED = 1e-6
@@ -28,7 +28,7 @@ class ReadableEvent:
   values: list[tuple[str, str]]
 
 
-class Reader:
+class EventReader:
   """Reads events of a dataset; fields whose values are hashed have no names and are left out: `unnamed`."""
 
   def __init__(self, dataset: Dataset):
@@ -53,7 +53,7 @@ class Reader:
         encoding = self._dataset.config.data.fields[column].encoding
         values[column] = [number_text(self._dataset.encoders.numeric[column], float(scaled), encoding)]
     source = self._dataset.schema.sources[int(history.source[i])]
-    return ReadableEvent(moment(int(history.time[i])), source, [(n, ", ".join(v)) for n, v in values.items()])
+    return ReadableEvent(moment_text(int(history.time[i])), source, [(n, ", ".join(v)) for n, v in values.items()])
 
 
 def _value(encoder: Vocabulary, code: int) -> str:
@@ -73,7 +73,7 @@ def number_text(encoder: NumberEncoder, scaled: float, encoding: str) -> str:
   return sign + number(float(np.interp(scaled, encoder.scores, encoder.knots)))
 
 
-def moment(time: int) -> str:
+def moment_text(time: int) -> str:
   """A time in microseconds since 1970 as date and minute; the date alone at midnight."""
   when = _EPOCH + datetime.timedelta(microseconds=time)
   return when.strftime("%Y-%m-%d" if when.time() == datetime.time() else "%Y-%m-%d %H:%M")

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 
-def render(template: str, values: Mapping[str, Any], filters: Mapping[str, Any]) -> str:
+def render_template(template: str, values: Mapping[str, Any], filters: Mapping[str, Any]) -> str:
   """Renders one of the package's templates; what it names and `values` lacks is an error, and text is escaped."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),

@@ -1,4 +1,4 @@
-"""The page of a seesaw study: one HTML file that needs nothing beside it, made from the content of `seesaw.json`."""
+"""The page of a seesaw study: one HTML file that needs nothing beside it, made from the content of `compare.json`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ import numpy as np
 from markupsafe import Markup
 
 from supermoe_jax import atomic_files
-from supermoe_jax.evaluation import seesaw_words as said
-from supermoe_jax.evaluation.seesaw_words import Report
-from supermoe_jax.report import heat_maps, rendering
-from supermoe_jax.report import seesaw_figures as figures
-from supermoe_jax.report.drawing import number
-from supermoe_jax.report.seesaw_figures import picture
-
-__all__ = ["picture", "write"]
+from supermoe_jax.report import rendering
+from supermoe_jax.report.figures import gains_figures, heat_maps
+from supermoe_jax.report.figures.drawing import number
+from supermoe_jax.seesaw import sentences
+from supermoe_jax.seesaw.sentences import Report
 
 
-def write(report: Report, file: pathlib.Path) -> pathlib.Path:
-  """Writes the page of `report`, what `evaluation.seesaw.report` returned, to `file`; returns its path.
+def write_study_page(report: Report, file: pathlib.Path) -> pathlib.Path:
+  """Writes the page of `report`, what `seesaw.compare.make_report` returned, to `file`; returns its path.
 
   The study may be unfinished: whatever lacks is named on the page.
   """
   file = pathlib.Path(file)
-  filters = {"number": number, "cell": said.cell, "interval": said.interval, "signed": said.signed}
+  filters = {
+    "number": number,
+    "cell": sentences.cell,
+    "interval": sentences.interval_in_sentence,
+    "signed": sentences.signed,
+  }
   filters |= {"score": _score, "share": _share}
-  atomic_files.write_file(file, rendering.render("seesaw.html.jinja", _page(report, file), filters))
+  atomic_files.write_file(file, rendering.render_template("seesaw.html.jinja", _page(report, file), filters))
   return file
 
 
@@ -41,15 +43,17 @@ def _page(report: Report, file: pathlib.Path) -> dict[str, Any]:
   return {
     "title": file.resolve().parent.name,
     "report": report,
-    "conclusion": [*said.conclusion(report), *said.choice(report)],
-    "warnings": said.warnings(report),
-    "sentences": {n: said.describe(report, n).removeprefix(f"{n}: ") for n in variants},
-    "marks": said.MARKS,
-    "few_seeds": said.FEW_SEEDS,
+    "conclusion": [*sentences.conclusion(report), *sentences.choice(report)],
+    "warnings": sentences.warnings(report),
+    "sentences": {n: sentences.describe_variant(report, n).removeprefix(f"{n}: ") for n in variants},
+    "marks": sentences.MARKS,
+    "few_seeds": sentences.FEW_SEEDS,
     "intervals": sum(v != "unknown" for v in judged),
-    "gains": figures.gains("gains", report) if drawn else None,
-    "trade_off": figures.trade_off("trade-off", report) if any(v["harm"]["seeds"] for v in variants.values()) else None,
-    "shares": figures.shares("shares", report) if _has_shares(report) else None,
+    "gains": gains_figures.draw_gains("gains", report) if drawn else None,
+    "trade_off": gains_figures.draw_trade_off("trade-off", report)
+    if any(v["harm"]["seeds"] for v in variants.values())
+    else None,
+    "shares": gains_figures.draw_shares("shares", report) if _has_shares(report) else None,
     "details": {n: _details(f"v{i}", v) for i, (n, v) in enumerate(variants.items())},
     "commands": {n: _command(v["overrides"]) for n, v in variants.items()},
     "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -67,9 +71,9 @@ def _details(name: str, variant: Mapping[str, Any]) -> dict[str, list[Markup]]:
   cosine, weights, loads = variant["cosine"], variant["weights"], variant["expert_load"]
   if cosine and cosine["tasks"]:
     title = "Cosine of the tasks' gradients"
-    about.append(figures.cosines(f"{name}-cosine", title, cosine["tasks"], cosine["matrix"]))
+    about.append(gains_figures.draw_cosines(f"{name}-cosine", title, cosine["tasks"], cosine["matrix"]))
   if weights and weights["step"] and len(weights) > 1:
-    about.append(figures.weights(f"{name}-weights", "Weight of each task over the steps", weights))
+    about.append(gains_figures.draw_weights(f"{name}-weights", "Weight of each task over the steps", weights))
   loads = {t: v for t, v in loads.items() if v.get("load") and v.get("snapshots", 1)}
   for m in range(min((len(v["load"]) for v in loads.values()), default=0)):
     shares = np.array([v["load"][m] for v in loads.values()], np.float64)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from supermoe_jax.evaluation import seesaw_words
-from supermoe_jax.report import seesaw_figures
-from supermoe_jax.report.parts import Parts, read_json
+from supermoe_jax.report.figures import gains_figures
+from supermoe_jax.report.run_files import RunFiles, read_json
+from supermoe_jax.seesaw import sentences
 
 
-def places(workdir: pathlib.Path) -> list[pathlib.Path]:
+def study_places(workdir: pathlib.Path) -> list[pathlib.Path]:
   """Where a study of a run is looked for: in the run, in its `seesaw` directory, and in the two directories above."""
   workdir = workdir.resolve()
   return [d / "seesaw.json" for d in (workdir, workdir / "seesaw", *workdir.parents[:2])]
 
 
-def found(run: Parts) -> dict[str, Any] | None:
+def find_study(run: RunFiles) -> dict[str, Any] | None:
   """The study that lies nearest; None where there is none. One of other tasks or data is named, but not shown.
 
   Raises:
     DataError: its file is damaged.
   """
-  for file in places(run.workdir):
+  for file in study_places(run.workdir):
     report = read_json(file)
     if report is None:
       continue
@@ -36,9 +36,9 @@ def found(run: Parts) -> dict[str, Any] | None:
       **out,
       "reason": "",
       "report": report,
-      "conclusion": [*seesaw_words.conclusion(report), *seesaw_words.choice(report)],
-      "warnings": seesaw_words.warnings(report),
-      "marks": seesaw_words.MARKS,
-      "figure": seesaw_figures.gains("seesaw-gains", report) if drawn else None,
+      "conclusion": [*sentences.conclusion(report), *sentences.choice(report)],
+      "warnings": sentences.warnings(report),
+      "marks": sentences.MARKS,
+      "figure": gains_figures.draw_gains("seesaw-gains", report) if drawn else None,
     }
   return None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from supermoe_jax.serving.loader import Encoder, Prepared
+from supermoe_jax.serving.loader import ExportedEncoder, Prepared
 
 
 class OverloadedError(RuntimeError):
@@ -31,7 +31,7 @@ class Batcher:
   Nothing of a user's vector depends on who shares the batch (the mixture of experts drops nothing).
   """
 
-  def __init__(self, encoder: Encoder, *, wait: float = 0.004, most_waiting: int = 512):
+  def __init__(self, encoder: ExportedEncoder, *, wait: float = 0.004, most_waiting: int = 512):
     """Creates a batcher.
 
     Args:

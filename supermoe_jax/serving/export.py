@@ -7,8 +7,8 @@
 
 `serving.loader` reads it with JAX and NumPy alone. A mixture of experts without drops works out its blocks from the
 batch's shape, so programs are of fixed shapes; what is embedded is cut into them. Parameters are arguments, not
-constants. A table whose rows share lines on a TPU (`layers.lines`) is written out as plain rows, which every platform
-takes. Neither ONNX nor a SavedModel is written: JAX has no converter to the one, and that to the other (`jax2tf`) is
+constants. A table whose rows share lines on a TPU (`layers.tpu_lines`) is written as plain rows, for every platform.
+Neither ONNX nor a SavedModel is written: JAX has no converter to ONNX, and the one to a SavedModel (`jax2tf`) is
 experimental and takes TensorFlow, which nothing here needs.
 
 Shapes: B rows, L events, D width.
@@ -32,15 +32,16 @@ from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.batch import Features
-from supermoe_jax.data import readers
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.reading import readers
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.layers import exchange
 from supermoe_jax.layers.table import TableRows
-from supermoe_jax.serving import columns, program
+from supermoe_jax.serving import json_columns
+from supermoe_jax.serving import stablehlo as stablehlo_lib
 from supermoe_jax.serving.loader import KIND, MANIFEST, PARAMETERS
 from supermoe_jax.serving.preprocessing import Preprocessing
-from supermoe_jax.serving.spec import Spec
+from supermoe_jax.serving.spec import PreprocessingSpec
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
 
@@ -50,13 +51,13 @@ BATCH_SIZES = (1, 8, 64)
 SHORTEST = 32  # events of the shortest program; each next one is twice as long
 
 
-def lengths(max_events: int) -> list[int]:
+def program_lengths(max_events: int) -> list[int]:
   """The lengths that programs are made for unless told: powers of two, and `max_events`."""
   powers = [1 << i for i in range(SHORTEST.bit_length() - 1, max_events.bit_length()) if 1 << i < max_events]
   return [*powers, max_events]
 
 
-def export(
+def export_encoder(
   run: Run,
   out: pathlib.Path,
   *,
@@ -81,7 +82,7 @@ def export(
     DataError: `out` is in the way, an event file is gone, or the disk is full.
   """
   longest = run.cfg.model.max_events
-  sizes = sorted(set(batch_sizes)), sorted({*(events or lengths(longest)), longest})
+  sizes = sorted(set(batch_sizes)), sorted({*(events or program_lengths(longest)), longest})
   if not sizes[0] or sizes[0][0] < 1 or sizes[1][0] < 1 or sizes[1][-1] > longest:
     raise ConfigError(
       f"batch sizes {sizes[0]} and lengths {sizes[1]}: both at least 1, and lengths at most "
@@ -102,7 +103,7 @@ def export(
 def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Sequence[int]) -> dict[str, Any]:
   preprocessing = make_preprocessing(run.dataset, run.cfg.model.max_events)
   preprocessing.save(work)
-  graph, variables = plain(run)
+  graph, variables = single_device_run(run)
   encode, parameters = _function(graph, variables)
   kept = _write_parameters(parameters, work)
   programs = []
@@ -110,7 +111,7 @@ def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Seq
     for length in events:
       row = preprocessing.row(preprocessing.empty, 0, length)
       for batch in batch_sizes:
-        facts, stablehlo = program.lower(encode, parameters, row, batch)
+        facts, stablehlo = stablehlo_lib.lower_program(encode, parameters, row, batch)
         file = f"program-{batch}x{length}.stablehlo"
         (work / file).write_bytes(stablehlo)
         programs.append({"file": file, **dataclasses.asdict(facts)})
@@ -127,7 +128,7 @@ def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Seq
     "max_events": run.cfg.model.max_events,
     "batch_sizes": list(batch_sizes),
     "lengths": list(events),
-    "platforms": list(program.PLATFORMS),
+    "platforms": list(stablehlo_lib.PLATFORMS),
     "jax_version": jax.__version__,
     "calling_convention": programs[0]["calling_convention"],
     "programs": programs,
@@ -143,7 +144,7 @@ def _write_parameters(parameters: dict[str, np.ndarray], work: pathlib.Path) -> 
   kept = {}
   for i, (name, value) in enumerate(parameters.items()):
     file = f"{PARAMETERS}/{i}.npy"
-    np.save(work / file, program.stored(value), allow_pickle=False)
+    np.save(work / file, stablehlo_lib.storable(value), allow_pickle=False)
     kept[name] = {
       "file": file,
       "shape": list(value.shape),
@@ -153,7 +154,7 @@ def _write_parameters(parameters: dict[str, np.ndarray], work: pathlib.Path) -> 
   return kept
 
 
-def plain(run: Run) -> tuple[nnx.GraphDef, nnx.State]:
+def single_device_run(run: Run) -> tuple[nnx.GraphDef, nnx.State]:
   """A run's encoder as it is on one device other than a TPU, with every variable on the host."""
   one = dataclasses.replace(run.cfg, train=dataclasses.replace(run.cfg.train, mesh=config.Mesh()))
   graph, abstract = abstract_model(one, run.dataset.schema, "cpu")
@@ -171,12 +172,12 @@ def plain(run: Run) -> tuple[nnx.GraphDef, nnx.State]:
 
 def _function(
   graph: nnx.GraphDef, variables: nnx.State
-) -> tuple[Callable[[program.Parameters, tuple[Any, ...]], jax.Array], dict[str, np.ndarray]]:
+) -> tuple[Callable[[stablehlo_lib.Parameters, tuple[Any, ...]], jax.Array], dict[str, np.ndarray]]:
   """The function `(parameters, features) → z [B, D]`, and its parameters by name."""
   flat = nnx.to_flat_state(variables)
   names = [".".join(map(str, path)) for path, _ in flat]
 
-  def encode(parameters: program.Parameters, features: tuple[Any, ...]) -> jax.Array:
+  def encode(parameters: stablehlo_lib.Parameters, features: tuple[Any, ...]) -> jax.Array:
     state = nnx.from_flat_state([(p, v.replace(parameters[n])) for n, (p, v) in zip(names, flat, strict=True)])
     encoder = nnx.merge(graph, state, copy=True)
     return encoder(Features(*features), dropless=True).z[:, 0].astype(jnp.float32)
@@ -193,12 +194,12 @@ def make_preprocessing(dataset: Dataset, max_events: int) -> Preprocessing:
   data = dataset.config.data
   con = readers.connect(memory=data.memory)
   try:
-    found = columns.Columns(con, data)
+    found = json_columns.ColumnKinds(con, data)
     sources, items = found.sources()
-    spec = Spec(
+    spec = PreprocessingSpec(
       max_events,
       sources,
-      columns.field_specs(data),
+      json_columns.field_specs(data),
       found.user_columns(),
       data.extra_value_fields,
       dataset.hidden_codes,

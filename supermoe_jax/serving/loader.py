@@ -6,7 +6,7 @@
     found = encoder.embed([{"events": {"purchases": [{"transaction_timestamp": …, "product_id": …}]}}], "2017-11-01")
     found.vectors                                                 # [users, width]
 
-What a user's JSON may hold is told by `Encoder.schema`, and in words by `serving.raw_values`. Where the package is
+What a user's JSON may hold is told by `Encoder.schema`, and in words by `serving.json_values`. Where the package is
 installed without its dependencies (`pip install --no-deps supermoe_jax`), this module works.
 
 Shapes: n users, B rows, L events of a row, D width.
@@ -29,14 +29,14 @@ import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by it)
 import numpy as np
 
 from supermoe_jax.batch import Features
-from supermoe_jax.data import windows
+from supermoe_jax.data.dataset import windows
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving import preprocessing as preprocessing_lib
-from supermoe_jax.serving import program
-from supermoe_jax.serving.preprocessing import Counts, InputError, Preprocessing
-from supermoe_jax.serving.raw_values import AS_OF, ValueProblem
+from supermoe_jax.serving import stablehlo as stablehlo_lib
+from supermoe_jax.serving.json_values import AS_OF, ValueProblem
+from supermoe_jax.serving.preprocessing import EventCounts, InputError, Preprocessing
 
-__all__ = ["Embedded", "Encoder", "InputError", "Prepared", "load"]
+__all__ = ["Embedded", "ExportedEncoder", "InputError", "Prepared", "load_encoder"]
 
 KIND = "encoder"
 MANIFEST, PARAMETERS = "manifest.json", "parameters"
@@ -51,12 +51,12 @@ class Embedded(NamedTuple):
   """
 
   vectors: np.ndarray
-  counts: list[Counts]
+  counts: list[EventCounts]
 
   @property
   def unknown(self) -> dict[str, int]:
     """How many values of each field were out of vocabulary."""
-    return dict(preprocessing_lib.total(self.counts))
+    return dict(preprocessing_lib.total_counts(self.counts))
 
   @property
   def used(self) -> int:
@@ -73,7 +73,7 @@ class Prepared(NamedTuple):
   """A user that was read: a row of L events without a dimension of rows, None without events; and the counts."""
 
   row: Features | None
-  counts: Counts
+  counts: EventCounts
 
   @property
   def length(self) -> int:
@@ -81,7 +81,7 @@ class Prepared(NamedTuple):
     return 0 if self.row is None else len(self.row.segment)
 
 
-class Encoder:
+class ExportedEncoder:
   """An exported encoder; threads may share it. Programs are compiled when they are first used, or by `warm_up`."""
 
   def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]):
@@ -97,9 +97,9 @@ class Encoder:
     for of in manifest["programs"]:
       of = dict(of)
       stablehlo = _checked(path, of.pop("file"), manifest)
-      facts = program.Facts(**{**of, "platforms": tuple(of["platforms"]), "kept": tuple(of["kept"])})
+      facts = stablehlo_lib.ProgramSignature(**{**of, "platforms": tuple(of["platforms"]), "kept": tuple(of["kept"])})
       size = facts.batch, facts.events
-      self.programs[size] = program.open_program(facts, stablehlo, host, self.padding[facts.events], self.width)
+      self.programs[size] = stablehlo_lib.open_program(facts, stablehlo, host, self.padding[facts.events], self.width)
     self.parameters = jax.device_put(host)
     self._compiled: dict[tuple[int, int], Callable[..., jax.Array]] = {}
     self._lock = threading.Lock()
@@ -147,7 +147,7 @@ class Encoder:
     Raises:
       InputError: the JSON or the time cannot be read.
     """
-    time = moment(as_of)
+    time = parse_moment(as_of)
     if not isinstance(user, Mapping):
       raise InputError(place, "an object is wanted, such as {'events': {…}}")
     try:
@@ -185,7 +185,7 @@ class Encoder:
   def _program(self, batch: int, length: int) -> Callable[..., jax.Array]:
     with self._lock:
       if (batch, length) not in self._compiled:
-        shapes = program.shapes(self.parameters, self.padding[length], batch)
+        shapes = stablehlo_lib.argument_shapes(self.parameters, self.padding[length], batch)
         self._compiled[batch, length] = jax.jit(self.programs[batch, length].call).lower(*shapes).compile()
       return self._compiled[batch, length]
 
@@ -198,7 +198,7 @@ class Encoder:
         said(batch, length)
 
 
-def moment(as_of: Any) -> int:
+def parse_moment(as_of: Any) -> int:
   """A time that is asked about, in microseconds since 1970 UTC.
 
   Raises:
@@ -210,7 +210,7 @@ def moment(as_of: Any) -> int:
     raise InputError(["as_of"], str(problem)) from None
 
 
-def load(path: str | os.PathLike[str]) -> Encoder:
+def load_encoder(path: str | os.PathLike[str]) -> ExportedEncoder:
   """Opens a directory that 'supermoe export' wrote.
 
   Raises:
@@ -228,7 +228,7 @@ def load(path: str | os.PathLike[str]) -> Encoder:
     raise DataError(f"{path} holds no exported encoder; name another directory.")
   for name in manifest["files"]:
     _checked(path, name, manifest)
-  return Encoder(path, manifest)
+  return ExportedEncoder(path, manifest)
 
 
 def _checked(path: pathlib.Path, name: str, manifest: Mapping[str, Any]) -> bytes:
@@ -260,6 +260,6 @@ def _parameter(path: pathlib.Path, name: str, of: Mapping[str, Any]) -> np.ndarr
   return value
 
 
-def as_json(counts: Counts) -> dict[str, Any]:
+def counts_json(counts: EventCounts) -> dict[str, Any]:
   """Counts, ready for JSON."""
   return dataclasses.asdict(counts)

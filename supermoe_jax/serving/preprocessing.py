@@ -1,8 +1,8 @@
 """From a user's raw events, as JSON has them, to what the encoder reads: preparation without the event files.
 
-Values are read by `raw_values`, coded by `data.vocabulary` and `data.numeric`, and laid out by `data.windows` and
-`data.aggregates`: the code that training reads a dataset with. What it takes is kept in `preprocessing.json`, a file of
-values for each vocabulary, and one for each table of items.
+`json_values` reads the values, `encoding.vocabulary` and `encoding.numeric` code them, `dataset.windows` and
+`encoding.aggregates` lay them out: the code with which training reads a dataset. The settings are kept in
+`preprocessing.json`, a file of values for each vocabulary, and one for each table of items.
 
 Shapes: N events, F columns of codes, G numeric fields, A aggregates, L events of a row.
 """
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from supermoe_jax.batch import Features
-from supermoe_jax.data import windows
-from supermoe_jax.data.aggregates import Aggregator
-from supermoe_jax.data.histories import UserBlock, UserHistory
-from supermoe_jax.data.numeric import NumberEncoder, number_encoder
-from supermoe_jax.data.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
+from supermoe_jax.data.dataset import windows
+from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+from supermoe_jax.data.encoding.numeric import NumberEncoder, number_encoder
+from supermoe_jax.data.encoding.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
 from supermoe_jax.errors import nearest
-from supermoe_jax.serving.raw_values import Kind, ValueProblem, number_reader, text_reader, texts_reader
-from supermoe_jax.serving.spec import SourceSpec, Spec, of_saved
+from supermoe_jax.serving.json_values import ColumnKind, ValueProblem, number_reader, text_reader, texts_reader
+from supermoe_jax.serving.spec import PreprocessingSpec, SourceSpec, spec_from_json
 
 FILE = "preprocessing.json"
 
@@ -49,7 +49,7 @@ class InputError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
+class ItemValues:
   """A table of items: of each joined field its distinct values as read, and which of them each item has.
 
   Attributes:
@@ -64,7 +64,7 @@ class Items:
 
 
 @dataclasses.dataclass
-class Counts:
+class EventCounts:
   """What became of a user's events.
 
   Attributes:
@@ -84,7 +84,7 @@ class Counts:
   cut: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-class _Reader(NamedTuple):
+class _FieldReader(NamedTuple):
   """How a field is read from one source's events: where its value comes from, and what reads it."""
 
   field: str
@@ -106,12 +106,12 @@ class Preprocessing:
 
   def __init__(
     self,
-    spec: Spec,
+    spec: PreprocessingSpec,
     categorical: Mapping[str, Categorical],
     numeric: Mapping[str, NumberEncoder],
     aggregator: Aggregator | None,
     statistics: Mapping[str, Sequence[float]],
-    items: Mapping[str, Items],
+    items: Mapping[str, ItemValues],
   ):
     """Takes the encoders of the fields, the aggregates with their `mean` and `scale`, and the tables of items."""
     self.spec, self.categorical, self.numeric, self.aggregator = spec, dict(categorical), dict(numeric), aggregator
@@ -130,19 +130,19 @@ class Preprocessing:
       for n, s in spec.sources.items()
     }
 
-  def _value_reader(self, field: str, kind: Kind) -> Callable[[Any], Any]:
+  def _value_reader(self, field: str, kind: ColumnKind) -> Callable[[Any], Any]:
     spec = self.spec.fields[field]
     if spec.numeric:
       return number_reader(kind, spec.log1p)
     return texts_reader(kind, spec.separator) if spec.many else text_reader(kind)
 
-  def _field_readers(self, source: SourceSpec) -> list[_Reader]:
+  def _field_readers(self, source: SourceSpec) -> list[_FieldReader]:
     own = {f: c for f, c in source.fields.items() if f not in source.user_fields}
-    return [_Reader(f, c, self._value_reader(f, source.columns[c]), c in source.joined) for f, c in own.items()]
+    return [_FieldReader(f, c, self._value_reader(f, source.columns[c]), c in source.joined) for f, c in own.items()]
 
   # --------------------------------------------------------------------------------------------------------- one user
 
-  def history(self, user: Mapping[str, Any], as_of: int) -> tuple[UserHistory, Counts]:
+  def history(self, user: Mapping[str, Any], as_of: int) -> tuple[UserHistory, EventCounts]:
     """A user's events before `as_of` (microseconds since 1970 UTC), in the order of time, and what became of all.
 
     Events at equal times keep the order in which they are given, those of the config's earlier sources first, as in
@@ -151,7 +151,7 @@ class Preprocessing:
     Raises:
       InputError: something of the user cannot be read.
     """
-    counts = Counts()
+    counts = EventCounts()
     for key in user:
       if key not in (EVENTS, USER):
         raise InputError([], f"unknown key {key!r}{nearest(str(key), (EVENTS, USER))}")
@@ -186,7 +186,7 @@ class Preprocessing:
     }
 
   def _events(
-    self, number: int, name: str, given: Any, as_of: int, known: Mapping[str, Any], counts: Counts
+    self, number: int, name: str, given: Any, as_of: int, known: Mapping[str, Any], counts: EventCounts
   ) -> list[_Event]:
     if given is None:
       return []
@@ -225,7 +225,9 @@ class Preprocessing:
       found.append(_Event(time, number, tuple(values)))
     return found
 
-  def _item(self, name: str, event: Mapping[str, Any], place: Sequence[str | int], counts: Counts) -> dict[str, Any]:
+  def _item(
+    self, name: str, event: Mapping[str, Any], place: Sequence[str | int], counts: EventCounts
+  ) -> dict[str, Any]:
     """What the source's table of items says of an event, by field."""
     source = self.spec.sources[name]
     if not source.item_key:
@@ -239,7 +241,7 @@ class Preprocessing:
     places = items.index[row].tolist()
     return {f: values[at] for (f, values), at in zip(items.values.items(), places, strict=True) if at >= 0}
 
-  def _history(self, events: Sequence[_Event], counts: Counts) -> UserHistory:
+  def _history(self, events: Sequence[_Event], counts: EventCounts) -> UserHistory:
     n = len(events)
     time = np.fromiter((e.time for e in events), np.int64, n)
     order = np.argsort(time, kind="stable")
@@ -284,7 +286,7 @@ class Preprocessing:
   @property
   def empty(self) -> UserHistory:
     """A history without events."""
-    return self._history([], Counts())
+    return self._history([], EventCounts())
 
   # ------------------------------------------------------------------------------------------------------------- files
 
@@ -332,9 +334,9 @@ class Preprocessing:
     for name, file in saved["items"].items():
       held = json.loads((path / f"{file}.json").read_text())
       index = np.load(path / f"{file}.npy", allow_pickle=False)
-      items[name] = Items({k: i for i, k in enumerate(held["keys"])}, held["values"], index)
+      items[name] = ItemValues({k: i for i, k in enumerate(held["keys"])}, held["values"], index)
     numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
-    return cls(of_saved(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
+    return cls(spec_from_json(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
 
 
 def _mapping(value: Any, place: Sequence[str | int]) -> Mapping[str, Any]:
@@ -350,7 +352,7 @@ def _read(read: Callable[[Any], Any], value: Any, place: Sequence[str | int]) ->
     raise InputError(place, str(problem)) from None
 
 
-def total(counts: Sequence[Counts]) -> collections.Counter[str]:
+def total_counts(counts: Sequence[EventCounts]) -> collections.Counter[str]:
   """How many values of each field are out of vocabulary, over several users."""
   out: collections.Counter[str] = collections.Counter()
   for of in counts:

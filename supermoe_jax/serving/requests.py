@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import pydantic
 
-from supermoe_jax.serving import raw_values
-from supermoe_jax.serving.loader import Encoder
+from supermoe_jax.serving import json_values
+from supermoe_jax.serving.loader import ExportedEncoder
 
 MOST_DIGITS = 100  # of a whole number; no column holds more
 MOST_KEYS = 1_000  # of one object; no event has so many columns
@@ -28,7 +28,7 @@ class MalformedJson(ValueError):
   """A body that is no JSON that this service takes."""
 
 
-def parse(body: bytes) -> Any:
+def parse_body(body: bytes) -> Any:
   """Reads a body.
 
   Raises:
@@ -61,7 +61,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) < len(pairs):
     seen: set[str] = set()
     twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-    raise MalformedJson(f"the key {raw_values.described(twice)} stands twice in one object; keep one of them")
+    raise MalformedJson(f"the key {json_values.described(twice)} stands twice in one object; keep one of them")
   return found
 
 
@@ -137,7 +137,7 @@ class Health(pydantic.BaseModel):
   waiting: int = pydantic.Field(description="users that wait to be embedded")
 
 
-def request_model(encoder: Encoder, limits: Limits) -> type[pydantic.BaseModel]:
+def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.BaseModel]:
   """The model of a request's body: the sources, columns and limits of an encoder."""
   spec = encoder.preprocessing.spec
   sources: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def request_model(encoder: Encoder, limits: Limits) -> type[pydantic.BaseModel]:
       None,
     )
   one = pydantic.create_model("User", __base__=Strict, __doc__="A user.", **user)
-  described = {"examples": ["2017-11-01"], "description": raw_values.AS_OF.wanted}
+  described = {"examples": ["2017-11-01"], "description": json_values.AS_OF.wanted}
   as_of = Annotated[str, pydantic.Field(max_length=64, json_schema_extra={"format": "date-time"}, **described)]
   many = Annotated[list[one], pydantic.Field(min_length=1, max_length=limits.users), pydantic.FailFast()]  # type: ignore[valid-type]
   return pydantic.create_model(
@@ -178,14 +178,14 @@ def request_model(encoder: Encoder, limits: Limits) -> type[pydantic.BaseModel]:
   )
 
 
-def json_types(kind: raw_values.Kind, *, numeric: bool = False, many: bool = False) -> Any:
-  """The types of JSON that a column of this kind takes, but for null; `raw_values` says more exactly which values."""
+def json_types(kind: json_values.ColumnKind, *, numeric: bool = False, many: bool = False) -> Any:
+  """The types of JSON that a column of this kind takes, but for null; `json_values` says more exactly which values."""
   found: Any = {
     "text": str | int | float | bool if kind.json or numeric else str | int | bool,
-    "integer": int | _described(float, multipleOf=1) | _described(str, pattern=f"^({raw_values.WHOLE.pattern})$"),
+    "integer": int | _described(float, multipleOf=1) | _described(str, pattern=f"^({json_values.WHOLE.pattern})$"),
     "float64": int | float,
     "float32": int | float,
-    "decimal": int | float | _described(str, pattern=f"^({raw_values.NUMBER.pattern})$"),
+    "decimal": int | float | _described(str, pattern=f"^({json_values.NUMBER.pattern})$"),
     "boolean": bool,
     "date": _described(str, format="date"),
     "timestamp": _described(str, format="date-time"),
@@ -198,13 +198,13 @@ def _described(type: Any, **schema: Any) -> Any:
   return Annotated[type, pydantic.WithJsonSchema({**pydantic.TypeAdapter(type).json_schema(), **schema})]
 
 
-def _time(kind: raw_values.TimeKind) -> Any:
+def _time(kind: json_values.TimeKind) -> Any:
   text = str if kind.name == "format" else _described(str, format="date-time")
   taken = int | float | text if kind.name == "epoch" else text
   return Annotated[taken, pydantic.Field(description=kind.wanted)]
 
 
-def problems(error: pydantic.ValidationError) -> list[Problem]:
+def list_problems(error: pydantic.ValidationError) -> list[Problem]:
   """What is wrong, of the first few things that are."""
   found: dict[tuple[str | int, ...], list[str]] = {}
   values: dict[tuple[str | int, ...], Any] = {}
@@ -222,9 +222,9 @@ def problems(error: pydantic.ValidationError) -> list[Problem]:
 
 
 def _shown(value: Any) -> str:
-  return "" if isinstance(value, dict | list) else f" (it is {raw_values.described(value)})"
+  return "" if isinstance(value, dict | list) else f" (it is {json_values.described(value)})"
 
 
-def users_of(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def request_users(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
   """The users of a body that the model holds for good, as the loader takes them."""
   return [{k: v for k, v in user.items() if v is not None} for user in body["users"]]

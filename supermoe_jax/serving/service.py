@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 
 from supermoe_jax.serving import requests
 from supermoe_jax.serving.batching import Batcher, OverloadedError
-from supermoe_jax.serving.loader import Encoder, Prepared, as_json, moment
+from supermoe_jax.serving.loader import ExportedEncoder, Prepared, counts_json, parse_moment
 from supermoe_jax.serving.preprocessing import InputError
 from supermoe_jax.serving.requests import Answer, Health, Limits, MalformedJson, Problem, Problems
 
@@ -35,7 +35,7 @@ RETRY_AFTER = "1"  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ServiceSettings:
   """How a service is run.
 
   Attributes:
@@ -77,7 +77,7 @@ def _busy(why: str) -> _Refused:
 class _Service:
   """What answers requests, while `batcher` is there."""
 
-  def __init__(self, encoder: Encoder, settings: Settings):
+  def __init__(self, encoder: ExportedEncoder, settings: ServiceSettings):
     self.encoder, self.settings = encoder, settings
     self.model = requests.request_model(encoder, settings.limits)
     self.readers = concurrent.futures.ThreadPoolExecutor(2, "reader")
@@ -141,16 +141,16 @@ class _Service:
   def _read(self, body: bytes) -> tuple[str, list[Prepared]]:
     """The users of a body, ready to be embedded."""
     try:
-      found = requests.parse(body)
+      found = requests.parse_body(body)
     except MalformedJson as error:
       raise _refused(400, str(error)) from None
     try:
       self.model.model_validate(found)
     except pydantic.ValidationError as error:
-      raise _Refused(422, *requests.problems(error)) from None
+      raise _Refused(422, *requests.list_problems(error)) from None
     try:
-      moment(found["as_of"])
-      users = requests.users_of(found)
+      parse_moment(found["as_of"])
+      users = requests.request_users(found)
       most = self.settings.limits.events
       for i, user in enumerate(users):
         events = sum(len(of) for of in user["events"].values() if of)
@@ -168,14 +168,14 @@ class _Service:
         raise _Refused(
           422, Problem(place=["users", i], problem="its numbers are too large to embed; check their units")
         )
-      users.append({"embedding": vector.tolist() if known else None, **as_json(user.counts)})
+      users.append({"embedding": vector.tolist() if known else None, **counts_json(user.counts)})
     answer = {"as_of": as_of, "step": self.encoder.manifest["step"], "width": self.encoder.width, "users": users}
     return fastapi.Response(json.dumps(answer, allow_nan=False), media_type="application/json")
 
 
-def app(encoder: Encoder, settings: Settings | None = None) -> fastapi.FastAPI:
+def make_app(encoder: ExportedEncoder, settings: ServiceSettings | None = None) -> fastapi.FastAPI:
   """The service as an ASGI application; `encoder` should be warm."""
-  settings = settings or Settings()
+  settings = settings or ServiceSettings()
   service = _Service(encoder, settings)
 
   @contextlib.asynccontextmanager

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from supermoe_jax.serving.raw_values import Kind, TimeKind
+from supermoe_jax.serving.json_values import ColumnKind, TimeKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SourceSpec:
 
   time: str
   time_kind: TimeKind
-  columns: Mapping[str, Kind]
+  columns: Mapping[str, ColumnKind]
   fields: Mapping[str, str]
   user_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
   item_key: str = ""
@@ -43,7 +43,7 @@ class FieldSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class PreprocessingSpec:
   """All that `preprocessing.json` says, but for encoders and aggregates.
 
   Attributes:
@@ -60,18 +60,18 @@ class Spec:
   max_events: int
   sources: Mapping[str, SourceSpec]
   fields: Mapping[str, FieldSpec]
-  user_columns: Mapping[str, Kind]
+  user_columns: Mapping[str, ColumnKind]
   extra_columns: tuple[str, ...]
   hidden_codes: tuple[int, ...]
   hidden_numeric: tuple[int, ...]
   drop_duplicates: bool
 
 
-def of_saved(saved: Mapping[str, Any]) -> Spec:
+def spec_from_json(saved: Mapping[str, Any]) -> PreprocessingSpec:
   """The spec of what `dataclasses.asdict` made of it, by way of JSON."""
 
-  def kinds(of: Mapping[str, Any]) -> dict[str, Kind]:
-    return {column: Kind(**kind) for column, kind in of.items()}
+  def kinds(of: Mapping[str, Any]) -> dict[str, ColumnKind]:
+    return {column: ColumnKind(**kind) for column, kind in of.items()}
 
   def source(of: Mapping[str, Any]) -> SourceSpec:
     changed = {"time_kind": TimeKind(**of["time_kind"]), "columns": kinds(of["columns"]), "joined": tuple(of["joined"])}
@@ -86,4 +86,4 @@ def of_saved(saved: Mapping[str, Any]) -> Spec:
     "user_columns": kinds(saved["user_columns"]),
     **{k: tuple(saved[k]) for k in ("extra_columns", "hidden_codes", "hidden_numeric")},
   }
-  return Spec(**{**saved, **parts})
+  return PreprocessingSpec(**{**saved, **parts})

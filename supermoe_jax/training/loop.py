@@ -15,27 +15,28 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from supermoe_jax import config, hosts, sharding
+from supermoe_jax import config, sharding
 from supermoe_jax.batch import Batch
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.stream import Position
-from supermoe_jax.data.targets import count_spaces
-from supermoe_jax.data.windows import stack
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.dataset.resumable_stream import StreamPosition
+from supermoe_jax.data.dataset.supervision import count_spaces
+from supermoe_jax.data.dataset.windows import stack
+from supermoe_jax.distributed import processes
+from supermoe_jax.distributed.heartbeat import Heartbeat
 from supermoe_jax.errors import ConfigError, RunError, Stopped
 from supermoe_jax.evaluation.validation import Validation, check_metric
 from supermoe_jax.models import parameters
-from supermoe_jax.training import statistics as statistics_lib
-from supermoe_jax.training import utilisation
-from supermoe_jax.training.checkpoint import Checkpoints, Writer, code_hash, versions
-from supermoe_jax.training.claim import check_encoding, claim
-from supermoe_jax.training.log import Log
-from supermoe_jax.training.profiler import Profiler
-from supermoe_jax.training.roster import Roster
-from supermoe_jax.training.statistics import TaskStatistics
-from supermoe_jax.training.step import TrainState, abstract_state, compiled, create_state
-from supermoe_jax.training.step import place as place_batch
+from supermoe_jax.training import task_statistics
+from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter, code_hash, versions
+from supermoe_jax.training.monitoring import utilisation
+from supermoe_jax.training.monitoring.metrics_log import MetricsLog
+from supermoe_jax.training.monitoring.profiler import Profiler
+from supermoe_jax.training.run_directory import check_encoding, claim_directory
+from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state
+from supermoe_jax.training.step import place_on_mesh as place_batch
 from supermoe_jax.training.stopping import Signals, save_batch
+from supermoe_jax.training.task_statistics import TaskStatistics
 
 # Rows that label rates and constant losses are measured on.
 MEASURED_ROWS = 1024
@@ -51,7 +52,7 @@ def train(
   cfg: config.Config,
   workdir: pathlib.Path,
   *,
-  place: hosts.Place | None = None,
+  place: processes.Place | None = None,
   say: Callable[[str], None] = print,
   progress: bool = True,
   profile: bool = False,
@@ -81,16 +82,16 @@ def train(
   version = {**versions(), "code": code_hash()}
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
   signals = Signals(several=place is not None)
-  roster = Roster(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say, stop=lambda: signals.got)
+  roster = Heartbeat(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say, stop=lambda: signals.got)
   with signals, roster:
-    hosts.initialize(place)
+    processes.initialize(place)
     signals.joined()
-    around = Around(roster, signals, say if hosts.first() else lambda _: None, progress)
+    around = RunContext(roster, signals, say if processes.is_first() else lambda _: None, progress)
     try:
-      with Profiler(workdir / "profile" if profile and hosts.first() else None) as profiler:
+      with Profiler(workdir / "profile" if profile and processes.is_first() else None) as profiler:
         return _train(cfg, dataset, workdir, around, profiler)
     except Stopped:
-      hosts.leave()
+      processes.leave()
       raise
     except OSError as error:
       if error.errno not in DISKS:
@@ -100,10 +101,10 @@ def train(
       ) from error
 
 
-class Around(NamedTuple):
+class RunContext(NamedTuple):
   """What surrounds a run: who is there, what asks it to stop, and who is told what."""
 
-  roster: Roster
+  roster: Heartbeat
   signals: Signals
   say: Callable[[str], None]
   progress: bool
@@ -113,29 +114,29 @@ def _train(
   cfg: config.Config,
   dataset: Dataset,
   workdir: pathlib.Path,
-  around: Around,
+  around: RunContext,
   profiler: Profiler,
 ) -> int:
   roster, signals, say, progress = around
   mesh = sharding.make_mesh(cfg.train.mesh)
   problem = ""
   try:
-    if hosts.first():
-      claim(workdir, cfg)
+    if processes.is_first():
+      claim_directory(workdir, cfg)
       check_encoding(workdir, dataset, create=True)
   except (RunError, ConfigError, OSError) as error:
     problem = str(error)
-  for _, theirs in hosts.gather(problem):  # all end, or none
+  for _, theirs in processes.gather_text(problem):  # all end, or none
     if theirs:
       raise RunError(theirs)
   shard = sharding.host_rows(mesh, cfg.train.batch_rows)
-  stream = iter(batches.training(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
+  stream = iter(training_batches.training_batches(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
   about = {"config": config.to_dict(cfg)}
   validation = Validation(cfg, dataset, workdir, mesh, say, progress)
   with (
     contextlib.closing(stream),
     jax.set_mesh(mesh),
-    Writer(workdir, cfg.train, about, validation.best) as writer,
+    CheckpointWriter(workdir, cfg.train, about, validation.best) as writer,
   ):
     checkpoints = Checkpoints(workdir, say)
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
@@ -148,7 +149,7 @@ def _train(
       step = int(state.step)
       stream.set_state(position)
       say(f"resuming {workdir} at step {step} of {cfg.train.steps}")
-      _tell_versions(before, say)
+      _report_versions(before, say)
       writer.set_aside(checkpoints.damaged)
     validation.resume(step)
     if step >= cfg.train.steps and not validation.due(step):
@@ -156,12 +157,12 @@ def _train(
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
       say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
-    do_step = compiled(cfg, dataset.schema, mesh).step
+    do_step = compiled_program(cfg, dataset.schema, mesh).step
     constants = jax.device_put(jax.tree.map(np.float32, statistics), NamedSharding(mesh, PartitionSpec()))
     begun, several = step, cfg.train.steps_per_call
-    count = parameters.count(state.model, cfg.model.experts_per_token / cfg.model.experts)
+    count = parameters.count_parameters(state.model, cfg.model.experts_per_token / cfg.model.experts)
     flops = utilisation.flops_a_token(cfg.model, count)
-    with Log(workdir, step, cfg, say if progress else None, waiting, flops) as log:
+    with MetricsLog(workdir, step, cfg, say if progress else None, waiting, flops) as log:
       _validate(validation, step, state, statistics, log)  # where the run was cut before that
       while step < cfg.train.steps:
         with log.taking_input():
@@ -190,7 +191,7 @@ def _train(
 
 
 def _validate(
-  validation: Validation, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: Log
+  validation: Validation, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: MetricsLog
 ) -> None:
   """Validates the checkpoint of `step`, where that is due."""
   if validation.due(step):
@@ -200,7 +201,7 @@ def _validate(
     log.begin()
 
 
-def _tell_versions(before: Mapping[str, str], say: Callable[[str], None]) -> None:
+def _report_versions(before: Mapping[str, str], say: Callable[[str], None]) -> None:
   now = versions()
   changed = [f"{n} {v} → {now.get(n, 'none')}" for n, v in before.items() if now.get(n) != v]
   if changed:
@@ -210,7 +211,7 @@ def _tell_versions(before: Mapping[str, str], say: Callable[[str], None]) -> Non
 def _check_skipped(
   steps: Sequence[int],
   total: int,
-  stream: Position[Batch],
+  stream: StreamPosition[Batch],
   cfg: config.Config,
   workdir: pathlib.Path,
   say: Callable[[str], None],
@@ -251,10 +252,10 @@ def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -
   known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_views}
   if known and not any(count["known"] for count in known.values()):
     raise RunError(f"no active task has a training label; see 'labels' in {dataset.path}/manifest.json.")
-  stream = batches.training(dataset, cfg, seed=cfg.train.seed + 1)
+  stream = training_batches.training_batches(dataset, cfg, seed=cfg.train.seed + 1)
   n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
   wanted = {n: min(count["known"], MEASURED_LABELS) for n, count in known.items()}
-  statistics = statistics_lib.measure(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
+  statistics = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
   for name, found in count_spaces(dataset, cfg).items():
     space = cfg.active_views[name].sample_space
     say(
@@ -266,7 +267,7 @@ def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -
     if not count["known"]:
       say(f"warning: task {name} has no training label and contributes nothing")
     elif not statistics[name].rate:
-      waited = statistics_lib.LONGEST * n_batches
+      waited = task_statistics.LONGEST * n_batches
       say(f"warning: no label of task {name} was met in {waited} batches; it contributes nothing")
   for name in cfg.active_tasks.keys() - known.keys():
     if not statistics[name].rate:

@@ -15,7 +15,6 @@ those of `weighting`.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -31,7 +30,8 @@ from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.models.encoder import Encoded
 from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training import weighting
-from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.sampled_softmax import drawing_rows, drawn_codes, log_expected_count, sampled_softmax
+from supermoe_jax.training.task_statistics import TaskStatistics
 
 
 class TaskLoss(NamedTuple):
@@ -55,7 +55,7 @@ class Loss(NamedTuple):
 
   total: jax.Array
   tasks: dict[str, TaskLoss]
-  seen: weighting.Seen
+  seen: weighting.ObservedLosses
   weights: jax.Array
   encoded: Encoded
   slices: tuple[jax.Array, jax.Array]
@@ -79,7 +79,7 @@ def per_sample(task: config.Task, logits: jax.Array, value: jax.Array) -> jax.Ar
 def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0) -> TaskLoss:
   """Sums `loss` of the samples that have a label; the others contribute nothing, whatever they hold.
 
-  `weight` multiplies ω; it has the shape of `targets.known` or one that broadcasts to it.
+  `weight` multiplies ω; it has the shape of `supervision.known` or one that broadcasts to it.
   """
   known = jnp.asarray(targets.known)
   omega = jnp.where(known, targets.weight * weight, 0.0)
@@ -91,78 +91,6 @@ def snapshot_weight(task: config.Task, statistics: TaskStatistics, events: int, 
   if not isinstance(task, config.AT_EVENTS):
     return 1.0
   return jnp.where(jnp.arange(sites) < events, 1.0, statistics.snapshot_weight)
-
-
-# ------------------------------------------------------------------------------------------------------ sampled softmax
-
-
-def draw(how: str, items: int, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-  """Draws item indices with replacement, int32 of `shape`.
-
-  `log_uniform`: `P(i) ∝ log((i + 2) / (i + 1))`, Zipf's law for items in order of frequency. `uniform`: all alike.
-  """
-  if how == "uniform":
-    return jax.random.randint(key, shape, 0, items, jnp.int32)
-  u = jax.random.uniform(key, shape)
-  return jnp.clip(jnp.exp(u * jnp.log(items + 1.0)).astype(jnp.int32) - 1, 0, items - 1)
-
-
-def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax.Array:
-  """Returns log of how often `draws` draws are expected to give `item`."""
-  if how == "uniform":
-    return jnp.full(item.shape, jnp.log(draws / items))
-  i = item.astype(jnp.float32)
-  return jnp.log(draws * jnp.log1p(1 / (i + 1)) / jnp.log(items + 1.0))
-
-
-def drawing_rows(rows: int, negatives: int) -> int:
-  """Every how many rows of a batch one draws, where a batch has more rows than `negatives`.
-
-  So a softmax costs no more, and gathers no more, on more devices.
-  """
-  return max(1, rows // negatives)
-
-
-def draws(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-  """The codes that each sampled softmax of a batch of B rows is computed with, int32 `[B, k]` by task.
-
-  All sites share the values of them: at least the task's `negatives`, fewer than twice as many, since rows draw alike.
-  They are laid out as the batch is, so that each device fetches some; of rows that draw none they are 0, absent.
-  """
-  rows, out = len(batch.features.length), {}
-  for name, task in model.tasks.items():
-    if isinstance(task, config.NextEvent) and task.softmax == "sampled":
-      items = model.encoder.event_embedding.table(task.field).size - 2
-      each, every = -(-task.negatives // rows), drawing_rows(rows, task.negatives)
-      drawn = draw(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))
-      codes = jnp.where(jnp.arange(rows)[:, None] % every == 0, drawn + 2, 0)
-      out[name] = sharding.constrain(codes, "batch", None)
-  return out
-
-
-def sampled_softmax(
-  state: jax.Array,
-  own: jax.Array,
-  target: jax.Array,
-  others: jax.Array,
-  drawn: jax.Array,
-  log_count: jax.Array,
-) -> jax.Array:
-  """Cross-entropy of each site's target against N values that all sites share, as an estimate of the full softmax.
-
-  Σ exp(score) over all other values is estimated from those drawn, each weighed by 1 / how often it is expected among
-  them (log-Q correction); a drawn value that is a site's own target does not count against it. So the loss and its
-  gradient converge to those of the full softmax as N grows.
-
-  Shapes: `state, own [..., D]`, `target [...]`, `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` are the rows
-  of `target`, `others` those of `drawn`.
-
-  Source: importance sampling of a softmax, https://doi.org/10.1109/TNN.2007.912312; log-Q correction for retrieval,
-  https://doi.org/10.1145/3298689.3346996.
-  """
-  mine = jnp.sum(state * own, axis=-1)
-  scores = jnp.where(drawn == target[..., None], -jnp.inf, state @ others.T - log_count)
-  return jax.nn.logsumexp(jnp.concatenate([mine[..., None], scores], axis=-1), axis=-1) - mine
 
 
 # ------------------------------------------------------------------------------------------------------------ contrast
@@ -265,14 +193,16 @@ def combine(
   return sum((jnp.where(losses[n].weight > 0, w[i] * terms[i], 0.0) for i, n in enumerate(losses)), jnp.zeros(()))
 
 
-def seen(losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]) -> weighting.Seen:
+def observed_losses(
+  losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]
+) -> weighting.ObservedLosses:
   """What a batch tells of the tasks' losses, `[T]` in the order of `losses`."""
   total = jnp.stack([loss.total / statistics[n].constant_loss for n, loss in losses.items()])
   labels = jnp.stack([loss.weight for loss in losses.values()])
-  return weighting.Seen(labels > 0, total, labels)
+  return weighting.ObservedLosses(labels > 0, total, labels)
 
 
-def loss(
+def total_loss(
   model: SuperMoE,
   batch: Batch,
   statistics: Mapping[str, TaskStatistics],
@@ -299,7 +229,7 @@ def loss(
   """
   rngs = nnx.Rngs(key) if training else None
   if drawn is None:
-    drawn = draws(model, batch, key)
+    drawn = drawn_codes(model, batch, key)
   order = jax.random.fold_in(key, 1)
   encoded = model.encode(batch.features, dropless=False, rngs=rngs)
   tasks: dict[str, TaskLoss] = {}
@@ -310,11 +240,11 @@ def loss(
       slices = (slices[0] + counts[0], slices[1] + counts[1])
     else:
       tasks[name] = labelled_loss(model, name, encoded, batch.targets[name], statistics[name], drawn)
-  met = seen(tasks, statistics)
+  met = observed_losses(tasks, statistics)
   gram = None
   if weigher.needs_gram:
     gram = gradient_products(model, encoded, batch, statistics, train.norm, drawn)
-  weights = jax.lax.stop_gradient(weigher.weights(state, weighting.Observed(met.present, gram, order)))
+  weights = jax.lax.stop_gradient(weigher.weights(state, weighting.WeightInputs(met.present, gram, order)))
   total = combine(tasks, statistics, weights, len(batch.features.length), train.norm)
   aux = encoded.experts.aux
   total += train.balance_weight * jnp.sum(aux.balance_loss) + train.z_weight * jnp.sum(aux.z_loss)

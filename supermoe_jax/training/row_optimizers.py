@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from supermoe_jax import config
 
 # What an optimizer keeps of each row, by name: float32 or int32 `[...]` or `[..., D]`.
-Slots = dict[str, jax.Array]
+RowState = dict[str, jax.Array]
 
 
 class RowOptimizer(Protocol):
   """Moves rows against their gradients."""
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """What is kept of `rows [..., D]` before the first step; the leading dimensions are those of the rows."""
     ...
 
-  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
     """One step of touched rows, float32: `row, gradient [..., D]`, their slots, and the learning rate."""
     ...
 
@@ -42,11 +42,11 @@ class RowAdagrad:
 
   epsilon: float = 1e-8
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """See `RowOptimizer`."""
     return {"sum": jnp.zeros(rows.shape[:-1], jnp.float32)}
 
-  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
     """See `RowOptimizer`."""
     total = slots["sum"] + jnp.mean(jnp.square(gradient), axis=-1)
     return row - rate * gradient / (jnp.sqrt(total) + self.epsilon)[..., None], {"sum": total}
@@ -66,13 +66,13 @@ class LazyAdam:
   b2: float = 0.999
   epsilon: float = 1e-8
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """See `RowOptimizer`."""
     steps = jnp.zeros(rows.shape[:-1], jnp.int32)
     # Two arrays, since a step is given each buffer for good.
     return {"mean": jnp.zeros(rows.shape, jnp.float32), "square": jnp.zeros(rows.shape, jnp.float32), "steps": steps}
 
-  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
     """See `RowOptimizer`."""
     steps = slots["steps"] + 1
     mean = self.b1 * slots["mean"] + (1 - self.b1) * gradient
@@ -88,22 +88,22 @@ class LazyAdam:
 class Sgd:
   """`row -= rate · g`; keeps nothing."""
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> Slots:
+  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """See `RowOptimizer`."""
     return {}
 
-  def move(self, row: jax.Array, slots: Slots, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, Slots]:
+  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
     """See `RowOptimizer`."""
     return row - rate * gradient, {}
 
 
-def make(tables: config.Tables) -> RowOptimizer:
+def make_row_optimizer(tables: config.Tables) -> RowOptimizer:
   """The optimizer that a config names."""
   made: dict[str, RowOptimizer] = {"adagrad": RowAdagrad(), "adam": LazyAdam(), "sgd": Sgd()}
   return made[tables.optimizer]
 
 
-def rounded(row: jax.Array, dtype: jnp.dtype, code: jax.Array, key: jax.Array) -> jax.Array:
+def round_stochastically(row: jax.Array, dtype: jnp.dtype, code: jax.Array, key: jax.Array) -> jax.Array:
   """Rounds float32 `row [..., D]` to bfloat16 up or down at random, so that the mean of the result is the row itself.
 
   Plain rounding forgets every step smaller than 1/512 of the value. The draw is that of the key and the row's `code

@@ -14,14 +14,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from supermoe_jax import config, hosts, sharding
+from supermoe_jax import config, sharding
 from supermoe_jax.batch import Features
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.layers.catalogue import Catalogue
-from supermoe_jax.training.checkpoint import Checkpoints, RestoredModel
-from supermoe_jax.training.claim import check_encoding
-from supermoe_jax.training.step import abstract_model, place
+from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
+from supermoe_jax.training.run_directory import check_encoding
+from supermoe_jax.training.step import abstract_model, place_on_mesh
 
 
 class Answered(NamedTuple):
@@ -99,8 +100,8 @@ class Run:
     `given` holds, for event labels, the codes `[B, m, G]` of the events asked about; those not in it are not asked.
     """
     with jax.set_mesh(self.mesh):
-      found = self._answer(self.variables, *place(self._own((features, dict(given or {}))), self.mesh))
-      return found if jax.process_count() == 1 else jax.tree.map(hosts.whole, found)
+      found = self._answer(self.variables, *place_on_mesh(self._own((features, dict(given or {}))), self.mesh))
+      return found if jax.process_count() == 1 else jax.tree.map(processes.whole, found)
 
   def encode(self, features: Features) -> jax.Array:
     """The user representations float32 `[B, D]` of B rows of one snapshot each, as `answer` has them, and nothing else.
@@ -108,7 +109,7 @@ class Run:
     Of several processes each gives the rows of its own devices, see `sharding.host_rows`, and all get those of all.
     """
     with jax.set_mesh(self.mesh):
-      return self._encode(self.variables, place(features, self.mesh))
+      return self._encode(self.variables, place_on_mesh(features, self.mesh))
 
   def event_experts(self, features: Features) -> np.ndarray:
     """The experts that the events of B rows go to in each MoE layer: int32 `[M, B, L, K]`; padding has some too.
@@ -116,7 +117,7 @@ class Run:
     A program of its own, so that what `answer` computes does not hold the routing of every event.
     """
     with jax.set_mesh(self.mesh):
-      return hosts.whole(_routing(self._key)(self.variables, place(self._own(features), self.mesh)))
+      return processes.whole(_routing(self._key)(self.variables, place_on_mesh(self._own(features), self.mesh)))
 
   def _own(self, batch: Any) -> Any:
     """The rows of a batch that this process' devices hold."""
@@ -135,10 +136,10 @@ class Run:
     return _encoding(self._key)
 
   @functools.cached_property
-  def _key(self) -> _Key:
+  def _key(self) -> _AnswerKey:
     tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in self.cfg.active_tasks.items()}
     text = json.dumps([config.to_dict(part) for part in (self.cfg.model, tasks, self.dataset.schema)])
-    return _Key(text, self.mesh, self.graph)
+    return _AnswerKey(text, self.mesh, self.graph)
 
   def catalogue(self, task: str) -> Catalogue:
     """What a next-event task ranks."""
@@ -148,7 +149,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Key:
+class _AnswerKey:
   """What the answering program depends on, as text; the model's structure comes along."""
 
   text: str
@@ -157,7 +158,7 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=4)
-def _answering(key: _Key) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:
+def _answering(key: _AnswerKey) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:
   """Returns the compiled `(variables, features, given) → Answered`, one for all runs of a model."""
 
   def answer(variables: nnx.State, features: Features, given: dict[str, jax.Array]) -> Answered:
@@ -180,7 +181,7 @@ def _answering(key: _Key) -> Callable[[nnx.State, Features, dict[str, jax.Array]
 
 
 @functools.lru_cache(maxsize=4)
-def _encoding(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
+def _encoding(key: _AnswerKey) -> Callable[[nnx.State, Features], jax.Array]:
   """Returns the compiled `(variables, features) → z [B, D]`, one for all runs of a model."""
 
   def encode(variables: nnx.State, features: Features) -> jax.Array:
@@ -190,7 +191,7 @@ def _encoding(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
 
 
 @functools.lru_cache(maxsize=4)
-def _routing(key: _Key) -> Callable[[nnx.State, Features], jax.Array]:
+def _routing(key: _AnswerKey) -> Callable[[nnx.State, Features], jax.Array]:
   """Returns the compiled `(variables, features) → int32 [M, B, L, K]`, one for all runs of a model."""
 
   def routing(variables: nnx.State, features: Features) -> jax.Array:

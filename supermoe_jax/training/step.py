@@ -20,11 +20,11 @@ from supermoe_jax.batch import Batch, Schema
 from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.layers.table import Layout, TableRows
 from supermoe_jax.models.supermoe import SuperMoE
-from supermoe_jax.training import losses, row_optimizers, step_metrics, tables, weighting
+from supermoe_jax.training import losses, row_optimizers, step_metrics, table_step, weighting
 from supermoe_jax.training.optimizer import make_optimizer, schedule
-from supermoe_jax.training.row_optimizers import Slots
-from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.row_optimizers import RowState
 from supermoe_jax.training.step_metrics import StepMetrics
+from supermoe_jax.training.task_statistics import TaskStatistics
 
 # Settings of training that the program of a step does not depend on.
 RUN_ONLY = (
@@ -56,7 +56,7 @@ class TrainState(NamedTuple):
   skipped: jax.Array
   model: nnx.State
   optimizer: optax.OptState
-  slots: dict[str, Slots]
+  slots: dict[str, RowState]
   weighting: weighting.State
   key: jax.Array
 
@@ -65,7 +65,7 @@ class TrainState(NamedTuple):
 Step = jax.stages.Wrapped
 
 
-def build(cfg: config.Config, schema: Schema, platform: str | None = None) -> Callable[..., SuperMoE]:
+def model_constructor(cfg: config.Config, schema: Schema, platform: str | None = None) -> Callable[..., SuperMoE]:
   """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives.
 
   It takes the key of the initial parameters; without one it is that of the config's seed. `platform` is that of the
@@ -91,12 +91,12 @@ def build(cfg: config.Config, schema: Schema, platform: str | None = None) -> Ca
 
 def abstract_model(cfg: config.Config, schema: Schema, platform: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
   """Returns the model's structure and its variables' shapes, without allocating any; `platform` as for `build`."""
-  return nnx.split(nnx.eval_shape(build(cfg, schema, platform)))
+  return nnx.split(nnx.eval_shape(model_constructor(cfg, schema, platform)))
 
 
 def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
   """Creates the state directly in its place on the mesh; no host ever holds the whole of it."""
-  program = compiled(cfg, schema, mesh)
+  program = compiled_program(cfg, schema, mesh)
   with jax.set_mesh(mesh):
     state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -105,7 +105,7 @@ def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.Gr
 
 def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState:
   """The shapes and layouts of the state, without allocating any: what a checkpoint is read into."""
-  program, seed = compiled(cfg, schema, mesh), cfg.train.seed
+  program, seed = compiled_program(cfg, schema, mesh), cfg.train.seed
   with jax.set_mesh(mesh):  # the keys are shapes too: the mesh may be of devices that are not there
     shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed)))
   return jax.tree.map(
@@ -115,12 +115,12 @@ def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState
 
 def initial_weights(cfg: config.Config) -> weighting.State:
   """The state of the tasks' weights before the first step."""
-  state = weighting.make(cfg.train.weighting, cfg.active_tasks).initial()
+  state = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks).initial()
   # Copies, since a weigher may name one array twice, and a step is given each buffer for good.
   return jax.tree.map(jnp.copy, state)
 
 
-class Program(NamedTuple):
+class StepProgram(NamedTuple):
   """The compiled parts of a run, shared by runs that differ in their seed and the numbers that weigh tasks only.
 
   Attributes:
@@ -136,7 +136,7 @@ class Program(NamedTuple):
   step: Step
 
 
-def compiled(cfg: config.Config, schema: Schema, mesh: Mesh) -> Program:
+def compiled_program(cfg: config.Config, schema: Schema, mesh: Mesh) -> StepProgram:
   """Returns the program of a config, compiled once a process for all seeds, task weights and references."""
   weighing = dataclasses.replace(cfg.train.weighting, references={})
   same_for_all = {n: getattr(config.Train(), n) for n in RUN_ONLY}
@@ -145,11 +145,11 @@ def compiled(cfg: config.Config, schema: Schema, mesh: Mesh) -> Program:
   same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
   # The order of keys says nothing in a config, but in a schema it is that of the columns.
   text = json.dumps(config.to_dict(same), sort_keys=True) + json.dumps(config.to_dict(schema))
-  return _program(_Key(text, mesh, same, schema))
+  return _program(_ProgramKey(text, mesh, same, schema))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Key:
+class _ProgramKey:
   """What a program depends on, as text; the rest comes along."""
 
   text: str
@@ -159,21 +159,21 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=4)
-def _program(key: _Key) -> Program:
+def _program(key: _ProgramKey) -> StepProgram:
   cfg, schema, mesh = key.cfg, key.schema, key.mesh
   platform = mesh.devices.flat[0].platform
   graph, abstract = abstract_model(cfg, schema, platform)
   layouts = state_shardings(cfg, abstract, mesh)
-  optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
-  weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
+  optimizer, mover = make_optimizer(cfg.train), row_optimizers.make_row_optimizer(cfg.train.tables)
+  weigher = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks)
 
   def initial(parameters: jax.Array, training: jax.Array) -> TrainState:
-    model = nnx.state(build(cfg, schema, platform)(parameters))
+    model = nnx.state(model_constructor(cfg, schema, platform)(parameters))
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
-    slots = {n: tables.slots(mover, v, cfg.model.d_model) for n, v in tables.values(model).items()}
+    slots = {n: table_step.row_state(mover, v, cfg.model.d_model) for n, v in table_step.table_values(model).items()}
     return TrainState(jnp.int32(0), jnp.int32(0), model, moments, slots, weigher.initial(), training)
 
-  return Program(graph, layouts, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
+  return StepProgram(graph, layouts, jax.jit(initial, out_shardings=layouts), make_step(cfg, graph, mesh, layouts))
 
 
 def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
@@ -189,11 +189,11 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
     where,
     transform_non_params=lambda _: replicated,
   )
-  weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
+  weigher = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks)
   weights = jax.tree.map(lambda _: replicated, jax.eval_shape(weigher.initial))
-  mover, rows = row_optimizers.make(cfg.train.tables), tables.values(model)
-  kept = jax.eval_shape(lambda: {n: tables.slots(mover, v, cfg.model.d_model) for n, v in rows.items()})
-  slots = tables.slot_shardings(kept, tables.values(layout))
+  mover, rows = row_optimizers.make_row_optimizer(cfg.train.tables), table_step.table_values(model)
+  kept = jax.eval_shape(lambda: {n: table_step.row_state(mover, v, cfg.model.d_model) for n, v in rows.items()})
+  slots = table_step.row_state_shardings(kept, table_step.table_values(layout))
   layouts: Any = (replicated, replicated, layout, moments, slots, weights, replicated)
   return TrainState(*layouts)
 
@@ -204,31 +204,31 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
   A step whose loss or gradients are not finite counts, and changes nothing. With `steps_per_call` k > 1 it makes k
   steps, of k batches `[k, B, ...]`, and its metrics have that dimension too.
   """
-  optimizer, mover = make_optimizer(cfg.train), row_optimizers.make(cfg.train.tables)
+  optimizer, mover = make_optimizer(cfg.train), row_optimizers.make_row_optimizer(cfg.train.tables)
   rate, kept = schedule(cfg.train), cfg.train.tables
   names = tuple(cfg.active_tasks)
-  weigher = weighting.make(cfg.train.weighting, cfg.active_tasks)
+  weigher = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks)
 
   def step(state: TrainState, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> tuple[TrainState, StepMetrics]:
     key = jax.random.fold_in(state.key, state.step)
     rows, params, biases = nnx.split_state(state.model, TableRows, nnx.Param, BalanceBias)
-    plan = tables.plan(graph, state.model, batch, key)
-    found = plan.fetch(tables.values(rows))
+    plan = table_step.plan_tables(graph, state.model, batch, key)
+    found = plan.fetch(table_step.table_values(rows))
 
     def objective(
       params: nnx.State, found: dict[str, jax.Array], part: Batch, key: jax.Array
-    ) -> tuple[jax.Array, step_metrics.Told]:
-      model = nnx.merge(graph, tables.filled(rows, plan.readable(found)), params, biases, copy=True)
-      out = losses.loss(model, part, statistics, cfg.train, weigher, state.weighting, key=key, drawn=plan.drawn)
-      return out.total, step_metrics.told(out)
+    ) -> tuple[jax.Array, step_metrics.PassReport]:
+      model = nnx.merge(graph, table_step.with_table_values(rows, plan.readable(found)), params, biases, copy=True)
+      out = losses.total_loss(model, part, statistics, cfg.train, weigher, state.weighting, key=key, drawn=plan.drawn)
+      return out.total, step_metrics.pass_report(out)
 
-    def differentiated(part: Batch, key: jax.Array) -> tuple[Any, step_metrics.Told]:
+    def differentiated(part: Batch, key: jax.Array) -> tuple[Any, step_metrics.PassReport]:
       gradients, told = jax.grad(objective, argnums=(0, 1), has_aux=True)(params, found, part, key)
       return gradients, told
 
-    (gradient, by_rows), told = step_metrics.accumulated(differentiated, batch, key, cfg.train.accumulate)
-    touched = plan.collect(tables.values(rows), by_rows)
-    norm = jnp.sqrt(jnp.square(optax.global_norm(gradient)) + tables.square_norm(touched))
+    (gradient, by_rows), told = step_metrics.accumulate_over_parts(differentiated, batch, key, cfg.train.accumulate)
+    touched = plan.collect(table_step.table_values(rows), by_rows)
+    norm = jnp.sqrt(jnp.square(optax.global_norm(gradient)) + table_step.square_norm(touched))
     scale = jnp.where(norm > cfg.train.clip_norm, cfg.train.clip_norm / norm, 1.0)
 
     finite = jnp.isfinite(told.means.loss) & jnp.isfinite(norm)
@@ -241,19 +241,23 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     now = jnp.asarray(rate(state.step))
     draw = jax.random.fold_in(key, 2) if kept.dtype == "bfloat16" and kept.rounding == "stochastic" else None
     pace = kept.learning_rate * now / cfg.train.learning_rate
-    rule = tables.Rule(mover, pace, scale, kept.weight_decay, draw, finite)
-    after, slots = tables.apply_all(tables.values(rows), state.slots, touched, rule, cfg.model.d_model)
-    seen = losses.seen(told.sums.tasks, statistics)
+    rule = table_step.MoveRule(mover, pace, scale, kept.weight_decay, draw, finite)
+    after, slots = table_step.move_all_rows(
+      table_step.table_values(rows), state.slots, touched, rule, cfg.model.d_model
+    )
+    seen = losses.observed_losses(told.sums.tasks, statistics)
     if weigher.needs_after:
       again = plan.fetch(after)
-      _, then = step_metrics.accumulated(lambda *part: objective(moved, again, *part), batch, key, cfg.train.accumulate)
-      seen = seen._replace(after=losses.seen(then.sums.tasks, statistics).mean)
+      _, then = step_metrics.accumulate_over_parts(
+        lambda *part: objective(moved, again, *part), batch, key, cfg.train.accumulate
+      )
+      seen = seen._replace(after=losses.observed_losses(then.sums.tasks, statistics).mean)
     weights = kept_if_finite(weigher.update(state.weighting, seen), state.weighting)
     # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
     balanced = jax.tree.map(lambda bias: rebalanced(bias, told.means.load, cfg.train.balance_rate), biases)
-    model = nnx.merge_state(moved, tables.filled(rows, after), kept_if_finite(balanced, biases))
+    model = nnx.merge_state(moved, table_step.with_table_values(rows, after), kept_if_finite(balanced, biases))
     skipped = (~finite).astype(jnp.int32)
-    metrics = step_metrics.metrics(
+    metrics = step_metrics.make_step_metrics(
       told,
       names,
       tuple(cfg.active_views),
@@ -280,7 +284,7 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
   )
 
 
-def place(batch: Any, mesh: Mesh, *, stacked: bool = False) -> Any:
+def place_on_mesh(batch: Any, mesh: Mesh, *, stacked: bool = False) -> Any:
   """Puts a batch on the mesh, rows over the batch axes; of several hosts each gives its own, see `host_rows`.
 
   `stacked`: the rows are the second dimension, of several batches.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from supermoe_jax import sharding
 from supermoe_jax.batch import Batch
-from supermoe_jax.training import losses, tables
+from supermoe_jax.training import losses, table_step
 from supermoe_jax.training.losses import TaskLoss
 
 T = TypeVar("T")
@@ -56,10 +56,10 @@ class StepMetrics(NamedTuple):
   gradient_norm: jax.Array
   learning_rate: jax.Array
   skipped: jax.Array
-  tables: dict[str, tables.Counts]
+  tables: dict[str, table_step.TableCounts]
 
 
-class Sums(NamedTuple):
+class PassSums(NamedTuple):
   """What a pass over some rows tells that adds up; see `StepMetrics`."""
 
   tasks: dict[str, TaskLoss]
@@ -70,7 +70,7 @@ class Sums(NamedTuple):
   slice_dropped: jax.Array
 
 
-class Means(NamedTuple):
+class PassMeans(NamedTuple):
   """What a pass over some rows tells that is averaged; see `StepMetrics`."""
 
   loss: jax.Array
@@ -81,26 +81,26 @@ class Means(NamedTuple):
   entropy: jax.Array
 
 
-class Told(NamedTuple):
+class PassReport(NamedTuple):
   """What a pass tells: `sums` and `means`."""
 
-  sums: Sums
-  means: Means
+  sums: PassSums
+  means: PassMeans
 
 
-def told(out: losses.Loss) -> Told:
+def pass_report(out: losses.Loss) -> PassReport:
   """What a loss tells besides its value."""
   aux, stats = out.encoded.experts.aux, out.encoded.experts.stats
   layers = max(len(stats.load), 1)
   by_task = jnp.sum(stats.task_dropped, axis=0)
-  sums = Sums(out.tasks, stats.routed, stats.dropped, by_task, *out.slices)
+  sums = PassSums(out.tasks, stats.routed, stats.dropped, by_task, *out.slices)
   balance, z = jnp.sum(aux.balance_loss) / layers, jnp.sum(aux.z_loss) / layers
-  return Told(sums, Means(out.total, out.weights, balance, z, stats.load, stats.entropy))
+  return PassReport(sums, PassMeans(out.total, out.weights, balance, z, stats.load, stats.entropy))
 
 
-def accumulated(
-  function: Callable[[Batch, jax.Array], tuple[T, Told]], batch: Batch, key: jax.Array, parts: int
-) -> tuple[T, Told]:
+def accumulate_over_parts(
+  function: Callable[[Batch, jax.Array], tuple[T, PassReport]], batch: Batch, key: jax.Array, parts: int
+) -> tuple[T, PassReport]:
   """Calls `function(rows, key)` on equal parts of a batch, one after the other, so that only one is in memory.
 
   Returns the mean of what it returns, a tree of float arrays, and what was told of all parts. Each device's rows are
@@ -123,11 +123,11 @@ def accumulated(
 
   (value, total), _ = jax.lax.scan(add, nothing, (rows, keys))
   value, means = jax.tree.map(lambda x: x / parts, (value, total.means))
-  return value, Told(total.sums, means)
+  return value, PassReport(total.sums, means)
 
 
-def metrics(
-  of: Told,
+def make_step_metrics(
+  of: PassReport,
   names: tuple[str, ...],
   views: tuple[str, ...],
   batch: Batch,
@@ -135,7 +135,7 @@ def metrics(
   gradient_norm: jax.Array,
   learning_rate: jax.Array,
   skipped: jax.Array,
-  counts: dict[str, tables.Counts],
+  counts: dict[str, table_step.TableCounts],
 ) -> StepMetrics:
   """The metrics of a step of `batch`; `names` are the tasks, `views` those that have tokens of their own, if any."""
   sums, means = of

@@ -30,7 +30,7 @@ State = dict[str, Any]
 CAGRAD_STEPS = 200
 
 
-class Observed(NamedTuple):
+class WeightInputs(NamedTuple):
   """What the weights may depend on besides the state.
 
   Attributes:
@@ -44,7 +44,7 @@ class Observed(NamedTuple):
   key: jax.Array
 
 
-class Seen(NamedTuple):
+class ObservedLosses(NamedTuple):
   """What a step teaches.
 
   Attributes:
@@ -81,12 +81,12 @@ class Weigher:
     """The state before the first step; numbers of the config stand in it, so that a program is good for all of them."""
     return {"prior": jnp.array(self.prior, jnp.float32)}
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del observed
     return _sum_to_tasks(state["prior"])
 
-  def update(self, state: State, seen: Seen) -> State:
+  def update(self, state: State, seen: ObservedLosses) -> State:
     """Returns the state after a step."""
     del seen
     return state
@@ -120,12 +120,12 @@ class Uncertainty(_Learned):
   Source: homoscedastic uncertainty, arXiv 1705.07115; here the weights are scaled to sum T.
   """
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del observed
     return _sum_to_tasks(jax.nn.softmax(-state["log"]))
 
-  def update(self, state: State, seen: Seen) -> State:
+  def update(self, state: State, seen: ObservedLosses) -> State:
     """Returns the state after a step."""
     return self._move(state, 1 - jnp.exp(-state["log"]) * seen.mean, seen.present)
 
@@ -144,12 +144,12 @@ class Famo(_Learned):
     """The state before the first step."""
     return {**super().initial(), "last": jnp.ones(len(self.prior))}
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del observed
     return _sum_to_tasks(jax.nn.softmax(state["log"]) / state["last"])
 
-  def update(self, state: State, seen: Seen) -> State:
+  def update(self, state: State, seen: ObservedLosses) -> State:
     """Returns the state after a step."""
     assert seen.after is not None
     present = seen.present & (seen.mean > 0) & (seen.after > 0)
@@ -177,14 +177,14 @@ class Dwa(Weigher):
     moving = dict.fromkeys(("steps", "total", "count", "last", "before"), zero)
     return {**super().initial(), **moving}
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del observed
     known = state["before"] > 0
     ratio = jnp.where(known, state["last"] / jnp.where(known, state["before"], 1.0), 1.0)
     return _sum_to_tasks(jax.nn.softmax(ratio / self.temperature))
 
-  def update(self, state: State, seen: Seen) -> State:
+  def update(self, state: State, seen: ObservedLosses) -> State:
     """Returns the state after a step."""
     steps = state["steps"] + seen.present
     total = state["total"] + jnp.where(seen.present, seen.total, 0.0)
@@ -201,7 +201,7 @@ class Dwa(Weigher):
 
 
 @dataclasses.dataclass(frozen=True)
-class Seesaw(Weigher):
+class SeesawWeights(Weigher):
   """Most to the task furthest behind what it could reach alone: `w ∝ softmax(log π + r/μ) / avg`, `r = log(avg/R)`.
 
   avg is a moving average of the task's loss, weighted by its labels; R what a model of that task alone reaches, or avg
@@ -220,7 +220,7 @@ class Seesaw(Weigher):
     moving = dict.fromkeys(("total", "count", "steps"), zero)
     return {**super().initial(), **moving, "reference": jnp.array(self.references, jnp.float32)}
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del observed
     average = self.average(state)
@@ -234,7 +234,7 @@ class Seesaw(Weigher):
     seen = state["count"] > 0
     return jnp.where(seen, jnp.maximum(state["total"] / jnp.where(seen, state["count"], 1.0), 1e-6), 1.0)
 
-  def update(self, state: State, seen: Seen) -> State:
+  def update(self, state: State, seen: ObservedLosses) -> State:
     """Returns the state after a step."""
     new = {
       **state,
@@ -258,7 +258,7 @@ class PcGrad(Weigher):
   needs_gram: ClassVar[bool] = True
   orders: tuple[int, ...] = ()
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del state
     gram, t = observed.gram, len(self.prior)
@@ -295,7 +295,7 @@ class CaGrad(Weigher):
   needs_gram: ClassVar[bool] = True
   c: float = 0.4
 
-  def weights(self, state: State, observed: Observed) -> jax.Array:
+  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
     """Returns w `[T]`."""
     del state
     assert observed.gram is not None
@@ -339,7 +339,7 @@ def _sum_to_present(w: jax.Array, present: jax.Array) -> jax.Array:
   return jnp.where(present, w * jnp.sum(present) / jnp.where(total > 0, total, 1.0), 1.0)
 
 
-def make(settings: config.Weighting, tasks: Mapping[str, config.Task]) -> Weigher:
+def make_weigher(settings: config.Weighting, tasks: Mapping[str, config.Task]) -> Weigher:
   """Returns the weigher of a config for these tasks, in their order."""
   prior = tuple(task.weight for task in tasks.values())
   equal = (1.0,) * len(tasks)
@@ -351,7 +351,7 @@ def make(settings: config.Weighting, tasks: Mapping[str, config.Task]) -> Weighe
     return Dwa(equal, settings.window, settings.temperature)
   if settings.method == "seesaw":
     references = tuple(settings.references.get(n, 0.0) for n in tasks)
-    return Seesaw(prior, references, settings.decay, settings.mu, settings.warmup_steps)
+    return SeesawWeights(prior, references, settings.decay, settings.mu, settings.warmup_steps)
   if settings.method == "pcgrad":
     return PcGrad(equal, tuple(zlib.crc32(n.encode()) & 0x7FFFFFFF for n in tasks))
   if settings.method == "cagrad":

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches, check, prepare
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.splits import TEST, VALIDATION
+from supermoe_jax.data.check import check
+from supermoe_jax.data.dataset import snapshot_batches, training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.encoding.splits import TEST, VALIDATION
+from supermoe_jax.data.preparation import prepare
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
-from supermoe_jax.training.checkpoint import RestoredModel
+from supermoe_jax.training.checkpoints.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
 from tests.fixtures.small_log import every_task_config, write_log
@@ -61,12 +62,12 @@ def assert_every_task_is_evaluated(result: dict, run: Run) -> None:
 
 
 def test_every_kind_of_task_has_labels_of_divided_users(cfg: config.Config, dataset: Dataset) -> None:
-  assert check.check(dataset.path).keys() >= cfg.active_views.keys()
-  assert all(n.labels for n in check.check(dataset.path).values())
+  assert check.check_dataset(dataset.path).keys() >= cfg.active_views.keys()
+  assert all(n.labels for n in check.check_dataset(dataset.path).values())
 
 
 def test_training_shows_no_user_who_is_held_out(cfg: config.Config, dataset: Dataset) -> None:
-  shown = next(iter(batches.training(dataset, cfg)))
+  shown = next(iter(training_batches.training_batches(dataset, cfg)))
   training = {int(r["n_train"]) for r in map(dataset.__getitem__, range(len(dataset))) if r["user_split"] == 0}
   assert 0 not in training  # which is what a held-out user has to show
   assert set(shown.features.length.tolist()) <= {min(n, cfg.model.max_events) for n in training}
@@ -75,7 +76,7 @@ def test_training_shows_no_user_who_is_held_out(cfg: config.Config, dataset: Dat
 def test_a_split_asks_about_its_own_users_alone(cfg: config.Config, dataset: Dataset) -> None:
   every = range(len(dataset))
   for split in (VALIDATION, TEST):
-    asked = {q.user for b in questions_lib.questions(dataset, cfg, split=split) for q in b.questions}
+    asked = {q.user for b in snapshot_batches.query_batches(dataset, cfg, split=split) for q in b.questions}
     own = {i for i in every if dataset[i]["user_split"] == split}
     assert asked and asked <= own
     assert {i for i in own if np.any(dataset[i]["snapshot_split"] == split)} == asked

@@ -19,11 +19,12 @@ import pytest
 
 from supermoe_jax import cli, config, sharding
 from supermoe_jax.batch import Batch
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ExitCode, RunError, Stopped
-from supermoe_jax.training import loop, profiler
+from supermoe_jax.training import loop
+from supermoe_jax.training.monitoring import profiler
 from supermoe_jax.training.run import Run
-from supermoe_jax.training.step import compiled
+from supermoe_jax.training.step import compiled_program
 from tests.fixtures import short_runs
 from tests.fixtures.short_runs import assert_same_end, at_step, parameters, rows, silent, steps_saved
 
@@ -43,7 +44,7 @@ def whole(
   """A run that nothing disturbed; do not change it."""
   folder = tmp_path_factory.mktemp("whole")
   assert loop.train(short, folder, say=silent) == 8
-  step = compiled(short, dataset.schema, sharding.make_mesh(short.train.mesh)).step
+  step = compiled_program(short, dataset.schema, sharding.make_mesh(short.train.mesh)).step
   assert step._cache_size() == 1  # it was compiled once
   return folder
 
@@ -217,7 +218,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told_and_too_many_stop_a_run_
   short: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   cfg, folder, said = config.override(short, ["--config.train.nonfinite_steps=2"]), tmp_path / "run", list[str]()
-  put, seen = loop.place_batch, []
+  put, seen = loop.place_on_mesh, []
 
   def poisoned(batch: Batch, mesh: jax.sharding.Mesh, **named: object) -> Batch:
     seen.append(batch)
@@ -226,7 +227,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told_and_too_many_stop_a_run_
       batch = batch._replace(targets={n: t._replace(weight=t.weight * jnp.nan) for n, t in batch.targets.items()})
     return batch
 
-  monkeypatch.setattr(loop, "place_batch", poisoned)
+  monkeypatch.setattr(loop, "place_on_mesh", poisoned)
   with pytest.raises(
     RunError, match=r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 7 is kept in .*step_7_process_0\.npz"
   ):

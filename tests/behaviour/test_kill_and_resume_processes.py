@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ExitCode
 from supermoe_jax.training import loop
 from tests.fixtures import short_runs

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax.batch import Features
-from supermoe_jax.data import tally, windows
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import windows
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.preparation import record_counts
 from tests.fixtures.plain_reference import SPLITS, Record, Reference, check_manifest, check_record
 from tests.fixtures.random_logs import (
   CASES,
@@ -66,10 +67,10 @@ def check_aggregates(dataset: Dataset, found: dict[str, Record]) -> float:
   if not len(standardised):
     return 0.0
   np.testing.assert_allclose(standardised.mean(0), 0.0, atol=1e-4)
-  wide, constant = scale > tally.SMALLEST_SCALE, scale > 1e9
+  wide, constant = scale > record_counts.SMALLEST_SCALE, scale > 1e9
   np.testing.assert_allclose(standardised.std(0)[wide & ~constant], 1.0, rtol=1e-3)
   assert (standardised.std(0)[~wide] <= 1.0 + 1e-3).all() and (np.abs(standardised[:, constant]) < 1e-20).all()
-  assert scale.min() >= np.float32(tally.SMALLEST_SCALE)
+  assert scale.min() >= np.float32(record_counts.SMALLEST_SCALE)
   return float(wide.mean())
 
 

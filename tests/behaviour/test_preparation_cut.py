@@ -19,8 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import append, events, prepare, shards
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.append import append
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.format import shard_files
+from supermoe_jax.data.preparation import event_log, prepare
+from supermoe_jax.data.preparation.write_shards import write_shard
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import contents, copied, facts, moved
 from tests.fixtures.new_visits import QUIET, write_visits
@@ -79,8 +82,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def few_processes(patch: pytest.MonkeyPatch) -> None:
-  patch.setattr(shards, "SHARD_EVENTS", SHARD_EVENTS)
-  patch.setattr(shards, "processes", lambda count: 1)
+  patch.setattr(shard_files, "SHARD_EVENTS", SHARD_EVENTS)
+  patch.setattr(shard_files, "processes", lambda count: 1)
 
 
 @pytest.fixture
@@ -102,16 +105,16 @@ def cut(request: pytest.FixtureRequest) -> Cut:
   """A function of a config and a number of shards: ends a preparation after them and returns the folder it leaves."""
 
   def by_exception(cfg: config.Config, after: int) -> pathlib.Path:
-    write, left = shards.write, [after]
+    write, left = write_shard, [after]
 
-    def ending(*arguments: Any) -> shards.Shard:
+    def ending(*arguments: Any) -> shard_files.Shard:
       left[0] -= 1
       if left[0] < 0:
         raise KeyboardInterrupt
       return write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(shards, "write", ending)
+      patch.setattr(shard_files, "write", ending)
       with pytest.raises(KeyboardInterrupt):
         prepare.prepare(cfg, **QUIET)
     return pathlib.Path(cfg.data.path + ".incomplete")
@@ -137,7 +140,7 @@ def test_neither_reading_nor_finished_shards_are_done_again(
   left = cut(cfg, 2)
   finished = {f.name: f.stat().st_ino for f in left.rglob("*.array_record-*") if not f.name.endswith(("note", "part"))}
   assert len(finished) == 2 and not pathlib.Path(cfg.data.path).exists()
-  monkeypatch.setattr(events.EventLog, "_read", lambda self: pytest.fail("the files were read again"))
+  monkeypatch.setattr(event_log.EventLog, "_read", lambda self: pytest.fail("the files were read again"))
   monkeypatch.setattr(prepare.fitting, "fit", lambda *unused: pytest.fail("the encoders were fitted again"))
   said: list[str] = []
   prepare.prepare(cfg, say=said.append)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from supermoe_jax import config
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run

@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
-from supermoe_jax.training import loop, statistics
-from supermoe_jax.training.checkpoint import Checkpoints, Writer
+from supermoe_jax.training import loop, task_statistics
+from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter
 from supermoe_jax.training.run import Run
-from supermoe_jax.training.step import TrainState, abstract_state, compiled, create_state, place
+from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.step_metrics import StepMetrics
 from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, rows
 
@@ -91,14 +91,16 @@ def trained(
     assert found is not None
     state = found.state
   done = int(state.step)
-  measured = statistics.measure(cfg.active_tasks, dataset.schema.outputs, batches.training(dataset, cfg), 8)
+  measured = task_statistics.measure_statistics(
+    cfg.active_tasks, dataset.schema.outputs, training_batches.training_batches(dataset, cfg), 8
+  )
   everywhere = NamedSharding(mesh, PartitionSpec())
   constants = jax.device_put(jax.tree.map(np.float32, measured), everywhere)  # as in a run, whose program is this one
   states, metrics = [jax.device_get(state)], []
   with jax.set_mesh(mesh):
-    step = compiled(cfg, dataset.schema, mesh).step
-    for batch in itertools.islice(batches.training(dataset, cfg), done, STEPS):
-      state, out = step(state, place(batch, mesh), constants)
+    step = compiled_program(cfg, dataset.schema, mesh).step
+    for batch in itertools.islice(training_batches.training_batches(dataset, cfg), done, STEPS):
+      state, out = step(state, place_on_mesh(batch, mesh), constants)
       states.append(jax.device_get(state))
       metrics.append(jax.device_get(out))
   return Trained(states, metrics)
@@ -117,8 +119,8 @@ def on_eight(few: config.Config, every_task_dataset: Dataset) -> Trained:
 def saved(cfg: config.Config, dataset: Dataset, on_eight: Trained, folder: pathlib.Path) -> pathlib.Path:
   """Writes a checkpoint of 2×2×2 devices after the first step."""
   cfg = on(cfg, (2, 2, 2))
-  layouts = compiled(cfg, dataset.schema, sharding.make_mesh(cfg.train.mesh)).layouts
-  with Writer(folder, cfg.train) as writer:
+  layouts = compiled_program(cfg, dataset.schema, sharding.make_mesh(cfg.train.mesh)).layouts
+  with CheckpointWriter(folder, cfg.train) as writer:
     writer.save(1, jax.device_put(on_eight.states[1], layouts), {}, {})
   return folder
 
@@ -224,13 +226,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
   few: config.Config, every_task_dataset: Dataset, on_one_device: Trained
 ) -> None:
   mesh = sharding.make_mesh(few.train.mesh)
-  program = compiled(few, every_task_dataset.schema, mesh)
-  stream = iter(batches.training(every_task_dataset, few))
-  measured = statistics.measure(few.active_tasks, every_task_dataset.schema.outputs, stream, 8)
+  program = compiled_program(few, every_task_dataset.schema, mesh)
+  stream = iter(training_batches.training_batches(every_task_dataset, few))
+  measured = task_statistics.measure_statistics(few.active_tasks, every_task_dataset.schema.outputs, stream, 8)
   constants = jax.device_put(jax.tree.map(np.float32, measured), NamedSharding(mesh, PartitionSpec()))
   before = on_one_device.states[-1]
   with jax.set_mesh(mesh):
-    batch = place(next(stream), mesh)
+    batch = place_on_mesh(next(stream), mesh)
     for bad in (jnp.inf, jnp.nan):
       targets = {n: t._replace(weight=t.weight * bad) for n, t in batch.targets.items()}
       state, metrics = program.step(jax.device_put(before, program.layouts), batch._replace(targets=targets), constants)
@@ -243,7 +245,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
         strict=True,
       ):
         np.testing.assert_array_equal(mine, wanted, err_msg=str(path))
-    state, metrics = program.step(state, place(next(stream), mesh), constants)
+    state, metrics = program.step(state, place_on_mesh(next(stream), mesh), constants)
   assert int(metrics.skipped) == 0 and (int(state.step), int(state.skipped)) == (STEPS + 2, 1)
   assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(after.model)))
 

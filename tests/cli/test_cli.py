@@ -9,7 +9,7 @@ import pytest
 
 from supermoe_jax import cli, config
 from supermoe_jax.errors import ExitCode, StudyError
-from supermoe_jax.evaluation import study
+from supermoe_jax.seesaw import study
 from tests.fixtures import seesaw_runs
 from tests.fixtures.small_log import raw_config, write_log
 

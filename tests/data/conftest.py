@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import fitting, prepare
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.data.events import EventLog
-from supermoe_jax.data.histories import UserHistory
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.encoding.histories import UserHistory
+from supermoe_jax.data.preparation import fitting, prepare
+from supermoe_jax.data.preparation.event_log import EventLog
 from tests.fixtures import small_log
 from tests.fixtures.dataset_copies import copied
 from tests.fixtures.event_rows import histories
@@ -108,7 +108,7 @@ def read(
 
   def run(data: config.Data) -> tuple[list[UserHistory], dict[str, Any]]:
     with open_log(data) as log:
-      return histories(log, fitting.fit(log, data)), log.counts
+      return histories(log, fitting.fit_encoders(log, data)), log.counts
 
   return run
 

@@ -4,7 +4,7 @@ import types
 
 import numpy as np
 
-from supermoe_jax.data.questions import Question
+from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.evaluation import baselines
 
 
@@ -18,5 +18,5 @@ class OneUser:
 
 
 def test_own_frequency_does_not_count_the_event_that_is_asked_about() -> None:
-  after_one_event = Question(0, "u", 0, 0, 1, 0)
+  after_one_event = Query(0, "u", 0, 0, 1, 0)
   assert baselines.personal_ranks(OneUser(), "item", [after_one_event], np.array([4])).tolist() == [3]

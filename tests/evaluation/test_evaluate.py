@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax import config
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.splits import SPLITS, TEST
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.encoding.splits import SPLITS, TEST
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.training.run import Run
 
@@ -46,7 +46,7 @@ def test_the_file_holds_what_is_returned(result: dict, run: Run) -> None:
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run, split: str) -> None:
   label, score = [], []
-  for batch in questions_lib.questions(run.dataset, run.cfg, split=SPLITS[split]):
+  for batch in snapshot_batches.query_batches(run.dataset, run.cfg, split=SPLITS[split]):
     out = np.asarray(run.answer(batch.features, batch.given).answers["quiet"])
     for row, question in enumerate(batch.questions):
       record = run.dataset[question.user]
@@ -62,7 +62,7 @@ def test_a_metric_equals_one_computed_by_hand(result: dict, run: Run, split: str
 def test_what_a_user_has_seen_is_what_lies_before_the_question(run: Run) -> None:
   cfg = config.override(run.cfg, ["--config.tasks.next_page.exclude_seen=True"])
   column = run.dataset.schema.field("page")
-  for batch in questions_lib.questions(run.dataset, cfg, split=TEST):
+  for batch in snapshot_batches.query_batches(run.dataset, cfg, split=TEST):
     assert len(batch.seen["next_page"]) == len(batch.questions)
     for question, seen in zip(batch.questions, batch.seen["next_page"]):
       assert set(seen) == set(run.dataset[question.user]["codes"][: question.n_events, column])
@@ -75,11 +75,11 @@ def test_loads_of_every_task_sum_to_one_per_layer(result: dict) -> None:
 
 
 def test_the_table_shows_each_task_beside_its_baselines(result: dict) -> None:
-  heading, *rows = evaluate.table(result)
+  heading, *rows = evaluate.results_table(result)
   assert heading[:4] == ["task", "labels", "metric", "supermoe"]
   assert {r[0] for r in rows} == {"next_page", "quiet", "pages", "paid"}
   assert len({len(r) for r in rows}) == 1
-  assert "next_page" in evaluate.render([heading, *rows])
+  assert "next_page" in evaluate.aligned_table([heading, *rows])
 
 
 def test_popularity_ranks_by_code_and_skips_what_was_seen() -> None:
@@ -94,7 +94,7 @@ def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
   user = next(i for i in range(len(run.dataset)) if len(run.dataset[i]["time"]) > 20)
   record = run.dataset[user]
   n = 15
-  question = questions_lib.Question(user, record["user"], 0, 0, n, 0)
+  question = snapshot_batches.Query(user, record["user"], 0, 0, n, 0)
   counts = np.bincount(record["codes"][:n, 0], minlength=run.dataset.schema.categorical["page"])[2:]
   order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
   for place, item in enumerate(order, 1):

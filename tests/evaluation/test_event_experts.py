@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from supermoe_jax.batch import Features
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.splits import TEST
-from supermoe_jax.data.vocabulary import Hashing, Vocabulary
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.encoding.splits import TEST
+from supermoe_jax.data.encoding.vocabulary import Hashing, Vocabulary
 from supermoe_jax.evaluation import event_experts
 from supermoe_jax.training.run import Run
 
@@ -22,7 +22,7 @@ def test_events_and_snapshots_together_make_the_load_that_the_layers_report(run:
     found = nnx.merge(run.graph, variables, copy=True).encode(features, dropless=True).experts.stats
     return found.expert, found.load
 
-  batch = next(iter(questions_lib.questions(run.dataset, run.cfg, split=TEST)))
+  batch = next(iter(snapshot_batches.query_batches(run.dataset, run.cfg, split=TEST)))
   events = run.event_experts(batch.features)
   with jax.set_mesh(run.mesh):
     snapshots, load = map(np.asarray, jax.jit(stats)(run.variables, batch.features))
@@ -34,13 +34,13 @@ def test_events_and_snapshots_together_make_the_load_that_the_layers_report(run:
 
 
 def test_every_event_is_counted_once_by_its_type_and_its_values(run: Run) -> None:
-  found = event_experts.count(run, progress=False)
+  found = event_experts.count_experts(run, progress=False)
   assert found is not None
   tokens, by_source, by_page = 0, 0, 0
   page = run.dataset.schema.field("page")
   first = found["fields"]["page"][0]
   code = run.dataset.encoders.categorical["page"].code(first["name"])
-  for batch in questions_lib.questions(run.dataset, run.cfg, split=TEST):
+  for batch in snapshot_batches.query_batches(run.dataset, run.cfg, split=TEST):
     valid = np.asarray(batch.features.segment) > 0
     tokens += valid.sum()
     by_source += (np.asarray(batch.features.source)[valid] == 2).sum()
@@ -54,7 +54,7 @@ def test_every_event_is_counted_once_by_its_type_and_its_values(run: Run) -> Non
 
 
 def test_the_counts_of_event_types_add_up_to_all(run: Run) -> None:
-  found = event_experts.count(run, progress=False)
+  found = event_experts.count_experts(run, progress=False)
   assert found is not None
   k, choices = run.cfg.model.experts_per_token, np.array([s["choices"] for s in found["sources"]])
   np.testing.assert_array_equal(choices.sum(axis=0), found["overall"])
@@ -63,7 +63,7 @@ def test_the_counts_of_event_types_add_up_to_all(run: Run) -> None:
 
 def test_a_model_without_experts_has_nothing_to_count(run: Run) -> None:
   none = types.SimpleNamespace(cfg=types.SimpleNamespace(model=types.SimpleNamespace(encoder="gru", moe_every=2)))
-  assert event_experts.count(none, progress=False) is None  # type: ignore[arg-type]
+  assert event_experts.count_experts(none, progress=False) is None  # type: ignore[arg-type]
 
 
 def test_values_are_named_and_lists_count_for_each_of_their_values() -> None:
@@ -77,7 +77,7 @@ def test_values_are_named_and_lists_count_for_each_of_their_values() -> None:
   # Columns: tag, id, and the second tag. 1 is out of vocabulary, 4 and 5 are hashed, 0 is absent.
   codes = np.array([[2, 2, 3], [2, 3, 0], [5, 2, 4], [1, 2, 0]])
   expert = np.array([[[0, 1], [0, 2], [1, 2], [2, 1]]])
-  found = event_experts.tally(dataset, np.array([1, 1, 2, 1]), codes, expert, 3)  # type: ignore[arg-type]
+  found = event_experts.count_choices(dataset, np.array([1, 1, 2, 1]), codes, expert, 3)  # type: ignore[arg-type]
   assert found["overall"] == [[2, 3, 3]]
   assert found["sources"] == [
     {"name": "views", "tokens": 3, "choices": [[2, 2, 2]]},
@@ -94,6 +94,6 @@ def test_values_are_named_and_lists_count_for_each_of_their_values() -> None:
 
 def test_lift_is_how_many_times_the_usual_share() -> None:
   row = {"choices": [[6, 2, 0]]}
-  lift = event_experts.lift(row, np.array([30.0, 10.0, 0.0]), 0)
+  lift = event_experts.expert_lift(row, np.array([30.0, 10.0, 0.0]), 0)
   assert lift[:2].tolist() == pytest.approx([1, 1]) and np.isnan(lift[2])
-  assert event_experts.lift(row, np.array([10.0, 10.0, 20.0]), 0).tolist() == pytest.approx([3, 1, 0])
+  assert event_experts.expert_lift(row, np.array([10.0, 10.0, 20.0]), 0).tolist() == pytest.approx([3, 1, 0])

@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from supermoe_jax.evaluation import intervals, metrics
-from supermoe_jax.evaluation.breakdown import Answers
+from supermoe_jax.evaluation.breakdown import ScoredAnswers
 from supermoe_jax.evaluation.intervals import Scored
 
 
@@ -23,7 +23,7 @@ def labelled(n: int = 400, users: int = 120, seed: int = 0):
 
 def test_the_variance_of_an_area_is_delongs_where_each_user_has_one_label() -> None:
   value, answer, _ = labelled()
-  found = intervals.area(value > 0, answer)
+  found = intervals.area_influence(value > 0, answer)
   assert found is not None
   ones, zeros = answer[value > 0], answer[value == 0]
   wins = (ones[:, None] > zeros) + 0.5 * (ones[:, None] == zeros)
@@ -53,7 +53,7 @@ def test_an_interval_is_about_as_wide_as_by_resampling_users(form: str) -> None:
 
   whole = intervals.influence(Scored(form, value, answer, 10))
   assert whole is not None
-  low, high = intervals.interval(form, whole, user)
+  low, high = intervals.user_interval(form, whole, user)
   assert low < whole.value < high
   of = [np.flatnonzero(user == u) for u in np.unique(user)]
   again = [measured(np.concatenate([of[i] for i in rng.integers(0, len(of), len(of))])) for _ in range(400)]
@@ -69,11 +69,11 @@ def test_the_values_are_those_of_the_metrics() -> None:
   odds = np.exp(odds) / np.exp(odds).sum(axis=1, keepdims=True)
   many = np.stack([value, answer > 1, np.ones_like(value)], axis=1)
   given = {
-    ("binary", "auc"): (value, probability, metrics.binary(value, probability)),
-    ("regression", "rmse"): (value, answer, metrics.regression(value, answer)),
-    ("catalogue", "ndcg@10"): (value, rank, metrics.ranking(rank, [10])),
-    ("multiclass", "auc"): (three, odds, metrics.multi_class(three, odds)),
-    ("multilabel", "mean_auc"): (many, odds, metrics.multi_label(many, odds)),
+    ("binary", "auc"): (value, probability, metrics.binary_metrics(value, probability)),
+    ("regression", "rmse"): (value, answer, metrics.regression_metrics(value, answer)),
+    ("catalogue", "ndcg@10"): (value, rank, metrics.ranking_metrics(rank, [10])),
+    ("multiclass", "auc"): (three, odds, metrics.multi_class_metrics(three, odds)),
+    ("multilabel", "mean_auc"): (many, odds, metrics.multi_label_metrics(many, odds)),
   }
   for (form, metric), (label, said, wanted) in given.items():
     found = intervals.influence(Scored(form, label, said, 10))
@@ -87,7 +87,7 @@ def test_of_a_hundred_intervals_about_ninety_five_hold_the_truth() -> None:
     kind = rng.random(80) < 0.3
     user = np.repeat(np.arange(80), rng.integers(1, 5, 80))
     answer = (rng.normal(size=80) * 0.8)[user] + rng.normal(size=len(user)) * 0.6 + kind[user]
-    low, high = intervals.interval("binary", intervals.area(kind[user], answer), user)
+    low, high = intervals.user_interval("binary", intervals.area_influence(kind[user], answer), user)
     held += low < truth < high
   assert 0.92 <= held / 400 <= 0.98
 
@@ -95,7 +95,9 @@ def test_of_a_hundred_intervals_about_ninety_five_hold_the_truth() -> None:
 def test_labels_repeated_within_users_tell_nothing_new() -> None:
   value, answer, user = labelled()
   once, thrice = (
-    intervals.interval("binary", intervals.area(np.tile(value, k) > 0, np.tile(answer, k)), np.tile(user, k))
+    intervals.user_interval(
+      "binary", intervals.area_influence(np.tile(value, k) > 0, np.tile(answer, k)), np.tile(user, k)
+    )
     for k in (1, 3)
   )
   assert once == pytest.approx(thrice)
@@ -103,12 +105,12 @@ def test_labels_repeated_within_users_tell_nothing_new() -> None:
 
 def test_a_difference_is_paired() -> None:
   value, answer, user = labelled()
-  one = intervals.area(value > 0, answer)
-  alike = intervals.difference(one, intervals.area(value > 0, 2 * answer + 1), user)
+  one = intervals.area_influence(value > 0, answer)
+  alike = intervals.difference(one, intervals.area_influence(value > 0, 2 * answer + 1), user)
   assert alike == {"difference": 0.0, "interval": [0.0, 0.0]}
-  near = intervals.area(value > 0, answer + np.random.default_rng(3).normal(size=len(answer)) * 0.3)
+  near = intervals.area_influence(value > 0, answer + np.random.default_rng(3).normal(size=len(answer)) * 0.3)
   low, high = intervals.difference(one, near, user)["interval"]
-  alone = intervals.interval("binary", one, user)
+  alone = intervals.user_interval("binary", one, user)
   assert high - low < 0.5 * (alone[1] - alone[0])
 
 
@@ -126,11 +128,15 @@ def test_of_a_mean_with_one_label_a_user_the_difference_is_students_paired_one()
 def test_where_labels_tell_of_no_spread_there_is_no_interval() -> None:
   value = np.array([0.0, 0, 1, 1])
   users = np.arange(4)
-  assert intervals.area(value == 2, value) is None
-  assert intervals.interval("binary", None, users) is None
-  assert intervals.interval("binary", intervals.area(value > 0, value), users) is None  # an area of 1
-  assert intervals.interval("binary", intervals.area(value > 0, value[::-1] + users % 2), users * 0) is None
-  assert intervals.interval("binary", intervals.area(value > 0, value * 0), users) == pytest.approx((0.5, 0.5))
+  assert intervals.area_influence(value == 2, value) is None
+  assert intervals.user_interval("binary", None, users) is None
+  assert intervals.user_interval("binary", intervals.area_influence(value > 0, value), users) is None  # an area of 1
+  assert (
+    intervals.user_interval("binary", intervals.area_influence(value > 0, value[::-1] + users % 2), users * 0) is None
+  )
+  assert intervals.user_interval("binary", intervals.area_influence(value > 0, value * 0), users) == pytest.approx(
+    (0.5, 0.5)
+  )
 
 
 def test_the_interval_of_a_share_covers_it_as_often_as_it_says() -> None:
@@ -147,20 +153,20 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
 
 
 @pytest.fixture
-def answers() -> Answers:
+def answers() -> ScoredAnswers:
   value, answer, user = labelled()
   events = np.random.default_rng(4).integers(1, 300, len(value))
   events[:3] = [3, 4, 5000]
   probability = 1 / (1 + np.exp(-answer))
-  return Answers("binary", value, probability, {"constant": np.full(len(value), 0.3)}, user, events, 10)
+  return ScoredAnswers("binary", value, probability, {"constant": np.full(len(value), 0.3)}, user, events, 10)
 
 
-def test_a_run_is_set_beside_each_baseline_and_ahead_of_it_is_above_zero(answers: Answers) -> None:
+def test_a_run_is_set_beside_each_baseline_and_ahead_of_it_is_above_zero(answers: ScoredAnswers) -> None:
   found = answers.with_intervals()
-  one, other = (intervals.area(answers.value > 0, a) for a in (answers.run, answers.baselines["constant"]))
+  one, other = (intervals.area_influence(answers.value > 0, a) for a in (answers.run, answers.baselines["constant"]))
   assert one is not None and other is not None and one.value > 0.6
   assert found["users"] == len(np.unique(answers.user)) < len(answers.user)
-  assert found["run"] == list(intervals.interval("binary", one, answers.user) or ())
+  assert found["run"] == list(intervals.user_interval("binary", one, answers.user) or ())
   assert found["baselines"] == {"constant": [pytest.approx(0.5)] * 2}
   lead = found["differences"]["constant"]
   assert lead["difference"] == pytest.approx(one.value - 0.5)
@@ -168,7 +174,7 @@ def test_a_run_is_set_beside_each_baseline_and_ahead_of_it_is_above_zero(answers
   assert np.mean(lead["interval"]) == pytest.approx(lead["difference"])
 
 
-def test_groups_of_histories_hold_every_label_once_and_are_scored_alone(answers: Answers) -> None:
+def test_groups_of_histories_hold_every_label_once_and_are_scored_alone(answers: ScoredAnswers) -> None:
   groups = answers.by_history()
   assert sum(g["labels"] for g in groups) == len(answers.value)
   assert [g["from"] for g in groups] == [1, 4, 16, 64, 256, 4096] and [g["to"] for g in groups][:3] == [3, 15, 63]
@@ -181,7 +187,7 @@ def test_groups_of_histories_hold_every_label_once_and_are_scored_alone(answers:
   assert last["labels"] == 1 and last["run"] == {"value": None, "interval": None}
 
 
-def test_bins_of_a_calibration_are_those_of_its_error(answers: Answers) -> None:
+def test_bins_of_a_calibration_are_those_of_its_error(answers: ScoredAnswers) -> None:
   found = answers.calibration()
   assert found is not None
   assert found["ece"] == pytest.approx(metrics.expected_calibration_error(answers.value, answers.run))
@@ -190,7 +196,7 @@ def test_bins_of_a_calibration_are_those_of_its_error(answers: Answers) -> None:
   assert all(b["interval"][0] <= b["observed"] <= b["interval"][1] for b in found["bins"])
 
 
-def test_questions_about_many_values_are_calibrated_together(answers: Answers) -> None:
+def test_questions_about_many_values_are_calibrated_together(answers: ScoredAnswers) -> None:
   many = dataclasses.replace(
     answers,
     form="multilabel",

@@ -13,10 +13,10 @@ import pytest
 from sklearn import metrics as sk
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import questions as questions_lib
-from supermoe_jax.data.labels import Labels
-from supermoe_jax.data.questions import Question, QuestionBatch
-from supermoe_jax.data.splits import TEST, TRAIN, VALIDATION
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
+from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
+from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics
 from supermoe_jax.evaluation.ranking import target_ranks
@@ -143,15 +143,15 @@ class FakeRun:
     self.mesh = sharding.make_mesh(config.Mesh())
     self.items = Catalogue.of(rng.normal(size=(ITEMS, 4)).astype(np.float32))
 
-  def questions(self, dataset, cfg, *, split: int, most: int) -> Iterator[QuestionBatch]:
+  def questions(self, dataset, cfg, *, split: int, most: int) -> Iterator[QueryBatch]:
     assert split in (VALIDATION, TEST)
     for start in range(0, USERS, ROWS):
       part = slice(start, min(start + ROWS, USERS))
       # Two snapshots a user, so that events of several snapshots are one user's.
-      asked = [Question(i // 2, str(i // 2), 0, 5, 2, 3) for i in range(part.start, part.stop)]
+      asked = [Query(i // 2, str(i // 2), 0, 5, 2, 3) for i in range(part.start, part.stop)]
       labels = {n: Labels(v.value[part], v.known[part]) for n, v in self.labels.items()}
       seen = {"next_page": self.seen[part]} if cfg.tasks["next_page"].exclude_seen else {}
-      yield QuestionBatch(start, asked, labels, seen, {n: self.padded(g, start) for n, g in self.given.items()})
+      yield QueryBatch(start, asked, labels, seen, {n: self.padded(g, start) for n, g in self.given.items()})
 
   @staticmethod
   def padded(x: np.ndarray, start: int, axis: int = 0) -> np.ndarray:
@@ -185,8 +185,8 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
       {"conditioning": "token"} if options.get("tokens") else {"conditioning": "gate"} if options.get("gate") else {}
     )
     run = FakeRun(tmp_path, make_config(options.pop("exclude_seen", False), **model), **options)
-    monkeypatch.setattr(questions_lib, "questions", run.questions)
-    monkeypatch.setattr(event_experts, "count", lambda run, progress: None)  # events have no routing here
+    monkeypatch.setattr(snapshot_batches, "query_batches", run.questions)
+    monkeypatch.setattr(event_experts, "count_experts", lambda run, progress: None)  # events have no routing here
     return run
 
   return make
@@ -249,8 +249,8 @@ def test_a_value_seen_before_is_neither_recommended_nor_counted_as_better(make_r
     excluded = code < 2 or code in seen
     rank.append(np.inf if excluded else 1 + len(set(better) - set(seen)))
     popular.append(np.inf if excluded else 1 + len(set(range(2, code)) - set(seen)))
-  assert task["metrics"] == pytest.approx(metrics.ranking(np.array(rank), (2, 5)))
-  assert task["baselines"] == {"most popular": pytest.approx(metrics.ranking(np.array(popular), (2, 5)))}
+  assert task["metrics"] == pytest.approx(metrics.ranking_metrics(np.array(rank), (2, 5)))
+  assert task["baselines"] == {"most popular": pytest.approx(metrics.ranking_metrics(np.array(popular), (2, 5)))}
 
 
 def test_gauc_is_of_the_users_of_the_questions(make_run) -> None:
@@ -347,7 +347,7 @@ def test_a_task_without_any_label_is_left_out_of_the_metrics(make_run) -> None:
 def test_the_table_says_where_less_is_better(make_run) -> None:
   run = make_run()
   result = evaluate.evaluate(run, progress=False)
-  heading, *rows = evaluate.table(result)
+  heading, *rows = evaluate.results_table(result)
   metric = {r[0]: r[2] for r in rows}
   assert metric["age"] == "rmse (lower is better)" and metric["quiet"] == "auc"
   assert set(heading[4:]) == {b for t in result["splits"]["test"].values() for b in t["baselines"]}
@@ -356,7 +356,7 @@ def test_the_table_says_where_less_is_better(make_run) -> None:
 
 def test_a_split_without_snapshots_is_an_error(make_run, monkeypatch) -> None:
   run = make_run()
-  monkeypatch.setattr(questions_lib, "questions", lambda *args, **options: iter(()))
+  monkeypatch.setattr(snapshot_batches, "query_batches", lambda *args, **options: iter(()))
   with pytest.raises(ConfigError, match="no validation snapshot"):
     evaluate.evaluate(run, compare=False, progress=False)
 
@@ -365,7 +365,7 @@ def test_models_on_aggregates_learn_each_form_of_answer_within_the_sample_space(
   monkeypatch.setattr(baselines, "AT_ONCE", 24)  # so that it takes several parts
   cfg, dataset = make_config(), FakeDataset()
   fitted = baselines.AggregateModels(dataset, cfg)
-  asked = [Question(i, str(i), 0, 5, 2, 3) for i in range(USERS)]
+  asked = [Query(i, str(i), 0, 5, 2, 3) for i in range(USERS)]
   out = fitted.predictions(asked)
   digits = np.array([dataset.digits(i) for i in range(USERS)])
   assert set(out) == {"quiet", "pages", "plan", "age"}

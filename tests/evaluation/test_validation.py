@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from supermoe_jax import cli, config, sharding
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, validation
 from supermoe_jax.evaluation.metrics import Metrics
@@ -39,7 +39,7 @@ def validated(
   """A run that got worse and worse, and what it said."""
   folder, said = tmp_path_factory.mktemp("validated") / "run", list[str]()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(validation, "score", worse_and_worse())
+    patch.setattr(validation, "validation_score", worse_and_worse())
     loop.train(validated_cfg, folder, say=said.append)
   return folder, said
 
@@ -62,7 +62,7 @@ def test_a_run_that_is_validated_learns_the_same(
 
 def test_a_row_is_what_evaluation_finds_at_its_step(validated: tuple[pathlib.Path, list[str]]) -> None:
   folder, said = validated
-  rows = validation.rows(folder)
+  rows = validation.validation_rows(folder)
   assert [r["step"] for r in rows] == [4, 8, 12]
   for row in (rows[0], rows[-1]):
     run = Run(folder, row["step"])
@@ -107,14 +107,14 @@ def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
 
   validate = Validation.validate
   with monkeypatch.context() as patch:
-    patch.setattr(validation, "score", scores)
+    patch.setattr(validation, "validation_score", scores)
     patch.setattr(Validation, "validate", cut_at_8)
     with pytest.raises(KeyboardInterrupt):
       loop.train(validated_cfg, folder, say=lambda _: None)
   again = iter([9.0, 8.0])
-  monkeypatch.setattr(validation, "score", lambda cfg, tasks: next(again))
+  monkeypatch.setattr(validation, "validation_score", lambda cfg, tasks: next(again))
   loop.train(validated_cfg, folder, say=lambda _: None)
-  assert without_speed(validation.rows(folder)) == without_speed(validation.rows(whole))
+  assert without_speed(validation.validation_rows(folder)) == without_speed(validation.validation_rows(whole))
 
 
 def test_what_cannot_be_opened_says_what_is_there(
@@ -162,13 +162,13 @@ def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path
   cfg = config.resolve(every_task_config(tmp_path))
   tasks: dict[str, Metrics] = {"bought": {"auc": 0.75, "log_loss": 0.5}, "age": {"rmse": 12.0, "r2": 0.25}}
   assert {evaluate.main_metric(cfg, cfg.active_views[name]) for name in tasks} == {"auc", "rmse"}
-  assert validation.score(cfg, tasks) == 0.5
+  assert validation.validation_score(cfg, tasks) == 0.5
   unknown: dict[str, Metrics] = {"bought": {"auc": None}}
-  assert validation.score(cfg, tasks | unknown) == 0.25
-  assert validation.score(cfg, unknown) is None
+  assert validation.validation_score(cfg, tasks | unknown) == 0.25
+  assert validation.validation_score(cfg, unknown) is None
   named = config.override(cfg, ["--config.train.validate.metric=bought/log_loss"])
-  assert validation.score(named, tasks) == -0.5
-  assert validation.score(named, {}) is None
+  assert validation.validation_score(named, tasks) == -0.5
+  assert validation.validation_score(named, {}) is None
 
 
 def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(

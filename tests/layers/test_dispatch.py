@@ -276,11 +276,11 @@ def test_auto_takes_the_least_traffic(
   sizes: tuple[int, int, int], name: str, factor: float | None, dtype: str, wanted: str
 ) -> None:
   with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
-    assert dispatch.choose(name, 2, factor, jnp.dtype(dtype)) == wanted
+    assert dispatch.choose_strategy(name, 2, factor, jnp.dtype(dtype)) == wanted
 
 
 def test_without_a_mesh_auto_sorts() -> None:
-  assert dispatch.choose("auto", 2, 1.25, jnp.dtype("float32")) == "sorted"
+  assert dispatch.choose_strategy("auto", 2, 1.25, jnp.dtype("float32")) == "sorted"
 
 
 def test_ragged_over_several_cpu_devices_is_an_error_that_says_why() -> None:
@@ -288,7 +288,7 @@ def test_ragged_over_several_cpu_devices_is_an_error_that_says_why() -> None:
     jax.set_mesh(sharding.make_mesh(config.Mesh(expert=8))),
     pytest.raises(ValueError, match="XLA:CPU has no ragged all-to-all"),
   ):
-    dispatch.choose("ragged", 2, 1.25, jnp.dtype("float32"))
+    dispatch.choose_strategy("ragged", 2, 1.25, jnp.dtype("float32"))
 
 
 def test_tokens_that_do_not_divide_over_the_devices_are_an_error() -> None:

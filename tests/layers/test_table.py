@@ -12,8 +12,8 @@ from flax import nnx
 
 from supermoe_jax import config, sharding
 from supermoe_jax.layers import exchange, table
-from supermoe_jax.layers.lines import NONE
 from supermoe_jax.layers.table import EmbeddingTable, Layout
+from supermoe_jax.layers.tpu_lines import NONE
 from tests.fixtures import grids
 
 SIZE, D = 50, 4
@@ -97,7 +97,7 @@ def test_fetched_rows_answer_for_what_was_asked_only() -> None:
   @jax.jit
   def run(codes: np.ndarray, further: np.ndarray) -> tuple[jax.Array, ...]:
     one = make()
-    place, outside = table.distinct(codes, one.extent)  # of one device, so places are codes
+    place, outside = table.distinct_codes(codes, one.extent)  # of one device, so places are codes
     one.rows.set_value(table.fetch(one.rows.get_value(), place, one.extent))
     return place, outside, one(further)
 

@@ -10,11 +10,11 @@ from flax import nnx
 
 from supermoe_jax import config
 from supermoe_jax.batch import Batch
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training import losses, statistics
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.training import losses, task_statistics
 from supermoe_jax.training.losses import TaskLoss
-from supermoe_jax.training.step import build
+from supermoe_jax.training.step import model_constructor
 from tests.fixtures.small_model import filled, noise, packed, rows_of
 from tests.fixtures.unpacking import alone, users
 
@@ -52,9 +52,9 @@ def filled_up(x: np.ndarray, size: int) -> np.ndarray:
 def test_the_loss_of_packed_rows_is_the_sum_of_the_users_alone(
   rich: config.Config, every_task_dataset: Dataset
 ) -> None:
-  stream = batches.training(every_task_dataset, rich)
-  measured = statistics.measure(rich.active_tasks, every_task_dataset.schema.outputs, stream, 10)
-  graph, state = nnx.split(noise(build(rich, every_task_dataset.schema)))
+  stream = training_batches.training_batches(every_task_dataset, rich)
+  measured = task_statistics.measure_statistics(rich.active_tasks, every_task_dataset.schema.outputs, stream, 10)
+  graph, state = nnx.split(noise(model_constructor(rich, every_task_dataset.schema)))
 
   @jax.jit
   def total(state: nnx.State, batch: Batch) -> dict[str, TaskLoss]:
@@ -83,15 +83,15 @@ def test_the_loss_of_packed_rows_is_the_sum_of_the_users_alone(
 def test_label_rates_of_packed_rows_are_those_of_their_users(rich: config.Config, every_task_dataset: Dataset) -> None:
   """ρ is a mean over rows, and a packed row asks for its users' labels together: in an epoch, as many as ever."""
   one_row = dataclasses.replace(rich, train=dataclasses.replace(rich.train, batch_rows=1))
-  stream = batches.training(every_task_dataset, one_row)
+  stream = training_batches.training_batches(every_task_dataset, one_row)
   rows = iter(stream).get_state()["rows_of_an_epoch"]
   assert rows < 0.8 * len(every_task_dataset)
-  measured = statistics.measure(rich.active_tasks, every_task_dataset.schema.outputs, stream, rows)
+  measured = task_statistics.measure_statistics(rich.active_tasks, every_task_dataset.schema.outputs, stream, rows)
   whole = dataclasses.replace(one_row, train=dataclasses.replace(one_row.train, packing=False))
-  alone_rates = statistics.measure(
+  alone_rates = task_statistics.measure_statistics(
     rich.active_tasks,
     every_task_dataset.schema.outputs,
-    batches.training(every_task_dataset, whole),
+    training_batches.training_batches(every_task_dataset, whole),
     len(every_task_dataset),
   )
   assert measured["next_page"].rate * rows == pytest.approx(alone_rates["next_page"].rate * len(every_task_dataset))

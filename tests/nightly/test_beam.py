@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import cli, config
-from supermoe_jax.data import beam, merged, parts, prepare, shards
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.beam import event_parts, merged_log, pipeline
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.format import shard_files
+from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, write_shard
 from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.random_logs import WAYS, Case, random_case, raw_config, write_case
 
@@ -27,7 +30,7 @@ TAGS = {"column": "item", "many": 2, "separator": "b", "buckets": 3, "size": 2}
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(merged, "PART_BYTES", 300)
+  monkeypatch.setattr(merged_log, "PART_BYTES", 300)
 
 
 def quiet(text: str) -> None:
@@ -35,7 +38,7 @@ def quiet(text: str) -> None:
 
 
 def on_beam(cfg: config.Config, say: Callable[[str], None] = quiet, runner: str = "DirectRunner") -> dict[str, Any]:
-  return prepare.prepare(cfg, say=say, engine=beam.Beam(runner))
+  return prepare.prepare(cfg, say=say, engine=pipeline.Beam(runner))
 
 
 def moved(cfg: config.Config, name: str) -> config.Config:
@@ -109,7 +112,7 @@ def test_tensorflow_datasets_reads_the_shards(tmp_path: pathlib.Path) -> None:
 
   cfg = written(tmp_path, random_case(3, 40, 12))
   manifest = on_beam(cfg)
-  source = tfds.builder_from_directory(f"{cfg.data.path}/{shards.DIRECTORY}").as_data_source(split="users")
+  source = tfds.builder_from_directory(f"{cfg.data.path}/{shard_files.DIRECTORY}").as_data_source(split="users")
   data = Dataset(cfg.data.path)
   assert len(source) == len(data) and len(manifest["shards"]) >= 4
   for i in range(len(data)):
@@ -117,7 +120,7 @@ def test_tensorflow_datasets_reads_the_shards(tmp_path: pathlib.Path) -> None:
 
 
 def test_one_part_is_enough_for_a_small_log(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(merged, "PART_BYTES", 1 << 25)
+  monkeypatch.setattr(merged_log, "PART_BYTES", 1 << 25)
   _, there = assert_same(written(tmp_path, random_case(4, 30, 12)))
   assert len(there.manifest["shards"]) == 1
 
@@ -214,8 +217,8 @@ def test_without_beam_the_error_says_how_to_install_it(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   monkeypatch.setitem(sys.modules, "apache_beam", None)
-  monkeypatch.delitem(sys.modules, "supermoe_jax.data.beam")
-  monkeypatch.delattr("supermoe_jax.data.beam")
+  monkeypatch.delitem(sys.modules, "supermoe_jax.data.beam.pipeline")
+  monkeypatch.delattr("supermoe_jax.data.beam.pipeline")
   file = config_file(tmp_path, written(tmp_path, random_case(8, 9, 4)))
   assert cli.main(["prepare", "--config", file, "--runner", "DirectRunner"]) == 1
   assert "pip install 'supermoe_jax[beam]'" in capsys.readouterr().err
@@ -232,14 +235,14 @@ def test_without_beam_the_error_says_how_to_install_it(
 )
 def test_a_runner_or_an_option_that_is_none_is_an_error(runner: str, options: list[str], said: str) -> None:
   with pytest.raises(ConfigError, match=said):
-    beam.Beam(runner, options)
+    pipeline.Beam(runner, options)
 
 
 def test_machines_that_cannot_reach_the_folder_are_noticed(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   cfg = written(tmp_path, random_case(9, 30, 8))
-  monkeypatch.setattr(parts, "settle", lambda *unused: None)
+  monkeypatch.setattr(event_parts, "settle_part", lambda *unused: None)
   with pytest.raises(DataError, match="all machines must reach it"):
     on_beam(cfg)
 
@@ -248,15 +251,15 @@ def test_machines_that_cannot_reach_the_folder_are_noticed(
 
 
 def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-  write, left = shards.write, [count]
+  write, left = write_shard, [count]
 
-  def failing(*arguments: Any) -> shards.Shard:
+  def failing(*arguments: Any) -> shard_files.Shard:
     left[0] -= 1
     if left[0] < 0:
       raise OSError("the disk is on fire")
     return write(*arguments)
 
-  monkeypatch.setattr(shards, "write", failing)
+  monkeypatch.setattr(shard_files, "write", failing)
 
 
 def failed(cfg: config.Config, prepare: Callable[[config.Config], Any], after: int) -> None:
@@ -279,7 +282,7 @@ def test_after_a_failure_neither_reading_nor_finished_shards_are_done_again(
   before = files_of(pathlib.Path(f"{cfg.data.path}.incomplete"))
   assert len(before) == 2
   with monkeypatch.context() as patch:
-    patch.setattr(parts, "settle", lambda *unused: pytest.fail("the files were read again"))
+    patch.setattr(event_parts, "settle_part", lambda *unused: pytest.fail("the files were read again"))
     said: list[str] = []
     on_beam(cfg, said.append)
   after = files_of(pathlib.Path(cfg.data.path))
@@ -289,9 +292,9 @@ def test_after_a_failure_neither_reading_nor_finished_shards_are_done_again(
 
 
 def test_what_is_done_twice_is_done_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  settle, move = parts.settle, shards.move
+  settle, move = event_parts.settle_part, shard_files.move_shard
 
-  def twice(data: config.Data, folder: parts.Parts, part: int, packed: Iterable[bytes]) -> None:
+  def twice(data: config.Data, folder: event_parts.PartFolder, part: int, packed: Iterable[bytes]) -> None:
     rows = list(packed)
     settle(data, folder, part, rows)
     settle(data, folder, part, rows[::-1])
@@ -302,8 +305,8 @@ def test_what_is_done_twice_is_done_once(tmp_path: pathlib.Path, monkeypatch: py
       shutil.copy(directory / name, file.with_name(name))
     move(file, directory)
 
-  monkeypatch.setattr(parts, "settle", twice)
-  monkeypatch.setattr(shards, "move", again)
+  monkeypatch.setattr(event_parts, "settle_part", twice)
+  monkeypatch.setattr(shard_files, "move_shard", again)
   assert_same(written(tmp_path, random_case(12, 40, 12)))
 
 
@@ -311,16 +314,16 @@ def test_an_error_that_passes_when_the_runner_tries_again_is_none(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   cfg = written(tmp_path, random_case(13, 30, 8))
-  write, failed = shards.write, []
+  write, failed = write_shard, []
 
-  def failing(maker: shards.RecordMaker, file: pathlib.Path, rows: shards.Rows) -> shards.Shard:
+  def failing(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> shard_files.Shard:
     if not failed:
       failed.append(file.name)
       raise OSError("a moment, please")
     return write(maker, file, rows)
 
   with monkeypatch.context() as patch:
-    patch.setattr(shards, "write", failing)
+    patch.setattr(shard_files, "write", failing)
     there = on_beam(moved(cfg, "there"), runner="BundleBasedDirectRunner")
   here = locally(cfg)
   assert len(failed) == 1

@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from supermoe_jax import config, report
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.report import seesaw_page
 from tests.fixtures import chromium, seesaw_study
@@ -107,9 +107,9 @@ def pages(cfg: config.Config, dataset: Dataset, tmp_path_factory: pytest.TempPat
   config.save(cfg, begun / "config.json")
   study = seesaw_study.make(seesaw_study.study())
   return {
-    "run": report.write(whole),
-    "begun": report.write(begun),
-    "study": seesaw_page.write(study, folder / "seesaw.html"),
+    "run": report.write_report(whole),
+    "begun": report.write_report(begun),
+    "study": seesaw_page.write_study_page(study, folder / "seesaw.html"),
   }
 
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from tests.fixtures.pod_checks import SETUP, config_file, ended, free_port, line, with_devices
 
 HOST = socket.gethostname()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from tests.fixtures import scripts
 
 

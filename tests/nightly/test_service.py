@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from supermoe_jax.serving import loader, service
-from supermoe_jax.serving.loader import Encoder
+from supermoe_jax.serving.loader import ExportedEncoder
 from tests.fixtures import exported_encoder
 from tests.fixtures.service_requests import JSON, REFUSED, SMALL
 
@@ -20,24 +20,24 @@ HEALTH = list(HealthCheck)
 
 
 @pytest.fixture(scope="module")
-def encoder(workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-  found = loader.load(exported_encoder.made(tmp_path_factory, workdir))
+def encoder(workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> ExportedEncoder:
+  found = loader.load_encoder(exported_encoder.made(tmp_path_factory, workdir))
   found.warm_up()
   return found
 
 
 @pytest.fixture(scope="module")
-def client(encoder: Encoder) -> Iterator[TestClient]:
-  with TestClient(service.app(encoder, SMALL), raise_server_exceptions=False) as found:
+def client(encoder: ExportedEncoder) -> Iterator[TestClient]:
+  with TestClient(service.make_app(encoder, SMALL), raise_server_exceptions=False) as found:
     yield found
 
 
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
 def test_requests_made_of_the_description_cause_no_error_of_the_server(
-  mode: schemathesis.GenerationMode, client: TestClient, encoder: Encoder
+  mode: schemathesis.GenerationMode, client: TestClient, encoder: ExportedEncoder
 ) -> None:
   """Few of each kind; `experiments/benchmarks/serve.py` sends 10,000."""
-  operation = schemathesis.openapi.from_asgi("/openapi.json", service.app(encoder, SMALL))["/embed"]["POST"]
+  operation = schemathesis.openapi.from_asgi("/openapi.json", service.make_app(encoder, SMALL))["/embed"]["POST"]
   found: list[int] = []
 
   @seed(0)

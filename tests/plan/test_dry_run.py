@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from supermoe_jax import cli, config
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.training.run import Run
 
 

@@ -38,14 +38,16 @@ def gpus(a_node: int) -> tuple[Any, Any]:
 def test_a_collective_over_two_nodes_takes_the_time_of_its_links_and_of_the_network(
   kind: str, inside: float, across: float
 ) -> None:
-  (found,) = estimate.traffic([one(kind)], *gpus(a_node=4))
+  (found,) = estimate.network_traffic([one(kind)], *gpus(a_node=4))
   assert found.seconds == pytest.approx(TIMES * SIZE * inside / LINK)
   assert found.network_seconds == pytest.approx(TIMES * SIZE * across / NETWORK)
 
 
 def test_within_a_node_nothing_crosses_the_network_and_axes_are_those_that_a_group_spans() -> None:
   mesh, node = gpus(a_node=8)
-  found = estimate.traffic([one("all-gather", (0, 4)), one("all-reduce", (4, 5, 6, 7)), one("all-reduce")], mesh, node)
+  found = estimate.network_traffic(
+    [one("all-gather", (0, 4)), one("all-reduce", (4, 5, 6, 7)), one("all-reduce")], mesh, node
+  )
   assert [(t.kind, t.axes) for t in found] == [
     ("all-reduce", ("data", "expert")),
     ("all-reduce", ("expert",)),
@@ -62,15 +64,15 @@ def test_a_dimension_of_a_torus_is_a_line_until_it_closes_to_a_ring(length: int,
   devices = np.array([types.SimpleNamespace(id=i, coords=(i, 0), slice_index=0) for i in range(length)])
   mesh = types.SimpleNamespace(devices=devices, axis_names=("data",))
   topology, group = types.SimpleNamespace(chip=CHIPS["v5e"], tpu=True, sizes=(length, 1)), tuple(range(length))
-  reduced, sent = (estimate.traffic([one(k, group)], mesh, topology)[0] for k in ("all-reduce", "all-to-all"))
+  reduced, sent = (estimate.network_traffic([one(k, group)], mesh, topology)[0] for k in ("all-reduce", "all-to-all"))
   share, link = (length - 1) / length, CHIPS["v5e"].link
   assert reduced.seconds == pytest.approx(2 * TIMES * SIZE * share / (link * ways))
   assert sent.seconds == pytest.approx(TIMES * SIZE * share * hops / (2 * link))
 
 
 def test_a_step_is_bound_by_what_takes_longest() -> None:
-  chip, (found,) = CHIPS["h100"], estimate.traffic([one("all-reduce")], *gpus(a_node=4))
-  times = estimate.times(chip.flops / 100, chip.memory_rate / 50, [found], chip)
+  chip, (found,) = CHIPS["h100"], estimate.network_traffic([one("all-reduce")], *gpus(a_node=4))
+  times = estimate.step_times(chip.flops / 100, chip.memory_rate / 50, [found], chip)
   assert times[:2] == pytest.approx((0.01, 0.02)) and times[2:] == (found.seconds, found.network_seconds)
   assert times.bound == "network" and times.step == found.network_seconds
   assert times.alone == pytest.approx(sum(times))

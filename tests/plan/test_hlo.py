@@ -24,7 +24,7 @@ HEAD = "HloModule m\n\n"
   ],
 )
 def test_shapes_and_what_tiles_make_of_them(text: str, size: int, padded: int, space: int) -> None:
-  (shape,) = hlo.shapes(text)
+  (shape,) = hlo.parse_shapes(text)
   assert (shape.bytes, shape.padded, shape.space) == (size, padded, space)
 
 
@@ -43,8 +43,10 @@ def test_shapes_and_what_tiles_make_of_them(text: str, size: int, padded: int, s
 )
 def test_groups_of_devices_in_every_form(text: str, groups: tuple[tuple[int, ...], ...]) -> None:
   line = f"  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, {text}, to_apply=%add"
-  module = hlo.parse(HEAD + "ENTRY %main (p: f32[8]) -> f32[8] {\n  %y = f32[8]{0} parameter(0)\n" + line + "\n}\n")
-  (found,) = collectives.read(module, 4)
+  module = hlo.parse_module(
+    HEAD + "ENTRY %main (p: f32[8]) -> f32[8] {\n  %y = f32[8]{0} parameter(0)\n" + line + "\n}\n"
+  )
+  (found,) = collectives.read_collectives(module, 4)
   assert {frozenset(g) for g in found.groups} == {frozenset(g) for g in groups}
   assert found.sent == pytest.approx(2 * 32 * (len(groups[0]) - 1) / len(groups[0]))
 
@@ -52,8 +54,10 @@ def test_groups_of_devices_in_every_form(text: str, groups: tuple[tuple[int, ...
 def test_a_collective_that_is_laid_out_over_a_chain_counts_once() -> None:
   line = "  %{} = f32[64]{{0}} all-gather(%y), channel_id={}, replica_groups={{{{0,1}}}}, frontend_attributes={{{}}}\n"
   body = line.format("a", 7, 'chain_id="0"') + line.format("b", 7, 'chain_id="0"') + line.format("c", 8, "")
-  module = hlo.parse(HEAD + "ENTRY %main (p: f32[32]) -> f32[64] {\n  %y = f32[32]{0} parameter(0)\n" + body + "}\n")
-  assert [c.bytes for c in collectives.read(module, 2)] == [256, 256]
+  module = hlo.parse_module(
+    HEAD + "ENTRY %main (p: f32[32]) -> f32[64] {\n  %y = f32[32]{0} parameter(0)\n" + body + "}\n"
+  )
+  assert [c.bytes for c in collectives.read_collectives(module, 2)] == [256, 256]
 
 
 def test_what_goes_from_slice_to_slice_is_handed_to_the_hosts() -> None:
@@ -61,7 +65,7 @@ def test_what_goes_from_slice_to_slice_is_handed_to_the_hosts() -> None:
   line += 'frontend_attributes={{_xla_megascale_transfer_type="{1}"}}\n'
   body = "".join(line.format(i, kind) for i, kind in enumerate(("ALL_REDUCE", "ALL_GATHER", "ALL_TO_ALL")))
   head = "ENTRY %main (p: f32[64]) -> f32[64] {\n  %y = f32[64]{0} parameter(0)\n  %t = token[] after-all()\n"
-  found = collectives.read(hlo.parse(HEAD + head + body + "}\n"), 8, 2)
+  found = collectives.read_collectives(hlo.parse_module(HEAD + head + body + "}\n"), 8, 2)
   assert all(c.network and c.members == 2 for c in found)
   assert {c.kind: c.sent for c in found} == {"all-reduce": 256, "all-gather": 256, "all-to-all": 128}
 
@@ -71,12 +75,12 @@ def test_groups_in_a_form_that_is_not_known_are_an_error() -> None:
     "ENTRY %main (p: f32[8]) -> f32[8] {\n  %x = f32[8]{0} all-reduce(%y), replica_groups=everyone, to_apply=%a\n}\n"
   )
   with pytest.raises(ValueError, match="in a form that is not known here"):
-    collectives.read(hlo.parse(HEAD + text), 8)
+    collectives.read_collectives(hlo.parse_module(HEAD + text), 8)
 
 
-def compiled(function, *arguments) -> tuple[hlo.Module, float]:
+def compiled(function, *arguments) -> tuple[hlo.HloModule, float]:
   traced = jax.jit(function).trace(*arguments)
-  return hlo.parse(traced.lower().compile().as_text()), arithmetic.products(traced.jaxpr.jaxpr)
+  return hlo.parse_module(traced.lower().compile().as_text()), arithmetic.products(traced.jaxpr.jaxpr)
 
 
 def test_what_stands_in_loops_counts_as_often_as_it_runs() -> None:
@@ -96,10 +100,10 @@ def test_what_stands_in_loops_counts_as_often_as_it_runs() -> None:
     return jax.lax.scan(twice, x, w)[0]
 
   module, flops = compiled(step, x, w)
-  (reduce,) = {(c.kind, c.bytes) for c in collectives.read(module, 4)}
+  (reduce,) = {(c.kind, c.bytes) for c in collectives.read_collectives(module, 4)}
   assert reduce == ("all-reduce", 64)
-  assert sum(c.times for c in collectives.read(module, 4)) == 15
-  assert not hlo.runs(module).unknown
+  assert sum(c.times for c in collectives.read_collectives(module, 4)) == 15
+  assert not hlo.count_runs(module).unknown
   assert flops == 15 * 2 * 8 * 16 * 16
 
 
@@ -107,7 +111,7 @@ def test_a_loop_that_ends_by_what_it_finds_is_told() -> None:
   module, _ = compiled(
     lambda x: jax.lax.while_loop(lambda v: v[0] < v[1], lambda v: v + jnp.array([2, 1]), x), jnp.zeros(2, int)
   )
-  assert len(hlo.runs(module).unknown) == 1
+  assert len(hlo.count_runs(module).unknown) == 1
 
 
 def test_of_a_table_only_the_rows_that_are_read_and_written_count() -> None:
@@ -118,7 +122,7 @@ def test_of_a_table_only_the_rows_that_are_read_and_written_count() -> None:
     return table.at[rows].add(jnp.sin(table[rows]), unique_indices=True)
 
   text = jax.jit(step, donate_argnums=0).lower(table).compile().as_text()
-  assert traffic.count(hlo.parse(text)) < 100 * 64 * 4 * 20 < table.nbytes / 10
+  assert traffic.memory_traffic(hlo.parse_module(text)) < 100 * 64 * 4 * 20 < table.nbytes / 10
 
 
 def test_products_count_recomputation_shards_and_gradients() -> None:

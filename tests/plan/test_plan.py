@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from supermoe_jax import cli, config, sharding
 from supermoe_jax.batch import Schema
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.plan import chips, plan, program, render, sweep
 from tests.fixtures import grids, scripts
@@ -26,16 +26,16 @@ CPUS = chips.topology("cpu:8")
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once() -> Iterator[None]:
   """Plans that compile the same step for the same devices share the program."""
-  real, kept = program.step, {}
+  real, kept = program.compile_step, {}
 
-  def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> program.Program:
+  def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> program.CompiledStep:
     key = repr(dataclasses.replace(cfg, evaluate=config.Evaluate())), mesh, effort  # a step evaluates nothing
     if key not in kept:
       kept[key] = real(cfg, schema, mesh, effort)
     return kept[key]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(program, "step", step)
+    patch.setattr(program, "compile_step", step)
     yield
 
 
@@ -49,13 +49,13 @@ def wide(cfg: config.Config) -> config.Config:
 
 @pytest.fixture(scope="module")
 def planned(wide: config.Config, dataset: Dataset) -> dict:
-  return plan.plan(wide, CPUS)
+  return plan.plan_step(wide, CPUS)
 
 
 def test_parameters_and_bytes_add_up(wide: config.Config, dataset: Dataset, planned: dict) -> None:
-  fitted, said = program.fitted(wide, CPUS)
+  fitted, said = program.fitted_config(wide, CPUS)
   assert said == ["config.train.mesh.data=1 became 4, to take all 8 devices"]
-  found = program.step(fitted, dataset.schema, sharding.make_mesh(fitted.train.mesh))
+  found = program.compile_step(fitted, dataset.schema, sharding.make_mesh(fitted.train.mesh))
   parameters, memory = planned["parameters"], planned["memory"]
   assert parameters["total"] == parameters["tables"] + parameters["experts"] + parameters["dense"]
   d, tables = wide.model.d_model, dataset.schema.categorical
@@ -98,22 +98,22 @@ def test_a_plan_is_printed_and_saved(
   assert cli.main(["plan", "--config", "any", "--topology", "cpu:8", "--json", str(file)]) == 0
   said = capsys.readouterr().out
   saved = json.loads(file.read_text())
-  assert f"{saved['parameters']['total']:,}" in said and render.size(saved["memory"]["total"]) in said
+  assert f"{saved['parameters']['total']:,}" in said and render.bytes_text(saved["memory"]["total"]) in said
   assert "XLA:CPU stands in for the compiler of these devices" in said
 
 
 def test_gpus_are_estimated_and_told_where_they_do_not_fit(
   wide: config.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  found = plan.plan(wide, chips.topology("h100:2x4"))
+  found = plan.plan_step(wide, chips.topology("h100:2x4"))
   assert found["fits"] and found["seconds"]["bound"] in found["seconds"] and 0 < found["mfu"] < 1
   assert any(row["network_seconds"] > 0 for row in found["collectives"])  # two nodes
   small = dict(chips.CHIPS)
   small["h100"] = dataclasses.replace(small["h100"], memory=1000)
   monkeypatch.setattr(chips, "CHIPS", small)
-  found = plan.plan(wide, chips.topology("h100:2x4"))
+  found = plan.plan_step(wide, chips.topology("h100:2x4"))
   assert not found["fits"]
-  said = "\n".join(render.lines(found))
+  said = "\n".join(render.plan_text(found))
   assert "does not fit" in said and "try --config.train.tables.dtype=bfloat16: may spare about" in said
 
 
@@ -124,7 +124,7 @@ SWEEPS = [("strong", "h100:1x8", "h100:2x4"), ("strong", "h100:1x2", "h100:2x4")
 def test_a_sweep_compares_topologies(
   scaling: str, one: str, other: str, wide: config.Config, tmp_path: pathlib.Path
 ) -> None:
-  found = sweep.sweep(wide, [chips.topology(one), chips.topology(other)], scaling)
+  found = sweep.sweep_topologies(wide, [chips.topology(one), chips.topology(other)], scaling)
   few, many = found["plans"]
   assert [p["topology"]["name"] for p in (few, many)] == [one, other]
   larger = many["topology"]["devices"] / few["topology"]["devices"]
@@ -132,8 +132,8 @@ def test_a_sweep_compares_topologies(
   assert many["tokens"] == times * few["tokens"]
   steps = few["seconds"]["step"] / many["seconds"]["step"]
   assert sweep.efficiency(found) == {one: 1.0, other: pytest.approx(steps * times / larger)}
-  assert sweep.lines(found)[0].startswith(f"{scaling} scaling: ") and "100%" in sweep.lines(found)[2]
-  sweep.draw(found, tmp_path / "sweep.svg")
+  assert sweep.sweep_table(found)[0].startswith(f"{scaling} scaling: ") and "100%" in sweep.sweep_table(found)[2]
+  sweep.draw_sweep(found, tmp_path / "sweep.svg")
   assert (tmp_path / "sweep.svg").read_text().count("<path") > 20
 
 
@@ -151,11 +151,11 @@ def test_a_sweep_asks_for_rows_a_device_or_in_all_and_keeps_experts_where_they_d
   scaling: str, rows: list[int], wide: config.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   asked = []
-  monkeypatch.setattr(sweep, "plan", lambda cfg, topology, _: asked.append((cfg, topology)))
+  monkeypatch.setattr(sweep, "plan_step", lambda cfg, topology, _: asked.append((cfg, topology)))
   wide = config.override(wide, ["--config.train.mesh.data=2", "--config.train.mesh.expert=4"])
   wide = config.override(wide, ["--config.train.batch_rows=64", "--config.evaluate.batch_rows=64"])
   wide = config.override(wide, [] if scaling == "weak" else ["--config.train.batch_rows=16"])
-  sweep.sweep(wide, [chips.topology(t) for t in ("h100:1x8", "h100:1x4", "h100:1x2")], scaling)
+  sweep.sweep_topologies(wide, [chips.topology(t) for t in ("h100:1x8", "h100:1x4", "h100:1x2")], scaling)
   assert [str(topology) for _, topology in asked] == ["h100:1x2", "h100:1x4", "h100:1x8"]
   assert [cfg.train.batch_rows for cfg, _ in asked] == rows
   assert [(cfg.train.mesh.data, cfg.train.mesh.expert) for cfg, _ in asked] == [(1, 2), (1, 4), (2, 4)]
@@ -178,8 +178,8 @@ def test_a_wrong_topology_is_told(text: str, message: str) -> None:
 
 def test_a_mesh_or_batch_that_does_not_divide_is_told(wide: config.Config) -> None:
   with pytest.raises(ConfigError, match="expert × tensor = 2, of which 3 devices in 1"):
-    program.fitted(wide, chips.topology("cpu:3"))
+    program.fitted_config(wide, chips.topology("cpu:3"))
   with pytest.raises(ConfigError, match=r"config.train.batch_rows=16 must divide over the 32 devices.*=32"):
-    program.fitted(wide, chips.topology("v5e:4x8"))
+    program.fitted_config(wide, chips.topology("v5e:4x8"))
   with pytest.raises(ConfigError, match="slices are of TPUs"):
     chips.topology("h100:1x8", 2)

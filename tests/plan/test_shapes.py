@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.plan import shapes
 
 
 def test_a_batch_has_the_shapes_that_are_planned_for(every_task: config.Config, every_task_dataset: Dataset) -> None:
-  real = next(iter(batches.training(every_task_dataset, every_task)))
-  planned = shapes.batch(every_task, every_task_dataset.schema)
+  real = next(iter(training_batches.training_batches(every_task_dataset, every_task)))
+  planned = shapes.batch_shapes(every_task, every_task_dataset.schema)
   assert jax.tree.structure(real) == jax.tree.structure(planned)
   for wanted, found in zip(jax.tree.leaves(real), jax.tree.leaves(planned), strict=True):
     assert (np.shape(wanted), np.asarray(wanted).dtype) == (found.shape, found.dtype)

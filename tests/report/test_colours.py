@@ -7,12 +7,13 @@ import re
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from supermoe_jax.report import drawing, heat_maps, rendering
+from supermoe_jax.report import rendering
+from supermoe_jax.report.figures import drawing, heat_maps
 
 
 def palettes() -> list[dict[str, str]]:
   """The colours of the light page and of the dark one."""
-  style = rendering.render("page_style.css.jinja", {}, {})
+  style = rendering.render_template("page_style.css.jinja", {}, {})
   light, dark, _ = re.findall(r":root \{(.*?)\}", style, flags=re.DOTALL)
   return [dict(re.findall(r"--([\w-]+): (#\w+)", part)) for part in (light, dark)]
 

@@ -12,8 +12,9 @@ import pytest
 
 from supermoe_jax import config, report
 from supermoe_jax.errors import ConfigError, DataError
-from supermoe_jax.report import curves, drawing, heat_maps, map_figures, parts, user_map, words
 from supermoe_jax.report import page as report_page
+from supermoe_jax.report import run_files, task_sentences, user_map_section
+from supermoe_jax.report.figures import curves, drawing, heat_maps, user_maps
 from tests.fixtures.html_page import Page, assert_self_contained
 from tests.fixtures.report_run import (
   HOSTILE,
@@ -49,7 +50,7 @@ def cfg(tmp_path) -> config.Config:
 
 
 def written(workdir: pathlib.Path) -> tuple[str, Page]:
-  file = report.write(workdir)
+  file = report.write_report(workdir)
   assert file == workdir / "report.html"
   assert [p.name for p in workdir.glob("*.incomplete")] == []
   text = file.read_text()
@@ -143,7 +144,7 @@ def test_every_kind_of_task_is_put_in_words(tmp_path):
     "alike": config.Contrast(slice_events=32),
     "buy": config.FutureEvent(source="sales", sample_space="quiet == 1", out_space_weight=0.25),
   }
-  said = {n: words.question(t) for n, t in task.items()}
+  said = {n: task_sentences.task_question(t) for n, t in task.items()}
   assert said["click"] == (
     "whether clicked of the next event is yes, given its item, place; asked of the 5 events after a snapshot"
   )
@@ -254,7 +255,7 @@ def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
   make_metrics(cfg, run)
   make_evaluation(cfg, run, step=20, config_hash="other")
   make_dataset(make_config(tmp_path, d_model=16))
-  notes = " ".join(report_page._notes(parts.read(run)))
+  notes = " ".join(report_page._notes(run_files.read_run(run)))
   assert "The evaluation shown here was made at step 20, but the run has reached step 60" in notes
   assert "made with another config" in notes
   assert "prepared with another configuration" not in notes  # the width is not the data's business
@@ -267,17 +268,17 @@ def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
 
 def test_errors(tmp_path, cfg):
   with pytest.raises(ConfigError, match="not a run directory"):
-    report.write(tmp_path / "elsewhere")
+    report.write_report(tmp_path / "elsewhere")
   run = tmp_path / "run"
   (run / "evaluation.json").write_text("{")
   with pytest.raises(DataError, match=r"evaluation\.json is damaged"):
-    report.write(run)
+    report.write_report(run)
   assert not (run / "report.html").exists()
 
 
 def test_the_count_of_parameters_is_the_models_own(cfg, tmp_path):
   make_dataset(cfg)
-  count = report_page._parameters(parts.read(tmp_path / "run"))
+  count = report_page._parameters(run_files.read_run(tmp_path / "run"))
   assert count is not None
   d, hidden = 8, 16
   assert count["tables"] == (12 + 22) * d
@@ -300,12 +301,12 @@ def test_labels_to_colour_by(cfg):
     }
 
   records = [record("a", 1, 1, 0), record("b", 0, 1, 1), record("c", 1, 0, 1)]
-  picked = user_map.pick_labels(cfg, records, NOVEMBER + 5)
+  picked = user_map_section.pick_labels(cfg, records, NOVEMBER + 5)
   assert list(picked) == ["churn", "young"]
   assert picked["churn"][0] == {"a": 1, "b": 0}
   assert picked["young"][0] == {"a": 0, "b": 1, "c": 1}
   assert "2017-11-01" in picked["churn"][1]
-  assert user_map.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
+  assert user_map_section.pick_labels(cfg, records[:1], NOVEMBER) == {}  # one class only: no colours
 
 
 def test_figures_are_well_formed_and_their_names_are_text():
@@ -313,11 +314,11 @@ def test_figures_are_well_formed_and_their_names_are_text():
   label = np.where(place[:, 0] > 0, 1.0, 0.0)
   label[:5] = np.nan
   drawn = [
-    curves.curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
+    curves.draw_curve("a", "loss of $x$ & <b>", range(1000), [float("nan")] * 500 + [1.0] * 500),
     heat_maps.heat_map("b", "<many>", ["t"], np.full((1, 40), 1 / 40), 0.5),
-    curves.load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
-    map_figures.map_by_label("d", 'a "label"', place, label),
-    map_figures.map_by_count("e", "events", place, np.ones(30)),
+    curves.draw_load_over_time("c", "one row", [5], np.array([[0.5, 0.5]])),
+    user_maps.map_by_label("d", 'a "label"', place, label),
+    user_maps.map_by_count("e", "events", place, np.ones(30)),
   ]
   for svg in drawn:
     root = xml.etree.ElementTree.fromstring(str(svg))

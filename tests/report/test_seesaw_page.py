@@ -7,9 +7,10 @@ import xml.etree.ElementTree
 
 import pytest
 
-from supermoe_jax.evaluation import seesaw, seesaw_words
-from supermoe_jax.report import drawing, seesaw_figures, seesaw_page
-from supermoe_jax.report.seesaw_figures import picture
+from supermoe_jax.report import seesaw_page
+from supermoe_jax.report.figures import drawing, gains_figures
+from supermoe_jax.report.figures.gains_figures import write_picture
+from supermoe_jax.seesaw import compare, sentences
 from tests.fixtures.html_page import Page, assert_self_contained
 from tests.fixtures.seesaw_study import HOSTILE_TASK, HOSTILE_VARIANT, METRIC, VARIANTS, make, run, study
 
@@ -17,7 +18,7 @@ SECTIONS = ("words", "gains", "table", "variants", "alone", "measured")
 
 
 def written(report, tmp_path):
-  file = seesaw_page.write(report, tmp_path / "seesaw.html")
+  file = seesaw_page.write_study_page(report, tmp_path / "seesaw.html")
   assert file == tmp_path / "seesaw.html" and [p.name for p in tmp_path.iterdir()] == ["seesaw.html"]
   text = file.read_text()
   page = Page(text)
@@ -40,7 +41,7 @@ def test_a_whole_study(whole):
     assert page.text.count(name) >= 4
   assert HOSTILE_TASK not in text and HOSTILE_VARIANT not in text and "<i>" not in text
   assert "'--config.model.note=<i> '" in page.text  # quoted for a shell
-  for sentence in seesaw_words.words(report):
+  for sentence in sentences.report_sentences(report):
     assert sentence in page.text
   # gains, harm, shares; of two variants with traces: cosine, weights, two layers and a gate
   assert len(page.all("svg")) == 3 + 2 * 5
@@ -78,7 +79,7 @@ def test_experts_of_a_task_without_test_snapshots_are_not_drawn(tmp_path):
 
 
 def test_a_study_without_any_plan(tmp_path):
-  _, page = written(seesaw.report([], variants=(), tuned="", overrides={}), tmp_path)
+  _, page = written(compare.make_report([], variants=(), tuned="", overrides={}), tmp_path)
   assert "there is nothing to compare" in page.text and not page.all("svg")
 
 
@@ -92,7 +93,7 @@ def test_a_study_of_one_seed_and_one_run_missing(tmp_path):
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_the_picture_stands_alone(tmp_path, kind):
-  file = picture(make(study(variants=VARIANTS[:2]), variants=VARIANTS[:2]), tmp_path / f"gains.{kind}")
+  file = write_picture(make(study(variants=VARIANTS[:2]), variants=VARIANTS[:2]), tmp_path / f"gains.{kind}")
   content = file.read_bytes()
   assert [p.name for p in tmp_path.iterdir()] == [f"gains.{kind}"]
   if kind == "png":
@@ -108,13 +109,13 @@ def test_the_picture_stands_alone(tmp_path, kind):
 
 def test_a_picture_of_another_kind_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"\.svg or \.png"):
-    picture(make(study()), tmp_path / "gains.gif")
+    write_picture(make(study()), tmp_path / "gains.gif")
   assert not list(tmp_path.iterdir())
 
 
 def test_the_same_report_gives_the_same_picture(tmp_path):
   report = make(study(variants=("tuned",)), variants=("tuned",))
-  first, second = (picture(report, tmp_path / f"{n}.svg").read_bytes() for n in "ab")
+  first, second = (write_picture(report, tmp_path / f"{n}.svg").read_bytes() for n in "ab")
   assert first == second
 
 
@@ -122,7 +123,7 @@ def test_names_of_crowded_points_do_not_cover_each_other():
   """Ten variants in one place: every name stands somewhere else."""
   found = {"mean": 0.5, "low": None, "high": None, "seeds": 1}
   variants = {f"variant_{i}": {"harm": found, "mean_gain": {**found, "mean": i / 1000}} for i in range(10)}
-  svg = seesaw_figures.trade_off("t", {"variants": variants, "tuned": "variant_0"})
+  svg = gains_figures.draw_trade_off("t", {"variants": variants, "tuned": "variant_0"})
   root = xml.etree.ElementTree.fromstring(str(svg))
   places = {}
   for text in (t for t in root.iter() if t.tag.endswith("text")):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax.serving import loader
-from supermoe_jax.serving.loader import Encoder
+from supermoe_jax.serving.loader import ExportedEncoder
 from tests.fixtures import exported_encoder
 
 
@@ -23,8 +23,8 @@ def exported(workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def encoder(exported: pathlib.Path) -> Encoder:
-  found = loader.load(exported)
+def encoder(exported: pathlib.Path) -> ExportedEncoder:
+  found = loader.load_encoder(exported)
   found.warm_up()
   return found
 

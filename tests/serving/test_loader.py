@@ -14,14 +14,15 @@ import pytest
 from flax import nnx
 
 from supermoe_jax import cli, config
-from supermoe_jax.data import questions
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.embeddings import embed, embedding_files
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.layers import exchange
 from supermoe_jax.layers.table import TableRows
-from supermoe_jax.serving import embed, embeddings, export, loader
-from supermoe_jax.serving.loader import Encoder
+from supermoe_jax.serving import export, loader
+from supermoe_jax.serving.loader import ExportedEncoder
 from supermoe_jax.serving.preprocessing import InputError
-from supermoe_jax.training.checkpoint import RestoredModel
+from supermoe_jax.training.checkpoints.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
 from tests.fixtures import exported_encoder
@@ -63,19 +64,19 @@ print(json.dumps([sorted(set(p.platforms)) for p in encoder.programs.values()]))
 def of_the_run(run: Run) -> dict[str, np.ndarray]:
   """Each user's vector as of the day, as evaluation has it."""
   found = {}
-  for batch in questions.questions(run.dataset, run.cfg, times=[config.parse_time(DAY, "")]):
+  for batch in snapshot_batches.query_batches(run.dataset, run.cfg, times=[config.parse_time(DAY, "")]):
     z = np.asarray(run.answer(batch.features).z)
     found |= {q.user_id: z[i] for i, q in enumerate(batch.questions)}
   return found
 
 
 def test_the_loader_gives_the_vectors_of_evaluation_and_of_embed(
-  run: Run, encoder: Encoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
+  run: Run, encoder: ExportedEncoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
   wanted = of_the_run(run)
   embed.embed(run, [DAY], tmp_path / "embeddings")
-  table = embeddings.read(tmp_path / "embeddings")
-  embedded = dict(zip(map(str, table["user_id"].to_pylist()), embeddings.vectors(table)))
+  table = embedding_files.read_embeddings(tmp_path / "embeddings")
+  embedded = dict(zip(map(str, table["user_id"].to_pylist()), embedding_files.embedding_vectors(table)))
   assert set(wanted) == set(embedded) and len(wanted) > 30
   found = encoder.embed(list(raw_users.values()), DAY)
   for user, vector in zip(raw_users, found.vectors):
@@ -86,7 +87,7 @@ def test_the_loader_gives_the_vectors_of_evaluation_and_of_embed(
   assert {p.length for p in (encoder.prepare(u, DAY) for u in raw_users.values())} >= {8, 24}
 
 
-def test_a_vector_does_not_depend_on_who_shares_the_batch(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+def test_a_vector_does_not_depend_on_who_shares_the_batch(encoder: ExportedEncoder, raw_users: dict[str, Any]) -> None:
   users = list(raw_users.values())
   together = encoder.embed(users, DAY).vectors
   for start in (0, 7):
@@ -98,7 +99,7 @@ def test_a_vector_does_not_depend_on_who_shares_the_batch(encoder: Encoder, raw_
 
 
 def test_nothing_but_jax_and_numpy_is_imported(
-  exported: pathlib.Path, encoder: Encoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
+  exported: pathlib.Path, encoder: ExportedEncoder, raw_users: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
   users = list(raw_users.values())[:2]
   (tmp_path / "users.json").write_text(json.dumps(users))
@@ -113,14 +114,14 @@ def test_nothing_but_jax_and_numpy_is_imported(
   np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), encoder.embed(users, DAY).vectors, atol=1e-5)
 
 
-def test_every_program_is_lowered_for_every_platform(encoder: Encoder) -> None:
+def test_every_program_is_lowered_for_every_platform(encoder: ExportedEncoder) -> None:
   assert set(encoder.programs) == {(b, n) for b in (1, 4) for n in (8, 24)}
   for exported in encoder.programs.values():
     assert exported.platforms == ("cpu", "cuda", "tpu") == tuple(encoder.manifest["platforms"])
     assert "_platform_index" in exported.mlir_module()  # which one it runs on is an argument
 
 
-def test_parameters_are_no_constants_of_the_programs(exported: pathlib.Path, encoder: Encoder) -> None:
+def test_parameters_are_no_constants_of_the_programs(exported: pathlib.Path, encoder: ExportedEncoder) -> None:
   held = sum(of["bytes"] for of in encoder.manifest["parameters"].values())
   for file in exported.glob("program-*.stablehlo"):
     assert file.stat().st_size < 100_000
@@ -129,7 +130,7 @@ def test_parameters_are_no_constants_of_the_programs(exported: pathlib.Path, enc
   assert not [n for n in names if n.startswith("heads")] and any("tables" in n for n in names)
 
 
-def test_the_manifest_says_what_the_encoder_is(encoder: Encoder, run: Run) -> None:
+def test_the_manifest_says_what_the_encoder_is(encoder: ExportedEncoder, run: Run) -> None:
   manifest = encoder.manifest
   wanted = {
     "kind": "encoder",
@@ -148,7 +149,7 @@ def test_the_manifest_says_what_the_encoder_is(encoder: Encoder, run: Run) -> No
   assert low <= manifest["calling_convention"] <= jax.export.maximum_supported_calling_convention_version
 
 
-def test_events_from_the_day_on_are_ignored_and_counted(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+def test_events_from_the_day_on_are_ignored_and_counted(encoder: ExportedEncoder, raw_users: dict[str, Any]) -> None:
   user = next(iter(raw_users.values()))
   before = {k: [e for e in of if e["time"] < DAY] for k, of in user["events"].items()}
   late = [{"time": f"{DAY}T00:00:00", "page": "page1"}, {"time": "2025-01-01", "page": "never seen"}]
@@ -158,7 +159,7 @@ def test_events_from_the_day_on_are_ignored_and_counted(encoder: Encoder, raw_us
   assert (alone.ignored, both.ignored) == (0, 2) and both.used == alone.used and both.unknown == alone.unknown
 
 
-def test_each_user_may_have_a_time_of_their_own(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+def test_each_user_may_have_a_time_of_their_own(encoder: ExportedEncoder, raw_users: dict[str, Any]) -> None:
   user, days = next(iter(raw_users.values())), ["2024-03-01", DAY]
   both = encoder.embed([user, user], days).vectors
   for i, day in enumerate(days):
@@ -168,12 +169,12 @@ def test_each_user_may_have_a_time_of_their_own(encoder: Encoder, raw_users: dic
     encoder.embed([user], days)
 
 
-def test_a_user_without_events_before_the_day_has_no_vector(encoder: Encoder) -> None:
+def test_a_user_without_events_before_the_day_has_no_vector(encoder: ExportedEncoder) -> None:
   found = encoder.embed([{"events": {}}, {"events": {"visits": [{"time": "2025-01-01"}]}}], DAY)
   assert np.isnan(found.vectors).all() and found.used == 0 and found.ignored == 1
 
 
-def test_a_message_names_the_user(encoder: Encoder) -> None:
+def test_a_message_names_the_user(encoder: ExportedEncoder) -> None:
   with pytest.raises(InputError, match=r"1\.events\.visits\.0\.seconds: 'x' is not a number"):
     encoder.embed([{"events": {}}, {"events": {"visits": [{"time": "2024-01-01", "seconds": "x"}]}}], DAY)
   with pytest.raises(InputError, match="as_of: 'soon' is not a time"):
@@ -199,17 +200,17 @@ def test_what_is_not_whole_is_refused(
   shutil.copytree(exported, copy)
   damage(copy)
   with pytest.raises(DataError, match=message):
-    loader.load(copy)
+    loader.load_encoder(copy)
 
 
 def test_an_encoder_that_is_there_is_kept_unless_told(exported: pathlib.Path, run: Run, tmp_path: pathlib.Path) -> None:
   with pytest.raises(DataError, match="add --overwrite"):
-    export.export(run, exported)
+    export.export_encoder(run, exported)
   (tmp_path / "thesis.txt").write_text("years of work")
   with pytest.raises(DataError, match="holds no encoder and is not overwritten"):
-    export.export(run, tmp_path, overwrite=True)
+    export.export_encoder(run, tmp_path, overwrite=True)
   with pytest.raises(ConfigError, match=r"lengths at most config\.model\.max_events=24"):
-    export.export(run, tmp_path / "new", events=(48,))
+    export.export_encoder(run, tmp_path / "new", events=(48,))
 
 
 def test_a_write_that_fails_leaves_nothing(run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +219,7 @@ def test_a_write_that_fails_leaves_nothing(run: Run, tmp_path: pathlib.Path, mon
 
   monkeypatch.setattr(export, "_write_parameters", full)
   with pytest.raises(DataError, match=r"No space left on device; nothing was kept"):
-    export.export(run, tmp_path / "out")
+    export.export_encoder(run, tmp_path / "out")
   assert not list(tmp_path.iterdir())
 
 
@@ -236,7 +237,7 @@ def test_rows_that_share_lines_on_a_tpu_are_exported_as_plain_rows(run: Run) -> 
   on_tpu = Run.of(run.workdir, run.cfg, run.dataset, run.mesh, graph, model)
   tables = {p for p, v in nnx.to_flat_state(run.variables) if isinstance(v, TableRows)}
   assert tables and all(shapes[p] != v.get_value().shape for p, v in nnx.to_flat_state(run.variables) if p in tables)
-  plain, again = (nnx.to_flat_state(export.plain(r)[1]) for r in (run, on_tpu))
+  plain, again = (nnx.to_flat_state(export.single_device_run(r)[1]) for r in (run, on_tpu))
   for (path, a), (other, b) in zip(plain, again, strict=True):
     assert path == other
     np.testing.assert_array_equal(a.get_value(), b.get_value())
@@ -255,12 +256,12 @@ def test_the_verbs_say_what_was_exported_and_what_is_wrong(
   arguments = ["export", "--workdir", str(workdir), "--out", str(exported)]
   assert cli.main(arguments) == 1 and "add --overwrite" in capsys.readouterr().err
   assert cli.main([*arguments, "--overwrite", "--lengths", "0"]) == 1
-  assert loader.load(exported).batch_sizes == (1, 4)
+  assert loader.load_encoder(exported).batch_sizes == (1, 4)
   assert cli.main(["serve", "--model", str(tmp_path / "none")]) == 1
   assert "no manifest.json); run 'supermoe export' first" in capsys.readouterr().err
 
 
 def test_lengths_are_powers_of_two_up_to_the_longest() -> None:
-  assert export.lengths(256) == [32, 64, 128, 256]
-  assert export.lengths(100) == [32, 64, 100]
-  assert export.lengths(24) == [24]
+  assert export.program_lengths(256) == [32, 64, 128, 256]
+  assert export.program_lengths(100) == [32, 64, 100]
+  assert export.program_lengths(24) == [24]

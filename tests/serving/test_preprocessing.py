@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import prepare, windows
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import windows
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.preparation import prepare
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving.export import make_preprocessing
 from supermoe_jax.serving.preprocessing import InputError, Preprocessing

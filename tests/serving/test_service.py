@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 
 from supermoe_jax.serving import service
 from supermoe_jax.serving.batching import Batcher
-from supermoe_jax.serving.loader import Encoder
+from supermoe_jax.serving.loader import ExportedEncoder
 from tests.fixtures.service_requests import DAY, JSON, REFUSED, SMALL, body
 
 
 @pytest.fixture(scope="module")
-def client(encoder: Encoder) -> Iterator[TestClient]:
-  with TestClient(service.app(encoder, SMALL), raise_server_exceptions=False) as found:
+def client(encoder: ExportedEncoder) -> Iterator[TestClient]:
+  with TestClient(service.make_app(encoder, SMALL), raise_server_exceptions=False) as found:
     yield found
 
 
 def test_the_service_gives_the_vectors_of_the_loader(
-  client: TestClient, encoder: Encoder, raw_users: dict[str, Any]
+  client: TestClient, encoder: ExportedEncoder, raw_users: dict[str, Any]
 ) -> None:
   users = list(raw_users.values())[:8]
   wanted = encoder.embed(users, DAY)
@@ -39,7 +39,9 @@ def test_the_service_gives_the_vectors_of_the_loader(
     assert (user["used"], user["ignored"]) == (wanted.counts[i].used, wanted.counts[i].ignored)
 
 
-def test_requests_that_share_a_batch_do_not_change_each_other(encoder: Encoder, raw_users: dict[str, Any]) -> None:
+def test_requests_that_share_a_batch_do_not_change_each_other(
+  encoder: ExportedEncoder, raw_users: dict[str, Any]
+) -> None:
   users = list(raw_users.values())
   wanted, calls = encoder.embed(users, DAY).vectors, []
   ends = np.cumsum([2, 1, 1] * len(users))  # requests of two users and of one
@@ -102,7 +104,7 @@ def test_a_body_of_another_type_is_refused(client: TestClient) -> None:
   assert client.get("/embed").status_code == 405
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(encoder: Encoder) -> None:
+def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(encoder: ExportedEncoder) -> None:
   sent = []
 
   async def endless() -> Any:
@@ -111,7 +113,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(encoder: En
       yield b" " * 50_000
 
   async def ask() -> None:
-    transport = httpx.ASGITransport(service.app(encoder, SMALL))
+    transport = httpx.ASGITransport(service.make_app(encoder, SMALL))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
       told = await client.post("/embed", content=b"{}", headers={**JSON, "content-length": "200001"})
       assert told.status_code == 413
@@ -121,30 +123,30 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read_whole(encoder: En
   assert len(sent) < 10
 
 
-def test_more_than_can_wait_is_told_to_come_again(encoder: Encoder) -> None:
-  async def ask(most: service.Settings, n: int) -> list[httpx.Response]:
-    app = service.app(encoder, most)
+def test_more_than_can_wait_is_told_to_come_again(encoder: ExportedEncoder) -> None:
+  async def ask(most: service.ServiceSettings, n: int) -> list[httpx.Response]:
+    app = service.make_app(encoder, most)
     asking = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
     async with app.router.lifespan_context(app), asking as client:
       asked = (client.post("/embed", json=body({"time": "2024-01-01", "page": "page1"})) for _ in range(n))
       return await asyncio.gather(*asked)
 
-  for most in (service.Settings(most_requests=3), service.Settings(most_waiting=2, wait=0.2)):
+  for most in (service.ServiceSettings(most_requests=3), service.ServiceSettings(most_waiting=2, wait=0.2)):
     answers = asyncio.run(ask(most, 24))
     codes = {a.status_code for a in answers}
     assert codes == {200, 429}
     assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 429)
-  (late,) = asyncio.run(ask(service.Settings(answer_seconds=0.05, wait=0.5), 1))
+  (late,) = asyncio.run(ask(service.ServiceSettings(answer_seconds=0.05, wait=0.5), 1))
   assert late.status_code == 429 and "no answer within" in late.text
 
 
-def test_a_body_that_does_not_come_is_given_up(encoder: Encoder) -> None:
+def test_a_body_that_does_not_come_is_given_up(encoder: ExportedEncoder) -> None:
   async def never() -> Any:
     yield b"{"
     await asyncio.sleep(5)
 
   async def ask() -> int:
-    app = service.app(encoder, service.Settings(upload_seconds=0.05))
+    app = service.make_app(encoder, service.ServiceSettings(upload_seconds=0.05))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
       return (await client.post("/embed", content=never(), headers=JSON)).status_code
 
@@ -152,9 +154,11 @@ def test_a_body_that_does_not_come_is_given_up(encoder: Encoder) -> None:
 
 
 def test_numbers_that_overflow_the_encoder_are_the_senders_fault(
-  client: TestClient, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+  client: TestClient, encoder: ExportedEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(Encoder, "run", lambda self, prepared: np.full((len(prepared), self.width), np.inf, np.float32))
+  monkeypatch.setattr(
+    ExportedEncoder, "run", lambda self, prepared: np.full((len(prepared), self.width), np.inf, np.float32)
+  )
   answer = client.post("/embed", json=body({"time": "2024-01-01"}))
   assert answer.status_code == 422 and "too large to embed" in answer.text
 

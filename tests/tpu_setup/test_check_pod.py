@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import pytest
 
-from supermoe_jax import config, hosts
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.distributed import processes
 from tests.fixtures.pod_checks import Threads, check_pod, config_file, line, name
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -63,7 +64,7 @@ def test_another_version_and_another_config_are_named_before_a_backend_is_touche
 
   threads = Threads(monkeypatch)
   monkeypatch.setattr(check_pod, "facts", found)
-  monkeypatch.setattr(hosts, "initialize", join)
+  monkeypatch.setattr(processes, "initialize", join)
   given = ["--config", str(config_file(cfg, tmp_path)), "--json", str(tmp_path / "pod.json")]
   said = threads.run({0: given, 1: given, 2: [*given, "--config.train.seed=5"]}, of=3)
   assert threads.codes == {0: 1, 1: 1, 2: 1}, said
@@ -81,7 +82,7 @@ def test_another_version_and_another_config_are_named_before_a_backend_is_touche
 def test_processes_that_do_not_know_of_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
   """Each one sees eight devices, as where JAX has not joined them."""
   threads = Threads(monkeypatch)
-  monkeypatch.setattr(hosts, "initialize", lambda place: None)
+  monkeypatch.setattr(processes, "initialize", lambda place: None)
   said = threads.run({0: [], 1: []}, of=2)
   assert threads.codes == {0: 1, 1: 1}, said
   for process in range(2):

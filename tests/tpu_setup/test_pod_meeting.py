@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-from supermoe_jax import hosts
+from supermoe_jax.distributed import processes
 from tests.fixtures.pod_checks import GRACE, SETUP, Met, free_port, pod_meeting
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -81,8 +81,8 @@ def test_two_with_one_number_and_one_of_another_number_are_told() -> None:
   assert "there are two" in Met(0, 1, 1, of=3, seconds=SOON).wait()[0][1]
   met = Met(0, of=1)
   port = free_port()
-  met.all = [Meeting(hosts.Place(f"localhost:{port}", 2, 0), SOON, met.ended(0))]
-  met.all.append(Meeting(hosts.Place(f"localhost:{port}", 4, 3), SOON, met.ended(3)))
+  met.all = [Meeting(processes.Place(f"localhost:{port}", 2, 0), SOON, met.ended(0))]
+  met.all.append(Meeting(processes.Place(f"localhost:{port}", 4, 3), SOON, met.ended(3)))
   met.each(lambda meeting: meeting.open())
   assert "is one of 4 processes, the first of 2" in met.wait()[0][3]
 
@@ -94,7 +94,7 @@ def test_what_is_no_process_of_the_check_is_let_be_and_told_from_one() -> None:
     ends.append(reasons)
     raise SystemExit(1)
 
-  first = Meeting(hosts.Place(f"localhost:{port}", 2, 0), SOON, ended)
+  first = Meeting(processes.Place(f"localhost:{port}", 2, 0), SOON, ended)
   thread = threading.Thread(target=first.open, daemon=True)
   thread.start()
   with connected(port) as stranger:
@@ -103,7 +103,7 @@ def test_what_is_no_process_of_the_check_is_let_be_and_told_from_one() -> None:
   thread.join(20)
   assert ends[0].keys() == {1} and "did not come" in ends[0][1]
   with socket.create_server(("localhost", port)) as other:
-    second = Meeting(hosts.Place(f"localhost:{port}", 2, 1), SOON, ended)
+    second = Meeting(processes.Place(f"localhost:{port}", 2, 1), SOON, ended)
     thread = threading.Thread(target=second.open, daemon=True)
     thread.start()
     other.accept()[0].close()

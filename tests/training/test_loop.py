@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data import integrity
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.format import integrity
 from supermoe_jax.errors import DataError, RunError
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run

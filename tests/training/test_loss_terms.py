@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from supermoe_jax import config
 from supermoe_jax.batch import Batch, Targets
 from supermoe_jax.models.supermoe import safe_value
-from supermoe_jax.training import losses, statistics
+from supermoe_jax.training import losses, task_statistics
 from supermoe_jax.training.losses import TaskLoss
-from supermoe_jax.training.statistics import TaskStatistics
+from supermoe_jax.training.sampled_softmax import draw_items, log_expected_count, sampled_softmax
+from supermoe_jax.training.task_statistics import TaskStatistics
 from tests.fixtures.grids import quick_few
 
 BINARY = config.FutureEvent(source="visits")
@@ -87,9 +88,9 @@ def test_no_gradient_flows_through_the_weights() -> None:
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 9999), items=st.integers(2, 40), how=st.sampled_from(["log_uniform", "uniform"]))
 def test_expected_counts_are_those_of_the_draws(seed: int, items: int, how: str) -> None:
-  counts = np.exp(losses.log_expected_count(how, jnp.arange(items), items, 7))
+  counts = np.exp(log_expected_count(how, jnp.arange(items), items, 7))
   assert counts.sum() == pytest.approx(7, rel=1e-4)
-  drawn = np.asarray(losses.draw(how, items, (4, 1000), jax.random.key(seed)))
+  drawn = np.asarray(draw_items(how, items, (4, 1000), jax.random.key(seed)))
   share = np.bincount(drawn.reshape(-1), minlength=items) / drawn.size
   assert np.abs(share - counts / 7).max() < 0.04
 
@@ -107,9 +108,9 @@ def test_the_gradient_of_a_sampled_softmax_converges_to_that_of_the_full_one(how
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(sites), target])
 
   def sampled(state: jax.Array, rows: jax.Array, key: jax.Array, draws: int) -> jax.Array:
-    drawn = losses.draw(how, items, (draws,), key)
-    count = losses.log_expected_count(how, drawn, items, draws)
-    return jnp.sum(losses.sampled_softmax(state, rows[target], target, rows[drawn], drawn, count))
+    drawn = draw_items(how, items, (draws,), key)
+    count = log_expected_count(how, drawn, items, draws)
+    return jnp.sum(sampled_softmax(state, rows[target], target, rows[drawn], drawn, count))
 
   @functools.partial(jax.jit, static_argnums=0)
   def estimate(draws: int) -> tuple[jax.Array, ...]:
@@ -167,7 +168,7 @@ def test_constant_losses_are_those_of_the_best_constant() -> None:
     "number": (config.UserLabel(column="c", type="regression"), np.float32([[2, 0], [1, 0], [2, -1], [9, 9]])),
   }
   asked = {n: targets(value, known) for n, (_, value) in kinds.items()}
-  found = statistics.measure(
+  found = task_statistics.measure_statistics(
     {n: t for n, (t, _) in kinds.items()}, {"binary": 1, "classes": 3, "number": 1}, [Batch(_Length(4), asked, {})], 1
   )
   share = 3 / 5
@@ -180,6 +181,6 @@ def test_constant_losses_are_those_of_the_best_constant() -> None:
 
 def test_a_task_without_any_label_contributes_nothing_and_stays_finite() -> None:
   none = targets(np.zeros((2, 1), np.float32), np.zeros((2, 1), bool))
-  measured = statistics.measure({"t": BINARY}, {"t": 1}, [Batch(_Length(2), {"t": none}, {})], 1)
+  measured = task_statistics.measure_statistics({"t": BINARY}, {"t": 1}, [Batch(_Length(2), {"t": none}, {})], 1)
   total = losses.combine({"t": TaskLoss(jnp.float32(0), jnp.float32(0))}, measured, jnp.ones(1), 2)
   assert float(total) == 0.0

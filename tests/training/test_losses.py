@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Batch
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.models.supermoe import SuperMoE
-from supermoe_jax.training import losses, statistics, weighting
-from supermoe_jax.training.statistics import TaskStatistics
-from supermoe_jax.training.step import build
+from supermoe_jax.training import losses, task_statistics, weighting
+from supermoe_jax.training.sampled_softmax import drawing_rows
+from supermoe_jax.training.step import model_constructor
+from supermoe_jax.training.task_statistics import TaskStatistics
 from tests.fixtures.grids import quick_few
 from tests.fixtures.short_runs import ONE_BLOCK, only
 
@@ -32,14 +33,14 @@ KEY = jax.random.key(3)
 @pytest.fixture(scope="module")
 def batch(every_task: config.Config, every_task_dataset: Dataset) -> Batch:
   """Training rows in which every task has labels, and lacks some."""
-  parts = list(itertools.islice(batches.training(every_task_dataset, every_task), 3))
+  parts = list(itertools.islice(training_batches.training_batches(every_task_dataset, every_task), 3))
   return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 @pytest.fixture(scope="module")
 def measured(every_task: config.Config, every_task_dataset: Dataset) -> dict[str, TaskStatistics]:
-  stream = batches.training(every_task_dataset, every_task)
-  return statistics.measure(every_task.active_tasks, every_task_dataset.schema.outputs, stream, 30)
+  stream = training_batches.training_batches(every_task_dataset, every_task)
+  return task_statistics.measure_statistics(every_task.active_tasks, every_task_dataset.schema.outputs, stream, 30)
 
 
 def few_of(every_task: config.Config, method: str) -> config.Config:
@@ -61,8 +62,8 @@ def weighed(every_task: config.Config, every_task_dataset: Dataset, measured: di
   @functools.cache
   def get(method: str):
     few = few_of(every_task, method)
-    graph, model = nnx.split(build(few, every_task_dataset.schema)())
-    weigher = weighting.make(config.Weighting(method=method, window=1, warmup_steps=1), few.active_tasks)
+    graph, model = nnx.split(model_constructor(few, every_task_dataset.schema)())
+    weigher = weighting.make_weigher(config.Weighting(method=method, window=1, warmup_steps=1), few.active_tasks)
     state = weigher.initial()
     if method in ("uncertainty", "famo"):
       state["log"] = jnp.linspace(-0.5, 0.5, len(few.active_tasks))
@@ -70,7 +71,7 @@ def weighed(every_task: config.Config, every_task_dataset: Dataset, measured: di
     def step(model: nnx.State, batch: Batch):
       def objective(model: nnx.State) -> tuple[jax.Array, losses.Loss]:
         merged = nnx.merge(graph, model, copy=True)
-        out = losses.loss(merged, batch, measured, few.train, weigher, state, key=KEY, training=False)
+        out = losses.total_loss(merged, batch, measured, few.train, weigher, state, key=KEY, training=False)
         return out.total, out
 
       (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(model)
@@ -163,13 +164,15 @@ def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
 @pytest.fixture(scope="module")
 def by_task(every_task: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch):
   """Each task's loss differentiated by all parameters, without weights; some heads start at 0, so all are moved."""
-  graph, model = nnx.split(build(config.override(every_task, ONE_BLOCK), every_task_dataset.schema)())
+  graph, model = nnx.split(model_constructor(config.override(every_task, ONE_BLOCK), every_task_dataset.schema)())
   model = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), model)
-  weigher = weighting.make(config.Weighting(), every_task.active_tasks)
+  weigher = weighting.make_weigher(config.Weighting(), every_task.active_tasks)
 
   def terms(model: nnx.State) -> dict[str, jax.Array]:
     merged = nnx.merge(graph, model, copy=True)
-    out = losses.loss(merged, batch, measured, every_task.train, weigher, weigher.initial(), key=KEY, training=False)
+    out = losses.total_loss(
+      merged, batch, measured, every_task.train, weigher, weigher.initial(), key=KEY, training=False
+    )
     return {n: t.total for n, t in out.tasks.items()}
 
   return jax.jit(jax.jacrev(terms))(model)
@@ -198,11 +201,13 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
     graph, state = nnx.split(SuperMoE(model, every_task_dataset.schema, tasks, rngs=nnx.Rngs(params=0)))
     reference = nnx.state(SuperMoE(model, every_task_dataset.schema, few, rngs=nnx.Rngs(params=0)))
     state = nnx.merge_state(state, reference)  # the same parameters by name
-    weigher = weighting.make(config.Weighting(method=method), tasks)
+    weigher = weighting.make_weigher(config.Weighting(method=method), tasks)
 
     def value(state: nnx.State) -> losses.Loss:
       merged = nnx.merge(graph, state, copy=True)
-      return losses.loss(merged, batch, measured, every_task.train, weigher, weigher.initial(), key=KEY, training=False)
+      return losses.total_loss(
+        merged, batch, measured, every_task.train, weigher, weigher.initial(), key=KEY, training=False
+      )
 
     out = jax.jit(value)(state)
     return float(out.total), dict(zip(order, np.asarray(out.weights).tolist()))
@@ -216,13 +221,15 @@ def test_permuting_tasks_leaves_the_loss_and_permutes_the_weights(
 @pytest.fixture(scope="module")
 def sampling(every_task: config.Config, every_task_dataset: Dataset) -> SuperMoE:
   """A model that predicts next values by a sampled softmax alone."""
-  return build(config.override(every_task, [only(every_task, "sampled"), *ONE_BLOCK]), every_task_dataset.schema)()
+  return model_constructor(
+    config.override(every_task, [only(every_task, "sampled"), *ONE_BLOCK]), every_task_dataset.schema
+  )()
 
 
 def test_a_batch_of_more_rows_than_values_draws_no_more_of_them(
   every_task: config.Config, sampling: SuperMoE, batch: Batch
 ) -> None:
-  drawn = losses.draws(sampling, batch, KEY)["sampled"]
+  drawn = losses.drawn_codes(sampling, batch, KEY)["sampled"]
   assert every_task.tasks["sampled"].negatives == 6 and drawn.shape == (24, 1)
   assert np.flatnonzero(drawn).tolist() == [0, 4, 8, 12, 16, 20]
 
@@ -232,7 +239,7 @@ def test_rows_that_draw_need_not_divide_over_the_devices(
 ) -> None:
   """Six of 24 rows draw, which lie on eight devices."""
   task = every_task.tasks["sampled"]
-  drawn = {"sampled": np.asarray(losses.draws(sampling, batch, KEY)["sampled"])}
+  drawn = {"sampled": np.asarray(losses.drawn_codes(sampling, batch, KEY)["sampled"])}
   state = jax.random.normal(KEY, (24, 5, every_task.model.d_model))
   value = jax.random.randint(KEY, (24, 5), 2, 9)
 
@@ -247,7 +254,7 @@ def test_rows_that_draw_need_not_divide_over_the_devices(
 @settings(deadline=None)
 @given(rows=st.integers(1, 5000), negatives=st.integers(1, 5000))
 def test_rows_that_draw_are_enough_and_fewer_than_twice_as_many(rows: int, negatives: int) -> None:
-  drawing = len(range(0, rows, losses.drawing_rows(rows, negatives)))
+  drawing = len(range(0, rows, drawing_rows(rows, negatives)))
   assert min(rows, negatives) <= drawing < 2 * negatives
 
 
@@ -266,13 +273,13 @@ def test_micro_batch_gradients_sum_to_the_whole_batchs(
       *ONE_BLOCK,
     ],
   )
-  graph, model = nnx.split(build(labelled, every_task_dataset.schema)())
-  weigher = weighting.make(config.Weighting(method="seesaw"), labelled.active_tasks)
+  graph, model = nnx.split(model_constructor(labelled, every_task_dataset.schema)())
+  weigher = weighting.make_weigher(config.Weighting(method="seesaw"), labelled.active_tasks)
 
   def objective(model: nnx.State, batch: Batch) -> jax.Array:
     merged = nnx.merge(graph, model, copy=True)
     state = weigher.initial()
-    return losses.loss(merged, batch, measured, labelled.train, weigher, state, key=KEY, training=False).total
+    return losses.total_loss(merged, batch, measured, labelled.train, weigher, state, key=KEY, training=False).total
 
   gradient = jax.jit(jax.grad(objective))
   whole = gradient(model, batch)
@@ -290,12 +297,12 @@ def test_the_jitted_loss_is_the_eager_one(
   kept = ("quiet", "tier")  # eagerly every operation of every task compiles by itself
   two = config.override(every_task, [f"--config.exclude_tasks={tuple(n for n in every_task.tasks if n not in kept)}"])
   small = jax.tree.map(lambda a: a[:2], batch)
-  graph, model = nnx.split(build(two, every_task_dataset.schema)())
-  weigher = weighting.make(config.Weighting(method="seesaw"), two.active_tasks)
+  graph, model = nnx.split(model_constructor(two, every_task_dataset.schema)())
+  weigher = weighting.make_weigher(config.Weighting(method="seesaw"), two.active_tasks)
 
   def value(model: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
     merged = nnx.merge(graph, model, copy=True)
-    out = losses.loss(merged, batch, measured, two.train, weigher, weigher.initial(), key=KEY)
+    out = losses.total_loss(merged, batch, measured, two.train, weigher, weigher.initial(), key=KEY)
     return out.total, out.weights
 
   for a, b in zip(jax.jit(value)(model, small), value(model, small), strict=True):
@@ -307,7 +314,7 @@ def test_the_snapshots_of_a_task_about_events_carry_half_of_its_weight(
 ) -> None:
   for name in ("next_page", "long"):
     events = snapshots = 0.0
-    for batch in itertools.islice(batches.training(every_task_dataset, every_task), 60):
+    for batch in itertools.islice(training_batches.training_batches(every_task_dataset, every_task), 60):
       weight = batch.targets[name].weight
       events += weight[:, : every_task.model.max_events].sum()
       snapshots += weight[:, every_task.model.max_events :].sum()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data import batches
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training import optimizer, statistics, tables
-from supermoe_jax.training.step import compiled, create_state, place
+from supermoe_jax.data.dataset import training_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.training import optimizer, table_step, task_statistics
+from supermoe_jax.training.step import compiled_program, create_state, place_on_mesh
 from tests.fixtures import short_runs
 
 TRAIN = config.Train(steps=100, warmup_steps=10, learning_rate=0.4, final_learning_rate=0.1)
@@ -38,14 +38,14 @@ def test_clipped_gradients_of_parameters_and_of_rows_have_the_norm_that_is_set_t
   clipped = config.override(short_runs.short(cfg), [f"--config.train.{k}={v}" for k, v in settings.items()])
   mesh = sharding.make_mesh(clipped.train.mesh)
   _, state = create_state(clipped, dataset.schema, mesh)
-  before = jax.device_get(tables.values(state.model))
-  batch = next(iter(batches.training(dataset, clipped)))
-  measured = statistics.measure(clipped.active_tasks, dataset.schema.outputs, [batch], 1)
-  state, metrics = compiled(clipped, dataset.schema, mesh).step(state, place(batch, mesh), measured)
+  before = jax.device_get(table_step.table_values(state.model))
+  batch = next(iter(training_batches.training_batches(dataset, clipped)))
+  measured = task_statistics.measure_statistics(clipped.active_tasks, dataset.schema.outputs, [batch], 1)
+  state, metrics = compiled_program(clipped, dataset.schema, mesh).step(state, place_on_mesh(batch, mesh), measured)
   assert metrics.gradient_norm > 2 * 0.05
   # The first step of AdamW keeps a tenth of the gradient; one of SGD moves rows by the rate times the gradient.
   parameters = [10 * np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.optimizer[0].mu)]
-  after = jax.device_get(tables.values(state.model))
+  after = jax.device_get(table_step.table_values(state.model))
   rows = [(np.asarray(before[n], np.float64) - after[n]) / clipped.train.tables.learning_rate for n in before]
   assert all(np.abs(moved).max() > 0 for moved in rows)
   total = np.sqrt(sum(np.sum(np.square(part)) for part in parameters + rows))

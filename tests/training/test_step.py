@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from supermoe_jax import config, sharding
-from supermoe_jax.data.dataset import Dataset
-from supermoe_jax.training.step import compiled, initial_weights
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.training.step import compiled_program, initial_weights
 
 
 @pytest.mark.parametrize("method", ["equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad"])
@@ -24,6 +24,6 @@ def test_runs_that_differ_in_seed_and_numbers_of_the_weighting_share_a_program(
 ) -> None:
   mesh = sharding.make_mesh(cfg.train.mesh)
   same = config.override(cfg, ["--config.train.seed=5", "--config.tasks.quiet.weight=3.0"])
-  assert compiled(same, dataset.schema, mesh) is compiled(cfg, dataset.schema, mesh)
+  assert compiled_program(same, dataset.schema, mesh) is compiled_program(cfg, dataset.schema, mesh)
   other = config.override(cfg, ["--config.train.weighting.method=dwa"])
-  assert compiled(other, dataset.schema, mesh) is not compiled(cfg, dataset.schema, mesh)
+  assert compiled_program(other, dataset.schema, mesh) is not compiled_program(cfg, dataset.schema, mesh)

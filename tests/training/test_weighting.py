@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from supermoe_jax import config
 from supermoe_jax.training import weighting
-from supermoe_jax.training.weighting import Observed, Seen, Weigher
+from supermoe_jax.training.weighting import ObservedLosses, Weigher, WeightInputs
 
 METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
 GRADIENT = ("pcgrad", "cagrad")
@@ -22,7 +22,7 @@ SETTINGS = {"window": 3, "warmup_steps": 4, "mu": 0.7}
 def make(method: str, names: tuple[str, ...] = NAMES) -> Weigher:
   prior = {"a": 1.0, "b": 2.0, "c": 0.5} if method in ("static", "seesaw") else dict.fromkeys(NAMES, 1.0)
   tasks = {n: config.FutureEvent(source="s", weight=prior[n]) for n in names}
-  return weighting.make(config.Weighting(method=method, **SETTINGS), tasks)
+  return weighting.make_weigher(config.Weighting(method=method, **SETTINGS), tasks)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,18 @@ def gram_of(seed: int, tasks: int = 3) -> np.ndarray:
   return (g @ g.T).astype(np.float32)
 
 
-def observed(seed: int, present: np.ndarray) -> Observed:
+def observed(seed: int, present: np.ndarray) -> WeightInputs:
   gram = gram_of(seed, len(present)) * np.outer(present, present)
-  return Observed(present, gram.astype(np.float32), key(seed))
+  return WeightInputs(present, gram.astype(np.float32), key(seed))
 
 
-def seen(rng: np.random.Generator, present: np.ndarray) -> Seen:
+def seen(rng: np.random.Generator, present: np.ndarray) -> ObservedLosses:
   count = np.where(present, rng.integers(1, 50, len(present)), 0).astype(np.float32)
   mean = rng.uniform(0.1, 2.0, len(present))
   after = np.where(present, mean * rng.uniform(0.8, 1.1, len(present)), 0.0)
-  return Seen(*(v.astype(np.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after)))
+  return ObservedLosses(
+    *(v.astype(np.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after))
+  )
 
 
 def course(jitted, method: str, seed: int, names: tuple[str, ...] = NAMES, absent: float = 0.4):
@@ -70,9 +72,9 @@ def course(jitted, method: str, seed: int, names: tuple[str, ...] = NAMES, absen
   for step in range(14):
     present = rng.random(3) >= absent
     whole = seen(rng, present)
-    part = Seen(*(part[order] for part in whole))
+    part = ObservedLosses(*(part[order] for part in whole))
     gram = gram_of(seed + step) * np.outer(present, present)
-    at = Observed(part.present, gram[np.ix_(order, order)].astype(np.float32), key(step))
+    at = WeightInputs(part.present, gram[np.ix_(order, order)].astype(np.float32), key(step))
     w = weights(state, at)
     new = update(state, part)
     yield np.asarray(part.present), state, np.asarray(w), new
@@ -129,8 +131,8 @@ def after_steps(method: str, losses: list[list[float]], afters: list[list[float]
   one, there = np.ones(3, np.float32), np.ones(3, bool)
   for i, loss in enumerate(losses):
     after = None if afters is None else np.array(afters[i], np.float32)
-    state = update(state, Seen(there, np.array(loss, np.float32), one, after))
-  return np.asarray(weigher.weights(state, Observed(there, None, jax.random.key(0))))
+    state = update(state, ObservedLosses(there, np.array(loss, np.float32), one, after))
+  return np.asarray(weigher.weights(state, WeightInputs(there, None, jax.random.key(0))))
 
 
 def test_uncertainty_gives_less_to_the_larger_loss_and_settles_at_its_inverse() -> None:
@@ -171,9 +173,11 @@ def test_seesaw_is_log_loss_balancing_until_references_are_known_and_then_serves
 
 def test_seesaw_takes_given_references() -> None:
   tasks = {n: config.FutureEvent(source="s") for n in NAMES}
-  w = weighting.make(config.Weighting(method="seesaw", mu=1.0, references={"a": 0.5, "b": 1.0, "c": 2.0}), tasks)
+  w = weighting.make_weigher(
+    config.Weighting(method="seesaw", mu=1.0, references={"a": 0.5, "b": 1.0, "c": 2.0}), tasks
+  )
   state = w.initial()
-  state = w.update(state, Seen(jnp.ones(3, bool), jnp.ones(3), jnp.ones(3), None))
+  state = w.update(state, ObservedLosses(jnp.ones(3, bool), jnp.ones(3), jnp.ones(3), None))
   found = np.asarray(w.weights(state, observed(0, np.array([True] * 3))))
   np.testing.assert_allclose(found / found[1], [2.0, 1.0, 0.5], rtol=1e-5)
 
@@ -183,9 +187,9 @@ def test_pcgrad_equals_projection_of_the_gradients_themselves() -> None:
   g = rng.normal(size=(2, 4))
   g[1] = -0.5 * g[0] + 0.3 * g[1]  # two tasks in conflict: the order cannot matter
   tasks = {n: config.FutureEvent(source="s") for n in "ab"}
-  weigher = weighting.make(config.Weighting(method="pcgrad"), tasks)
+  weigher = weighting.make_weigher(config.Weighting(method="pcgrad"), tasks)
   gram = jnp.asarray(g @ g.T, jnp.float32)
-  w = np.asarray(weigher.weights({}, Observed(jnp.ones(2, bool), gram, jax.random.key(0))))
+  w = np.asarray(weigher.weights({}, WeightInputs(jnp.ones(2, bool), gram, jax.random.key(0))))
   cut = [g[0] - (g[0] @ g[1]) / (g[1] @ g[1]) * g[1], g[1] - (g[0] @ g[1]) / (g[0] @ g[0]) * g[0]]
   wanted = cut[0] + cut[1]
   mine = w @ g
@@ -195,18 +199,20 @@ def test_pcgrad_equals_projection_of_the_gradients_themselves() -> None:
 def test_pcgrad_leaves_gradients_that_agree() -> None:
   weigher = make("pcgrad")
   gram = jnp.asarray(np.ones((3, 3)) + np.eye(3), jnp.float32)
-  np.testing.assert_allclose(weigher.weights({}, Observed(jnp.ones(3, bool), gram, jax.random.key(0))), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(
+    weigher.weights({}, WeightInputs(jnp.ones(3, bool), gram, jax.random.key(0))), 1.0, rtol=1e-6
+  )
 
 
 def test_cagrad_raises_the_worst_agreement_and_stays_near_the_mean() -> None:
   rng = np.random.default_rng(1)
   tasks = {n: config.FutureEvent(source="s") for n in NAMES}
-  weigher = weighting.make(config.Weighting(method="cagrad", c=0.5), tasks)
+  weigher = weighting.make_weigher(config.Weighting(method="cagrad", c=0.5), tasks)
   for _ in range(20):
     g = rng.normal(size=(3, 6))
     g[2] -= 0.7 * g[0]
     w = np.asarray(
-      weigher.weights({}, Observed(jnp.ones(3, bool), jnp.asarray(g @ g.T, jnp.float32), jax.random.key(0)))
+      weigher.weights({}, WeightInputs(jnp.ones(3, bool), jnp.asarray(g @ g.T, jnp.float32), jax.random.key(0)))
     )
     mean = g.mean(0)
     radius = 0.5 * np.linalg.norm(mean)

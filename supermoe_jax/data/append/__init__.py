@@ -1,0 +1,1 @@
+"""`supermoe append`: adds new events to a prepared dataset."""

@@ -1,0 +1,329 @@
+"""New events for a dataset: the records of their users are written anew, all others stay where they are.
+
+What a record says is what preparing all files at once would have given, but for the encoding, which stays as it is so
+that models stay of use: no code changes its meaning, and numbers and aggregates keep their statistics. New values of a
+vocabulary follow the old ones, if they are as frequent in the new training events as fitting asks; the events of other
+users, that had such a value when it was out of vocabulary, keep that code.
+
+When the log's end moves, labels that were not wholly observed may be now, also of other users. Then their records are
+looked at, and those that come out different are written anew too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import pickle
+import shutil
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from supermoe_jax import atomic_files, config
+from supermoe_jax.config import format_time
+from supermoe_jax.data.append import changed_labels, combined_counts, merge_histories, new_files
+from supermoe_jax.data.append.rewritten_shards import RewrittenShards
+from supermoe_jax.data.dataset.dataset import USERS, Dataset, read_users
+from supermoe_jax.data.encoding import histories
+from supermoe_jax.data.encoding.histories import UserBlock
+from supermoe_jax.data.encoding.splits import user_hash_sql
+from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.format import integrity, shard_files
+from supermoe_jax.data.preparation import manifest as manifest_lib
+from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation.event_log import EventLog
+from supermoe_jax.data.preparation.record_counts import RecordCounts
+from supermoe_jax.data.preparation.write_shards import RecordMaker
+from supermoe_jax.data.reading import readers
+from supermoe_jax.data.tasks import labels
+from supermoe_jax.data.tasks.labels import Calendar
+from supermoe_jax.errors import DataError
+
+LOOKED_AT = 4096  # users at a time
+SHOWN_VALUES = 20  # of those that a vocabulary gained, in the manifest
+
+
+def append(
+  path: pathlib.Path,
+  files: Mapping[str, Sequence[str]] | None = None,
+  *,
+  keep_vocabularies: bool = False,
+  memory: str = "",
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Adds the events of new files to the dataset at `path` and returns its manifest.
+
+  Until all is written the dataset stays as it was.
+
+  Args:
+    path: the dataset directory.
+    files: paths or globs of new files, of each source that has any; None: the files that the dataset's patterns match
+      by now and that it was not prepared from.
+    keep_vocabularies: gives no new value a code.
+    memory: DuckDB's budget; empty: that of the dataset's config.
+    say: is told what is done.
+
+  Raises:
+    DataError: the dataset or the files cannot be used, or there is nothing to append.
+    ConfigError: a source has another name.
+  """
+  atomic_files.restore(path, manifest_lib.KIND)
+  Dataset(path)  # raises where there is none
+  try:
+    with atomic_files.replacing_directory(path) as work:
+      dataset = Dataset(path)  # no other process can replace it any more
+      cfg, part = new_files.append_configs(dataset, files, memory)
+      for file in (items := new_files.changed_items(dataset, part)):
+        say(f"{file} has changed: new events are joined to it as it is now, earlier ones keep what they had")
+      return _Append(dataset, cfg, part, keep_vocabularies, work, items).run()
+  except (OSError, duckdb.Error) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise DataError(f"appending to {path} failed: {reason}; the dataset is as it was.") from error
+
+
+class _Append:
+  """One run; `work` becomes the dataset."""
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    cfg: config.Config,
+    part: config.Data,
+    keep: bool,
+    work: pathlib.Path,
+    changed_items: Sequence[str],
+  ):
+    self._begun = clock.monotonic()
+    self._dataset, self._cfg, self._keep, self._changed_items = dataset, cfg, keep, changed_items
+    self._work, self._scratch = work, work / "scratch"
+    self._scratch.mkdir()
+    self._part, self._extra_columns = part, cfg.data.extra_value_fields
+    self._user_labels = prepare.read_user_labels(cfg).values
+    self._log = EventLog(part, self._scratch, part=True)
+    self._repeats, self._new_users = combined_counts.RepeatCounts(cfg.data), 0
+
+  def run(self) -> dict[str, Any]:
+    """Does it."""
+    before, cfg = self._dataset.encoders, self._cfg
+    with self._log as log:
+      grown = merge_histories.provisional(before, log)
+      counts = merge_histories.CodeCounts(grown, self._extra_columns)
+      merged = list(self._merge(grown, counts))
+      extension = merge_histories.extend_encoders(before, grown, counts, cfg.data, keep=self._keep)
+      then, now = self._calendars()
+      old = RecordMaker(self._dataset.config, before, then)
+      new = RecordMaker(cfg, extension.encoders, now)
+      covered = merge_histories.CodeCounts(extension.encoders, self._extra_columns)
+      whom = changed_labels.users_with_changed_labels(cfg.data.split, cfg.labelled_tasks, then, now)
+      tally = new.tally()
+      if not whom.everyone:  # else all are counted anew, those too whose records stay: there may be snapshots they lack
+        tally.merge(self._dataset.manifest["tally"])
+      with RewrittenShards(self._work / shard_files.DIRECTORY, self._dataset.records) as written:
+        for file in merged:
+          earlier, block = pickle.loads(file.read_bytes())
+          block = extension.apply(block, self._extra_columns)
+          covered.add(block)
+          if earlier is not None:
+            covered.add(earlier, sign=-1)
+            if not whom.everyone:
+              self._forget(old, earlier, tally)
+          written.add(block, new(block, self._labels(block.users), tally))
+        touched = len(written.users)
+        self._look_at_others(whom, old, new, tally, written)
+        appended = self._describe(log, extension, touched, written)
+        written.finish(f"appended_{appended['number']}")
+      return self._finish(log, extension.encoders, covered, new, tally, written, appended)
+
+  def _merge(self, grown: Encoders, counts: merge_histories.CodeCounts) -> Iterator[pathlib.Path]:
+    """Yields the files of some users' earlier histories (None if all are new) and merged ones, in provisional codes."""
+    log, path = self._log, self._dataset.path / USERS
+    found = log.arrow(
+      'SELECT u."user", p.record FROM ordered_users u '
+      f'LEFT JOIN read_parquet({readers.literal(str(path))}) p USING ("user") ORDER BY u.uid'
+    )
+    place = found["record"].fill_null(-1).to_numpy()
+    self._new_users, done = int(np.sum(place < 0)), 0
+    n_codes, numbers = len(grown.categorical) + len(self._extra_columns), list(grown.numeric.values())
+    # Few at a time: the earlier histories of users with little that is new may be long.
+    count = -(-log.counts["users"] // LOOKED_AT)
+    with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:
+      for index, users, rows in log.shards(grown, count):
+        block = histories.read_block(rows, users, n_codes, numbers)
+        places = place[done : done + len(users)]
+        done, places = done + len(users), places[places >= 0]
+        earlier = self._histories(self._dataset.contents(places.tolist())) if len(places) else None
+        if earlier is not None:
+          counts.add(earlier, sign=-1)
+          block, repeats = merge_histories.merge_histories(earlier, block, grown, self._cfg.data)
+          self._repeats.add(repeats)
+        else:
+          block = dataclasses.replace(block, n_train=merge_histories.training_events(block, self._cfg.data.split))
+        counts.add(block)
+        file = self._scratch / f"merged-{index}.pickle"
+        file.write_bytes(pickle.dumps((earlier, block)))
+        yield file
+        bar.update(rows.num_rows)
+
+  def _histories(self, contents: Sequence[bytes]) -> UserBlock:
+    """The histories in records."""
+    return histories.end_to_end([self._dataset.history(self._dataset.decode(content)) for content in contents])
+
+  def _labels(self, users: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: prepare.of_users(known, users) for name, known in self._user_labels.items()}
+
+  def _forget(self, old: RecordMaker, earlier: UserBlock, tally: RecordCounts) -> None:
+    """Takes records out of the tally."""
+    gone = old.tally()
+    old.count(earlier, self._labels(earlier.users), gone)
+    tally.merge(gone.state, sign=-1)
+
+  def _times(self) -> tuple[int, int]:
+    """The first and the last event's time, of the dataset and the new events."""
+    manifest = self._dataset.manifest
+    first, last = manifest["first_event_microseconds"], manifest["last_event_microseconds"]
+    return min(first, self._log.start), max(last, self._log.end)
+
+  def _calendars(self) -> tuple[Calendar | None, Calendar | None]:
+    """The calendar of the dataset, and the one with the new events."""
+    split, manifest = self._cfg.data.split, self._dataset.manifest
+    if split.mode == "leave_one_out":
+      return None, None
+    first, last = self._times()
+    then = labels.calendar(split, manifest["first_event_microseconds"], manifest["observed_until_microseconds"])
+    return then, labels.calendar(split, first, labels.log_end(split, last))
+
+  def _look_at_others(
+    self,
+    whom: changed_labels.ChangedUsers,
+    old: RecordMaker,
+    new: RecordMaker,
+    tally: RecordCounts,
+    written: RewrittenShards,
+  ) -> None:
+    """Counts the records of users without new events whom another calendar concerns, and writes those that come out
+    different."""
+    if not whom.everyone and whom.since is None:
+      return
+    known = read_users(self._dataset.path)
+    left = ~pc.is_in(known["user"], pa.array(written.users, pa.string())).to_numpy()
+    if not whom.everyone:
+      left &= known["last_event"].to_numpy() >= whom.since
+    places = known["record"].to_numpy()[left]
+    with tqdm(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1) as bar:
+      for start in range(0, len(places), LOOKED_AT):
+        here = places[start : start + LOOKED_AT]
+        contents = self._dataset.contents(here.tolist())
+        block = self._histories(contents)
+        if not whom.everyone:
+          self._forget(old, block, tally)
+        again = list(new(block, self._labels(block.users), tally))
+        differ = [i for i, (was, now) in enumerate(zip(contents, again, strict=True)) if was != now]
+        if differ:
+          changed = histories.end_to_end([block.history(i) for i in differ])
+          written.add(changed, (again[i] for i in differ))
+        bar.update(len(here))
+
+  def _describe(
+    self, log: EventLog, extension: merge_histories.ExtendedEncoders, touched: int, written: RewrittenShards
+  ) -> dict[str, Any]:
+    """What the manifest says of this append."""
+    values = {
+      name: {"added": len(added), "first": added[:SHOWN_VALUES], "left_out": extension.left_out[name]}
+      for name, added in extension.added.items()
+    }
+    return {
+      "number": len(self._dataset.manifest.get("appends", ())) + 1,
+      "dataset_before": self._dataset.manifest["digest"],
+      "records_before": self._dataset.records,
+      "encoding_before": self._dataset.manifest["encoding_hash"],
+      "beyond_patterns": {
+        name: list(source.files[len(self._dataset.config.data.sources[name].files) :])
+        for name, source in self._cfg.data.sources.items()
+      },
+      "files": [file for source in log.counts["sources"].values() for file in source["files"]],
+      "changed_item_tables": list(self._changed_items),
+      "events": log.counts["events"],
+      "repeats_of_earlier_events": self._repeats.total,
+      "new_users": self._new_users,
+      "users_with_new_events": touched,
+      "users_with_other_labels": len(written.users) - touched,
+      "vocabularies": values,
+    }
+
+  def _finish(
+    self,
+    log: EventLog,
+    encoders: Encoders,
+    covered: merge_histories.CodeCounts,
+    new: RecordMaker,
+    tally: RecordCounts,
+    written: RewrittenShards,
+    appended: Mapping[str, Any],
+  ) -> dict[str, Any]:
+    """Writes all but the records, links the shards that stay, and returns the manifest."""
+    before, cfg = self._dataset.manifest, self._cfg
+    for name in before["shards"]:
+      _link(self._dataset.path / shard_files.DIRECTORY / name, self._work / shard_files.DIRECTORY / name)
+    splits = shard_files.read_info(self._dataset.path / shard_files.DIRECTORY)
+    splits[f"appended_{appended['number']}"] = written.lengths, written.bytes
+    shard_files.write_info(self._work / shard_files.DIRECTORY, new.parts, splits)
+    encoders.save(self._work / "encoders")
+    self._write_users(written)
+    first, last = self._times()
+    until = labels.log_end(cfg.data.split, last)
+    counts = combined_counts.combined_reading(
+      before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop"
+    )
+    counts |= {"first": format_time(first), "last": format_time(last)}
+    with_labels = set().union(*self._user_labels.values())
+    users = read_users(self._work, ["user"])["user"]
+    with_events = pc.sum(pc.is_in(users, pa.array(with_labels, pa.string()))).as_py() or 0
+    manifest = manifest_lib.make_manifest(
+      cfg,
+      manifest_lib.LogSummary(counts, first, last, until, before["source_user_type"]),
+      encoders,
+      self._work / "encoders",
+      tally,
+      files={**before["files"], **new_files.new_file_stamps(self._part)},
+      shards=[shard_files.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
+      fields=combined_counts.combined_coverage(before["fields"], encoders, covered, log, cfg.data.fields),
+      user_table={**before["user_table"], "labelled_users_without_events": len(with_labels) - with_events},
+      seconds=clock.monotonic() - self._begun,
+      aggregates=before["aggregates"],
+    )
+    manifest["appends"] = [*before.get("appends", ()), dict(appended)]
+    shutil.rmtree(self._scratch)
+    return integrity.write_manifest(self._work, manifest)
+
+  def _write_users(self, written: RewrittenShards) -> None:
+    """The table of users: who was written anew has a new place, all are in the order of their hashes."""
+    rows = pa.table(
+      {
+        "user": pa.array(written.users, pa.string()),
+        "record": pa.array(written.places, pa.int64()),
+        "last_event": pa.array(written.last_events, pa.int64()),
+      }
+    )
+    path = readers.literal(str(self._dataset.path / USERS))
+    order = user_hash_sql('"user"')
+    with self._log.stream(
+      'SELECT "user", coalesce(w.record, p.record) AS record, coalesce(w.last_event, p.last_event) AS last_event '
+      f'FROM read_parquet({path}) p FULL JOIN written w USING ("user") ORDER BY {order}, "user"',
+      written=rows,
+    ) as batches:
+      prepare.write_users(batches, self._work / USERS)
+
+
+def _link(file: pathlib.Path, new: pathlib.Path) -> None:
+  """Gives a file a second name, or copies it where the file system knows no such thing."""
+  try:
+    os.link(file, new)
+  except OSError:
+    shutil.copy2(file, new)

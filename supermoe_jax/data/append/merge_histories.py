@@ -1,0 +1,238 @@
+"""Users' earlier events and new ones made one history, and what that brings to the vocabularies.
+
+While histories are merged, every new value of a vocabulary has a code of its own, which follows those that are known:
+which of them are frequent enough in training shows only then. `Extension` says what becomes of these codes.
+
+Shapes: U users, N events, F columns of codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.histories import UserBlock
+from supermoe_jax.data.encoding.splits import TRAIN, user_split
+from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Categorical, Encoders, Vocabulary
+from supermoe_jax.data.preparation.event_log import EventLog
+
+
+class Repeats(NamedTuple):
+  """New events that repeat an earlier one of the user in time, source and every field.
+
+  Attributes:
+    source: int32 `[R]`.
+    codes: int32 `[R, F]`.
+    numeric: float32 `[R, G]`.
+  """
+
+  source: np.ndarray
+  codes: np.ndarray
+  numeric: np.ndarray
+
+
+def merge_histories(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data) -> tuple[UserBlock, Repeats]:
+  """Returns the histories of the users of `new`, with their earlier events, and what is repeated in them.
+
+  Of events at equal times those of earlier sources come first, as when all files are read at once, and of one source
+  the earlier events. Repeats are left out if the config says so. Values that are not known any more, those that are out
+  of vocabulary or hashed and lists that may have been cut, are never taken to be equal.
+
+  Args:
+    old: the earlier histories of some of the users, in the order that they have in `new`.
+    new: the new events.
+    encoders: those that gave both their codes.
+    data: says which events lie in training, and whether new events that are repeats are left out.
+  """
+  place = {user: i for i, user in enumerate(new.users)}
+  user = np.concatenate([np.array([place[u] for u in old.users], np.int64)[old.owner], new.owner])
+  time, source, codes, numeric = (
+    np.concatenate([getattr(old, part), getattr(new, part)]) for part in ("time", "source", "codes", "numeric")
+  )
+  is_new = np.repeat([False, True], [len(old.time), len(new.time)])
+  order = np.lexsort((is_new, source, time, user))  # stable: what is equal in all keeps its order
+  user, time, source, codes, numeric, is_new = (a[order] for a in (user, time, source, codes, numeric, is_new))
+  # Fields of the table of users do not matter: all events of a user have the same, though it may have got a code since.
+  own = [data.fields[name].table == "events" for name in (*encoders.categorical, *data.extra_value_fields)]
+  repeats = _repeats(user, time, source, codes[:, own], numeric, is_new, _comparable(codes, encoders, data))
+  found = Repeats(source[repeats], codes[repeats], numeric[repeats])
+  if data.duplicates == "drop":
+    user, time, source, codes, numeric = (a[~repeats] for a in (user, time, source, codes, numeric))
+  offsets = np.append(0, np.cumsum(np.bincount(user, minlength=len(new.users))))
+  block = UserBlock(new.users, offsets, time, source, codes, numeric, np.zeros(len(new.users), np.int64))
+  return dataclasses.replace(block, n_train=training_events(block, data.split)), found
+
+
+def _comparable(codes: np.ndarray, encoders: Encoders, data: config.Data) -> np.ndarray:
+  """Whether the codes of each event tell all its values, those of the table of users left out: bool `[N]`."""
+  fields, out = [*encoders.categorical, *data.extra_value_fields], np.ones(len(codes), bool)
+  for name, encoder in encoders.categorical.items():
+    if data.fields[name].table == "users":
+      continue
+    columns = [i for i, other in enumerate(fields) if other == name]
+    out &= (codes[:, columns] != UNKNOWN).all(axis=1)
+    if encoder.buckets and not any(
+      _same_values(data, name, n) and not e.buckets for n, e in encoders.categorical.items()
+    ):
+      out &= (codes[:, columns] < encoder.n_codes - encoder.buckets).all(axis=1)
+    if data.fields[name].many:
+      out &= codes[:, columns[-1]] == ABSENT  # else the list may go on
+  return out
+
+
+def _same_values(data: config.Data, one: str, other: str) -> bool:
+  """Whether two fields have the values of one column."""
+  a, b = (
+    (f.column or n, f.table, f.sources, f.many, f.separator) for n, f in ((n, data.fields[n]) for n in (one, other))
+  )
+  return a == b
+
+
+def _repeats(
+  user: np.ndarray,
+  time: np.ndarray,
+  source: np.ndarray,
+  codes: np.ndarray,
+  numeric: np.ndarray,
+  is_new: np.ndarray,
+  comparable: np.ndarray,
+) -> np.ndarray:
+  """Whether each event is the first new one that equals earlier ones: bool `[N]`; users and times are sorted.
+
+  New events that equal each other are counted, and dropped, where the new files are read.
+  """
+  tied = np.zeros(len(user) + 1, bool)
+  tied[1:-1] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+  at = np.flatnonzero((tied[1:] | tied[:-1]) & comparable)
+  bits = np.ascontiguousarray(numeric[at]).view(np.int32).reshape(len(at), numeric.shape[1])
+  rows = np.concatenate([np.stack([user[at], time[at], source[at]], axis=1), codes[at], bits], axis=1)
+  _, same = np.unique(rows, axis=0, return_inverse=True)
+  earlier = np.zeros(same.max(initial=-1) + 1, bool)
+  earlier[same[~is_new[at]]] = True
+  out = np.zeros(len(user), bool)
+  again = np.flatnonzero(is_new[at] & earlier[same])
+  out[at[again[np.unique(same[again], return_index=True)[1]]]] = True
+  return out
+
+
+def training_events(block: UserBlock, split: config.Split) -> np.ndarray:
+  """How many of each user's events lie in training: int64 `[U]`."""
+  lengths, everyone = block.lengths, np.arange(len(block.users))
+  if split.mode == "leave_one_out":
+    return np.where(lengths < 3, lengths, lengths - 2)
+  if split.mode == "temporal":
+    return block.before(everyone, config.parse_time(split.train_end, "config.data.split.train_end"))
+  training = np.array([user_split(user, split) == TRAIN for user in block.users])
+  if split.log_end:
+    lengths = block.before(everyone, config.parse_time(split.log_end, "config.data.split.log_end"))
+  return np.where(training, lengths, 0)
+
+
+def provisional(encoders: Encoders, log: EventLog) -> Encoders:
+  """The encoders with a code for every value of a new log; a vocabulary with buckets has one for any value already."""
+  grown: dict[str, Categorical] = {}
+  for name, encoder in encoders.categorical.items():
+    if isinstance(encoder, Vocabulary) and not encoder.buckets:
+      sql = f"SELECT DISTINCT value FROM ({log.values_sql(name)}) ANTI JOIN known USING (value) ORDER BY value"
+      new = [value for (value,) in log.query(sql, known=encoder.table())]
+      counts = np.concatenate([encoder.counts, np.zeros(len(new), np.int64)])
+      encoder = dataclasses.replace(encoder, values=[*encoder.values, *new], counts=counts)
+    grown[name] = encoder
+  return dataclasses.replace(encoders, categorical=grown)
+
+
+class CodeCounts:
+  """How often codes occur: of each categorical field among all events and among those of training.
+
+  Attributes:
+    all: int64 `[codes]` of each field.
+    training: the same, of the events in training.
+  """
+
+  def __init__(self, encoders: Encoders, extra_columns: Sequence[str]):
+    """`extra_columns` are the fields of the further columns of codes."""
+    self._fields = [*encoders.categorical, *extra_columns]
+    self.all = {n: np.zeros(e.n_codes, np.int64) for n, e in encoders.categorical.items()}
+    self.training = {n: np.zeros(e.n_codes, np.int64) for n, e in encoders.categorical.items()}
+
+  def add(self, block: UserBlock, sign: int = 1) -> None:
+    """Counts the events of users; with `sign` -1 takes them away."""
+    training = np.arange(len(block.time)) - block.offsets[block.owner] < block.n_train[block.owner]
+    for column, name in enumerate(self._fields):
+      codes = block.codes[:, column]
+      self.all[name] += sign * np.bincount(codes, minlength=len(self.all[name]))
+      self.training[name] += sign * np.bincount(codes[training], minlength=len(self.all[name]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtendedEncoders:
+  """The encoders after new events, and what became of the provisional codes.
+
+  Attributes:
+    encoders: with the new values that were frequent enough, behind those that were known.
+    final: of each field with a vocabulary, the code that each provisional code becomes: int32 `[codes]`.
+    added: of each such field the new values that have a code now, most frequent first.
+    left_out: how many new values in training have none, for want of `min_count` or room.
+  """
+
+  encoders: Encoders
+  final: Mapping[str, np.ndarray]
+  added: Mapping[str, list[str]]
+  left_out: Mapping[str, int]
+
+  def apply(self, block: UserBlock, extra_columns: Sequence[str]) -> UserBlock:
+    """A block with the final codes for the provisional ones."""
+    codes = block.codes.copy()
+    for column, name in enumerate([*self.encoders.categorical, *extra_columns]):
+      if name in self.final:
+        codes[:, column] = self.final[name][codes[:, column]]
+    return dataclasses.replace(block, codes=codes)
+
+
+def extend_encoders(
+  before: Encoders, grown: Encoders, counts: CodeCounts, data: config.Data, *, keep: bool
+) -> ExtendedEncoders:
+  """Takes the new values that are frequent enough into the vocabularies; with `keep` none.
+
+  The rule is that of fitting: at least `min_count` times in training, most frequent first, ties by value, `size` values
+  in all. Codes that there were never change, nor what aggregates count: a field of which they count every value, for it
+  has fewer than `aggregates.top_values`, gets no more. Nor does a vocabulary that fields share: each has seen other
+  values.
+
+  Args:
+    before: the encoders that there were.
+    grown: the provisional ones.
+    counts: by provisional code, what the new events add to training.
+    data: of the config.
+    keep: leaves the vocabularies as they are.
+  """
+  categorical: dict[str, Categorical] = {}
+  final, added, left_out = {}, {}, {}
+  for name, encoder in before.categorical.items():
+    wide = grown.categorical[name]
+    if isinstance(encoder, Vocabulary) and encoder.buckets:
+      seen_again = counts.training[name][FIRST_VALUE : FIRST_VALUE + len(encoder.values)]
+      encoder = dataclasses.replace(encoder, counts=encoder.counts + seen_again)
+    elif isinstance(encoder, Vocabulary) and isinstance(wide, Vocabulary):
+      known, training = len(encoder.values), counts.training[name][FIRST_VALUE:]
+      seen = [i for i in range(known, len(wide.values)) if training[i]]
+      frequent = sorted((-training[i], wide.values[i], i) for i in seen if training[i] >= data.fields[name].min_count)
+      counted = name in data.aggregates.fields and known < data.aggregates.top_values
+      shared = any(name in (n, f.shares) for n, f in data.fields.items() if f.shares)
+      room = 0 if keep or counted or shared else max(data.fields[name].size - known, 0)
+      chosen = [i for *_, i in frequent[:room]]
+      final[name] = np.concatenate([np.arange(known + FIRST_VALUE), np.full(len(wide.values) - known, UNKNOWN)])
+      final[name][np.array(chosen, np.int64) + FIRST_VALUE] = np.arange(len(chosen)) + known + FIRST_VALUE
+      final[name] = final[name].astype(np.int32)
+      added[name], left_out[name] = [wide.values[i] for i in chosen], len(seen) - len(chosen)
+      encoder = dataclasses.replace(
+        encoder,
+        values=[*encoder.values, *added[name]],
+        counts=np.concatenate([encoder.counts + training[:known], training[chosen]]),
+      )
+    categorical[name] = encoder
+  return ExtendedEncoders(dataclasses.replace(before, categorical=categorical), final, added, left_out)

@@ -1,0 +1,120 @@
+"""Which files are new to a dataset, and what the config says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.reading import paths, readers
+from supermoe_jax.errors import ConfigError, DataError, nearest
+
+
+def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[str]]:
+  """The files of each source from arguments `SOURCE=FILE`; of a dataset with one source `FILE` alone will do.
+
+  Raises:
+    ConfigError: an argument names no source, and there are several.
+  """
+  sources = list(Dataset(path).config.data.sources)
+  out: dict[str, list[str]] = {}
+  for argument in arguments:
+    source, equals, file = argument.partition("=")
+    if len(sources) == 1 and source != sources[0]:
+      source, equals, file = sources[0], "=", argument
+    if not equals:
+      raise ConfigError(f"{argument!r} names no source; write SOURCE=FILE, SOURCE one of {', '.join(sources)}.")
+    out.setdefault(source, []).append(file)
+  return out
+
+
+def append_configs(
+  dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str
+) -> tuple[config.Config, config.Data]:
+  """The config of the dataset with the new files, and the data section of these alone.
+
+  Args:
+    dataset: what the files are new to.
+    files: paths or globs of each source that has any; None: what the dataset's own patterns match by now.
+    memory: DuckDB's budget for the new files; empty: that of the dataset's config.
+
+  Raises:
+    DataError: a name is that of no file or of one that was read, nothing is new, or the table of users has changed.
+    ConfigError: a source has another name, or holds whole users.
+  """
+  cfg, read = dataset.config, {paths.file_identity(file) for file in dataset.manifest["files"]}
+  known = {name: source.files for name, source in cfg.data.sources.items()}
+  new: dict[str, tuple[str, ...]] = {}
+  if files is None:
+    found = {n: paths.file_stamps(patterns) for n, patterns in known.items()}
+    new = {n: tuple(f for f in files if paths.file_identity(f) not in read) for n, files in found.items()}
+    if not any(new.values()):
+      raise DataError(
+        f"{dataset.path}: no file is new of those that config.data.sources names; name files: "
+        f"supermoe append --data {dataset.path} {next(iter(known))}=FILE"
+      )
+  else:
+    for name, patterns in files.items():
+      if name not in known:
+        raise ConfigError(f"{dataset.path} has no source {name!r}{nearest(name, known)}")
+      new[name] = _named(name, patterns)
+      for file in new[name]:
+        if paths.file_identity(file) in read:
+          raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
+    if not any(new.values()):
+      raise DataError(f"no file is named to be appended to {dataset.path}.")
+  for name, source in cfg.data.sources.items():
+    if new.get(name) and source.format == "sequences":
+      raise ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")
+  _check_users_table(dataset)
+
+  def having(of_sources: Mapping[str, tuple[str, ...]], memory: str) -> config.Data:
+    sources = {n: dataclasses.replace(s, files=of_sources.get(n, ())) for n, s in cfg.data.sources.items()}
+    return dataclasses.replace(cfg.data, sources=sources, memory=memory)
+
+  # A file that a glob of the config matches need not be named there.
+  matched = {n: {paths.file_identity(f) for f in paths.file_stamps(patterns)} for n, patterns in known.items()}
+  further = {n: tuple(f for f in files if paths.file_identity(f) not in matched[n]) for n, files in new.items()}
+  listed = {n: (*patterns, *further.get(n, ())) for n, patterns in known.items()}
+  whole = dataclasses.replace(cfg, data=having(listed, cfg.data.memory))
+  return whole, having(new, memory or cfg.data.memory)
+
+
+def _named(source: str, patterns: Sequence[str]) -> tuple[str, ...]:
+  """The files that paths or globs name, in their order.
+
+  Raises:
+    DataError: one names no file, or two the same.
+  """
+  con = readers.connect()
+  try:
+    return tuple(str(file.path) for file in paths.find_files(con, patterns, f"source {source!r}"))
+  finally:
+    con.close()
+
+
+def _check_users_table(dataset: Dataset) -> None:
+  """Raises DataError if the table of users is another one by now: labels of users without new events rest on it."""
+  if dataset.config.data.users is not None:
+    then = dataset.manifest["files"]
+    for file, stamp in paths.file_stamps(dataset.config.data.users.files).items():
+      if then.get(file) != stamp:
+        raise DataError(f"{file}: the table of users has changed; prepare {dataset.path} again with --overwrite.")
+
+
+def new_file_stamps(part: config.Data) -> dict[str, list[int]]:
+  """The stamps of the new files, and of the tables that their events were joined to; see `paths.file_stamps`."""
+  patterns = [p for s in part.sources.values() for p in s.files]
+  return paths.file_stamps([*patterns, *_item_tables(part), *(part.users.files if part.users else ())])
+
+
+def changed_items(dataset: Dataset, part: config.Data) -> list[str]:
+  """The tables of items that new events are joined to and that have changed since the dataset read them."""
+  then = dataset.manifest["files"]
+  return [file for file, stamp in paths.file_stamps(_item_tables(part)).items() if then.get(file, stamp) != stamp]
+
+
+def _item_tables(part: config.Data) -> list[str]:
+  return [s.items.file for s in part.sources.values() if s.files and s.items]

@@ -1,0 +1,1 @@
+"""Preparation on Apache Beam, for logs that one machine cannot hold."""

@@ -1,0 +1,96 @@
+"""An event log put together from parts that other machines have read."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax.data.beam.event_parts import PartFolder, parquet_sql
+from supermoe_jax.data.format.shard_files import MOST_SHARDS
+from supermoe_jax.data.preparation.log_database import LogDatabase
+from supermoe_jax.data.preparation.log_statistics import LogStatistics
+from supermoe_jax.data.reading import paths
+from supermoe_jax.data.reading.sources import Reading, SourceFile, SourceReader
+
+PART_BYTES = 32 * 2**20  # of files, of which there are as many parts as this gives
+
+# Reads files into so many parts.
+ReadFiles = Callable[[Sequence[SourceFile], int], None]
+
+
+class MergedLog(LogDatabase):
+  """A log whose events lie in parts; its database knows the users of all of them, and how often values occur.
+
+  Attributes:
+    parts: where they are.
+  """
+
+  def __init__(self, data: config.Data, scratch: pathlib.Path, parts: PartFolder, read: ReadFiles):
+    """Lets `read` read the files into `parts`, and puts together what it found; else as `LogDatabase` says.
+
+    Raises:
+      OSError: what was read is not there.
+    """
+    self.parts, self._read_files = parts, read
+    super().__init__(data, scratch)
+
+  def _read(self) -> tuple[Reading, LogStatistics]:
+    self.parts.clear()
+    files, reading = SourceReader(self._con, self.data).open()
+    self._read_files(files, count_parts(self.data))
+    for file in files:
+      if not self.parts.found(file).is_file():
+        raise missing_file(self.parts.folder)
+      reading.add(file, self.parts.counts(file))
+    settled = self.settled
+    facts = LogStatistics.merge(list(settled.values()), self.data)
+    left_out = facts.duplicates if self.data.duplicates == "drop" else 0
+    if facts.events + left_out + sum(reading.dropped.values()) != reading.rows:
+      raise missing_file(self.parts.folder)
+    if settled:
+      self._merge(settled)
+    return reading, facts
+
+  @functools.cached_property
+  def settled(self) -> dict[int, LogStatistics]:
+    """The parts that have users, in order, and their facts."""
+    return self.parts.settled()
+
+  def _merge(self, settled: dict[int, LogStatistics]) -> None:
+    """Makes `ordered_users`, and `counted`, how often each value of a field occurs in all parts."""
+    users = [str(self.parts[part] / "users.parquet") for part in settled]
+    before = [0]
+    for facts in settled.values():
+      before.append(before[-1] + facts.users)
+    self._con.register("places", pa.table({"filename": users, "first": pa.array(before[:-1], pa.int64())}))
+    self._con.execute(
+      'CREATE TABLE ordered_users AS SELECT "user", last_event, uid + first AS uid '
+      f"FROM {parquet_sql(map(pathlib.Path, users), ', filename = true')} JOIN places USING (filename) ORDER BY uid"
+    )
+    self._con.unregister("places")
+    values = parquet_sql(self.parts[part] / "values.parquet" for part in settled)
+    self._con.execute(
+      "CREATE TABLE counted AS SELECT field, value, number, training, sum(n)::BIGINT AS n "
+      f"FROM {values} GROUP BY field, value, number, training ORDER BY field"
+    )
+
+  def values_sql(self, name: str) -> str:
+    """See `Log.values_sql`."""
+    index = list(self.data.fields).index(name)
+    value = "number" if self.data.fields[name].kind == "numeric" else "value"
+    return f"SELECT {value} AS value, training, n FROM counted WHERE field = {index}"
+
+
+def count_parts(data: config.Data) -> int:
+  """Into how many parts a log is divided; it depends on the size of its files alone."""
+  stamps = paths.file_stamps([pattern for source in data.sources.values() for pattern in source.files])
+  return max(1, min(-(-sum(size for size, _ in stamps.values()) // PART_BYTES), MOST_SHARDS))
+
+
+def missing_file(folder: pathlib.Path) -> OSError:
+  """The error of something that was done, but cannot be seen."""
+  return OSError(f"{folder} lacks what was written there: all machines must reach it, under this path")

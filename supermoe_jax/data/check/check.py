@@ -1,0 +1,326 @@
+"""A second opinion on a prepared dataset: labels of a sample derived again from the raw files.
+
+The derivation is SQL of its own over the files as `raw` reads them; it shares nothing with `labels`, so that a fault in
+either shows as a difference. Of preparation it takes the vocabularies and the statistics that numbers are standardised
+by, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax.config import MICROSECONDS_PER_DAY
+from supermoe_jax.data.check import raw_events
+from supermoe_jax.data.check.raw_events import field_column
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.encoding.numeric import Numeric
+from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE, UNKNOWN, Classes, Vocabulary
+from supermoe_jax.data.reading import readers
+from supermoe_jax.errors import ConfigError, DataError
+
+SNAPSHOTS_A_USER = 20  # of the sample, at most
+SPLITS = ("train", "validation", "test")  # as the records number them
+OUTSIDE = "a value out of vocabulary"
+TOLERANCE = 1e-5  # of numbers, which the records hold as float32
+
+
+class CheckError(DataError):
+  """A dataset holds something that its raw files do not give."""
+
+
+class ComparedLabels(NamedTuple):
+  """How many answers of a task were compared: `labels` known, and `unknown` that both sides leave open."""
+
+  labels: int
+  unknown: int
+
+
+class _SampledSnapshot(NamedTuple):
+  """A snapshot of the sample."""
+
+  user: str
+  snapshot: int  # its index in the record
+  time: int
+  n_events: int
+  split: int
+  until: int  # the end of the period that its answers must lie in; of leave one out unused
+
+
+def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> dict[str, ComparedLabels]:
+  """Derives the labels of up to `sample` users again and returns, of each task, how many were compared.
+
+  Compared are, at up to `SNAPSHOTS_A_USER` snapshots each, the number of visible events, the split, and every task's
+  label and indicator; of an event label also which events it asks about.
+
+  Raises:
+    CheckError: something differs; the message names the first difference.
+    DataError: there is no dataset at `path`, or a file that it was prepared from has changed.
+    ConfigError: `sample` is not positive.
+  """
+  if sample < 1:
+    raise ConfigError(f"--sample={sample} must be at least 1.")
+  dataset = Dataset(path)
+  dataset.check_files()
+  rng = np.random.default_rng(seed)
+  chosen = rng.choice(len(dataset), min(sample, len(dataset)), replace=False)
+  records = [dataset[int(i)] for i in np.sort(chosen)]
+  con = readers.connect(memory=dataset.config.data.memory)
+  try:
+    return _Check(con, dataset, {r["user"]: r for r in records}, rng).run()
+  finally:
+    con.close()
+
+
+class _Check:
+  """The comparison of some records with what a connection holds of the raw files."""
+
+  def __init__(
+    self, con: duckdb.DuckDBPyConnection, dataset: Dataset, records: Mapping[str, Mapping[str, Any]], rng: Any
+  ):
+    self._con, self._dataset, self._records = con, dataset, records
+    self._cfg, self._split = dataset.config, dataset.config.data.split
+    self._asked: list[_SampledSnapshot] = []
+    last = raw_events.load_raw_events(con, self._cfg.data, list(records))
+    assert last is not None  # the dataset holds events, and its files are unchanged
+    until = self._observed_until(last)
+    for user, record in records.items():
+      n = len(record["snapshot_time"])
+      for i in np.sort(rng.choice(n, min(n, SNAPSHOTS_A_USER), replace=False)):
+        time, seen, split = (int(record[f"snapshot_{k}"][i]) for k in ("time", "events", "split"))
+        self._asked.append(_SampledSnapshot(user, int(i), time, seen, split, until[split]))
+    numbers = [k for k in _SampledSnapshot._fields if k != "user"]
+    columns = {k: pa.array([getattr(a, k) for a in self._asked], pa.int64()) for k in numbers}
+    columns |= {"user": pa.array([a.user for a in self._asked], pa.string())}
+    con.register("asked_rows", pa.table(columns | {"id": pa.array(range(len(self._asked)), pa.int64())}))
+    # The share that a user's hash gives, from the first eight bytes of MD5, the lowest first.
+    share = 'md5_number_upper("user")::DOUBLE / pow(2::DOUBLE, 64)'
+    test, held_out = self._split.user_test, self._split.user_test + self._split.user_validation
+    owner = f"CASE WHEN {share} < {test!r} THEN 2 WHEN {share} < {held_out!r} THEN 1 ELSE 0 END"
+    con.execute(f"CREATE TABLE asked AS SELECT *, {owner} AS owner FROM asked_rows")
+    # The events that a snapshot may be asked about next.
+    self._next = "e.time >= a.time AND e.time < a.until"
+    if self._split.mode == "leave_one_out":
+      self._next = "e.position = a.n_events AND (a.split > 0 OR e.total < 3 OR e.position < e.total - 2)"
+
+  def _observed_until(self, last: int) -> tuple[int, int, int]:
+    split = self._split
+    if split.log_end:
+      last = config.parse_time(split.log_end, "config.data.split.log_end")
+    elif split.mode == "user":
+      last += 1
+    if split.mode != "temporal":
+      return last, last, last
+    first_test = min(config.parse_time(t, "config.data.split.test") for t in split.test)
+    gap = int(split.gap_days * MICROSECONDS_PER_DAY)
+    return config.parse_time(split.train_end, "config.data.split.train_end"), first_test - gap, last
+
+  def run(self) -> dict[str, ComparedLabels]:
+    self._check_snapshots()
+    users, tasks = self._cfg.data.users, self._cfg.labelled_tasks
+    self._user_columns = sorted({t.column for t in tasks.values() if isinstance(t, config.UserLabel)})
+    if users is not None and self._user_columns:
+      raw_events.load_raw_users(self._con, users, self._user_columns)
+    return {name: self._compare(name, task) for name, task in tasks.items()}
+
+  def _rows(self, sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
+    for name, table in tables.items():
+      self._con.register(name, table)
+    return self._con.execute(sql).fetchall()
+
+  def _differ(self, asked: _SampledSnapshot, what: str, stored: object, derived: object) -> CheckError:
+    time = str(np.datetime64(asked.time, "us"))
+    return CheckError(
+      f"user {asked.user!r}, snapshot {time} ({SPLITS[asked.split]}, {asked.n_events} events before it), {what}: "
+      f"{self._dataset.path} holds {_shown(stored)}, the raw files give {_shown(derived)}. Do not train on it; "
+      "prepare it again with --overwrite, and if the difference stays, report it with this message."
+    )
+
+  # ---------------------------------------------------------------------------------------------------------- snapshots
+
+  def _check_snapshots(self) -> None:
+    """Compares the events visible to each snapshot, its time where that follows from them, and its split."""
+    if self._split.mode == "leave_one_out":
+      seen = f"{self._split.min_events} + a.snapshot"
+      found = self._rows(
+        f"SELECT a.id, {seen}, e.time, CASE WHEN e.total < 3 THEN 0 ELSE greatest({seen} - e.total + 3, 0) END "
+        f'FROM asked a LEFT JOIN events e ON e."user" = a."user" AND e.position = {seen} - 1 ORDER BY a.id'
+      )
+    else:
+      found = self._rows(
+        "SELECT a.id, count(e.time), a.time, a.owner FROM asked a "
+        'LEFT JOIN events e ON e."user" = a."user" AND e.time < a.time GROUP BY ALL ORDER BY a.id'
+      )
+    for asked, (_, n_events, time, split) in zip(self._asked, found, strict=True):
+      if asked.n_events != n_events:
+        raise self._differ(asked, "visible events", asked.n_events, n_events)
+      if asked.time != time:
+        raise self._differ(asked, "its time", asked.time, time)
+      allowed = self._splits_at(asked.time) if self._split.mode == "temporal" else [SPLITS[split]]
+      if SPLITS[asked.split] not in allowed:
+        raise self._differ(asked, "its split", SPLITS[asked.split], " or ".join(allowed) or "none")
+
+  def _splits_at(self, time: int) -> list[str]:
+    """The splits that a snapshot at a time may be of; training may end where validation begins."""
+    named = {k: [config.parse_time(t, "") for t in getattr(self._split, k)] for k in SPLITS[1:]}
+    training = ["train"] if time <= config.parse_time(self._split.train_end, "") else []
+    return training + [k for k, times in named.items() if time in times]
+
+  # ------------------------------------------------------------------------------------------------------------- labels
+
+  def _compare(self, name: str, task: config.LabelledTask) -> ComparedLabels:
+    derived = self._derived(name, task)
+    # A value that got its code by a later append may still be out of vocabulary in a record that was not touched since.
+    first = self._derived(name, task, before_appends=True) if self._has_late_values(task) else derived
+    labels = unknown = 0
+    for i, asked in enumerate(self._asked):
+      stored, mine = self._stored(name, task, asked), derived.get(i)
+      if not _equal(stored, mine) and _equal(stored, first.get(i)):
+        mine = first.get(i)
+      if not _equal(stored, mine):
+        raise self._differ(asked, f"task {name}", stored, mine)
+      answers = [answer for _, answer in mine or ()] if isinstance(task, config.EventLabel) else [mine]
+      known = sum(answer is not None for answer in answers)
+      labels, unknown = labels + known, unknown + len(answers) - known
+    return ComparedLabels(labels, unknown)
+
+  def _stored(self, name: str, task: config.LabelledTask, asked: _SampledSnapshot) -> Any:
+    """What the record says: None if unknown; of an event label a tuple of (event, answer), None without events."""
+    record, i = self._records[asked.user], asked.snapshot
+    known, value = record[f"known_{name}"][i], record[f"label_{name}"][i]
+    if isinstance(task, config.EventLabel):
+      said = [float(v) if k else None for v, k in zip(value, known, strict=True)]
+      pairs = zip(record[f"event_{name}"][i].tolist(), said, strict=True)
+      return tuple((event, answer) for event, answer in pairs if (event, answer) != (-1, None)) or None
+    if not known:
+      return None
+    if isinstance(task, config.NextEvent):
+      return OUTSIDE if value == UNKNOWN else _at(self._values(task.field), int(value) - FIRST_VALUE)
+    if isinstance(task, config.FutureValues):
+      return tuple(sorted(v for v, there in zip(self._values(task.field)[: task.top], value, strict=True) if there))
+    if isinstance(task, config.UserLabel) and task.type == "multiclass":
+      return _at(self._classes(name), int(value))
+    return float(value)
+
+  def _has_late_values(self, task: config.LabelledTask) -> bool:
+    appends = self._dataset.manifest.get("appends", ())
+    field = getattr(task, "field", None)
+    return any(append["vocabularies"].get(field, {}).get("added") for append in appends)
+
+  def _derived(self, name: str, task: config.LabelledTask, *, before_appends: bool = False) -> dict[int, Any]:
+    """What the raw files say, by the snapshot's number in the sample; what is unknown is left out or None.
+
+    With `before_appends` values that an append gave a code are taken to be out of vocabulary.
+    """
+    if isinstance(task, config.UserLabel):
+      return self._user_label(name, task)
+    if isinstance(task, config.NextEvent):
+      return self._next_event(task, before_appends)
+    if isinstance(task, config.EventLabel):
+      return self._event_label(task, before_appends)
+    end = f"a.time + {int(task.horizon_days * MICROSECONDS_PER_DAY)}"
+    within = f'e."user" = a."user" AND e.time >= a.time AND e.time < {end}'
+    if isinstance(task, config.FutureEvent):
+      source = list(self._cfg.data.sources).index(task.source)
+      happens = "count(e.time) = 0" if task.negate else "count(e.time) > 0"
+      return dict(
+        self._rows(
+          f"SELECT a.id, ({happens})::INTEGER::DOUBLE FROM asked a "
+          f"LEFT JOIN events e ON {within} AND e.source = {source} WHERE {end} <= a.until GROUP BY a.id"
+        )
+      )
+    column = field_column(self._cfg.data, task.field)
+    top = pa.table({"value": pa.array(self._values(task.field)[: task.top], pa.string())})
+    found = self._rows(
+      f"SELECT a.id, list(DISTINCT e.{column}) FILTER (e.{column} IN (SELECT value FROM top)) FROM asked a "
+      f"LEFT JOIN events e ON {within} WHERE {end} <= a.until GROUP BY a.id",
+      top=top,
+    )
+    return {i: tuple(sorted(values or ())) for i, values in found}
+
+  def _next_event(self, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
+    column = field_column(self._cfg.data, task.field)
+    found = self._rows(
+      f"SELECT a.id, arg_min(e.{column}, e.position) FROM asked a JOIN events e "
+      f'ON e."user" = a."user" AND {self._next} AND e.{column} IS NOT NULL GROUP BY a.id'
+    )
+    known = set(self._values(task.field, before_appends))
+    return {i: value if value in known else OUTSIDE for i, value in found}
+
+  def _event_label(self, task: config.EventLabel, before_appends: bool) -> dict[int, Any]:
+    column, tables = f"e.{field_column(self._cfg.data, task.field)}", {}
+    regression = config.answer(task) == "regression"
+    if task.positive:
+      values = self._values(task.field, before_appends)
+      tables["vocabulary"] = pa.table({"value": pa.array(values, pa.string())})
+      yes = ", ".join(map(readers.literal, task.positive))
+      said = f"CASE WHEN {column} IN (SELECT value FROM vocabulary) THEN ({column} IN ({yes}))::INTEGER::DOUBLE END"
+    else:
+      said = column if task.at_least is None else f"({column} >= {task.at_least!r})::INTEGER::DOUBLE"
+    out: dict[int, Any] = {}
+    for i, position, answer in self._rows(
+      f"SELECT a.id, e.position, {said} FROM asked a JOIN events e "
+      f'ON e."user" = a."user" AND {self._next} AND {column} IS NOT NULL '
+      f"QUALIFY row_number() OVER (PARTITION BY a.id ORDER BY e.position) <= {task.per_snapshot} ORDER BY 1, 2",
+      **tables,
+    ):
+      said_of_it = self._encoded(task.field, answer) if regression else answer
+      out[i] = (*out.get(i, ()), (position, said_of_it))
+    return out
+
+  def _encoded(self, field: str, number: float) -> float:
+    return float(self._dataset.encoders.numeric[field].encode(number, self._cfg.data.fields[field].encoding))
+
+  def _user_label(self, name: str, task: config.UserLabel) -> dict[int, Any]:
+    text = f"u.column_{self._user_columns.index(task.column)}"
+    found = self._rows(
+      f'SELECT a.id, {text}, TRY_CAST(trim({text}) AS DOUBLE) FROM asked a JOIN users u ON u."user" = a."user" '
+      f"WHERE a.split = a.owner AND {text} IS NOT NULL"
+    )
+    if task.type == "binary":
+      return {i: float(value in task.positive) for i, value, _ in found}
+    if task.type == "multiclass":
+      return {i: value for i, value, _ in found if value in self._classes(name)}
+    scale = self._dataset.encoders.labels[name]
+    assert isinstance(scale, Numeric)  # that is how `user_table` encodes a number
+    return {i: (n - scale.mean) / scale.std for i, _, n in found if n is not None and math.isfinite(n)}
+
+  def _values(self, field: str, before_appends: bool = False) -> list[str]:
+    encoder = self._dataset.encoders.categorical[field]
+    assert isinstance(encoder, Vocabulary)  # config.resolve checked
+    appends = self._dataset.manifest.get("appends", ()) if before_appends else ()
+    return encoder.values[: len(encoder.values) - sum(a["vocabularies"][field]["added"] for a in appends)]
+
+  def _classes(self, name: str) -> tuple[str, ...]:
+    encoder = self._dataset.encoders.labels[name]
+    assert isinstance(encoder, Classes)  # that is how `user_table` encodes a multiclass label
+    return encoder.values
+
+
+def _at(values: Sequence[str], index: int) -> str:
+  return values[index] if 0 <= index < len(values) else f"number {index} of {len(values)} values"
+
+
+def _equal(a: Any, b: Any) -> bool:
+  if isinstance(a, float) and isinstance(b, float):
+    return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+  if isinstance(a, tuple) and isinstance(b, tuple):
+    return len(a) == len(b) and all(map(_equal, a, b))
+  return bool(a == b)
+
+
+def _shown(value: object) -> str:
+  return "no label" if value is None else repr(value)
+
+
+def check_summary(compared: Mapping[str, ComparedLabels]) -> str:
+  """Says how much was compared."""
+  lines = [f"  {name}: {n.labels:,} labels, {n.unknown:,} left unknown by both" for name, n in compared.items()]
+  return "\n".join(["every answer of the sample follows from the raw files:", *lines])

@@ -1,0 +1,159 @@
+"""The raw events and user rows of a few users, read again from the files of a config: nothing encoded, nothing kept.
+
+Only how files are opened and times and texts are read is shared with preparation; all else is SQL of its own, so that
+the two can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+
+import duckdb
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax.data.reading import paths, readers, value_sql
+from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
+
+
+def field_column(data: config.Data, field: str) -> str:
+  """The column of a field in the table `events`."""
+  return f"field_{list(data.fields).index(field)}"
+
+
+def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Sequence[str]) -> int | None:
+  """Creates the table `events` of the users: rows that can be used, once each where duplicates are dropped.
+
+  Its columns: `user`, `time` in microseconds since 1970 UTC, `source` as an index, `position` among the user's events
+  from 0, `total`, how many the user has, and `field_0`, … with the raw values. Those of the table of users are left
+  NULL: no task may ask about them, and they are equal in all rows of a user.
+
+  Returns: the time of the last event of any user.
+  """
+  con.register("chosen", pa.table({"user": pa.array(users, pa.string())}))
+  fields = [field_column(data, f) for f in data.fields]
+  types = {n: "DOUBLE" if f.kind == "numeric" else "VARCHAR[]" if f.many else "VARCHAR" for n, f in data.fields.items()}
+  kinds = [f"{field_column(data, n)} {kind}" for n, kind in types.items()]
+  con.execute(
+    f'CREATE TABLE raw ("user" VARCHAR, time BIGINT, source INTEGER, file INTEGER, row BIGINT, {", ".join(kinds)})'
+  )
+  last: int | None = None
+  for index, (name, source) in enumerate(data.sources.items()):
+    items = _load_items(con, data, name) if source.items else None
+    wanted = {source.user, source.time, *_columns(data, name).values()}
+    if items is not None and source.items is not None:
+      wanted = wanted - set(items.columns) | {source.items.key}
+    for number, file in enumerate(_opened(con, source.files, source.format, wanted, f"sources.{name}")):
+      query = _usable(con, data, name, file, items is not None)
+      with readers.naming(file.path, file.format):
+        ((latest,),) = con.execute(f"SELECT max(time) FROM ({query})").fetchall()
+        con.execute(
+          f'INSERT INTO raw SELECT "user", time, {index}, {number}, row, {", ".join(fields)} FROM ({query}) '
+          'SEMI JOIN chosen USING ("user")'
+        )
+      last = max((t for t in (last, latest) if t is not None), default=None)
+  once = ""
+  if data.duplicates == "drop":
+    alike = ", ".join(['"user"', "time", "source", *fields])
+    once = f"QUALIFY row_number() OVER (PARTITION BY {alike} ORDER BY source, file, row) = 1"
+  con.execute(
+    f'CREATE TABLE events AS SELECT "user", time, source, {", ".join(fields)}, '
+    'row_number() OVER (PARTITION BY "user" ORDER BY time, source, file, row) - 1 AS position, '
+    f'count(*) OVER (PARTITION BY "user") AS total FROM (SELECT * FROM raw {once})'
+  )
+  return last
+
+
+def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, columns: Sequence[str]) -> None:
+  """Creates the table `users`: `user` and, of each of the columns, its text as `column_0`, …; all rows."""
+  names = [f"column_{i}" for i in range(len(columns))]
+  con.execute(f'CREATE TABLE users ("user" VARCHAR, {", ".join(n + " VARCHAR" for n in names)})')
+  for file in _opened(con, users.files, users.format, [users.user, *columns], "users"):
+    wanted = {"user": users.user, **dict(zip(names, columns, strict=True))}
+    values = [value_sql.text_sql(f"e.{readers.identifier(a)}", file.columns[c]) for a, c in wanted.items()]
+    with readers.naming(file.path, file.format):
+      con.execute(f"INSERT INTO users SELECT {', '.join(values)} FROM ({file.select(wanted)}) e")
+
+
+def _opened(
+  con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
+) -> Iterator[TableFile]:
+  for file in paths.find_files(con, patterns, f"config.data.{key}.files"):
+    with contextlib.suppress(EmptyFileError):  # preparation has counted it, or said that it must not be
+      yield readers.open_table(con, file.path, format, wanted)
+
+
+def _columns(data: config.Data, source: str) -> dict[str, str]:
+  """The fields of a source, and the column of each in its files or its table of items."""
+  own = {n: f for n, f in data.fields.items() if f.table == "events"}
+  return {n: f.column or n for n, f in own.items() if not f.sources or source in f.sources}
+
+
+def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+  """The SQL of fields (name → column) of a file `e`, and conditions under which a row cannot be used."""
+  values, bad = {}, []
+  for name, column in fields.items():
+    alias, kind = f"e.{field_column(data, name)}", file.columns[column]
+    text, field = value_sql.text_sql(alias, kind), data.fields[name]
+    if field.many:
+      json = file.format in ("jsonl", "json_object")
+      values[field_column(data, name)] = value_sql.list_sql(alias, kind, field.separator, json=json)
+      continue
+    if field.kind != "numeric":
+      values[field_column(data, name)] = text
+      continue
+    number = value_sql.number_sql(alias, kind)
+    values[field_column(data, name)] = f"CASE WHEN isfinite({number}) THEN {number} END"
+    bad.append(f"({text}) IS NOT NULL AND (({number}) IS NULL OR isinf({number}))")
+  return values, bad
+
+
+def _items_table(data: config.Data, name: str) -> str:
+  return f"items_{list(data.sources).index(name)}"
+
+
+def _usable(con: duckdb.DuckDBPyConnection, data: config.Data, name: str, file: TableFile, items: bool) -> str:
+  """A query of the usable rows of a file: `row`, `user`, `time` and every field."""
+  source, key = data.sources[name], f"config.data.sources.{name}"
+  reading = value_sql.time_reading(
+    con, file, source.time, "e.time", key, unit=source.time_unit, format=source.time_format
+  )
+  of_item = {n: c for n, c in _columns(data, name).items() if c not in file.columns}
+  own = {n: c for n, c in _columns(data, name).items() if n not in of_item}
+  values, bad = _values(data, file, own)
+  wanted = {"user": source.user, "time": source.time, **{field_column(data, n): c for n, c in own.items()}}
+  join = ""
+  if items and source.items is not None:
+    wanted["key"] = source.items.key
+    values |= {field_column(data, n): f"i.{field_column(data, n)}" for n in of_item}
+    join = (
+      f"LEFT JOIN {_items_table(data, name)} i ON {value_sql.text_sql('e.key', file.columns[source.items.key])} = i.key"
+    )
+  columns = [f"{values.get(field_column(data, n), 'NULL')} AS {field_column(data, n)}" for n in data.fields]
+  user = value_sql.text_sql('e."user"', file.columns[source.user])
+  usable = " AND ".join(['"user" IS NOT NULL', "time IS NOT NULL", *(f"NOT bad_{i}" for i in range(len(bad)))])
+  faults = [f"coalesce({condition}, false) AS bad_{i}" for i, condition in enumerate(bad)]
+  return (
+    f'SELECT * FROM (SELECT e.row, {user} AS "user", {reading.sql} AS time, {", ".join([*columns, *faults])} '
+    f"FROM ({file.select(wanted)}) e {join}) WHERE {usable}"
+  )
+
+
+def _load_items(con: duckdb.DuckDBPyConnection, data: config.Data, name: str) -> TableFile:
+  """Creates the table of a source's items."""
+  items = data.sources[name].items
+  assert items is not None
+  (found,) = paths.find_files(con, [items.file], f"config.data.sources.{name}.items.file")
+  file = readers.open_table(con, found.path, items.format, {items.key, *_columns(data, name).values()})
+  fields = {n: c for n, c in _columns(data, name).items() if c in file.columns and c != items.key}
+  values, bad = _values(data, file, fields)
+  key = value_sql.text_sql("e.key", file.columns[items.key])
+  columns = ", ".join([f"{key} AS key", *(f"{v} AS {n}" for n, v in values.items())])
+  usable = " AND ".join([f"{key} IS NOT NULL", *(f"NOT coalesce({condition}, false)" for condition in bad)])
+  wanted = {"key": items.key, **{field_column(data, n): c for n, c in fields.items()}}
+  with readers.naming(file.path, file.format):
+    con.execute(
+      f"CREATE TABLE {_items_table(data, name)} AS SELECT {columns} FROM ({file.select(wanted)}) e WHERE {usable}"
+    )
+  return file

@@ -1,0 +1,345 @@
+"""A prepared dataset: random access to users, with the schema and the manifest.
+
+A dataset directory holds a TFDS dataset in ArrayRecord (one record a user, no TensorFlow needed), the fitted encoders
+and `manifest.json`, which is written last: a directory without it is not a dataset.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import os
+import pathlib
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from supermoe_jax import config
+from supermoe_jax.batch import Schema
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
+from supermoe_jax.data.encoding.splits import TRAIN, user_split
+from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.format import integrity, records, shard_files
+from supermoe_jax.data.format.records import RecordArray
+from supermoe_jax.data.format.schema import make_aggregator, make_schema
+from supermoe_jax.data.reading import paths
+from supermoe_jax.errors import DataError
+
+try:
+  import resource
+except ImportError:  # Windows has no such limit
+  resource = None  # type: ignore[assignment]
+
+FORMAT_VERSION = 4
+
+USERS = "users.parquet"  # which user each record is of
+
+# Decoded records, and the aggregates of their snapshots, are kept up to this many bytes of arrays: the two made most of
+# what a training row costs, and a small dataset shows its records many times. Beyond it they are made again.
+KEPT_BYTES = 512 * 2**20
+
+# All snapshots of a user cost little more than a few, unless they are this many times as many.
+MANY_SNAPSHOTS = 16
+
+# Threads that read all records, and how many each reads at a time.
+READERS = 4
+READ_AT_ONCE = 256
+
+# Files that a process has open besides a dataset's shards, of which each stays open once it was read.
+OTHER_FILES = 256
+
+
+class Dataset:
+  """A prepared dataset: random access to users, with the schema and the manifest."""
+
+  def __init__(self, path: str | pathlib.Path):
+    """Opens a dataset directory.
+
+    Raises:
+      DataError: there is no dataset at `path`, or it is not as it was written.
+    """
+    self.path = pathlib.Path(path)
+    self.manifest: dict[str, Any] = integrity.read_manifest(self.path, FORMAT_VERSION)
+    self.config = config.resolve(self.manifest["config"])
+    self.encoders = Encoders.load(self.path / "encoders")
+    self.aggregator = make_aggregator(self.config.data, self.encoders)
+    statistics = self.manifest["aggregates"]
+    self.aggregate_mean = np.array(statistics["mean"], np.float32)
+    self.aggregate_scale = np.array(statistics["scale"], np.float32)
+    self._parts = records.record_arrays(self.schema, self.config.labelled_tasks)
+    _allow_files(len(self.manifest["shards"]) + OTHER_FILES)
+    try:
+      files = [str(self.path / shard_files.DIRECTORY / name) for name in self.manifest["shards"]]
+      self._source = ArrayRecordDataSource(files)
+    except RuntimeError as error:  # ArrayRecord's, of the end of a file, where it says how many records there are
+      raise DataError(f"a shard of {self.path} is damaged ({error}); prepare the dataset again.") from error
+    self._kept = _BoundedCache(KEPT_BYTES)
+    # The place of each user's record; None: the records are the users in order, as they are until some are appended.
+    self.places: np.ndarray | None = None
+    if self.manifest.get("appends"):
+      self.places = read_users(self.path, ["record"])["record"].to_numpy()
+    held = len(self._source) if self.places is None else len(self.places)
+    if held != self.manifest["users"]:
+      raise DataError(f"{self.path} holds {held} users, its manifest says {self.manifest['users']}; prepare again.")
+    # Found now, for an append may put another table of users in the place.
+    self._training_users = self._held_in() if self.config.data.split.mode == "user" else None
+
+  @property
+  def training_users(self) -> np.ndarray:
+    """The users that training may look at, ascending: all of them, but for those that the split `user` holds out."""
+    return np.arange(len(self)) if self._training_users is None else self._training_users
+
+  @functools.cached_property
+  def schema(self) -> Schema:
+    """The sizes that a model is built from."""
+    return make_schema(self.config, self.encoders)
+
+  @functools.cached_property
+  def hidden_codes(self) -> tuple[int, ...]:
+    """The columns of the codes that the model must not see."""
+    columns = [*self.schema.categorical, *self.schema.extra_columns]
+    return tuple(i for i, n in enumerate(columns) if n not in self.schema.inputs)
+
+  @functools.cached_property
+  def hidden_numeric(self) -> tuple[int, ...]:
+    """The columns of the numbers that the model must not see."""
+    return tuple(i for i in range(len(self.schema.numeric)) if i not in self.schema.numeric_inputs)
+
+  def check_matches(self, wanted: config.Config, *, appended: bool = True) -> None:
+    """Raises DataError if the dataset was prepared from another data section or other task labels.
+
+    With `appended` False, `wanted` need not name the files that 'supermoe append' was told of by name: what was trained
+    before is of use after.
+    """
+    # Not the hashes: a setting that the code has got since has its default in both.
+    before, now = dataset_identity(self.manifest, wanted.data_identity(), appended), wanted.data_identity()
+    if before != now:
+      changed = config.differences(before, now)
+      raise DataError(
+        f"{self.path} was prepared with another configuration ({'; '.join(changed[:4])}). Prepare again with "
+        "--overwrite, or name another config.data.path."
+      )
+
+  def check_files(self) -> None:
+    """Raises DataError if a file that the dataset was prepared from has changed since, or is not there."""
+    then, now = self.manifest["files"], input_files(self.config)
+    if then != now:
+      file = min(f for f in then.keys() | now.keys() if then.get(f) != now.get(f))
+      what = "has changed" if file in then and file in now else ("is not there" if file in then else "is new")
+      raise DataError(
+        f"the files that {self.path} was prepared from have changed; prepare again with --overwrite, or, where files "
+        f"are new, add them with 'supermoe append'. The first of them is {file}, which {what} (relative paths start at "
+        "the working directory)."
+      )
+
+  def __len__(self) -> int:
+    return self.manifest["users"]
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns a user's record; `records.tfds_features` lists its parts, arrays that cannot be written to.
+
+    Raises:
+      DataError: the record's shard is damaged.
+    """
+    kept = self._kept.get(("record", int(index)))
+    if kept is None:
+      kept = self._read(int(index))
+      self._kept.offer(("record", int(index)), kept, sum(a.nbytes for a in kept.values() if isinstance(a, np.ndarray)))
+    return dict(kept)
+
+  def _read(self, index: int) -> dict[str, Any]:
+    return self.decode(self.contents([int(index if self.places is None else self.places[index])])[0])
+
+  @property
+  def records(self) -> int:
+    """How many records the shards hold, those that others have taken the place of included."""
+    return len(self._source)
+
+  def contents(self, places: Sequence[int]) -> list[bytes]:
+    """The bytes of the records at these places among all that the shards hold.
+
+    Raises:
+      DataError: the shard is damaged.
+    """
+    try:
+      return self._source.__getitems__(list(places))
+    except RuntimeError as error:  # ArrayRecord's, of a checksum that does not fit
+      if os.strerror(errno.EMFILE) in str(error):
+        n = len(self.manifest["shards"])
+        raise DataError(
+          f"{self.path} has {n} shards, and this process may not open so many files; raise the limit: ulimit -n {2 * n}"
+        ) from error
+      which = f"record {places[0]}" if len(places) == 1 else f"one of {len(places)} records"
+      raise DataError(f"{which} of {self.path} is damaged ({error}); prepare the dataset again.") from error
+
+  def decode(self, content: bytes, parts: Mapping[str, RecordArray] | None = None) -> dict[str, Any]:
+    """The record in its bytes, or some parts of it.
+
+    Raises:
+      DataError: they are no record of this dataset.
+    """
+    try:
+      return records.decode_record(content, self._parts if parts is None else parts)
+    except ValueError as error:
+      raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
+
+  def _held_in(self) -> np.ndarray:
+    """The training users of the split `user`."""
+    users = read_users(self.path, ["user"])["user"].to_pylist()
+    return np.flatnonzero([user_split(user, self.config.data.split) == TRAIN for user in users])
+
+  @functools.cached_property
+  def training_sizes(self) -> np.ndarray:
+    """Of each user the training events and the training snapshots that see one: int32 `[N, 2]`; reads every record."""
+    sizes = np.zeros((len(self), 2), np.int32)
+
+    def read(start: int) -> None:
+      for index in range(start, min(start + READ_AT_ONCE, len(self))):
+        record = self[index]
+        n_train, seen = int(record["n_train"]), record["snapshot_events"][record["snapshot_split"] == TRAIN]
+        sizes[index] = n_train, np.sum((seen > 0) & (seen <= n_train))
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+      list(readers.map(read, range(0, len(self), READ_AT_ONCE)))
+    return sizes
+
+  def history(self, record: Mapping[str, Any]) -> UserHistory:
+    """The events of a record."""
+    n = len(record["time"])
+    none = np.zeros((n, 0))
+    return UserHistory(
+      record["user"],
+      record["time"],
+      record["source"],
+      record.get("codes", none.astype(np.int32)),
+      record.get("numeric", none.astype(np.float32)),
+      int(record["n_train"]),
+    )
+
+  def histories(self, users: np.ndarray) -> UserBlock:
+    """The histories of the users with the indices `users [U]`, read in one go; nothing is kept of them.
+
+    Raises:
+      DataError: a shard is damaged.
+    """
+    places = users if self.places is None else self.places[users]
+    events = {n: p for n, p in self._parts.items() if n in records.EVENTS}
+    return end_to_end([self.history(self.decode(c, events)) for c in self.contents(places.tolist())])
+
+  def snapshot_aggregates(
+    self, index: int, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray
+  ) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at the snapshots `chosen [S]` of the user with this index."""
+    time, n_events = record["snapshot_time"], record["snapshot_events"]
+    kept = self._kept.get(("aggregates", int(index)))
+    if kept is None:
+      size = 4 * len(time) * self.schema.aggregates
+      if size > self._kept.room or len(time) > MANY_SNAPSHOTS * len(chosen):
+        return self.aggregates(history.block, np.zeros(len(chosen), np.int64), time[chosen], n_events[chosen])
+      kept = self.aggregates(history.block, np.zeros(len(time), np.int64), time, n_events)
+      self._kept.offer(("aggregates", int(index)), kept, kept.nbytes)
+    return kept[chosen]
+
+  def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`; A is
+    0 when the config has none."""
+    if self.aggregator is None:
+      return np.zeros((len(time), 0), np.float32)
+    return (self.aggregator(block, user, time, n_events) - self.aggregate_mean) / self.aggregate_scale
+
+
+def dataset_identity(manifest: Mapping[str, Any], wanted: Mapping[str, Any], appended: bool) -> dict[str, Any]:
+  """What a dataset was prepared from, to be compared with the `config.Config.data_identity` that is `wanted`.
+
+  Unless `appended`, without the files that were appended by name and that this one does not name.
+  """
+  found = config.resolve(manifest["config"]).data_identity()
+  for name, source in found["data"]["sources"].items() if not appended else ():
+    named = wanted["data"]["sources"].get(name, source)["files"]
+    beyond = {f for a in manifest.get("appends", ()) for f in a["beyond_patterns"].get(name, ())} - set(named)
+    source["files"] = type(source["files"])(f for f in source["files"] if f not in beyond)
+  return found
+
+
+def _allow_files(count: int) -> None:
+  """Lets this process have so many files open, as far as it may: the limit is often 1024, where 65,536 are allowed."""
+  if resource is None:
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record", "last_event")) -> pa.Table:
+  """The users in the order of the dataset: `user`, `record`, its place in the shards, and `last_event`, microseconds.
+
+  Raises:
+    DataError: the table is damaged.
+  """
+  try:
+    return pq.read_table(path / USERS, columns=list(columns), page_checksum_verification=True)
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{path / USERS} is damaged ({error}); prepare the dataset again.") from error
+
+
+def read_user_rows(path: pathlib.Path, start: int, stop: int) -> pa.Table:
+  """Some users, from `start` to before `stop`: `user` and `record`; see `read_users`.
+
+  Raises:
+    DataError: the table is damaged.
+  """
+  try:
+    return rows_between(path / USERS, ("user", "record"), start, stop)
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{path / USERS} is damaged ({error}); prepare the dataset again.") from error
+
+
+def rows_between(file: pathlib.Path, columns: Sequence[str] | None, start: int, stop: int) -> pa.Table:
+  """Some rows of a Parquet file, of which only the row groups that hold them are read."""
+  with pq.ParquetFile(file) as parquet:
+    groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    ends = np.cumsum(groups)
+    wanted = np.flatnonzero((ends > start) & (ends - groups < stop))
+    found = parquet.read_row_groups(wanted.tolist(), columns=None if columns is None else list(columns))
+    begin = int(ends[wanted[0]] - groups[wanted[0]]) if len(wanted) else 0
+  return found.slice(start - begin, stop - start)
+
+
+class _BoundedCache:
+  """What was made and is kept as long as there is room; threads may share it.
+
+  Nothing gives way for another: epochs go through all records in turn, so the one used last is the last to be used
+  again.
+  """
+
+  def __init__(self, room: int):
+    self.room = room  # bytes left
+    self._kept: dict[Hashable, Any] = {}
+    self._lock = threading.Lock()
+    self.get = self._kept.get
+
+  def __reduce__(self) -> tuple[type[_BoundedCache], tuple[int]]:
+    return _BoundedCache, (KEPT_BYTES,)  # another process keeps its own
+
+  def offer(self, key: Hashable, value: Any, size: int) -> None:
+    """Keeps the value of `size` bytes if there is room."""
+    with self._lock:
+      if size <= self.room and key not in self._kept:
+        self._kept[key] = value
+        self.room -= size
+
+
+def input_files(cfg: config.Config) -> dict[str, list[int]]:
+  """Size in bytes and time of change of every file that the config reads; see `paths.file_stamps`."""
+  patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
+  patterns += cfg.data.users.files if cfg.data.users else ()
+  return paths.file_stamps(patterns)

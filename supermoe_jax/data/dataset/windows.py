@@ -1,0 +1,223 @@
+"""Windows of histories with snapshots of them, laid out as the encoder reads them: a user a row, or several.
+
+Shapes: B rows, L events, S snapshots, F categorical and G numeric fields, A aggregates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from supermoe_jax.batch import CALENDAR, Features
+from supermoe_jax.config import MICROSECONDS_PER_DAY
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+
+if TYPE_CHECKING:
+  from supermoe_jax.data.dataset.dataset import Dataset
+
+MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
+
+
+class Encoding(Protocol):
+  """What is known of how events are encoded: a dataset is one, and so is what an exported encoder reads events with."""
+
+  @property
+  def hidden_codes(self) -> tuple[int, ...]:
+    """The columns of the codes that the model must not see."""
+
+  @property
+  def hidden_numeric(self) -> tuple[int, ...]:
+    """The columns of the numbers that the model must not see."""
+
+  def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+    """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`."""
+
+
+def calendar_phases(time: np.ndarray) -> np.ndarray:
+  """Sine and cosine of the phase of the day, the week and the year: float32 `[…, 6]` of microseconds `[…]`."""
+  periods = np.array([1.0, 7.0, 365.2425]) * MICROSECONDS_PER_DAY
+  angle = 2 * np.pi * ((time[..., None] % periods) / periods)
+  return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
+
+
+def hours(microseconds: np.ndarray) -> np.ndarray:
+  """Microseconds as float32 hours."""
+  return (microseconds / MICROSECONDS_PER_HOUR).astype(np.float32)
+
+
+class _EventFeatures(NamedTuple):
+  """What features say of each of N events, wherever a window of them begins; shapes as in `Features`."""
+
+  codes: np.ndarray
+  source: np.ndarray
+  numeric: np.ndarray
+  calendar: np.ndarray
+  gap: np.ndarray
+
+
+def _events(
+  dataset: Encoding, time: np.ndarray, previous: np.ndarray, source: np.ndarray, codes: np.ndarray, numeric: np.ndarray
+) -> _EventFeatures:
+  """Of N events, the times of their users' `previous [N]` events with them; what the model must not see is hidden."""
+  codes, numeric = codes.astype(np.int32), numeric.astype(np.float32)
+  codes[:, list(dataset.hidden_codes)] = 0
+  numeric[:, list(dataset.hidden_numeric)] = np.nan
+  return _EventFeatures(codes, (source + 1).astype(np.int32), numeric, calendar_phases(time), hours(time - previous))
+
+
+def window_features(
+  dataset: Encoding,
+  history: UserHistory,
+  start: int,
+  stop: int,
+  snapshot_time: np.ndarray,
+  snapshot_events: np.ndarray,
+  aggregates: np.ndarray | None = None,
+) -> Features:
+  """The events [start, stop) of a history and snapshots of it, without a batch dimension and without padding.
+
+  Snapshots see the events [start, snapshot_events); their aggregates, where none are given, see the whole history
+  before τ.
+  """
+  n, s = stop - start, len(snapshot_time)
+  time = history.time[start:stop]
+  previous = history.time[max(start - 1, 0) : stop - 1] if start else np.append(time[:1], time[:-1])
+  origin = time[0] if n else (snapshot_time[0] if s else 0)
+  if aggregates is None:
+    aggregates = dataset.aggregates(history.block, np.zeros(s, np.int64), snapshot_time, snapshot_events)
+  events = _events(dataset, time, previous, *(x[start:stop] for x in (history.source, history.codes, history.numeric)))
+  last = history.time[np.maximum(snapshot_events - 1, 0)]
+  return Features(
+    *events[:4],
+    time=hours(time - origin),
+    gap=events.gap,
+    segment=np.ones(n, np.int32),
+    query_events=(snapshot_events - start).astype(np.int32),
+    query_segment=np.ones(s, np.int32),
+    query_time=hours(snapshot_time - origin),
+    query_gap=hours(snapshot_time - last),
+    query_calendar=calendar_phases(snapshot_time),
+    query_aggregates=aggregates.astype(np.float32),
+  )
+
+
+class BlockWindows:
+  """Windows of a block's users with one snapshot each, many at a time: the same numbers as `window`, row by row."""
+
+  def __init__(self, dataset: Encoding, block: UserBlock):
+    """Works out what does not depend on the windows."""
+    previous = np.append(block.time[:1], block.time[:-1])
+    first = block.offsets[:-1][block.lengths > 0]
+    previous[first] = block.time[first]
+    self._block, self._dataset = block, dataset
+    self._events = _events(dataset, block.time, previous, block.source, block.codes, block.numeric)
+
+  def __call__(self, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, length: int) -> Features:
+    """R rows of `length` events: the last ones of the users `user [R]` of the block before `time [R]` (microseconds).
+
+    `n_events [R]`, at least one, are those before τ; aggregates see all of them.
+    """
+    block, first = self._block, self._block.offsets[user]
+    shown = np.minimum(n_events, length)
+    start = first + n_events - shown
+    inside = np.arange(length) < shown[:, None]
+    place = np.where(inside, start[:, None] + np.arange(length), 0)
+
+    def gathered(values: np.ndarray, padding: float = 0) -> np.ndarray:
+      found = values[place]
+      found[~inside] = padding
+      return found
+
+    events, origin = self._events, block.time[start]
+    asked = np.ones((len(user), 1), np.int32)
+    last = block.time[first + n_events - 1]
+    return Features(
+      codes=gathered(events.codes),
+      source=gathered(events.source),
+      numeric=gathered(events.numeric, np.nan),
+      calendar=gathered(events.calendar),
+      time=np.where(inside, hours(block.time[place] - origin[:, None]), np.float32(0)),
+      gap=gathered(events.gap),
+      segment=inside.astype(np.int32),
+      query_events=shown.astype(np.int32)[:, None],
+      query_segment=asked,
+      query_time=hours(time - origin)[:, None],
+      query_gap=hours(time - last)[:, None],
+      query_calendar=calendar_phases(time)[:, None],
+      query_aggregates=self._dataset.aggregates(block, user, time, n_events)[:, None],
+    )
+
+
+def blank(dataset: Dataset, rows: int, length: int) -> Features:
+  """Rows of padding, of `length` events and one snapshot each."""
+  schema = dataset.schema
+  columns = {"codes": len(schema.categorical) + len(schema.extra_columns), "numeric": len(schema.numeric)}
+  columns |= {"calendar": CALENDAR, "query_calendar": CALENDAR, "query_aggregates": schema.aggregates}
+  whole = ("codes", "source", "segment", "query_events", "query_segment")
+  return Features(
+    **{
+      name: np.zeros(
+        (rows, 1 if name.startswith("query_") else length, *((columns[name],) if name in columns else ())),
+        np.int32 if name in whole else np.float32,
+      )
+      for name in Features._fields
+    }
+  )
+
+
+def join_features(parts: Sequence[Features], max_events: int, n_snapshots: int) -> Features:
+  """Lays the parts of one or more users out as one row, one user behind the other and padding at the end.
+
+  Raises:
+    ValueError: there are more events than `max_events`, or more snapshots than `n_snapshots`.
+  """
+  n, s = (sum(len(x) for x in column) for column in zip(*((p.segment, p.query_segment) for p in parts)))
+  if n > max_events or s > n_snapshots:
+    raise ValueError(f"{n} events and {s} snapshots do not fit a row of {max_events} and {n_snapshots}")
+  parts = [
+    p._replace(segment=p.segment * (i + 1), query_segment=p.query_segment * (i + 1)) for i, p in enumerate(parts)
+  ]
+  of_snapshots = [name.startswith("query_") for name in Features._fields]
+  row = Features(
+    *(pad(column, n_snapshots if asked else max_events) for column, asked in zip(zip(*parts), of_snapshots))
+  )
+  row.numeric[n:] = np.nan
+  return row
+
+
+def pad(columns: Sequence[np.ndarray], size: int) -> np.ndarray:
+  """One array behind the other, `[size, …]`, and 0 behind them."""
+  out = np.zeros((size, *columns[0].shape[1:]), columns[0].dtype)
+  place = 0
+  for x in columns:
+    out[place : place + len(x)] = x
+    place += len(x)
+  return out
+
+
+def window(
+  dataset: Encoding,
+  history: UserHistory,
+  start: int,
+  stop: int,
+  snapshot_time: np.ndarray,
+  snapshot_events: np.ndarray,
+  max_events: int,
+  n_snapshots: int,
+  aggregates: np.ndarray | None = None,
+) -> Features:
+  """Lays out one user as one row, padded; see `part` and `join`."""
+  whole = window_features(dataset, history, start, stop, snapshot_time, snapshot_events, aggregates)
+  return join_features([whole], max_events, n_snapshots)
+
+
+def stack(rows: Sequence[Any]) -> Any:
+  """Stacks rows of equal structure into a batch."""
+  first = rows[0]
+  if isinstance(first, dict):
+    return {k: stack([r[k] for r in rows]) for k in first}
+  if isinstance(first, tuple):
+    return type(first)(*(stack(column) for column in zip(*rows)))
+  return np.stack(rows)

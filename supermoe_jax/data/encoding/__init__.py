@@ -1,0 +1,1 @@
+"""Users' histories as integers and floats: vocabularies, numeric encoders, splits and aggregates."""

@@ -1,0 +1,211 @@
+"""Encoders of event fields, fitted on the training period (or the training users) only, and of user labels, fitted on
+the training users."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import urllib.parse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric, number_encoder
+from supermoe_jax.errors import DataError
+
+if TYPE_CHECKING:  # encoding a value takes NumPy alone; only tables and files of them take Arrow
+  import pyarrow as pa
+
+ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
+
+
+def _bucket(value: str, buckets: int, half: str = "lower") -> int:
+  """The bucket of a value, from 0, by 64 bits of MD5 as DuckDB has them: the same on every machine and version."""
+  digest = hashlib.md5(value.encode()).digest()
+  return int.from_bytes(digest[8:] if half == "lower" else digest[:8], "little") % buckets
+
+
+def bucket_sql(column: str, buckets: int, half: str = "lower") -> str:
+  """The SQL of the bucket, from 0, that the value of a column is hashed into."""
+  return f"md5_number_{half}({column}) % {buckets}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+  """The values of a field, most frequent first, ties by value; the value at index i has the code i + 2.
+
+  Values that it does not hold have the code 1 or, with buckets, one of the codes that follow those of the values.
+
+  Attributes:
+    values: the values as text.
+    counts: int64, how often each occurs in the training period.
+    buckets: how many codes other values are hashed into; 0: none.
+  """
+
+  values: list[str]
+  counts: np.ndarray
+  buckets: int = 0
+
+  @property
+  def n_codes(self) -> int:
+    """The number of codes, absent and out of vocabulary included."""
+    return self._first_bucket + self.buckets
+
+  @property
+  def _first_bucket(self) -> int:
+    return len(self.values) + FIRST_VALUE
+
+  @functools.cached_property
+  def _codes(self) -> dict[str, int]:
+    return {v: i for i, v in enumerate(self.values, FIRST_VALUE)}
+
+  def code(self, value: str | None) -> int:
+    """The code of a value; None is absent."""
+    if value is None:
+      return ABSENT
+    if self.buckets and value not in self._codes:
+      return self._first_bucket + _bucket(value, self.buckets)
+    return self._codes.get(value, UNKNOWN)
+
+  def table(self) -> pa.Table:
+    """The columns `value` and `code`, for a join."""
+    import pyarrow as pa
+
+    return pa.table(
+      {"value": pa.array(self.values, pa.string()), "code": np.arange(len(self.values), dtype=np.int32) + FIRST_VALUE}
+    )
+
+  def code_sql(self, column: str, table: str) -> str:
+    """The SQL of a column's code; `table` is `table()`, joined by an outer join on its `value`."""
+    unknown = f"{self._first_bucket} + {bucket_sql(column, self.buckets)}" if self.buckets else f"{UNKNOWN}"
+    return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE coalesce({table}.code, {unknown}) END"
+
+  def bucket_sql(self, column: str) -> str:
+    """The SQL of the bucket, from 0, of a column's value that is out of vocabulary."""
+    return bucket_sql(column, self.buckets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashing:
+  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code.
+
+  Attributes:
+    buckets: of this part.
+    part: which of the `parts` it is; a value of another part is absent here, and has a code there.
+    parts: the parts that all buckets are divided into, equally large.
+    half: which 64 bits of the value's MD5 choose; those of one half say nothing of the other.
+  """
+
+  buckets: int
+  part: int = 0
+  parts: int = 1
+  half: str = "lower"
+
+  @property
+  def n_codes(self) -> int:
+    """The number of codes, absent and out of vocabulary included."""
+    return self.buckets + FIRST_VALUE
+
+  def code(self, value: str | None) -> int:
+    """The code of a value; None is absent."""
+    if value is None:
+      return ABSENT
+    part, bucket = divmod(_bucket(value, self.buckets * self.parts, self.half), self.buckets)
+    return FIRST_VALUE + bucket if part == self.part else ABSENT
+
+  def table(self) -> None:
+    """A hash needs no table."""
+
+  def bucket_sql(self, column: str) -> str:
+    """The SQL of the bucket of a column's value, from 0; NULL where it is one of another part."""
+    bucket = bucket_sql(column, self.buckets * self.parts, self.half)
+    if self.parts == 1:
+      return bucket
+    return f"CASE WHEN ({bucket}) // {self.buckets} = {self.part} THEN ({bucket}) % {self.buckets} END"
+
+  def code_sql(self, column: str, table: str) -> str:
+    """The SQL of a column's code."""
+    del table
+    return f"coalesce({FIRST_VALUE} + {self.bucket_sql(column)}, {ABSENT})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+  """The classes of a user label, most frequent among the training users first, ties by value.
+
+  Attributes:
+    values: the classes as text; the label is the index.
+    counts: how many training users each has.
+  """
+
+  values: tuple[str, ...]
+  counts: tuple[int, ...]
+
+
+Categorical = Vocabulary | Hashing
+LabelEncoder = Classes | Numeric
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+  """The encoder of each field, in config order, and of each user label that needs one (classes, numbers)."""
+
+  categorical: Mapping[str, Categorical]
+  numeric: Mapping[str, NumberEncoder]
+  labels: Mapping[str, LabelEncoder] = dataclasses.field(default_factory=dict)
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes the vocabularies as Parquet (value, count) and the rest as `encoders.json` into a directory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.mkdir(parents=True, exist_ok=True)
+    saved: dict[str, Any] = {
+      "categorical": {},
+      "numeric": {n: dataclasses.asdict(s) for n, s in self.numeric.items()},
+      "labels": {n: dataclasses.asdict(e) for n, e in self.labels.items()},
+    }
+    for name, encoder in self.categorical.items():
+      if isinstance(encoder, Hashing):
+        # What is as it always was is not named: datasets keep their encoding hash.
+        plain = dataclasses.asdict(Hashing(encoder.buckets))
+        own = {k: v for k, v in dataclasses.asdict(encoder).items() if k == "buckets" or v != plain[k]}
+        saved["categorical"][name] = {"kind": "hash", **own}
+        continue
+      file = f"{urllib.parse.quote(name, safe='')}.parquet"
+      pq.write_table(pa.table({"value": pa.array(encoder.values, pa.string()), "count": encoder.counts}), path / file)
+      # Without buckets nothing is said of them: datasets that had none before keep their encoding hash.
+      buckets = {"buckets": encoder.buckets} if encoder.buckets else {}
+      saved["categorical"][name] = {"kind": "vocabulary", "file": file, **buckets}
+    (path / "encoders.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+  @classmethod
+  def load(cls, path: pathlib.Path) -> Encoders:
+    """Reads what `save` wrote.
+
+    Raises:
+      DataError: the directory holds no encoders.
+    """
+    import pyarrow.parquet as pq
+
+    file = path / "encoders.json"
+    if not file.is_file():
+      raise DataError(f"{path} holds no encoders (no {file.name}); prepare the dataset again.")
+    saved = json.loads(file.read_text())
+    categorical: dict[str, Categorical] = {}
+    for name, spec in saved["categorical"].items():
+      if spec["kind"] == "hash":
+        categorical[name] = Hashing(**{k: v for k, v in spec.items() if k != "kind"})
+      else:
+        table = pq.read_table(path / spec["file"])
+        values, counts = table["value"].to_pylist(), table["count"].to_numpy()
+        categorical[name] = Vocabulary(values, counts, spec.get("buckets", 0))
+    labels: dict[str, LabelEncoder] = {
+      n: Classes(tuple(e["values"]), tuple(e["counts"])) if "values" in e else Numeric(**e)
+      for n, e in saved["labels"].items()
+    }
+    return cls(categorical, {n: number_encoder(s) for n, s in saved["numeric"].items()}, labels)

@@ -1,0 +1,1 @@
+"""A dataset's files: records, shards, schema and integrity."""

@@ -1,0 +1,1 @@
+"""`supermoe inspect`: measures event files and proposes a config."""

@@ -1,0 +1,274 @@
+"""What a column of an event log is likely to be: judged by its type, its values and its name, with the reason.
+
+These are proposals for a person to read, so plain rules that a few words can state are preferred to cleverer ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+from supermoe_jax.data.reading import value_sql
+
+VOCABULARY_LIMIT = 100_000  # values beyond which a field is hashed
+FEW_VALUES = 20  # up to which numbers are taken for categories, such as ratings
+MOSTLY = 0.95  # the share of values that makes a column one of numbers or of times; the rest are then bad values
+LONG_TEXT = 60  # characters on average
+MANY = 8  # values of a list that are kept, at most
+WHOLE_LISTS = 0.95  # the share of the lists that are kept whole, unless that takes more values
+SKEW = 10  # the largest value over the mean that calls for log1p
+
+USER_WORDS = (
+  *("user", "uid", "customer", "household", "client", "visitor", "member", "account", "person", "profile"),
+  *("subscriber", "player", "patient", "device", "session"),
+)
+ITEM_WORDS = (
+  *("item", "product", "sku", "article", "movie", "track", "song", "video", "book", "content", "listing", "page"),
+  *("category", "url", "merchant", "event", "action", "behavior", "behaviour", "type"),
+)
+ID_WORDS = (
+  *("id", "code", "class", "group", "store", "shop", "upc", "brand", "department", "campaign", "zip", "key", "status"),
+)
+LABEL_WORDS = (
+  *("label", "target", "outcome", "click", "convert", "conversion", "purchased", "bought", "churn", "like", "fraud"),
+  *("default", "returned", "refund", "rating", "cancel", "subscribed"),
+)
+TIME_WORDS = ("time", "timestamp", "ts", "date", "datetime", "created", "occurred", "epoch", "at")
+CALENDAR_WORDS = ("week", "month", "year", "day", "hour", "weekday", "quarter")
+
+_DATES = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%Y%m%d", "%d-%m-%Y", "%m-%d-%Y")
+_CLOCKS = ("", " %H:%M", " %H:%M:%S")
+TIME_FORMATS = (*(d + c for d, c in itertools.product(_DATES, _CLOCKS)), "%Y%m%d%H%M%S", "%a %b %d %H:%M:%S %z %Y")
+FORMAT_SAMPLE = 100  # values that a format has to fit
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnStatistics:
+  """A column, measured over all rows of its table.
+
+  Attributes:
+    name: its name.
+    type: its DuckDB type.
+    rows: rows of the table.
+    present: rows with a value.
+    distinct: different values.
+    numbers: values that are finite numbers.
+    low: the smallest number, None without any.
+    high: the largest number.
+    size: the mean of the numbers' absolute values.
+    whole: whether all numbers are whole.
+    iso_times: values of a textual column that are ISO 8601 times.
+    length: the mean number of characters.
+    sample: the distinct values among the first rows, in order.
+  """
+
+  name: str
+  type: str
+  rows: int
+  present: int
+  distinct: int
+  numbers: int = 0
+  low: float | None = None
+  high: float | None = None
+  size: float | None = None
+  whole: bool = False
+  iso_times: int = 0
+  length: float = 0.0
+  sample: tuple[str, ...] = ()
+
+  @property
+  def numeric(self) -> bool:
+    """Whether most values are numbers."""
+    return self.present > 0 and self.numbers >= MOSTLY * self.present
+
+  @property
+  def holds_lists(self) -> bool:
+    """Whether the values are lists of texts or whole numbers; of text whether those looked at are all JSON arrays."""
+    if self.type == "VARCHAR":
+      return bool(self.sample) and all(v.startswith("[") and v.endswith("]") for v in self.sample)
+    return re.fullmatch(r"(VARCHAR|U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT))\[\d*\]", self.type) is not None
+
+  @property
+  def words(self) -> list[str]:
+    """The words of the name: `productId` and `product_id` are `product`, `id`."""
+    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", self.name)]
+
+  def named(self, words: Sequence[str]) -> int | None:
+    """The place among `words` of the first one that a word of the name begins with (up to three letters: is)."""
+    for place, word in enumerate(words):
+      if any(w == word or (len(word) > 3 and w.startswith(word)) for w in self.words):
+        return place
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnRole:
+  """What a column is proposed to be.
+
+  Attributes:
+    kind: user, time, vocabulary, hash, numeric or ignore.
+    reason: why, in a few words.
+    settings: what its entry in the config needs besides the column's name.
+    note: what is to be known of these settings.
+  """
+
+  kind: str
+  reason: str
+  settings: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+  note: str = ""
+
+
+def time_sql(column: str, type: str, role: ColumnRole) -> str:
+  """Returns the SQL of a time column as microseconds since 1970 UTC, read as its role says."""
+  if value_sql.is_instant(type):
+    return value_sql.instant_sql(column, type)
+  if format := role.settings.get("time_format"):
+    return value_sql.formatted_sql(column, type, str(format))
+  if role.reason.startswith("epoch") or value_sql.is_number(type):
+    return value_sql.epoch_sql(column, type, str(role.settings.get("time_unit", "s")))
+  return value_sql.iso_sql(column)
+
+
+def sequence_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole]:
+  """Returns the place and the role of the column of a file of sequences that stands in for the time."""
+  names = [column.name for column in columns]
+  return names.index("position"), ColumnRole("time", "the place in the sequence", {"time_unit": "s"})
+
+
+def list_role(lengths: Mapping[int, int]) -> ColumnRole:
+  """Returns the role of a column of lists; `lengths` says how many there are of each length, in order, from 1."""
+  reached = itertools.accumulate(lengths.values())
+  usual = next(k for k, n in zip(lengths, reached, strict=True) if n >= WHOLE_LISTS * sum(lengths.values()))
+  many, longest = min(usual, MANY), max(lengths)
+  kept = sum(min(k, many) * n for k, n in lengths.items()) / sum(k * n for k, n in lengths.items())
+  note = f"many={many} keeps {kept:.1%} of their values"
+  return ColumnRole("vocabulary", f"lists of up to {longest:,} values", {"many": many}, note)
+
+
+def choose_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole] | None:
+  """Returns the place and the role of the likeliest time column; the first of equally likely ones."""
+  best: tuple[float, int, ColumnRole] | None = None
+  for place, column in enumerate(columns):
+    likely = _time_role(column)
+    if likely and (best is None or likely[0] > best[0]):
+      best = (likely[0], place, likely[1])
+  return best[1:] if best else None
+
+
+def _time_role(column: ColumnStatistics) -> tuple[float, ColumnRole] | None:
+  """How likely a column is the time, and the role it would have."""
+  named = 0.5 * (column.named(TIME_WORDS) is not None)
+  if not column.present:
+    return None
+  if value_sql.is_instant(column.type):
+    return 3 + named, ColumnRole("time", "timestamps")
+  if column.type == "VARCHAR" and column.iso_times >= MOSTLY * column.present:
+    return 3 + named, ColumnRole("time", "ISO 8601")
+  if (column.numeric and column.whole) or (column.type == "VARCHAR" and not column.numeric):
+    formats = _fitting_formats(column.sample[:FORMAT_SAMPLE])
+    if formats and (named or not column.numeric):
+      other = f"; or {formats[1]}?" if len(formats) > 1 else ""
+      return 2 + named, ColumnRole("time", f"dates as {formats[0]}{other}", {"time_format": formats[0]})
+  if not column.numeric or column.low is None or column.high is None:
+    return None
+  if units := value_sql.plausible_units(column.low, column.high):
+    settings: dict[str, str | int] = {} if units[0] == "s" else {"time_unit": units[0]}
+    likely = 2.0 if named else 1.0 if column.named(ID_WORDS) is None else 0.0
+    return (likely + named, ColumnRole("time", f"epoch in {units[0]}", settings)) if likely else None
+  if named:
+    return 0.5, ColumnRole("time", "epoch? its values lie before 1980 or after 2100", {"time_unit": "s"})
+  return None
+
+
+def _fitting_formats(sample: Sequence[str]) -> list[str]:
+  def fits(format: str) -> bool:
+    try:
+      return all(1900 <= datetime.datetime.strptime(v, format).year < 2100 for v in sample)
+    except ValueError:
+      return False
+
+  return [f for f in TIME_FORMATS if fits(f)] if sample else []
+
+
+def user_candidates(columns: Sequence[ColumnStatistics], time: int | None) -> list[int]:
+  """Returns the places of the columns that may be the user, likeliest first."""
+  exact: list[tuple[int, int]] = []
+  described: list[tuple[int, int]] = []
+  for place, column in enumerate(columns):
+    named = column.named(USER_WORDS)
+    if place == time or named is None or not _may_be_id(column):
+      continue
+    # `user_id` is the user; `user_age` is something known of one.
+    rest = [w for w in column.words if w not in ("id", "key", "no", "number", "hash", "hashed")]
+    (exact if len(rest) == 1 or "id" in column.words else described).append((named, place))
+  ranked = sorted(exact or described)
+  if not ranked and time is not None:  # by its values: the first ids that come back
+    ranked = [(0, p) for p, c in enumerate(columns) if p != time and _may_be_id(c) and c.distinct <= c.present / 2][:1]
+  return [place for _, place in ranked]
+
+
+def _may_be_id(column: ColumnStatistics) -> bool:
+  fraction = column.numbers > 0 and not column.whole
+  return (
+    column.distinct >= 2 and not fraction and not _nested(column) and column.type != "BOOLEAN" and column.length < 40
+  )
+
+
+def _nested(column: ColumnStatistics) -> bool:
+  return column.type.endswith("]") or column.type.startswith(("STRUCT", "MAP", "UNION", "BLOB"))
+
+
+def field_role(column: ColumnStatistics, *, timed: bool = True, one_user_each: bool = False) -> ColumnRole:
+  """Returns the role of a column that is neither user nor time.
+
+  Args:
+    column: the column.
+    timed: whether the table has a time, which makes calendar columns superfluous.
+    one_user_each: whether no two users share a value of the column.
+  """
+  if column.present == 0:
+    return ColumnRole("ignore", "no value")
+  if column.distinct == 1:
+    return ColumnRole("ignore", "one value only")
+  if _nested(column):
+    return ColumnRole("ignore", "nested values")
+  likely = _time_role(column)
+  if likely and likely[0] >= 2:
+    return ColumnRole("ignore", "another time")
+  if timed and column.named(CALENDAR_WORDS) is not None and column.numeric:
+    return ColumnRole("ignore", "calendar: the time says it")
+  if _is_quantity(column):
+    assert column.high is not None and column.low is not None and column.size is not None
+    skewed = max(abs(column.high), abs(column.low)) > SKEW * column.size
+    bad = f", but for {column.present - column.numbers:,} values" if column.numbers < column.present else ""
+    return ColumnRole("numeric", ("skewed" if skewed else "a quantity") + bad, {"encoding": "log1p"} if skewed else {})
+  if column.rows > FEW_VALUES and column.distinct >= MOSTLY * column.present:
+    return ColumnRole("ignore", "a value of its own for each row")
+  if one_user_each:
+    return ColumnRole("ignore", "each value has one user: it says who, not what")
+  if column.length > LONG_TEXT:
+    return ColumnRole("ignore", "long text")
+  if column.distinct > VOCABULARY_LIMIT:
+    return ColumnRole(
+      "hash", f"more than {VOCABULARY_LIMIT:,} values", {"size": 1 << (column.distinct - 1).bit_length()}
+    )
+  return ColumnRole("vocabulary", "few numbers" if column.numeric and not _is_id(column) else "categories")
+
+
+def _is_id(column: ColumnStatistics) -> bool:
+  return column.named((*ID_WORDS, *ITEM_WORDS)) is not None
+
+
+def _is_quantity(column: ColumnStatistics) -> bool:
+  if not column.numeric or column.type == "BOOLEAN" or (_is_id(column) and column.whole):
+    return False
+  return not column.whole or column.distinct > FEW_VALUES
+
+
+def next_event_rank(column: ColumnStatistics) -> tuple[int, int]:
+  """Orders vocabulary fields by how likely they are what should be predicted; the smallest is likeliest."""
+  named = column.named(ITEM_WORDS)
+  return (len(ITEM_WORDS) if named is None else named, -column.distinct)

@@ -1,0 +1,244 @@
+"""Writes the config file that `supermoe inspect` proposes: complete, loadable, and meant to be read and edited."""
+
+from __future__ import annotations
+
+import datetime
+import glob
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
+from supermoe_jax.data.inspect import column_roles
+from supermoe_jax.data.reading import paths, readers
+from supermoe_jax.data.reading.remote import FilePath
+from supermoe_jax.errors import DataError
+
+if TYPE_CHECKING:
+  from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
+  from supermoe_jax.data.inspect.inspect import InspectedTable
+
+QUANTILES = (0.7, 0.85)  # of the events: where the training period ends, and where the test snapshot lies
+LEAST_ROUNDED_UNITS = 20  # the log's length in units of the rounding of snapshot times, at least
+SNAPSHOTS = 4  # training snapshots that have to fit, at least
+
+_Comments = dict[tuple[str, ...], str]  # path of keys → comment on that line
+
+
+def event_tables(tables: Sequence[InspectedTable]) -> list[InspectedTable]:
+  """The tables that hold events."""
+  return [t for t in tables if _is_source(t, tables)]
+
+
+def user_table_of(tables: Sequence[InspectedTable]) -> InspectedTable | None:
+  """The table of users: one without events whose key is the user of one with events."""
+  sources = event_tables(tables)
+  return _users(sources, [t for t in tables if t not in sources])
+
+
+def propose(tables: Sequence[InspectedTable]) -> str:
+  """Returns the text of a config file for the tables that hold events; empty if none has a field.
+
+  Of the other tables, one whose key is a field of the events becomes their table of items, and one whose key is the
+  user becomes the table of users.
+  """
+  sources = event_tables(tables)
+  others = [t for t in tables if t not in sources]
+  items = {t.name: table for t in sources if (table := _items(t, others)) is not None}
+  comments: _Comments = {}
+  fields, target = _fields(sources, items, comments)
+  if target is None:
+    return ""
+  name = "_".join(t.name for t in sources)
+  data: dict[str, Any] = {
+    "path": f"datasets/{name}",
+    "sources": {t.name: _source(t, items.get(t.name)) for t in sources},
+    "fields": fields,
+  }
+  if (users := user_table_of(tables)) is not None:
+    data["users"] = {"files": _patterns(users.files), "user": users.having("user")[0][0].name}
+  data["split"] = _split(sources, comments)
+  if any(t.format == "sequences" for t in sources):
+    data["aggregates"] = {"enabled": False}  # they count within windows of time
+  if (bad := sum(_bad_rows(t) for t in [*sources, *items.values()])) > 0:
+    data["on_bad_rows"] = "drop"
+    comments["data", "on_bad_rows"] = f"up to {bad:,} rows have no user, no time or a number that cannot be read"
+  raw = {"data": data, "tasks": {f"next_{target}": {"kind": "next_event", "field": target}}}
+  docstring = f'"""Events of {", ".join(t.name for t in sources)}, as proposed by `supermoe inspect`."""'
+  body = "\n".join(_config_lines(raw, comments, (), "  "))
+  return (
+    f"{docstring}\n\nimport ml_collections\n\n\ndef get_config() -> ml_collections.ConfigDict:\n"
+    f"  return ml_collections.ConfigDict({body})\n"
+  )
+
+
+def _is_source(table: InspectedTable, tables: Sequence[InspectedTable]) -> bool:
+  """Whether a table holds events; one row a user and a time, such as of signing up, is rather known of the user."""
+  if table.events is None:
+    return False
+  return table.users[0].most > 1 or not any(t.users and t.users[0].most > 1 and t.events for t in tables)
+
+
+def _items(source: InspectedTable, others: Sequence[InspectedTable]) -> InspectedTable | None:
+  """The first table of a file of its own whose key is a field of the source."""
+  return next((t for t in others if len(t.files) == 1 and _key(source, t) is not None), None)
+
+
+def _key(source: InspectedTable, items: InspectedTable) -> str | None:
+  """The source's field that is the key of a table of items: one of its name, or what the events are likeliest about.
+
+  An object keyed by id does not say what its keys are called.
+  """
+  fields = [(c, r) for c, r in source.having("vocabulary", "hash") if "many" not in r.settings]
+  if items.format == "json_object":
+    named = [column for column, _ in fields if column.named(column_roles.ITEM_WORDS) is not None]
+    return min(named, key=column_roles.next_event_rank).name if named else None
+  return next((column.name for column, _ in fields if column.name in items.keys), None)
+
+
+def _users(sources: Sequence[InspectedTable], others: Sequence[InspectedTable]) -> InspectedTable | None:
+  owners = [t.having("user")[0][0].name for t in sources]
+  return next((t for t in others if t.having("user") and t.having("user")[0][0].name in {*owners} & {*t.keys}), None)
+
+
+def _bad_rows(table: InspectedTable) -> int:
+  """At most how many rows the reader would reject."""
+  unreadable = table.events.unreadable if table.events else 0
+  return unreadable + sum(c.present - c.numbers for c, _ in table.having("numeric"))
+
+
+def _source(table: InspectedTable, items: InspectedTable | None) -> dict[str, Any]:
+  ((user, _),), ((time, role),) = table.having("user"), table.having("time")
+  source: dict[str, Any] = {"files": _patterns(table.files), "user": user.name, "time": time.name, **role.settings}
+  if any(_format_by_ending(file) != table.format for file in table.files):
+    source["format"] = table.format
+  if items is not None:
+    source["items"] = {"file": str(items.files[0]), "key": _key(table, items)}
+  return source
+
+
+def _format_by_ending(file: FilePath) -> str:
+  try:
+    return readers.format_of(file)
+  except DataError:
+    return ""
+
+
+def _patterns(files: Sequence[FilePath]) -> list[str]:
+  """The files, or the one glob that means exactly them: a shell has expanded the one that was typed."""
+  first = files[0]
+  if len(files) > 1 and isinstance(first, pathlib.Path):
+    pattern = f"{glob.escape(str(first.parent))}/*{''.join(first.suffixes)}"
+    if set(paths.glob_files(pattern)) == set(files):
+      return [pattern]
+  return [str(file) for file in files]
+
+
+def _fields(
+  sources: Sequence[InspectedTable], items: Mapping[str, InspectedTable], comments: _Comments
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+  """The fields of all sources, and the one whose next value should be predicted; a column of several is one field."""
+  fields: dict[str, dict[str, Any]] = {}
+  carriers: dict[str, list[str]] = {}
+  ranks: dict[str, tuple[int, int]] = {}
+  for table in sources:
+    own = table.having("vocabulary", "hash", "numeric")
+    taken = {column.name for column in table.columns}
+    joined = items[table.name].having("vocabulary", "hash", "numeric") if table.name in items else []
+    if table.name in items and items[table.name].format == "json_object":
+      taken.add(readers.KEY)
+    for column, role in [*own, *((c, r) for c, r in joined if c.name not in taken)]:
+      name = _identifier(column.name)
+      settings = _field(column, role, name)
+      if name in fields and fields[name] != settings:
+        name = f"{table.name}_{name}"
+        settings["column"] = column.name
+      fields[name] = settings
+      carriers.setdefault(name, []).append(table.name)
+      comments["data", "fields", name] = _comment(column, role)
+      if role.kind != "numeric" and "many" not in role.settings:
+        ranks[name] = min(column_roles.next_event_rank(column), ranks.get(name, (len(column_roles.ITEM_WORDS), 0)))
+  for name, carrying in carriers.items():
+    if len(carrying) < len(sources):
+      fields[name]["sources"] = carrying
+  if not ranks:
+    return fields, None
+  target = min(ranks, key=lambda n: ("kind" in fields[n], ranks[n]))
+  if fields[target].get("kind") == "hash":
+    del fields[target]["kind"], fields[target]["size"]  # a value is predicted by its name: keep the most frequent ones
+  return fields, target
+
+
+def _field(column: ColumnStatistics, role: ColumnRole, name: str) -> dict[str, Any]:
+  field: dict[str, Any] = {} if role.kind == "vocabulary" else {"kind": role.kind}
+  if name != column.name:
+    field["column"] = column.name
+  return {**field, **role.settings}
+
+
+def _comment(column: ColumnStatistics, role: ColumnRole) -> str:
+  if role.kind == "numeric":
+    return f"{column.low:g} to {column.high:g}"
+  return f"{column.distinct:,} different lists; {role.note}" if role.note else f"{column.distinct:,} values"
+
+
+def _identifier(name: str) -> str:
+  name = re.sub(r"\W", "_", name)
+  return name if name.isidentifier() else f"_{name}"
+
+
+def _split(sources: Sequence[InspectedTable], comments: _Comments) -> dict[str, Any]:
+  """A temporal split at quantiles of the largest table's events; leave one out if its times are too few for that."""
+  if any(t.format == "sequences" for t in sources):
+    comments["data", "split"] = "a place in a sequence is no time"
+    return {"mode": "leave_one_out"}
+  facts = [t.events for t in sources if t.events]
+  first, last = min(f.first for f in facts), max(f.last for f in facts)
+  largest = max(sources, key=lambda t: t.rows).events
+  assert largest is not None
+  train_end, test = (_rounded_down(time, last - first) for time in largest.quantiles)
+  if not first < train_end < test <= last:
+    comments["data", "split"] = (
+      f"too few times between {format_time(first)} and {format_time(last)} for a temporal split"
+    )
+    return {"mode": "leave_one_out"}
+  comments["data", "split", "train_end"] = f"the log runs from {format_time(first)} to {format_time(last)}"
+  split: dict[str, Any] = {"train_end": _iso(train_end), "validation": [_iso(train_end)], "test": [_iso(test)]}
+  days = (train_end - first) / MICROSECONDS_PER_DAY
+  if days < SNAPSHOTS * Split.every_days:
+    split["every_days"] = float(f"{days / SNAPSHOTS:.3g}")
+  return split
+
+
+def _rounded_down(time: int, span: int) -> int:
+  """Rounds to a day, hour, minute or second, the coarsest that leaves the log many of them."""
+  seconds = next((s for s in (86_400, 3_600, 60) if span >= LEAST_ROUNDED_UNITS * s * 1_000_000), 1)
+  return time - time % (seconds * 1_000_000)
+
+
+def _iso(microseconds: int) -> str:
+  moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=microseconds)
+  return moment.date().isoformat() if moment.time() == datetime.time() else moment.isoformat()
+
+
+def _config_lines(value: Any, comments: Mapping[tuple[str, ...], str], path: tuple[str, ...], indent: str) -> list[str]:
+  """Writes nested mappings one key a line, small ones of scalars in one; comments stand at the end of their line."""
+  if not isinstance(value, Mapping):
+    # Of texts, numbers and lists of them JSON is Python too.
+    return [repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)]
+  if (path[:2] == ("data", "fields") and len(path) == 3) or not value:
+    return [
+      "{" + ", ".join(f'"{k}": {_config_lines(v, comments, (*path, k), indent)[0]}' for k, v in value.items()) + "}"
+    ]
+  out = ["{"]
+  for key, inner in value.items():
+    where = (*path, key)
+    lines = _config_lines(inner, comments, where, indent + "  ")
+    comment = f"  # {comments[where]}" if where in comments else ""
+    out.append(f'{indent}  "{key}": {lines[0]}')
+    out += lines[1:]
+    out[-1] += ","
+    out[-1 if len(lines) == 1 else -len(lines)] += comment
+  return [*out, f"{indent}}}"]

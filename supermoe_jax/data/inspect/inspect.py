@@ -1,0 +1,370 @@
+"""What `supermoe inspect` finds out about files before they are prepared, and the config that it proposes.
+
+Files with the same columns are one table. Its columns are measured over all rows, alone and together; `column_roles`
+judges what each is, and `config_file` writes the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import duckdb
+
+from supermoe_jax import config
+from supermoe_jax.config import format_time
+from supermoe_jax.data.inspect import column_roles, config_file, leaks
+from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
+from supermoe_jax.data.inspect.leaks import LeakSuspect
+from supermoe_jax.data.reading import paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
+from supermoe_jax.data.reading.remote import FilePath
+from supermoe_jax.errors import DataError
+
+MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk
+SAMPLE_ROWS = 1000
+EXAMPLES, EXAMPLES_WIDTH = 3, 40
+CANDIDATES = 3  # columns that may be the user, shown with their rows per value
+
+
+@dataclasses.dataclass(frozen=True)
+class UserRows:
+  """How many rows a value of a column has, which may be the user: the number of values, median and largest."""
+
+  column: str
+  users: int
+  median: float
+  most: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EventTableStatistics:
+  """Facts of a table that has a user and a time.
+
+  Attributes:
+    first: the first time, microseconds since 1970 UTC.
+    last: the last time.
+    quantiles: the times at `config_file.QUANTILES` of the rows, approximately.
+    unreadable: rows without user or time, or whose time cannot be read.
+    tie_rate: the share of rows that share user and time with another row.
+    duplicate_rate: the share of rows that repeat another row in every column.
+  """
+
+  first: int
+  last: int
+  quantiles: tuple[int, ...]
+  unreadable: int
+  tie_rate: float
+  duplicate_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectedTable:
+  """Files of the same columns.
+
+  Attributes:
+    columns: its columns, measured.
+    roles: the proposed role of each.
+    users: the columns that may be the user, likeliest first.
+    events: facts of the rows as events; None if no user or no time was found.
+  """
+
+  name: str
+  files: tuple[FilePath, ...]
+  format: str
+  rows: int
+  columns: tuple[ColumnStatistics, ...]
+  roles: tuple[ColumnRole, ...]
+  users: tuple[UserRows, ...]
+  events: EventTableStatistics | None
+
+  def having(self, *kinds: str) -> list[tuple[ColumnStatistics, ColumnRole]]:
+    """The columns of these roles."""
+    return [(c, r) for c, r in zip(self.columns, self.roles, strict=True) if r.kind in kinds]
+
+  @property
+  def keys(self) -> list[str]:
+    """The columns whose values each stand in one row."""
+    return [c.name for c in self.columns if c.distinct == c.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+  """What was found.
+
+  Attributes:
+    tables: in the order of their first file.
+    empty_files: files without a row.
+    suspects: columns of events that nearly tell a label.
+    config: the text of a complete config file; empty if no table has a user, a time and a field.
+  """
+
+  tables: tuple[InspectedTable, ...]
+  empty_files: tuple[FilePath, ...]
+  suspects: tuple[LeakSuspect, ...]
+  config: str
+
+  def render(self) -> str:
+    """Writes the findings, aligned for a terminal, and below them the proposed config file."""
+    parts = [_render_table(table) for table in self.tables]
+    if self.empty_files:
+      parts.append("Without a row: " + ", ".join(str(f) for f in self.empty_files))
+    if self.suspects:
+      parts.append("Suspicious columns:\n" + "\n".join(f"  {suspect}" for suspect in self.suspects))
+    if self.config:
+      rule = "─" * 100
+      parts.append(f"Proposed config. Read it through, save it, and give it to --config.\n{rule}\n{self.config}{rule}")
+    else:
+      parts.append("No config is proposed: no table has a user, a time and a field.")
+    return "\n\n".join(parts) + "\n"
+
+
+def inspect(files: Sequence[str], format: str = "auto") -> Inspection:
+  """Measures files (paths or globs) and proposes what their columns are, and a config.
+
+  Raises:
+    DataError: a file is missing or cannot be read, or none of them holds a row.
+  """
+  with tempfile.TemporaryDirectory() as spill:
+    con = readers.connect(memory=MEMORY, spill=pathlib.Path(spill))
+    try:
+      groups, empty = _group(con, files, format)
+      names = _names([[file.path for file in group] for group in groups])
+      tables = tuple(_inspect_table(con, name, group) for name, group in zip(names, groups, strict=True))
+      suspects = _suspects(con, tables, {name: _rows(group) for name, group in zip(names, groups, strict=True)})
+    finally:
+      con.close()
+  return Inspection(tables, tuple(empty), tuple(suspects), config_file.propose(tables))
+
+
+def _group(
+  con: duckdb.DuckDBPyConnection, files: Sequence[str], format: str
+) -> tuple[list[list[TableFile]], list[FilePath]]:
+  """Opens the files; returns them grouped by their columns, and those that are empty."""
+  groups: dict[tuple[str, ...], list[TableFile]] = {}
+  empty: list[FilePath] = []
+  found = paths.find_files(con, files, "supermoe inspect")
+  for file in found:
+    try:
+      table = readers.open_table(con, file.path, format)
+    except EmptyFileError:
+      empty.append(file.path)
+      continue
+    groups.setdefault((table.format, *sorted(table.columns)), []).append(table)
+  if not groups:
+    raise DataError(f"supermoe inspect: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+  for group in groups.values():
+    sequence_files.check_sequences(con, group)
+  return list(groups.values()), empty
+
+
+def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
+  """Names tables after their files, and `part-0.parquet` and the like after their folder."""
+  names: list[str] = []
+  for files in groups:
+    stem = files[0].name.partition(".")[0]
+    if len(files) > 1:
+      stem = re.sub(r"[\d\W_]+$", "", stem)
+    if stem.lower() in ("", "part", "data", "file"):
+      stem = (files[0].absolute() if isinstance(files[0], pathlib.Path) else files[0]).parent.name
+    name = re.sub(r"\W+", "_", stem).strip("_").lower() or "events"
+    name = name if name.isidentifier() else f"events_{name}"
+    if name in names:
+      name += files[0].suffix.replace(".", "_")
+    names.append(name if name not in names else f"{name}_{len(names) + 1}")
+  return names
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[TableFile]) -> InspectedTable:
+  aliases = {f"c{i}": column for i, column in enumerate(files[0].columns)}
+  with readers.naming(files[0].path if len(files) == 1 else files[0].path.parent, files[0].format):
+    con.execute(f"CREATE OR REPLACE TEMP VIEW found AS {_rows(files)}")
+    columns = _measure(con, aliases)
+    time = column_roles.sequence_time(columns) if files[0].format == "sequences" else column_roles.choose_time(columns)
+    candidates = column_roles.user_candidates(columns, time[0] if time else None)
+    users = [_rows_per_user(con, columns, place) for place in candidates[:CANDIDATES]]
+    user = candidates[0] if candidates else None
+    found = _column_roles(con, columns, time, user)
+    json = files[0].format in readers.JSON_FORMATS
+    for i, column in enumerate(columns):
+      # Text of other formats that looks like a JSON array is not read as one.
+      if column.holds_lists and column.distinct > 1 and (json or column.type != "VARCHAR"):
+        lengths = _lengths(con, i, column.type, json)
+        found[i] = column_roles.list_role(lengths) if lengths else found[i]
+    events = _event_facts(con, columns, time, user) if time and user is not None else None
+  rows = columns[0].rows
+  return InspectedTable(
+    name, tuple(f.path for f in files), files[0].format, rows, tuple(columns), tuple(found), tuple(users), events
+  )
+
+
+def _lengths(con: duckdb.DuckDBPyConnection, place: int, type: str, json: bool) -> dict[int, int]:
+  """How many lists of a column have each length, in order; empty lists and absent values in them are left out."""
+  values = value_sql.list_sql(f"c{place}", type, config.Field.separator, json=json)
+  lengths = f"SELECT len({values}) AS length FROM found"
+  query = f"SELECT length, count(*) FROM ({lengths}) WHERE length > 0 GROUP BY length ORDER BY length"
+  return dict(con.execute(query).fetchall())
+
+
+def _rows(files: Sequence[TableFile]) -> str:
+  """A query of the rows of a table's files, its columns named c0, c1, … in the order of the first file."""
+  aliases = {f"c{i}": column for i, column in enumerate(files[0].columns)}
+  return " UNION ALL ".join(f"SELECT {', '.join(aliases)} FROM ({file.select(aliases)})" for file in files)
+
+
+def _suspects(
+  con: duckdb.DuckDBPyConnection, tables: Sequence[InspectedTable], rows: Mapping[str, str]
+) -> list[LeakSuspect]:
+  users = config_file.user_table_of(tables)
+  found: list[LeakSuspect] = []
+  for table in config_file.event_tables(tables):
+    found += leaks.find_leaks(con, table, rows[table.name], users, rows[users.name] if users else "")
+  return found
+
+
+def _measure(con: duckdb.DuckDBPyConnection, aliases: dict[str, str]) -> list[ColumnStatistics]:
+  """Measures each column by itself, in one pass over the rows, and takes a sample of its values."""
+  types = {alias: kind for alias, kind, *_ in con.execute("DESCRIBE found").fetchall()}
+  texts = {alias: value_sql.text_sql(alias, types[alias]) for alias in aliases}
+  ((rows, *facts),) = con.execute(
+    "SELECT count(*), " + ", ".join(f"{{{_facts_sql(a, types[a], texts[a])}}}" for a in aliases) + " FROM found"
+  ).fetchall()
+  sample = con.execute(f"SELECT {', '.join(texts.values())} FROM found LIMIT {SAMPLE_ROWS}").fetchall()
+  values = [tuple(dict.fromkeys(v for v in column if v is not None)) for column in zip(*sample, strict=True)]
+  return [
+    ColumnStatistics(name, types[alias], rows, sample=values[i], **{k: v for k, v in facts[i].items() if v is not None})
+    for i, (alias, name) in enumerate(aliases.items())
+  ]
+
+
+def _facts_sql(column: str, type: str, text: str) -> str:
+  """The members of a struct of the attributes of `Measured`."""
+  facts = {"present": f"count({text})", "distinct": f"count(DISTINCT {text})", "length": f"avg(length({text}))"}
+  if type == "VARCHAR":
+    facts["iso_times"] = f"count({value_sql.iso_sql(column)})"
+  if type == "VARCHAR" or value_sql.is_number(type):
+    number = value_sql.number_sql(column, type)
+    number = f"CASE WHEN isfinite({number}) THEN {number} END"
+    facts |= {"numbers": f"count({number})", "low": f"min({number})", "high": f"max({number})"}
+    facts |= {"size": f"avg(abs({number}))", "whole": f"bool_and({number} = trunc({number}))"}
+  return ", ".join(f"'{name}': {sql}" for name, sql in facts.items())
+
+
+def _rows_per_user(con: duckdb.DuckDBPyConnection, columns: Sequence[ColumnStatistics], place: int) -> UserRows:
+  text = value_sql.text_sql(f"c{place}", columns[place].type)
+  ((users, median, most),) = con.execute(
+    "SELECT count(*), median(n), max(n) FROM "
+    f"(SELECT count(*) AS n FROM found WHERE {text} IS NOT NULL GROUP BY {text})"
+  ).fetchall()
+  return UserRows(columns[place].name, users, median, most)
+
+
+def _column_roles(
+  con: duckdb.DuckDBPyConnection,
+  columns: Sequence[ColumnStatistics],
+  time: tuple[int, ColumnRole] | None,
+  user: int | None,
+) -> list[ColumnRole]:
+  """The role of each column; whether a column's values are each one user's own takes another pass over the rows."""
+  found = [column_roles.field_role(column, timed=time is not None) for column in columns]
+  if time:
+    found[time[0]] = time[1]
+  if user is None:
+    return found
+  found[user] = ColumnRole(
+    "user", "by its name" if columns[user].named(column_roles.USER_WORDS) is not None else "ids that come back"
+  )
+  # A column of fewer values than users cannot tell them apart.
+  asked = [
+    i for i, r in enumerate(found) if r.kind in ("vocabulary", "hash") and columns[i].distinct > columns[user].distinct
+  ]
+  if asked:
+    owner = value_sql.text_sql(f"c{user}", columns[user].type)
+    pairs = [f"count(DISTINCT ({value_sql.text_sql(f'c{i}', columns[i].type)}, {owner}))" for i in asked]
+    where = [f"FILTER ({value_sql.text_sql(f'c{i}', columns[i].type)} IS NOT NULL)" for i in asked]
+    (counts,) = con.execute(
+      f"SELECT {', '.join(f'{p} {w}' for p, w in zip(pairs, where, strict=True))} FROM found"
+    ).fetchall()
+    for i, n in zip(asked, counts, strict=True):
+      found[i] = column_roles.field_role(columns[i], one_user_each=n <= columns[i].distinct * (2 - column_roles.MOSTLY))
+  return found
+
+
+def _event_facts(
+  con: duckdb.DuckDBPyConnection, columns: Sequence[ColumnStatistics], time: tuple[int, ColumnRole], user: int
+) -> EventTableStatistics | None:
+  """Measures a table as events; None if no row has both a user and a time that can be read."""
+  owner = value_sql.text_sql(f"c{user}", columns[user].type)
+  moment = column_roles.time_sql(f"c{time[0]}", columns[time[0]].type, time[1])
+  events = f"(SELECT {owner} AS owner, {moment} AS moment FROM found WHERE owner IS NOT NULL AND moment IS NOT NULL)"
+  ((n, first, last, quantiles),) = con.execute(
+    f"SELECT count(*), min(moment), max(moment), approx_quantile(moment, {list(config_file.QUANTILES)}) FROM {events}"
+  ).fetchall()
+  if not n:
+    return None
+  ((tied,),) = con.execute(
+    f"SELECT coalesce(sum(n), 0) FROM (SELECT count(*) AS n FROM {events} GROUP BY owner, moment) WHERE n > 1"
+  ).fetchall()
+  everything = ", ".join(f"c{i}" for i in range(len(columns)))
+  ((different,),) = con.execute(f"SELECT count(DISTINCT hash({everything})) FROM found").fetchall()
+  rows = columns[0].rows
+  return EventTableStatistics(first, last, tuple(quantiles), rows - n, int(tied) / n, 1 - different / rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def _render_table(table: InspectedTable) -> str:
+  files = f"{len(table.files)} files, {table.files[0]} …" if len(table.files) > 1 else str(table.files[0])
+  lines = [f"{table.name}: {table.rows:,} rows ({files})", ""]
+  rows = [("column", "type", "null", "distinct", "examples", "role")]
+  for column, role in zip(table.columns, table.roles, strict=True):
+    settings = "".join(f" {value}" for key, value in role.settings.items() if key == "encoding")
+    null = f"{1 - column.present / column.rows:.1%}"
+    kind = column.type if table.format == "parquet" else "text"
+    rows.append(
+      (column.name, kind, null, f"{column.distinct:,}", _examples(column), f"{role.kind}{settings}: {role.reason}")
+    )
+  lines += _aligned(rows, right={2, 3})
+  if table.format == "sequences" and table.events:
+    lines += ["", f"  time      none, only an order: places up to {table.events.last // 1_000_000 + 1:,}"]
+  elif table.events:
+    days = (table.events.last - table.events.first) / 86_400e6
+    lines += [
+      "",
+      f"  time      {format_time(table.events.first)} to {format_time(table.events.last)} UTC, {days:,.1f} days",
+    ]
+  else:
+    keys = f"; {table.keys[0]} is different in every row" if table.keys else ""
+    lines += ["", f"  no events: no column is the {'time' if table.users else 'user'}{keys}"]
+  for place, user in enumerate(table.users):
+    rows_each = f"{user.users:,} users, rows of each: median {user.median:,.0f}, most {user.most:,}"
+    lines.append(f"  {'or user' if place else 'user':8}  {user.column}: {rows_each}")
+  if table.events:
+    lines.append(f"  ties      {table.events.tie_rate:.1%} of the rows share user and time with another row")
+    lines.append(f"  repeats   {table.events.duplicate_rate:.1%} of the rows repeat another row in every column")
+    if table.events.unreadable:
+      lines.append(f"  bad rows  {table.events.unreadable:,} rows lack a user or a time that can be read")
+  return "\n".join(lines)
+
+
+def _examples(column: ColumnStatistics) -> str:
+  text = ", ".join(" ".join(value.split()) for value in column.sample[:EXAMPLES])
+  return text if len(text) <= EXAMPLES_WIDTH else text[: EXAMPLES_WIDTH - 1] + "…"
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return [
+    "  "
+    + "  ".join(
+      c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]

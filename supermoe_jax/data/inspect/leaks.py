@@ -1,0 +1,136 @@
+"""Columns of events that nearly tell a label: most often they were written down when the label was already known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from supermoe_jax.data.inspect import column_roles
+from supermoe_jax.data.reading import value_sql
+
+if TYPE_CHECKING:
+  from supermoe_jax.data.inspect.column_roles import ColumnStatistics
+  from supermoe_jax.data.inspect.inspect import InspectedTable
+
+SAMPLE_ROWS = 200_000  # of events; users are sampled whole
+TELLS = 0.9  # share of the errors of guessing the commonest label that knowing the column takes away
+LEAST_USERS = 5  # that share a value: one that few users have says who they are
+LEAST_ROWS = 20  # of the rarer labels
+COVERED = 0.5  # share of the rows whose value has that many users
+BINS = 20  # equally large ones, of numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class LeakSuspect:
+  """A column of events that nearly tells a label.
+
+  Attributes:
+    table: the events' table.
+    column: its column.
+    label: the label, as `table.column`.
+    right: the share of rows whose label is the commonest one of their value.
+    commonest: the share of the commonest label of all.
+  """
+
+  table: str
+  column: str
+  label: str
+  right: float
+  commonest: float
+
+  def __str__(self) -> str:
+    return (
+      f"{self.table}.{self.column} tells {self.label} in {self.right:.1%} of the rows, the commonest value "
+      f"{self.commonest:.1%}: if it is known only with the label, leave it out of the fields, or set input=False"
+    )
+
+
+def find_leaks(
+  con: duckdb.DuckDBPyConnection,
+  events: InspectedTable,
+  rows: str,
+  users: InspectedTable | None = None,
+  user_rows: str = "",
+) -> list[LeakSuspect]:
+  """Finds the columns of a table of events that nearly tell a label.
+
+  Labels are the columns of the table of users, and those of the events whose names say so, of few values each.
+
+  Args:
+    con: where the queries run.
+    events: the table.
+    rows: a query of it, its columns named c0, c1, …
+    users: the table of users, if there is one.
+    user_rows: a query of it, likewise.
+  """
+  owner = _text(events, _user(events))
+  some = f"hash({owner}) % {max(1, -(-events.rows // SAMPLE_ROWS))} = 0"
+  con.execute(f"CREATE OR REPLACE TEMP TABLE sampled AS SELECT *, {owner} AS owner FROM ({rows}) WHERE {some}")
+  fields = [i for i, role in enumerate(events.roles) if role.kind in ("vocabulary", "hash", "numeric")]
+  own = [i for i in fields if events.columns[i].named(column_roles.LABEL_WORDS) is not None and _few(events.columns[i])]
+  found = []
+  for label in own:
+    answers = f"SELECT *, {_text(events, label)} AS label FROM sampled"
+    name = f"{events.name}.{events.columns[label].name}"
+    found += _tellers(con, events, [i for i in fields if i != label], answers, name)
+  if users is not None:
+    user = _user(users)
+    for label, column in enumerate(users.columns):
+      if label != user and _few(column):
+        known = f"SELECT {_text(users, user)} AS known, {_text(users, label)} AS label FROM ({user_rows})"
+        answers = f"SELECT sampled.*, label FROM sampled JOIN ({known}) ON owner = known"
+        found += _tellers(con, events, fields, answers, f"{users.name}.{column.name}")
+  con.execute("DROP TABLE sampled")
+  return found
+
+
+def _tellers(
+  con: duckdb.DuckDBPyConnection, events: InspectedTable, columns: Sequence[int], answers: str, label: str
+) -> list[LeakSuspect]:
+  """The columns that nearly tell the label of `answers`, a query of sampled rows with `owner` and `label`."""
+  found = []
+  for i in columns:
+    # An absent value is a value here: many a column is filled in only when the label says yes.
+    valued = f"SELECT {_value(events, i)} AS value, label, owner FROM ({answers}) WHERE label IS NOT NULL"
+    counted = (
+      f"WITH valued AS ({valued}), shared AS (SELECT value FROM valued GROUP BY value "
+      f"HAVING count(DISTINCT owner) >= {LEAST_USERS}), "
+      "counted AS (SELECT valued.value, label, count(*) AS n FROM valued JOIN shared ON "
+      "valued.value IS NOT DISTINCT FROM shared.value GROUP BY ALL) "
+      "SELECT (SELECT count(*) FROM valued), (SELECT sum(n) FROM counted), "
+      "(SELECT sum(most) FROM (SELECT max(n) AS most FROM counted GROUP BY value)), "
+      "(SELECT max(n) FROM (SELECT sum(n) AS n FROM counted GROUP BY label))"
+    )
+    ((rows, covered, right, commonest),) = con.execute(counted).fetchall()
+    if not covered or covered < COVERED * rows or covered - commonest < LEAST_ROWS:
+      continue
+    if right - commonest >= TELLS * (covered - commonest):
+      found.append(
+        LeakSuspect(events.name, events.columns[i].name, label, int(right) / int(covered), commonest / covered)
+      )
+  return found
+
+
+def _user(table: InspectedTable) -> int:
+  return next(i for i, role in enumerate(table.roles) if role.kind == "user")
+
+
+def _few(column: ColumnStatistics) -> bool:
+  return 2 <= column.distinct <= column_roles.FEW_VALUES
+
+
+def _text(table: InspectedTable, place: int) -> str:
+  return value_sql.text_sql(f"c{place}", table.columns[place].type)
+
+
+def _value(table: InspectedTable, place: int) -> str:
+  """The SQL of a value as something to count: of quantities the bin."""
+  if table.roles[place].kind != "numeric":
+    return _text(table, place)
+  number = value_sql.number_sql(f"c{place}", table.columns[place].type)
+  number = f"CASE WHEN isfinite({number}) THEN {number} END"
+  bin = f"floor({BINS} * percent_rank() OVER (ORDER BY {number}))"  # equal numbers share a bin
+  return f"CASE WHEN {number} IS NOT NULL THEN {bin} END"

@@ -1,0 +1,256 @@
+"""Event logs: read, checked and ordered in DuckDB, then handed out one shard of users at a time.
+
+Every event has its place in the log, `ord`: files in the order listed, rows in the order of their file. Events of a
+user at equal times stay in that order. Ties are never broken by a value, which would leak it into the sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.splits import training_user_sql, user_hash_sql
+from supermoe_jax.data.preparation.log_database import BATCH_ROWS, LogDatabase
+from supermoe_jax.data.preparation.log_statistics import FieldStatistics, LogStatistics
+from supermoe_jax.data.reading.field_sql import field_columns
+from supermoe_jax.data.reading.sources import Reading, SourceReader
+
+if TYPE_CHECKING:
+  from supermoe_jax.data.encoding.vocabulary import Encoders
+
+
+TIE = 'hash("user", time)'
+
+
+class EventLog(LogDatabase):
+  """All events of a config, checked, in a DuckDB database on disk; use it as a context manager.
+
+  Besides `ordered_users` the database has the relation `events` of `EventTables`.
+
+  Attributes:
+    columns: the column of each field in `events`.
+  """
+
+  def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
+    """Reads the sources, as `Log` says."""
+    self.columns = field_columns(data)
+    super().__init__(data, scratch, part=part)
+
+  def _read(self) -> tuple[Reading, LogStatistics]:
+    reading = SourceReader(self._con, self.data).read()
+    if reading.dropped:
+      self._con.execute("DELETE FROM rows WHERE fault > 0")
+    return reading, self._tables.settle()
+
+  @property
+  def _tables(self) -> EventTables:
+    return EventTables(self._con, self.data)
+
+  def values_sql(self, name: str) -> str:
+    """See `Log.values_sql`."""
+    return self._tables.values_sql(name)
+
+  def shards(
+    self, encoders: Encoders, n_shards: int, done: Collection[int] = ()
+  ) -> Iterator[tuple[int, list[str], pa.Table]]:
+    """See `EventTables.shards`."""
+    return self._tables.shards(encoders, n_shards, done)
+
+
+class EventTables:
+  """The events of whole users in a DuckDB database: the relations `events` and `ordered_users`.
+
+  `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER, `ord`
+  BIGINT, `training` BOOLEAN, and for each field the column that `field_columns` names: VARCHAR for categorical fields,
+  VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
+  where absent. `ordered_users` has a row a user: `user`, `uid`, from 0 in the order of the hashes of the
+  ids, and `last_event`, the time of the user's last one.
+  """
+
+  def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
+    self._con, self._data = con, data
+    self._columns = field_columns(data)
+
+  def _query(self, sql: str) -> list[tuple[Any, ...]]:
+    return self._con.execute(sql).fetchall()
+
+  def values_sql(self, name: str) -> str:
+    """A query of the values of a field; see `Log.values_sql`."""
+    column, field = self._columns[name], self._data.fields[name]
+    if field.many:
+      values = f"SELECT unnest({column}[:{field.many}]) AS value, training FROM events"
+    else:
+      value = f"{column} + 0" if field.kind == "numeric" else column  # of the zeros, -0.0 becomes the other one
+      values = f"SELECT {value} AS value, training FROM events WHERE {column} IS NOT NULL"
+    return f"SELECT value, training, count(*) AS n FROM ({values}) GROUP BY value, training"
+
+  # ------------------------------------------------------------------------------------------------ from rows to events
+
+  def settle(self) -> LogStatistics:
+    """Makes the relations from the table `rows`, all rows of which can be used, and says what they hold."""
+    self._find_ties()
+    duplicates = self._find_duplicates()
+    self._mark_training()
+    self.number_users()
+    return self._facts(duplicates)
+
+  def _find_ties(self) -> None:
+    """Creates `tied`, the hashes of user and time that several rows have: only such rows can be tied, or duplicates.
+
+    Comparing columns is slow; it is kept to these rows.
+    """
+    self._con.execute(f"CREATE TEMP TABLE tied AS SELECT {TIE} AS tie FROM rows GROUP BY tie HAVING count(*) > 1")
+
+  def _find_duplicates(self) -> int:
+    """Counts rows that repeat an earlier one in user, time, source and every field; removes them if so configured."""
+    equal = ['"user"', "time", "source", *self._columns.values()]
+    columns = ", ".join(equal)
+    self._con.execute(
+      f"CREATE TEMP TABLE duplicates AS SELECT {columns}, min(ord) AS first, count(*) - 1 AS repeats "
+      f"FROM (SELECT *, {TIE} AS tie FROM rows) SEMI JOIN tied USING (tie) GROUP BY {columns} HAVING repeats > 0"
+    )
+    ((repeats,),) = self._query("SELECT coalesce(sum(repeats), 0)::BIGINT FROM duplicates")
+    if repeats and self._data.duplicates == "drop":
+      same = " AND ".join(f"rows.{c} IS NOT DISTINCT FROM d.{c}" for c in equal)
+      self._con.execute(f"DELETE FROM rows USING duplicates d WHERE {same} AND rows.ord > d.first")
+    self._con.execute("DROP TABLE duplicates")
+    return repeats
+
+  def number_users(self) -> None:
+    """Creates `ordered_users` from `events`, in the order in which records stand."""
+    hashed = user_hash_sql('"user"')
+    self._con.execute(
+      'CREATE TABLE ordered_users AS SELECT "user", last_event, '
+      f'row_number() OVER (ORDER BY {hashed}, "user") - 1 AS uid '
+      'FROM (SELECT "user", max(time) AS last_event FROM events GROUP BY "user") ORDER BY uid'
+    )
+
+  def _mark_training(self) -> None:
+    """Creates `events`: the rows, and whether each lies in the training period, or is of a training user."""
+    split = self._data.split
+    columns = ", ".join(['"user"', "time", "source", "ord", *self._columns.values()])
+    if split.mode == "temporal":
+      train_end = config.parse_time(split.train_end, "config.data.split.train_end")
+      self._con.execute(f"CREATE VIEW events AS SELECT {columns}, time < {train_end} AS training FROM rows")
+    elif split.mode == "user":
+      training = training_user_sql('"user"', split)
+      if split.log_end:
+        training += f" AND time < {config.parse_time(split.log_end, 'config.data.split.log_end')}"
+      self._con.execute(f"CREATE TABLE events AS SELECT {columns}, {training} AS training FROM rows")
+    else:
+      self._con.execute(
+        f"CREATE TABLE events AS SELECT {columns}, left_over > 2 OR total < 3 AS training FROM ("
+        'SELECT *, count(*) OVER (PARTITION BY "user") AS total, '
+        'row_number() OVER (PARTITION BY "user" ORDER BY time DESC, ord DESC) AS left_over FROM rows)'
+      )
+
+  def _facts(self, duplicates: int) -> LogStatistics:
+    names = list(self._data.sources)
+    (row,) = self._query(
+      "SELECT count(*), (SELECT count(*) FROM ordered_users), count_if(training), min(time), max(time), "
+      + ", ".join(self._facts_sql(name) for name in self._columns)
+      + " FROM events"
+    )
+    events, users, training, first, last, *found = row
+    kept = dict(self._query("SELECT source, count(*) FROM rows GROUP BY source"))
+    return LogStatistics(
+      events=events,
+      users=users,
+      training=training,
+      first=first,
+      last=last,
+      tied=self._count_tied(),
+      duplicates=duplicates,
+      kept=[kept.get(i, 0) for i in range(len(names))],
+      # What is not there to be summed up is NULL.
+      fields={
+        n: FieldStatistics(**{k: v for k, v in of.items() if v is not None}) for n, of in zip(self._columns, found)
+      },
+    )
+
+  def _facts_sql(self, name: str) -> str:
+    """The SQL of a struct of a field's facts."""
+    names, column, field = list(self._data.sources), self._columns[name], self._data.fields[name]
+    carriers = [names.index(s) for s in field.sources] or range(len(names))
+    facts = {
+      "absent": f"count_if({column} IS NULL AND source IN ({', '.join(map(str, carriers))}))",
+      "present": f"count({column})",
+      "training": f"count({column}) FILTER (training)",
+    }
+    if field.many:
+      facts["cut"] = f"sum(greatest(len({column}) - {field.many}, 0))::BIGINT"
+    if field.kind == "numeric":
+      of = {"sum": "sum", "deviation": "stddev_pop", "low": "min", "high": "max"}
+      facts |= {fact: f"{function}({column}) FILTER (training)" for fact, function in of.items()}
+    return "{" + ", ".join(f"'{fact}': {sql}" for fact, sql in facts.items()) + "}"
+
+  def _count_tied(self) -> int:
+    ((tied,),) = self._query(
+      f"SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM (SELECT *, {TIE} AS tie FROM rows) "
+      'SEMI JOIN tied USING (tie) GROUP BY "user", time) WHERE n > 1'
+    )
+    self._con.execute("DROP TABLE tied")
+    return tied
+
+  # ------------------------------------------------------------------------------------------------------------- shards
+
+  def shards(
+    self, encoders: Encoders, n_shards: int, done: Collection[int] = ()
+  ) -> Iterator[tuple[int, list[str], pa.Table]]:
+    """Yields the encoded events of the users of each of `n_shards` shards that is not `done`; holds one at a time.
+
+    Users are ordered by a hash of their ids, and each shard has the next n-th of them.
+
+    Returns: of each shard with users its index, the users' ids, and their events sorted by user, time and place in the
+      log, as `histories.read_block` reads them: `uid`, the user's number in that order, `time`, `source`, `training`,
+      the codes, the numbers.
+    """
+    # Connections of their own: queries elsewhere must not end this stream.
+    with contextlib.closing(self._con.cursor()) as con, contextlib.closing(self._con.cursor()) as ids:
+      joins, codes = [], []
+      place: dict[str, int] = {}
+      for i, name in enumerate([*encoders.categorical, *self._data.extra_value_fields]):
+        encoder, column, table = encoders.categorical[name], f"e.{self._columns[name]}", f"codes_{i}"
+        if self._data.fields[name].many:
+          place[name] = place.get(name, 0) + 1
+          column = f"{column}[{place[name]}]"
+        if (known := encoder.table()) is not None:
+          con.register(table, known)
+          joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")
+        codes.append(f"({encoder.code_sql(column, table)})::INTEGER AS code_{i}")
+      numbers = [f"e.{self._columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
+      columns = ", ".join(["u.uid", "e.time", "e.source", "e.training", *codes, *numbers])
+      ((users,),) = con.execute("SELECT count(*) FROM ordered_users").fetchall()
+      wanted = f"WHERE u.uid * {n_shards} // {users} NOT IN ({', '.join(map(str, done))})" if done else ""
+      stream = con.sql(
+        f'SELECT {columns} FROM events e JOIN ordered_users u USING ("user") {" ".join(joins)} {wanted} '
+        "ORDER BY u.uid, e.time, e.ord"
+      ).to_arrow_reader(BATCH_ROWS)
+      for shard, rows in _cut(stream, n_shards, users):
+        first, last = (-(-n * users // n_shards) for n in (shard, shard + 1))
+        of_shard = ids.sql(f'SELECT "user" FROM ordered_users WHERE uid >= {first} AND uid < {last} ORDER BY uid')
+        yield shard, of_shard.to_arrow_table()["user"].to_pylist(), rows
+
+
+def _cut(stream: Iterator[pa.RecordBatch], n_shards: int, users: int) -> Iterator[tuple[int, pa.Table]]:
+  """Cuts batches of events sorted by user into shards; a shard may span batches."""
+  current = 0
+  parts: list[pa.RecordBatch] = []
+  for batch in stream:
+    shard = batch.column(0).to_numpy() * n_shards // users
+    starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+    for start, stop in zip(starts, [*starts[1:], batch.num_rows], strict=True):
+      if parts and shard[start] != current:
+        yield current, pa.Table.from_batches(parts)
+        parts = []
+      current = int(shard[start])
+      parts.append(batch.slice(start, stop - start))
+  if parts:
+    yield current, pa.Table.from_batches(parts)

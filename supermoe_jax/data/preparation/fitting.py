@@ -1,0 +1,127 @@
+"""Encoders fitted on an event log, on the training period (or the training users) only, and how well they cover it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.numeric import MAX_KNOTS, NumberEncoder, Numeric, Quantile
+from supermoe_jax.data.encoding.vocabulary import Categorical, Encoders, Hashing, LabelEncoder, Vocabulary
+from supermoe_jax.data.preparation.log_database import LogDatabase
+from supermoe_jax.data.preparation.log_statistics import FieldStatistics
+from supermoe_jax.errors import DataError
+
+
+def fit_encoders(log: LogDatabase, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:
+  """Fits the encoders of all fields on the events of the training period; those of user labels are given.
+
+  Raises:
+    DataError: a field has no value in the training period, or none that is frequent enough.
+  """
+  categorical: dict[str, Categorical] = {}
+  numeric: dict[str, NumberEncoder] = {}
+  for name, field in data.fields.items():
+    facts = log.facts.fields[name]
+    if not facts.training:
+      raise _no_value(data, name, facts)
+    if field.kind == "numeric":
+      quantile = field.encoding == "quantile"
+      numeric[name] = _fit_quantile(log, name) if quantile else Numeric.of(facts.mean, facts.deviation)
+    elif field.kind == "hash":
+      categorical[name] = Hashing(field.size, field.part, field.parts, field.half)
+    else:
+      categorical[name] = _fit_vocabulary(log, field.shares or name, data.fields[field.shares or name])
+  for name in categorical:
+    categorical[name] = categorical[data.fields[name].shares or name]
+  return Encoders(categorical, numeric, labels or {})
+
+
+def _fit_vocabulary(log: LogDatabase, name: str, field: config.Field) -> Vocabulary:
+  counted = log.arrow(
+    f"SELECT value, n FROM ({log.values_sql(name)}) WHERE training AND n >= {field.min_count} "
+    f"ORDER BY n DESC, value LIMIT {field.size}"
+  )
+  if not counted.num_rows:
+    raise DataError(
+      f"No value of field {name!r} occurs {field.min_count} times in training; lower "
+      f"config.data.fields.{name}.min_count."
+    )
+  return Vocabulary(counted["value"].to_pylist(), counted["n"].to_numpy(), field.buckets)
+
+
+def _fit_quantile(log: LogDatabase, name: str) -> Quantile:
+  """Takes the first number of each of equally large shares of the ranks as a knot, and the last number of all."""
+  shares = MAX_KNOTS - 1
+  values = f"SELECT value, n FROM ({log.values_sql(name)}) WHERE training"
+  ranked = f"SELECT value, (sum(n) OVER (ORDER BY value) - n / 2) / sum(n) OVER () AS rank FROM ({values})"
+  shared = f"SELECT *, floor(rank * {shares}) AS share, max(value) OVER () AS last FROM ({ranked})"
+  counted = log.arrow(
+    f"SELECT value, rank FROM (SELECT *, lag(share) OVER (ORDER BY value) AS before FROM ({shared})) "
+    "WHERE share IS DISTINCT FROM before OR value = last ORDER BY value"
+  )
+  return Quantile.of(counted["value"].to_pylist(), counted["rank"].to_pylist())
+
+
+def _no_value(data: config.Data, name: str, facts: FieldStatistics) -> DataError:
+  where = (
+    "of the training users, and {} of the others"
+    if data.split.mode == "user"
+    else "in the training period, and {} after it"
+  )
+  return DataError(
+    f"Field {name!r} (column {data.fields[name].column or name!r}) has no value at all {where.format(facts.present)}; "
+    f"correct config.data.fields.{name}.column, or leave the field out."
+  )
+
+
+def coverage_of(log: LogDatabase, encoders: Encoders) -> dict[str, dict[str, Any]]:
+  """Reports how well the encoders cover the log: of each categorical field, what training could not teach.
+
+  Returns: of each field its `kind`, `codes`, and `oov_training` and `oov_after`, the shares of the values present that
+  are out of vocabulary (None without values), those in buckets included; of a vocabulary also `values_training` and
+  `values_after`, how many values are present, and `outside_training` and `outside_after`, how many of them are out of
+  it. Where values are hashed `values`, the distinct ones in training that are, and `colliding`, the share of them whose
+  code is not theirs alone (None without any). Of a field of many `values_cut`, the values of lists that are longer than
+  the field keeps.
+  """
+  report: dict[str, dict[str, Any]] = {}
+  for name, encoder in encoders.categorical.items():
+    values = f"({log.values_sql(name)})"
+    hashed = _hashed(log, encoder, values) if encoder.buckets else {}
+    if isinstance(encoder, Hashing):
+      report[name] = {"kind": "hash", "codes": encoder.n_codes, "oov_training": 0.0, "oov_after": 0.0, **hashed}
+      continue
+    counted = log.query(
+      "SELECT training, sum(n)::BIGINT, coalesce(sum(n) FILTER (known.value IS NULL), 0)::BIGINT "
+      f"FROM {values} v LEFT JOIN known ON v.value = known.value GROUP BY training",
+      known=encoder.table(),
+    )
+    counts = {training: (n, outside) for training, n, outside in counted}
+    report[name] = {"kind": "vocabulary", "codes": encoder.n_codes}
+    for when, training in (("training", True), ("after", False)):
+      report[name] |= share_outside(when, *counts.get(training, (0, 0)))
+    report[name] |= hashed
+  for name, facts in report.items():
+    if log.data.fields[name].many:
+      facts["values_cut"] = log.facts.fields[name].cut
+  return report
+
+
+def share_outside(when: str, values: int, outside: int) -> dict[str, Any]:
+  """What the report says of the values present in training, or after it, and of those out of vocabulary."""
+  return {f"oov_{when}": outside / values if values else None, f"values_{when}": values, f"outside_{when}": outside}
+
+
+def _hashed(log: LogDatabase, encoder: Categorical, values: str) -> dict[str, Any]:
+  """How many distinct values of `values`, a query as `Log.values_sql` gives it, are hashed in training, and the share
+  of them that share a code."""
+  known = encoder.table()
+  join, tables = ("", {}) if known is None else ("ANTI JOIN known USING (value)", {"known": known})
+  ((distinct, colliding),) = log.query(
+    "SELECT coalesce(sum(n), 0)::BIGINT, coalesce(sum(n) FILTER (n > 1), 0)::BIGINT FROM ("
+    f"SELECT {encoder.bucket_sql('value')} AS bucket, count(*) AS n FROM {values} {join} WHERE training "
+    "GROUP BY bucket HAVING bucket IS NOT NULL)",
+    **tables,
+  )
+  return {"values": distinct, "colliding": colliding / distinct if distinct else None}

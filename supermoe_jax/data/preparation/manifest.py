@@ -1,0 +1,134 @@
+"""The manifest of a dataset: what was read, how it was encoded, and what the records hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from supermoe_jax import config
+from supermoe_jax.config import format_time
+from supermoe_jax.data.dataset.dataset import FORMAT_VERSION
+from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.format.shard_files import Shard
+from supermoe_jax.data.preparation.record_counts import RecordCounts
+
+# DuckDB's types of user ids that are written as integers again, if every id is one that 64 bits hold.
+INTEGER_TYPES = (
+  "TINYINT",
+  "SMALLINT",
+  "INTEGER",
+  "BIGINT",
+  "UTINYINT",
+  "USMALLINT",
+  "UINTEGER",
+  "UBIGINT",
+  "HUGEINT",
+  "DOUBLE",
+)
+
+# What the manifest calls such a directory.
+KIND = "dataset"
+
+
+class LogSummary(NamedTuple):
+  """What is known of the event log as a whole.
+
+  Attributes:
+    counts: what was read, kept, dropped and found; see `EventLog`.
+    first: the first event's time, microseconds since 1970 UTC.
+    last: the last event's.
+    observed_until: up to when the log is complete.
+    user_type: the DuckDB type of the user column.
+  """
+
+  counts: Mapping[str, Any]
+  first: int
+  last: int
+  observed_until: int
+  user_type: str
+
+
+def make_manifest(
+  cfg: config.Config,
+  log: LogSummary,
+  encoders: Encoders,
+  encoder_path: pathlib.Path,
+  tally: RecordCounts,
+  *,
+  files: Mapping[str, list[int]],
+  shards: Sequence[Shard],
+  fields: Mapping[str, Any],
+  user_table: Mapping[str, Any],
+  seconds: float,
+  aggregates: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Returns the manifest, but for what `integrity.write_manifest` adds.
+
+  Args:
+    cfg: the run.
+    log: what was read.
+    encoders: they are saved in the directory `encoder_path`.
+    encoder_path: see `encoders`.
+    tally: of all records.
+    files: the stamps of the files that were read.
+    shards: of all records, in order.
+    fields: how well the encoders cover the log; see `fitting.coverage_of`.
+    user_table: see `user_table.UserLabels.counts`.
+    seconds: that it took.
+    aggregates: the statistics that aggregates are standardised by; None: those of the tally.
+  """
+  state = tally.state
+  if aggregates is None:
+    aggregates = tally.aggregate_statistics()
+  return {
+    "kind": KIND,
+    "format": FORMAT_VERSION,
+    "files": dict(files),
+    "config": config.to_dict(cfg),
+    "data_hash": cfg.data_hash(),
+    "users": tally.users,
+    "events": tally.events,
+    "shards": {shard.file: shard.users for shard in shards},
+    "log": {
+      "first": format_time(log.first),
+      "last": format_time(log.last),
+      "observed_until": format_time(log.observed_until),
+    },
+    "first_event_microseconds": log.first,
+    "last_event_microseconds": log.last,
+    "observed_until_microseconds": log.observed_until,
+    "source_user_type": log.user_type,
+    "user_type": "text" if state["text_users"] or log.user_type not in INTEGER_TYPES else "integer",
+    "lengths": tally.length_percentiles(),
+    "reading": dict(log.counts),
+    "fields": dict(fields),
+    "events_by_period": state["periods"],
+    "snapshots": state["snapshots"],
+    "snapshots_with_too_few_events": state["too_early"],
+    "repeated_snapshots": state["repeated"],
+    "users_without_training_events": state["without_training"],
+    "users_without_snapshot": state["without_snapshot"],
+    "user_table": dict(user_table),
+    "labels": tally.labels(encoders),
+    "aggregates": dict(aggregates),
+    "label_rates": tally.label_rates(),
+    "encoding_hash": encoding_hash(encoder_path, aggregates),
+    "warnings": tally.warnings(encoders),
+    "tally": state,
+    "seconds": round(seconds, 1),
+  }
+
+
+def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
+  """Identifies how events and snapshots become numbers; parameters trained with one encoding mean nothing in
+  another."""
+  digest = hashlib.sha256(json.dumps(aggregates).encode())
+  digest.update((encoders / "encoders.json").read_bytes())
+  for file in sorted(encoders.glob("*.parquet")):
+    digest.update("\n".join(map(str, pq.read_table(file)["value"].to_pylist())).encode())
+  return digest.hexdigest()[:16]

@@ -1,0 +1,271 @@
+"""Preparation: from event files to a dataset directory.
+
+Everything is written into a directory of another name, the manifest last, and then renamed: a directory under the
+dataset's own name is whole, and a run that is cut leaves the one before untouched. What it had done stays under the
+other name, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures.process
+import errno
+import functools
+import json
+import pathlib
+import shutil
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from supermoe_jax import atomic_files, config
+from supermoe_jax.data.dataset.dataset import FORMAT_VERSION, USERS, Dataset, input_files
+from supermoe_jax.data.encoding import vocabulary
+from supermoe_jax.data.format import integrity, shard_files
+from supermoe_jax.data.format.schema import make_comparison
+from supermoe_jax.data.format.shard_files import Shard
+from supermoe_jax.data.preparation import fitting
+from supermoe_jax.data.preparation import manifest as manifest_lib
+from supermoe_jax.data.preparation.event_log import EventLog
+from supermoe_jax.data.preparation.log_database import LogDatabase
+from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters, write_shard
+from supermoe_jax.data.reading import user_table
+from supermoe_jax.data.tasks import labels
+from supermoe_jax.errors import ConfigError, DataError
+
+STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
+
+Say = Callable[[str], None]
+
+
+class PreparationPlan(NamedTuple):
+  """What records are made by.
+
+  Attributes:
+    cfg: the run.
+    encoders: of the events' fields and of the labels.
+    encoder_path: where they are saved.
+    times: None for leave one out.
+    maker: of the records.
+    user_labels: the labels of users, of each task.
+  """
+
+  cfg: config.Config
+  encoders: vocabulary.Encoders
+  encoder_path: pathlib.Path
+  times: labels.Calendar | None
+  maker: RecordMaker
+  user_labels: Mapping[str, Mapping[str, float]]
+
+
+class Engine(Protocol):
+  """Who reads a log and writes its records; all of them come to the same dataset, but for where shards begin.
+
+  Attributes:
+    name: what it is; one does not go on with what another has begun.
+  """
+
+  name: str
+
+  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> LogDatabase:
+    """Reads the log, or finds that it was read; its work files go to `scratch`."""
+
+  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path, say: Say) -> list[Shard]:
+    """Writes the shards that are not there yet, and returns all of them in order; `log` is what `open` gave."""
+
+
+def prepare(
+  cfg: config.Config, *, overwrite: bool = False, say: Say = print, engine: Engine | None = None
+) -> dict[str, Any]:
+  """Prepares the dataset at `cfg.data.path` and returns its manifest; one prepared from the same config is kept.
+
+  A preparation that was cut, by the user, the machine or a full disk, is taken up where it stopped: neither reading nor
+  the shards that were finished are done again. `engine` is who does it; None is this machine.
+
+  Raises:
+    DataError: the data cannot be used, the disk is full, or another dataset is in the place.
+    ConfigError: the split does not fit the log.
+  """
+  path, engine = pathlib.Path(cfg.data.path), engine or ThisMachine()
+  atomic_files.restore(path, manifest_lib.KIND)
+  there = path.is_dir() and any(path.iterdir())
+  if there and not overwrite and atomic_files.manifest_kind(path) == manifest_lib.KIND:
+    return _existing(cfg, path, say)
+  atomic_files.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", USERS, shard_files.TFDS_NAME))
+  identity = {"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg), "by": engine.name}
+  identity = json.loads(json.dumps(identity))
+
+  def resume(work: pathlib.Path) -> bool:
+    same = _state(work) == identity
+    say(f"going on in {work}" if same else f"removing {work}, left by another preparation that did not finish")
+    return same
+
+  try:
+    with atomic_files.replacing_directory(path, resume=resume) as work:
+      (work / STATE).write_text(json.dumps(identity))
+      return _prepare_into(cfg, work, engine, say)
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise DataError(
+      "a process that writes shards ended before its time, most likely for want of memory: lower config.data.memory. "
+      "(A script that calls prepare() must do so under `if __name__ == '__main__':`.) What was done is kept; the same "
+      "command goes on from there."
+    ) from error
+  except (OSError, duckdb.Error) as error:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    reason = "the disk is full" if full else (str(error).splitlines() or [type(error).__name__])[0]
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.exists() else 0.0
+    remedy = (
+      "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
+    )
+    raise DataError(
+      f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; the same command goes on with "
+      f"what was done, which is kept in {path}.incomplete."
+    ) from error
+
+
+def _state(work: pathlib.Path) -> Any:
+  try:
+    return json.loads((work / STATE).read_text())
+  except (OSError, ValueError):
+    return None
+
+
+def _existing(cfg: config.Config, path: pathlib.Path, say: Say) -> dict[str, Any]:
+  dataset = Dataset(path)
+  dataset.check_matches(cfg)
+  dataset.check_files()
+  say(f"{path} is already prepared from this configuration; --overwrite prepares it again")
+  return dataset.manifest
+
+
+def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: Say) -> dict[str, Any]:
+  begun = clock.monotonic()
+  files = input_files(cfg)
+  scratch = work / "scratch"
+  scratch.mkdir(exist_ok=True)
+  user_labels = read_user_labels(cfg)
+  say(f"reading {', '.join(cfg.data.sources)} …")
+  with engine.open(cfg, scratch, say) as log:
+    encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
+    check_answerable(cfg, encoders)
+    log_end = labels.log_end(cfg.data.split, log.end)
+    times = None if cfg.data.split.mode == "leave_one_out" else labels.calendar(cfg.data.split, log.start, log_end)
+    maker = RecordMaker(cfg, encoders, times)
+    plan = PreparationPlan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
+    (work / shard_files.DIRECTORY).mkdir(parents=True, exist_ok=True)
+    written = engine.write(log, plan, work / shard_files.DIRECTORY, say)
+    sizes = [s.users for s in written], sum(s.bytes for s in written)
+    shard_files.write_info(work / shard_files.DIRECTORY, maker.parts, {shard_files.TFDS_SPLIT: sizes})
+    with log.users() as users:
+      write_users(users, work / USERS)
+    unseen = fitting.coverage_of(log, encoders)
+    with_labels = set().union(*user_labels.values.values())
+    counts, user_type = dict(log.counts), log.user_type
+    first, last = log.start, log.end
+    with_events = log.count_users(with_labels)
+  shutil.rmtree(scratch)
+  shard_files.remove_notes(work / shard_files.DIRECTORY)
+  (work / STATE).unlink()
+  tally = maker.tally()
+  for shard in written:
+    tally.merge(shard.tally)
+  facts = manifest_lib.LogSummary(counts, first, last, log_end, user_type)
+  manifest = manifest_lib.make_manifest(
+    cfg,
+    facts,
+    encoders,
+    work / "encoders",
+    tally,
+    files=files,
+    shards=written,
+    fields=unseen,
+    user_table={**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
+    seconds=clock.monotonic() - begun,
+  )
+  return integrity.write_manifest(work, manifest)
+
+
+def read_user_labels(cfg: config.Config) -> user_table.UserLabels:
+  """The labels of users, where the config has any; see `user_table`."""
+  tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
+  if cfg.data.users is None or not tasks:
+    return user_table.UserLabels({}, {}, {})
+  return user_table.read_user_table(cfg.data.users, tasks, cfg.data.split, cfg.data.on_bad_rows)
+
+
+def _encoders(
+  log: LogDatabase, cfg: config.Config, labels: Mapping[str, vocabulary.LabelEncoder], path: pathlib.Path
+) -> vocabulary.Encoders:
+  """Fits the encoders and saves them; where shards may have been written with them, those that were saved."""
+  if path.is_dir():
+    return vocabulary.Encoders.load(path)
+  encoders = fitting.fit_encoders(log, cfg.data, labels)
+  part = path.with_name(path.name + ".part")
+  shutil.rmtree(part, ignore_errors=True)
+  encoders.save(part)
+  part.replace(path)
+  return encoders
+
+
+def check_answerable(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
+  """Raises ConfigError if a task asks what data with these encoders cannot answer."""
+  for name, task in cfg.tasks.items():
+    if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
+      known = encoders.categorical[task.field].n_codes - 2
+      raise ConfigError(f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training.")
+  for name in cfg.labelled_tasks:
+    make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
+
+
+class ThisMachine:
+  """Reads a log with DuckDB, and writes its records in as many processes as there are cores; see `Engine`."""
+
+  name = "this machine"
+
+  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> EventLog:
+    """See `Engine`."""
+    del say
+    return EventLog(cfg.data, scratch)
+
+  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path, say: Say) -> list[Shard]:
+    """See `Engine`."""
+    assert isinstance(log, EventLog)
+    count = shard_files.count_shards(log.counts["events"], log.counts["users"])
+    done = shard_files.finished_shards(directory, count)
+    if done:
+      say(f"{len(done)} of {count} shards are there already")
+
+    def tasks() -> Iterator[tuple[pathlib.Path, ShardRows]]:
+      for index, users, rows in log.shards(plan.encoders, count, done):
+        labels = {name: of_users(known, users) for name, known in plan.user_labels.items()}
+        yield directory / shard_files.shard_name(index, count), ShardRows(users, rows, labels)
+
+    written = {shard.file: shard for shard in done.values()}
+    bar = tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)
+    with bar, ShardWriters(count - len(done)) as writers:
+      bar.update(sum(shard.events for shard in written.values()))
+      for shard in writers.run(functools.partial(_write, plan.maker), tasks()):
+        written[shard.file] = shard
+        bar.update(shard.events)
+    return [written[name] for name in sorted(written)]
+
+
+def _write(maker: RecordMaker, task: tuple[pathlib.Path, ShardRows]) -> Shard:
+  return write_shard(maker, *task)
+
+
+def of_users(known: Mapping[str, float], users: Sequence[str]) -> np.ndarray:
+  """The labels of users, float64 `[U]`; NaN of those that have none."""
+  return np.array([known.get(user, np.nan) for user in users], np.float64)
+
+
+def write_users(batches: pa.RecordBatchReader, file: pathlib.Path) -> None:
+  """Writes which user each record is of; see `dataset.read_users`."""
+  with pq.ParquetWriter(file, batches.schema, write_page_checksum=True) as writer:
+    for batch in batches:
+      writer.write_batch(batch)

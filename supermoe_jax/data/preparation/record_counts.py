@@ -1,0 +1,234 @@
+"""What the manifest says of the records, counted shard by shard.
+
+Every count is an integer, sums of numbers too (in units of 2⁻³⁶): they come out the same in whatever order users are
+counted, on however many machines, and what a user added can be taken away again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.batch import Schema
+from supermoe_jax.data.encoding.histories import UserBlock
+from supermoe_jax.data.encoding.splits import SPLITS
+from supermoe_jax.data.encoding.vocabulary import Classes, Encoders
+from supermoe_jax.data.preparation.snapshots import LeftOut
+from supermoe_jax.data.tasks.labels import Labels, Snapshots
+
+# Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
+# become huge when it is 1.
+SMALLEST_SCALE = 0.25
+
+# Standardised numbers that deviate by less are all the same but for rounding.
+SMALLEST_DEVIATION = 1e-4
+
+UNIT = 2.0**36  # of sums, a number's share of 1
+
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that 64 bits hold, written as integers are
+
+
+def exact_sums(values: np.ndarray, starts: np.ndarray) -> list[int]:
+  """Sums of `values [N, X]` in units of 2⁻³⁶, from the sums of each user, whose rows begin at `starts [U]`, ascending.
+
+  A user's sum is rounded on its own, and integers have no order: the result does not depend on the users around.
+  """
+  if not len(values):
+    return [0] * values.shape[1]
+  of_users = np.rint(np.add.reduceat(values.astype(np.float64), starts, axis=0) * UNIT)
+  if np.abs(of_users).max(initial=0.0) * len(of_users) < 2.0**62:
+    return [int(total) for total in of_users.astype(np.int64).sum(axis=0)]
+  return [sum(int(of_user) for of_user in column) for column in of_users.T.tolist()]
+
+
+class RecordCounts:
+  """Counts users, their snapshots and their labels; `state` is all that it knows, ready for JSON.
+
+  Of `state["totals"][task][split]` the first list has the sums of the label's outputs (of a catalogue how many values
+  training could not teach, of classes how many labels each has), the second those of their squares; of a regression
+  both are in units of 2⁻³⁶.
+  """
+
+  def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask]):
+    self._answers = {n: config.answer(t) for n, t in tasks.items()}
+    self._outputs = schema.outputs
+    shape = {n: 1 if a == "catalogue" else schema.outputs[n] for n, a in self._answers.items()}
+    self.state: dict[str, Any] = {
+      "lengths": {},  # how many users have so many events
+      "text_users": 0,  # users whose ids are no integers
+      "without_training": 0,
+      "without_snapshot": 0,
+      "too_early": 0,
+      "repeated": 0,
+      "tied": 0,  # events that share user and time with another
+      "snapshots": dict.fromkeys(SPLITS, 0),
+      "periods": dict.fromkeys(("training", "later", "beyond_every_label"), 0),
+      "known": {n: dict.fromkeys(SPLITS, 0) for n in tasks},
+      "totals": {n: {s: [[0] * k, [0] * k] for s in SPLITS} for n, k in shape.items()},
+      "aggregates": {"rows": 0, "sums": [0] * schema.aggregates, "squares": [0] * schema.aggregates},
+    }
+
+  def merge(self, state: Mapping[str, Any], sign: int = 1) -> Self:
+    """Adds what another tally of the same tasks counted; with `sign` -1 takes it away."""
+    lengths = _merged_lengths(self.state["lengths"], state["lengths"], sign)
+    rest = _merged({**self.state, "lengths": 0}, {**state, "lengths": 0}, sign)
+    self.state = {**rest, "lengths": lengths}
+    return self
+
+  def add(
+    self,
+    block: UserBlock,
+    snapshots: Snapshots,
+    labels: Mapping[str, Labels],
+    left_out: LeftOut,
+    last_use: int | None,
+  ) -> None:
+    """Counts users; events at or after `last_use` (microseconds) lie in no label window and before no snapshot."""
+    state, users, lengths = self.state, len(block.users), block.lengths
+    counted = dict(zip(*(x.tolist() for x in np.unique(lengths, return_counts=True))))
+    state["lengths"] = _merged_lengths(state["lengths"], {str(n): count for n, count in counted.items()})
+    used = lengths if last_use is None else block.before(np.arange(users), last_use)
+    state["periods"]["training"] += int(block.n_train.sum())
+    state["periods"]["later"] += int((used - block.n_train).sum())
+    state["periods"]["beyond_every_label"] += int((lengths - used).sum())
+    same = np.zeros(len(block.time) + 1, bool)  # an event at the time of the one before it
+    same[1:-1] = (np.diff(block.time) == 0) & (np.diff(block.owner) == 0)
+    state["tied"] += int(np.sum(same[1:] | same[:-1]))
+    state["text_users"] += sum(_INTEGER.fullmatch(u) is None for u in block.users)
+    state["without_training"] += int(np.sum(block.n_train == 0))
+    state["without_snapshot"] += users - len(np.unique(snapshots.user))
+    state["too_early"] += left_out.too_early
+    state["repeated"] += left_out.repeated
+    for split, index in SPLITS.items():
+      here = snapshots.split == index
+      state["snapshots"][split] += int(here.sum())
+      for task, label in labels.items():
+        which = label.known & (here if label.known.ndim == 1 else here[:, None])
+        user = snapshots.user[np.nonzero(which)[0]]
+        self.state["known"][task][split] += len(user)
+        totals = self.state["totals"][task][split]
+        for total, more in zip(totals, self._total(task, label.value[which], user)):
+          total[:] = [a + b for a, b in zip(total, more, strict=True)]
+
+  def _total(self, task: str, value: np.ndarray, user: np.ndarray) -> tuple[Sequence[int], Sequence[int]]:
+    answer, outputs = self._answers[task], self._outputs[task]
+    if answer == "regression":
+      starts = np.flatnonzero(np.diff(user, prepend=-1))
+      column = value[:, None].astype(np.float64)
+      return exact_sums(column, starts), exact_sums(np.square(column), starts)
+    if answer == "catalogue":
+      counts = np.array([np.sum(value == 1)])
+    elif answer == "multiclass":
+      counts = np.bincount(value.astype(np.int64), minlength=outputs)
+    else:
+      counts = value.reshape(len(value), outputs).sum(axis=0, dtype=np.float64).astype(np.int64)
+    return counts.tolist(), counts.tolist()
+
+  def add_aggregates(self, aggregates: np.ndarray, user: np.ndarray) -> None:
+    """Takes training snapshots' aggregates `[S, A]` of the users `[S]`, ascending, into the statistics."""
+    counted = self.state["aggregates"]
+    starts = np.flatnonzero(np.diff(user, prepend=-1))
+    counted["rows"] += len(aggregates)
+    wide = aggregates.astype(np.float64)
+    for name, values in (("sums", wide), ("squares", np.square(wide))):
+      counted[name] = [a + b for a, b in zip(counted[name], exact_sums(values, starts), strict=True)]
+
+  @property
+  def users(self) -> int:
+    """How many were counted."""
+    return sum(self.state["lengths"].values())
+
+  @property
+  def events(self) -> int:
+    """How many they have."""
+    return sum(int(n) * count for n, count in self.state["lengths"].items())
+
+  def length_percentiles(self) -> dict[str, float]:
+    """How many events users have, as percentiles."""
+    lengths = sorted((int(n), count) for n, count in self.state["lengths"].items())
+    number = np.repeat([n for n, _ in lengths], [c for _, c in lengths])
+    return {f"p{q}": float(np.percentile(number, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)}
+
+  def labels(self, encoders: Encoders) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each task and split the labels known, and what they say.
+
+    That is `positive`, how many are; `classes`, how many labels each has; `mean` and `std` of standardised numbers; of
+    a catalogue `unseen_value`, how many values training could not teach. Sample spaces are not applied.
+    """
+    return {n: {s: self._count(n, s, encoders) for s in SPLITS} for n in self._answers}
+
+  def _count(self, task: str, split: str, encoders: Encoders) -> dict[str, Any]:
+    known, (total, squares) = self.state["known"][task][split], self.state["totals"][task][split]
+    answer = self._answers[task]
+    if answer == "multiclass":
+      classes = encoders.labels[task]
+      assert isinstance(classes, Classes)
+      return {"known": known, "classes": dict(zip(classes.values, total, strict=True))}
+    if answer == "regression":
+      ((mean, deviation),) = _moments(known, total, squares)
+      return {"known": known, "mean": mean, "std": deviation}
+    return {"known": known, "unseen_value" if answer == "catalogue" else "positive": sum(total)}
+
+  def label_rates(self) -> dict[str, list[float]]:
+    """The best constant answers to the training labels of each task but next event: of each output the share of
+    positives or of the class, or the mean of the standardised numbers."""
+    rates = {}
+    for name, answer in self._answers.items():
+      known, (total, squares) = self.state["known"][name]["train"], self.state["totals"][name]["train"]
+      if answer == "regression":
+        rates[name] = [mean for mean, _ in _moments(known, total, squares)]
+      elif answer != "catalogue":
+        rates[name] = [n / max(known, 1) for n in total]
+    return rates
+
+  def aggregate_statistics(self) -> dict[str, list[float]]:
+    """Mean and scale of each aggregate over the training snapshots."""
+    counted = self.state["aggregates"]
+    moments = _moments(counted["rows"], counted["sums"], counted["squares"])
+    # An aggregate that training never varies teaches nothing; divided by this it stays 0 whatever it is later.
+    return {
+      "mean": [mean for mean, _ in moments],
+      "scale": [max(deviation, SMALLEST_SCALE) if deviation > 1e-4 else 1e30 for _, deviation in moments],
+    }
+
+  def warnings(self, encoders: Encoders) -> list[str]:
+    """What a user should know before training on these labels."""
+    out = []
+    for task, splits in self.labels(encoders).items():
+      for split, count in splits.items():
+        values = count["known"] * self._outputs[task]
+        if not count["known"]:
+          out.append(f"task {task} has no label in {split}")
+        elif count.get("positive") in (0, values) or max(count.get("classes", {"": 0}).values()) == count["known"]:
+          out.append(f"task {task} has labels of one class only in {split}")
+        elif count.get("std") is not None and count["std"] < SMALLEST_DEVIATION:
+          out.append(f"every label of task {task} in {split} is the same number")
+        elif count.get("unseen_value") == count["known"]:
+          out.append(f"every label of task {task} in {split} is a value unseen in training")
+    return out
+
+
+def _moments(n: int, sums: Sequence[int], squares: Sequence[int]) -> list[tuple[float, float]]:
+  """Mean and standard deviation of n numbers from their exact sums; the variance too is worked out in integers."""
+  n, unit = max(n, 1), int(UNIT)
+  return [
+    (total / unit / n, float(np.sqrt(max(n * square * unit - total * total, 0) / (n * unit) ** 2)))
+    for total, square in zip(sums, squares, strict=True)
+  ]
+
+
+def _merged(mine: Any, other: Any, sign: int) -> Any:
+  if isinstance(mine, dict):
+    return {k: _merged(v, other[k], sign) for k, v in mine.items()}
+  if isinstance(mine, list):
+    return [_merged(a, b, sign) for a, b in zip(mine, other, strict=True)]
+  return mine + sign * other
+
+
+def _merged_lengths(mine: Mapping[str, int], other: Mapping[str, int], sign: int = 1) -> dict[str, int]:
+  total = {int(n): mine.get(n, 0) + sign * other.get(n, 0) for n in mine.keys() | other.keys()}
+  return {str(n): count for n, count in sorted(total.items()) if count}

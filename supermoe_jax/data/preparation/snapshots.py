@@ -1,0 +1,73 @@
+"""At which moments users are looked at: the calendar of a split, or moments of each user's own history.
+
+Shapes: U users of a block, N events of all of them, S snapshots of all of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.histories import UserBlock
+from supermoe_jax.data.encoding.splits import TRAIN
+from supermoe_jax.data.tasks import labels
+from supermoe_jax.data.tasks.labels import Calendar, Snapshots
+
+
+class LeftOut(NamedTuple):
+  """Snapshots of users that there are not.
+
+  Attributes:
+    too_early: how many have fewer than `min_events` events before them.
+    repeated: how many are at the moment of another, as events at equal times give them.
+  """
+
+  too_early: int
+  repeated: int
+
+
+def user_snapshots(
+  split: config.Split, block: UserBlock, times: Calendar | None, owner: np.ndarray
+) -> tuple[Snapshots, LeftOut]:
+  """Returns the snapshots of users who belong to the splits `owner [U]`; `times` is None for leave one out."""
+  if times is None:
+    found, too_early = labels.leave_one_out_snapshots(block, split.min_events)
+    return found, LeftOut(too_early, 0)
+  found, repeated = labels.temporal_snapshots(block, times), 0
+  if split.snapshots != "calendar":
+    own, repeated = _own_moments(split, block, times)
+    both = Snapshots(*(np.concatenate(parts) for parts in zip(own, found)))
+    order = np.argsort(both.user, kind="stable")  # of each user first the own moments
+    found = Snapshots(*(part[order] for part in both))
+  enough = found.n_events >= split.min_events
+  too_early = int(np.sum(~enough))
+  found = Snapshots(*(part[enough] for part in found))
+  if split.mode == "user":
+    found = found._replace(split=owner[found.user].astype(np.int32))
+  return found, LeftOut(too_early, repeated)
+
+
+def _own_moments(split: config.Split, block: UserBlock, times: Calendar) -> tuple[Snapshots, int]:
+  """Moments just after events of the training period (with mode `user`: of the log), ascending.
+
+  A snapshot sees the events strictly before it, so a moment is one microsecond after its event, and sees all events at
+  that event's time or none. Also returns how many moments there are more than once.
+  """
+  n = block.before(np.arange(len(block.users)), times.observed_until[TRAIN])
+  place = np.arange(len(block.time)) - block.offsets[block.owner]
+  left = n[block.owner] - place  # events of the training period from this one on
+  chosen = (
+    left == 1 if split.snapshots == "end" else (place % split.every_events == split.every_events - 1) & (left > 0)
+  )
+  event = np.flatnonzero(chosen)
+  user, moment = block.owner[event], block.time[event] + 1
+  if split.train_start:
+    late = moment >= config.parse_time(split.train_start, "config.data.split.train_start")
+    user, moment = user[late], moment[late]
+  again = np.zeros(len(user), bool)
+  again[1:] = (user[1:] == user[:-1]) & (moment[1:] == moment[:-1])
+  user, moment = user[~again], moment[~again]
+  seen = block.before(user, moment).astype(np.int32)
+  return Snapshots(user, moment, seen, np.full(len(user), TRAIN, np.int32)), int(again.sum())

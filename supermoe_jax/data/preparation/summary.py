@@ -1,0 +1,87 @@
+"""What preparation tells of a dataset, from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SHOWN_CLASSES = 5  # of a task
+
+
+def dataset_summary(manifest: Mapping[str, Any]) -> str:
+  """Says in a few lines what was prepared and what to know about it."""
+  lengths, reading = manifest["lengths"], manifest["reading"]
+  by_user = manifest["config"]["data"]["split"]["mode"] == "user"
+  lines = [
+    f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to "
+    f"{manifest['log']['last']} (median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); "
+    f"{reading['tie_rate']:.1%} share user and time",
+    "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
+  ]
+  if repeated := manifest.get("repeated_snapshots"):
+    lines.append(f"  {repeated:,} at the moment of another (events at equal times) were left out")
+  for task, splits in manifest["labels"].items():
+    lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
+  for task, count in manifest["user_table"].get("user_labels", {}).items():
+    if unseen := count.get("unseen_class"):
+      lines.append(f"  {task}: {unseen:,} users have a class that no training user has; they have no label")
+    if dropped := count.get("dropped"):
+      lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
+  for name, field in manifest["fields"].items():
+    if field["oov_after"]:
+      where = "of users outside training were unseen" if by_user else "after the training period were unseen"
+      lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where} in it")
+    if field.get("colliding"):
+      lines.append(
+        f"field {name}: {field['colliding']:.2%} of the {field['values']:,} hashed values share their code with others"
+      )
+    if cut := field.get("values_cut"):
+      many = manifest["config"]["data"]["fields"][name]["many"]
+      lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
+  lines += [f"warning: {w}" for w in manifest["warnings"]]
+  lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
+  return "\n".join(lines)
+
+
+def _label_text(split: str, count: Mapping[str, Any]) -> str:
+  text = f"{split} {count['known']:,} known"
+  if "classes" in count:
+    return f"{text} ({', '.join(f'{n:,} {value}' for value, n in list(count['classes'].items())[:SHOWN_CLASSES])})"
+  if "mean" in count:
+    return f"{text} (mean {count['mean']:.3g}, deviation {count['std']:.3g}, standardised)" if count["known"] else text
+  kind = next(k for k in count if k != "known")
+  return f"{text} ({count[kind]:,} {kind.replace('_', ' ')})"
+
+
+def append_summary(manifest: Mapping[str, Any]) -> str:
+  """Says in a few lines what the last append brought."""
+  last, reading = manifest["appends"][-1], manifest["reading"]
+  held = sum(manifest["shards"].values())
+  touched, others = last["users_with_new_events"], last["users_with_other_labels"]
+  lines = [
+    f"{last['events']:,} events appended: {touched:,} users written anew, {last['new_users']:,} of them new; "
+    f"{manifest['users'] - touched - others:,} left as they were"
+  ]
+  if others:
+    lines.append(f"{others:,} users without new events were written anew, as more of their labels is observed now")
+  if repeats := last["repeats_of_earlier_events"]:
+    dropped = "and were left out" if "duplicate" in reading["dropped"] else "and were kept (config.data.duplicates)"
+    lines.append(f"{repeats:,} events repeat earlier ones {dropped}")
+  for name, files in last["beyond_patterns"].items():
+    if files:
+      lines.append(
+        f"config.data.sources.{name}.files must match {', '.join(files)} too, for train to take this dataset"
+      )
+  for name, values in last["vocabularies"].items():
+    if values["added"]:
+      shown = ", ".join(map(repr, values["first"][:SHOWN_CLASSES])) + (", …" if values["added"] > SHOWN_CLASSES else "")
+      lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); train models anew")
+    if values["left_out"]:
+      lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
+  if held > 2 * manifest["users"]:
+    lines.append(f"of {held:,} records {held - manifest['users']:,} are out of date; preparing again frees their space")
+  lines.append(
+    f"{manifest['users']:,} users, {manifest['events']:,} events up to {manifest['log']['last']}; "
+    f"appended in {manifest['seconds']:.0f} s"
+  )
+  return "\n".join(lines)

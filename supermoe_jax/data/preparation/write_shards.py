@@ -1,0 +1,195 @@
+"""Writes a dataset's shards: the events of some users become records, in as many processes as there are cores."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax.atomic_files import replacing_file
+from supermoe_jax.data.encoding.histories import UserBlock, read_block
+from supermoe_jax.data.encoding.splits import TEST, TRAIN, user_split
+from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.format import records
+from supermoe_jax.data.format.schema import make_aggregator, make_schema
+from supermoe_jax.data.format.shard_files import Shard, note_file, writing_shard
+from supermoe_jax.data.preparation import snapshots
+from supermoe_jax.data.preparation.record_counts import RecordCounts
+from supermoe_jax.data.tasks.labels import Calendar, Snapshots
+
+SNAPSHOT_NUMBERS = 256  # labels and aggregates of snapshots that take as much memory as a block may for an event
+
+
+class RecordMaker:
+  """Makes the records of blocks of users, and counts them. Small enough to be sent to other processes."""
+
+  def __init__(self, cfg: config.Config, encoders: Encoders, times: Calendar | None):
+    """`times` is None for leave one out.
+
+    Raises:
+      DataError: a positive value of an event label is not in the field's vocabulary.
+    """
+    self.schema = make_schema(cfg, encoders)
+    self.tasks = cfg.labelled_tasks
+    self.parts = records.record_arrays(self.schema, self.tasks)
+    self.n_codes = len(self.schema.categorical) + len(self.schema.extra_columns)
+    self.numbers = list(encoders.numeric.values())
+    self._split, self._times = cfg.data.split, times
+    self._labeller = records.Labeller(cfg, encoders, times)
+    self._aggregator = make_aggregator(cfg.data, encoders)
+    self._last_use = _last_use(self.tasks, times)
+    # Of all users of a block labels and aggregates are worked out together: wide ones want fewer users.
+    width = (sum(map(self._asked, self.tasks)) + self.schema.aggregates) / SNAPSHOT_NUMBERS
+    own = times is None or cfg.data.split.snapshots != "calendar"
+    self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
+
+  def _asked(self, name: str) -> int:
+    """How many labels of a task a snapshot has."""
+    task = self.tasks[name]
+    if isinstance(task, config.EventLabel):
+      return task.per_snapshot
+    return task.top if isinstance(task, config.FutureValues) else 1
+
+  def tally(self) -> RecordCounts:
+    """One that has counted nothing yet."""
+    return RecordCounts(self.schema, self.tasks)
+
+  def __call__(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts) -> Iterator[bytes]:
+    """Yields the record of each user, in order; `user_labels [U]` of each such task are NaN where unknown."""
+    for made in self._made(users, user_labels, tally):
+      yield from records.encode_records(*made, self.parts)
+
+  def count(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts) -> None:
+    """Counts the users as if their records were made."""
+    for _ in self._made(users, user_labels, tally):
+      pass
+
+  def _made(
+    self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts
+  ) -> Iterator[tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]]:
+    """Yields some of the users at a time, with their snapshots, labels and splits."""
+    done = 0
+    for block in users.halves(self._event, self._user):
+      n = len(block.users)
+      yield self._make(block, {name: values[done : done + n] for name, values in user_labels.items()}, tally)
+      done += n
+
+  def _make(
+    self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts
+  ) -> tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]:
+    owner = np.array([user_split(user, self._split) for user in block.users], np.int32)
+    found, left_out = snapshots.user_snapshots(self._split, block, self._times, owner)
+    labels = self._labeller(block, found, owner, user_labels)
+    tally.add(block, found, {n: of_task.labels for n, of_task in labels.items()}, left_out, self._last_use)
+    if self._aggregator is not None:
+      user, time, n_events, split = found
+      train = split == TRAIN
+      aggregates = self._aggregator(block, user[train], time[train], n_events[train])
+      tally.add_aggregates(aggregates, user[train])
+    return block, found, labels, owner
+
+
+def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) -> int | None:
+  """The microsecond from which on events lie in no label window and before no snapshot; None: there is none."""
+  if times is None or any(isinstance(t, config.AT_EVENTS) for t in tasks.values()):
+    return None
+  horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
+  # Where all snapshots are the users' own, any event of the log may lie before one.
+  last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[TEST]
+  return int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRows:
+  """What a shard is made from; see `EventLog.shards`.
+
+  Attributes:
+    users: the ids of U users.
+    rows: their sorted events.
+    labels: float64 `[U]` of each user label, NaN unknown.
+  """
+
+  users: Sequence[str]
+  rows: pa.Table
+  labels: Mapping[str, np.ndarray]
+
+
+def write_shard(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> Shard:
+  """Writes a shard and its note."""
+  tally = maker.tally()
+  block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
+  with writing_shard(file) as out:
+    out.write(maker(block, rows.labels, tally))
+  shard = Shard(file.name, out.records, out.bytes, tally.state)
+  with replacing_file(note_file(file)) as part:
+    part.write_text(json.dumps(dataclasses.asdict(shard)))
+  return shard
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def count_writers(count: int) -> int:
+  """How many processes write `count` shards: one a core that this process may use."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return min(cores, count)
+
+
+class ShardWriters:
+  """Processes that write shards, or this process where one is enough; use it as a context manager."""
+
+  def __init__(self, count: int):
+    """Starts them, for `count` shards; they get ready while the rows are sorted."""
+    self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+    self._most = count_writers(count)
+    if self._most > 1:
+      # Not forked: threads of DuckDB and JAX do not live on in a fork.
+      context = multiprocessing.get_context("spawn")
+      self._pool = concurrent.futures.ProcessPoolExecutor(self._most, context, _begin)
+      for _ in range(self._most):
+        self._pool.submit(os.getpid)
+
+  def __enter__(self) -> ShardWriters:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self._pool is not None:
+      self._pool.shutdown(wait=True, cancel_futures=True)
+
+  def run(self, write: Callable[[Any], Shard], tasks: Iterable[Any]) -> Iterator[Shard]:
+    """Yields what `write` returns of every task, as they end; takes a new task only when a process is free for it."""
+    if self._pool is None:
+      yield from map(write, tasks)
+      return
+    running: set[concurrent.futures.Future[Shard]] = set()
+    for task in tasks:
+      running.add(self._pool.submit(write, task))
+      if len(running) > self._most:
+        ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        yield from (future.result() for future in ended)
+    for future in concurrent.futures.as_completed(running):
+      yield future.result()
+
+
+def _begin() -> None:
+  """In each process that writes: it ends with the one that started it, which alone minds interrupts."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(1)  # it was killed; else a shard would be written beside the next command's, and the process stay for ever

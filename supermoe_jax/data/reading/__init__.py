@@ -1,0 +1,1 @@
+"""Files of every format read into checked rows of a DuckDB table."""

@@ -1,0 +1,174 @@
+"""Paths and globs of a config expanded into files, local ones and those of object stores and web servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import duckdb
+
+from supermoe_jax.data.reading import readers, remote
+from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
+from supermoe_jax.data.reading.remote import FilePath, RemoteFile
+from supermoe_jax.errors import DataError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundFile:
+  """A file that a pattern of the config led to.
+
+  Attributes:
+    path: where it is.
+    may_be_empty: whether a glob found it; a file that was asked for by name has to hold rows.
+  """
+
+  path: FilePath
+  may_be_empty: bool
+
+
+class OpenedFiles(NamedTuple):
+  """Files that were opened: those with rows, at least one, and those without."""
+
+  tables: list[TableFile]
+  empty: list[FilePath]
+
+
+def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str) -> list[FoundFile]:
+  """Expands paths and globs (`~` too) in the order listed, each glob sorted by path; DuckDB lists the remote ones.
+
+  Raises:
+    DataError: a path does not exist, is a directory, or is named twice, or what is remote cannot be reached; `key`
+      says where in the config it stands.
+  """
+  found: dict[str, FoundFile] = {}
+  for pattern in patterns:
+    for file in _find_remote(con, pattern, key) if remote.scheme(pattern) else _find(pattern, key):
+      if file_identity(str(file.path)) in found:
+        raise DataError(f"{key}: {file.path} is named twice; its rows would count twice.")
+      found[file_identity(str(file.path))] = file
+  return list(found.values())
+
+
+def open_files(
+  con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
+) -> OpenedFiles:
+  """Finds the `files` of the config section `key` and opens them as `readers.open_table` does.
+
+  Raises:
+    DataError: a file cannot be found or opened, one that was asked for by name is empty, or all are.
+  """
+  opened = OpenedFiles([], [])
+  found = find_files(con, patterns, f"{key}.files")
+  for file in found:
+    try:
+      opened.tables.append(readers.open_table(con, file.path, format, wanted))
+    except EmptyFileError as error:
+      if not file.may_be_empty:
+        raise DataError(f"{error} Remove it from {key}.files.") from None
+      opened.empty.append(file.path)
+  if not opened.tables:
+    raise DataError(f"{key}.files: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+  return opened
+
+
+def file_identity(file: str) -> str:
+  """What tells a file from others, however it is named: its absolute path without links; a remote one's own name."""
+  return file if remote.scheme(file) else str(pathlib.Path(file).expanduser().resolve())
+
+
+def glob_files(pattern: str) -> list[pathlib.Path]:
+  """Returns the files that a glob matches, sorted by path; hidden ones only if it begins with a dot."""
+  # Not pathlib's glob, which matches hidden files, such as the checksums that Hadoop leaves, as well.
+  found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+  return [file for file in map(pathlib.Path, found) if file.is_file()]
+
+
+def _find(pattern: str, key: str) -> list[FoundFile]:
+  path = pathlib.Path(pattern).expanduser()
+  if path.is_dir():
+    endings = sorted({p.suffix for p in path.iterdir() if p.is_file() and p.suffix}) or [".parquet"]
+    raise DataError(f"{key}: {path} is a directory; name its files, such as {path / ('*' + endings[0])}.")
+  if path.exists():
+    return [FoundFile(path, may_be_empty=False)]
+  if glob.has_magic(str(path)):
+    if files := glob_files(str(path)):
+      return [FoundFile(file, may_be_empty=True) for file in files]
+    raise DataError(f"{key}: {path} matches no file.")
+  if not path.parent.is_dir():
+    raise DataError(f"{key}: {path}: no such file; the folder {path.parent} does not exist either.")
+  siblings = [p.name for p in path.parent.iterdir() if p.is_file()]
+  hint = nearest(path.name, siblings) if len(siblings) <= 20 else nearest(path.name, siblings).partition("; valid")[0]
+  raise DataError(f"{key}: {path}: no such file{hint}")
+
+
+def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list[FoundFile]:
+  scheme = remote.scheme(pattern)
+  if scheme not in remote.EXTENSIONS:
+    known = ", ".join(f"{s}://" for s in remote.EXTENSIONS)
+    raise DataError(
+      f"{key}: {pattern} is not a local file, and {scheme}:// is not read; copy it to a disk, or name one of {known}."
+    )
+  _load(con, remote.EXTENSIONS[scheme], f"{key}: {pattern}")
+  if scheme in remote.WEB:
+    if "*" in pattern:
+      raise DataError(f"{key}: {pattern}: a web server does not list its files; name each of them.")
+    return [FoundFile(RemoteFile(pattern), may_be_empty=False)]
+  credentials = RemoteFile(pattern).credentials
+  try:
+    found = con.execute(f"SELECT file FROM glob({literal(pattern)}) ORDER BY file").fetchall()
+  except duckdb.Error as error:
+    raise DataError(f"{key}: {pattern} cannot be listed: {readers.first_line(error)}. {credentials}.") from error
+  if not found:
+    raise DataError(f"{key}: {pattern} matches no file. {credentials}.")
+  return [FoundFile(RemoteFile(file), may_be_empty=glob.has_magic(pattern)) for (file,) in found]
+
+
+def make_readable(con: duckdb.DuckDBPyConnection, path: FilePath, key: str) -> None:
+  """Lets the connection read a file that another one has found; `key` says where in the config it stands."""
+  if isinstance(path, RemoteFile):
+    _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{key}: {path}")
+
+
+def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
+  """Loads the extension of DuckDB that a remote file needs; installing it is left to the user, as it is a download."""
+  if not extension:
+    return
+  try:
+    con.execute(f"LOAD {extension}")
+  except duckdb.Error as error:
+    raise DataError(
+      f"{place} needs DuckDB's extension {extension}, which is not installed. With access to the internet, run once: "
+      f"python -c \"import duckdb; duckdb.sql('INSTALL {extension}')\""
+    ) from error
+
+
+def _there(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files that a local path or glob leads to, as `find_files` finds them; maybe none."""
+  return [path] if path.is_file() else glob_files(str(path))
+
+
+def file_stamps(patterns: Sequence[str]) -> dict[str, list[int]]:
+  """Size in bytes and time of change (local: ns, remote: µs since 1970) of every file that the patterns match.
+
+  Raises:
+    DataError: what is remote cannot be reached.
+  """
+  local = {f for p in patterns if not remote.scheme(p) for f in _there(pathlib.Path(p).expanduser())}
+  out = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(local)}
+  if elsewhere := [p for p in dict.fromkeys(patterns) if remote.scheme(p)]:
+    con = readers.connect()
+    try:
+      for pattern in elsewhere:
+        for file in _find_remote(con, pattern, "config.data"):
+          with readers.naming(file.path, "bytes"):
+            # Without their content these are looked up, not read.
+            facts = con.execute(
+              f"SELECT size, coalesce(epoch_us(last_modified), 0) FROM read_blob({literal(remote.pattern(file.path))})"
+            ).fetchall()
+          out |= {str(file.path): [int(size), int(changed)] for size, changed in facts}
+    finally:
+      con.close()
+  return out

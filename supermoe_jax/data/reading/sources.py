@@ -1,0 +1,286 @@
+"""Sources of events into one DuckDB table of rows, each checked and, where it cannot be used, marked with its fault.
+
+The table `rows` holds what the files hold, in their order: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC,
+`source` INTEGER, `ord` BIGINT (the row's place in the whole log), `fault` (0: none), `bad_value`, `no_item` (its item
+has no row in the source's table of items), `no_user_row` (nor its user in the table of users), and the column that
+`field_columns()` gives each field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import duckdb
+from tqdm import tqdm
+
+from supermoe_jax import config
+from supermoe_jax.data.reading import joined_tables, paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading.field_sql import (
+  Fault,
+  aliased,
+  bad_row,
+  carried,
+  fault_sql,
+  field_columns,
+  read_sql,
+  stored_type,
+)
+from supermoe_jax.data.reading.joined_tables import JoinedTable
+from supermoe_jax.data.reading.readers import TableFile
+
+FILE_PLACES = 1 << 40  # in the log that each file has for its rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+  """A file of events.
+
+  Attributes:
+    number: which it is of all files of the log, from 0; its rows follow those of the files before.
+    source: its source.
+    table: the file, opened.
+  """
+
+  number: int
+  source: str
+  table: TableFile
+
+
+class FileCounts(NamedTuple):
+  """What was found in a file of events.
+
+  Attributes:
+    rows: how many rows it has.
+    dropped: how many of them cannot be used, by reason.
+    items_missing: how many others have no row in the table of items.
+    users_missing: how many others have no row in the table of users.
+  """
+
+  rows: int
+  dropped: dict[str, int]
+  items_missing: int
+  users_missing: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What was found in the files of a log.
+
+  Attributes:
+    sources: of each source its rows read, by file and in all, dropped by reason, and empty files; besides
+      `items_missing` and `users_missing`, its events without a row in the table of items or of users, where one is
+      joined, and `item_rows_dropped`.
+    user_rows_dropped: rows of the table of users that could not be used, where it is joined.
+    user_type: the DuckDB type of the user column in the first source's first file.
+  """
+
+  sources: dict[str, dict[str, Any]]
+  user_rows_dropped: int
+  user_type: str
+
+  def add(self, file: SourceFile, found: FileCounts) -> None:
+    """Counts a file; files are added in order."""
+    counts = self.sources[file.source]
+    for reason, n in found.dropped.items():
+      counts["dropped"][reason] = counts["dropped"].get(reason, 0) + n
+    for key, missing in (("items_missing", found.items_missing), ("users_missing", found.users_missing)):
+      if key in counts:
+        counts[key] += missing
+    counts["rows_read"] += found.rows
+    counts["files"][str(file.table.path)] = found.rows
+
+  @property
+  def rows(self) -> int:
+    """How many rows were read."""
+    return sum(counts["rows_read"] for counts in self.sources.values())
+
+  @property
+  def dropped(self) -> dict[str, int]:
+    """How many of them could not be used, by reason."""
+    out: dict[str, int] = {}
+    for counts in self.sources.values():
+      for reason, n in counts["dropped"].items():
+        out[reason] = out.get(reason, 0) + n
+    return out
+
+
+def create_rows(con: duckdb.DuckDBPyConnection, data: config.Data) -> None:
+  """Creates the empty table `rows`."""
+  fields = "".join(f", {c} {stored_type(data.fields[n])}" for n, c in field_columns(data).items())
+  con.execute(
+    'CREATE TABLE rows ("user" VARCHAR, time BIGINT, source INTEGER, ord BIGINT, fault UTINYINT, bad_value VARCHAR, '
+    f"no_item BOOLEAN, no_user_row BOOLEAN{fields})"
+  )
+
+
+class SourceReader:
+  """Reads files of the sources of a config into the table `rows` of a database, which it creates."""
+
+  def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
+    self._con, self._data = con, data
+    self._columns = field_columns(data)
+    self._joined: dict[str, JoinedTable] = {}
+    create_rows(con, data)
+
+  def open(self) -> tuple[list[SourceFile], Reading]:
+    """Opens the files of every source, those with rows, in order; and a reading to count them in.
+
+    Raises:
+      DataError: a file or a joined table cannot be used, or a line of a file of sequences.
+    """
+    files: list[SourceFile] = []
+    users = self._users() if any(f.table == "users" for f in self._data.fields.values()) else None
+    # A part of a log may have no files of a source.
+    reading = {name: self._open_source(name, files) for name, source in self._data.sources.items() if source.files}
+    user_type = files[0].table.columns.get(self._data.sources[files[0].source].user, "")
+    return files, Reading(
+      reading, users.rows_dropped if users else 0, "VARCHAR" if user_type.startswith("ENUM") else user_type
+    )
+
+  def _open_source(self, name: str, files: list[SourceFile]) -> dict[str, Any]:
+    """Appends the files of a source, and returns its counts, in which no row has been counted."""
+    source, key = self._data.sources[name], f"config.data.sources.{name}"
+    items = self._items(name)
+    counts: dict[str, Any] = {"rows_read": 0, "dropped": {}, "files": {}, "empty_files": []}
+    if items:
+      counts |= {"items_missing": 0, "item_rows_dropped": items.rows_dropped}
+    if carried(self._data, name, "users"):
+      counts["users_missing"] = 0
+    wanted = {source.user, source.time, *carried(self._data, name).values()}
+    if items and source.items:
+      wanted = wanted - set(items.columns) | {source.items.key}
+    opened = paths.open_files(self._con, source.files, source.format, wanted, key)
+    counts["empty_files"] += map(str, opened.empty)
+    sequence_files.check_sequences(self._con, opened.tables)
+    files += [SourceFile(i, name, table) for i, table in enumerate(opened.tables, len(files))]
+    return counts
+
+  def _users(self) -> JoinedTable:
+    if "" not in self._joined:
+      self._joined[""] = joined_tables.load_user_fields(self._con, self._data)
+    return self._joined[""]
+
+  def _items(self, source: str) -> JoinedTable | None:
+    if not self._data.sources[source].items:
+      return None
+    if source not in self._joined:
+      self._joined[source] = joined_tables.load_items(self._con, self._data, source)
+    return self._joined[source]
+
+  def read(self) -> Reading:
+    """Reads every source.
+
+    Raises:
+      DataError: a file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
+    """
+    files, reading = self.open()
+    with tqdm(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
+      for file in files:
+        found = self.read_file(file)
+        reading.add(file, found)
+        bar.update(found.rows)
+    return reading
+
+  def read_file(self, source_file: SourceFile) -> FileCounts:
+    """Appends a file's rows to `rows` and counts them; the file may have been opened elsewhere.
+
+    Raises:
+      DataError: the file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
+    """
+    name, file = source_file.source, source_file.table
+    source, key = self._data.sources[name], f"config.data.sources.{name}"
+    index, first = list(self._data.sources).index(name), source_file.number * FILE_PLACES
+    items, users = self._items(name), self._users() if carried(self._data, name, "users") else None
+    paths.make_readable(self._con, file.path, key)
+    wanted = {"user": file.require(source.user, f"{key}.user"), "time": file.require(source.time, f"{key}.time")}
+    reading = value_sql.time_reading(
+      self._con, file, source.time, "e.time", key, unit=source.time_unit, format=source.time_format
+    )
+    user_type, time_type = file.columns[source.user], file.columns[source.time]
+    values = {
+      "user": value_sql.text_sql('e."user"', user_type),
+      "time": reading.sql,
+      "raw_time": value_sql.text_sql("e.time", time_type),
+      "no_item": "i.key IS NULL" if items else "false",
+      "no_user_row": "u.key IS NULL" if users else "false",
+    }
+    faults = [
+      Fault("null_user", source.user, '"user" IS NULL'),
+      Fault("null_time", source.time, "raw_time IS NULL"),
+      Fault("unparsable_time", source.time, "time IS NULL", "raw_time", "a time"),
+    ]
+    own = {}
+    for field, column in carried(self._data, name).items():
+      if column not in file.columns and items and field in items.fields:
+        values[self._columns[field]] = f"i.{self._columns[field]}"
+      else:
+        own[field] = file.require(column, f"config.data.fields.{field}", items.columns if items else ())
+    values |= {self._columns[f]: f"u.{self._columns[f]}" for f in carried(self._data, name, "users")}
+    field_values, field_faults = read_sql(self._data, file, own)
+    wanted |= {self._columns[f]: column for f, column in own.items()}
+    values |= field_values
+    faults += field_faults
+    join = ""
+    if items:
+      assert source.items is not None
+      wanted["key"] = file.require(source.items.key, f"{key}.items.key")
+      join = f"LEFT JOIN {items.table} i ON {value_sql.text_sql('e.key', file.columns[wanted['key']])} = i.key"
+    if users:
+      join += f" LEFT JOIN {users.table} u ON {values['user']} = u.key"
+    columns = ", ".join(self._stored(n) if c in values else "NULL" for n, c in self._columns.items())
+    with readers.naming(file.path, file.format):
+      self._con.execute(
+        f'INSERT INTO rows SELECT "user", time, {index}, {first} + row, {fault_sql(faults)}, no_item, '
+        f"no_user_row, {columns} FROM (SELECT e.row, {aliased(values)} FROM ({file.select(wanted)}) e {join})"
+      )
+    return self._count(name, file, first, faults, reading)
+
+  def _stored(self, field: str) -> str:
+    """The SQL of a field's value as `rows` holds it."""
+    column, spec = self._columns[field], self._data.fields[field]
+    log1p = spec.kind == "numeric" and spec.encoding == "log1p"
+    return f"sign({column}) * ln(1 + abs({column}))" if log1p else column
+
+  def _count(
+    self, name: str, file: TableFile, first: int, faults: Sequence[Fault], reading: value_sql.TimeReading
+  ) -> FileCounts:
+    """Counts a file's rows, just appended; raises DataError if one cannot be used and may not be dropped."""
+    found = self._con.execute(
+      "SELECT fault, count(*), min(ord), arg_min(bad_value, ord), min(time), max(time), count_if(no_item), "
+      f"count_if(no_user_row) FROM rows WHERE ord >= {first} GROUP BY fault ORDER BY min(ord)"
+    ).fetchall()
+    if reading.guessed:
+      self._check_guess(name, file, faults, found)
+    bad = [row[:4] for row in found if row[0]]
+    if bad and self._data.on_bad_rows == "error":
+      raise bad_row(file, faults, [(fault, n, ord - first, value) for fault, n, ord, value in bad])
+    good = [row for row in found if not row[0]]
+    return FileCounts(
+      sum(n for _, n, *_ in found),
+      {faults[fault - 1].reason: n for fault, n, *_ in bad},
+      sum(no_item for *_, no_item, _ in good),
+      sum(no_user_row for *_, no_user_row in good),
+    )
+
+  def _check_guess(self, name: str, file: TableFile, faults: Sequence[Fault], found: Sequence[tuple[Any, ...]]) -> None:
+    """Raises DataError if the epochs of a file cannot be seconds, of which they may be too large to be any time."""
+    column = self._data.sources[name].time
+    for fault, _, _, bad_value, earliest, latest, *_ in found:
+      if fault == 0:
+        low, high = earliest / 1e6, latest / 1e6
+      elif faults[fault - 1].reason == "unparsable_time" and (number := _number(bad_value)) is not None:
+        low = high = number
+      else:
+        continue
+      value_sql.check_guessed_seconds(low, high, f"{file.path}: column {column!r}", f"config.data.sources.{name}")
+
+
+def _number(text: str) -> float | None:
+  try:
+    number = float(text)
+  except ValueError:
+    return None
+  return number if math.isfinite(number) else None

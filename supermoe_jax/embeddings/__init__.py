@@ -1,0 +1,1 @@
+"""Directories of user embeddings: written, updated, searched, aligned."""

@@ -1,0 +1,238 @@
+"""Look-alike audiences: of all other users those that are most like a list of seeds, and how well that finds seeds.
+
+Every seed is held out once: in turn a fifth of them is put among the others, the rest looks for them, and what is
+counted is how many stand among the first N. Lift is that share over the share that N drawn at random would find.
+
+Shapes: n users, s seeds, D the width of an embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from supermoe_jax import atomic_files
+from supermoe_jax.embeddings import selection as selection_lib
+from supermoe_jax.embeddings.exact_neighbors import unit_vectors
+from supermoe_jax.errors import ConfigError, DataError, nearest
+from supermoe_jax.evaluation import intervals, linear_probes
+
+METHODS = ("logistic", "centroid")
+FOLDS = 5
+# Fewer seeds than this say little, and each fold would hold out fewer than two.
+LEAST = 10
+# So many others, drawn, stand for all of them where a regression is fitted.
+OTHERS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+  """Seeds as a file names them.
+
+  Attributes:
+    rows: int64 `[s]`, rows of those that have an embedding, each once, sorted.
+    named: ids in the file, empty ones left out.
+    empty: lines or rows without an id.
+    repeated: ids that stand there again.
+    unknown: how many have no embedding.
+    examples: the first few of those.
+  """
+
+  rows: np.ndarray
+  named: int
+  empty: int
+  repeated: int
+  unknown: int
+  examples: list[str]
+
+
+def read_seeds(file: pathlib.Path, users: pa.Array) -> Seeds:
+  """Reads seeds from Parquet or CSV (the column `user_id`, or the only one) or text (one id a line).
+
+  Raises:
+    DataError: the file cannot be read, has no such column, or names fewer than `LEAST` users that have an embedding.
+  """
+  ids = _ids(file)
+  text = [str(i).strip() if i is not None else "" for i in ids.to_pylist()]
+  there = [t for t in text if t]
+  distinct = list(dict.fromkeys(there))
+  found = selection_lib.UserFinder(users).rows(pa.array(distinct, pa.large_string()))
+  unknown = [u for u, row in zip(distinct, found) if row < 0]
+  rows = np.unique(found[found >= 0])
+  if len(rows) < LEAST:
+    some = f" (unknown: {', '.join(unknown[: selection_lib.NAMED])} …)" if unknown else ""
+    raise DataError(
+      f"{file} names {len(rows)} users that have an embedding, of {len(distinct):,} ids{some}; at least {LEAST} are "
+      "needed to look for others like them and to measure it."
+    )
+  return Seeds(
+    rows, len(there), len(text) - len(there), len(there) - len(distinct), len(unknown), unknown[: selection_lib.NAMED]
+  )
+
+
+def _ids(file: pathlib.Path) -> pa.ChunkedArray | pa.Array:
+  try:
+    if file.suffix == ".txt":
+      return pa.array(file.read_text().splitlines(), pa.large_string())
+    if file.suffix == ".parquet":
+      table = pq.read_table(file)
+    elif file.suffix == ".csv":
+      columns = pyarrow.csv.open_csv(file).schema.names
+      options = pyarrow.csv.ConvertOptions(column_types={c: pa.string() for c in columns})
+      table = pyarrow.csv.read_csv(file, convert_options=options)
+    else:
+      raise DataError(f"{file}: seeds are read from .parquet, .csv or .txt; rename or convert it.")
+  except FileNotFoundError:
+    raise DataError(f"{file}: no such file.") from None
+  except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    raise DataError(f"{file} cannot be read ({error}).") from error
+  if "user_id" in table.schema.names:
+    return table["user_id"]
+  if table.num_columns == 1:
+    return table.column(0)
+  raise DataError(f"{file} has no column 'user_id'{nearest('user_id', table.schema.names)}.")
+
+
+def seed_scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -> np.ndarray:
+  """How much each of `vectors [n, D]` is like those of the rows `seeds`: float `[n]`; those of seeds mean nothing.
+
+  "logistic" is the log-odds of a regression of seeds against others; "centroid" the cosine with the mean direction of
+  the seeds, where each of the D numbers is standardised over all users.
+
+  Raises:
+    ConfigError: an unknown method.
+  """
+  if method == "logistic":
+    others = np.setdiff1d(np.arange(len(vectors)), seeds)
+    if len(others) > OTHERS:
+      others = np.random.default_rng(seed).choice(others, OTHERS, replace=False)
+    rows = np.concatenate([seeds, others])
+    model = linear_probes.logistic_pipeline(vectors).fit(vectors[rows], np.arange(len(rows)) < len(seeds))
+    return np.asarray(model.decision_function(vectors))
+  if method == "centroid":
+    spread = vectors.std(axis=0)
+    # Without this the direction that all users share, and those that vary most, would drown what the seeds have.
+    alike = unit_vectors((vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1))[0]
+    return np.asarray(alike @ alike[seeds].mean(axis=0))
+  raise ConfigError(f"--method={method!r}{nearest(method, METHODS)}.")
+
+
+def seed_lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, seed: int = 0) -> dict[str, Any]:
+  """What an audience of `size` finds of seeds that it was not told.
+
+  Returns: `found` of `held_out`, the `share` with a 95 % interval (Wilson's, of a share among that many), the
+  `random_share` that a random audience finds, and `lift`, `lift_low`, `lift_high`, which are their quotients.
+  """
+  order = np.random.default_rng(seed).permutation(seeds)
+  found = 0
+  random = 0.0
+  for fold in tqdm(range(FOLDS), desc="held-out seeds", unit=" folds", mininterval=1):
+    held = order[fold::FOLDS]
+    told = np.setdiff1d(seeds, held)
+    score = seed_scores(method, vectors, told, seed)
+    candidates = np.setdiff1d(np.arange(len(vectors)), told)
+    found += int(np.isin(most_similar(score, candidates, size), held).sum())
+    random += len(held) * min(size / len(candidates), 1.0)
+  share, chance = found / len(seeds), random / len(seeds)
+  low, high = intervals.wilson(found, len(seeds))
+  return {
+    "found": found,
+    "held_out": len(seeds),
+    "share": share,
+    "share_low": low,
+    "share_high": high,
+    "random_share": chance,
+    "lift": share / chance,
+    "lift_low": low / chance,
+    "lift_high": high / chance,
+  }
+
+
+def most_similar(score: np.ndarray, candidates: np.ndarray, size: int) -> np.ndarray:
+  """Of the rows `candidates` the `size` with the largest `score [n]`, those first; equal ones in the order of rows."""
+  return candidates[np.lexsort((candidates, -score[candidates]))[:size]]
+
+
+def audience(
+  path: pathlib.Path,
+  seeds_file: pathlib.Path,
+  size: int,
+  out: pathlib.Path,
+  *,
+  method: str = METHODS[0],
+  as_of: str | None = None,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Writes the `size` users that are most like the seeds to a Parquet file: `user_id`, `score`, `rank`.
+
+  Returns: what was asked, the counts of seeds and the lift; the file holds the same under the key `supermoe`.
+
+  Raises:
+    ConfigError: an unknown method, or a size that leaves nobody out.
+    DataError: embeddings or seeds cannot be used; see `selection.select_rows` and `read_seeds`.
+  """
+  if method not in METHODS:
+    raise ConfigError(f"--method={method!r}{nearest(method, METHODS)}.")
+  if out.suffix != ".parquet":
+    raise ConfigError(f"--out {out} must end in .parquet.")
+  if not out.parent.is_dir():
+    raise ConfigError(f"{out}: there is no directory {out.parent}; make it first.")
+  selection = selection_lib.select_rows(path, as_of)
+  seeds = read_seeds(seeds_file, selection.users)
+  others = len(selection) - len(seeds.rows)
+  if not 1 <= size < others:
+    raise ConfigError(f"--size={size} must lie between 1 and {others - 1:,}: there are {others:,} other users.")
+  vectors = selection.all_vectors()
+  report = {
+    "embeddings": str(path),
+    "time": selection.time(),
+    "method": method,
+    "size": size,
+    "users": len(selection),
+    "seeds": len(seeds.rows),
+    "seeds_named": seeds.named,
+    "seeds_empty": seeds.empty,
+    "seeds_repeated": seeds.repeated,
+    "seeds_unknown": seeds.unknown,
+    "unknown_examples": seeds.examples,
+    **seed_lift(method, vectors, seeds.rows, size, seed),
+  }
+  score = seed_scores(method, vectors, seeds.rows, seed)
+  rows = most_similar(score, np.setdiff1d(np.arange(len(vectors)), seeds.rows), size)
+  table = pa.table(
+    {
+      "user_id": selection.users.take(pa.array(rows)),
+      "score": pa.array(score[rows].astype(np.float64)),
+      "rank": pa.array(np.arange(1, size + 1)),
+    }
+  ).replace_schema_metadata({"supermoe": json.dumps(report)})
+  try:
+    with atomic_files.replacing_file(out) as part:
+      pq.write_table(table, part)
+  except OSError as error:
+    raise DataError(f"writing {out} failed: {error}; nothing was kept.") from error
+  return report
+
+
+def audience_summary(report: dict[str, Any]) -> list[str]:
+  """What an audience was made of and finds, in lines."""
+  lines = [
+    f"{report['seeds']:,} seeds among {report['users']:,} users, {report['time']}; {report['seeds_unknown']:,} ids "
+    f"without an embedding, {report['seeds_repeated']:,} repeated, {report['seeds_empty']:,} empty"
+  ]
+  if report["unknown_examples"]:
+    lines.append(f"  without an embedding, such as: {', '.join(report['unknown_examples'])}")
+  lines.append(
+    f"lift {report['lift']:.2f} at {report['size']:,} (95 %: {report['lift_low']:.2f} to {report['lift_high']:.2f}): "
+    f"of {report['held_out']:,} seeds, each held out once, {report['found']:,} were found, {report['share']:.1%} "
+    f"against {report['random_share']:.1%} at random ({report['method']})"
+  )
+  return lines

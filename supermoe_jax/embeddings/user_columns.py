@@ -1,0 +1,76 @@
+"""Columns of the table of users that embeddings carry along.
+
+They are read once, put into the order of the dataset's users by DuckDB, which spills to disk, and kept beside the parts
+until all are written: a part then reads the rows of its own users.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import duckdb
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax.data.dataset import dataset as dataset_lib
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.reading import paths, readers, value_sql
+from supermoe_jax.embeddings import part_files
+from supermoe_jax.errors import ConfigError, DataError
+
+FILE, SPILL = "columns.parquet", "columns.spilled"
+
+
+def check_columns(cfg: config.Config, columns: Sequence[str]) -> None:
+  """Raises ConfigError if there is no table of users, or a column cannot be carried under its name."""
+  if not columns:
+    return
+  if cfg.data.users is None:
+    raise ConfigError(
+      f"--columns {' '.join(columns)}: the run's config names no table of users (config.data.users) to take them from."
+    )
+  for name in columns:
+    if name in part_files.COLUMNS or columns.count(name) > 1:
+      why = "is a column of every embedding table" if name in part_files.COLUMNS else "is named twice"
+      raise ConfigError(f"--columns: {name!r} {why}; leave it out.")
+
+
+def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], work: pathlib.Path, rows: int) -> None:
+  """Writes the columns of the dataset's users, in its order, `rows` a group; unknown users have nulls.
+
+  Raises:
+    DataError: a file or a column is missing, or a user has two rows.
+  """
+  users = cfg.data.users
+  assert users is not None
+  con = readers.connect(memory=cfg.data.memory, spill=work / SPILL)
+  try:
+    key = "config.data.users"
+    tables = paths.open_files(con, users.files, users.format, {users.user, *columns}, key).tables
+    parts = []
+    for table in tables:
+      wanted = {"user": table.require(users.user, f"{key}.user")}
+      wanted |= {f"c{i}": table.require(name, "--columns") for i, name in enumerate(columns)}
+      user = value_sql.text_sql('e."user"', table.columns[wanted["user"]])
+      values = ", ".join(f"e.c{i} AS {readers.identifier(name)}" for i, name in enumerate(columns))
+      parts.append(f'SELECT {user} AS "user", {values} FROM ({table.select(wanted)}) e')
+    con.execute(f"CREATE TEMP VIEW known AS {' UNION ALL BY NAME '.join(parts)}")
+    twice = con.execute('SELECT "user" FROM known GROUP BY 1 HAVING count(*) > 1 ORDER BY 1 LIMIT 1').fetchone()
+    if twice:
+      raise DataError(f"{users.user}={twice[0]!r} stands in several rows of {key}; keep one row a user.")
+    source = readers.literal(str(dataset.path / dataset_lib.USERS))
+    places = f'SELECT "user", file_row_number AS place FROM read_parquet({source}, file_row_number = true)'
+    con.execute(
+      f'COPY (SELECT known.* EXCLUDE ("user") FROM ({places}) LEFT JOIN known USING ("user") ORDER BY place) '
+      f"TO {readers.literal(str(work / FILE))} (FORMAT parquet, ROW_GROUP_SIZE {rows})"
+    )
+  except duckdb.Error as error:
+    raise DataError(f"reading --columns failed: {str(error).splitlines()[0]}") from error
+  finally:
+    con.close()
+
+
+def read_user_columns(work: pathlib.Path, start: int, stop: int) -> pa.Table:
+  """The columns of the users from `start` to before `stop`."""
+  return dataset_lib.rows_between(work / FILE, None, start, stop)

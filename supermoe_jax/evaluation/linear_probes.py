@@ -1,0 +1,105 @@
+"""Linear probes: how much a frozen vector says about a label, and the hand-made aggregates it must beat.
+
+Shapes: n rows fitted on, m rows asked about, D inputs, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from supermoe_jax import config
+
+# Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse ones are those whose scale means something,
+# such as TF-IDF, and are not standardised.
+Inputs = Any
+
+# From `x [m, D]` to probabilities `[m]`, `[m, values]`, `[m, C]`, or numbers `[m]`.
+Predictor = Callable[[Inputs], np.ndarray]
+
+# Inverse strength of the regularisation (scikit-learn's C) of standardised and of sparse inputs.
+REGULARISATION = 0.05
+SPARSE_REGULARISATION = 5.0
+
+
+def logistic_pipeline(x: Inputs) -> Pipeline:
+  """Standardisation and a logistic regression for inputs like `x`, multinomial if need be; not yet fitted."""
+  if scipy.sparse.issparse(x):
+    return make_pipeline(LogisticRegression(C=SPARSE_REGULARISATION, solver="lbfgs", max_iter=1000))
+  return make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, solver="newton-cholesky"))
+
+
+def ridge_pipeline(x: Inputs) -> Pipeline:
+  """Standardisation and a linear regression whose weights are held as small as those of `linear`; not yet fitted."""
+  if scipy.sparse.issparse(x):
+    return make_pipeline(Ridge(alpha=1 / SPARSE_REGULARISATION, solver="sparse_cg"))
+  return make_pipeline(StandardScaler(), Ridge(alpha=1 / REGULARISATION))
+
+
+class Probe:
+  """Linear probes of one label, or one for each of several binary labels; a label of one class gives its rate."""
+
+  def __init__(self, x: Inputs, label: np.ndarray):
+    """Fits on `x [n, D]` and `label [n]` or `[n, values]` of 0 and 1."""
+    self._flat = label.ndim == 1
+    columns = label[:, None] if self._flat else label
+    self._rate = columns.mean(axis=0)
+    usable = (self._rate > 0) & (self._rate < 1)
+    self._models = [logistic_pipeline(x).fit(x, y) if ok else None for ok, y in zip(usable, columns.T)]
+
+  def __call__(self, x: Inputs) -> np.ndarray:
+    """Returns probabilities `[m]` or `[m, values]` for `x [m, D]`."""
+    columns = [
+      np.full(x.shape[0], rate) if model is None else model.predict_proba(x)[:, 1]
+      for model, rate in zip(self._models, self._rate)
+    ]
+    return columns[0] if self._flat else np.stack(columns, axis=1)
+
+
+class MultiClassProbe:
+  """A multinomial probe of one label of C classes; classes that it was not fitted on get the probability 0."""
+
+  def __init__(self, x: Inputs, label: np.ndarray, classes: int):
+    """Fits on `x [n, D]` and class indices `label [n]`, below `classes`."""
+    self._classes = classes
+    self._present = np.unique(label)
+    self._model = logistic_pipeline(x).fit(x, label) if len(self._present) > 1 else None
+
+  def __call__(self, x: Inputs) -> np.ndarray:
+    """Returns probabilities `[m, C]` for `x [m, D]`."""
+    out = np.zeros((x.shape[0], self._classes))
+    out[:, self._present] = 1.0 if self._model is None else self._model.predict_proba(x)
+    return out
+
+
+class RegressionProbe:
+  """A linear probe of a number."""
+
+  def __init__(self, x: Inputs, label: np.ndarray):
+    """Fits on `x [n, D]` and `label [n]`."""
+    self._model = ridge_pipeline(x).fit(x, label)
+
+  def __call__(self, x: Inputs) -> np.ndarray:
+    """Returns numbers `[m]` for `x [m, D]`."""
+    return np.asarray(self._model.predict(x))
+
+
+def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int) -> Predictor:
+  """Fits the probe for a form of answer on `x [n, D]` and `label [n]` or `[n, values]`.
+
+  `outputs` is the number of classes or values, 1 for one yes or no and for a number.
+  Raises: ValueError for answers that no probe gives: rankings of a catalogue, and contrast.
+  """
+  if answer in ("binary", "multilabel"):
+    return Probe(x, label.astype(np.float32))
+  if answer == "multiclass":
+    return MultiClassProbe(x, label.astype(np.int64), outputs)
+  if answer == "regression":
+    return RegressionProbe(x, label.astype(np.float64))
+  raise ValueError(f"there is no linear probe of a {answer} answer")

@@ -1,1 +1,0 @@
-"""How good embeddings are, beside what they must beat: frozen probes on label tables, with intervals."""

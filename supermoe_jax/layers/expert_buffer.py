@@ -1,0 +1,121 @@
+"""Carrying tokens to the slots of a buffer and back, at the cost of gathers only.
+
+Each of a token's K choices has one slot or none, and a slot holds one choice or none. Since they are matched one to
+one, the transpose of either gather is a gather with the other's index. XLA would emit a scatter-add instead, which is
+many times slower on CPU and serialises on TPU. The price: derivatives by reverse mode only (`jax.grad`, no `jax.jvp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from supermoe_jax import sharding
+
+
+def ascending(x: jax.Array) -> jax.Array:
+  """`x [n]` in ascending order.
+
+  Equal numbers are all alike, so the sort need not be stable: for TPUs a stable one carries the places along, and takes
+  three times as long to compile. Elsewhere it is, which XLA:CPU runs faster.
+  """
+  return jax.lax.sort(x, is_stable=sharding.platform() != "tpu")
+
+
+def grouping_order(group: jax.Array, groups: int) -> jax.Array:
+  """The permutation that brings `group [n]`, int32 in [0, groups), into order, equal ones in the order they come in.
+
+  A group and a place go into one number where both fit: a sort of one array, not of two or three.
+  """
+  n = len(group)
+  each = jnp.arange(n, dtype=jnp.int32)
+  if groups * n <= jnp.iinfo(jnp.int32).max:
+    return ascending(group * n + each) % n
+  return jax.lax.sort((group, each), num_keys=2, is_stable=False)[1]
+
+
+class RankedChoices(NamedTuple):
+  """The choices of n tokens, counted by expert.
+
+  Attributes:
+    sent: bool `[n, K]`, whether the choice is for one of these experts; False for tokens that are not valid.
+    rank: int32 `[n, K]`, place among the choices of the same expert; earlier tokens come first.
+    load: int32 `[E]`, choices of each expert.
+  """
+
+  sent: jax.Array
+  rank: jax.Array
+  load: jax.Array
+
+
+def rank_choices(expert: jax.Array, valid: jax.Array, experts: int) -> RankedChoices:
+  """Ranks the choices `expert [n, K]` of `valid [n]` tokens; those outside [0, experts) are sent nowhere."""
+  n, k = expert.shape
+  sent = valid[:, None] & (expert >= 0) & (expert < experts)
+  flat = jnp.where(sent, expert, experts).reshape(-1)
+  in_order = grouping_order(flat, experts + 1)
+  start = jnp.searchsorted(flat[in_order], jnp.arange(experts + 1))
+  rank_sorted = jnp.arange(n * k) - start[flat[in_order]]
+  rank = jnp.zeros(n * k, jnp.int32).at[in_order].set(rank_sorted.astype(jnp.int32), unique_indices=True)
+  return RankedChoices(sent, rank.reshape(n, k), jnp.diff(start).astype(jnp.int32))
+
+
+def sorted_places(expert: jax.Array, ranked: RankedChoices) -> jax.Array:
+  """Returns each choice's place `[n, K]` among all, in the order by expert; arbitrary for one that is not sent."""
+  start = jnp.cumsum(ranked.load) - ranked.load
+  return start[jnp.clip(expert, 0, len(ranked.load) - 1)] + ranked.rank
+
+
+def run_through_buffer(
+  x: jax.Array, weight: jax.Array, slot: jax.Array, n_slots: int, run: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """Puts each choice of `x [n, D]` into its `slot [n, K]` (n_slots: nowhere), runs the buffer and combines the results.
+
+  `run` maps `[n_slots, D]`, where empty slots are 0, to `[n_slots, D]`. Returns float32 `[n, D]`, the sum over K of
+  `weight [n, K]` times a choice's output; a choice without a slot adds nothing.
+  """
+  n, k = slot.shape
+  choice = jnp.full(n_slots, n * k, jnp.int32)  # which of the n·K choices sits in a slot; n·K: none
+  each = jnp.arange(n * k, dtype=jnp.int32)
+  index = jnp.where(slot.reshape(-1) < n_slots, slot.reshape(-1), n_slots + each)  # all different, as promised below
+  choice = choice.at[index].set(each, mode="drop", unique_indices=True)
+  back = _from_buffer(run(_to_buffer(x, choice // k, slot)), slot, choice)
+  return jnp.einsum("nk,nkd->nd", weight, back, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _to_buffer(x: jax.Array, token: jax.Array, slot: jax.Array) -> jax.Array:
+  """`x [n, D]` to `[n_slots, D]` by the token in each slot; an empty slot (token n) is 0."""
+  return jnp.take(x, token, axis=0, mode="fill", fill_value=0)
+
+
+def _to_buffer_forward(x: jax.Array, token: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _to_buffer(x, token, slot), slot
+
+
+def _to_buffer_backward(slot: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+  return jnp.sum(jnp.take(gradient, slot, axis=0, mode="fill", fill_value=0), axis=1), None, None
+
+
+_to_buffer.defvjp(_to_buffer_forward, _to_buffer_backward)
+
+
+@jax.custom_vjp
+def _from_buffer(out: jax.Array, slot: jax.Array, choice: jax.Array) -> jax.Array:
+  """`out [n_slots, D]` to `[n, K, D]` by the slot of each choice; a choice without one is 0."""
+  return jnp.take(out, slot, axis=0, mode="fill", fill_value=0)
+
+
+def _from_buffer_forward(out: jax.Array, slot: jax.Array, choice: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _from_buffer(out, slot, choice), choice
+
+
+def _from_buffer_backward(choice: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+  flat = gradient.reshape(-1, gradient.shape[-1])
+  return jnp.take(flat, choice, axis=0, mode="fill", fill_value=0), None, None
+
+
+_from_buffer.defvjp(_from_buffer_forward, _from_buffer_backward)

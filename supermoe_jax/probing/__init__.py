@@ -1,0 +1,1 @@
+"""Frozen probes: how good embeddings are on label tables, compared with aggregates, with intervals."""

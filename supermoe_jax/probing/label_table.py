@@ -1,0 +1,270 @@
+"""Label tables: a file with a user column, perhaps a time column, and columns of labels.
+
+Shapes: n rows, each of another user or (user, time).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import duckdb
+import numpy as np
+
+from supermoe_jax.config import format_time
+from supermoe_jax.data.reading import readers, value_sql
+from supermoe_jax.data.reading.readers import TableFile, identifier
+from supermoe_jax.errors import DataError, nearest
+
+LabelKind = Literal["binary", "multiclass", "regression"]
+
+# Whole numbers of at most so many different values are taken for classes, and texts of so many.
+MOST_NUMBERED_CLASSES = 10
+MOST_NAMED_CLASSES = 50
+
+GLOB = frozenset("*?[")
+
+
+class Label(NamedTuple):
+  """A column of labels.
+
+  Attributes:
+    name: of the column.
+    kind: what is asked.
+    value: float64 `[n]`: 0 and 1, indices of classes, or numbers; NaN where there is none.
+    classes: the values behind the indices, of a binary label the negative and the positive one; none of numbers.
+  """
+
+  name: str
+  kind: LabelKind
+  value: np.ndarray
+  classes: tuple[str, ...] = ()
+
+  @property
+  def outputs(self) -> int:
+    """How many classes there are; 1 for one yes or no and for a number."""
+    return len(self.classes) if self.kind == "multiclass" else 1
+
+
+class LabelTable(NamedTuple):
+  """The labels of a file.
+
+  Attributes:
+    users: `[n]` ids as text.
+    time: int64 `[n]`, microseconds since 1970 UTC; None without a time column.
+    labels: the columns that can be asked about.
+    not_measured: the other columns that were asked for, and why not.
+    groups: each glob that was asked for, and the columns it stands for.
+    repeated_rows: rows left out since they say nothing that another of the user (and time) does not.
+  """
+
+  users: np.ndarray
+  time: np.ndarray | None
+  labels: list[Label]
+  not_measured: dict[str, str]
+  groups: dict[str, list[str]]
+  repeated_rows: int
+
+
+def read_label_table(
+  path: pathlib.Path,
+  user: str = "user_id",
+  time: str | None = None,
+  wanted: Sequence[str] = (),
+  kinds: Mapping[str, LabelKind] | None = None,
+) -> LabelTable:
+  """Reads a label table of any format that a user table may have.
+
+  Args:
+    path: the file.
+    user: its column of users.
+    time: its column of times, if it has one: timestamps, dates, or ISO 8601 text.
+    wanted: names of columns, or globs; none: all columns but those two.
+    kinds: what some columns are to be read as; the others' kinds follow from their values.
+
+  Raises:
+    DataError: the file, a column or a value cannot be used, or two rows of a user (and time) contradict each other.
+  """
+  if not path.is_file():
+    raise DataError(f"there is no label table {path}.")
+  con = readers.connect()
+  try:
+    file = readers.open_table(con, path, "auto")
+    file.require(user, "--user")
+    if time is not None:
+      file.require(time, "--time")
+    others = [c for c in file.columns if c not in (user, time)]
+    names, groups = _chosen(path, others, wanted)
+    for name in kinds or {}:
+      if name not in names:
+        raise DataError(f"--kind names the column {name!r}, which is none of the labels{nearest(name, names)}")
+    columns = {"u": user, **({} if time is None else {"t": time}), **{f"l{i}": n for i, n in enumerate(names)}}
+    with readers.naming(path, file.format):
+      con.execute(f"CREATE TEMP TABLE given AS {file.select(columns)}")
+    return _read(con, file, user, time, names, groups, kinds or {})
+  finally:
+    con.close()
+
+
+def _chosen(path: pathlib.Path, others: Sequence[str], wanted: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+  """The columns asked for, each once, and those of each glob."""
+  if not others:
+    raise DataError(f"{path} has no column of labels.")
+  groups = {}
+  names: list[str] = []
+  for pattern in wanted or others:
+    if pattern in others:
+      names.append(pattern)
+      continue
+    found = [c for c in others if fnmatch.fnmatchcase(c, pattern)] if GLOB & set(pattern) else []
+    if not found:
+      raise DataError(f"{path} has no column {pattern!r} (--label){nearest(pattern, others)}")
+    groups[pattern] = found
+    names += found
+  return list(dict.fromkeys(names)), groups
+
+
+def _read(
+  con: duckdb.DuckDBPyConnection,
+  file: TableFile,
+  user: str,
+  time: str | None,
+  names: Sequence[str],
+  groups: dict[str, list[str]],
+  kinds: Mapping[str, LabelKind],
+) -> LabelTable:
+  values, texts, not_measured = {}, set(), {}
+  for i, name in enumerate(names):
+    kind = file.columns[name]
+    if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
+      not_measured[name] = f"its values are of type {kind}"
+      continue
+    numbers = value_sql.is_number(kind) or kind == "BOOLEAN"
+    if kind == "VARCHAR":
+      text = f"nullif(trim(l{i}), '')"
+      ((known, parsed),) = con.execute(f"SELECT count({text}), count(TRY_CAST({text} AS DOUBLE)) FROM given").fetchall()
+      numbers = known == parsed > 0
+    if numbers:
+      number = value_sql.number_sql(f"l{i}", kind)
+      values[name] = f"CASE WHEN NOT isnan({number}) THEN {number} END"
+    else:
+      texts.add(name)
+      values[name] = f"nullif(trim(l{i}::VARCHAR), '')"
+  selected = ", ".join([f"{sql} AS l{i}" for i, sql in enumerate(values.values())])
+  read_user = value_sql.text_sql("u", file.columns[user])
+  con.execute(
+    f"CREATE TEMP TABLE labels AS SELECT row, {read_user} AS u, {_time_sql(file, time)} AS t"
+    f"{', ' if selected else ''}{selected} FROM given"
+  )
+  _check_keys(con, file, user, time)
+  repeated = _merge(con, file, list(values))
+  found = con.execute("SELECT * EXCLUDE (row) FROM labels ORDER BY row").fetchnumpy()
+  labels = []
+  for i, name in enumerate(values):
+    label = _label(file, name, np.ma.getdata(found[f"l{i}"]), _missing(found[f"l{i}"]), name in texts, kinds.get(name))
+    if isinstance(label, str):
+      not_measured[name] = label
+    else:
+      labels.append(label)
+  users = np.array([str(u) for u in np.ma.getdata(found["u"])], object)
+  at = None if time is None else np.ma.getdata(found["t"]).astype(np.int64)
+  return LabelTable(users, at, labels, not_measured, groups, repeated)
+
+
+def _time_sql(file: TableFile, time: str | None) -> str:
+  if time is None:
+    return "0::BIGINT"
+  kind = file.columns[time]
+  if value_sql.is_instant(kind):
+    return value_sql.instant_sql("t", kind)
+  if kind != "VARCHAR":
+    raise DataError(
+      f"{file.path}: column {time!r} (--time) is of type {kind}; write times as timestamps, dates or ISO 8601 text."
+    )
+  return value_sql.iso_sql("t")
+
+
+def _check_keys(con: duckdb.DuckDBPyConnection, file: TableFile, user: str, time: str | None) -> None:
+  """Raises DataError for the first row without a user or with something that is no time."""
+  for alias, name, what in (("u", user, "user"), ("t", time, "time")):
+    if name is not None:
+      bad = con.execute(
+        f"SELECT row, given.{alias}::VARCHAR FROM labels JOIN given USING (row) "
+        f"WHERE labels.{alias} IS NULL ORDER BY row LIMIT 1"
+      ).fetchall()
+      for row, value in bad:
+        raise DataError(f"{file.path}: row {row + 1} holds {value!r} in {name!r}, which is no {what}; correct the row.")
+
+
+def _merge(con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence[str]) -> int:
+  """Makes one row of the rows of a user and time, and returns how many there were more."""
+  ((rows, keys),) = con.execute("SELECT count(*), count(DISTINCT (u, t)) FROM labels").fetchall()
+  if rows == keys:
+    return 0
+  for i, name in enumerate(names):
+    clash = con.execute(
+      f"SELECT u, t, min(l{i})::VARCHAR, max(l{i})::VARCHAR FROM labels GROUP BY u, t "
+      f"HAVING min(l{i}) <> max(l{i}) ORDER BY min(row) LIMIT 1"
+    ).fetchall()
+    for user, time, low, high in clash:
+      at = f" at {format_time(time)}" if time else ""
+      raise DataError(
+        f"{file.path}: user {user}{at} has two labels in {identifier(name)}, {low} and {high}; keep one row a user"
+        f"{'' if time else ', or name the column of times with --time'}."
+      )
+  picked = ", ".join(f"any_value(l{i}) AS l{i}" for i in range(len(names)))
+  con.execute(
+    f"CREATE TEMP TABLE merged AS SELECT min(row) AS row, u, t{', ' if picked else ''}{picked} FROM labels "
+    "GROUP BY u, t"
+  )
+  con.execute("DROP TABLE labels; ALTER TABLE merged RENAME TO labels")
+  return int(rows - keys)
+
+
+def _missing(column: np.ndarray) -> np.ndarray:
+  return np.ma.getmaskarray(column) | np.array([v is None for v in np.ma.getdata(column)], bool)
+
+
+def _label(
+  file: TableFile, name: str, column: np.ndarray, missing: np.ndarray, text: bool, wanted: LabelKind | None
+) -> Label | str:
+  """The column as a label, or why it is none."""
+  known = column[~missing]
+  if not len(known):
+    return "it holds no value"
+  distinct = np.unique(known.astype(str) if text else known.astype(np.float64))
+  if not text and not np.isfinite(distinct).all():
+    raise DataError(f"{file.path}: column {name!r} holds a value that is infinite; correct it, or leave it empty.")
+  if len(distinct) == 1:
+    return f"all its values are {distinct[0] if text else _number(distinct[0])}"
+  kind = wanted or _kind(distinct, text)
+  if kind is None:
+    return f"it holds {len(distinct):,} different texts; --kind {name}=multiclass takes them for classes"
+  value = np.full(len(column), np.nan)
+  if kind == "regression":
+    if text:
+      raise DataError(
+        f"{file.path}: column {name!r} holds the text {str(distinct[0])!r}, which --kind takes for a number."
+      )
+    value[~missing] = known
+    return Label(name, kind, value)
+  if kind == "binary" and len(distinct) > 2:
+    raise DataError(f"{file.path}: column {name!r} has {len(distinct)} different values; --kind takes it for binary.")
+  value[~missing] = np.searchsorted(distinct, known.astype(distinct.dtype))
+  return Label(name, kind, value, tuple(str(v) if text else _number(v) for v in distinct))
+
+
+def _kind(distinct: np.ndarray, text: bool) -> LabelKind | None:
+  if len(distinct) == 2:
+    return "binary"
+  if text:
+    return "multiclass" if len(distinct) <= MOST_NAMED_CLASSES else None
+  whole = bool(np.all(distinct == np.trunc(distinct)))
+  return "multiclass" if whole and len(distinct) <= MOST_NUMBERED_CLASSES else "regression"
+
+
+def _number(value: float) -> str:
+  return str(int(value)) if math.isfinite(value) and value == int(value) else str(float(value))

@@ -1,0 +1,353 @@
+"""The protocol of probes: who is fitted on, who is asked about, and how sure the figures are.
+
+Shapes: n rows, m of them asked about, C classes, J splits.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.model_selection import KFold, StratifiedKFold
+
+from supermoe_jax.evaluation import metrics
+from supermoe_jax.evaluation.linear_probes import Inputs
+from supermoe_jax.evaluation.metrics import Metrics
+from supermoe_jax.probing import resampling
+from supermoe_jax.probing.label_table import Label, LabelKind
+from supermoe_jax.probing.models import ProbeModel
+from supermoe_jax.probing.resampling import Interval
+
+# The metric that stands for a kind of label in tables.
+MAIN_METRIC: dict[LabelKind, str] = {"binary": "auc", "multiclass": "auc", "regression": "rmse"}
+
+# Of a metric: what is measured and its interval.
+Scores = dict[str, Interval]
+
+# How many strata numbers are cut into.
+STRATA = 10
+
+COUNTS = ("classes_without_auc",)  # among the metrics, but none
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """How probes are judged.
+
+  Attributes:
+    folds: parts that users are divided into; each is asked about once a repeat.
+    repeats: how often they are divided anew.
+    temporal: instead, fit on all labels before the last time and ask about those of the last.
+    seed: of the folds, the models and the resamples.
+    resamples: of users, for the intervals of a temporal split.
+  """
+
+  folds: int = 5
+  repeats: int = 3
+  temporal: bool = False
+  seed: int = 0
+  resamples: int = 1000
+
+  @property
+  def splits(self) -> int:
+    """How often a model is fitted."""
+    return 1 if self.temporal else self.folds * self.repeats
+
+
+class Fold(NamedTuple):
+  """Rows fitted on and rows asked about, ascending; none of a fold's users is among those fitted on."""
+
+  fit: np.ndarray
+  asked: np.ndarray
+
+
+class ProbeRows(NamedTuple):
+  """Whose the rows are.
+
+  Attributes:
+    user: int64 `[n]`, a number for each user.
+    time: int64 `[n]`, microseconds since 1970 UTC; None without times.
+  """
+
+  user: np.ndarray
+  time: np.ndarray | None = None
+
+
+class ProbeResult(NamedTuple):
+  """What a probe of one label gave.
+
+  Attributes:
+    scores: of each kind of features and model.
+    differences: of each that stands beside what is judged, and each model: what is judged, less that, in the metric's
+      own unit, over the same splits and users. `best` compares the best model of either.
+    best: the model with the best main metric of each kind of features.
+    main: the main metric.
+  """
+
+  scores: dict[str, dict[str, Scores]]
+  differences: dict[str, dict[str, Scores]]
+  best: dict[str, str]
+  main: str
+
+
+class ProbePredictions(NamedTuple):
+  """The predictions of all features and models for one label: of each a `[m, …]` for every split."""
+
+  label: Label
+  rows: ProbeRows
+  splits: list[Fold]
+  predictions: dict[tuple[str, str], list[np.ndarray]]
+
+
+class UnmeasurableLabel(ValueError):
+  """A label that cannot be measured by this protocol; the message says why."""
+
+
+def make_folds(label: Label, rows: ProbeRows, protocol: Protocol) -> list[Fold]:
+  """Lays out the folds of all repeats, or the one temporal split, of rows that all have a label.
+
+  A user's rows are never divided: folds divide users, stratified by the class that most of their labels are of, or by
+  the tenth that their mean number lies in.
+
+  Raises:
+    Unmeasurable: there are too few labels of a class, or of users or times.
+  """
+  if protocol.temporal:
+    return [_temporal(label, rows)]
+  users, owner = np.unique(rows.user, return_inverse=True)
+  if len(users) < protocol.folds:
+    raise UnmeasurableLabel(f"{len(users)} users have a label, fewer than {protocol.folds} folds")
+  stratum = _strata(label, owner, len(users))
+  counts = np.bincount(stratum)
+  rarest = counts[counts > 0].min()
+  if label.kind == "binary" and (rarest < protocol.folds or np.sum(counts > 0) < 2):
+    few = int(np.argmin(counts)) if np.sum(counts > 0) > 1 else 1 - int(stratum[0])
+    users_of_it = counts[few] if few < len(counts) else 0
+    raise UnmeasurableLabel(f"{users_of_it} users are of {label.classes[few]!r}, fewer than {protocol.folds} folds")
+  out = []
+  for repeat in range(protocol.repeats):
+    seed = protocol.seed + repeat
+    # Strata with fewer users than folds are put together; scikit-learn would only warn.
+    together = np.where(counts[stratum] < protocol.folds, -1, stratum)
+    if np.sum(together == -1) in range(1, protocol.folds):
+      together[together == -1] = np.argmax(counts)
+    if len(np.unique(together)) > 1:
+      folds = StratifiedKFold(protocol.folds, shuffle=True, random_state=seed).split(users, together)
+    else:
+      folds = KFold(protocol.folds, shuffle=True, random_state=seed).split(users)
+    for _, asked in folds:
+      chosen = np.zeros(len(users), bool)
+      chosen[asked] = True
+      out.append(Fold(np.flatnonzero(~chosen[owner]), np.flatnonzero(chosen[owner])))
+  return out
+
+
+def _strata(label: Label, owner: np.ndarray, users: int) -> np.ndarray:
+  """The stratum of each user, from 0."""
+  if label.kind == "regression":
+    mean = np.bincount(owner, label.value, users) / np.bincount(owner, minlength=users)
+    return np.searchsorted(np.quantile(mean, np.arange(1, STRATA) / STRATA), mean, side="right")
+  classes = max(len(label.classes), 2)
+  votes = np.bincount(owner * classes + label.value.astype(np.int64), minlength=users * classes)
+  return np.argmax(votes.reshape(users, classes), axis=1)
+
+
+def _temporal(label: Label, rows: ProbeRows) -> Fold:
+  times = np.zeros(0) if rows.time is None else np.unique(rows.time)
+  if rows.time is None or len(times) < 2:
+    raise UnmeasurableLabel("its labels are of one time; a temporal split needs two or more")
+  last = rows.time == times[-1]
+  if label.kind != "regression":
+    for part, what in ((~last, "earlier times"), (last, "the last time")):
+      found = np.unique(label.value[part])
+      if len(found) < 2:
+        raise UnmeasurableLabel(f"all its labels of {what} are {label.classes[int(found[0])]!r}")
+  return Fold(np.flatnonzero(~last), np.flatnonzero(last))
+
+
+def predict_all(
+  features: Mapping[str, Inputs],
+  label: Label,
+  rows: ProbeRows,
+  models: Mapping[str, ProbeModel],
+  protocol: Protocol,
+  threads: int = 1,
+  done: Callable[[], Any] = lambda: None,
+) -> ProbePredictions:
+  """Fits every model on every kind of features in every split, `threads` at a time; `done` is called after each.
+
+  Features have `[n, …]` rows, all of which have a label.
+
+  Raises:
+    Unmeasurable: see `splits`.
+  """
+  laid = make_folds(label, rows, protocol)
+
+  def answer(name: str, kind: str, number: int) -> np.ndarray:
+    split = laid[number]
+    seed = protocol.seed + number
+    return np.asarray(models[kind](features[name], label, split.fit, split.asked, seed), np.float64)
+
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    waiting = {(f, m): [pool.submit(answer, f, m, i) for i in range(len(laid))] for f in features for m in models}
+    for fits in waiting.values():
+      for fit in fits:
+        fit.add_done_callback(lambda _: done())
+    try:
+      found = {key: [fit.result() for fit in fits] for key, fits in waiting.items()}
+    except BaseException:
+      pool.shutdown(cancel_futures=True)  # the first error, or Ctrl-C, is enough
+      raise
+  return ProbePredictions(label, rows, laid, found)
+
+
+def prediction_metrics(label: Label, value: np.ndarray, predicted: np.ndarray) -> Metrics:
+  """The metrics of predictions for labels of this kind."""
+  if label.kind == "regression":
+    return metrics.regression_metrics(value, predicted)
+  if label.kind == "binary":
+    return metrics.binary_metrics(value, predicted)
+  return metrics.multi_class_metrics(value.astype(np.int64), predicted)
+
+
+# The interval of a metric of one kind of features and model, or of how far it is from that of another.
+_Compared = Callable[[str, tuple[str, str], tuple[str, str] | None], Interval]
+
+
+def measure_predictions(
+  asked: Mapping[str, ProbePredictions],
+  judged: str,
+  protocol: Protocol,
+  groups: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, ProbeResult]:
+  """Scores the predictions of labels, with intervals; `judged` is the kind of features that others stand beside.
+
+  `groups` names labels of one kind, whose means are measured too. Of a temporal split the mean is taken in each
+  resample. Folds of different labels divide users differently, so there the half-width of a mean is the mean of the
+  labels', an upper bound: exact where their errors go together, too wide where they do not.
+  """
+  compared = _resampled(asked, protocol) if protocol.temporal else _folded(asked)
+  out = {}
+  for name, names in {**{n: [n] for n in asked}, **(groups or {})}.items():
+    first = asked[names[0]]
+    metric_names = [n for n in prediction_metrics(first.label, *_two(first.label)) if n not in COUNTS]
+    out[name] = _measured(first, judged, metric_names, compared(names))
+  return out
+
+
+def _two(label: Label) -> tuple[np.ndarray, np.ndarray]:
+  """Two labels, answered rightly: what metrics there are."""
+  value = np.arange(2.0)
+  return value, np.eye(2, max(label.outputs, 2)) if label.kind == "multiclass" else value
+
+
+def _folded(asked: Mapping[str, ProbePredictions]) -> Callable[[Sequence[str]], _Compared]:
+  values = {
+    (name, key): [prediction_metrics(a.label, a.label.value[s.asked], p) for s, p in zip(a.splits, answers)]
+    for name, a in asked.items()
+    for key, answers in a.predictions.items()
+  }
+  share = {n: float(np.mean([len(s.asked) / len(s.fit) for s in a.splits])) for n, a in asked.items()}
+
+  def of(names: Sequence[str]) -> _Compared:
+    def interval(metric: str, key: tuple[str, str], other: tuple[str, str] | None) -> Interval:
+      found = []
+      for name in names:
+        own = [v[metric] for v in values[name, key]]
+        if other is not None:
+          paired = [v[metric] for v in values[name, other]]
+          own = [None if x is None or y is None else x - y for x, y in zip(own, paired)]
+        found.append(resampling.of_folds(own, share[name]))
+      return resampling.mean_interval(found)
+
+    return interval
+
+  return of
+
+
+def _resampled(asked: Mapping[str, ProbePredictions], protocol: Protocol) -> Callable[[Sequence[str]], _Compared]:
+  """All labels are resampled together: a resample takes the same users for each of them."""
+  at = {n: a.splits[0].asked for n, a in asked.items()}
+  everyone = np.unique(np.concatenate([a.rows.user[at[n]] for n, a in asked.items()]))
+  parts: dict[tuple[str, tuple[str, str], str], list[np.ndarray]] = {}
+  for weight in resampling.resamples(len(everyone), protocol.resamples, protocol.seed):
+    for name, a in asked.items():
+      own, value = weight[:, np.searchsorted(everyone, a.rows.user[at[name]])], a.label.value[at[name]]
+      for key, (answer,) in a.predictions.items():
+        for metric, drawn in resampling.weighted_metrics(a.label.kind, value, answer, own).items():
+          parts.setdefault((name, key, metric), []).append(drawn)
+  draws = {k: np.concatenate(v) for k, v in parts.items()}
+  points = {
+    (name, key): prediction_metrics(a.label, a.label.value[at[name]], answer)
+    for name, a in asked.items()
+    for key, (answer,) in a.predictions.items()
+  }
+
+  def of(names: Sequence[str]) -> _Compared:
+    def interval(metric: str, key: tuple[str, str], other: tuple[str, str] | None) -> Interval:
+      values, drawn = [], []
+      for name in names:
+        value, own = points[name, key][metric], draws.get((name, key, metric))
+        if other is not None:
+          paired = points[name, other][metric]
+          value = None if value is None or paired is None else value - paired
+          own = None if own is None else own - draws[name, other, metric]
+        if value is not None:
+          values.append(value)
+          drawn.append(own)
+      if not values or any(d is None for d in drawn):
+        return Interval(float(np.mean(values)) if values else None)
+      return resampling.of_resamples(float(np.mean(values)), resampling.nan_mean(np.array(drawn)))
+
+    return interval
+
+  return of
+
+
+def _measured(a: ProbePredictions, judged: str, names: Sequence[str], interval: _Compared) -> ProbeResult:
+  features = list(dict.fromkeys(f for f, _ in a.predictions))
+  models = list(dict.fromkeys(m for _, m in a.predictions))
+  main = MAIN_METRIC[a.label.kind]
+  scores = {
+    f: {m: {n: interval(n, (f, m), None) for n in names} for m in models if (f, m) in a.predictions} for f in features
+  }
+  best = {f: best_model(s, main) for f, s in scores.items()}
+  differences: dict[str, dict[str, Scores]] = {}
+  for f in features:
+    if f == judged:
+      continue
+    pairs = {m: ((judged, m), (f, m)) for m in models if m in scores[f] and m in scores[judged]}
+    pairs["best"] = (judged, best[judged]), (f, best[f])
+    differences[f] = {m: {n: interval(n, *pair) for n in names} for m, pair in pairs.items()}
+  return ProbeResult(scores, differences, best, main)
+
+
+def best_model(scores: Mapping[str, Scores], metric: str) -> str:
+  """The model with the best value of a metric."""
+
+  def rank(model: str) -> float:
+    value = scores[model][metric].value
+    return -np.inf if value is None else metrics.improvement(metric, value, 0.0)
+
+  return max(scores, key=rank)
+
+
+def out_of_fold(a: ProbePredictions, protocol: Protocol) -> dict[tuple[str, str], Metrics]:
+  """The metrics of all rows at once, each answered by models that were fitted without it; the mean over repeats.
+
+  The ranks of answers by several models are compared here, so that such an AUC is a little below the mean of the folds.
+  """
+  out: dict[tuple[str, str], Metrics] = {}
+  for key, answers in a.predictions.items():
+    found = []
+    for start in range(0, len(answers), protocol.folds):
+      whole = np.zeros((len(a.label.value), *answers[0].shape[1:]))
+      for split, answer in zip(a.splits[start : start + protocol.folds], answers[start : start + protocol.folds]):
+        whole[split.asked] = answer
+      found.append(prediction_metrics(a.label, a.label.value, whole))
+    means = {n: [f[n] for f in found] for n in found[0] if n not in COUNTS}
+    out[key] = {n: None if None in v else float(np.mean(np.array(v, np.float64))) for n, v in means.items()}
+  return out

@@ -1,0 +1,149 @@
+"""95 % intervals of metrics: of repeated folds, and of one split by resampling users.
+
+Shapes: J scores of folds, n labels, R resamples, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from supermoe_jax.evaluation.metrics import SMALLEST_PROBABILITY
+from supermoe_jax.probing.label_table import LabelKind
+
+# Weights `[R, n]` are drawn for so many resamples at a time that they hold about this many numbers.
+WEIGHTS_AT_ONCE = 4_000_000
+
+
+class Interval(NamedTuple):
+  """An estimate and its 95 % interval; the ends are None where there is too little to tell."""
+
+  value: float | None
+  low: float | None = None
+  high: float | None = None
+
+  @property
+  def half(self) -> float | None:
+    """Half of the width."""
+    return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+def of_folds(scores: Sequence[float | None], asked_share: float) -> Interval:
+  """The mean of J folds' scores with the corrected resampled t interval; None among them is left out.
+
+  Folds share most of what they were fitted on, so that the plain standard error is too small: the variance is
+  multiplied by 1/J + (rows asked / rows fitted on), `asked_share`, instead of 1/J.
+  Source: Nadeau & Bengio, "Inference for the Generalization Error", Machine Learning 52, 2003; for repeated folds
+  Bouckaert & Frank, "Evaluating the Replicability of Significance Tests for Comparing Learning Algorithms", 2004.
+  """
+  x = np.array([s for s in scores if s is not None], np.float64)
+  if len(x) < 2:
+    return Interval(float(x[0]) if len(x) else None)
+  half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) * math.sqrt(1 / len(x) + asked_share))
+  mean = float(x.mean())
+  return Interval(mean, mean - half, mean + half)
+
+
+def of_resamples(value: float | None, resampled: np.ndarray) -> Interval:
+  """`value` with the 2.5 % and 97.5 % percentiles of `resampled [R]`, where it is a number."""
+  known = resampled[np.isfinite(resampled)]
+  if value is None or len(known) < 2:
+    return Interval(value)
+  low, high = np.percentile(known, (2.5, 97.5))
+  return Interval(value, float(low), float(high))
+
+
+def mean_interval(found: Sequence[Interval]) -> Interval:
+  """The mean of intervals' values, with the mean of their half-widths: exact if they err together, else too wide."""
+  values = [i.value for i in found if i.value is not None]
+  halves = [i.half for i in found if i.half is not None]
+  value = float(np.mean(values)) if values else None
+  if value is None or len(halves) < len(values):
+    return Interval(value)
+  half = float(np.mean(halves))
+  return Interval(value, value - half, value + half)
+
+
+def resamples(users: int, count: int, seed: int) -> Iterator[np.ndarray]:
+  """Yields the weights of `count` bootstrap resamples of users in parts `[some, users]`: how often each was drawn."""
+  at_once = max(1, WEIGHTS_AT_ONCE // max(users, 1))
+  rng = np.random.default_rng([seed, users])
+  for start in range(0, count, at_once):
+    yield rng.multinomial(users, np.full(users, 1 / users), min(at_once, count - start)).astype(np.float64)
+
+
+def weighted_metrics(
+  kind: LabelKind, label: np.ndarray, predicted: np.ndarray, weight: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The metrics of `evaluation.metrics` that have intervals, `[R]` each, with each label counted `weight [R, n]` times.
+
+  NaN where a resample holds no label, or a metric needs two classes and it holds one.
+  Shapes: `label [n]`; `predicted [n]`, of classes `[n, C]`.
+  """
+  with np.errstate(invalid="ignore", divide="ignore"):
+    if kind == "binary":
+      return _binary(label, predicted, weight)
+    if kind == "multiclass":
+      return _multi_class(label.astype(np.int64), predicted, weight)
+    return _regression(label, predicted, weight)
+
+
+def _binary(label: np.ndarray, probability: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+  area, precision = _ranked(label > 0, probability, weight)
+  tiny = np.finfo(np.float64).eps
+  p = np.clip(probability.astype(np.float64), tiny, 1 - tiny)
+  loss = -np.where(label > 0, np.log(p), np.log1p(-p))
+  return {"auc": area, "average_precision": precision, "log_loss": weight @ loss / weight.sum(axis=1)}
+
+
+def _ranked(positive: np.ndarray, score: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """AUC and average precision, `[R]` each, in one sort; equal scores are one step of either curve."""
+  order = np.argsort(-score, kind="stable")
+  steps = np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
+  sorted_weight = weight[:, order]
+  ones = np.add.reduceat(sorted_weight * positive[order], steps, axis=1)
+  zeros = np.add.reduceat(sorted_weight, steps, axis=1) - ones
+  hits, misses = np.cumsum(ones, axis=1), np.cumsum(zeros, axis=1)
+  all_ones, all_zeros = hits[:, -1], misses[:, -1]
+  # A negative lies below the positives of earlier steps, and beside half of those of its own.
+  area = np.sum(zeros * (hits - ones / 2), axis=1) / (all_ones * all_zeros)
+  share = np.where(hits + misses > 0, hits / (hits + misses), 0.0)
+  precision = np.where(all_zeros > 0, np.sum(share * ones, axis=1) / all_ones, np.nan)
+  return area, precision
+
+
+def _multi_class(label: np.ndarray, probability: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+  answer, total = np.argmax(probability, axis=1), weight.sum(axis=1)
+  own = np.log(np.maximum(probability[np.arange(len(label)), label], SMALLEST_PROBABILITY))
+  areas, scores = [], []
+  for c in range(probability.shape[1]):
+    mine, said = label == c, answer == c
+    areas.append(_ranked(mine, probability[:, c], weight)[0])
+    count = weight @ mine + weight @ said
+    scores.append(np.where(count > 0, 2 * (weight @ (mine & said)) / count, np.nan))
+  return {
+    "accuracy": weight @ (answer == label) / total,
+    "macro_f1": nan_mean(np.array(scores)),
+    "auc": nan_mean(np.array(areas)),
+    "log_loss": -(weight @ own) / total,
+  }
+
+
+def nan_mean(values: np.ndarray) -> np.ndarray:
+  """The mean over the first dimension of what is a number; NaN without any."""
+  known = np.isfinite(values)
+  return np.where(known, values, 0.0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+
+
+def _regression(label: np.ndarray, prediction: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+  total = weight.sum(axis=1)
+  error = prediction.astype(np.float64) - label
+  squared = weight @ error**2 / total
+  centred = label - label.mean()  # a large mean would leave little of the spread
+  spread = weight @ centred**2 / total - (weight @ centred / total) ** 2
+  spread = np.where(spread > 1e-12 * np.square(centred).max(), spread, np.nan)
+  return {"rmse": np.sqrt(squared), "mae": weight @ np.abs(error) / total, "r2": 1 - squared / spread}

@@ -1,0 +1,223 @@
+"""What is known of users as vectors: embedding directories, and files of other systems.
+
+Shapes: n rows, D the width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from supermoe_jax import config
+from supermoe_jax.config import format_time
+from supermoe_jax.embeddings import embedding_files
+from supermoe_jax.errors import ConfigError, DataError, nearest
+
+USER = "user_id"  # what a file may call its users, as embeddings do, whatever labels call theirs
+AS_OF = "as_of"  # what a file of another system may call its times, as embeddings do
+
+
+@dataclasses.dataclass(frozen=True)
+class UserVectors:
+  """Vectors of users, of one moment or of several.
+
+  Attributes:
+    name: what tables call them.
+    user: `[n]` ids as text.
+    time: int64 `[n]`, microseconds since 1970 UTC; None where there are no times: then they hold at all times.
+    x: float32 `[n, D]`, finite.
+    about: where they come from, for the record.
+  """
+
+  name: str
+  user: np.ndarray
+  time: np.ndarray | None
+  x: np.ndarray
+  about: dict[str, Any]
+
+  @property
+  def times(self) -> list[int]:
+    """The moments there are, ascending; none without times."""
+    return [] if self.time is None else np.unique(self.time).tolist()
+
+  @functools.cached_property
+  def _rows(self) -> dict[Any, int]:
+    keys = self.user if self.time is None else zip(self.user, self.time.tolist())
+    return {key: row for row, key in enumerate(keys)}
+
+  def find(self, user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
+    """The row of each user and time: int64, -1 where there is none.
+
+    Raises:
+      DataError: there are several times, and none is asked for.
+    """
+    if self.time is None:
+      asked: Any = user
+    else:
+      if time is None:
+        raise DataError(f"{self.name} are of {_listed(self.times)}; name one with --as-of.")
+      asked = zip(user, time.tolist())
+    return np.fromiter((self._rows.get(key, -1) for key in asked), np.int64, len(user))
+
+
+def _listed(times: Sequence[int], most: int = 6) -> str:
+  return ", ".join(format_time(t) for t in times[:most]) + (" …" if len(times) > most else "")
+
+
+def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | None = None) -> UserVectors:
+  """Reads a directory of 'supermoe embed', or another system's Parquet or CSV file (or directory of Parquet files).
+
+  Such a file has a column of users (`user`, or else `user_id`), perhaps one of times (`time`, or else `as_of` if there
+  is one), and either one column of lists, all of one length, or columns of numbers; other columns are left out and
+  named in `about`.
+
+  Raises:
+    DataError: the file, or a value of it, cannot be used, or a user and time stand in two rows.
+  """
+  if (path / "manifest.json").is_file():
+    return _of_run(name, path)
+  if path.is_dir():
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+      raise DataError(f"{path} holds no embeddings: no manifest.json of 'supermoe embed', and no Parquet file.")
+  elif path.is_file():
+    files = [path]
+  else:
+    raise DataError(f"there are no embeddings {path}.")
+  table = pa.concat_tables([_table(f, user) for f in files], promote_options="default")
+  if not table.num_rows:
+    raise DataError(f"{path} holds no row.")
+  if user not in table.column_names:
+    if USER not in table.column_names:
+      raise DataError(f"{path} has no column {user!r} of users (--user){nearest(user, table.column_names)}")
+    user = USER
+  timed = time if time in table.column_names else AS_OF if AS_OF in table.column_names else None
+  users = _users(path, table[user].combine_chunks(), user)
+  times = None if timed is None else _times(path, table[timed].combine_chunks(), timed)
+  x, used, left_out = _vectors(path, table.drop_columns([user, *([timed] if timed else [])]), users)
+  about = {"file": str(path), "rows": len(users), "width": x.shape[1], "time": timed, "columns": used}
+  return _checked(path, UserVectors(name, users, times, x, {**about, "columns_left_out": left_out}))
+
+
+def _of_run(name: str, path: pathlib.Path) -> UserVectors:
+  manifest = embedding_files.read_embedding_manifest(path)
+  table = embedding_files.read_embeddings(path, ["user_id", "as_of", "embedding"])
+  users = _users(path, table["user_id"].combine_chunks(), "user_id")
+  times = table["as_of"].combine_chunks().cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+  about = {k: manifest.get(k) for k in ("run", "step", "config_hash", "data_hash", "dataset", "width", "rows")}
+  return _checked(
+    path, UserVectors(name, users, times, embedding_files.embedding_vectors(table), {"directory": str(path), **about})
+  )
+
+
+def _table(file: pathlib.Path, user: str) -> pa.Table:
+  try:
+    if file.name.lower().endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
+      parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.name.lower() else ",")
+      return pa_csv.read_csv(
+        file,
+        parse_options=parse,
+        convert_options=pa_csv.ConvertOptions(column_types={user: pa.string(), USER: pa.string()}),
+      )
+    return pq.ParquetFile(file).read()
+  except (OSError, pa.ArrowException) as error:
+    raise DataError(f"{file} cannot be read as Parquet or CSV ({error}).") from error
+
+
+def _users(path: pathlib.Path, column: pa.Array, name: str) -> np.ndarray:
+  """Ids as text; whole numbers in a floating-point column are written as integers."""
+  if column.null_count:
+    row = int(np.flatnonzero(pc.is_null(column).to_numpy(zero_copy_only=False))[0])
+    raise DataError(f"{path}: row {row + 1} has no user in {name!r}; leave it out.")
+  try:
+    column = column.cast(pa.int64()) if pa.types.is_floating(column.type) else column
+    return np.array(column.cast(pa.string()).to_pylist(), object)
+  except pa.ArrowException as error:
+    raise DataError(f"{path}: column {name!r} holds no ids of users ({error}).") from None
+
+
+def _times(path: pathlib.Path, column: pa.Array, name: str) -> np.ndarray:
+  if column.null_count:
+    raise DataError(f"{path}: {column.null_count} rows have no time in {name!r}; leave them out.")
+  kind = column.type
+  if pa.types.is_temporal(kind):
+    return np.asarray(column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).to_numpy())
+  if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+    raise DataError(f"{path}: column {name!r} is of type {kind}; write times as timestamps, dates or ISO 8601 text.")
+  known: dict[str, int] = {}
+  for text in pc.unique(column).to_pylist():
+    try:
+      known[text] = config.parse_time(text, name)
+    except ConfigError as error:
+      raise DataError(f"{path}: {error}") from None
+  return np.array([known[t] for t in column.to_pylist()], np.int64)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+  types = pa.types
+  return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
+
+
+def _vectors(path: pathlib.Path, table: pa.Table, users: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
+  """The vectors, the columns they come from, and the other columns."""
+  listing = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+  lists = [f.name for f in table.schema if any(t(f.type) for t in listing) and _is_number(f.type.value_type)]
+  numbers = [f.name for f in table.schema if _is_number(f.type)]
+  if len(lists) > 1:
+    raise DataError(f"{path} has several columns of lists, {', '.join(lists)}; leave one.")
+  used = lists or numbers
+  if not used:
+    raise DataError(f"{path} has neither a column of lists nor columns of numbers beside the users.")
+  if lists:
+    column = table[lists[0]].combine_chunks()
+    length = pc.list_value_length(column)
+    wrong = np.flatnonzero(pc.fill_null(pc.not_equal(length, length[0]), True).to_numpy(zero_copy_only=False))
+    if len(wrong):
+      row = int(wrong[0])
+      raise DataError(
+        f"{path}: row {row + 1}, user {users[row]}, has {length[row].as_py() or 'no'} numbers in {lists[0]!r}, the "
+        f"first row {length[0].as_py() or 'none'}; all must have as many."
+      )
+    flat = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
+    x = flat.reshape(len(users), -1)
+  else:
+    x = np.stack([_numbers(table[n].combine_chunks()) for n in used], axis=1)
+  with np.errstate(over="ignore"):
+    x = x.astype(np.float32)
+  return x, used, [c for c in table.column_names if c not in used]
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+  return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+
+
+def _checked(path: pathlib.Path, features: UserVectors) -> UserVectors:
+  if not len(features.user):
+    raise DataError(f"{path} holds no row; embed at a time with events before it.")
+  bad = np.argwhere(~np.isfinite(features.x))
+  if len(bad):
+    row, column = bad[0]
+    used = features.about.get("columns") or []
+    where = f"column {used[column]!r}" if len(used) > 1 else f"place {column + 1}"
+    raise DataError(
+      f"{path}: user {features.user[row]} holds no finite 32-bit number in {where} (row {row + 1}); fill it in, or "
+      "leave the user out."
+    )
+  if len(features._rows) < len(features.user):
+    seen: set[Any] = set()
+    keys = features.user if features.time is None else zip(features.user, features.time.tolist())
+    for key in keys:
+      if key in seen:
+        named = key if features.time is None else f"{key[0]} at {format_time(key[1])}"
+        raise DataError(f"{path}: user {named} has two rows; keep one.")
+      seen.add(key)
+  return features

@@ -1,0 +1,78 @@
+"""Gains over single-task models, their summaries over tasks, and their intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
+
+# An estimate over seeds: {"mean", "low", "high", "seeds"}; mean is None without a seed, low and high below two seeds.
+Estimate = dict[str, Any]
+
+
+def relative_gain(metric: str, score: float, single: float) -> float | None:
+  """Gain Δ of `score` over the single-task score, in percent; above 0 is better whichever way the metric points.
+
+  Returns: None where the single-task score is 0, of which nothing is a percentage.
+  Source: the form of arXiv 1904.08918.
+  """
+  if single == 0:
+    return None
+  return 100 * (single - score if metric in LOWER_IS_BETTER else score - single) / abs(single)
+
+
+def harm(gains: Sequence[float]) -> float:
+  """H = mean of max(0, −Δ) over tasks, `gains [T]`."""
+  return sum(max(0.0, -g) for g in gains) / len(gains)
+
+
+def seesaw_index(gains: Sequence[float]) -> float:
+  """Σ max(0, −Δ) / Σ|Δ| over tasks, `gains [T]`: 0 where nothing was lost (or nothing moved), 1 where all was loss."""
+  moved = sum(abs(g) for g in gains)
+  return sum(max(0.0, -g) for g in gains) / moved if moved else 0.0
+
+
+def mean_gain(gains: Sequence[float]) -> float:
+  """Δm, the mean of Δ over tasks, `gains [T]`."""
+  return sum(gains) / len(gains)
+
+
+SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
+  "mean_gain": mean_gain,
+  "worst_gain": min,
+  "harm": harm,
+  "seesaw_index": seesaw_index,
+}
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+  """Mean of one value a seed, with its 95 % Student-t interval where there are two seeds or more."""
+  x = np.array(list(values), np.float64)
+  if not len(x):
+    return {"mean": None, "low": None, "high": None, "seeds": 0}
+  mean = float(x.mean())
+  if len(x) == 1:
+    return {"mean": mean, "low": None, "high": None, "seeds": 1}
+  half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / math.sqrt(len(x)))
+  return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(x)}
+
+
+def verdict(found: Estimate) -> str:
+  """`lost` or `gained` where the interval lies beyond 0, `even` where it holds 0, `unknown` without an interval."""
+  if found["low"] is None:
+    return "unknown"
+  return "lost" if found["high"] < 0 else "gained" if found["low"] > 0 else "even"
+
+
+def reduces_seesaw(difference: Mapping[str, Estimate]) -> bool:
+  """Whether differences to tuned static weights allow the words "reduces the seesaw".
+
+  Harm and worst gain must both be better with an interval that excludes 0, and the mean gain no lower.
+  """
+  better = verdict(difference["harm"]) == "lost" and verdict(difference["worst_gain"]) == "gained"
+  return better and difference["mean_gain"]["mean"] >= 0

@@ -1,0 +1,208 @@
+"""The seesaw report for people: in sentences, as a table for the terminal, and in Markdown.
+
+What may be claimed was decided when the report was made (`compare.make_report`); here it is only said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from supermoe_jax.seesaw.gains import Estimate
+
+# Below so many seeds or test labels, words say how little a verdict is worth.
+FEW_SEEDS = 5
+FEW_LABELS = 500
+MARKS = {"lost": "▼", "gained": "▲"}
+
+# The content of seesaw.json; see `compare.make_report`.
+Report = dict[str, Any]
+
+
+def signed(value: float | None, *, plus: bool = True) -> str:
+  """Writes percents or points with two digits; a minus is a minus sign, zero has no sign, a missing value is a dash."""
+  if value is None:
+    return "–"
+  text = f"{value:{'+' if plus else ''}.2f}"
+  return (text if float(text) else "0.00").replace("-", "−")
+
+
+def interval_in_sentence(found: Estimate, *, unit: str = "", plus: bool = True) -> str:
+  """Writes an estimate within a sentence: "−2.10% (−3.00 to −1.20)"."""
+  if found["mean"] is None:
+    return "unknown"
+  ends = [signed(found[k], plus=plus) for k in ("low", "high")]
+  within = "one seed, no interval" if found["low"] is None else " to ".join(ends)
+  return f"{signed(found['mean'], plus=plus)}{unit} ({within})"
+
+
+def report_sentences(found: Report) -> list[str]:
+  """The report in sentences: the conclusion, what to beware of, and what became of each variant."""
+  return [
+    *conclusion(found),
+    *choice(found),
+    *warnings(found),
+    *(describe_variant(found, v) for v in found["variants"]),
+  ]
+
+
+def choice(found: Report) -> list[str]:
+  """Which variant one would choose without having seen the test."""
+  standing, best = found["validation"]["variants"], found["validation"]["best"]
+  if best is None:
+    return []
+  lost = standing[best]["lost"]
+  return [
+    f"On validation {best} is best: of {_count(len(standing), 'variant')} it loses on the fewest tasks "
+    f"({', '.join(lost) or 'none'}), and of those that do its mean gain is highest, "
+    f"{interval_in_sentence(standing[best]['mean_gain'], unit='%')}."
+  ]
+
+
+def conclusion(found: Report) -> list[str]:
+  """Whether a variant reduces the seesaw, or the negative result; and how many variants lost on a task."""
+  tuned, variants = found["tuned"], found["variants"]
+  if not found["compared"]:
+    return ["No task has both a single-task score and one in a shared model yet: there is nothing to compare."]
+  judged = {n: v["versus_tuned"] for n, v in variants.items() if v["versus_tuned"]}
+  judged = {n: v for n, v in judged.items() if v["harm"]["low"] is not None}
+  out = []
+  if tuned not in variants or not variants[tuned]["harm"]["seeds"]:
+    out.append("Tuned static weights have no complete run, so nothing is said about whether the seesaw gets smaller.")
+  elif found["waiting"]:
+    out.append(f"Still without scores to compare: {', '.join(found['waiting'])}. No conclusion is drawn before that.")
+  elif not judged:
+    out.append(f"No variant shares two complete seeds with {tuned}, so no conclusion is drawn.")
+  elif not any(v["reduces_seesaw"] for v in judged.values()):
+    out.append(
+      f"A negative result: of {_count(len(judged), 'variant')} none improves both harm and worst gain over tuned "
+      f"static weights ({tuned}) with intervals that exclude 0 and a mean gain no lower."
+    )
+  for name, v in judged.items():
+    if v["reduces_seesaw"]:
+      out.append(
+        f"{name} reduces the seesaw: against tuned static weights ({tuned}) harm changes by "
+        f"{interval_in_sentence(v['harm'], unit=' points')}, the worst gain by "
+        f"{interval_in_sentence(v['worst_gain'], unit=' points')} and the mean gain by "
+        f"{interval_in_sentence(v['mean_gain'], unit=' points')}."
+      )
+  if len(judged) > 1 and any(v["reduces_seesaw"] for v in judged.values()):
+    out.append(f"That is of {len(judged)} variants compared; the intervals are not widened for their number.")
+  if losing := {n: len(v["lost"]) for n, v in variants.items() if v["mean_gain"]["seeds"] > 1}:
+    out.append(
+      f"Against models trained for one task alone, {sum(n > 0 for n in losing.values())} of "
+      f"{_count(len(losing), 'variant')} lost on at least one of {_count(len(found['compared']), 'task')}."
+    )
+  return out
+
+
+def warnings(found: Report) -> list[str]:
+  """What makes the numbers weaker than they look."""
+  out = []
+  seeds = [v["tasks"][t]["gain"]["seeds"] for v in found["variants"].values() for t in found["compared"]]
+  fewest = min((n for n in seeds if n), default=FEW_SEEDS)
+  if fewest < FEW_SEEDS:
+    only = "" if fewest == max(seeds) else "some of "
+    out.append(
+      f"Few seeds: {only}these estimates rest on {_count(fewest, 'seed')}. With fewer than {FEW_SEEDS} an interval is "
+      "wide or none, and a difference that is not called one may well be there."
+    )
+  few = {t: a["labels"] for t, a in found["tasks"].items() if a["labels"] is not None and a["labels"] < FEW_LABELS}
+  if few:
+    out.append(
+      f"Few test labels: {', '.join(f'{t} has {n:,}' for t, n in few.items())}. All seeds are scored on the same "
+      "labels, so an interval over seeds does not hold the chance that lies in them."
+    )
+  if found["missing"]:
+    out.append(
+      f"The study has {_count(len(found['missing']), 'gap')}, each named under what is missing; every estimate says "
+      "how many seeds it is made of."
+    )
+  return out
+
+
+def describe_variant(found: Report, name: str) -> str:
+  """One variant in words: on which tasks it lost and gained, and how it differs from tuned static weights."""
+  this = found["variants"][name]
+  gains = {t: this["tasks"][t] for t in found["compared"] if this["tasks"][t]["gain"]["seeds"]}
+  if not gains:
+    return f"{name}: nothing to compare yet."
+  out = f"{name}: "
+  judged = [t for t, v in gains.items() if v["verdict"] != "unknown"]
+  if judged:
+    lost, gained = (
+      f"{verb} on {len(this[verb]) or 'none'} of {_count(len(judged), 'task')}"
+      + (
+        " (" + "; ".join(f"{t} {interval_in_sentence(gains[t]['gain'], unit='%')}" for t in this[verb]) + ")"
+        if this[verb]
+        else ""
+      )
+      for verb in ("lost", "gained")
+    )
+    out += f"{lost}, {gained}"
+  if unknown := [t for t in gains if t not in judged]:
+    out += f"{', ' if judged else ''}no verdict from one seed on {', '.join(unknown)}"
+  if this["mean_gain"]["seeds"]:
+    mean, harm = (
+      interval_in_sentence(this["mean_gain"], unit="%"),
+      interval_in_sentence(this["harm"], unit="%", plus=False),
+    )
+    out += f"; mean gain {mean}, harm {harm}"
+  return f"{out}. {_difference(found, name)}"
+
+
+def _difference(found: Report, name: str) -> str:
+  if name == found["tuned"]:
+    return "These are the tuned static weights that the others are compared with."
+  difference = found["variants"][name]["versus_tuned"]
+  if difference is None or not difference["harm"]["seeds"]:
+    return "There is no complete seed in common with tuned static weights."
+  parts = []
+  for key, what in (("harm", "harm"), ("worst_gain", "worst gain"), ("mean_gain", "mean gain")):
+    text = f"{what} {interval_in_sentence(difference[key], unit=' points')}"
+    if difference[key]["low"] is not None:
+      text += ", significant" if difference[key]["significant"] else ", not significant"
+    parts.append(text)
+  last = "It reduces the seesaw." if difference["reduces_seesaw"] else "A smaller seesaw is not shown."
+  return f"Against {found['tuned']}: {'; '.join(parts)}. {last}"
+
+
+def _count(n: int, what: str) -> str:
+  return f"{n} {what}{'s' if n != 1 else ''}"
+
+
+def cell(found: Estimate, *, mark: str = "", plus: bool = True) -> str:
+  """An estimate in a table: the mean, half the width of its interval, and a mark."""
+  if found["mean"] is None:
+    return "–"
+  half = "" if found["low"] is None else f" ±{(found['high'] - found['low']) / 2:.2f}"
+  return f"{signed(found['mean'], plus=plus)}{half}{f' {mark}' if mark else ''}"
+
+
+def gains_table(found: Report) -> list[list[str]]:
+  """Rows for people, in percent; the first is the heading: variant, Δ of each task, Δm, worst Δ, harm H, tasks lost."""
+  tasks = list(found["tasks"])
+  rows = [["variant", *tasks, "Δm", "worst Δ", "H", "lost"]]
+  for name, this in found["variants"].items():
+    # A cell without a mark keeps its place, so that the numbers of a column stand below each other.
+    gains = [cell(v["gain"], mark=MARKS.get(v["verdict"], " ")) for v in (this["tasks"][t] for t in tasks)]
+    judged = sum(this["tasks"][t]["verdict"] != "unknown" for t in found["compared"])
+    summaries = [cell(this["mean_gain"]), cell(this["worst_gain"]), cell(this["harm"], plus=False)]
+    rows.append([name, *gains, *summaries, f"{len(this['lost'])}/{judged}" if judged else "–"])
+  return rows
+
+
+def gains_markdown(found: Report) -> str:
+  """The table as Markdown, with a line that says how to read it."""
+
+  def line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(c.strip().replace("|", "\\|") for c in cells) + " |"
+
+  rows = gains_table(found)
+  rule = line(["---", *["---:"] * (len(rows[0]) - 1)])
+  legend = (
+    "Gain Δ over a model trained for the task alone, in percent, ± half of the 95 % t interval over "
+    f"{_count(len(found['seeds']), 'seed')}, paired by seed. ▼ lost, ▲ gained: the interval excludes 0. Δm: mean over "
+    "tasks. H: harm, the mean of max(0, −Δ)."
+  )
+  return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), "", legend, ""])

@@ -1,0 +1,134 @@
+"""One run of a study: trained, evaluated, measured, and reduced to what the study keeps of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import threading
+import time as clock
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from supermoe_jax import atomic_files, config
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
+from supermoe_jax.data.encoding.splits import SPLITS
+from supermoe_jax.evaluation import evaluate
+from supermoe_jax.models import parameters
+from supermoe_jax.seesaw import gradient_cosines
+from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.training import loop
+from supermoe_jax.training.monitoring.metrics_log import read_rows
+from supermoe_jax.training.run import Run
+
+# Training rows of metrics at the end of a run whose mean is its final loss.
+FINAL_ROWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+  """A run to do: its `variant` (and `task`, for a single-task reference), its config, and the file of its result."""
+
+  variant: str
+  task: str | None
+  cfg: config.Config
+  file: pathlib.Path
+
+  @property
+  def name(self) -> str:
+    """The run in words."""
+    return f"{self.variant}{f' {self.task}' if self.task else ''}, seed {self.cfg.train.seed}"
+
+
+def end_with(parent: int) -> None:
+  """Ends this process soon after `parent` has ended, however that was killed: nobody would take what it makes."""
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      clock.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def execute(group: Sequence[PlannedRun]) -> list[str | None]:
+  """Runs each of a group; returns for each what went wrong, or None."""
+  out: list[str | None] = []
+  for planned in group:
+    try:
+      result = run_one(planned.cfg, planned.file.with_suffix(""), variant=planned.variant, task=planned.task)
+      atomic_files.write_file(planned.file, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
+      out.append(None)
+    except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
+      out.append(f"{type(error).__name__}: {error}")
+  return out
+
+
+def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
+  """Trains and evaluates one config in `workdir`, which is removed afterwards; a run that was cut goes on."""
+  begun = clock.monotonic()
+  # What a study asks is asked at a run's end, of the newest checkpoint.
+  unvalidated = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, validate=config.Validate()))
+  loop.train(unvalidated, workdir, say=lambda _: None, progress=False)
+  run = Run(workdir)
+  found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_study_queries(cfg))
+  rows = read_rows(workdir / "metrics.jsonl")
+  model = cfg.model
+  counted = parameters.count_parameters(run.variables, model.experts_per_token / model.experts)
+  result = RunResult(
+    variant=variant,
+    task=task,
+    seed=cfg.train.seed,
+    config_hash=cfg.hash(),
+    tasks={t: {s: found["splits"][s].get(t, {}).get("metrics", {}) for s in found["splits"]} for t in cfg.active_views},
+    main_metric=found["main_metric"],
+    constants={t: run.statistics[t].constant_loss for t in cfg.active_tasks},
+    losses={t: _final_loss(rows, t, run.statistics[t].constant_loss) for t in cfg.active_tasks},
+    parameters=counted.total,
+    active_parameters=counted.active,
+    seconds=round(clock.monotonic() - begun, 1),
+    weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
+    cosine=gradient_cosines.gradient_cosines(run) if len(cfg.active_views) > 1 else None,
+    expert_load=found["expert_load"],
+  )
+  shutil.rmtree(workdir)
+  return result
+
+
+def _study_queries(cfg: config.Config) -> Mapping[str, Sequence[QueryBatch]]:
+  """The questions of both splits about all tasks; a study's runs ask the same ones, so a process lays them out once."""
+  return _cached_queries(_QueryKey(dataclasses.replace(cfg, exclude_tasks=())))
+
+
+class _QueryKey:
+  """What questions depend on; equal for configs that ask the same."""
+
+  def __init__(self, cfg: config.Config):
+    self.cfg = cfg
+    tasks = {n: config.to_dict(dataclasses.replace(t, weight=1.0)) for n, t in cfg.tasks.items()}
+    self._same = json.dumps([cfg.data.path, tasks, cfg.model.max_events, cfg.evaluate.batch_rows], sort_keys=True)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _QueryKey) and self._same == other._same
+
+  def __hash__(self) -> int:
+    return hash(self._same)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_queries(asked: _QueryKey) -> Mapping[str, Sequence[QueryBatch]]:
+  dataset = Dataset(asked.cfg.data.path)
+  splits = ("validation", "test")
+  return {s: list(snapshot_batches.query_batches(dataset, asked.cfg, split=SPLITS[s])) for s in splits}
+
+
+def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:
+  """The mean loss of a label over b in the last rows of the metrics that have one."""
+  seen = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-FINAL_ROWS:]
+  weight = sum(s["weight"] for s in seen)
+  return sum(s["loss"] * s["weight"] for s in seen) / weight / constant_loss if weight else None

@@ -1,0 +1,68 @@
+"""What a study weighs tasks by: static weights to try, and the references of the seesaw weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.seesaw.gains import relative_gain
+
+
+def fixed_weights(base: config.Config) -> list[np.ndarray]:
+  """Log weights `[T]` that are always tried: equal ones and, if they differ, the config's own."""
+  own = np.log([task.weight for task in base.active_tasks.values()])
+  return [np.zeros(len(own))] + [own] * bool(np.ptp(own))
+
+
+def weighted_configs(base: config.Config, plan: config.Seesaw) -> list[config.Config]:
+  """The config with each of the static weightings that are tried, the fixed ones first; weights sum to T."""
+  draws = fixed_weights(base)
+  rng, spread, tasks = np.random.default_rng(0), math.log(plan.static_spread), list(base.active_tasks)
+  draws += [rng.uniform(-spread, spread, len(tasks)) for _ in range(plan.static_candidates - len(draws))]
+  weighing = dataclasses.replace(base.train.weighting, method="static", references={})
+  out = []
+  for draw in draws:
+    weights = np.exp(draw) * len(tasks) / np.exp(draw).sum()
+    weighted = {n: dataclasses.replace(base.tasks[n], weight=round(float(w), 4)) for n, w in zip(tasks, weights)}
+    train = dataclasses.replace(base.train, weighting=weighing)
+    out.append(dataclasses.replace(base, tasks={**base.tasks, **weighted}, train=train))
+  return out
+
+
+def mean_validation_gain(result: RunResult, alone: Mapping[str, RunResult]) -> float:
+  """The mean gain of a run on validation over the single-task runs `alone`; of no task at all, the lowest."""
+  gains = []
+  for task, other in alone.items():
+    mine, reference = result.score(task, "validation"), other.score(task, "validation")
+    if mine is not None and reference is not None:
+      gains.append(relative_gain(result.main_metric[task], mine, reference))
+  known = [g for g in gains if g is not None]
+  return float(np.mean(known)) if known else -math.inf
+
+
+def with_references(cfg: config.Config, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
+  """The config with the single-task losses as the references of the seesaw weights."""
+  known = {}
+  for task in cfg.active_tasks:
+    values = [v for v in (_reached(r, task) for r in references.get(task, ())) if v is not None and v > 0]
+    if values:
+      known[task] = round(float(np.mean(values)), 5)
+  weighing = dataclasses.replace(cfg.train.weighting, references=known)
+  return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, weighting=weighing))
+
+
+def _reached(alone: RunResult, task: str) -> float | None:
+  """What a single-task run has reached, over b: its loss on validation where a metric is that loss, else in training.
+
+  A task with few labels is learned by heart alone; its training loss would ask the shared model to do the same.
+  """
+  metrics, b = alone.tasks.get(task, {}).get("validation", {}), alone.constants.get(task)
+  log_loss, rmse = metrics.get("log_loss"), metrics.get("rmse")
+  if b and log_loss is not None:
+    return log_loss / b
+  return rmse**2 / b if b and rmse is not None else alone.losses.get(task)

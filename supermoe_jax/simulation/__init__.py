@@ -1,0 +1,1 @@
+"""A simulated event log with known latent interests, and the best possible score of each task."""

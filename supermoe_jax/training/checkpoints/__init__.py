@@ -1,0 +1,1 @@
+"""Checkpoints of a run, with checksums, for any mesh."""

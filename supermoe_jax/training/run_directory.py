@@ -1,0 +1,50 @@
+"""A run directory belongs to one config and one encoding of events."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from supermoe_jax import atomic_files, config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.errors import RunError
+
+# Settings of training that a run may go on with other values of: what it learns does not depend on them.
+MAY_CHANGE = ("mesh", "workers", "checkpoint_every", "checkpoints_kept", "nonfinite_steps", "hang_seconds")
+
+
+def claim_directory(workdir: pathlib.Path, cfg: config.Config) -> None:
+  """Makes `workdir` this config's run directory, or checks that it is."""
+  file = workdir / "config.json"
+  if not file.is_file():
+    workdir.mkdir(parents=True, exist_ok=True)
+    config.save(cfg, file)
+    return
+  old, new = config.to_dict(config.load_json(file)), config.to_dict(cfg)
+  for whole in (old, new):
+    for name in MAY_CHANGE:
+      del whole["train"][name]
+  if old != new:
+    changed = config.differences(old, new)
+    raise RunError(
+      f"{workdir} holds a run of another config ({'; '.join(changed[:4])}). Name another --workdir, or delete this one."
+    )
+
+
+def check_encoding(workdir: pathlib.Path, dataset: Dataset, *, create: bool = False) -> None:
+  """Makes sure that a run meets the encoding of events that it was trained with; `create` notes that of a new run.
+
+  An encoding that has grown since, by `supermoe append`, is the same to what was there: codes only follow.
+
+  Raises:
+    RunError: the dataset was prepared again, and its vocabularies or statistics came out otherwise.
+  """
+  file, manifest = workdir / "encoding.json", dataset.manifest
+  if create and not file.is_file():
+    atomic_files.write_file(file, json.dumps({"encoding_hash": manifest["encoding_hash"]}) + "\n")
+  known = {manifest["encoding_hash"], *(a["encoding_before"] for a in manifest.get("appends", ()))}
+  if json.loads(file.read_text())["encoding_hash"] not in known:
+    raise RunError(
+      f"{dataset.path} was prepared again since {workdir} was trained, and its vocabularies or statistics are others: "
+      "the run's parameters do not fit them. Train again in another --workdir."
+    )

@@ -1,0 +1,81 @@
+"""The sampled softmax: a next-event loss over a few drawn values in place of a whole catalogue."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from supermoe_jax import config, sharding
+from supermoe_jax.batch import Batch
+from supermoe_jax.models.supermoe import SuperMoE
+
+
+def draw_items(how: str, items: int, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+  """Draws item indices with replacement, int32 of `shape`.
+
+  `log_uniform`: `P(i) ∝ log((i + 2) / (i + 1))`, Zipf's law for items in order of frequency. `uniform`: all alike.
+  """
+  if how == "uniform":
+    return jax.random.randint(key, shape, 0, items, jnp.int32)
+  u = jax.random.uniform(key, shape)
+  return jnp.clip(jnp.exp(u * jnp.log(items + 1.0)).astype(jnp.int32) - 1, 0, items - 1)
+
+
+def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax.Array:
+  """Returns log of how often `draws` draws are expected to give `item`."""
+  if how == "uniform":
+    return jnp.full(item.shape, jnp.log(draws / items))
+  i = item.astype(jnp.float32)
+  return jnp.log(draws * jnp.log1p(1 / (i + 1)) / jnp.log(items + 1.0))
+
+
+def drawing_rows(rows: int, negatives: int) -> int:
+  """Every how many rows of a batch one draws, where a batch has more rows than `negatives`.
+
+  So a softmax costs no more, and gathers no more, on more devices.
+  """
+  return max(1, rows // negatives)
+
+
+def drawn_codes(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+  """The codes that each sampled softmax of a batch of B rows is computed with, int32 `[B, k]` by task.
+
+  All sites share the values of them: at least the task's `negatives`, fewer than twice as many, since rows draw alike.
+  They are laid out as the batch is, so that each device fetches some; of rows that draw none they are 0, absent.
+  """
+  rows, out = len(batch.features.length), {}
+  for name, task in model.tasks.items():
+    if isinstance(task, config.NextEvent) and task.softmax == "sampled":
+      items = model.encoder.event_embedding.table(task.field).size - 2
+      each, every = -(-task.negatives // rows), drawing_rows(rows, task.negatives)
+      drawn = draw_items(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))
+      codes = jnp.where(jnp.arange(rows)[:, None] % every == 0, drawn + 2, 0)
+      out[name] = sharding.constrain(codes, "batch", None)
+  return out
+
+
+def sampled_softmax(
+  state: jax.Array,
+  own: jax.Array,
+  target: jax.Array,
+  others: jax.Array,
+  drawn: jax.Array,
+  log_count: jax.Array,
+) -> jax.Array:
+  """Cross-entropy of each site's target against N values that all sites share, as an estimate of the full softmax.
+
+  Σ exp(score) over all other values is estimated from those drawn, each weighed by 1 / how often it is expected among
+  them (log-Q correction); a drawn value that is a site's own target does not count against it. So the loss and its
+  gradient converge to those of the full softmax as N grows.
+
+  Shapes: `state, own [..., D]`, `target [...]`, `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` are the rows
+  of `target`, `others` those of `drawn`.
+
+  Source: importance sampling of a softmax, https://doi.org/10.1109/TNN.2007.912312; log-Q correction for retrieval,
+  https://doi.org/10.1145/3298689.3346996.
+  """
+  mine = jnp.sum(state * own, axis=-1)
+  scores = jnp.where(drawn == target[..., None], -jnp.inf, state @ others.T - log_count)
+  return jax.nn.logsumexp(jnp.concatenate([mine[..., None], scores], axis=-1), axis=-1) - mine

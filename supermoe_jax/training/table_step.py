@@ -1,0 +1,273 @@
+"""The tables' part of a training step: rows come, gradients go back, and only what was touched moves.
+
+    asked = {name: distinct(codes)}                       what the batch asks for
+    found = {name: fetch(rows, asked[name])}              unique rows, where the batch lies
+    loss, gradients = value_and_grad(objective)(found)    of these rows, not of the tables
+    touched = {name: collect(gradients)}                  at their owners, duplicates summed
+    rows, slots = apply(rows, slots, touched)             in place, where the buffers are donated
+
+A table whose every row a full softmax scores has a gradient for every row, laid out as the rows are; for a large
+catalogue sample the softmax.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from supermoe_jax import sharding
+from supermoe_jax.batch import Batch
+from supermoe_jax.layers import table
+from supermoe_jax.layers.exchange import Extent, Touched
+from supermoe_jax.layers.table import Fetched, TableRows
+from supermoe_jax.layers.tpu_lines import NONE, put_rows, take_rows
+from supermoe_jax.training import losses, row_optimizers
+from supermoe_jax.training.row_optimizers import RowOptimizer, RowState
+
+# The gradients of touched rows, or of all rows, laid out as they are.
+Gradient = Touched | jax.Array
+
+# The rows of a table and its slots, as one device holds them: `[R / p, p·D]`, and `[R]` or `[R / p, p·D]` each.
+Kept = tuple[jax.Array, RowState]
+
+# Rows that a CPU moves at a time.
+_MOVED_AT_ONCE = 1024
+
+
+class TableCounts(NamedTuple):
+  """What a table saw in a step, int32 scalars over all devices.
+
+  Attributes:
+    touched: rows that were moved.
+    out_of_range: codes that are no rows; they look up to 0.
+    lost: gradients that found no cell on their way to the owner, and moved nothing.
+  """
+
+  touched: jax.Array
+  out_of_range: jax.Array
+  lost: jax.Array
+
+
+def table_values(state: nnx.State) -> dict[str, Any]:
+  """What the tables of `state` hold, by name: rows `[G, M / p, p·D]`, or layouts of them."""
+  found = (v for _, v in nnx.to_flat_state(nnx.filter_state(state, TableRows)))
+  return {v.get_metadata()["table"]: v.get_value() for v in found}
+
+
+def with_table_values(rows: nnx.State, by_name: Mapping[str, Any]) -> nnx.State:
+  """The tables `rows` with other values."""
+
+  def fill(variable: nnx.Variable) -> nnx.Variable:
+    return variable.replace(by_name[variable.get_metadata()["table"]])
+
+  return jax.tree.map(fill, rows, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+class TablePlan(NamedTuple):
+  """What a batch asks of each table.
+
+  Attributes:
+    places: of each table that is asked for some of its rows, where these lie, as
+      `layers.table.distinct_codes` has them.
+    extents: how far each of those reaches.
+    outside: of each of those, how many codes are no rows, `[S]`.
+    drawn: what sampled softmaxes drew.
+    cells: of an exchange.
+  """
+
+  places: dict[str, jax.Array]
+  extents: dict[str, Extent]
+  outside: dict[str, jax.Array]
+  drawn: dict[str, jax.Array]
+  cells: float
+
+  def fetch(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a step differentiates by: the rows asked for `[S·U, D]`, or the whole of a table that is scored whole."""
+    return {
+      n: table.fetch(value, self.places[n], self.extents[n], self.cells).rows if n in self.places else value
+      for n, value in rows.items()
+    }
+
+  def readable(self, found: Mapping[str, jax.Array]) -> dict[str, Fetched | jax.Array]:
+    """What `fetch` returned, as an `EmbeddingTable` reads it."""
+    return {n: Fetched(self.places[n], value) if n in self.places else value for n, value in found.items()}
+
+  def collect(self, rows: Mapping[str, jax.Array], gradient: Mapping[str, jax.Array]) -> dict[str, Gradient]:
+    """The gradients by what `fetch` returned, at the owners of the rows."""
+    return {
+      n: table.collect(rows[n], self.places[n], g, self.cells) if n in self.places else g for n, g in gradient.items()
+    }
+
+  def counts(self, touched: Mapping[str, Gradient]) -> dict[str, TableCounts]:
+    """What to report."""
+    out = {}
+    for name in self.places:
+      part = touched[name]
+      assert isinstance(part, Touched)
+      moved = jnp.sum(part.row != NONE, dtype=jnp.int32)
+      out[name] = TableCounts(moved, jnp.sum(self.outside[name]), jnp.sum(part.lost))
+    return out
+
+
+def plan_tables(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) -> TablePlan:
+  """What the loss of `batch` with the key of a step will ask of the tables of a `SuperMoE`."""
+  whole = nnx.merge(graph, model, copy=True)
+  fields = whole.encoder.event_embedding.tables
+  drawn = losses.drawn_codes(whole, batch, key)
+  asked = whole.asked(batch, drawn)
+  found = {n: table.distinct_codes(c, fields[n].extent) for n, c in asked.items() if n not in whole.scored_whole}
+  return TablePlan(
+    {n: place for n, (place, _) in found.items()},
+    {n: fields[n].extent for n in found},
+    {n: outside for n, (_, outside) in found.items()},
+    drawn,
+    next((f.cells for f in fields.values()), table.CELLS),
+  )
+
+
+def row_state(optimizer: RowOptimizer, rows: Any, width: int) -> RowState:
+  """What the optimizer keeps of a table's rows, of D = `width` numbers: `[G, M]` each, or laid out as the rows."""
+  g, lines, wide = rows.shape
+  logical = jax.ShapeDtypeStruct((g, lines * wide // width, width), rows.dtype)
+  return {k: s.reshape(rows.shape) if s.ndim == 3 else s for k, s in optimizer.slots(logical).items()}
+
+
+def row_state_shardings(
+  kept: Mapping[str, RowState], layouts: Mapping[str, NamedSharding]
+) -> dict[str, dict[str, NamedSharding]]:
+  """Where the `slots` of each table lie: as its rows do."""
+  return {
+    n: {k: NamedSharding(layouts[n].mesh, PartitionSpec(*layouts[n].spec[: s.ndim])) for k, s in of.items()}
+    for n, of in kept.items()
+  }
+
+
+def square_norm(gradients: Mapping[str, Gradient]) -> jax.Array:
+  """The sum of the squares of all rows' gradients, float32."""
+  parts = (g.gradient if isinstance(g, Touched) else g.astype(jnp.float32) for g in gradients.values())
+  return sum((jnp.sum(jnp.square(part)) for part in parts), jnp.zeros(()))
+
+
+class MoveRule(NamedTuple):
+  """How rows move.
+
+  Attributes:
+    optimizer: moves them.
+    rate: the learning rate.
+    scale: multiplies the gradients: clipping.
+    decay: a touched row shrinks by `rate · decay`, apart from its gradient (decoupled, as AdamW's). Others do not.
+    key: of stochastic rounding, for bfloat16 rows; None: to the nearest.
+    finite: bool, whether the step counts; in one that does not nothing moves, whatever the gradients hold.
+  """
+
+  optimizer: RowOptimizer
+  rate: jax.Array | float
+  scale: jax.Array | float = 1.0
+  decay: float = 0.0
+  key: jax.Array | None = None
+  finite: jax.Array | bool = True
+
+
+def move_rows(
+  rows: jax.Array, slots: RowState, gradient: Gradient, rule: MoveRule, width: int | None = None
+) -> tuple[jax.Array, RowState]:
+  """Moves the touched rows, or all of them: `[G, M / p, p·D]`, with slots `[G, M]` or as the rows.
+
+  `width` is D; it is needed where the gradient is that of all rows and p is not 1. Then a TPU unpacks the rows for the
+  while: tables that a full softmax scores are small.
+
+  Returns: rows and slots, of the same shapes, dtypes and layouts.
+  """
+  d = width or (gradient.gradient if isinstance(gradient, Touched) else gradient).shape[-1]
+  m = rows.shape[1] * rows.shape[2] // d
+  names = (None, "rows", None)
+  slot_names = {n: names[: s.ndim] for n, s in slots.items()}
+  rate, scale = jnp.asarray(rule.rate, jnp.float32), jnp.asarray(rule.scale, jnp.float32)
+
+  def code(row: jax.Array) -> jax.Array:
+    here = m // sharding.ways("rows")  # stripes of this device
+    return row // here * m + sharding.index("rows") * here + row % here
+
+  def all_(
+    rows: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array, scale: jax.Array, finite: jax.Array
+  ) -> tuple[jax.Array, RowState]:
+    row = jnp.arange(rows.size // d, dtype=jnp.int32)
+    before = rows.reshape(-1, d), {n: s.reshape(-1, d) if s.ndim == 3 else s.reshape(-1) for n, s in slots.items()}
+    its = gradient.astype(jnp.float32).reshape(-1, d)
+    now = rule._replace(rate=rate, scale=scale)
+    after = _moved(before[0].astype(jnp.float32), before[1], its, code(row), rows.dtype, now)
+    flat, moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    return flat.reshape(rows.shape), {n: moved[n].reshape(s.shape) for n, s in slots.items()}
+
+  def some(
+    rows: jax.Array, slots: RowState, row: jax.Array, gradient: jax.Array, rate: jax.Array, scale: jax.Array
+  ) -> tuple[jax.Array, RowState]:
+    def move(kept: Kept, row: jax.Array, gradient: jax.Array) -> Kept:
+      lines, slots = kept
+      there = row != NONE
+      value = take_rows(lines, row, there, d).astype(jnp.float32)
+      mine = {n: take_rows(s, row, there, d) for n, s in slots.items()}
+      after, mine = _moved(value, mine, gradient, code(row), lines.dtype, rule._replace(rate=rate, scale=scale))
+      return put_rows(lines, row, after), {n: put_rows(s, row, mine[n]) for n, s in slots.items()}
+
+    kept = rows.reshape(-1, rows.shape[-1]), {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
+    flat, moved = _in_parts(move, kept, row, gradient)
+    return flat.reshape(rows.shape), {n: moved[n].reshape(s.shape) for n, s in slots.items()}
+
+  outputs = names, slot_names
+  if not isinstance(gradient, Touched):
+    inputs: Any = (names, slot_names, names, (), (), ())
+    return sharding.on_shards(all_, inputs, outputs, rows, slots, gradient, rate, scale, jnp.asarray(rule.finite))
+  inputs = (names, slot_names, ("rows",), ("rows", None), (), ())
+  touched = jnp.where(rule.finite, gradient.row, NONE)
+  return sharding.on_shards(some, inputs, outputs, rows, slots, touched, gradient.gradient, rate, scale)
+
+
+def _in_parts(
+  move: Callable[[Kept, jax.Array, jax.Array], Kept], kept: Kept, row: jax.Array, gradient: jax.Array
+) -> Kept:
+  """`move(kept, row, gradient)`, on CPU for some rows after the other, so that a row is still in its caches and TLB
+  when it is written: XLA:CPU waits for memory with every row that it writes. Ends where the rows do: `NONE` is last."""
+  size = min(_MOVED_AT_ONCE, len(row))
+  if sharding.platform() != "cpu" or not size:
+    return move(kept, row, gradient)
+
+  def one(i: jax.Array, kept: Kept) -> Kept:
+    first = jnp.minimum(i * size, len(row) - size)  # the last part reaches back, to rows that have moved
+    part, its = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (row, gradient))
+    return move(kept, jnp.where(first + jnp.arange(size) < i * size, NONE, part), its)
+
+  there = jnp.sum(row != NONE, dtype=jnp.int32)
+  return jax.lax.fori_loop(0, (there + size - 1) // size, one, kept)
+
+
+def move_all_rows(
+  rows: Mapping[str, jax.Array],
+  slots: Mapping[str, RowState],
+  gradients: Mapping[str, Gradient],
+  rule: MoveRule,
+  width: int,
+) -> tuple[dict[str, jax.Array], dict[str, RowState]]:
+  """Applies `move_rows` to every table, of rows of `width` numbers; each rounds with a key of its own."""
+  moved = {}
+  for name, value in rows.items():
+    key = None if rule.key is None else jax.random.fold_in(rule.key, zlib.crc32(name.encode()))
+    moved[name] = move_rows(value, slots[name], gradients[name], rule._replace(key=key), width)
+  return {n: value for n, (value, _) in moved.items()}, {n: kept for n, (_, kept) in moved.items()}
+
+
+def _moved(
+  before: jax.Array, slots: RowState, gradient: jax.Array, code: jax.Array, dtype: jnp.dtype, rule: MoveRule
+) -> tuple[jax.Array, RowState]:
+  """Moves float32 rows `before [..., D]` of the codes `code [...]`, and rounds them to what they are kept in."""
+  after, slots = rule.optimizer.move(before, slots, gradient * rule.scale, jnp.asarray(rule.rate))
+  after = after - rule.rate * rule.decay * before
+  if rule.key is None:
+    return after.astype(dtype), slots
+  return row_optimizers.round_stochastically(after, dtype, code, rule.key), slots

@@ -1,0 +1,112 @@
+"""Constants of the tasks, measured on training rows before the first step: label rates and constant losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.batch import Batch
+
+# Times the usual number of batches after which `measure` no longer waits for rare labels.
+LONGEST = 16
+
+
+class TaskStatistics(NamedTuple):
+  """Constants of a task, measured on training rows; numbers, or scalars inside a step.
+
+  Attributes:
+    rate: ρ, mean of Σ δω a row; 0 when no label was met.
+    constant_loss: b, mean loss a label of the best constant prediction.
+    snapshot_weight: ω of a label at a snapshot, of a task that asks at events too. There are many more events; it gives
+      both half of the loss, since the representation of a user is what the snapshots' tokens hold.
+  """
+
+  rate: Any
+  constant_loss: Any
+  snapshot_weight: Any = 1.0
+
+
+class _LabelSums:
+  """What is known of a task's labels so far: Σω at events and at snapshots, and moments of the labels."""
+
+  def __init__(self, outputs: int):
+    self.labels = 0
+    self.at_events = self.at_snapshots = 0.0
+    self.first, self.second = np.zeros(outputs), np.zeros(outputs)
+
+
+def measure_statistics(
+  tasks: Mapping[str, config.Task],
+  outputs: Mapping[str, int],
+  batches: Iterable[Batch],
+  n_batches: int,
+  wanted: Mapping[str, int] | None = None,
+) -> dict[str, TaskStatistics]:
+  """Measures each task's label rate and constant loss over `n_batches` training batches.
+
+  Goes on, up to `LONGEST` times as many, while a task has met fewer labels than `wanted` of it.
+  """
+  rows = 0
+  sums = {n: _LabelSums(outputs.get(n, 1)) for n in tasks}
+  size = 1
+  for i, batch in enumerate(itertools.islice(batches, LONGEST * n_batches)):
+    if i >= n_batches and all(sums[n].labels >= least for n, least in (wanted or {}).items()):
+      break
+    size = len(batch.features.length)
+    rows += size
+    for name, task in tasks.items():
+      _add(sums[name], name, task, batch)
+  return {n: _statistics(tasks[n], sums[n], rows, size) for n in tasks}
+
+
+def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
+  if isinstance(task, config.Contrast):
+    pairs = int(np.sum(batch.slices[name].known))
+    sums.labels += pairs
+    sums.at_snapshots += 2.0 * pairs  # each slice is asked for the other
+    return
+  targets = batch.targets[name]
+  known = np.asarray(targets.known)
+  events = batch.features.codes.shape[1] if isinstance(task, config.AT_EVENTS) else 0
+  sums.labels += int(known.sum())
+  sums.at_events += float(targets.weight[:, :events].sum())
+  sums.at_snapshots += float(targets.weight[:, events:].sum())
+  value, weight = targets.value[known], targets.weight[known].astype(np.float64)
+  form, n = config.answer(task), len(sums.first)
+  if form in ("catalogue", "multiclass"):
+    sums.first += np.bincount(value - (2 if form == "catalogue" else 0), weights=weight, minlength=n)
+  else:
+    columns = value.reshape(len(value), n).astype(np.float64)
+    sums.first += weight @ columns
+    sums.second += weight @ columns**2
+
+
+def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> TaskStatistics:
+  weight = sums.at_events + sums.at_snapshots
+  if isinstance(task, config.Contrast):
+    slices = weight / max(rows, 1) * size
+    return TaskStatistics(weight / max(rows, 1), math.log(slices - 1) if slices > 3 else 1.0)
+  constant_loss = _constant_loss(task, sums, weight)
+  if sums.at_events and sums.at_snapshots:
+    return TaskStatistics(2 * sums.at_events / rows, constant_loss, sums.at_events / sums.at_snapshots)
+  return TaskStatistics(weight / max(rows, 1), constant_loss)
+
+
+def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:
+  """Entropy of the labels' distribution, or their variance; 1 where it says nothing (no label, or all alike)."""
+  share = sums.first / max(weight, 1e-12)
+  form = config.answer(task)
+  loss: Any
+  if form in ("catalogue", "multiclass"):
+    loss = -np.sum(share * np.log(np.where(share > 0, share, 1)))
+  elif form == "regression":
+    loss = np.mean(sums.second / max(weight, 1e-12) - share**2)
+  else:
+    both = np.stack([share, 1 - share])
+    loss = np.mean(-np.sum(both * np.log(np.where(both > 0, both, 1)), axis=0))
+  return float(loss) if loss > 1e-6 else 1.0

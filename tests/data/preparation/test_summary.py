@@ -1,0 +1,90 @@
+"""What is said of a dataset: every number of the manifest that a user should see, and nothing that is not so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supermoe_jax.data.preparation import summary
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+  data = {"path": "runs/x", "split": {"mode": "temporal"}, "fields": {"tags": {"many": 2}}}
+  return {
+    "users": 1200,
+    "events": 34_567,
+    "log": {"first": "2024-01-01T00:00:00", "last": "2024-05-29T21:42:19"},
+    "lengths": {"p50": 24.0, "p100": 380.0},
+    "reading": {"tie_rate": 0.125, "dropped": {}},
+    "snapshots": {"train": 2030, "validation": 31, "test": 32},
+    "labels": {
+      "quiet": {"train": {"known": 1730, "positive": 28}, "test": {"known": 30, "positive": 9}},
+      "next": {"train": {"known": 1, "unseen_value": 1}},
+      "age": {"train": {"known": 77, "mean": 0.5, "std": 1.25}, "test": {"known": 0, "mean": 0.0, "std": 0.0}},
+      "tier": {"train": {"known": 21, "classes": dict(zip("abcdef", range(6, 0, -1)))}},
+    },
+    "user_table": {"user_labels": {"tier": {"unseen_class": 3}, "age": {"unseen_class": 0, "dropped": 4}}},
+    "fields": {
+      "page": {"oov_after": 0.0123},
+      "bucket": {"oov_after": 0.0, "colliding": 0.25, "values": 1600},
+      "tags": {"oov_after": None, "values_cut": 17},
+    },
+    "warnings": ["task quiet has no label in validation"],
+    "seconds": 7.4,
+    "config": {"data": data},
+    **changes,
+  }
+
+
+def test_the_summary_says_what_the_manifest_counts() -> None:
+  assert summary.dataset_summary(manifest()).splitlines() == [
+    "1,200 users, 34,567 events from 2024-01-01T00:00:00 to 2024-05-29T21:42:19 (median 24 a user, at most 380); "
+    "12.5% share user and time",
+    "snapshots: 2,030 train, 31 validation, 32 test",
+    "  quiet: train 1,730 known (28 positive), test 30 known (9 positive)",
+    "  next: train 1 known (1 unseen value)",
+    "  age: train 77 known (mean 0.5, deviation 1.25, standardised), test 0 known",
+    "  tier: train 21 known (6 a, 5 b, 4 c, 3 d, 2 e)",
+    "  tier: 3 users have a class that no training user has; they have no label",
+    "  age: 4 users' values are no numbers; they have no label",
+    "field page: 1.23% of the values after the training period were unseen in it",
+    "field bucket: 25.00% of the 1,600 hashed values share their code with others",
+    "field tags: 17 values of lists longer than 2 were cut off",
+    "warning: task quiet has no label in validation",
+    "prepared in 7 s: runs/x",
+  ]
+
+
+def test_repeated_snapshots_and_a_split_of_users_are_said() -> None:
+  by_user = manifest(repeated_snapshots=5)
+  by_user["config"]["data"]["split"]["mode"] = "user"
+  lines = summary.dataset_summary(by_user).splitlines()
+  assert "  5 at the moment of another (events at equal times) were left out" in lines
+  assert "field page: 1.23% of the values of users outside training were unseen in it" in lines
+
+
+def test_the_summary_of_an_append_says_what_came() -> None:
+  append = {
+    "events": 5000,
+    "users_with_new_events": 300,
+    "new_users": 20,
+    "users_with_other_labels": 7,
+    "repeats_of_earlier_events": 0,
+    "beyond_patterns": {"visits": ["day.parquet"], "buys": []},
+    "vocabularies": {"page": {"added": 6, "first": list("abcdef"), "left_out": 2}, "kind": {"added": 0, "left_out": 0}},
+  }
+  counted = manifest(appends=[{"events": 1}, append], shards={"one": 1200, "two": 1207})
+  assert summary.append_summary(counted).splitlines() == [
+    "5,000 events appended: 300 users written anew, 20 of them new; 893 left as they were",
+    "7 users without new events were written anew, as more of their labels is observed now",
+    "config.data.sources.visits.files must match day.parquet too, for train to take this dataset",
+    "field page: 6 new values have a code now ('a', 'b', 'c', 'd', 'e', …); train models anew",
+    "field page: 2 new values of training stay out of vocabulary",
+    "of 2,407 records 1,207 are out of date; preparing again frees their space",
+    "1,200 users, 34,567 events up to 2024-05-29T21:42:19; appended in 7 s",
+  ]
+  repeated = append | {"users_with_other_labels": 0, "repeats_of_earlier_events": 9, "vocabularies": {}}
+  kept = summary.append_summary(counted | {"appends": [repeated], "shards": {"one": 2400}}).splitlines()
+  assert kept[0].endswith("900 left as they were") and "out of date" not in "".join(kept)
+  assert kept[1] == "9 events repeat earlier ones and were kept (config.data.duplicates)"
+  dropped = counted | {"appends": [repeated], "reading": {"dropped": {"duplicate": 9}}}
+  assert "9 events repeat earlier ones and were left out" in summary.append_summary(dropped)

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+
+from supermoe_jax.evaluation import linear_probes
+
+
+def test_a_probe_learns_a_linear_label_and_gives_the_rate_of_a_constant_one() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(400, 5))
+  label = np.stack([(x[:, 0] > 0), np.zeros(400)], axis=1).astype(np.float32)
+  scores = linear_probes.fit_probe("multilabel", x[:300], label[:300], 2)(x[300:])
+  assert roc_auc_score(label[300:, 0], scores[:, 0]) > 0.95
+  assert not scores[:, 1].any()
+
+
+def test_a_probe_of_classes_gives_probabilities_of_all_and_none_to_those_never_seen() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(600, 3))
+  label = np.array([0, 2, 3])[x.argmax(axis=1)]  # class 1 has no example
+  scores = linear_probes.fit_probe("multiclass", x[:400], label[:400], 5)(x[400:])
+  assert scores.shape == (200, 5)
+  assert scores.sum(axis=1) == pytest.approx(1)
+  assert not scores[:, [1, 4]].any()
+  assert accuracy_score(label[400:], scores.argmax(axis=1)) > 0.9
+
+
+def test_a_probe_fitted_on_one_class_is_certain_of_it() -> None:
+  scores = linear_probes.MultiClassProbe(np.zeros((3, 2)), np.array([1, 1, 1]), 3)(np.ones((2, 2)))
+  assert scores.tolist() == [[0, 1, 0], [0, 1, 0]]
+
+
+def test_a_probe_of_a_number_learns_a_linear_one_whatever_the_inputs_scales() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(900, 3)) * [1e-3, 1.0, 1e3] + 5
+  label = 2e3 * x[:, 0] - x[:, 1] + 1e-3 * x[:, 2] + 7 + 0.1 * rng.normal(size=900)
+  assert r2_score(label[600:], linear_probes.fit_probe("regression", x[:600], label[:600], 1)(x[600:])) > 0.97
+
+
+def test_there_is_no_probe_of_a_ranking() -> None:
+  with pytest.raises(ValueError, match="no linear probe of a catalogue"):
+    linear_probes.fit_probe("catalogue", np.zeros((2, 1)), np.zeros(2), 9)
+
+
+def test_probes_take_sparse_inputs() -> None:
+  rng = np.random.default_rng(0)
+  x = csr_array(np.where(rng.random((900, 20)) < 0.3, rng.random((900, 20)), 0))
+  dense = x.toarray()
+  number = 3 * dense[:, 0] - dense[:, 1]
+  assert (
+    roc_auc_score(number[600:] > 0.2, linear_probes.fit_probe("binary", x[:600], number[:600] > 0.2, 1)(x[600:])) > 0.9
+  )
+  assert r2_score(number[600:], linear_probes.fit_probe("regression", x[:600], number[:600], 1)(x[600:])) > 0.9
+  scores = linear_probes.fit_probe("multiclass", x[:600], (dense[:600, :3].argmax(axis=1)), 3)(x[600:])
+  assert accuracy_score(dense[600:, :3].argmax(axis=1), scores.argmax(axis=1)) > 0.7

@@ -1,0 +1,181 @@
+"""Label tables, and embeddings of other systems, in every shape; what cannot be used is named."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.errors import DataError
+from supermoe_jax.probing import label_table, vectors
+
+
+def write(folder: pathlib.Path, columns: dict[str, Any], name: str = "table.parquet") -> pathlib.Path:
+  table = pa.table(columns)
+  file = folder / name
+  if name.endswith(".csv"):
+    pa_csv.write_csv(table, file)
+  else:
+    pq.write_table(table, file)
+  return file
+
+
+COLUMNS = {
+  "user_id": [1, 2, 3, 4, 5, 6],
+  "flag": [True, False, None, True, False, False],
+  "gender": ["F", "M", "F", None, "M", "M"],
+  "stars": [1, 2, 3, 4, 5, 1],
+  "spent": [1.5, float("nan"), 2.25, 3.0, 0.5, 9.0],
+  "one": [7] * 6,
+}
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "table.csv"])
+def test_kinds_follow_from_the_values_and_missing_ones_stay_missing(tmp_path: pathlib.Path, name: str) -> None:
+  found = label_table.read_label_table(write(tmp_path, COLUMNS, name))
+  by_name = {x.name: x for x in found.labels}
+  assert {n: x.kind for n, x in by_name.items()} == {
+    "flag": "binary",
+    "gender": "binary",
+    "stars": "multiclass",
+    "spent": "regression",
+  }
+  assert found.users.tolist() == ["1", "2", "3", "4", "5", "6"]
+  assert np.isnan(by_name["flag"].value).tolist() == [False, False, True, False, False, False]
+  assert by_name["gender"].classes == ("F", "M")
+  assert by_name["stars"].classes == ("1", "2", "3", "4", "5")
+  assert np.isnan(by_name["spent"].value).tolist() == [False, True, False, False, False, False]
+  assert found.not_measured == {"one": "all its values are 7"}
+
+
+def test_kinds_can_be_set(tmp_path: pathlib.Path) -> None:
+  file = write(tmp_path, COLUMNS)
+  (found,) = label_table.read_label_table(file, wanted=["stars"], kinds={"stars": "regression"}).labels
+  assert found.kind == "regression" and found.value.tolist() == [1, 2, 3, 4, 5, 1]
+  with pytest.raises(DataError, match="'stars' has 5 different values; --kind takes it for binary"):
+    label_table.read_label_table(file, kinds={"stars": "binary"})
+  with pytest.raises(DataError, match="'gender' holds the text 'F'"):
+    label_table.read_label_table(file, kinds={"gender": "regression"})
+  with pytest.raises(DataError, match="none of the labels; did you mean 'stars'"):
+    label_table.read_label_table(file, kinds={"star": "binary"})
+
+
+def test_a_glob_names_columns_and_a_group(tmp_path: pathlib.Path) -> None:
+  file = write(tmp_path, {"user_id": [1, 2], "cat_a": [0, 1], "cat_b": [1, 0], "dog": [1, 0]})
+  found = label_table.read_label_table(file, wanted=["cat_*", "cat_a"])
+  assert [x.name for x in found.labels] == ["cat_a", "cat_b"]
+  assert found.groups == {"cat_*": ["cat_a", "cat_b"]}
+  with pytest.raises(DataError, match=r"no column 'cat_c' \(--label\); did you mean 'cat_"):
+    label_table.read_label_table(file, wanted=["cat_c"])
+
+
+def test_a_repeated_row_is_counted_and_a_contradiction_is_an_error(tmp_path: pathlib.Path) -> None:
+  times = pa.array(["2024-01-01", "2024-02-01", "2024-01-01"])
+  file = write(tmp_path, {"user_id": [7, 7, 7], "day": times, "y": [0, 1, 0], "z": [None, 2.0, 3.0]}, "t.csv")
+  found = label_table.read_label_table(file, time="day")
+  assert found.repeated_rows == 1 and len(found.users) == 2
+  assert found.time.tolist() == [config.parse_time(t, "") for t in ("2024-01-01", "2024-02-01")]
+  assert {x.name: x.value.tolist() for x in found.labels} == {"y": [0, 1], "z": [1, 0]}  # 3 and 2, two values
+  with pytest.raises(DataError, match=r'user 7 has two labels in "y", 0\.0 and 1\.0; keep .*--time'):
+    label_table.read_label_table(file, wanted=["y"])
+  file = write(tmp_path, {"user_id": [7, 7], "day": times[:1].to_pylist() * 2, "y": ["a", "b"]}, "u.csv")
+  with pytest.raises(DataError, match='user 7 at 2024-01-01T00:00:00 has two labels in "y", a and b'):
+    label_table.read_label_table(file, time="day")
+
+
+@pytest.mark.parametrize(
+  ("columns", "options", "message"),
+  [
+    ({"id": [1], "y": [1]}, {}, r"no column 'user_id' \(--user\)"),
+    ({"user_id": [1, None], "y": [1, 0]}, {}, "row 2 holds None in 'user_id', which is no user"),
+    ({"user_id": [1], "t": ["soon"], "y": [1]}, {"time": "t"}, "row 1 holds 'soon' in 't', which is no time"),
+    ({"user_id": [1], "t": [17], "y": [1]}, {"time": "t"}, "write times as timestamps, dates or ISO 8601"),
+    ({"user_id": [1, 2], "y": [1.0, float("inf")]}, {}, "'y' holds a value that is infinite"),
+    ({"user_id": [1]}, {}, "has no column of labels"),
+  ],
+)
+def test_a_label_table_that_cannot_be_used_is_an_error(
+  tmp_path: pathlib.Path, columns: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+  with pytest.raises(DataError, match=message):
+    label_table.read_label_table(write(tmp_path, columns), **options)
+
+
+VECTORS = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+
+
+@pytest.mark.parametrize(
+  "columns",
+  [
+    {"v": pa.array(VECTORS, pa.list_(pa.float64(), 2))},
+    {"v": pa.array(VECTORS, pa.list_(pa.float32()))},
+    {"v": pa.array(VECTORS, pa.large_list(pa.float64()))},
+    {"v": pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64()))},
+    {"a": [1.0, 3.0, 5.0], "b": [2, 4, 6]},
+    {"v": VECTORS, "n_events": [3, 4, 5], "city": ["x", "y", "z"]},
+  ],
+)
+@pytest.mark.parametrize("ids", [[1, 2, 3], ["1", "2", "3"], [1.0, 2.0, 3.0]])
+def test_other_systems_files_are_read_in_all_shapes(
+  tmp_path: pathlib.Path, columns: dict[str, Any], ids: list[Any]
+) -> None:
+  found = vectors.read_vectors("other", write(tmp_path, {"user_id": ids, **columns}))
+  assert found.user.tolist() == ["1", "2", "3"] and found.time is None
+  assert found.x.dtype == np.float32 and found.x.tolist() == VECTORS
+  assert found.about["columns_left_out"] == [c for c in columns if c in ("n_events", "city")]
+  assert found.find(np.array(["3", "9"], object), None).tolist() == [2, -1]
+
+
+def test_a_csv_file_and_a_folder_of_parts_are_read_too(tmp_path: pathlib.Path) -> None:
+  file = write(tmp_path, {"member": ["007", "8"], "a": [1, 2], "b": [0.5, 0.25]}, "x.csv")
+  found = vectors.read_vectors("other", file, user="member")
+  assert found.user.tolist() == ["007", "8"] and found.x.tolist() == [[1, 0.5], [2, 0.25]]
+  parts = tmp_path / "parts"
+  parts.mkdir()
+  for i in range(2):
+    write(
+      parts, {"user_id": [i], "as_of": np.array(["2024-01-01"], "datetime64[us]"), "v": [[float(i)]]}, f"{i}.parquet"
+    )
+  found = vectors.read_vectors("other", parts)
+  time = config.parse_time("2024-01-01", "")
+  assert found.times == [time]
+  assert found.find(np.array(["1", "1"], object), np.array([time, time + 1])).tolist() == [1, -1]
+
+
+@pytest.mark.parametrize(
+  ("columns", "message"),
+  [
+    ({"id": [1], "v": [[1.0]]}, r"no column 'user_id' of users \(--user\)"),
+    ({"user_id": [1, None], "v": [[1.0], [2.0]]}, "row 2 has no user"),
+    ({"user_id": [1, 2], "v": [[1.0], [2.0, 3.0]]}, "row 2, user 2, has 2 numbers in 'v', the first row 1"),
+    ({"user_id": [1, 2], "v": [[1.0], None]}, "row 2, user 2, has no numbers"),
+    ({"user_id": [1, 2], "v": [[1.0], [float("nan")]]}, "user 2 holds no finite 32-bit number in place 1"),
+    ({"user_id": [1, 2], "a": [1.0, 2.0], "b": [1.0, None]}, "user 2 holds no finite 32-bit number in column 'b'"),
+    ({"user_id": [1, 2], "a": [1.0, 1e39]}, "user 2 holds no finite 32-bit number"),
+    ({"user_id": [4, 4], "v": [[1.0], [2.0]]}, "user 4 has two rows"),
+    ({"user_id": [1], "v": [[1.0]], "w": [[1.0]]}, "several columns of lists, v, w"),
+    ({"user_id": [1], "name": ["x"]}, "neither a column of lists nor columns of numbers"),
+    ({"user_id": [1], "as_of": ["soon"], "v": [[1.0]]}, "'soon' is not a time"),
+    ({"user_id": pa.array([], pa.int64()), "v": pa.array([], pa.list_(pa.float32()))}, "holds no row"),
+  ],
+)
+def test_another_systems_file_that_cannot_be_used_is_an_error(
+  tmp_path: pathlib.Path, columns: dict[str, Any], message: str
+) -> None:
+  with pytest.raises(DataError, match=message):
+    vectors.read_vectors("other", write(tmp_path, columns))
+
+
+def test_a_file_that_is_not_there_or_is_no_parquet_is_an_error(tmp_path: pathlib.Path) -> None:
+  with pytest.raises(DataError, match="there are no embeddings"):
+    vectors.read_vectors("other", tmp_path / "gone.parquet")
+  (tmp_path / "x.parquet").write_text("no")
+  with pytest.raises(DataError, match="cannot be read as Parquet"):
+    vectors.read_vectors("other", tmp_path / "x.parquet")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(DataError, match=r"no manifest\.json of 'supermoe embed', and no Parquet file"):
+    vectors.read_vectors("other", tmp_path / "empty")

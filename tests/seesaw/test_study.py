@@ -1,0 +1,364 @@
+"""A study runs what is missing and nothing twice, tunes on validation only, and reports what it has."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.errors import ConfigError, StudyError
+from supermoe_jax.evaluation import evaluate
+from supermoe_jax.seesaw import study as study_lib
+from supermoe_jax.seesaw import study_run, study_weights
+from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.seesaw.study import study
+from supermoe_jax.seesaw.study_run import PlannedRun
+from supermoe_jax.training import loop
+from supermoe_jax.training.monitoring.metrics_log import read_rows
+from supermoe_jax.training.run import Run
+from tests.fixtures import seesaw_runs
+
+SMALL = [
+  "--config.exclude_tasks=('next_page', 'paid')",
+  "--config.model.layers=1",
+  "--config.model.moe_every=1",
+  "--config.train.steps=3",
+  "--config.train.checkpoint_every=3",
+]
+
+Execute = Callable[[Sequence[PlannedRun]], list[str | None]]
+
+
+@pytest.fixture(scope="module")
+def planned(cfg: config.Config, dataset: Dataset) -> config.Config:
+  """Two tasks, two seeds, two variants."""
+  small = config.override(cfg, SMALL)
+  raw = config.to_dict(small)
+  raw["seesaw"] = {
+    "seeds": [0, 1],
+    "variants": {"tuned_static": [], "dense": ["model.moe_every=0", "train.weighting.method=equal"]},
+    "static_candidates": 2,
+  }
+  return config.resolve(raw)
+
+
+def made_up(group: Sequence[PlannedRun]) -> list[str | None]:
+  """Leaves what runs of these configs could have left, drawn by each config's hash."""
+  for run in group:
+    cfg, tasks = run.cfg, list(run.cfg.active_views)
+    rng = np.random.default_rng(int(cfg.hash(), 16))
+    main = {t: evaluate.main_metric(cfg, task) for t, task in cfg.active_views.items()}
+    found = {
+      t: {s: {m: rng.uniform(0.6, 0.7), "log_loss": rng.uniform(0.3, 0.6)} for s in evaluate.EVALUATED_SPLITS}
+      for t, m in main.items()
+    }
+    result = RunResult(
+      variant=run.variant,
+      task=run.task,
+      seed=cfg.train.seed,
+      config_hash=cfg.hash(),
+      tasks=found,
+      main_metric=main,
+      constants=dict.fromkeys(tasks, 0.7),
+      losses={t: rng.uniform(0.5, 1.0) for t in tasks},
+      parameters=1000,
+      active_parameters=900 if cfg.model.moe_every else 999,
+      seconds=1.0,
+      weights={"step": [1, 2, 3], **{t: [1.0, 1.1, 1.2] for t in tasks}},
+      cosine={"tasks": tasks, "matrix": [[1.0, 0.5], [0.5, 1.0]]} if len(tasks) > 1 else None,
+      expert_load={t: {"snapshots": 9, "load": [[0.25] * 4]} for t in tasks},
+    )
+    run.file.write_text(json.dumps(result.to_json()))
+  return [None] * len(group)
+
+
+def trained(group: Sequence[PlannedRun]) -> list[str | None]:
+  """Trains and evaluates runs; label rates of a few batches are enough here, by default a rare label is waited for."""
+  with pytest.MonkeyPatch.context() as patch:  # no longer than that: what all tests share may be made meanwhile
+    patch.setattr(loop, "MEASURED_ROWS", 32)
+    patch.setattr(loop, "MEASURED_LABELS", 4)
+    return study_run.execute(group)
+
+
+@pytest.fixture(scope="module", params=[made_up, pytest.param(trained, marks=[pytest.mark.nightly, pytest.mark.slow])])
+def execute(request: pytest.FixtureRequest) -> Iterator[Execute]:
+  """What executes a study's runs: they are made up, or trained and evaluated."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(study_lib, "execute", request.param)
+    yield request.param
+
+
+@pytest.fixture(scope="module")
+def folder(execute: Execute, planned: config.Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A finished study; do not change it."""
+  path = tmp_path_factory.mktemp("study")
+  study(planned, path, say=lambda _: None)
+  return path
+
+
+def results(folder: pathlib.Path) -> list[RunResult]:
+  return [RunResult.from_json(json.loads(f.read_text())) for f in sorted((folder / "runs").glob("*.json"))]
+
+
+def test_a_run_leaves_what_evaluation_finds_and_nothing_else(
+  cfg: config.Config, workdir: pathlib.Path, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The run was trained before, so that no training program is compiled: a run that was cut at its end goes on."""
+  rows = read_rows(workdir / "metrics.jsonl")
+  shutil.copytree(workdir, tmp_path / "one")
+  trained: list[config.Config] = []
+  train = loop.train
+
+  def watched(cfg: config.Config, *arguments: Any, **options: Any) -> int:
+    trained.append(cfg)
+    return train(cfg, *arguments, **options)
+
+  monkeypatch.setattr(study_run.loop, "train", watched)
+  validated = config.override(cfg, ["--config.train.validate.every=4"])
+  planned = PlannedRun("dense", None, validated, tmp_path / "one.json")
+  assert study_run.execute([planned]) == [None]
+  assert trained == [cfg]  # not validated while it trains
+  assert [p.name for p in tmp_path.iterdir()] == ["one.json"]
+  result = RunResult.from_json(json.loads(planned.file.read_text()))
+  assert (result.variant, result.task, result.seed, result.config_hash) == ("dense", None, 0, validated.hash())
+
+  found = evaluate.evaluate(run, compare=False, progress=False, write=False)
+  assert result.main_metric == found["main_metric"] and result.expert_load == found["expert_load"]
+  assert found["splits"]["validation"]["pages"] != found["splits"]["test"]["pages"]
+  for task in cfg.active_views:
+    assert result.tasks[task] == {s: tasks.get(task, {}).get("metrics", {}) for s, tasks in found["splits"].items()}
+    constant = run.statistics[task].constant_loss
+    assert result.constants[task] == constant
+    last = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-3:]
+    summed = sum(t["loss"] * t["weight"] for t in last) / sum(t["weight"] for t in last)
+    assert result.losses[task] == pytest.approx(summed / constant)
+    assert result.weights is not None and result.weights[task] == [r["weights"][task] for r in rows]
+  assert result.weights is not None and result.weights["step"] == [2, 4, 6, 8, 10, 12]
+  assert result.parameters > result.active_parameters > 0.5 * result.parameters
+  assert result.cosine is not None and result.cosine["tasks"] == list(cfg.active_views)
+  matrix = np.array(result.cosine["matrix"], float)
+  known = np.isfinite(matrix)
+  np.testing.assert_array_equal(matrix[known], matrix.T[known])
+  assert np.diagonal(matrix) == pytest.approx(1, abs=1e-3) and np.abs(matrix[known]).max() < 1.001
+  assert np.abs(matrix - np.eye(len(matrix)))[known].max() > 0.01  # tasks are not orthogonal
+
+
+def test_a_run_that_fails_is_told_and_the_next_is_done(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def run_one(cfg: config.Config, *arguments: Any, **options: Any) -> RunResult:
+    if cfg.train.seed == 0:
+      raise ValueError("no luck")
+    made_up([PlannedRun("dense", None, cfg, tmp_path / "made_up.json")])
+    return RunResult.from_json(json.loads((tmp_path / "made_up.json").read_text()))
+
+  monkeypatch.setattr(study_run, "run_one", run_one)
+  runs = [
+    PlannedRun("dense", None, config.override(planned, [f"--config.train.seed={s}"]), tmp_path / f"{s}.json")
+    for s in (0, 1)
+  ]
+  assert study_run.execute(runs) == ["ValueError: no luck", None]
+  assert not runs[0].file.exists() and RunResult.from_json(json.loads(runs[1].file.read_text())).seed == 1
+
+
+def test_a_study_leaves_a_report_of_every_variant_and_task(folder: pathlib.Path, planned: config.Config) -> None:
+  report = json.loads((folder / "seesaw.json").read_text())
+  assert list(report["variants"]) == ["tuned_static", "dense"]
+  assert set(report["tasks"]) == {"pages", "quiet"} == set(report["single"])
+  assert report["seeds"] == [0, 1] and report["words"]
+  for variant in report["variants"].values():
+    assert variant["parameters"] > variant["active_parameters"] > 0
+    assert variant["weights"]["step"]
+    assert variant["tasks"]["quiet"]["gain"]["low"] <= variant["tasks"]["quiet"]["gain"]["high"]
+  assert set(report["references"].values()) == {"same"}
+  page = (folder / "seesaw.html").read_text()
+  assert "tuned_static" in page and "<svg" in page
+  assert not [p for p in (folder / "runs").iterdir() if p.is_dir()]
+
+
+def test_the_same_call_runs_nothing_again_and_a_lost_run_only(
+  folder: pathlib.Path,
+  planned: config.Config,
+  execute: Execute,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  done: list[PlannedRun] = []
+  monkeypatch.setattr(study_lib, "execute", lambda group: done.extend(group) or execute(group))
+  copy = tmp_path / "study"
+  shutil.copytree(folder, copy)
+  before = (copy / "seesaw.json").read_text()
+  study(planned, copy, say=lambda _: None)
+  assert done == [] and (copy / "seesaw.json").read_text() == before
+  lost = next(f for f in (copy / "runs").glob("*.json") if json.loads(f.read_text())["variant"] == "dense")
+  lost.unlink()
+  study(planned, copy, say=lambda _: None)
+  assert [run.file for run in done] == [lost]
+  again = json.loads((copy / "seesaw.json").read_text())
+  for variant in json.loads(before)["variants"]:  # one seed, one result: the lost run came out as it was
+    one, other = (r["variants"][variant]["tasks"] for r in (json.loads(before), again))
+    assert one == other
+
+
+def test_single_task_runs_know_one_task_and_variants_all(folder: pathlib.Path, planned: config.Config) -> None:
+  runs = results(folder)
+  assert {len(r.tasks) for r in runs if r.task} == {1}
+  assert {tuple(r.tasks) for r in runs if not r.task} == {("pages", "quiet")}
+  assert all(r.losses[t] is not None for r in runs for t in r.tasks)
+  assert all(r.cosine["tasks"] == ["pages", "quiet"] for r in runs if not r.task)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("auc", "slow"), ("rmse", "same")])
+def test_a_tasks_reference_is_the_candidate_that_is_best_on_validation(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, metric: str, best: str
+) -> None:
+  raw = config.to_dict(planned)
+  raw["seesaw"]["single"] = {"same": [], "slow": ["train.learning_rate=0.1"], "dense": ["model.moe_every=0"]}
+  course = study_lib._Study(config.resolve(raw), tmp_path, 1, (), print)
+  scores = {"same": 0.6, "slow": 0.8, "dense": 0.7}
+  known = {course.singles["quiet"][n].hash(): score for n, score in scores.items()}
+
+  def found(job: study_lib._RunGroup) -> list[RunResult]:
+    score = known[job.cfg.hash()]
+    return [
+      seesaw_runs.run(
+        "single",
+        0,
+        {"quiet": 1 - score},
+        "quiet",
+        main_metric={"quiet": metric},
+        tasks={"quiet": {"validation": {metric: score}, "test": {metric: 1 - score}}},
+      )
+    ]
+
+  monkeypatch.setattr(course, "_results", found)
+  assert course._best_single("quiet") == best
+
+
+def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
+  planned: config.Config, tmp_path: pathlib.Path
+) -> None:
+  changes = ["--config.tasks.quiet.weight=3.0", "--config.train.weighting.method=static"]
+  course = study_lib._Study(config.override(planned, changes), tmp_path, 1, (), print)
+  for task in ("pages", "quiet"):
+    (alone,) = course.singles[task].values()
+    assert {n: t.weight for n, t in alone.active_tasks.items()} == {task: 1.0}
+    assert alone.train.weighting.method == "equal"
+  weights = {v: {n: t.weight for n, t in c.active_tasks.items()} for v, c in course.variants.items()}
+  assert weights == {"tuned_static": {"pages": 1.0, "quiet": 3.0}, "dense": {"pages": 1.0, "quiet": 1.0}}
+
+
+def test_seesaw_weights_refer_to_what_a_task_reaches_alone_on_validation(
+  folder: pathlib.Path, planned: config.Config
+) -> None:
+  runs = {t: [r for r in results(folder) if r.task == t] for t in ("pages", "quiet")}
+  cfg = config.override(planned, ["--config.train.weighting.method=seesaw"])
+  known = study_weights.with_references(cfg, runs).train.weighting.references
+  for task, found in runs.items():
+    reached = [r.tasks[task]["validation"]["log_loss"] / r.constants[task] for r in found]
+    assert known[task] == pytest.approx(sum(reached) / len(reached), abs=1e-4)
+
+
+def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random_ones(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  weighted = config.override(planned, ["--config.tasks.quiet.weight=3.0", "--config.seesaw.static_candidates=4"])
+  tried = []
+  monkeypatch.setattr(
+    study_lib._Study, "_execute", lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning" in what else None
+  )
+  monkeypatch.setattr(study_lib.seesaw, "report", lambda *a, **k: {"words": []})
+  monkeypatch.setattr(study_lib, "_write_pages", lambda *a: None)
+  study(weighted, tmp_path / "s", say=lambda _: None)
+  weights = [{n: job.cfg.tasks[n].weight for n in ("pages", "quiet")} for job in tried]
+  assert len(weights) == 4 and weights[0] == {"pages": 1.0, "quiet": 1.0} and weights[1] == {"pages": 0.5, "quiet": 1.5}
+  assert all(sum(w.values()) == pytest.approx(2, abs=1e-3) for w in weights)
+  assert len({w["quiet"] for w in weights}) == 4
+
+
+def test_static_weights_are_those_that_are_best_on_validation(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The more a config weighs `quiet`, the better its runs are on validation, and the worse on test."""
+
+  def leave(group: Sequence[PlannedRun]) -> list[str | None]:
+    for run in group:
+      better = 0.0 if run.task else 0.01 * run.cfg.tasks["quiet"].weight
+      made_up([run])
+      result = json.loads(run.file.read_text())
+      for task, metric in result["main_metric"].items():
+        result["tasks"][task] = {"validation": {metric: 0.6 + better}, "test": {metric: 0.6 - better}}
+      run.file.write_text(json.dumps(result))
+    return [None] * len(group)
+
+  monkeypatch.setattr(study_lib, "execute", leave)
+  several, said = config.override(planned, ["--config.seesaw.static_candidates=6"]), list[str]()
+  report = study(several, tmp_path / "s", say=said.append)
+  drawn = [c.tasks["quiet"].weight for c in study_weights.weighted_configs(several, several.seesaw)]
+  assert f"tasks.quiet.weight={max(drawn):g}" in report["variants"]["tuned_static"]["overrides"]
+  assert max(drawn) > drawn[0] == 1.0
+  assert report["variants"]["tuned_static"]["mean_gain"]["mean"] == pytest.approx(-100 * 0.01 * max(drawn) / 0.6)
+  assert any(f"best of 6 on validation: pages={2 - max(drawn):g}, quiet={max(drawn):g}" in line for line in said)
+
+
+def test_candidates_are_compared_by_their_mean_gain_on_validation() -> None:
+  def score(auc: float, rmse: float) -> dict[str, Any]:
+    return {"churn": {"validation": {"auc": auc}}, "spend": {"validation": {"rmse": rmse}}}
+
+  alone = {t: seesaw_runs.run("single", 0, {t: 0.0}, t, tasks=score(0.5, 2.0)) for t in ("churn", "spend")}
+  result = seesaw_runs.run("v", 0, {"churn": 0.0, "spend": 0.0}, tasks=score(0.6, 1.9))
+  assert study_weights.mean_validation_gain(result, alone) == pytest.approx((20 + 5) / 2)
+  assert study_weights.mean_validation_gain(seesaw_runs.run("v", 0, {}), alone) == -math.inf
+
+
+def test_what_a_number_reaches_alone_is_its_squared_error(planned: config.Config) -> None:
+  alone = seesaw_runs.run("single", 0, {"quiet": 0.0}, "quiet", constants={"quiet": 4.0}, losses={"quiet": 0.9})
+  errors = [{"quiet": {"validation": {"rmse": e}}} for e in (1.0, 2.0)]
+  runs = [dataclasses.replace(alone, tasks=tasks) for tasks in errors]
+  assert study_weights.with_references(planned, {"quiet": runs}).train.weighting.references == {
+    "quiet": (0.25 + 1.0) / 2
+  }
+  none = [dataclasses.replace(alone, tasks={})]  # without a metric it is the loss in training
+  assert study_weights.with_references(planned, {"quiet": none}).train.weighting.references == {"quiet": 0.9}
+
+
+def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
+  planned: config.Config, tmp_path: pathlib.Path
+) -> None:
+  for overrides, message in (
+    (["model.moe_evry=0"], r"config\.seesaw\.variants\.bad: .*has no key 'moe_evry'.*did you mean 'moe_every'"),
+    (["data.split.every_days=9.0"], r"variants\.bad changes what is prepared"),
+  ):
+    raw = config.to_dict(planned)
+    raw["seesaw"]["variants"]["bad"] = overrides
+    with pytest.raises(ConfigError, match=message):
+      study(config.resolve(raw), tmp_path / "s")
+  assert not (tmp_path / "s").exists()
+
+
+def test_only_must_name_a_variant(planned: config.Config, tmp_path: pathlib.Path) -> None:
+  with pytest.raises(ConfigError, match="--only: 'densse' matches no variant; did you mean 'dense'"):
+    study(planned, tmp_path / "s", only=["densse"])
+
+
+def test_a_failed_run_is_named_and_the_others_are_kept(
+  folder: pathlib.Path, planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  lost = [f for f in (copy / "runs").glob("*.json") if json.loads(f.read_text())["variant"] == "dense"]
+  for file in lost:
+    file.unlink()
+  monkeypatch.setattr(study_lib, "execute", lambda group: ["RunError: no luck"] * len(group))
+  with pytest.raises(StudyError, match=r"2 runs failed.*dense, seed 0: RunError: no luck"):
+    study(planned, copy, say=lambda _: None)
+  report = json.loads((copy / "seesaw.json").read_text())
+  assert report["variants"]["tuned_static"]["mean_gain"]["mean"] is not None
+  assert any("dense" in line for line in report["missing"])
