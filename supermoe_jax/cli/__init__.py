@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     epilog="Any key of the config can be set with --config.key=value, for example --config.train.steps=100.",
   )
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-  for part in (data, training, embeddings, probing, search, serving):
-    part.add(verbs)
+  data.add_data_verbs(verbs)
+  training.add_training_verbs(verbs)
+  embeddings.add_embedding_verbs(verbs)
+  probing.add_probing_verbs(verbs)
+  search.add_search_verbs(verbs)
+  serving.add_serving_verbs(verbs)
   return parser
