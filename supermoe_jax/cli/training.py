@@ -113,9 +113,10 @@ def _train(args: argparse.Namespace) -> int:
   place = processes.find_place(args.coordinator, args.processes, args.process)
   if place is not None and not supervisor.watched():
     return supervisor.watch(args.arguments, place, args.workdir)
+  from supermoe_jax.evaluation.validation import validation_of
   from supermoe_jax.training import loop
 
-  step = loop.train(cfg, args.workdir, place=place, profile=args.profile)
+  step = loop.train(cfg, args.workdir, validation=validation_of(cfg), place=place, profile=args.profile)
   if processes.is_first():
     print(f"trained to step {step}: {args.workdir}")
   return ExitCode.OK
@@ -135,9 +136,10 @@ def _seesaw(args: argparse.Namespace) -> None:
     raise ConfigError(f"--jobs={args.jobs} must be at least 1.")
   cfg = config.load(args.config, args.overrides)
   from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.report.seesaw_page import write_study_files
   from supermoe_jax.seesaw import sentences, study
 
-  report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only)
+  report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only, publish=write_study_files)
   print(evaluate.aligned_table(sentences.gains_table(report)))
   print(*report["words"], sep="\n")
   print(f"all figures: {args.workdir / 'seesaw.json'}; with pictures: {args.workdir / 'seesaw.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
@@ -44,9 +45,12 @@ class Validation:
   ):
     """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
-    self._graph, _ = abstract_model(cfg, dataset.schema, mesh.devices.flat[0].platform)
     self._say, self._progress = say, progress and sys.stderr.isatty() and processes.is_first()
     self._rows: list[dict[str, Any]] = []
+
+  @functools.cached_property
+  def _graph(self) -> nnx.GraphDef:
+    return abstract_model(self._cfg, self._dataset.schema, self._mesh.devices.flat[0].platform)[0]
 
   def resume(self, step: int) -> None:
     """Takes up the rows of a run that stands at `step`; those of later ones are dropped."""
@@ -106,13 +110,18 @@ def validation_score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -
   return sum(known) / len(known) if known else None
 
 
-def check_metric(cfg: config.Config) -> None:
-  """Raises a ConfigError where the metric that is to choose the best checkpoint is none of its task's."""
+def validation_of(cfg: config.Config) -> type[Validation]:
+  """Returns what makes the validator of a run of this config, for `training.loop.train`.
+
+  Raises:
+    ConfigError: the metric that is to choose the best checkpoint is not one of its task's.
+  """
   name, _, metric = cfg.train.validate.metric.partition("/")
   if metric and metric not in (known := evaluate.metric_names(cfg, cfg.labelled_tasks[name])):
     raise ConfigError(
       f"config.train.validate.metric={cfg.train.validate.metric!r}: the metrics of {name} are {', '.join(known)}."
     )
+  return Validation
 
 
 def validation_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

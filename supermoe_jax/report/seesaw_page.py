@@ -19,6 +19,13 @@ from supermoe_jax.seesaw import sentences
 from supermoe_jax.seesaw.sentences import Report
 
 
+def write_study_files(report: Report, workdir: pathlib.Path) -> None:
+  """Writes a study's page, its picture of gains and its table: `seesaw.html`, `seesaw.svg` and `seesaw.md`."""
+  write_study_page(report, workdir / "seesaw.html")
+  gains_figures.write_picture(report, workdir / "seesaw.svg")
+  atomic_files.write_file(workdir / "seesaw.md", sentences.gains_markdown(report))
+
+
 def write_study_page(report: Report, file: pathlib.Path) -> pathlib.Path:
   """Writes the page of `report`, what `seesaw.compare.make_report` returned, to `file`; returns its path.
 

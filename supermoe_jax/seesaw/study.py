@@ -2,7 +2,7 @@
 
 WORKDIR/runs/*.json     what each run left, by the hash of its config and data; a run that is there is not run again
 WORKDIR/seesaw.json     the report, rewritten as runs come in
-WORKDIR/seesaw.html     the same with pictures
+WORKDIR/seesaw.html     the same with pictures, written by the command
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError, nearest
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.report.figures.gains_figures import write_picture
 from supermoe_jax.seesaw import compare, sentences, study_weights
 from supermoe_jax.seesaw.compare import SINGLE, RunResult
 from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
@@ -75,15 +74,18 @@ def study(
   *,
   jobs: int = 1,
   only: Sequence[str] = (),
+  publish: Callable[[sentences.Report, pathlib.Path], object] = lambda report, workdir: None,
   say: Callable[[str], None] = print,
 ) -> sentences.Report:
-  """Runs what is missing of the study of `cfg.seesaw` and returns the report, which it also writes.
+  """Runs what is missing of the study of `cfg.seesaw`; returns the report and writes it as `seesaw.json`.
 
   Args:
     cfg: the config that is varied.
     workdir: the study's directory.
     jobs: processes that train side by side.
     only: names or globs of the variants to run; empty: all.
+    publish: called with the report and `workdir` at the end, also where runs failed; such as
+      `report.seesaw_page.write_study_files`.
     say: told what goes on.
 
   Raises:
@@ -91,16 +93,22 @@ def study(
     DataError: there is no dataset, or it was prepared from another config.
     StudyError: runs failed; the others are kept, and the same call runs only what is missing.
   """
-  return _Study(cfg, workdir, jobs, only, say).run()
+  return _Study(cfg, workdir, jobs, only, publish, say).run()
 
 
 class _Study:
   """The course of a study: tune the references, run them, tune static weights, run the variants."""
 
   def __init__(
-    self, cfg: config.Config, workdir: pathlib.Path, jobs: int, only: Sequence[str], say: Callable[[str], None]
+    self,
+    cfg: config.Config,
+    workdir: pathlib.Path,
+    jobs: int,
+    only: Sequence[str],
+    publish: Callable[[sentences.Report, pathlib.Path], object],
+    say: Callable[[str], None],
   ):
-    self.cfg, self.workdir, self.jobs, self.say = cfg, workdir, jobs, say
+    self.cfg, self.workdir, self.jobs, self._publish, self.say = cfg, workdir, jobs, publish, say
     self.plan = cfg.seesaw
     dataset = Dataset(cfg.data.path)
     dataset.check_matches(cfg)
@@ -162,7 +170,7 @@ class _Study:
     jobs = [_RunGroup(name, None, cfg, seeds) for name, cfg in self.variants.items()]
     self._execute("variants", jobs, lambda: self._report(references, chosen))
     report = self._report(references, chosen)
-    _write_pages(report, self.workdir)
+    self._publish(report, self.workdir)
     self.say(f"study of {len(self.variants)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
     if self._failed:
       raise StudyError(
@@ -339,14 +347,6 @@ class _ThreadLimit:
         os.environ.pop(name, None)
       else:
         os.environ[name] = value
-
-
-def _write_pages(report: sentences.Report, workdir: pathlib.Path) -> None:
-  from supermoe_jax.report import seesaw_page  # pictures only when there is something to draw
-
-  seesaw_page.write_study_page(report, workdir / "seesaw.html")
-  write_picture(report, workdir / "seesaw.svg")
-  atomic_files.write_file(workdir / "seesaw.md", sentences.gains_markdown(report))
 
 
 def _identity(cfg: config.Config, encoding: str) -> str:

@@ -7,13 +7,13 @@ import contextlib
 import errno
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Batch
@@ -25,7 +25,6 @@ from supermoe_jax.data.dataset.windows import stack
 from supermoe_jax.distributed import processes
 from supermoe_jax.distributed.heartbeat import Heartbeat
 from supermoe_jax.errors import ConfigError, RunError, Stopped
-from supermoe_jax.evaluation.validation import Validation, check_metric
 from supermoe_jax.models import parameters
 from supermoe_jax.training import task_statistics
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter, code_hash, versions
@@ -33,8 +32,7 @@ from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.monitoring.metrics_log import MetricsLog
 from supermoe_jax.training.monitoring.profiler import Profiler
 from supermoe_jax.training.run_directory import check_encoding, claim_directory
-from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state
-from supermoe_jax.training.step import place_on_mesh as place_batch
+from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.stopping import Signals, save_batch
 from supermoe_jax.training.task_statistics import TaskStatistics
 
@@ -48,10 +46,32 @@ DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.
 MEASURED_LABELS = 200
 
 
+class Validator(Protocol):
+  """Judges checkpoints while a run trains; see `evaluation.validation.Validation`."""
+
+  def resume(self, step: int) -> None:
+    """Takes up a run that stands at `step`."""
+
+  def due(self, step: int) -> bool:
+    """Whether the checkpoint of `step` is still to be judged."""
+
+  def validate(self, step: int, variables: nnx.State, statistics: dict[str, TaskStatistics]) -> dict[str, Any]:
+    """Judges a checkpoint; returns the `score` and the metrics of all `tasks`."""
+
+  def best(self) -> Sequence[int]:
+    """The steps of the checkpoints to keep, the best first."""
+
+
+# Makes the validator of a run from its config, dataset, directory and mesh, a function that tells results, and whether
+# it shows a bar.
+MakeValidator = Callable[[config.Config, Dataset, pathlib.Path, Mesh, Callable[[str], None], bool], Validator]
+
+
 def train(
   cfg: config.Config,
   workdir: pathlib.Path,
   *,
+  validation: MakeValidator | None = None,
   place: processes.Place | None = None,
   say: Callable[[str], None] = print,
   progress: bool = True,
@@ -65,20 +85,26 @@ def train(
   Args:
     cfg: the config.
     workdir: the run directory.
+    validation: makes what judges checkpoints while the run trains: `evaluation.validation.validation_of(cfg)`; needed
+      where `cfg.train.validate.every` is set.
     place: this process' place among several, which all call this with the same config and directory; None: it is alone.
     say: is told what a user should know.
     progress: shows a bar on a terminal, and tells the metrics elsewhere.
     profile: writes a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
 
   Raises:
-    ConfigError: `cfg.train.validate.metric` is none of its task's.
+    ConfigError: `cfg.train.validate.every` is set, and there is no `validation`.
     DataError: there is no dataset, or it was prepared from another config.
     RunError: `workdir` holds a run of another config, or one that cannot go on; the message says why.
     Stopped: a signal asked the run to stop; it is saved.
   """
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
-  check_metric(cfg)
+  if cfg.train.validate.every and validation is None:
+    raise ConfigError(
+      f"config.train.validate.every={cfg.train.validate.every} needs train(..., validation=validation_of(cfg)), from "
+      "supermoe_jax.evaluation.validation."
+    )
   version = {**versions(), "code": code_hash()}
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
   signals = Signals(several=place is not None)
@@ -89,7 +115,7 @@ def train(
     around = RunContext(roster, signals, say if processes.is_first() else lambda _: None, progress)
     try:
       with Profiler(workdir / "profile" if profile and processes.is_first() else None) as profiler:
-        return _train(cfg, dataset, workdir, around, profiler)
+        return _train(cfg, dataset, workdir, validation, around, profiler)
     except Stopped:
       processes.leave()
       raise
@@ -102,7 +128,7 @@ def train(
 
 
 class RunContext(NamedTuple):
-  """What surrounds a run: who is there, what asks it to stop, and who is told what."""
+  """Processes, stop signals and messages of a run."""
 
   roster: Heartbeat
   signals: Signals
@@ -114,6 +140,7 @@ def _train(
   cfg: config.Config,
   dataset: Dataset,
   workdir: pathlib.Path,
+  make_validator: MakeValidator | None,
   around: RunContext,
   profiler: Profiler,
 ) -> int:
@@ -132,11 +159,13 @@ def _train(
   shard = sharding.host_rows(mesh, cfg.train.batch_rows)
   stream = iter(training_batches.training_batches(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
   about = {"config": config.to_dict(cfg)}
-  validation = Validation(cfg, dataset, workdir, mesh, say, progress)
+  validator: Validator | None = None
+  if make_validator is not None and cfg.train.validate.every:
+    validator = make_validator(cfg, dataset, workdir, mesh, say, progress)
   with (
     contextlib.closing(stream),
     jax.set_mesh(mesh),
-    CheckpointWriter(workdir, cfg.train, about, validation.best) as writer,
+    CheckpointWriter(workdir, cfg.train, about, validator.best if validator else tuple) as writer,
   ):
     checkpoints = Checkpoints(workdir, say)
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
@@ -151,8 +180,9 @@ def _train(
       say(f"resuming {workdir} at step {step} of {cfg.train.steps}")
       _report_versions(before, say)
       writer.set_aside(checkpoints.damaged)
-    validation.resume(step)
-    if step >= cfg.train.steps and not validation.due(step):
+    if validator is not None:
+      validator.resume(step)
+    if step >= cfg.train.steps and not (validator is not None and validator.due(step)):
       say(f"{workdir} is already trained to step {step}")
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
@@ -163,12 +193,12 @@ def _train(
     count = parameters.count_parameters(state.model, cfg.model.experts_per_token / cfg.model.experts)
     flops = utilisation.flops_a_token(cfg.model, count)
     with MetricsLog(workdir, step, cfg, say if progress else None, waiting, flops) as log:
-      _validate(validation, step, state, statistics, log)  # where the run was cut before that
+      _validate(validator, step, state, statistics, log)  # where the run was cut before that
       while step < cfg.train.steps:
         with log.taking_input():
           taken = [next(stream) for _ in range(several)]
         profiler.before(step - begun, state)
-        placed = place_batch(stack(taken) if several > 1 else taken[0], mesh, stacked=several > 1)
+        placed = place_on_mesh(stack(taken) if several > 1 else taken[0], mesh, stacked=several > 1)
         with jax.transfer_guard("disallow"):  # nothing travels between host and device but what is sent above
           state, metrics = do_step(state, placed, constants)
         step += several
@@ -186,16 +216,16 @@ def _train(
         if stopped and step < cfg.train.steps:
           writer.wait()
           raise Stopped(f"{stopped}: {workdir} is saved at step {step} of {cfg.train.steps}; the same command goes on")
-        _validate(validation, step, state, statistics, log)
+        _validate(validator, step, state, statistics, log)
   return step
 
 
 def _validate(
-  validation: Validation, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: MetricsLog
+  validator: Validator | None, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: MetricsLog
 ) -> None:
   """Validates the checkpoint of `step`, where that is due."""
-  if validation.due(step):
-    row = validation.validate(step, state.model, statistics)
+  if validator is not None and validator.due(step):
+    row = validator.validate(step, state.model, statistics)
     values = {f"validation/{n}/{m}": value for n, found in row["tasks"].items() for m, value in found.items()}
     log.scalars(step, {"validation/score": row["score"], **values})
     log.begin()

@@ -15,6 +15,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ExitCode
+from supermoe_jax.evaluation.validation import validation_of
 from supermoe_jax.training import loop
 from tests.fixtures import short_runs
 from tests.fixtures.pod_checks import config_file, free_port, with_devices
@@ -157,7 +158,7 @@ def test_a_run_goes_on_with_half_the_processes(
   alone = pathlib.Path(shutil.copytree(whole, tmp_path / "alone"))
   shutil.rmtree(alone / "checkpoints" / "90")
   said: list[str] = []
-  assert loop.train(four, alone, say=said.append) == 90
+  assert loop.train(four, alone, validation=validation_of(four), say=said.append) == 90
   assert any(f"resuming {alone} at step 60 of 90" in line for line in said)
   for mine, wanted in zip(rows(alone), rows(whole), strict=True):
     assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-5)

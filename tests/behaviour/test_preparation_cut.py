@@ -22,7 +22,7 @@ from supermoe_jax import config
 from supermoe_jax.data.append import append
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.format import shard_files
-from supermoe_jax.data.preparation import event_log, prepare
+from supermoe_jax.data.preparation import event_log, prepare, write_shards
 from supermoe_jax.data.preparation.write_shards import write_shard
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import contents, copied, facts, moved
@@ -83,7 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def few_processes(patch: pytest.MonkeyPatch) -> None:
   patch.setattr(shard_files, "SHARD_EVENTS", SHARD_EVENTS)
-  patch.setattr(shard_files, "processes", lambda count: 1)
+  patch.setattr(write_shards, "count_writers", lambda count: 1)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def cut(request: pytest.FixtureRequest) -> Cut:
       return write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(shard_files, "write", ending)
+      patch.setattr(write_shards, "write_shard", ending)
       with pytest.raises(KeyboardInterrupt):
         prepare.prepare(cfg, **QUIET)
     return pathlib.Path(cfg.data.path + ".incomplete")
@@ -141,7 +141,7 @@ def test_neither_reading_nor_finished_shards_are_done_again(
   finished = {f.name: f.stat().st_ino for f in left.rglob("*.array_record-*") if not f.name.endswith(("note", "part"))}
   assert len(finished) == 2 and not pathlib.Path(cfg.data.path).exists()
   monkeypatch.setattr(event_log.EventLog, "_read", lambda self: pytest.fail("the files were read again"))
-  monkeypatch.setattr(prepare.fitting, "fit", lambda *unused: pytest.fail("the encoders were fitted again"))
+  monkeypatch.setattr(prepare.fitting, "fit_encoders", lambda *unused: pytest.fail("the encoders were fitted again"))
   said: list[str] = []
   prepare.prepare(cfg, say=said.append)
   assert "going on in" in said[0] and any("2 of" in s for s in said)

@@ -22,8 +22,8 @@ class Together:
 
   def __init__(self, monkeypatch: pytest.MonkeyPatch):
     self._said, self._own = [None, None], threading.local()
-    answers = {"first": lambda: self.me() == 0, "meet": self.exchange, "whole": self._whole}
-    monkeypatch.setattr(embed, "hosts", types.SimpleNamespace(**answers))
+    answers = {"is_first": lambda: self.me() == 0, "meet": self.exchange, "whole": self._whole}
+    monkeypatch.setattr(embed, "processes", types.SimpleNamespace(**answers))
     monkeypatch.setattr(embed, "sharding", types.SimpleNamespace(host_rows=lambda mesh, rows: (self.me(), 2)))
     monkeypatch.setattr(embed, "jax", types.SimpleNamespace(process_index=self.me))
     monkeypatch.setattr(embed, "_of_all", lambda mine: np.stack(self.exchange(mine)))
@@ -65,13 +65,13 @@ class Together:
 
 def wrote(monkeypatch: pytest.MonkeyPatch, together: Together) -> list[tuple[int, int]]:
   """Lists which process writes which part, from now on."""
-  found, write = [], embed.part_files.write
+  found, write = [], embed.part_files.write_part
 
   def told(work: pathlib.Path, number: int, *tables: Any) -> None:
     found.append((together.me(), number))
     write(work, number, *tables)
 
-  monkeypatch.setattr(embed.part_files, "write", told)
+  monkeypatch.setattr(embed.part_files, "write_part", told)
   return found
 
 
@@ -100,7 +100,7 @@ def test_parts_that_are_there_are_left_out_by_both(
   """The third part is cut off, after the first round of two parts."""
   together = Together(monkeypatch)
   parts = wrote(monkeypatch, together)
-  write = embed.part_files.write
+  write = embed.part_files.write_part
 
   def full(work: pathlib.Path, number: int, *tables: Any) -> None:
     if number == 2:
@@ -108,7 +108,7 @@ def test_parts_that_are_there_are_left_out_by_both(
     write(work, number, *tables)
 
   with monkeypatch.context() as patched:
-    patched.setattr(embed.part_files, "write", full)
+    patched.setattr(embed.part_files, "write_part", full)
     assert together.embed(run, tmp_path / "out", rows_per_part=32)[0] is None
   assert sorted(parts) == [(0, 0), (1, 1)] and not (tmp_path / "out").exists()
   parts.clear()

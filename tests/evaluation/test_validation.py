@@ -40,7 +40,7 @@ def validated(
   folder, said = tmp_path_factory.mktemp("validated") / "run", list[str]()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(validation, "validation_score", worse_and_worse())
-    loop.train(validated_cfg, folder, say=said.append)
+    loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg), say=said.append)
   return folder, said
 
 
@@ -110,10 +110,10 @@ def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
     patch.setattr(validation, "validation_score", scores)
     patch.setattr(Validation, "validate", cut_at_8)
     with pytest.raises(KeyboardInterrupt):
-      loop.train(validated_cfg, folder, say=lambda _: None)
+      loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg), say=lambda _: None)
   again = iter([9.0, 8.0])
   monkeypatch.setattr(validation, "validation_score", lambda cfg, tasks: next(again))
-  loop.train(validated_cfg, folder, say=lambda _: None)
+  loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg), say=lambda _: None)
   assert without_speed(validation.validation_rows(folder)) == without_speed(validation.validation_rows(whole))
 
 
@@ -135,7 +135,7 @@ def test_a_run_validated_at_its_end_is_left_alone(
   copy = tmp_path / "run"
   shutil.copytree(validated[0], copy)
   before, said = (copy / validation.FILE).read_bytes(), list[str]()
-  loop.train(validated_cfg, copy, say=said.append)
+  loop.train(validated_cfg, copy, validation=validation.validation_of(validated_cfg), say=said.append)
   assert "already trained" in said[-1] and (copy / validation.FILE).read_bytes() == before
 
 
@@ -176,7 +176,9 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(
 ) -> None:
   wrong = config.override(cfg, ["--config.train.validate.metric=quiet/hr@10"])
   with pytest.raises(ConfigError, match=r"metrics of quiet are auc, average_precision, ece, log_loss\."):
-    loop.train(wrong, tmp_path / "run", say=lambda _: None)
+    validation.validation_of(wrong)
+  with pytest.raises(ConfigError, match=r"every=4 needs train\(\.\.\., validation=validation_of\(cfg\)\)"):
+    loop.train(config.override(cfg, ["--config.train.validate.every=4"]), tmp_path / "run", say=lambda _: None)
   assert not (tmp_path / "run").exists()
 
 

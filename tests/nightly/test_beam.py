@@ -18,7 +18,7 @@ from supermoe_jax import cli, config
 from supermoe_jax.data.beam import event_parts, merged_log, pipeline
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.format import shard_files
-from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation import prepare, write_shards
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, write_shard
 from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.random_logs import WAYS, Case, random_case, raw_config, write_case
@@ -259,7 +259,7 @@ def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
       raise OSError("the disk is on fire")
     return write(*arguments)
 
-  monkeypatch.setattr(shard_files, "write", failing)
+  monkeypatch.setattr(write_shards, "write_shard", failing)
 
 
 def failed(cfg: config.Config, prepare: Callable[[config.Config], Any], after: int) -> None:
@@ -323,7 +323,7 @@ def test_an_error_that_passes_when_the_runner_tries_again_is_none(
     return write(maker, file, rows)
 
   with monkeypatch.context() as patch:
-    patch.setattr(shard_files, "write", failing)
+    patch.setattr(write_shards, "write_shard", failing)
     there = on_beam(moved(cfg, "there"), runner="BundleBasedDirectRunner")
   here = locally(cfg)
   assert len(failed) == 1

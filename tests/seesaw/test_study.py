@@ -15,6 +15,7 @@ from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError
 from supermoe_jax.evaluation import evaluate
+from supermoe_jax.report.seesaw_page import write_study_files
 from supermoe_jax.seesaw import study as study_lib
 from supermoe_jax.seesaw import study_run, study_weights
 from supermoe_jax.seesaw.compare import RunResult
@@ -99,7 +100,7 @@ def execute(request: pytest.FixtureRequest) -> Iterator[Execute]:
 def folder(execute: Execute, planned: config.Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A finished study; do not change it."""
   path = tmp_path_factory.mktemp("study")
-  study(planned, path, say=lambda _: None)
+  study(planned, path, publish=write_study_files, say=lambda _: None)
   return path
 
 
@@ -221,7 +222,7 @@ def test_a_tasks_reference_is_the_candidate_that_is_best_on_validation(
 ) -> None:
   raw = config.to_dict(planned)
   raw["seesaw"]["single"] = {"same": [], "slow": ["train.learning_rate=0.1"], "dense": ["model.moe_every=0"]}
-  course = study_lib._Study(config.resolve(raw), tmp_path, 1, (), print)
+  course = study_lib._Study(config.resolve(raw), tmp_path, 1, (), print, print)
   scores = {"same": 0.6, "slow": 0.8, "dense": 0.7}
   known = {course.singles["quiet"][n].hash(): score for n, score in scores.items()}
 
@@ -246,7 +247,7 @@ def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
   planned: config.Config, tmp_path: pathlib.Path
 ) -> None:
   changes = ["--config.tasks.quiet.weight=3.0", "--config.train.weighting.method=static"]
-  course = study_lib._Study(config.override(planned, changes), tmp_path, 1, (), print)
+  course = study_lib._Study(config.override(planned, changes), tmp_path, 1, (), print, print)
   for task in ("pages", "quiet"):
     (alone,) = course.singles[task].values()
     assert {n: t.weight for n, t in alone.active_tasks.items()} == {task: 1.0}
@@ -274,8 +275,7 @@ def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random
   monkeypatch.setattr(
     study_lib._Study, "_execute", lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning" in what else None
   )
-  monkeypatch.setattr(study_lib.seesaw, "report", lambda *a, **k: {"words": []})
-  monkeypatch.setattr(study_lib, "_write_pages", lambda *a: None)
+  monkeypatch.setattr(study_lib.compare, "make_report", lambda *a, **k: {"words": []})
   study(weighted, tmp_path / "s", say=lambda _: None)
   weights = [{n: job.cfg.tasks[n].weight for n in ("pages", "quiet")} for job in tried]
   assert len(weights) == 4 and weights[0] == {"pages": 1.0, "quiet": 1.0} and weights[1] == {"pages": 0.5, "quiet": 1.5}

@@ -19,10 +19,10 @@ from supermoe_jax.data.beam.merged_log import MergedLog
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation import prepare, write_shards
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.prepare import PreparationPlan, Say
-from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, write_shard
+from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows
 from supermoe_jax.data.reading.sources import SourceFile
 from supermoe_jax.data.tasks.labels import Calendar
 from supermoe_jax.errors import ConfigError
@@ -211,5 +211,5 @@ class _Write(beam.DoFn):
         for _, users, rows in tables.shards(self._encoders, 1):
           labels = {task: prepare.of_users(known, users) for task, known in self._labels.items()}
           with self._parts.own_folder() as own:
-            write_shard(self._maker, own / name, ShardRows(users, rows, labels))
+            write_shards.write_shard(self._maker, own / name, ShardRows(users, rows, labels))
             shard_files.move_shard(own / name, self._directory)

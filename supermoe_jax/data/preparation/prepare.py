@@ -29,11 +29,11 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import fitting
+from supermoe_jax.data.preparation import fitting, write_shards
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
-from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters, write_shard
+from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters
 from supermoe_jax.data.reading import user_table
 from supermoe_jax.data.tasks import labels
 from supermoe_jax.errors import ConfigError, DataError
@@ -256,7 +256,7 @@ class ThisMachine:
 
 
 def _write(maker: RecordMaker, task: tuple[pathlib.Path, ShardRows]) -> Shard:
-  return write_shard(maker, *task)
+  return write_shards.write_shard(maker, *task)
 
 
 def of_users(known: Mapping[str, float], users: Sequence[str]) -> np.ndarray:

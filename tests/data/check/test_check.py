@@ -191,7 +191,7 @@ def test_a_changed_file_is_an_error_before_anything_is_compared(
   assert check.check_dataset(path, sample=1)
   with (tmp_path / "views-1.csv").open("a") as out:
     out.write("1,2024-04-01,a,yes,1.0\n")
-  monkeypatch.setattr(check.raw, "load_events", lambda *unused: pytest.fail("the files were read"))
+  monkeypatch.setattr(check.raw_events, "load_raw_events", lambda *unused: pytest.fail("the files were read"))
   with pytest.raises(DataError, match=r"have changed; prepare again.*views-1\.csv, which has changed"):
     check.check_dataset(path)
   (tmp_path / "views-1.csv").unlink()

@@ -16,7 +16,7 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.format import shard_files
-from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation import prepare, write_shards
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import contents, facts, moved
 from tests.fixtures.new_visits import QUIET
@@ -24,7 +24,7 @@ from tests.fixtures.new_visits import QUIET
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(shard_files, "processes", lambda count: 1)
+  monkeypatch.setattr(write_shards, "count_writers", lambda count: 1)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -51,7 +51,7 @@ def test_the_number_of_processes_changes_no_byte(unprepared: config.Config, monk
   monkeypatch.setattr(shard_files, "SHARD_EVENTS", 100)
   found = []
   for number in (1, 2):
-    monkeypatch.setattr(shard_files, "processes", lambda count, number=number: number)
+    monkeypatch.setattr(write_shards, "count_writers", lambda count, number=number: number)
     cfg = moved(unprepared, str(number))
     prepare.prepare(cfg, **QUIET)
     found.append((contents(cfg.data.path), facts(cfg.data.path)))
