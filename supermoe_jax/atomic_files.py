@@ -1,4 +1,4 @@
-"""Files and directories that are there whole or not at all, whatever kills the process that writes them."""
+"""Writes files and directories atomically: they exist whole or not at all, whatever kills the writing process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from supermoe_jax.errors import ConfigError, DataError
 
 
 def write_file(file: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file beside its place and moves it there: a reader finds the old file or the new one, always whole."""
+  """Writes a temporary file and moves it into place: a reader finds the old file or the new one, always whole."""
   temporary = file.with_name(file.name + ".incomplete")
   temporary.write_bytes(content.encode() if isinstance(content, str) else content)
   temporary.replace(file)
@@ -22,7 +22,7 @@ def write_file(file: pathlib.Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a path to write to, which replaces `file` once the block has ended without an error and all is on disk."""
+  """Yields a temporary path, which replaces `file` once the block has ended without an error and all is on disk."""
   part = file.with_name(file.name + ".part")
   try:
     yield part
@@ -37,15 +37,15 @@ def replacing_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_replaceable(path: pathlib.Path, kind: str, names: tuple[str, ...]) -> None:
-  """Makes sure that replacing `path` can destroy nothing but what this program wrote there.
+  """Checks that replacing `path` can destroy only files that this program wrote there.
 
   Args:
     path: the directory to be replaced; it may be missing or empty.
-    kind: the `kind` that the manifest of such a directory states.
-    names: patterns of everything that such a directory holds.
+    kind: the `kind` in the manifest of such a directory.
+    names: patterns that match all entries of such a directory.
 
   Raises:
-    DataError: `path` is a file, holds another kind of thing, or something besides.
+    DataError: `path` is a file, a directory of another kind, or has further entries.
   """
   if not path.exists():
     return
@@ -62,7 +62,7 @@ def check_replaceable(path: pathlib.Path, kind: str, names: tuple[str, ...]) -> 
 
 
 def manifest_kind(path: pathlib.Path) -> str | None:
-  """The `kind` in a directory's manifest; None without a readable one."""
+  """Returns the `kind` in a directory's manifest; None without a readable manifest."""
   try:
     return json.loads((path / "manifest.json").read_text()).get("kind")
   except (OSError, ValueError, AttributeError):
@@ -70,14 +70,14 @@ def manifest_kind(path: pathlib.Path) -> str | None:
 
 
 def restore(path: pathlib.Path, kind: str) -> None:
-  """Puts back what stood at `path`, of this kind, if a replacement was killed when it had moved it away."""
+  """Puts the old directory of this kind back at `path`, if a replacement was killed after moving it away."""
   before = path.with_name(path.name + ".before")
   if not path.exists() and manifest_kind(before) == kind:
     before.replace(path)
 
 
 def _remove(directory: pathlib.Path) -> None:
-  """Removes a directory, its manifest first: what a kill leaves of it is not taken for whole."""
+  """Removes a directory, its manifest first, so that the remains after a kill are not taken for a whole directory."""
   (directory / "manifest.json").unlink(missing_ok=True)
   shutil.rmtree(directory)
 
@@ -88,15 +88,15 @@ def replacing_directory(
 ) -> Iterator[pathlib.Path]:
   """Yields a directory to write into, which replaces `path` once the block has ended without an error.
 
-  What stood at `path` stays until the new directory is whole, and comes back if it cannot take its place.
+  The old directory stays at `path` until the new one is whole, and comes back if the new one cannot take its place.
 
   Args:
     path: the directory to be replaced.
-    resume: whether the block can go on in the directory that an earlier one left. Without it, and after errors that
-      going on cannot mend, those of the data and of the configuration, nothing is left.
+    resume: returns whether the block can go on in the directory that an interrupted block left. Without `resume`, and
+      after a DataError or a ConfigError, which going on cannot mend, the unfinished directory is removed.
 
   Raises:
-    DataError: another process is doing so.
+    DataError: another process is replacing `path`.
   """
   work, before = path.with_name(path.name + ".incomplete"), path.with_name(path.name + ".before")
   found = work.is_dir()
@@ -128,12 +128,12 @@ def replacing_directory(
 
 
 def _lock(work: pathlib.Path) -> int:
-  """Makes a directory, or takes the one that is there, and locks it until the descriptor is closed: nobody else may.
+  """Makes a directory if it is missing, and locks it for this process until the returned descriptor is closed.
 
-  The lock is the directory's own: it ends with the process, leaves no file, and goes along when it is renamed.
+  The lock is on the directory itself: it ends with the process, leaves no file, and survives a rename.
 
   Raises:
-    DataError: another process has it.
+    DataError: another process holds the lock.
   """
   while True:
     work.mkdir(parents=True, exist_ok=True)
@@ -148,4 +148,4 @@ def _lock(work: pathlib.Path) -> int:
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(descriptor), work.stat()):
         return descriptor
-    os.close(descriptor)  # the other process has just ended, and renamed or removed it
+    os.close(descriptor)  # another process has just renamed or removed the directory, and ended

@@ -1,4 +1,4 @@
-"""Which versions made a result."""
+"""Reports the versions of Python and of packages that made a result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-  """The versions of Python and of those of the packages that are installed."""
+  """Returns the versions of Python and of all `packages` that are installed."""
   found = {"python": platform.python_version()}
   for package in packages:
     try:

@@ -1,7 +1,7 @@
-"""The device mesh and the one table that maps logical names to its axes.
+"""Creates the device mesh and maps logical names of dimensions to its axes, by one table.
 
 Arrays are annotated with logical names only (`batch`, `expert`, `embed` …); nothing outside this file names a mesh
-axis. One device is a 1×1×1 mesh, so there is no unsharded code path; layers used alone, with no mesh set, find every
+axis. One device is a 1×1×1 mesh, so there is no unsharded code path. Layers used alone, with no mesh set, find every
 name on one device too.
 """
 
@@ -32,30 +32,30 @@ RULES: dict[str, tuple[str, ...]] = {
   "embed": (),
 }
 
-# A parameter of more bytes than this should not lie whole on every device.
+# Bytes above which a parameter should not lie whole on every device.
 LARGE = 1 << 20
 
 M = TypeVar("M", bound=nnx.Module)
 
 
 class MeshShape(Protocol):
-  """The devices along each axis of a mesh, and how many slices they lie in; `config.Mesh` is one."""
+  """Sizes of a mesh: the devices along each axis, and the number of slices; `config.Mesh` is one."""
 
   @property
   def data(self) -> int:
-    """Devices that rows of a batch are spread over, besides those of `expert`."""
+    """Returns the number of devices along `data`. Rows of a batch are spread over these and those along `expert`."""
 
   @property
   def expert(self) -> int:
-    """Devices that experts are spread over."""
+    """Returns the number of devices that experts are spread over."""
 
   @property
   def tensor(self) -> int:
-    """Devices that heads and hidden units are spread over."""
+    """Returns the number of devices that heads and hidden units are spread over."""
 
   @property
   def slices(self) -> int:
-    """Slices (pods joined by a data-centre network) that the devices lie in."""
+    """Returns the number of slices (pods joined by a data-centre network) that the devices lie in."""
 
 
 class _Sizes(NamedTuple):
@@ -70,11 +70,12 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh of shape `data × expert × tensor`.
 
-  With several slices (pods joined by a data-centre network) only `data` crosses from one to another: gradients travel
-  over the slow network once a step, tokens and activations never.
+  With several slices (pods joined by a data-centre network) only `data` spans slices: gradients travel over the slow
+  network once a step, tokens and activations never.
 
   Raises:
-    ConfigError: fewer devices than the mesh needs, or not as many slices as it names.
+    ConfigError: there are fewer devices than the mesh needs; the mesh leaves out a process; or its devices lie in
+      another number of slices than it names.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = (sizes.data, sizes.expert, sizes.tensor)
@@ -106,9 +107,10 @@ def make_mesh(
 
 
 def mesh_of_processes(sizes: MeshShape) -> Mesh:
-  """A mesh for what was trained on one of other `sizes`: of one device, or of several processes of all their devices.
+  """Returns a mesh of this run's processes for a model trained on a mesh of other `sizes`.
 
-  Experts and tensors stay divided as they were if that is possible, rows are over all the rest.
+  One process uses one device; several use all their devices. Experts and tensors stay divided as they were if that is
+  possible; rows are spread over the rest.
   """
   if jax.process_count() == 1:
     return make_mesh(_Sizes(), jax.devices()[:1])
@@ -135,24 +137,24 @@ def axes(*names: str | None) -> tuple[str, ...]:
 
 
 def ways(*names: str | None) -> int:
-  """Returns over how many devices these logical names are spread on the mesh in use; 1 when no mesh is set."""
+  """Returns the number of devices that these logical names are spread over on the mesh in use; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[a] for a in axes(*names))
 
 
 def platform() -> str:
-  """Returns the kind of device that the mesh in use is made of, such as "cpu" or "tpu"; else JAX' default."""
+  """Returns the platform of the mesh in use, such as "cpu" or "tpu"; without a mesh, JAX' default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def index(name: str) -> jax.Array | int:
-  """Returns this device's place among those that `name` is spread over; for use inside `on_shards`."""
+  """Returns this device's index among the devices that `name` is spread over; for use inside `on_shards`."""
   return jax.lax.axis_index(axes(name)) if axes(name) else 0
 
 
 def spec(*names: str | None) -> PartitionSpec:
-  """Returns the partition of an array whose dimensions carry these logical names.
+  """Returns the partition of an array whose dimensions have these logical names.
 
   Raises:
     ValueError: an unknown name, or two names that map to one mesh axis.
@@ -176,12 +178,12 @@ def _entry(mesh_axes: Sequence[str]) -> str | tuple[str, ...] | None:
 
 
 def _spec_in_use(names: Sequence[str | None]) -> PartitionSpec:
-  """As `spec`, on the mesh in use, which may lack some of the axes."""
+  """Returns `spec` on the mesh in use, which may lack some of the axes."""
   return _spec_on(jax.sharding.get_abstract_mesh().axis_names, names)
 
 
 def _specs_in_use(names: Any) -> Any:
-  """The same of a tuple of names, or of each in a dict of such tuples."""
+  """Returns `_spec_in_use` of a tuple of names, or of each such tuple in a dict."""
   return {k: _spec_in_use(n) for k, n in names.items()} if isinstance(names, dict) else _spec_in_use(names)
 
 
@@ -190,7 +192,7 @@ def _spec_on(present: Sequence[str], names: Sequence[str | None]) -> PartitionSp
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Lays `x` out by its logical names, when a mesh is set: a request where axes are Auto, a type where Explicit."""
+  """Lays `x` out by its logical names when a mesh is set: a request where axes are Auto, a type where Explicit."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not axes(*names):
     return x
@@ -200,16 +202,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def on_shards(function: Callable[..., Any], inputs: Sequence[Any], outputs: Any, *arguments: Any) -> Any:
-  """Calls `function` on each device's part of `arguments`; on the whole of them without a mesh that has our axes.
+  """Calls `function` on each device's part of `arguments`, or on whole `arguments` without a mesh that has our axes.
 
   Args:
     function: sees its own shards, and may use collectives over `axes(name)`.
     inputs: for each argument a tuple of logical names, or a dict of such tuples for a dict of arrays.
-    outputs: the same for what `function` returns; a tuple of those for several results.
+    outputs: the same for the result of `function`; for several results, a tuple of such entries.
     *arguments: arrays, or dicts of arrays.
 
   Raises:
-    ValueError: a dimension does not divide by the devices that it is spread over.
+    ValueError: a dimension does not divide by the number of devices that it is spread over.
   """
   known = set(AXES) & set(jax.sharding.get_abstract_mesh().axis_names)
   if not known:
@@ -237,14 +239,14 @@ def _divisible(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
-  """The layout of every array of a batch: rows over the batch axes; they are the second dimension of `stacked` ones."""
+  """Returns the layout of every array of a batch: rows, the second dimension if `stacked`, over the batch axes."""
   return NamedSharding(mesh, _spec_on(mesh.axis_names, (None, "batch") if stacked else ("batch",)))
 
 
 def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-  """Returns which part of every batch of `rows` this process' devices hold, as `(index, count)`; (0, 1) alone.
+  """Returns the part of every batch of `rows` that this process' devices hold, as `(index, count)`; (0, 1) alone.
 
-  Processes whose devices hold the same rows, which differ in what they hold of each, have the same part.
+  Processes have the same part if their devices hold the same rows and differ only in what they hold of each row.
 
   Raises:
     ConfigError: the rows do not divide over the devices, or the processes' parts overlap.
@@ -266,7 +268,11 @@ def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def param(value: jax.Array, *names: str | None) -> nnx.Param:
-  """A parameter that remembers its logical names; `shardings` reads them."""
+  """Returns a parameter that stores its logical names; `shardings` reads them.
+
+  Raises:
+    ValueError: there are not as many names as dimensions.
+  """
   if value.ndim != len(names):
     raise ValueError(f"{len(names)} logical names for a parameter of shape {value.shape}")
   return nnx.Param(value, logical=names)
@@ -282,10 +288,10 @@ def linear(
   zero: bool = False,
   dtype: jnp.dtype | None = None,
 ) -> nnx.Linear:
-  """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` remembers the logical `names` of its dimensions.
+  """Returns `nnx.Linear(n_in, n_out)` whose kernel `[n_in, n_out]` stores the logical `names` of its dimensions.
 
-  With `zero` it starts at 0: an input that training never varies then stays without effect. `dtype` is that of the
-  computation (None: of input and parameters); parameters are float32.
+  With `zero` the kernel starts at 0: an input that never varies in training then has no effect. `dtype` is the dtype of
+  the computation (None: from input and parameters); parameters are float32.
   """
   return nnx.Linear(
     n_in,
@@ -300,7 +306,7 @@ def linear(
 
 
 def stacked(state: nnx.State) -> nnx.State:
-  """Gives each variable of `state` one more dimension in front, of layers, in its logical names."""
+  """Returns `state` with one more logical name in front of each variable's names, for a dimension of layers."""
 
   def add(variable: nnx.Variable) -> nnx.Variable:
     names = variable.get_metadata().get("logical")
@@ -314,7 +320,7 @@ def stacked(state: nnx.State) -> nnx.State:
 def shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
   """Maps each variable of `state` to its layout on `mesh`; a dimension that does not divide stays whole.
 
-  What comes to lie whole on every device by that is told by `replicated`.
+  `replicated` lists the large parameters that lie whole on every device for this reason.
   """
 
   def layout(variable: nnx.Variable) -> nnx.Variable:
@@ -332,7 +338,7 @@ def shardings(mesh: Mesh, state: nnx.State) -> nnx.State:
 def replicated(mesh: Mesh, state: nnx.State, larger_than: int = LARGE) -> dict[str, int]:
   """Returns the parameters of more than `larger_than` bytes that every device of `mesh` holds whole, with their bytes.
 
-  Empty on one device.
+  The result is empty on one device.
   """
   if mesh.size == 1:
     return {}
@@ -347,7 +353,7 @@ def replicated(mesh: Mesh, state: nnx.State, larger_than: int = LARGE) -> dict[s
 
 
 def create(make: Callable[[], M], mesh: Mesh) -> M:
-  """Returns `make()` with every variable created in its place on `mesh`; no device or host holds the whole of it."""
+  """Returns `make()` with every variable created in its place on `mesh`; no device or host holds all of it."""
   graph, abstract = nnx.split(nnx.eval_shape(make))
   with jax.set_mesh(mesh):
     state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings(mesh, abstract))()

@@ -1,6 +1,6 @@
-"""The `supermoe` command.
+"""Runs the `supermoe` command.
 
-Its verbs import what they need when they run: 'supermoe --help' should not wait for JAX.
+Each verb imports the modules that it needs only when it runs, so that 'supermoe --help' does not wait for JAX.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from supermoe_jax.errors import ExitCode, Stopped, SupermoeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a verb.
+  """Runs the verb that `arguments` name; without them, the command line's.
 
   Returns:
     One of `errors.ExitCode`.
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   code = _main(arguments)
   if code and _watched():
-    # Of several processes one that fails does not wait, at its exit, for others that are gone or hang.
+    # A process that fails must not wait at its exit for other processes, which may be gone or hang.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -64,8 +64,8 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _watched() -> bool:
-  """Whether another process watches over this one; see `distributed.supervisor`."""
-  return "SUPERMOE_LOOKOUT" in os.environ
+  """Returns whether a supervisor watches this process; see `distributed.supervisor`."""
+  return "SUPERMOE_SUPERVISED" in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Arguments that several verbs of the `supermoe` command take."""
+"""Defines the arguments that several verbs of the `supermoe` command share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supermoe_jax.errors import ConfigError
 if TYPE_CHECKING:
   from supermoe_jax.training.run import Run
 
-# What `argparse.ArgumentParser.add_subparsers` returns.
+# The result of `argparse.ArgumentParser.add_subparsers`; argparse has no public type for it.
 Verbs = Any
 
 
@@ -38,7 +38,7 @@ def add_checkpoint(verb: argparse.ArgumentParser) -> None:
 
 
 def add_processes(verb: argparse.ArgumentParser) -> None:
-  """Adds what says which process of several this is; see `processes.find_place`."""
+  """Adds --coordinator, --processes and --process; see `processes.find_place`."""
   several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
   several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
   several.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -46,7 +46,11 @@ def add_processes(verb: argparse.ArgumentParser) -> None:
 
 
 def open_run(args: argparse.Namespace) -> Run:
-  """The run directory, at the checkpoint that was asked for."""
+  """Opens the run in --workdir at the checkpoint that --checkpoint names.
+
+  Raises:
+    ConfigError: --checkpoint is neither newest, best nor a step.
+  """
   from supermoe_jax.evaluation import validation
   from supermoe_jax.training.run import Run
 

@@ -1,4 +1,4 @@
-"""The verbs that make a dataset: inspect, prepare, append, check."""
+"""Defines the verbs that make and check a dataset: inspect, prepare, append, check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_data_verbs(verbs: Verbs) -> None:
-  """Adds the verbs."""
+  """Adds the verbs inspect, prepare, append and check."""
   verb = verbs.add_parser("inspect", help="read event files and propose a config")
   verb.add_argument("files", nargs="+", help="paths or globs of event files")
   verb.add_argument(

@@ -1,4 +1,4 @@
-"""The verbs of user embeddings: embed."""
+"""Defines the verb that writes user embeddings: embed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pathlib
 
 from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_processes, add_workdir, open_run
 
-# What the manifest says of users that were not computed, in words.
+# Phrases for the manifest's counts of users that were not computed.
 _SPARED = {"kept": "taken over from --since", "done_before": "done before this command went on"}
 
 
 def add_embedding_verbs(verbs: Verbs) -> None:
-  """Adds the verbs."""
+  """Adds the verb embed."""
   verb = verbs.add_parser("embed", help="write the embeddings of all users as of one or more times")
   add_workdir(verb)
   add_checkpoint(verb)

@@ -1,4 +1,4 @@
-"""The verb that judges user embeddings: probe."""
+"""Defines the verb that measures how well user embeddings predict labels: probe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from supermoe_jax.errors import ConfigError, ExitCode
 
 
 def add_probing_verbs(verbs: Verbs) -> None:
-  """Adds the verb."""
+  """Adds the verb probe."""
   verb = verbs.add_parser(
     "probe",
     help="how much embeddings say about labels, beside hand-made aggregates, an untrained encoder or other systems",
@@ -131,7 +131,7 @@ def _usage(message: str) -> int:
 
 
 def _named(args: argparse.Namespace) -> dict[str, pathlib.Path]:
-  """What is compared, by name; the first of them is judged."""
+  """Returns the embeddings to compare, as paths by name; the first is judged."""
   named = {} if args.embeddings is None else {"embeddings": args.embeddings}
   for text in args.other:
     name, sign, path = text.partition("=")
@@ -170,7 +170,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _out(out: pathlib.Path | None, judged: pathlib.Path) -> pathlib.Path:
-  """Where the figures go: beside what is judged, never inside an embedding directory, which is replaced as a whole."""
+  """Returns the file for the results: by default next to the judged embeddings.
+
+  It never lies inside an embedding directory, since such a directory is replaced as a whole.
+  """
   if out is None:
     whole = judged.absolute()
     return judged.with_name(whole.name + ".probe.json")

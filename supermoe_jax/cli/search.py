@@ -1,4 +1,4 @@
-"""The verbs that look for users in embeddings, and compare versions of them: neighbors, audience, align."""
+"""Defines the verbs that search embeddings for users, and align versions of embeddings: neighbors, audience, align."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from supermoe_jax.errors import ConfigError
 
 
 def add_search_verbs(verbs: Verbs) -> None:
-  """Adds the verbs."""
+  """Adds the verbs neighbors, audience and align."""
   verb = verbs.add_parser("neighbors", help="the users that are nearest to some, or to each")
   _add_embeddings(verb)
   who = verb.add_mutually_exclusive_group(required=True)

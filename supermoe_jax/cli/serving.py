@@ -1,4 +1,4 @@
-"""The verbs of an encoder in use: export, serve."""
+"""Defines the verbs that export an encoder and serve it over HTTP: export, serve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supermoe_jax.serving.requests import Limits
 
 
 def add_serving_verbs(verbs: Verbs) -> None:
-  """Adds the verbs."""
+  """Adds the verbs export and serve."""
   verb = verbs.add_parser("export", help="write the encoder with its preprocessing, for use with JAX and NumPy alone")
   add_workdir(verb)
   add_checkpoint(verb)

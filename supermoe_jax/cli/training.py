@@ -1,4 +1,4 @@
-"""The verbs that make a run and judge it: plan, train, evaluate, seesaw, report."""
+"""Defines the verbs that make a run and judge it: plan, train, evaluate, seesaw, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from supermoe_jax.errors import ConfigError, ExitCode
 
 
 def add_training_verbs(verbs: Verbs) -> None:
-  """Adds the verbs."""
+  """Adds the verbs plan, train, evaluate, seesaw and report."""
   verb = verbs.add_parser(
     "plan", help="what a training step takes on a pod: memory, traffic, time; compiled, not guessed"
   )
@@ -82,7 +82,7 @@ def _plan(args: argparse.Namespace) -> None:
   for file in filter(None, (args.json, args.figure)):
     if not file.parent.is_dir():
       raise ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
-  os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+  os.environ["JAX_PLATFORMS"] = "cpu"  # the plan runs nothing; it leaves this machine's accelerator alone
   from supermoe_jax.plan import chips, plan, render, sweep
 
   topologies = [chips.topology(name, args.slices) for name in args.topology]

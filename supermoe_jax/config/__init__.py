@@ -30,7 +30,6 @@ from supermoe_jax.config.schema import (
   to_dict,
 )
 from supermoe_jax.config.tasks import (
-  AT_EVENTS,
   TASK_KINDS,
   Answer,
   Contrast,
@@ -42,12 +41,10 @@ from supermoe_jax.config.tasks import (
   SampleSpace,
   Task,
   UserLabel,
-  answer,
   parse_sample_space,
 )
 
 __all__ = [
-  "AT_EVENTS",
   "MICROSECONDS_PER_DAY",
   "TASK_KINDS",
   "Aggregates",
@@ -76,7 +73,6 @@ __all__ = [
   "UserTable",
   "Validate",
   "Weighting",
-  "answer",
   "differences",
   "format_time",
   "hash_fields",

@@ -8,9 +8,9 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, Contrast, LabelledTask, Task
+from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
 
 MICROSECONDS_PER_DAY = 86_400_000_000
@@ -325,7 +325,7 @@ class Config:
   @property
   def labelled_tasks(self) -> dict[str, LabelledTask]:
     """The tasks that have labels, active or not, in the order of their names: what preparation writes."""
-    return {n: t for n, t in sorted(self.tasks.items()) if not isinstance(t, Contrast)}
+    return {n: cast(LabelledTask, t) for n, t in sorted(self.tasks.items()) if t.has_labels}
 
   @property
   def active_tasks(self) -> dict[str, Task]:
@@ -336,7 +336,7 @@ class Config:
   @property
   def active_views(self) -> dict[str, LabelledTask]:
     """The tasks of this run that ask something of a user's representation: those with labels."""
-    return {n: t for n, t in self.active_tasks.items() if not isinstance(t, Contrast)}
+    return {n: cast(LabelledTask, t) for n, t in self.active_tasks.items() if t.has_labels}
 
   def data_identity(self) -> dict[str, Any]:
     """What preparation depends on: the data section (but for its path and memory) and all tasks' labels."""

@@ -1,1 +1,1 @@
-"""The processes of a run on several hosts: how they join, show that they live, and are watched over."""
+"""Joins the processes of a run on several hosts, shows their heartbeats and supervises them."""

@@ -1,8 +1,9 @@
-"""Who is at work on a run directory: a file a process in `workdir/hosts/`, which shows that it lives.
+"""Shows which processes work on a run directory: each keeps a heartbeat file in `workdir/hosts/`.
 
-Processes meet here before they join each other through JAX, which gives up a wait for one that is missing by ending the
-process, without a word of who it is. The files also keep two runs out of one directory, and tell a lookout (see
-`supervisor`) which process is gone. They lie where checkpoints lie, which all hosts must reach anyway.
+Processes meet through these files before they join each other through JAX. When JAX waits in vain for a missing
+process, it ends the waiting one without naming the missing one. The files also keep two runs out of one directory, and
+show a supervisor (see `supervisor`) which process is gone. They lie in the run directory, next to the checkpoints,
+which all hosts must reach anyway.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from supermoe_jax import config
 from supermoe_jax.distributed.processes import Place
 from supermoe_jax.errors import ExitCode, RunError, Stopped
 
-# Seconds between two signs of life.
+# Seconds between two heartbeats.
 BEAT = 1.0
 
-# Seconds without one after which a process is gone.
+# Seconds without a heartbeat after which a process counts as gone.
 DEAD = 20.0
 
 # Seconds that processes wait for each other at the start.
@@ -34,7 +35,7 @@ WAIT = 300.0
 
 
 class Heartbeat:
-  """This process' sign of life, in a context manager; others of the run are met on entering."""
+  """The heartbeat of this process: a context manager that on entry waits for the other processes of the run."""
 
   def __init__(
     self,
@@ -52,11 +53,12 @@ class Heartbeat:
     Args:
       workdir: the run directory.
       place: this process' place; None: it is alone.
-      facts: what must be the same of all processes, by name: strings, or nested dicts for JSON.
-      hang_seconds: without `progress` for so long, this process writes where its threads stand and ends; 0: never.
-      wait: seconds that others are waited for.
-      say: is told who is waited for.
-      stop: what asks this process to stop, which ends a wait; "" while nothing does.
+      facts: values that must be equal in all processes, by name: strings, or nested dicts that JSON can hold.
+      hang_seconds: seconds without `progress` after which this process writes the stacks of its threads to a file and
+        ends; 0: never.
+      wait: seconds to wait for the other processes.
+      say: receives messages that name the missing processes.
+      stop: returns what asks this process to stop, which ends the wait; "" while nothing does.
     """
     self._folder, self._workdir, self._say, self._wait = workdir / "hosts", workdir, say, wait
     self._index, self._of = (place.process, place.processes) if place else (0, 1)
@@ -66,19 +68,19 @@ class Heartbeat:
     self._beats, self._step, self._since = 0, -1, time.monotonic()
     self._watching = False
     self._over = threading.Event()
-    self._thread = threading.Thread(target=self._live, name="roster", daemon=True)
+    self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
 
   def __enter__(self) -> Heartbeat:
     self._folder.mkdir(parents=True, exist_ok=True)
     self._claim()
     self._write()
     time.sleep(BEAT / 20)
-    self._check_own()  # of two that came at once the later one stays
+    self._check_own()  # of two processes that came at once, the later one stays
     self._thread.start()
     try:
       self._meet()
     except BaseException:
-      time.sleep(3 * BEAT)  # so that others see who they differ from
+      time.sleep(3 * BEAT)  # so that the others can still read how this process differs
       self.__exit__()
       raise
     return self
@@ -90,19 +92,19 @@ class Heartbeat:
       self._file.unlink(missing_ok=True)
 
   def progress(self, step: int) -> None:
-    """Takes note that `step` is done; from the first such note on a step may not take longer than it may hang."""
+    """Records that `step` is done; from the first call on, no step may take longer than `hang_seconds`."""
     self._step, self._since, self._watching = step, time.monotonic(), True
 
   def rest(self) -> None:
-    """Takes note that no step is under way: until the next `progress` nothing counts as hanging."""
+    """Records that no step is under way: nothing counts as hanging until the next `progress`."""
     self._watching = False
 
   def _claim(self) -> None:
-    """Makes sure that no other process has this place."""
+    """Raises a RunError if another live process holds this place."""
     before = read_heartbeat(self._file)
     if before is None or (before.get("machine") == _machine() and not _runs(int(before["pid"]))):
       return
-    # The number of a process may have gone to another, and other machines cannot be asked: what lives shows it.
+    # The pid may belong to another program by now, and other machines cannot be asked. A live process changes its file.
     time.sleep(3 * BEAT)
     if read_heartbeat(self._file) != before:
       raise self._in_use(before)
@@ -118,7 +120,7 @@ class Heartbeat:
     )
 
   def _meet(self) -> None:
-    """Waits for the others, and compares what all must have in common."""
+    """Waits for the other processes, and compares the facts that must be equal in all of them."""
     others = [i for i in range(self._of) if i != self._index]
     first = {i: read_heartbeat(self._folder / f"{i}.json") for i in others}
     there: dict[int, dict[str, Any]] = {}
@@ -126,7 +128,7 @@ class Heartbeat:
     while len(there) < len(others):
       for i in set(others) - there.keys():
         found = read_heartbeat(self._folder / f"{i}.json")
-        if found is not None and found != first[i]:  # a file that stays as it is was left behind
+        if found is not None and found != first[i]:  # an unchanged file is left from a process that is gone
           self._compare(found)
           there[i] = found
       if self._stop():
@@ -180,14 +182,14 @@ class Heartbeat:
       except RunError as error:
         print(f"supermoe train: {error}", file=sys.stderr, flush=True)
         os._exit(ExitCode.ERROR)
-      except OSError as error:  # the disk is full, or gone: training finds out when it saves
+      except OSError as error:  # the disk is full or gone; training fails when it saves
         print(f"warning: {self._file} cannot be written: {error}", file=sys.stderr)
       waited = time.monotonic() - self._since
       if self._hang and self._watching and waited > self._hang:
         self._hung(waited)
 
   def _hung(self, waited: float) -> None:
-    """Writes where every thread stands, and ends the process: what hangs in a collective cannot be interrupted."""
+    """Writes the stack of every thread and ends the process: a thread that hangs in a collective cannot be stopped."""
     file = self._workdir / f"hang_{self._index}.txt"
     with file.open("w") as out:
       faulthandler.dump_traceback(out, all_threads=True)
@@ -202,7 +204,7 @@ class Heartbeat:
 
 
 def read_heartbeat(file: pathlib.Path) -> dict[str, Any] | None:
-  """What a process shows of itself; None where there is no such file."""
+  """Returns the content of a heartbeat file; None if there is no readable one."""
   try:
     found = json.loads(file.read_text())
   except (OSError, json.JSONDecodeError):
@@ -211,7 +213,7 @@ def read_heartbeat(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 def process_name(sign: Mapping[str, Any]) -> str:
-  """How a process is called."""
+  """Returns the name of a process for messages: its number, host and pid."""
   return f"process {sign['process']} ({sign['host']}, pid {sign['pid']})"
 
 
@@ -224,11 +226,11 @@ def _names(missing: list[int], before: Mapping[int, dict[str, Any] | None]) -> s
 
 
 def _machine() -> str:
-  """What tells whether a process' number means anything here: the start of the system, and the space of its numbers."""
+  """Returns an identifier of this system's boot and pid namespace: two pids compare only if both have the same one."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {pathlib.Path('/proc/self/ns/pid').readlink()}"
-  except OSError:  # no Linux
+  except OSError:  # not Linux
     return socket.gethostname()
 
 

@@ -1,6 +1,6 @@
-"""The processes of a run: which there are, how they come together, and what they tell each other.
+"""Joins the processes of a run, and exchanges texts and arrays between them.
 
-Alone, a process is the first of one, and nothing here waits.
+A process that is alone is the first of one, and nothing here waits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 
 from supermoe_jax.errors import ConfigError
 
-# Seconds that a cluster may take to tell where its first process is.
+# Seconds that a cluster may take to give the address of its first process.
 _DETECTION_SECONDS = 300
 
 
 class Place(NamedTuple):
-  """A process among others: `coordinator` is HOST:PORT of the first, `process` counts from 0 to `processes` - 1."""
+  """A process among several: `coordinator` is HOST:PORT of the first, `process` counts from 0 to `processes` - 1."""
 
   coordinator: str
   processes: int
@@ -29,12 +29,12 @@ class Place(NamedTuple):
 def find_place(
   coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Place | None:
-  """Finds this process' place: as it is told, else as the cluster tells JAX; None where it is alone.
+  """Returns this process' place, from the arguments or else from the cluster that JAX detects; None if it is alone.
 
   JAX knows Cloud TPU pods, GKE and Kubernetes jobs with an index (JobSet), SLURM and Open MPI. No backend is touched.
 
   Raises:
-    ConfigError: only some of the three are told.
+    ConfigError: only some of the arguments are given, they are not valid, or a cluster does not give the place.
   """
   told = (coordinator, processes, process)
   if any(t is not None for t in told):
@@ -45,7 +45,7 @@ def find_place(
     if not coordinator.rpartition(":")[2].isdigit():
       raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as all processes reach the first one.")
     return Place(coordinator, processes, process) if processes > 1 else None
-  from jax._src import clusters  # there is no public way to ask without joining
+  from jax._src import clusters  # JAX has no public way to detect a cluster without joining it
 
   detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
   try:
@@ -61,7 +61,7 @@ def find_place(
 
 
 def initialize(place: Place | None) -> None:
-  """Joins the other processes; call it before anything asks JAX for a device. Alone, does nothing."""
+  """Joins the other processes, if there are any; call it before anything asks JAX for a device."""
   if place is None or jax.distributed.is_initialized():
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -69,18 +69,18 @@ def initialize(place: Place | None) -> None:
 
 
 def leave() -> None:
-  """Parts from the other processes once all are here, so that none takes another's end for a failure."""
+  """Disconnects from the other processes once all have called this, so that none takes another's end for a failure."""
   if jax.distributed.is_initialized():
     jax.distributed.shutdown()
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes what is written once."""
+  """Returns whether this process is the first, which writes the files that are written only once."""
   return jax.process_index() == 0
 
 
 def gather_text(text: str) -> list[tuple[str, str]]:
-  """Returns what each process says, with its name as " (process i, host)", or "" where it is alone; all must call."""
+  """Returns `(name, text)` of each process; all must call. A name is " (process i, host)", or "" if it is alone."""
   if jax.process_count() == 1:
     return [("", text)]
   mine = f"{socket.gethostname()}\n{text}".encode()
@@ -96,13 +96,13 @@ def gather_text(text: str) -> list[tuple[str, str]]:
 
 
 def whole(value: jax.Array | np.ndarray) -> np.ndarray:
-  """Brings an array to the host, wherever its parts lie; of several processes all must call."""
+  """Returns the whole array on the host, wherever its shards lie; all processes must call."""
   if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
     value = multihost_utils.process_allgather(value, tiled=True)
   return np.asarray(value)
 
 
 def meet(what: str) -> None:
-  """Waits until every process is here."""
+  """Waits until every process has called this with the same `what`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

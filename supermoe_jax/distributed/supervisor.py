@@ -1,9 +1,9 @@
-"""A process that watches over one of several that train together, and says what became of the others.
+"""Supervises one of several processes that train together, and reports which of the others are gone.
 
-When one process of a run is gone, JAX ends the others from threads of its own, or they wait for it for ever: neither
-can be caught where it happens. So the command that a user gives starts the training as its child, and looks out: when
-the child ends, or others no longer show that they live (see `heartbeat`), it says who is gone and ends with a code that
-asks for the same command again.
+When one process of a run is gone, JAX ends the others from threads of its own, or they wait for it for ever. Neither
+can be caught inside the process. So the command that a user gives starts the training as its child and supervises it.
+When the child ends, or the heartbeats of other processes stop (see `heartbeat`), the supervisor names the missing
+processes and ends with an exit code that asks for the same command again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from supermoe_jax.distributed import heartbeat
 from supermoe_jax.distributed.processes import Place
 from supermoe_jax.errors import DELIBERATE_EXITS, ExitCode
 
-# Set for the child, which has a lookout and needs none.
-CHILD = "SUPERMOE_LOOKOUT"
+# The environment variable that marks the child: it has a supervisor and starts none.
+CHILD = "SUPERMOE_SUPERVISED"
 
 _PR_SET_PDEATHSIG = 1
 
 
 def watched() -> bool:
-  """Whether this process has a lookout."""
+  """Returns whether this process has a supervisor."""
   return CHILD in os.environ
 
 
@@ -40,7 +40,7 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
   child = subprocess.Popen(
     [sys.executable, "-m", "supermoe_jax", *arguments],
     env={**os.environ, CHILD: str(os.getpid()), "PYTHONFAULTHANDLER": "1"},
-    process_group=0,  # a terminal's Ctrl-C comes here alone, and is passed on once
+    process_group=0,  # a terminal's Ctrl-C reaches only this process, which forwards it once
   )
 
   def forward(number: int, frame: FrameType | None) -> None:
@@ -55,12 +55,12 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
     time.sleep(0.2)
     gone = others.gone()
     if gone and child.poll() is None:
-      child.send_signal(signal.SIGABRT)  # its threads' places are written by faulthandler
+      child.send_signal(signal.SIGABRT)  # its faulthandler writes the stacks of its threads
       child.wait()
       return _lost(gone)
   if child.returncode in DELIBERATE_EXITS:
     return child.returncode
-  if -child.returncode in passed:  # before it could listen; nothing was begun
+  if -child.returncode in passed:  # it could not handle the signal yet, and had begun nothing
     return ExitCode.RESUME
   end = time.monotonic() + heartbeat.DEAD + 3 * heartbeat.BEAT
   while time.monotonic() < end:
@@ -75,7 +75,7 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
 
 
 class _OtherProcesses:
-  """The signs of life of the other processes, as they are seen here: no two clocks are compared."""
+  """The heartbeats of the other processes, timed by this host's clock alone: no two clocks are compared."""
 
   def __init__(self, place: Place, workdir: pathlib.Path):
     self._files = {i: workdir / "hosts" / f"{i}.json" for i in range(place.processes) if i != place.process}
@@ -83,7 +83,7 @@ class _OtherProcesses:
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}
 
   def gone(self) -> list[str]:
-    """Those that were there, and have shown no life for too long, or have left."""
+    """Returns the processes that were there, and whose heartbeat has stopped or is missing for `heartbeat.DEAD` s."""
     now, out = time.monotonic(), []
     for i, file in self._files.items():
       found, last = heartbeat.read_heartbeat(file), self._seen.get(i)
@@ -109,8 +109,8 @@ def _lost(gone: list[str], ended: bool = False) -> int:
 
 
 def follow() -> None:
-  """Lets this process, a lookout's child, end when the lookout does; on Linux even where that is killed."""
+  """Makes this process, a supervisor's child, end with the supervisor; on Linux even if the supervisor is killed."""
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-  if os.getppid() != int(os.environ[CHILD]):  # it was gone before
+  if os.getppid() != int(os.environ[CHILD]):  # the supervisor had already ended
     os._exit(ExitCode.CRASHED)

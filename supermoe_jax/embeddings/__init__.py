@@ -1,1 +1,1 @@
-"""Directories of user embeddings: written, updated, searched, aligned."""
+"""Writes, updates, searches and aligns directories of user embeddings."""

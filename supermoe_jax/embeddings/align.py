@@ -1,11 +1,12 @@
-"""Versions of embeddings: those of a retrained model, turned into the space of the ones before, and how far they moved.
+"""Aligns the embeddings of a retrained model with the previous model's embeddings, and measures how far they moved.
 
 A retrained model places users in a space of its own. An orthogonal map (Procrustes; Schönemann 1966,
-doi 10.1007/BF02289451) turns it onto the previous one and leaves lengths, products, and so neighbours as they are. It
-is fitted on one half of the users that both versions hold, and judged on the other; what was judged is what is written.
+doi 10.1007/BF02289451) turns the new space onto the previous one. The map keeps lengths and products, and so
+neighbours. It is fitted on one half of the users that both versions hold, and judged on the other half. The map that
+was judged is the map that is applied.
 
-Where widths differ the narrower vectors get zeros at their end: the map is square and nothing is lost. Of wider new
-vectors the first numbers are the ones that stand for the old space.
+If the widths differ, the narrower vectors get zeros at their end: the map is square and loses nothing. If the new
+vectors are wider, their first numbers stand for the old space.
 
 Shapes: n users, D the larger of both widths.
 """
@@ -29,31 +30,31 @@ from supermoe_jax.embeddings import embedding_files, part_files, selection
 from supermoe_jax.embeddings.exact_neighbors import ExactSearch, VectorSpace, unit_vectors
 from supermoe_jax.errors import ConfigError, DataError
 
-# Fewer users that both versions hold say nothing about how one turns into the other.
+# Fewest users that both versions must hold: fewer show nothing about the map from one to the other.
 LEAST = 20
-# Of more users that both hold so many are drawn.
+# Most shared users to compare; of more, a sample of this size is drawn.
 MOST = 100_000
-# Users whose neighbours are compared, and how many of them.
+# Number of users whose neighbours are compared, and number of neighbours of each.
 ASKED, NEAREST = 1000, 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class DriftError(DataError):
-  """Embeddings that moved further than allowed."""
+  """Error of embeddings that moved further than allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Vectors of the users that both versions hold, one each.
+  """Vectors of the users that both versions hold, one pair a user.
 
   Attributes:
-    matched_by: what made a pair: "user_id and as_of", or the user alone where no time is shared.
-    shared: how many users both versions hold.
-    only_new: users of the new version alone.
-    only_old: users of the old version alone.
+    matched_by: how pairs were made, in words: by user and time, or by user alone where too few users share a time.
+    shared: number of users that both versions hold.
+    only_new: number of users that only the new version holds.
+    only_old: number of users that only the old version holds.
     new: float32 `[n, D]`.
     old: float32 `[n, D]`.
-    fitted: bool `[n]`, the half that the map is fitted on.
+    fitted: bool `[n]`, true for the half that the map is fitted on.
   """
 
   matched_by: str
@@ -68,22 +69,22 @@ class Pairs:
 def align_embeddings(
   new: pathlib.Path, old: pathlib.Path, out: pathlib.Path, *, max_drift: float, overwrite: bool = False, seed: int = 0
 ) -> dict[str, Any]:
-  """Writes the embeddings of `new`, turned into the space of those of `old`, and returns their manifest.
+  """Writes the embeddings of `new`, turned into the space of `old`, and returns their manifest.
 
-  Vectors are read and written part by part; what is held besides is the ids and the vectors of up to `MOST` users.
+  Vectors are read and written part by part. Memory holds the ids of all users and the vectors of up to `MOST` users.
 
   Args:
     new: directory of embeddings.
-    old: directory of the previous ones.
+    old: directory of the previous embeddings.
     out: directory to write.
-    max_drift: the most that `drift` of `measure` may be, after the alignment.
-    overwrite: whether embeddings that are there are replaced.
-    seed: of the halves, and of what is sampled.
+    max_drift: the largest `drift` of `measure_alignment` that is accepted.
+    overwrite: whether to replace embeddings in `out`.
+    seed: seed of the halves and of samples.
 
   Raises:
-    ConfigError: `out` is one of the others, or `max_drift` is out of range.
-    DriftError: they moved further; nothing is written.
-    DataError: a directory is damaged, they share too few users, or `out` is in the way.
+    ConfigError: `out` is `new` or `old`, or `max_drift` is out of range.
+    DriftError: the embeddings moved further than `max_drift`; nothing is written.
+    DataError: a directory is damaged, the two share too few users, or `out` cannot be replaced or written.
   """
   if out.resolve() in (new.resolve(), old.resolve()):
     raise ConfigError(f"--out {out} is what the embeddings are read from; name another directory.")
@@ -121,7 +122,7 @@ def align_embeddings(
     with atomic_files.replacing_directory(out) as work:
       for file in tqdm(embedding_files.part_paths(new), desc="aligning", unit=" parts", mininterval=1):
         _turn_part(file, work / file.name, turn)
-      for file in embedding_files.absent_files(new):  # users without a vector are no matter of the space
+      for file in embedding_files.absent_files(new):  # absent users have no vector to turn
         shutil.copy(file, work)
       (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
   except OSError as error:
@@ -130,10 +131,12 @@ def align_embeddings(
 
 
 def shared_users(new: pathlib.Path, old: pathlib.Path, seed: int = 0) -> Pairs:
-  """The vectors of users that both directories hold: of the latest time that both have of a user, else of each one's.
+  """Returns the vectors of users that both directories hold, as of the latest time that both have of a user.
+
+  If fewer than `LEAST` users share a time, each directory gives its own latest vector of a user.
 
   Raises:
-    DataError: a directory is damaged, or they share fewer than `LEAST` users.
+    DataError: a directory is damaged, or the two share fewer than `LEAST` users.
   """
   mine, theirs = selection.select_rows(new), selection.select_rows(old)
   ours = selection.UserFinder(theirs.users).rows(mine.users)
@@ -165,9 +168,9 @@ def _wide(vectors: np.ndarray, width: int) -> np.ndarray:
 
 
 def procrustes(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-  """The orthogonal float64 `[D, D]` that turns `new [n, D]` so that cosines with `old [n, D]` have the largest sum.
+  """Returns the orthogonal float64 `[D, D]` that maximises the sum of cosines of turned `new [n, D]` and `old [n, D]`.
 
-  Vectors count by their direction alone: every user counts the same.
+  Only the directions of vectors count, so that every user has the same weight.
   """
   a, b = (unit_vectors(x)[0].astype(np.float64) for x in (new, old))
   u, _, v = np.linalg.svd(a.T @ b)
@@ -175,22 +178,23 @@ def procrustes(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 
 def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """The cosine of each row of `a [n, D]` and the same of `b`: float64 `[n]`; 0 where one is 0 throughout."""
+  """Returns the cosine of each row of `a [n, D]` with the same row of `b`: float64 `[n]`, 0 for a row of zeros."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
   return np.divide(np.einsum("nd,nd->n", a, b), lengths, out=np.zeros(len(a)), where=lengths > 0)
 
 
 def measure_alignment(pairs: Pairs, turn: np.ndarray, seed: int = 0) -> dict[str, Any]:
-  """How far the new vectors lie from the old ones, on the half that the map was not fitted on.
+  """Measures how far the new vectors lie from the old ones, on the half that the map was not fitted on.
 
   Returns:
-    `drift`: 1 − the mean cosine after the alignment of vectors without each version's mean. The mean is left out
-      because vectors that all point one way have large cosines whatever else they say.
-    `users`, `fitted_users`: of the two halves.
-    `before`, `after`: mean cosine, `centred_cosine` (without the means), quantiles, and `neighbours_across`, the share
-      of a user's 10 nearest old vectors that its new vector finds among the old ones (Jaccard).
-    `neighbours_kept`: the Jaccard index of the 10 nearest in the new version and in the old; no turn changes it.
+    `drift`: 1 − the mean cosine after the alignment, where each version's mean is subtracted from its vectors. The
+      mean is subtracted because vectors that all point one way have large cosines, whatever else they hold.
+    `users`, `fitted_users`: the sizes of the two halves.
+    `neighbours_of`: the number of users whose neighbours are compared.
+    `before`, `after`: mean cosine, `centred_cosine` (means subtracted), quantiles, and `neighbours_across`, the Jaccard
+      index of the 10 old vectors nearest to a user's old vector and the 10 nearest to its new vector.
+    `neighbours_kept`: the Jaccard index of a user's 10 nearest in the new version and in the old; no turn changes it.
   """
   held = ~pairs.fitted
   new, old = pairs.new[held], pairs.old[held]
@@ -220,14 +224,14 @@ def measure_alignment(pairs: Pairs, turn: np.ndarray, seed: int = 0) -> dict[str
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-  """The mean, over rows of `a [n, k]` and `b [n, k]` (-1 for none), of the share of their union that both have."""
+  """Returns the mean Jaccard index of the rows of `a [n, k]` and `b [n, k]`, where -1 stands for no entry."""
   both = np.array([np.isin(x[x >= 0], y[y >= 0]).sum() for x, y in zip(a, b)])
   either = (a >= 0).sum(axis=1) + (b >= 0).sum(axis=1) - both
   return float(np.mean(both / np.maximum(either, 1)))
 
 
 def _turn_part(file: pathlib.Path, out: pathlib.Path, turn: np.ndarray) -> None:
-  """Writes a part with its vectors turned; all other columns, and the kind of number, stay."""
+  """Writes a part with its vectors turned; all other columns and the type of numbers stay."""
   table = embedding_files.read_embedding_file(file)
   at = table.schema.get_field_index("embedding")
   field = table.schema.field(at)
@@ -241,7 +245,7 @@ def _turn_part(file: pathlib.Path, out: pathlib.Path, turn: np.ndarray) -> None:
 
 
 def alignment_summary(manifest: dict[str, Any]) -> list[str]:
-  """What an alignment did, in lines."""
+  """Returns lines that summarise an alignment."""
   to = manifest["aligned_to"]
   lines = [
     f"{to['shared_users']:,} users in both versions, matched by {to['matched_by']}; {to['users_only_new']:,} only in "

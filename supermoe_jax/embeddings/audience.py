@@ -1,7 +1,8 @@
-"""Look-alike audiences: of all other users those that are most like a list of seeds, and how well that finds seeds.
+"""Finds look-alike audiences: the users most like a list of seeds, and measures how well this finds held-out seeds.
 
-Every seed is held out once: in turn a fifth of them is put among the others, the rest looks for them, and what is
-counted is how many stand among the first N. Lift is that share over the share that N drawn at random would find.
+Every seed is held out once. In turn a fifth of the seeds is put among the other users, and the rest of the seeds looks
+for them. The share of held-out seeds among the first N users is measured. Lift is this share divided by the share that
+N random users would find.
 
 Shapes: n users, s seeds, D the width of an embedding.
 """
@@ -27,23 +28,23 @@ from supermoe_jax.evaluation import intervals, linear_probes
 
 METHODS = ("logistic", "centroid")
 FOLDS = 5
-# Fewer seeds than this say little, and each fold would hold out fewer than two.
+# Fewest seeds: of fewer, a fold would hold out fewer than two, and the lift would mean little.
 LEAST = 10
-# So many others, drawn, stand for all of them where a regression is fitted.
+# Most other users that a regression is fitted on; of more, a sample of this size is drawn.
 OTHERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
-  """Seeds as a file names them.
+  """Seeds that a file names.
 
   Attributes:
-    rows: int64 `[s]`, rows of those that have an embedding, each once, sorted.
-    named: ids in the file, empty ones left out.
-    empty: lines or rows without an id.
-    repeated: ids that stand there again.
-    unknown: how many have no embedding.
-    examples: the first few of those.
+    rows: int64 `[s]`, rows of the seeds that have an embedding, each once, sorted.
+    named: number of ids in the file, without empty ones.
+    empty: number of lines or rows without an id.
+    repeated: number of ids that repeat an earlier one.
+    unknown: number of distinct ids without an embedding.
+    examples: the first few ids without an embedding.
   """
 
   rows: np.ndarray
@@ -102,10 +103,10 @@ def _ids(file: pathlib.Path) -> pa.ChunkedArray | pa.Array:
 
 
 def seed_scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -> np.ndarray:
-  """How much each of `vectors [n, D]` is like those of the rows `seeds`: float `[n]`; those of seeds mean nothing.
+  """Returns how similar each of `vectors [n, D]` is to the rows `seeds`: float `[n]`; scores of seeds mean nothing.
 
-  "logistic" is the log-odds of a regression of seeds against others; "centroid" the cosine with the mean direction of
-  the seeds, where each of the D numbers is standardised over all users.
+  "logistic" is the log-odds of a regression of seeds against others. "centroid" is the cosine with the mean direction
+  of the seeds, after each of the D numbers is standardised over all users.
 
   Raises:
     ConfigError: an unknown method.
@@ -119,17 +120,18 @@ def seed_scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int =
     return np.asarray(model.decision_function(vectors))
   if method == "centroid":
     spread = vectors.std(axis=0)
-    # Without this the direction that all users share, and those that vary most, would drown what the seeds have.
+    # Otherwise the direction that all users share, and numbers that vary most, would hide what the seeds share.
     alike = unit_vectors((vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1))[0]
     return np.asarray(alike @ alike[seeds].mean(axis=0))
   raise ConfigError(f"--method={method!r}{nearest(method, METHODS)}.")
 
 
 def seed_lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, seed: int = 0) -> dict[str, Any]:
-  """What an audience of `size` finds of seeds that it was not told.
+  """Measures how many held-out seeds an audience of `size` finds.
 
-  Returns: `found` of `held_out`, the `share` with a 95 % interval (Wilson's, of a share among that many), the
-  `random_share` that a random audience finds, and `lift`, `lift_low`, `lift_high`, which are their quotients.
+  Returns:
+    `found` out of `held_out`, the `share` with Wilson's 95 % interval, the `random_share` that a random audience finds,
+    and the quotients `lift`, `lift_low`, `lift_high`.
   """
   order = np.random.default_rng(seed).permutation(seeds)
   found = 0
@@ -157,7 +159,7 @@ def seed_lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, se
 
 
 def most_similar(score: np.ndarray, candidates: np.ndarray, size: int) -> np.ndarray:
-  """Of the rows `candidates` the `size` with the largest `score [n]`, those first; equal ones in the order of rows."""
+  """Returns the `size` of the rows `candidates` with the largest `score [n]`, largest first; ties in row order."""
   return candidates[np.lexsort((candidates, -score[candidates]))[:size]]
 
 
@@ -173,11 +175,12 @@ def audience(
 ) -> dict[str, Any]:
   """Writes the `size` users that are most like the seeds to a Parquet file: `user_id`, `score`, `rank`.
 
-  Returns: what was asked, the counts of seeds and the lift; the file holds the same under the key `supermoe`.
+  Returns:
+    The settings, the counts of seeds and the lift; the file's metadata holds the same under the key `supermoe`.
 
   Raises:
-    ConfigError: an unknown method, or a size that leaves nobody out.
-    DataError: embeddings or seeds cannot be used; see `selection.select_rows` and `read_seeds`.
+    ConfigError: an unknown method, an unusable `out`, or a size that leaves nobody out.
+    DataError: embeddings or seeds cannot be used (see `selection.select_rows` and `read_seeds`), or writing failed.
   """
   if method not in METHODS:
     raise ConfigError(f"--method={method!r}{nearest(method, METHODS)}.")
@@ -223,7 +226,7 @@ def audience(
 
 
 def audience_summary(report: dict[str, Any]) -> list[str]:
-  """What an audience was made of and finds, in lines."""
+  """Returns lines that summarise the seeds and the lift of an audience."""
   lines = [
     f"{report['seeds']:,} seeds among {report['users']:,} users, {report['time']}; {report['seeds_unknown']:,} ids "
     f"without an embedding, {report['seeds_repeated']:,} repeated, {report['seeds_empty']:,} empty"

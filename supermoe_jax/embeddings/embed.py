@@ -1,12 +1,13 @@
-"""User embeddings as of any time: a directory of Parquet parts with a manifest.
+"""Writes user embeddings as of any time: a directory of Parquet parts with a manifest.
 
     part-*.parquet    user_id, as_of, embedding, n_events, last_event_time, user columns; see `part_files`
     absent-*.parquet  user_id, as_of, first_event_time, of users without an event before a time
     manifest.json     the run, its step, the counts, the hashes of its config and data
 
-A part is of a fixed number of users, in the dataset's order, and which of them share a batch depends on nothing else:
-whoever makes a part, and whenever, its bytes are the same. Parts are written into a directory of another name, each
-whole or not at all, the manifest last; then the directory is renamed. What is killed goes on where it was.
+A part covers a fixed number of users, in the dataset's order. Only this order decides which users share a batch, so
+the bytes of a part do not depend on when it is written and by which process. Parts are written into a directory with a
+temporary name, each whole or not at all, and the manifest last. Then the directory is renamed. After a kill, the same
+command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from supermoe_jax.training.run import Run
 
 ROWS_PER_PART = 32_768
 
-# What an unfinished directory is of.
+# File that states which set of embeddings an unfinished directory holds.
 UNFINISHED = "unfinished.json"
 
 
 def parse_times(as_of: Sequence[str], run: Run) -> dict[str, int | None]:
-  """The times to embed at, in microseconds, by what the manifest calls them.
+  """Returns the times to embed at, in microseconds, by their names in the manifest.
 
-  `now` is the end of the log; `last`, None here, is for each user just after their own last event.
+  `now` is the end of the log. `last` is just after each user's own last event; its time is None here.
 
   Raises:
     ConfigError: a time cannot be read or is named twice.
@@ -65,7 +66,7 @@ def parse_times(as_of: Sequence[str], run: Run) -> dict[str, int | None]:
 
 
 def _end(run: Run) -> int:
-  """The end of the log: the first moment from which all of it is past."""
+  """Returns the end of the log: the first moment at which all of its events are past."""
   manifest = run.dataset.manifest
   return max(manifest["observed_until_microseconds"], manifest["last_event_microseconds"] + 1)
 
@@ -82,26 +83,25 @@ def embed(
   rows_per_part: int = ROWS_PER_PART,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Writes one row a user and time, of every user with an event before it, and returns the manifest.
+  """Writes one row for each time and user with an event before that time, and returns the manifest.
 
-  Of several processes each writes the parts of the users whose rows its devices hold; `out` is a directory that all of
-  them reach.
+  Each of several processes writes the parts of the users whose rows its devices hold. All of them must reach `out`.
 
   Args:
-    run: whose parameters embed.
+    run: the run whose parameters embed.
     as_of: times, `now` or `last`; see `parse_times`.
     out: the directory to write.
-    overwrite: whether embeddings that are there are replaced.
-    since: an earlier set of this run's embeddings, or a run directory with one: only users who have other events than
-      then are computed.
-    columns: of the table of users, to carry along.
-    dtype: float32 or float16, of the vectors in the files.
+    overwrite: whether to replace embeddings in `out`.
+    since: an earlier set of this run's embeddings, or a run directory with one: only users whose events have changed
+      since are computed.
+    columns: columns of the user table to carry along.
+    dtype: float32 or float16, the type of the vectors in the files.
     rows_per_part: about how many rows share a file.
-    say: is told what a user should know.
+    say: receives messages for the user.
 
   Raises:
     ConfigError: a time or a column cannot be used, or the earlier embeddings are of another kind.
-    DataError: `out` is in the way, the disk is full, or the earlier embeddings are not whole.
+    DataError: `out` cannot be replaced, the disk is full, or the earlier embeddings are not whole.
     RunError: the parameters give a vector that is not finite.
   """
   times = parse_times(as_of, run)
@@ -130,7 +130,7 @@ def embed(
 
 
 class _Timing(NamedTuple):
-  """Where the time went, in seconds of this process: compiling, waiting for the encoder, and in all."""
+  """Seconds that this process spent compiling, waiting for the encoder, and in all."""
 
   compiling: float = 0.0
   encoding: float = 0.0
@@ -138,7 +138,7 @@ class _Timing(NamedTuple):
 
 
 class _EmbeddingJob:
-  """One set of embeddings that is being written."""
+  """One set of embeddings while it is written."""
 
   def __init__(
     self,
@@ -177,7 +177,7 @@ class _EmbeddingJob:
           "last, spare users without new events."
         )
     self._since = str(since) if self._earlier else None
-    # Which rows of a batch are this process' own, and whether it is the first of those that share them.
+    # Which rows of a batch this process holds. The first of the processes that hold the same rows writes them.
     self._own, self._ways = sharding.host_rows(run.mesh, run.cfg.evaluate.batch_rows)
     owners = _of_all(np.array([self._own]))[:, 0]
     self._writes = int(np.flatnonzero(owners == self._own)[0]) == jax.process_index()
@@ -192,7 +192,7 @@ class _EmbeddingJob:
     return max(1, -(-len(self._run.dataset) // self._users_per_part))
 
   def _identity(self) -> dict[str, Any]:
-    """What a directory must be of to be gone on with."""
+    """Returns the settings that an unfinished directory must share to be continued."""
     earlier = self._earlier.manifest if self._earlier else {}
     times = {name: str(time) for name, time in self._times.items()}
     return {
@@ -205,30 +205,30 @@ class _EmbeddingJob:
     }
 
   def can_go_on(self, work: pathlib.Path) -> bool:
-    """Whether an earlier command left this very set unfinished."""
+    """Returns whether `work` holds this same set, left unfinished by an earlier command."""
     try:
       return json.loads((work / UNFINISHED).read_text()) == self._identity()
     except (OSError, ValueError):
       return False
 
   def begin(self, work: pathlib.Path) -> None:
-    """Readies a directory, for all processes."""
+    """Prepares the directory for all processes."""
     if not (work / UNFINISHED).is_file():
       if self._columns:
         user_columns.sort_columns(self._run.cfg, self._run.dataset, self._columns, work, self._users_per_part)
       atomic_files.write_file(work / UNFINISHED, json.dumps(self._identity()) + "\n")
-    for left in work.glob("*.part"):  # of a file that a kill cut off
+    for left in work.glob("*.part"):  # a kill cut these files off
       left.unlink()
 
   def write(self, work: pathlib.Path) -> dict[str, int]:
-    """Writes the parts that are not there yet; returns what was done, in all processes together."""
+    """Writes the missing parts and returns, over all processes, the numbers of users computed, kept and resumed."""
     begun = clock.monotonic()
     there = {n for n in range(self._parts) if (work / part_files.part_name(n)).is_file()}
     processes.meet("who has looked what is there")
     counts: collections.Counter[str] = collections.Counter()
     rounds = range(0, self._parts, self._ways)
-    # Processes go through a round of parts together; one of which any is missing is made anew, so that its batches are
-    # what they would have been.
+    # Processes go through a round of parts together. If a part is missing, its whole round is written anew, so that
+    # batches are the same as without the interruption.
     todo = [first for first in rounds if not there.issuperset(range(first, min(first + self._ways, self._parts)))]
     users = sum(len(self._users_of(first + self._own)) for first in rounds)
     left = sum(len(self._users_of(first + self._own)) for first in todo)
@@ -245,7 +245,7 @@ class _EmbeddingJob:
     return range(min(start, len(self._run.dataset)), min(start + self._users_per_part, len(self._run.dataset)))
 
   def _write_part(self, work: pathlib.Path, part: int, bar: tqdm) -> collections.Counter[str]:
-    """Writes one part; without users of its own, a process still takes its share in the others' batches."""
+    """Writes one part. A process without users in a round still joins the batches of the others."""
     users = self._users_of(part)
     kept: ReusedRows | None = None
     if self._earlier is not None and len(users):
@@ -284,7 +284,7 @@ class _EmbeddingJob:
     return done
 
   def _check(self, found: Sequence[Query], z: np.ndarray) -> None:
-    """Raises RunError if a vector cannot be kept."""
+    """Raises RunError if a vector is not finite in the type of the files."""
     with np.errstate(over="ignore"):
       bad = np.flatnonzero(~np.isfinite(z.astype(self._style.dtype)).all(axis=1))
     if len(bad):
@@ -295,7 +295,7 @@ class _EmbeddingJob:
       )
 
   def _encoded(self, reader: QueryReader, bar: tqdm) -> Iterator[tuple[QueryBatch, np.ndarray]]:
-    """Yields the batches of this process with their vectors; while one is encoded the next is laid out."""
+    """Yields the batches of this process with their vectors; prepares the next batch while one is encoded."""
     running: tuple[QueryBatch, jax.Array] | None = None
     read = 0
     while True:
@@ -314,7 +314,7 @@ class _EmbeddingJob:
       yield self._ended(*running)
 
   def _start(self, batch: QueryBatch) -> jax.Array:
-    """Hands a batch to the devices; what that takes beyond compiling is not worth counting."""
+    """Hands a batch to the devices. Only compiling takes enough time to be counted."""
     begun, shape = clock.monotonic(), batch.features.segment.shape
     z = self._run.encode(batch.features)
     if shape not in self._compiled:
@@ -323,7 +323,7 @@ class _EmbeddingJob:
     return z
 
   def _ended(self, batch: QueryBatch, z: jax.Array) -> tuple[QueryBatch, np.ndarray]:
-    """Waits for a batch: its own rows of it."""
+    """Waits for a batch, and returns it with the vectors of this process' rows."""
     begun = clock.monotonic()
     whole = processes.whole(z)
     self._busy = self._busy._replace(encoding=self._busy.encoding + clock.monotonic() - begun)
@@ -331,7 +331,7 @@ class _EmbeddingJob:
     return batch, whole[self._own * rows : (self._own + 1) * rows]
 
   def finish(self, work: pathlib.Path, done: Mapping[str, int]) -> dict[str, Any]:
-    """Writes the manifest, once all processes have written their parts, and takes away what was for going on."""
+    """Writes the manifest once all processes have written their parts, and deletes the files for resuming."""
     processes.meet("all parts are written")
     absent: collections.Counter[int] = collections.Counter()
     for file in sorted(work.glob("absent-*.parquet")):
@@ -365,5 +365,5 @@ class _EmbeddingJob:
 
 
 def _of_all(mine: np.ndarray) -> np.ndarray:
-  """The arrays of all processes, one a row; all must call."""
+  """Returns the arrays of all processes, one a row; all processes must call this."""
   return mine[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))

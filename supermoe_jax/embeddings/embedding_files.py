@@ -1,4 +1,4 @@
-"""A directory of user embeddings, as 'supermoe embed' writes it: how others read it.
+"""Reads a directory of user embeddings that 'supermoe embed' wrote.
 
 Shapes: n rows, D the width of an embedding.
 """
@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 
 from supermoe_jax.errors import DataError
 
-# What the manifest calls such a directory.
+# The `kind` in the manifest of such a directory.
 KIND = "embeddings"
 
 
 def read_embedding_manifest(path: pathlib.Path) -> dict[str, Any]:
-  """The manifest of an embedding directory.
+  """Returns the manifest of an embedding directory.
 
   Raises:
-    DataError: `path` holds no whole set of embeddings.
+    DataError: `path` holds no embeddings, or the manifest is damaged.
   """
   file = path / "manifest.json"
   if not file.is_file():
@@ -41,7 +41,7 @@ def read_embedding_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def part_paths(path: pathlib.Path) -> list[pathlib.Path]:
-  """The Parquet files of an embedding directory, in the order of their rows.
+  """Returns the Parquet files of an embedding directory, in the order of their rows.
 
   Raises:
     DataError: `path` holds no whole set of embeddings.
@@ -53,12 +53,12 @@ def part_paths(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def absent_files(path: pathlib.Path) -> list[pathlib.Path]:
-  """The Parquet files of the users who have no event before a time: `user_id, as_of, first_event_time`."""
+  """Returns the Parquet files of users without an event before a time: `user_id, as_of, first_event_time`."""
   return sorted(path.glob("absent-*.parquet"))
 
 
 def read_embeddings(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:
-  """Reads the rows of an embedding directory, of all its times, with these columns or all of them.
+  """Reads the rows of an embedding directory as of all its times, with `columns` or all columns.
 
   Raises:
     DataError: `path` holds no whole set of embeddings, or a part is damaged.
@@ -70,7 +70,7 @@ def read_embedding_file(file: pathlib.Path, columns: Sequence[str] | None = None
   """Reads one file of an embedding directory.
 
   Raises:
-    DataError: it is damaged.
+    DataError: the file is damaged.
   """
   try:
     return pq.read_table(file, columns=None if columns is None else list(columns))
@@ -79,7 +79,7 @@ def read_embedding_file(file: pathlib.Path, columns: Sequence[str] | None = None
 
 
 def embedding_vectors(table: pa.Table) -> np.ndarray:
-  """The embeddings of a table's rows: float32 `[n, D]`, whatever type they are kept in."""
+  """Returns the embeddings of a table's rows as float32 `[n, D]`, whatever type the file holds."""
   column = table["embedding"]
   width = column.type.list_size
   chunks = [c.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for c in column.chunks]

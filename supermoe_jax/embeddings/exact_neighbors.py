@@ -1,11 +1,11 @@
-"""The nearest of all vectors, exactly: their rows lie on all devices, each scores a chunk of its own at a time.
+"""Finds the nearest neighbours among all vectors exactly, on all devices.
 
 Shapes: n vectors, m queries, D their width, k neighbours, W devices, C rows of a chunk, B queries at a time.
 
-What a device holds is its n / W vectors and one `[B, C]` block of scores, whatever n and m are. Its best are merged
-chunk by chunk, those of the devices in the end; then the few that are left are scored again in float64, from the
-vectors as they are, so that scores do not depend on how many devices there are. Equal scores stand in the order of
-their rows.
+The rows are spread over the devices, and each device scores one chunk of its rows at a time. A device holds its n / W
+vectors and one `[B, C]` block of scores, whatever n and m are. Its best rows are merged chunk by chunk, and the best
+rows of all devices at the end. The few rows that remain are scored again in float64 from the original vectors, so that
+scores do not depend on the number of devices. Equal scores stand in the order of their rows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from supermoe_jax.errors import ConfigError, nearest
 
 METRICS = ("cosine", "dot", "euclidean")
 
-# Rows that a device scores at a time, and queries that are asked at a time: the product of blocks of this size is near
-# the best rate on two CPU cores, and a block of scores takes 32 MiB.
+# Rows that a device scores at a time, and queries of a batch. On two CPU cores the product of blocks of this size runs
+# near the best rate; a block of scores takes 32 MiB.
 CHUNK = 8192
 BATCH = 1024
 
-# So many more than k are scored again: what rounding of the product in float32 put just below the k-th is still there.
+# Candidates beyond k that are scored again: rounding in float32 may put a true neighbour just below the k-th.
 SPARE = 8
 
 
 class Neighbours(NamedTuple):
-  """What was found for m queries.
+  """Neighbours of m queries.
 
   Attributes:
     row: int64 `[m, k]`, nearest first; -1 where there are no more.
-    score: float64 `[m, k]`: cosine or dot product, the larger the nearer; or the Euclidean distance, the smaller.
+    score: float64 `[m, k]`: cosine or dot product (larger is nearer), or Euclidean distance (smaller is nearer); NaN
+      where `row` is -1.
   """
 
   row: np.ndarray
@@ -46,16 +47,16 @@ class Neighbours(NamedTuple):
 
 
 class VectorSpace(NamedTuple):
-  """Vectors among which neighbours are looked for.
+  """Vectors to search, prepared for one metric.
 
   Attributes:
     metric: one of `METRICS`.
-    vectors: float32 `[n, D]`, as they are.
-    shaped: float32 `[n, D]`, so that the product with a shaped query, plus `bias`, has the order of the metric.
+    vectors: float32 `[n, D]`, unchanged.
+    shaped: float32 `[n, D]`; its product with a shaped query, plus `bias`, orders rows as the metric does.
     bias: float32 `[n]`.
-    centre: float32 `[D]`, which shaped vectors are without.
-    length: float64 `[n]`, of the vectors, for cosines.
-    zeros: vectors of length 0, which have no direction; their cosine with everything is taken as 0.
+    centre: float32 `[D]`, the vector subtracted from shaped vectors and queries.
+    length: float64 `[n]`, the lengths of the vectors for cosines; 1 for other metrics.
+    zeros: number of vectors of length 0, which have no direction; their cosine with every vector counts as 0.
   """
 
   metric: str
@@ -68,7 +69,7 @@ class VectorSpace(NamedTuple):
 
   @classmethod
   def of(cls, vectors: np.ndarray, metric: str = "cosine") -> VectorSpace:
-    """The space of `vectors [n, D]`.
+    """Returns the space of `vectors [n, D]`.
 
     Raises:
       ConfigError: an unknown metric.
@@ -79,7 +80,7 @@ class VectorSpace(NamedTuple):
     none, still = np.zeros(len(vectors), np.float32), np.zeros(vectors.shape[1], np.float32)
     length = np.ones(len(vectors))
     if metric == "euclidean":
-      # Distances are those of vectors around their mean, where squares are small and so is what rounding takes of them.
+      # Vectors are centred on their mean: their squares are small there, and so are the rounding errors.
       still = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
       shaped = vectors - still
       return cls(metric, vectors, shaped, -0.5 * np.einsum("nd,nd->n", shaped, shaped), still, length, 0)
@@ -89,12 +90,12 @@ class VectorSpace(NamedTuple):
     return cls(metric, vectors, shaped, none, still, _lengths(vectors), zeros)
 
   def shape(self, queries: np.ndarray) -> np.ndarray:
-    """Queries `[m, D]` as they are multiplied with `shaped`."""
+    """Returns queries `[m, D]` in the form that is multiplied with `shaped`."""
     queries = np.ascontiguousarray(queries, np.float32)
     return unit_vectors(queries)[0] if self.metric == "cosine" else queries - self.centre
 
   def score(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The metric of `queries [m, D]` and, for each, the vectors of `rows [m, c]`: float64 `[m, c]`."""
+    """Returns the metric of each of `queries [m, D]` with the vectors of its `rows [m, c]`: float64 `[m, c]`."""
     found = self.vectors[np.maximum(rows, 0)].astype(np.float64)
     asked = np.asarray(queries, np.float64)
     if self.metric == "euclidean":
@@ -107,7 +108,7 @@ class VectorSpace(NamedTuple):
     return np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths > 0)
 
   def best(self, queries: np.ndarray, rows: np.ndarray, k: int) -> Neighbours:
-    """The k nearest of the candidates `rows [m, c]`, -1 for none; equal scores in the order of their rows."""
+    """Returns the k nearest of the candidates `rows [m, c]`, -1 for none; equal scores in the order of their rows."""
     score = self.score(queries, rows)
     far = np.where(rows < 0, np.inf, score if self.metric == "euclidean" else -score)
     order = np.lexsort((rows, far), axis=1)[:, :k]
@@ -116,7 +117,7 @@ class VectorSpace(NamedTuple):
 
 
 def unit_vectors(vectors: np.ndarray) -> tuple[np.ndarray, int]:
-  """`vectors [n, D]` of length 1, and how many have none because they are 0 throughout."""
+  """Returns `vectors [n, D]` scaled to length 1, and the number of zero vectors, which stay zero."""
   length = _lengths(vectors)
   zero = length == 0
   return np.asarray(vectors / np.where(zero, 1.0, length).astype(np.float32)[:, None]), int(zero.sum())
@@ -127,21 +128,21 @@ def _lengths(vectors: np.ndarray) -> np.ndarray:
 
 
 class ExactSearch:
-  """Finds the k nearest of all vectors of a space, on all devices of this process."""
+  """An exact search for the k nearest of all vectors of a space, on all devices."""
 
   def __init__(self, space: VectorSpace, chunk: int = CHUNK, batch: int = BATCH):
-    """Lays the vectors out.
+    """Spreads the vectors over the devices.
 
     Args:
       space: the vectors.
       chunk: rows that a device scores at a time.
-      batch: queries that are asked at a time, rounded up to a power of two of at least 8.
+      batch: queries of a batch, rounded up to a power of two of at least 8.
     """
     self.space = space
     self._batch = _power_of_two(batch)
     self._mesh = sharding.make_mesh(config.Mesh(data=len(jax.devices())))
     n, ways = len(space.vectors), self._mesh.size
-    # Chunks are whole and multiples of 64 rows: equal vectors then give equal bits wherever they stand.
+    # All chunks have one size, a multiple of 64 rows: equal vectors then give equal bits wherever they stand.
     self._chunk = min(-(-chunk // 64) * 64, -(-max(n, 1) // (64 * ways)) * 64)
     room = -(-max(n, 1) // (self._chunk * ways)) * self._chunk * ways
     with jax.set_mesh(self._mesh):
@@ -149,7 +150,7 @@ class ExactSearch:
       self._bias = self._place(space.bias, room, -np.inf, "rows")
 
   def _place(self, array: np.ndarray, room: int, fill: float, *names: str | None) -> jax.Array:
-    """An array on the devices, longer than it is; each device copies its own part."""
+    """Returns an array spread over the devices, padded to `room` rows; each device copies its own part."""
     shape = (room, *array.shape[1:])
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -162,12 +163,12 @@ class ExactSearch:
     return jax.make_array_from_callback(shape, NamedSharding(self._mesh, sharding.spec(*names)), part)
 
   def search(self, queries: np.ndarray, k: int, but: np.ndarray | None = None) -> Neighbours:
-    """The nearest of all vectors to each of `queries [m, D]`.
+    """Returns the k nearest of all vectors to each query.
 
     Args:
       queries: float32 `[m, D]`.
-      k: how many.
-      but: int `[m]`, a row that is not a neighbour of the query, such as its own; -1 for none.
+      k: number of neighbours.
+      but: int `[m]`, a row to exclude from the neighbours of each query, such as its own; -1 for none.
     """
     m = len(queries)
     but = np.full(m, -1, np.int64) if but is None else np.asarray(but, np.int64)
@@ -194,7 +195,7 @@ def _power_of_two(n: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("k", "chunk"))
 def _search(queries: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array, k: int, chunk: int) -> jax.Array:
-  """The rows of the k best of all by `queries [B, D] · row + bias`: int32 `[B, k]`, best first, -1 for none."""
+  """Returns the rows with the k largest `queries [B, D] · row + bias`: int32 `[B, k]`, best first, -1 for none."""
 
   def local(queries: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     here = sharding.index("rows") * len(rows)
@@ -205,14 +206,14 @@ def _search(queries: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array
       scores = scores + jax.lax.dynamic_slice_in_dim(bias, i * chunk, chunk)
       index = here + i * chunk + jnp.arange(chunk, dtype=jnp.int32)
       scores = jnp.where(index == but[:, None], -jnp.inf, scores)
-      # What was found before stands first: of equal scores `top_k` takes the first.
+      # Earlier rows stand first, because `top_k` takes the first of equal scores.
       score, place = jax.lax.top_k(scores, min(k, chunk))
       score = jnp.concatenate([best[0], score], axis=1)
       row = jnp.concatenate([best[1], index[place]], axis=1)
       score, place = jax.lax.top_k(score, k)
       return (score, jnp.take_along_axis(row, place, 1)), None
 
-    # Varies over the devices as the rows do.
+    # The products with 0 make the first carry vary over the devices as the rows do.
     none = jnp.full((len(queries), k), -jnp.inf) + 0 * bias[0].astype(jnp.int32)
     (score, row), _ = jax.lax.scan(
       merge, (none, jnp.full(none.shape, -1, jnp.int32) + 0 * here), jnp.arange(len(rows) // chunk)

@@ -1,15 +1,15 @@
-"""The nearest of millions of vectors, nearly: a graph of near vectors (HNSW, arXiv 1603.09320; by FAISS).
+"""Finds the nearest of millions of vectors approximately, with a graph of near vectors (HNSW, arXiv 1603.09320; FAISS).
 
-A search walks the graph towards the query and keeps the `ef` best that it met. How many it takes depends on the data,
-so a new index measures itself. Some vectors are left out of the graph at first. `exact_neighbors.ExactSearch` finds
-their true neighbours, and `ef` is raised until the wanted recall is reached with 95 % confidence; then they are added.
-Where that would be slower than exact search there is no index, and a message says so.
+A search walks the graph towards the query and keeps the `ef` best vectors that it meets. The right `ef` depends on the
+data, so a new index measures its recall. At first some vectors are left out of the graph.
+`exact_neighbors.ExactSearch` finds their true neighbours, and `ef` is raised until the wanted recall is reached with
+95 % confidence. Then these vectors are added. If exact search is faster, no index is written, and a message reports it.
 
-The graph holds vectors with 16 bits a number, which finds the same neighbours a third faster among a million (what a
-search waits for is memory); those that it met are scored again from the vectors as they are.
+The graph holds 16 bits a number. Among a million vectors this finds the same neighbours a third faster, because a
+search waits for memory. The vectors that a search meets are scored again from the original numbers.
 
-The file is one header of JSON and the graph. Vectors are not in it: they are those of the embeddings, and a header of
-other embeddings, or of other rows of them, is refused.
+The file holds a JSON header and the graph. It does not hold the vectors, which are read from the embeddings. A header
+of other embeddings, or of other rows of them, is refused.
 
 Shapes: n vectors, m queries, D their width, k neighbours.
 """
@@ -32,38 +32,38 @@ from supermoe_jax.errors import ConfigError, DataError
 KIND = b"supermoe neighbours "
 MAGIC = KIND + b"2\n"
 
-# Links of a vector on each level, and how many are looked at for its own when it is added: chosen by measurement, see
+# Links of a vector on each level, and candidates examined for its links when it is added. Chosen by measurement: see
 # experiments/benchmarks/neighbors.py.
 LINKS = 16
 CONSTRUCTION = 100
-# Neighbours for which the recall is measured, queries of that, and the `ef` that are tried first and last.
+# Neighbours that recall counts, queries that measure it, and the first and the largest `ef` that are tried.
 NEAREST = 10
 SAMPLE = 1000
 EF_FIRST, EF_LAST = 16, 8192
-# An index that takes so many times as long as exact search is not worth a larger `ef`.
+# `ef` is not raised further once the index takes this many times as long as exact search.
 SLOWER = 2.0
-# Vectors that are added between two steps of the progress bar.
+# Vectors added between two steps of the progress bar.
 ADDED = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexHeader:
-  """What an index is of, and what it was measured to do.
+  """The embeddings that an index belongs to, and its measured recall and speed.
 
   Attributes:
-    fingerprint: of the embeddings; see `selection.selection_fingerprint`.
+    fingerprint: hash of the embeddings; see `selection.selection_fingerprint`.
     metric: one of `exact_neighbors.METRICS`.
-    rows: vectors.
-    width: of a vector.
+    rows: number of vectors.
+    width: width of a vector.
     target: recall@10 that was asked for.
-    recall: recall@10 that was measured with `ef`, on `sample` vectors that the graph did not hold.
+    recall: recall@10 measured with `ef`, on `sample` vectors that the graph did not hold.
     recall_low: the lower end of its 95 % interval.
-    ef: how many of the best that it met a search keeps.
-    sample: how many vectors were asked about.
+    ef: number of best vectors that a search keeps while it walks.
+    sample: number of vectors used as queries.
     per_second: queries a second with `ef`.
-    exact_per_second: queries a second of exact search, asked the same in the same way.
-    build_seconds: of the graph alone.
-    seed: of the order in which vectors were added.
+    exact_per_second: queries a second of exact search, measured with the same queries.
+    build_seconds: seconds to build the graph alone.
+    seed: seed of the order in which vectors were added.
   """
 
   fingerprint: str
@@ -81,19 +81,19 @@ class IndexHeader:
   seed: int
 
   def faster(self) -> bool:
-    """Whether the index reached its recall, and faster than exact search."""
+    """Returns whether the index reached its recall and is faster than exact search."""
     return self.recall_low >= self.target and self.per_second > self.exact_per_second
 
 
 class HnswIndex:
-  """Finds the nearest of all vectors of a space, nearly."""
+  """An approximate search for the nearest of all vectors of a space."""
 
   def __init__(self, header: IndexHeader, space: VectorSpace, graph: Any):
     self.header, self.space, self._graph = header, space, graph
     self._order, self._scale = insertion_order(header.rows, header.seed), graph_scale(space)
 
   def search(self, queries: np.ndarray, k: int, but: np.ndarray | None = None) -> Neighbours:
-    """As `exact_neighbors.ExactSearch.search`, but some neighbours may be missed."""
+    """Returns neighbours as `exact_neighbors.ExactSearch.search` does, but may miss some."""
     m = len(queries)
     but = np.full(m, -1, np.int64) if but is None else np.asarray(but, np.int64)
     found = search_graph(self._graph, self.space.shape(queries) * self._scale, k + SPARE, self.header.ef)
@@ -108,7 +108,7 @@ class HnswIndex:
     """Writes the index, whole or not at all.
 
     Raises:
-      DataError: it cannot be written.
+      DataError: the file cannot be written.
     """
     faiss = _faiss()
     try:
@@ -120,18 +120,18 @@ class HnswIndex:
 
 
 def insertion_order(rows: int, seed: int) -> np.ndarray:
-  """The order in which the rows of a space are added to its graph; the last `SAMPLE` of them measure it."""
+  """Returns the order in which the rows of a space are added to its graph; the last ones measure its recall."""
   return np.random.default_rng(seed).permutation(rows)
 
 
 def graph_scale(space: VectorSpace) -> np.float32:
-  """What the vectors of a space are multiplied with for its graph: no number is beyond 1, as 16 bits take them."""
+  """Returns the factor that brings the numbers of a space's vectors within [-1, 1], which 16 bits can hold."""
   largest = max(space.shaped.max(), -space.shaped.min())
   return np.float32(1 / largest if largest > 0 else 1)
 
 
 def search_graph(graph: Any, queries: np.ndarray, k: int, ef: int) -> np.ndarray:
-  """The k best of those that a search meets, as places in the graph: int64 `[m, k]`, -1 for none."""
+  """Returns the k best vectors that a search meets, as places in the graph: int64 `[m, k]`, -1 for none."""
   parameters = _faiss().SearchParametersHNSW()
   parameters.efSearch = max(ef, k)
   return np.asarray(graph.search(queries, k, params=parameters)[1])
@@ -148,21 +148,21 @@ def build_index(
   seed: int = 0,
   exact: ExactSearch | None = None,
 ) -> HnswIndex:
-  """Builds the graph of a space and finds the `ef` that it takes; see `Header.faster` for whether it is worth having.
+  """Builds the graph of a space and finds the `ef` for a recall; see `IndexHeader.faster` for whether to use it.
 
   Args:
     space: the vectors.
-    fingerprint: of the embeddings that they are of.
-    recall: the recall@10 that is asked for.
-    links: of a vector on each level of the graph, doubled on the lowest.
-    construction: how many are looked at for the links of a vector.
-    sample: vectors that are left out at first, and asked about.
-    seed: of the order in which vectors are added.
-    exact: exact search in the same space, if it is at hand.
+    fingerprint: hash of the embeddings that the vectors come from.
+    recall: the recall@10 to reach.
+    links: links of a vector on each level of the graph, doubled on the lowest.
+    construction: candidates examined for the links of a vector.
+    sample: vectors that are left out at first and serve as queries.
+    seed: seed of the order in which vectors are added.
+    exact: exact search in the same space, if one exists.
 
   Raises:
-    ConfigError: FAISS is not installed, or a recall that cannot be.
-    DataError: too few vectors.
+    ConfigError: FAISS is not installed, or the recall is out of range.
+    DataError: there are too few vectors.
   """
   faiss = _faiss()
   if not 0 < recall < 1:
@@ -211,12 +211,13 @@ def _tune(
   target: float,
   exact: ExactSearch,
 ) -> dict[str, Any]:
-  """Raises `ef` until the recall of the rows `asked` is reached, or would not come before exact search does.
+  """Searches the smallest `ef` at which the rows `asked` reach the recall `target`; returns it and its measurements.
 
-  `left_out` are those rows as the graph takes them; it does not hold them yet.
+  It raises `ef` until the recall is reached, the index is too slow (`SLOWER`), or `ef` is `EF_LAST`. `left_out` holds
+  the rows `asked`, scaled for the graph, which does not contain them yet.
   """
   queries = space.vectors[asked]
-  # Neighbours that are asked about themselves are not in the graph yet: more are found, and those left out.
+  # The graph does not hold the rows `asked` yet: more neighbours are found than needed, and these rows dropped.
   true = exact.search(queries, 4 * NEAREST + len(asked) * 4 * NEAREST // len(places), asked).row
   exact.search(queries, NEAREST, asked)  # compiles
   begun = clock.perf_counter()
@@ -250,18 +251,18 @@ def _tune(
 
 
 def check_index_file(file: pathlib.Path) -> None:
-  """Raises DataError if a file is no index, and so must neither be read as one nor replaced by one."""
+  """Raises DataError if a file is not an index: it must then be neither read as one nor replaced by one."""
   with file.open("rb") as stream:
-    if not KIND.startswith(stream.read(len(KIND))):  # what was cut off within these bytes is none that anybody needs
+    if not KIND.startswith(stream.read(len(KIND))):  # a file cut off within these bytes holds nothing to lose
       raise DataError(f"{file} is no index of neighbours; name another --index.")
 
 
 def read_index(file: pathlib.Path, space: VectorSpace, fingerprint: str) -> HnswIndex:
-  """Reads an index of these vectors.
+  """Reads the index of a space's vectors.
 
   Raises:
-    ConfigError: FAISS is not installed, or the index is of another metric.
-    DataError: the file is no index, is damaged, or is of other embeddings.
+    ConfigError: FAISS is not installed, or the index has another metric.
+    DataError: the file is not an index, is damaged, or belongs to other embeddings.
   """
   faiss = _faiss()
   try:
@@ -295,7 +296,7 @@ def read_index(file: pathlib.Path, space: VectorSpace, fingerprint: str) -> Hnsw
 
 
 def index_summary(header: IndexHeader) -> str:
-  """What an index was measured to do, in a line."""
+  """Returns a line about the measured recall and speed of an index."""
   text = (
     f"recall@{NEAREST} {header.recall:.4f} (95 %: at least {header.recall_low:.4f}; {header.target:g} asked for) with "
     f"ef {header.ef} on {header.sample:,} vectors that it did not hold; {header.per_second:,.0f} queries a second, "

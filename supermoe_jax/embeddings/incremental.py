@@ -1,8 +1,8 @@
-"""What embeddings that were written earlier spare: the users whose events are as they were.
+"""Reuses earlier embeddings of users whose events have not changed.
 
-A user's vector depends on the events before the time that is asked about, on that time and on the parameters. Where the
-last two are the same, a user is computed again only if events came in before it. Which users had any news is known from
-where their records lie in the dataset: 'supermoe append' writes the records of users with news anew.
+A user's vector depends on the events before the requested time, on that time and on the parameters. If time and
+parameters are the same, a user is computed again only if the events before the time have changed. The place of a user's
+record in the dataset shows whether they may have: 'supermoe append' writes a changed record anew, behind the others.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from supermoe_jax.embeddings.part_files import RowStyle
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.training.run import Run
 
-# What must be the same of two sets of embeddings that one is to be taken over into the other, and how it is called.
+# Manifest keys that must be equal for embeddings to be reused, and their names in messages.
 SAME = {"step": "the step", "config_hash": "the config", "dtype": "--dtype"}
 
 
 class ReusedRows(NamedTuple):
-  """What a part takes over: rows, the absent, and whose they are, as indices in the dataset; and who is left to do.
+  """Rows that a part reuses, and the users left to compute; users are indices in the dataset.
 
   Attributes:
-    table: rows of `part_files.COLUMNS`.
-    user: int64, of each row.
-    absent: rows of the absent.
-    missing: int64, the user of each of those.
-    compute: int64, the users whose rows are to be computed.
+    table: rows with the columns `part_files.COLUMNS`.
+    user: int64, the user of each row of `table`.
+    absent: rows of users without an event before a time.
+    missing: int64, the user of each row of `absent`.
+    compute: int64, the users whose rows must be computed.
   """
 
   table: pa.Table
@@ -45,20 +45,20 @@ class ReusedRows(NamedTuple):
 
 
 class EarlierEmbeddings:
-  """A set of embeddings of the same parameters and times, made before the dataset's last appends.
+  """A set of embeddings of the same parameters and times, written before the dataset's last appends.
 
   Attributes:
     manifest: its manifest.
-    records: the records that the dataset had then: a user whose record lies behind them has news.
+    records: number of records that the dataset had then; records at later places were written since.
     grown: whether a vocabulary has grown since.
   """
 
   def __init__(self, path: pathlib.Path, run: Run, manifest: Mapping[str, Any], style: RowStyle):
-    """Opens the directory `path`; `manifest` is that of the set to be written, as far as it is known.
+    """Opens the directory `path`; `manifest` holds the known entries of the new set's manifest.
 
     Raises:
-      ConfigError: it is of other parameters, or of another form.
-      DataError: `path` holds no whole set, or one of another dataset.
+      ConfigError: the earlier set has other parameters, or another form.
+      DataError: `path` holds no whole set, or a set of another dataset.
     """
     self._path, self._dataset, self._style = path, run.dataset, style
     self.manifest = embedding_files.read_embedding_manifest(path)
@@ -78,12 +78,12 @@ class EarlierEmbeddings:
           "different kinds do not belong in one table. Leave out --since to embed all users."
         )
     self.records, self.grown = _news(path, self.manifest["dataset"], run.dataset)
-    # Users lie in the order of their hashes, in the earlier files as in the dataset.
+    # Users are ordered by their hashes, both in the earlier files and in the dataset.
     self._parts = _with_firsts(embedding_files.part_paths(path))
     self._absent = _with_firsts(embedding_files.absent_files(path))
 
   def take(self, start: int, stop: int, times: Sequence[int | None]) -> ReusedRows:
-    """What is taken over of the dataset's users from `start` to before `stop`, who are asked about at `times`."""
+    """Returns the rows to reuse for the dataset's users from `start` to before `stop`, as of `times`."""
     users = read_user_rows(self._dataset.path, start, stop)
     names, places = users["user"].to_pylist(), users["record"].to_numpy()
     index = {name: start + i for i, name in enumerate(names)}
@@ -108,7 +108,7 @@ class EarlierEmbeddings:
   def _rows(
     self, among: tuple[list[pathlib.Path], np.ndarray], none: pa.Table, index: dict[str, int]
   ) -> tuple[pa.Table, np.ndarray]:
-    """The earlier rows of the users of `index`, in the form of `none`, and the user of each."""
+    """Returns the earlier rows of the users in `index`, with the schema of `none`, and the user of each row."""
     files, firsts = among
     hashes = [user_hash(name) for name in (next(iter(index)), next(reversed(index)))]
     begin, end = (int(np.searchsorted(firsts, h, side="right")) for h in hashes)
@@ -121,7 +121,7 @@ class EarlierEmbeddings:
     return pa.concat_tables(tables), np.concatenate(users)
 
   def _changed(self, users: np.ndarray, known: set[tuple[int, ...]], times: Sequence[int | None]) -> np.ndarray:
-    """Those of the users of whom there is news who have other events before one of the times than they had."""
+    """Returns the `users` whose events before any of `times` have changed."""
     if not len(users):
       return users
     block = self._dataset.histories(users)
@@ -137,10 +137,10 @@ class EarlierEmbeddings:
 
 
 def _news(path: pathlib.Path, then: Mapping[str, Any], dataset: Dataset) -> tuple[int, bool]:
-  """How many records the dataset had, and whether a vocabulary has grown since.
+  """Returns the number of records that the dataset had then, and whether a vocabulary has grown since.
 
   Raises:
-    DataError: it has not come from that one by 'supermoe append'.
+    DataError: 'supermoe append' did not make the dataset from the earlier one.
   """
   if then["digest"] == dataset.manifest["digest"]:
     return dataset.records, False
@@ -156,7 +156,7 @@ def _news(path: pathlib.Path, then: Mapping[str, Any], dataset: Dataset) -> tupl
 
 
 def _with_firsts(files: Sequence[pathlib.Path]) -> tuple[list[pathlib.Path], np.ndarray]:
-  """The files that hold rows, and the hash of the first user of each."""
+  """Returns the files that hold rows, and the hash of each file's first user."""
   found, firsts = [], []
   for file in files:
     with pq.ParquetFile(file) as parquet:
@@ -168,12 +168,12 @@ def _with_firsts(files: Sequence[pathlib.Path]) -> tuple[list[pathlib.Path], np.
 
 
 def _row_numbers(user: np.ndarray, table: pa.Table, columns: Sequence[str | None]) -> set[tuple[int, ...]]:
-  """Each row's user and whole numbers; of a column None they are 0."""
+  """Returns each row's user and integers in `columns`; a column of None gives 0."""
   values = (np.zeros(len(user), np.int64) if c is None else table[c].cast(pa.int64()).to_numpy() for c in columns)
   return set(zip(user.tolist(), *(v.tolist() for v in values)))
 
 
 def _without(table: pa.Table, user: np.ndarray, users: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-  """The rows that are not of these users, and the user of each."""
+  """Returns the rows that belong to none of `users`, and the user of each row."""
   kept = ~np.isin(user, users)
   return table.filter(kept), user[kept]

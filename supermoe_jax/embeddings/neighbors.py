@@ -1,4 +1,4 @@
-"""Neighbours of users by their ids: of some of them, or of everyone as a Parquet file.
+"""Finds the neighbours of users by id: for some users, or for all users as a Parquet file.
 
 A file has one row a user and neighbour: `user_id, rank, neighbor_id, score`; rank 1 is the nearest.
 """
@@ -24,13 +24,13 @@ from supermoe_jax.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """A way to look for neighbours among the users of a directory.
+  """A search for neighbours among the users of an embedding directory.
 
   Attributes:
     selection: the users.
     space: their vectors.
-    engine: what finds neighbours.
-    said: what a user should know of it, in lines.
+    engine: the exact search or the index.
+    said: messages about the search, one a line.
   """
 
   selection: RowSelection
@@ -39,7 +39,7 @@ class Search:
   said: list[str]
 
   def of(self, users: Sequence[str], k: int) -> pa.Table:
-    """The k nearest of these users, as the rows of a file.
+    """Returns the k nearest users of each of `users`, as the rows of a file.
 
     Raises:
       DataError: a user has no embedding.
@@ -49,7 +49,7 @@ class Search:
     return self._table(rows, k)
 
   def of_all(self, k: int) -> Iterator[pa.Table]:
-    """The same of everyone, some at a time."""
+    """Yields the k nearest users of every user, some users at a time."""
     n = len(self.selection)
     with tqdm(total=n, desc="neighbours", unit=" users", mininterval=1) as bar:
       for first in range(0, n, 4 * BATCH):
@@ -79,11 +79,11 @@ def open_search(
   recall: float = 0.98,
   rebuild: bool = False,
 ) -> Search:
-  """Reads embeddings and, if it is named, the index beside them, which is built when it is missing.
+  """Reads embeddings and, if `index` is named, their index, which is built when it is missing.
 
   Raises:
     ConfigError: an option is out of range, the index lies inside the embeddings, or FAISS is not installed.
-    DataError: embeddings or the index are damaged, the index is of others, or the file that it names is no index.
+    DataError: embeddings or the index are damaged, the index belongs to others, or the file `index` is not an index.
   """
   if index is not None and path.resolve() in index.resolve().parents:
     raise ConfigError(
@@ -117,7 +117,7 @@ def open_search(
 
 
 def write_all_neighbors(search: Search, k: int, out: pathlib.Path) -> int:
-  """Writes the k nearest of everyone and returns the number of rows.
+  """Writes the k nearest users of every user, and returns the number of rows.
 
   Raises:
     DataError: the file cannot be written; nothing is kept of it.
@@ -153,7 +153,7 @@ def write_neighbors(table: pa.Table, out: pathlib.Path) -> None:
 
 
 def neighbors_text(table: pa.Table, metric: str) -> list[str]:
-  """Neighbours of some users, in lines."""
+  """Returns lines that list the neighbours of some users."""
   lines, last = [], object()
   for row in table.to_pylist():
     if row["user_id"] != last:

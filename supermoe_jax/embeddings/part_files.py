@@ -1,4 +1,4 @@
-"""The rows of an embedding directory, part by part: a file is there whole or not at all.
+"""Writes the rows of an embedding directory part by part; a file is there whole or not at all.
 
     part-*.parquet    user_id, as_of, embedding, n_events, last_event_time, and the user columns that are carried along
     absent-*.parquet  user_id, as_of, first_event_time: users without an event before a time, who have no embedding
@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 from supermoe_jax import atomic_files
 from supermoe_jax.data.dataset.snapshot_batches import Query, UserWithoutEvents
 
-# What a directory of embeddings holds, as patterns.
+# Patterns of the files in an embedding directory.
 NAMES = ("manifest.json", "part-*.parquet", "absent-*.parquet")
 
 # The columns of every part; a user column may have none of these names.
 COLUMNS = ("user_id", "as_of", "embedding", "n_events", "last_event_time")
 
-# How an embedding is kept, by the name of its type.
+# Arrow types of the numbers of a stored embedding.
 TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
 class RowStyle(NamedTuple):
-  """How rows are kept: users' ids as integers or as text, and vectors of a width and type."""
+  """The format of stored rows: user ids as integers or as text, and the width and type of vectors."""
 
   integer_users: bool
   width: int
@@ -38,22 +38,22 @@ class RowStyle(NamedTuple):
 
 
 def part_name(number: int) -> str:
-  """The name of a part's file."""
+  """Returns the name of a part's file."""
   return f"part-{number:05d}.parquet"
 
 
 def absent_name(number: int) -> str:
-  """The name of the file of those whom a part lacks."""
+  """Returns the name of the file of a part's users without an embedding."""
   return f"absent-{number:05d}.parquet"
 
 
 def user_column(users: Sequence[str], integer: bool) -> pa.Array:
-  """User ids as the event log has them: as int64 where every one is an integer there, else as text."""
+  """Returns user ids as in the event log: int64 if all ids are integers there (`integer`), else text."""
   return pa.array([int(u) for u in users], pa.int64()) if integer else pa.array(users, pa.string())
 
 
 def embedding_rows(questions: Sequence[Query], vectors: np.ndarray, style: RowStyle) -> pa.Table:
-  """The rows of questions and their vectors float32 `[n, D]`."""
+  """Returns the rows of `questions` with their `vectors`, float32 `[n, D]`."""
   kept = pa.array(vectors.astype(style.dtype).reshape(-1), TYPES[style.dtype])
   return pa.table(
     {
@@ -67,7 +67,7 @@ def embedding_rows(questions: Sequence[Query], vectors: np.ndarray, style: RowSt
 
 
 def absent_rows(users: Sequence[UserWithoutEvents], style: RowStyle) -> pa.Table:
-  """The rows of users who have no event yet."""
+  """Returns the rows of users without an event before a time."""
   return pa.table(
     {
       "user_id": user_column([a.user_id for a in users], style.integer_users),
@@ -78,14 +78,14 @@ def absent_rows(users: Sequence[UserWithoutEvents], style: RowStyle) -> pa.Table
 
 
 def in_order(tables: Sequence[pa.Table], users: Sequence[np.ndarray]) -> tuple[pa.Table, np.ndarray]:
-  """The rows of tables, whose users have the indices `users`, by user and time; and the user of each."""
+  """Returns the rows of `tables`, whose users are `users`, sorted by user and time; and the user of each row."""
   table, user = pa.concat_tables(tables), np.concatenate(users)
   order = np.lexsort((table["as_of"].cast(pa.int64()).to_numpy(), user))
   return table.take(order), user[order]
 
 
 def write_part(work: pathlib.Path, number: int, table: pa.Table, missing: pa.Table) -> None:
-  """Writes a part and who is absent from it; once the part is there, both are."""
+  """Writes the absent users of a part first and the part last, so that both are there if the part is."""
   for name, content in ((absent_name(number), missing), (part_name(number), table)):
     if len(content) or name == part_name(number):
       with atomic_files.replacing_file(work / name) as file:

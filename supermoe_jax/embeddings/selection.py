@@ -1,4 +1,4 @@
-"""One vector a user, of a directory of embeddings: which rows are meant, and where a user stands among them.
+"""Selects one embedding a user from an embedding directory, and finds users among them by id.
 
 Shapes: n users, D the width of an embedding.
 """
@@ -21,20 +21,20 @@ from supermoe_jax.config import format_time
 from supermoe_jax.embeddings import embedding_files
 from supermoe_jax.errors import DataError, nearest
 
-# So many are named in a message where there may be millions.
+# Most examples in a message.
 NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSelection:
-  """Which rows of a directory's parts are meant, in the order in which they lie there.
+  """Selected rows of a directory's parts, in the order in which they lie there.
 
   Attributes:
     path: the directory.
     users: ids `[n]`, int64 or text.
     as_of: int64 `[n]`, microseconds since 1970 UTC.
-    rows: for each part, the int64 indices of its rows.
-    files: the parts.
+    rows: for each part, the int64 indices of its selected rows.
+    files: the files of the parts.
   """
 
   path: pathlib.Path
@@ -47,7 +47,7 @@ class RowSelection:
     return len(self.users)
 
   def vectors(self, part: int) -> np.ndarray:
-    """The chosen vectors of a part: float32 `[n of it, D]`.
+    """Returns the selected vectors of a part: float32 `[rows of the part, D]`.
 
     Raises:
       DataError: the part is damaged, or a vector holds a number that is not finite.
@@ -63,10 +63,10 @@ class RowSelection:
     return found
 
   def all_vectors(self) -> np.ndarray:
-    """The vectors of all chosen rows: float32 `[n, D]`.
+    """Returns the vectors of all selected rows: float32 `[n, D]`.
 
     Raises:
-      DataError: as `vectors`, or parts differ in their width.
+      DataError: as `vectors`, or there are no rows, or parts differ in their width.
     """
     if not len(self):
       raise DataError(f"{self.path} has no embeddings of any user; embed as of a time that has events before it.")
@@ -86,7 +86,7 @@ class RowSelection:
     return out
 
   def rows_of(self, index: np.ndarray) -> np.ndarray:
-    """The vectors of the users at `index [m]`: float32 `[m, D]`; parts are read one after the other.
+    """Returns the vectors of the users at `index [m]`: float32 `[m, D]`; reads parts one after the other.
 
     Raises:
       DataError: as `vectors`.
@@ -104,16 +104,16 @@ class RowSelection:
     return out
 
   def column(self, name: str) -> pa.ChunkedArray:
-    """A column of the chosen rows, `[n]`.
+    """Returns a column of the selected rows, `[n]`.
 
     Raises:
-      DataError: there is none, or a part is damaged.
+      DataError: there is no such column, or a part is damaged.
     """
     found = [_read(file, [name])[name].take(pa.array(rows)) for file, rows in zip(self.files, self.rows)]
     return pa.chunked_array([chunk for part in found for chunk in part.chunks])
 
   def time(self) -> str:
-    """The time or times that the rows are of, in words."""
+    """Returns the time or times of the rows, in words."""
     first, last = int(self.as_of.min()), int(self.as_of.max())
     return (
       f"as of {format_time(first)}"
@@ -123,18 +123,18 @@ class RowSelection:
 
 
 def select_rows(path: pathlib.Path, as_of: str | None = None) -> RowSelection:
-  """Chooses the rows of an embedding directory as of a time, or of every user the latest one.
+  """Selects the rows of an embedding directory as of a time; without one, each user's latest row.
 
   Raises:
     ConfigError: `as_of` cannot be read.
-    DataError: no row is of that time, a user has two of one time, a column is missing, or the directory is damaged.
+    DataError: no row has that time, a user has two rows of one time, a column is missing, or the directory is damaged.
   """
   keys = _keys(path)
   if as_of is None:
     return keys.choose(keys.latest(np.arange(len(keys.users))))
   wanted = config.parse_time(as_of, "--as-of")
   chosen = np.flatnonzero(keys.times == wanted)
-  if not len(chosen):  # as the manifest and messages write times: to the second
+  if not len(chosen):  # the manifest and messages write times to the second
     chosen = np.flatnonzero(keys.times // 1_000_000 * 1_000_000 == wanted)
   if not len(chosen):
     there = np.unique(keys.times)
@@ -147,17 +147,17 @@ def select_rows(path: pathlib.Path, as_of: str | None = None) -> RowSelection:
 
 
 def select_shared_rows(a: pathlib.Path, b: pathlib.Path) -> tuple[RowSelection, RowSelection]:
-  """Of every user that two directories hold as of the same time the rows of the latest such time, in each.
+  """Selects, in each of two directories, the row of every user's latest time that both hold.
 
   Raises:
-    DataError: as `select`.
+    DataError: as `select_rows`.
   """
   left, right = _keys(a), _keys(b)
   known = pc.unique(right.users)
   moments = np.unique(np.concatenate([left.times, right.times]))
 
   def codes(keys: _RowKeys) -> np.ndarray:
-    """One number for each user of `b` and time; -1 for other users."""
+    """Returns one number for each pair of a user of `b` and a time; -1 for other users."""
     user = UserFinder(known).rows(keys.users)
     return np.where(user < 0, -1, user * len(moments) + np.searchsorted(moments, keys.times))
 
@@ -169,7 +169,7 @@ def select_shared_rows(a: pathlib.Path, b: pathlib.Path) -> tuple[RowSelection, 
 
 @dataclasses.dataclass(frozen=True)
 class _RowKeys:
-  """Users and times of all rows of a directory, `[n]` each, and how many rows lie before each part."""
+  """Users and times of all rows of a directory, `[n]` each, and the number of rows before each part."""
 
   path: pathlib.Path
   files: list[pathlib.Path]
@@ -178,10 +178,10 @@ class _RowKeys:
   before: np.ndarray
 
   def latest(self, rows: np.ndarray) -> np.ndarray:
-    """Of `rows`, that of each user's latest time, in their order.
+    """Returns, out of `rows`, the row of each user's latest time, ascending.
 
     Raises:
-      DataError: a user has two of them as of one time.
+      DataError: a user has two rows as of one time.
     """
     code, times = np.asarray(self.users.take(pa.array(rows)).dictionary_encode().indices), self.times[rows]
     order = np.lexsort((times, code))
@@ -220,15 +220,15 @@ def _read(file: pathlib.Path, columns: Sequence[str]) -> pa.Table:
 
 
 class UserFinder:
-  """Finds users by their ids among `users [n]`."""
+  """A lookup of users by id among `users [n]`."""
 
   def __init__(self, users: pa.Array):
     self._users = users
 
   def rows(self, ids: pa.Array) -> np.ndarray:
-    """The row of each of `ids [m]`, which may be numbers or text: int64 `[m]`, -1 where it is unknown.
+    """Returns the row of each of `ids [m]`, numbers or text: int64 `[m]`, -1 for an unknown id.
 
-    Numbers that are written as text are found among numbers, and the other way round.
+    Numbers written as text are found among numbers, and numbers among text.
     """
     if pa.types.is_integer(self._users.type):
       ids = _as_integers(ids)
@@ -237,7 +237,7 @@ class UserFinder:
     return np.asarray(pc.fill_null(pc.index_in(ids, value_set=self._users), -1)).astype(np.int64)
 
   def nearest(self, user: str, count: int = 3) -> list[Any]:
-    """The ids that stand beside `user` when they are sorted."""
+    """Returns the ids closest to `user` in sorted order."""
     if pa.types.is_integer(self._users.type):
       try:
         value = int(user)
@@ -250,10 +250,10 @@ class UserFinder:
     return list(ordered.slice(max(0, min(at - 1, len(ordered) - count)), count).to_pylist())
 
   def one(self, user: str) -> int:
-    """The row of a user.
+    """Returns the row of a user.
 
     Raises:
-      DataError: there is none; the message names the ids that come near.
+      DataError: the user is unknown; the message names the closest ids.
     """
     row = int(self.rows(pa.array([user]))[0])
     if row < 0:
@@ -266,7 +266,7 @@ class UserFinder:
 
 
 def _as_integers(ids: pa.Array) -> pa.Array:
-  """Ids as int64, null where one is no whole number."""
+  """Returns ids as int64, null where an id is not a whole number."""
   if pa.types.is_integer(ids.type):
     return pc.cast(ids, pa.int64())
   text = pc.cast(ids, pa.large_string())
@@ -274,7 +274,7 @@ def _as_integers(ids: pa.Array) -> pa.Array:
 
 
 def selection_fingerprint(selection: RowSelection) -> str:
-  """A hash that changes when the embeddings do, or which rows of them are meant: of the manifest, rows and times."""
+  """Returns a hash of the manifest and the selected rows: it changes when the embeddings or the selection change."""
   digest = hashlib.sha256((selection.path / "manifest.json").read_bytes())
   for rows in selection.rows:
     digest.update(len(rows).to_bytes(8, "little"))

@@ -1,7 +1,7 @@
-"""Columns of the table of users that embeddings carry along.
+"""Carries columns of the user table along with embeddings.
 
-They are read once, put into the order of the dataset's users by DuckDB, which spills to disk, and kept beside the parts
-until all are written: a part then reads the rows of its own users.
+DuckDB reads the columns once and sorts them into the order of the dataset's users; it may spill to disk. The sorted
+file lies in the directory of the parts until all are written. Each part reads the rows of its own users.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE, SPILL = "columns.parquet", "columns.spilled"
 
 
 def check_columns(cfg: config.Config, columns: Sequence[str]) -> None:
-  """Raises ConfigError if there is no table of users, or a column cannot be carried under its name."""
+  """Raises ConfigError if there is no user table, or a column is named twice or like an embedding column."""
   if not columns:
     return
   if cfg.data.users is None:
@@ -37,7 +37,7 @@ def check_columns(cfg: config.Config, columns: Sequence[str]) -> None:
 
 
 def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], work: pathlib.Path, rows: int) -> None:
-  """Writes the columns of the dataset's users, in its order, `rows` a group; unknown users have nulls.
+  """Writes the columns of the dataset's users, in its order, `rows` a row group; users without a row get nulls.
 
   Raises:
     DataError: a file or a column is missing, or a user has two rows.
@@ -72,5 +72,5 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
 
 
 def read_user_columns(work: pathlib.Path, start: int, stop: int) -> pa.Table:
-  """The columns of the users from `start` to before `stop`."""
+  """Reads the columns of the users from `start` to before `stop`."""
   return dataset_lib.rows_between(work / FILE, None, start, stop)

@@ -12,8 +12,9 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.encoding.splits import TRAIN
 from supermoe_jax.data.format.schema import make_comparison
-from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import Comparison, Labels
+from supermoe_jax.data.tasks import bind
+from supermoe_jax.data.tasks.labels import Labels
+from supermoe_jax.data.tasks.sample_space import Comparison, supervision
 from supermoe_jax.evaluation import linear_probes
 
 # Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred
@@ -57,7 +58,7 @@ def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tu
   the task: the share of positives, of each value or of each class, or the mean. A number without one is standardised,
   so that its mean is 0.
   """
-  if rates is None and config.answer(task) == "regression":
+  if rates is None and task.answer == "regression":
     return np.zeros(shape)
   assert rates is not None
   return np.broadcast_to(np.array(rates, np.float64) if len(shape) == 2 else rates[0], shape)
@@ -78,10 +79,11 @@ class AggregateModels:
     """Fits the models of the config's active tasks."""
     self._dataset = dataset
     self._probes: dict[str, linear_probes.Predictor] = {}
-    answers = {n: config.answer(t) for n, t in cfg.active_views.items() if not isinstance(t, config.AT_EVENTS)}
+    answers = {n: t.answer for n, t in cfg.active_views.items() if not t.asks_at_events}
     if not dataset.schema.aggregates or not answers:
       return
-    spaces = {n: make_comparison(cfg, n, dataset.encoders) for n in answers}
+    kinds = bind(cfg.labelled_tasks, cfg.data, dataset.encoders)
+    spaces = {n: make_comparison(cfg.labelled_tasks, kinds, n) for n in answers}
     xs: dict[str, list[np.ndarray]] = {t: [] for t in answers}
     ys: dict[str, list[np.ndarray]] = {t: [] for t in answers}
     for index in range(min(len(dataset), FITTED_USERS)):  # records are shuffled: any prefix is a sample
@@ -128,4 +130,4 @@ def at_questions(dataset: Dataset, questions: Sequence[Query]) -> np.ndarray:
 def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:
   """Whether the task has a label in its sample space at each snapshot: bool `[S]`."""
   inside = space and space(Labels(record[f"label_{space.task}"], record[f"known_{space.task}"] > 0))
-  return labels.supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]
+  return supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]

@@ -1,4 +1,4 @@
-"""What lies behind a task's main metric: its interval, its course with the length of the history, its calibration."""
+"""Breaks a task's main metric down: its interval, its values by length of the history, and the calibration."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from supermoe_jax import config
 from supermoe_jax.evaluation import intervals
 from supermoe_jax.evaluation.intervals import Influence, Interval, Scored
 
-# The first lengths of the groups of histories; each is four times the one before.
+# The shortest history of each group of histories; each is four times the one before.
 LENGTHS = tuple(4**i for i in range(13))
 
-BINS = 10  # of a reliability diagram, equally filled as those of `metrics.expected_calibration_error`
+BINS = 10  # of a reliability diagram, equally filled as in `metrics.expected_calibration_error`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class ScoredAnswers:
   """The known labels of one task, n of them, with the answers of the run and of its baselines.
 
   Attributes:
-    form: of the answers.
+    form: the form of the answers.
     value: `[n]` or `[n, C]`, see `intervals.Scored`.
     run: the run's answers.
-    baselines: those of each baseline.
+    baselines: the answers of each baseline.
     user: `[n]`, the users.
-    events: int `[n]`, how many events each user had before the moment of the question.
+    events: int `[n]`, the number of events that the user had before the moment of the question.
     cutoff: k of NDCG@k.
   """
 
@@ -44,7 +44,7 @@ class ScoredAnswers:
     return intervals.influence(Scored(self.form, self.value[where], answer[where], self.cutoff))
 
   def with_intervals(self) -> dict[str, Any]:
-    """The interval of the main metric of the run and of each baseline, and of the run's lead over each."""
+    """Returns the intervals of the main metric of the run and of each baseline, and of the run's lead over each."""
     run = self._influence(self.run)
     others = {b: self._influence(a) for b, a in self.baselines.items()}
     return {
@@ -55,7 +55,7 @@ class ScoredAnswers:
     }
 
   def by_history(self) -> list[dict[str, Any]]:
-    """The main metric of labels in groups by the length of their users' histories, groups without labels left out."""
+    """Returns the main metric by the length of the users' histories, in groups; groups without labels are left out."""
     group = np.searchsorted(LENGTHS, self.events, side="right") - 1
     return [self._group(g, group == g) for g in np.unique(group)]
 
@@ -82,7 +82,7 @@ class ScoredAnswers:
     return out
 
   def calibration(self) -> dict[str, Any] | None:
-    """How often what was answered with a probability came true; None of an answer other than yes or no.
+    """Returns predicted and observed rates by bins of the run's probability; None for answers other than yes or no.
 
     The questions of a task with many values are taken together. `ece` is the mean distance over the bins.
     """

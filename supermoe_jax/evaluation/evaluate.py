@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time as clock
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -141,12 +141,12 @@ def evaluate(
 
 def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
   """The name of the metric that stands for a task."""
-  return MAIN_METRIC[config.answer(task)].format(k=max(cfg.evaluate.cutoffs))
+  return MAIN_METRIC[task.answer].format(k=max(cfg.evaluate.cutoffs))
 
 
 def metric_names(cfg: config.Config, task: config.LabelledTask) -> list[str]:
   """The names of all metrics of a task: those of two answers, right ones."""
-  form, two = config.answer(task), np.arange(2)
+  form, two = task.answer, np.arange(2)
   if form == "catalogue":
     return sorted(metrics.ranking_metrics(two + 1.0, cfg.evaluate.cutoffs))
   value = np.eye(2) if form == "multilabel" else two
@@ -209,10 +209,10 @@ def _task(
   if not len(known[0]):
     return None
   asked = _TaskAnswers(label.value[known], collected.answers[name][known], known[0])
-  if isinstance(task, config.NextEvent):
-    return _ranking(run, name, task, asked, collected, compare)
+  if task.answer == "catalogue":
+    return _ranking(run, name, cast(config.NextEvent, task), asked, collected, compare)
   users = np.array([q.user for q in collected.questions])[asked.question]
-  form = config.answer(task)
+  form = task.answer
   predicted = predictions(form, asked.answer)
   out: dict[str, Any] = {"labels": len(asked.value)}
   if form in ("binary", "multilabel"):
@@ -255,7 +255,7 @@ def predictions(form: config.Answer, answer: np.ndarray) -> np.ndarray:
 
 
 def _score(task: config.LabelledTask, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
-  form = config.answer(task)
+  form = task.answer
   if form == "regression":
     return metrics.regression_metrics(value, predicted)
   if form == "multiclass":
@@ -263,7 +263,7 @@ def _score(task: config.LabelledTask, value: np.ndarray, predicted: np.ndarray, 
   value = value.astype(np.float32)
   if form == "multilabel":
     return metrics.multi_label_metrics(value, predicted)
-  if isinstance(task, config.EventLabel):
+  if task.about_events:
     return metrics.event_binary_metrics(value, predicted, users)
   return metrics.binary_metrics(value, predicted)
 
@@ -305,7 +305,7 @@ def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: 
   """
   label = collected.labels[name]
   chosen = label.known
-  if config.answer(task) == "binary":
+  if task.answer == "binary":
     chosen = chosen & (label.value > 0)
   if chosen.ndim == 2:  # several events a snapshot
     chosen = np.any(chosen, axis=1)

@@ -1,4 +1,4 @@
-"""Which experts serve which events: the routing of event tokens, by the events' source and by their fields' values.
+"""Counts which experts serve which events, by the events' source and by the values of their fields.
 
 Shapes: M layers of experts, B rows, L events, K experts a token, E experts, N event tokens counted.
 """
@@ -18,25 +18,25 @@ from supermoe_jax.data.encoding.splits import TEST
 from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Vocabulary
 from supermoe_jax.training.run import Run
 
-# Test snapshots that are drawn, and event tokens after which no more are read: shares of so many are known to about a
-# percent.
+# Test snapshots to draw, and event tokens after which no more are read: with this many tokens, shares are known to
+# about a percent.
 SNAPSHOTS = 1000
 TOKENS = 100_000
 
-# The most frequent values of each field that are counted one by one.
+# The number of most frequent values of each field that are counted one by one.
 VALUES = 12
 
-# What a field's codes that stand for no value of its vocabulary are called.
+# Names for a field's codes that stand for no value of its vocabulary.
 OTHER = "(out of vocabulary)"
 HASHED = "(other values, hashed)"
 
 
 def count_experts(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
-  """Counts where the events of a sample of test snapshots were sent; None of a model without expert layers.
+  """Counts the experts that the events of a sample of test snapshots were routed to.
 
-  Returns: `snapshots` and `tokens` counted, the choices of each layer's experts `[M, E]` in all (`overall`), of each
-    source (`sources`) and of each field's most frequent values (`fields`); `unnamed`, the fields whose values are
-    hashes, which have no name to show.
+  Returns: None for a model without expert layers. Otherwise `snapshots` and `tokens`, the numbers counted; the choices
+    of each layer's experts `[M, E]` in all (`overall`), for each source (`sources`) and for each field's most frequent
+    values (`fields`); and `unnamed`, the fields whose values are hashes, which have no name to show.
   """
   model = run.cfg.model
   if model.encoder == "gru" or not model.moe_every or model.layers < model.moe_every:
@@ -71,7 +71,7 @@ def count_experts(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
 
 
 def _valid(batch: QueryBatch) -> np.ndarray:
-  """Whether there is an event, bool `[B, L]`; rows beyond the questions are padding throughout."""
+  """Returns whether there is an event, bool `[B, L]`; rows beyond the questions are all padding."""
   valid = np.asarray(batch.features.segment) > 0
   valid[len(batch.questions) :] = False
   return valid
@@ -80,7 +80,7 @@ def _valid(batch: QueryBatch) -> np.ndarray:
 def count_choices(
   dataset: Dataset, source: np.ndarray, codes: np.ndarray, expert: np.ndarray, experts: int
 ) -> dict[str, Any]:
-  """Counts the choices `expert [M, N, K]` of events of `source [N]`, from 1, with `codes [N, F]`."""
+  """Counts the choices `expert [M, N, K]` of events with sources `source [N]`, from 1, and `codes [N, F]`."""
   schema = dataset.schema
   columns = [*schema.categorical, *schema.extra_columns]
   fields: dict[str, list[dict[str, Any]]] = {}
@@ -93,7 +93,7 @@ def count_choices(
     # An event with several values counts for each of them.
     where = [i for i, column in enumerate(columns) if column == name]
     value, of = codes[:, where].reshape(-1), np.repeat(np.arange(len(codes)), len(where))
-    value = np.minimum(value, len(encoder.values) + FIRST_VALUE)  # all hashed values are one
+    value = np.minimum(value, len(encoder.values) + FIRST_VALUE)  # counts all hashed values as one
     frequent, number = np.unique(value[value != ABSENT], return_counts=True)
     top = frequent[np.argsort(-number, kind="stable")][:VALUES]
     fields[name] = [
@@ -116,14 +116,15 @@ def _name(encoder: Vocabulary, code: int) -> str:
 
 
 def _choices(expert: np.ndarray, experts: int) -> dict[str, Any]:
-  """How many `tokens` there are, and how often each expert of each layer was chosen: `choices [M, E]`."""
+  """Returns the number of `tokens`, and how often each expert of each layer was chosen: `choices [M, E]`."""
   counts = [np.bincount(layer.reshape(-1), minlength=experts).tolist() for layer in expert]
   return {"tokens": expert.shape[1], "choices": counts}
 
 
 def expert_lift(row: Mapping[str, Any], overall: np.ndarray, layer: int) -> np.ndarray:
-  """How many times as often as any token a row's tokens go to each expert of a layer: `[E]`; NaN where none goes.
+  """Returns the lift of a row's tokens for each expert of a layer, `[E]`; NaN for an expert that no token chose.
 
+  The lift is the expert's share of the choices of the row's tokens, divided by its share of the choices of all tokens.
   `overall [E]` are the choices of all tokens in that layer.
   """
   own = np.array(row["choices"][layer], np.float64)

@@ -1,11 +1,11 @@
-"""95 % intervals of the tasks' main metrics over the users that happen to be in the data, without resampling.
+"""Computes 95 % intervals of the tasks' main metrics over the users that happen to be in the data, without resampling.
 
-A metric moves by about Σ ψ over labels when users come and go: ψ, the influence of a label, is exact for a mean and the
-linear part for an area or a root. The labels of one user hang together, so ψ is summed by user, and the variance is
-U/(U − 1) Σ ψ². For the area under one curve with a label a user this is DeLong's interval. Differences are paired: of
-the same labels, by the difference of the influences.
+A metric moves by about Σ ψ over labels when users come and go. ψ is the influence of a label; it is exact for a mean,
+and the linear part for an area or a root. The labels of one user depend on each other, so ψ is summed by user, and the
+variance is U/(U − 1) Σ ψ². For the area under one curve with one label a user this is DeLong's interval. Differences
+are paired: they take the difference of the influences of the same labels.
 
-Intervals hold the chance of which users were met, not that of training: a run with another seed scores otherwise.
+Intervals cover the random choice of users, not the randomness of training: a run with another seed scores otherwise.
 
 Source: DeLong, DeLong and Clarke-Pearson 1988, https://doi.org/10.2307/2531595; labels in clusters, Obuchowski 1997,
 https://doi.org/10.2307/2533958.
@@ -36,12 +36,12 @@ Interval = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """The known labels of one task with what a run, or a baseline, answered to them.
+  """The known labels of one task with the answers of a run, or of a baseline.
 
   Attributes:
-    form: of the answers.
-    value: the labels `[n]`, or `[n, C]` of a task with many values.
-    answer: as metrics take them: probabilities, numbers, or ranks of the true value `[n]`.
+    form: the form of the answers.
+    value: the labels `[n]`, or `[n, C]` for a task with many values.
+    answer: the answers as metrics take them: probabilities, numbers, or ranks of the true value `[n]`.
     cutoff: k of NDCG@k, for ranks.
   """
 
@@ -59,7 +59,7 @@ class Influence(NamedTuple):
 
 
 def influence(scored: Scored) -> Influence | None:
-  """The main metric of a task's form and each label's influence; None where the metric has no value."""
+  """Returns the main metric of a task's form and each label's influence; None if the metric has no value."""
   value, answer = scored.value, scored.answer
   if scored.form == "catalogue":
     gain = np.where(answer <= scored.cutoff, 1 / np.log2(1 + answer), 0.0)
@@ -75,7 +75,7 @@ def influence(scored: Scored) -> Influence | None:
 
 
 def _areas(positive: np.ndarray, score: np.ndarray) -> Influence | None:
-  """The mean area under the curves of `positive, score [n, C]` over the columns that hold both classes."""
+  """Returns the mean area under the curves of `positive, score [n, C]` over the columns that hold both classes."""
   found = [area_influence(positive[:, c], score[:, c]) for c in range(score.shape[1])]
   known = [f for f in found if f is not None]
   if not known:
@@ -84,13 +84,13 @@ def _areas(positive: np.ndarray, score: np.ndarray) -> Influence | None:
 
 
 def area_influence(positive: np.ndarray, score: np.ndarray) -> Influence | None:
-  """The area under the ROC curve of `positive, score [n]` by ranks, and the influences; None with one class only."""
+  """Returns the area under the ROC curve of `positive, score [n]`, by ranks, and influences; None for one class."""
   ones = int(positive.sum())
   zeros = len(positive) - ones
   if not ones or not zeros:
     return None
   rank, above = stats.rankdata(score), np.empty(len(score))
-  # Of a positive the share of negatives below it, of a negative the share of positives above; ties count half.
+  # For a positive, the share of negatives below it; for a negative, the share of positives above it; ties count half.
   above[positive] = (rank[positive] - stats.rankdata(score[positive])) / zeros
   above[~positive] = 1 - (rank[~positive] - stats.rankdata(score[~positive])) / ones
   value = float(above[positive].mean())
@@ -98,9 +98,9 @@ def area_influence(positive: np.ndarray, score: np.ndarray) -> Influence | None:
 
 
 def user_interval(form: config.Answer, found: Influence | None, user: np.ndarray) -> Interval | None:
-  """The interval of a metric, labels being of the users `user [n]`; None where the labels tell of none.
+  """Returns the interval of a metric whose labels belong to the users `user [n]`; None if it cannot be estimated.
 
-  At the end of its range (an area of 1) a metric has no spread to be estimated from, and with one user neither.
+  A metric at the end of its range (an area of 1) has no spread to estimate it from, nor has a single user.
   """
   if found is None:
     return None
@@ -119,7 +119,7 @@ def user_interval(form: config.Answer, found: Influence | None, user: np.ndarray
 
 
 def difference(one: Influence | None, other: Influence | None, user: np.ndarray) -> dict[str, object] | None:
-  """By how much `one` is above `other` on the same labels: `difference`, and its paired `interval`, or None."""
+  """Returns the `difference` `one` − `other` on the same labels and its paired `interval`; None if either is None."""
   if one is None or other is None:
     return None
   by, error = one.value - other.value, _error(one.psi - other.psi, user)
@@ -127,7 +127,7 @@ def difference(one: Influence | None, other: Influence | None, user: np.ndarray)
 
 
 def _error(psi: np.ndarray, user: np.ndarray) -> float | None:
-  """Half the width of the interval of what the labels move by `psi [n]`; None of a single user."""
+  """Returns half the width of the interval of a metric, from the influences `psi [n]`; None for a single user."""
   _, of = np.unique(user, return_inverse=True)
   sums = np.bincount(of, psi)
   count = len(sums)
@@ -138,7 +138,7 @@ def _error(psi: np.ndarray, user: np.ndarray) -> float | None:
 
 
 def wilson(hits: float, count: int) -> Interval:
-  """The interval of a share of `hits` among `count` independent ones.
+  """Returns the interval of a share: `hits` among `count` independent trials.
 
   Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
   """

@@ -1,6 +1,6 @@
-"""Linear probes: how much a frozen vector says about a label, and the hand-made aggregates it must beat.
+"""Fits linear probes: they measure how well a frozen vector, or the aggregates that it must beat, predict a label.
 
-Shapes: n rows fitted on, m rows asked about, D inputs, C classes.
+Shapes: n rows to fit on, m rows to predict, D inputs, C classes.
 """
 
 from __future__ import annotations
@@ -16,34 +16,40 @@ from sklearn.preprocessing import StandardScaler
 
 from supermoe_jax import config
 
-# Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse ones are those whose scale means something,
-# such as TF-IDF, and are not standardised.
+# Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse inputs, such as TF-IDF, have a meaningful
+# scale and are not standardised.
 Inputs = Any
 
-# From `x [m, D]` to probabilities `[m]`, `[m, values]`, `[m, C]`, or numbers `[m]`.
+# A function of `x [m, D]` that returns probabilities `[m]`, `[m, values]`, `[m, C]`, or numbers `[m]`.
 Predictor = Callable[[Inputs], np.ndarray]
 
-# Inverse strength of the regularisation (scikit-learn's C) of standardised and of sparse inputs.
+# Inverse strength of the regularisation (scikit-learn's C) for standardised and for sparse inputs.
 REGULARISATION = 0.05
 SPARSE_REGULARISATION = 5.0
 
 
 def logistic_pipeline(x: Inputs) -> Pipeline:
-  """Standardisation and a logistic regression for inputs like `x`, multinomial if need be; not yet fitted."""
+  """Returns standardisation (of dense inputs) and logistic regression for inputs like `x`, not yet fitted.
+
+  The regression is multinomial if need be.
+  """
   if scipy.sparse.issparse(x):
     return make_pipeline(LogisticRegression(C=SPARSE_REGULARISATION, solver="lbfgs", max_iter=1000))
   return make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, solver="newton-cholesky"))
 
 
 def ridge_pipeline(x: Inputs) -> Pipeline:
-  """Standardisation and a linear regression whose weights are held as small as those of `linear`; not yet fitted."""
+  """Returns standardisation (of dense inputs) and linear regression for inputs like `x`, not yet fitted.
+
+  The regularisation is as strong as in `logistic_pipeline`.
+  """
   if scipy.sparse.issparse(x):
     return make_pipeline(Ridge(alpha=1 / SPARSE_REGULARISATION, solver="sparse_cg"))
   return make_pipeline(StandardScaler(), Ridge(alpha=1 / REGULARISATION))
 
 
 class Probe:
-  """Linear probes of one label, or one for each of several binary labels; a label of one class gives its rate."""
+  """A linear probe of a binary label, or one for each of several; for a label of one class it predicts the rate."""
 
   def __init__(self, x: Inputs, label: np.ndarray):
     """Fits on `x [n, D]` and `label [n]` or `[n, values]` of 0 and 1."""
@@ -63,7 +69,7 @@ class Probe:
 
 
 class MultiClassProbe:
-  """A multinomial probe of one label of C classes; classes that it was not fitted on get the probability 0."""
+  """A multinomial probe of one label of C classes; a class that it was not fitted on gets the probability 0."""
 
   def __init__(self, x: Inputs, label: np.ndarray, classes: int):
     """Fits on `x [n, D]` and class indices `label [n]`, below `classes`."""
@@ -94,7 +100,7 @@ def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int)
   """Fits the probe for a form of answer on `x [n, D]` and `label [n]` or `[n, values]`.
 
   `outputs` is the number of classes or values, 1 for one yes or no and for a number.
-  Raises: ValueError for answers that no probe gives: rankings of a catalogue, and contrast.
+  Raises: ValueError for forms without a linear probe: rankings of a catalogue, and contrast.
   """
   if answer in ("binary", "multilabel"):
     return Probe(x, label.astype(np.float32))

@@ -1,6 +1,6 @@
-"""Metrics of every form of answer: yes or no, one of several classes, several values, a number, a ranking.
+"""Computes the metrics of every form of answer: yes or no, one of several classes, several values, a number, a ranking.
 
-Shapes: n labels, C classes. Each function raises ValueError without any label: there is nothing to measure.
+Shapes: n labels, C classes. The `…_metrics` functions raise a ValueError if there is no label to measure against.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from sklearn import metrics as sk
 
 Metrics = dict[str, float | None]
 
-# Of every other metric more is better; counts such as `gauc_users` are neither.
+# For every other metric more is better; counts such as `gauc_users` are neither better nor worse.
 LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae"})
 
-# A probability is taken to be at least this where its logarithm is: one answer that was certain and wrong would
-# otherwise make the mean infinite.
+# Probabilities are raised to at least this before their logarithm is taken: otherwise one answer that was certain and
+# wrong would make the mean infinite.
 SMALLEST_PROBABILITY = 1e-7
 
 
@@ -32,7 +32,7 @@ def best_value(metric: str, values: Iterable[float | None]) -> float | None:
 
 
 def binary_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
-  """AUC, average precision, log loss and calibration error of `probability [n]` for `label [n]` of 0 and 1.
+  """Returns AUC, average precision, log loss and calibration error of `probability [n]` for `label [n]` of 0 and 1.
 
   AUC and average precision are None when only one class is present.
   """
@@ -47,10 +47,10 @@ def binary_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
 
 
 def event_binary_metrics(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> Metrics:
-  """The metrics of `binary`, and AUC within users: the labels are of events, of which a user has several.
+  """Returns the metrics of `binary_metrics`, and AUC within users, for labels of events: a user has several of them.
 
-  `gauc` is the mean of the users' own AUCs, weighted by their numbers of labels; users whose labels are of one class
-  have none. `gauc_users` counts the users that have one; without any, `gauc` is None.
+  `gauc` is the mean of the users' own AUCs, weighted by their numbers of labels. Users whose labels are all of one
+  class have no AUC. `gauc_users` counts the users that have one; if there are none, `gauc` is None.
   Shapes: `label, probability, user [n]`.
   Source: GAUC, "Optimized Cost per Click in Taobao Display Advertising", arXiv 1703.02091.
   """
@@ -60,11 +60,11 @@ def event_binary_metrics(label: np.ndarray, probability: np.ndarray, user: np.nd
 
 
 def _area_of_each_user(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """AUC and number of labels of each user with both classes, by the rank sum: all users in one sort."""
+  """Returns AUC and number of labels of each user with both classes, by the rank sum: all users in one sort."""
   _, user = np.unique(user, return_inverse=True)
   order = np.lexsort((probability, user))
   user, score, positive = user[order], probability[order], label[order] > 0
-  # Runs of equal scores of a user share the mean of their ranks.
+  # Equal scores of a user share the mean of their ranks.
   begins = np.flatnonzero(np.append(True, (np.diff(user) != 0) | (np.diff(score) != 0)))
   length = np.diff(np.append(begins, len(user)))
   count = np.bincount(user)
@@ -78,18 +78,19 @@ def _area_of_each_user(label: np.ndarray, probability: np.ndarray, user: np.ndar
 
 
 def expected_calibration_error(label: np.ndarray, probability: np.ndarray, bins: int = 10) -> float:
-  """Mean distance of predicted and observed rate over equally filled bins (arXiv 1909.10155)."""
+  """Returns the mean distance of predicted and observed rate over equally filled bins (arXiv 1909.10155)."""
   order = np.argsort(probability, kind="stable")
   parts = [p for p in np.array_split(order, bins) if len(p)]
   return float(sum(len(p) * abs(probability[p].mean() - label[p].mean()) for p in parts) / len(label))
 
 
 def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
-  """Accuracy, macro F1, mean AUC, log loss and calibration error of `probability [n, C]` for class indices `label [n]`.
+  """Returns metrics of `probability [n, C]` for class indices `label [n]`.
 
-  `macro_f1` is the mean over the classes that occur as label or as answer. `auc` is the mean, over the classes that
-  some but not all labels are of, of the AUC of one class against the rest; `classes_without_auc` counts the others.
-  `ece` asks whether the likeliest class is right as often as its probability says.
+  They are accuracy, macro F1, mean AUC, log loss and calibration error. `macro_f1` is the mean over the classes that
+  occur as label or as answer. `auc` is the mean AUC of one class against the rest, over the classes that some but not
+  all labels have; `classes_without_auc` counts the other classes. `ece` compares how often the likeliest class is right
+  with its probability.
   """
   _require_labels(label)
   answer = np.argmax(probability, axis=1)
@@ -107,9 +108,10 @@ def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
 
 
 def multi_label_metrics(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metrics:
-  """Mean AUC over the values that occur (`label, probability [n, values]`), recall in the k likeliest, log loss.
+  """Returns mean AUC over the values that occur, recall in the k likeliest, and log loss.
 
-  `values_without_auc` counts the values left out of the mean because all or none have them.
+  `values_without_auc` counts the values left out of the mean because all samples or none have them.
+  Shapes: `label, probability [n, values]`.
   """
   _require_labels(label)
   usable = [v for v in range(label.shape[1]) if 0 < label[:, v].sum() < len(label)]
@@ -127,9 +129,9 @@ def multi_label_metrics(label: np.ndarray, probability: np.ndarray, k: int = 10)
 
 
 def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
-  """Root mean square error, mean absolute error and R² of `prediction [n]`, in the unit of `label [n]`.
+  """Returns root mean square error, mean absolute error and R² of `prediction [n]`, in the unit of `label [n]`.
 
-  R² compares with the mean of these very labels; it is None when they are all alike.
+  R² compares with the mean of these same labels; it is None when they are all equal.
   """
   _require_labels(label)
   label, error = label.astype(np.float64), prediction.astype(np.float64) - label
@@ -143,7 +145,7 @@ def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
 
 
 def ranking_metrics(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
-  """HR@k, NDCG@k and MRR@k of one relevant item a question, at `rank [n]` (1 is best; infinite: not ranked)."""
+  """Returns HR@k, NDCG@k and MRR@k of one relevant item a question, at `rank [n]` (1 is best; infinite: not ranked)."""
   _require_labels(rank)
   out: Metrics = {}
   for k in cutoffs:

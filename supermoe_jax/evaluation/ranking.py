@@ -1,4 +1,4 @@
-"""Full ranking: the place of a target among the whole catalogue, in parts that never hold `[questions, items]`."""
+"""Ranks targets among the whole catalogue, in chunks of items, so that no array has the shape `[questions, items]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from supermoe_jax.layers.catalogue import Catalogue
 def _rank(
   state: jax.Array, target: jax.Array, seen: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
 ) -> jax.Array:
-  """Ranks of the codes `target [n]`; `seen [n, m]` holds codes, 0 for none."""
+  """Returns the ranks of the codes `target [n]`; `seen [n, m]` holds codes to leave out, 0 for none."""
   items = Catalogue(rows, bias, size)
   mine = catalogue_lib.score_codes(state, target[:, None], items)
   better = catalogue_lib.count_at_least(state, mine[:, 0], target, items, chunk)
@@ -36,13 +36,13 @@ def target_ranks(
   items: Catalogue,
   chunk: int,
 ) -> np.ndarray:
-  """Ranks each target among all items by `state · row + bias`; equal scores count against the target.
+  """Returns the rank of each target among all items by `state · row + bias`; equal scores count against the target.
 
   Args:
     state: float32 `[n, D]`.
-    target: int `[n]`, item indices; a negative one is unknown to the catalogue and ranks at infinity.
-    seen: for each question the item indices that cannot be recommended, or None. A target that is among them ranks at
-      infinity.
+    target: int `[n]`, item indices; a negative index is unknown to the catalogue and ranks at infinity.
+    seen: for each question, the indices of items that cannot be recommended; None: no item is left out. A target
+      among them ranks at infinity.
     items: the catalogue, on the mesh in use.
     chunk: items scored at a time.
 
@@ -50,7 +50,7 @@ def target_ranks(
   """
   lost = target < 0
   width = max((len(s) for s in seen), default=0) if seen is not None else 0
-  width = 1 << max(width - 1, 0).bit_length()  # few sizes, few compilations
+  width = 1 << max(width - 1, 0).bit_length()  # a power of two: few sizes, few compilations
   n = len(target)
   room = -(-n // sharding.ways("rows")) * sharding.ways("rows")
   codes = np.zeros((room, width), np.int32)

@@ -1,4 +1,4 @@
-"""Validation while a run trains: how good each task is by then, and which checkpoints are the best so far."""
+"""Validates a run while it trains: it measures every task, and finds the best checkpoints so far."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ FILE = "validation.jsonl"
 
 
 class Validation:
-  """Validates a run at some of its checkpoints, and writes a row of `validation.jsonl` each time.
+  """A validator of a run at some of its checkpoints, which writes a row of `validation.jsonl` each time.
 
-  A checkpoint is written before it is validated, and validated before the next step: a run that was cut in between
-  validates what it goes on from. So the rows do not depend on where a run was cut. Nothing of it changes the training.
+  A checkpoint is written before it is validated, and validated before the next step. A run that was cut in between
+  validates the checkpoint that it resumes from. So the rows do not depend on where a run was cut. Validation never
+  changes the training.
   """
 
   def __init__(
@@ -43,7 +44,7 @@ class Validation:
     say: Callable[[str], None],
     progress: bool = False,
   ):
-    """Of a run on `mesh`; `say` is told results, and `progress` shows a bar on a terminal."""
+    """Prepares to validate a run on `mesh`; `say` receives results, and `progress` shows a bar on a terminal."""
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
     self._say, self._progress = say, progress and sys.stderr.isatty() and processes.is_first()
     self._rows: list[dict[str, Any]] = []
@@ -53,13 +54,13 @@ class Validation:
     return abstract_model(self._cfg, self._dataset.schema, self._mesh.devices.flat[0].platform)[0]
 
   def resume(self, step: int) -> None:
-    """Takes up the rows of a run that stands at `step`; those of later ones are dropped."""
+    """Reads the rows of a run that resumes at `step`, and drops the rows of later steps."""
     if processes.is_first():
       truncate_rows(self._workdir / FILE, step)
     self._rows = json.loads(processes.gather_text(json.dumps(validation_rows(self._workdir)))[0][1])
 
   def due(self, step: int) -> bool:
-    """Whether the run is to be validated at `step`, and was not yet."""
+    """Returns whether the run is to be validated at `step`, and was not yet."""
     every = self._cfg.train.validate.every
     wanted = every > 0 and step > 0 and (step % every == 0 or step == self._cfg.train.steps)
     return wanted and all(row["step"] != step for row in self._rows)
@@ -89,15 +90,15 @@ class Validation:
     return row
 
   def best(self) -> list[int]:
-    """The steps of the best rows, the best first, as many as are kept."""
+    """Returns the steps of the best rows, the best first, at most `config.train.validate.checkpoints_kept`."""
     return _ordered(self._rows)[: self._cfg.train.validate.checkpoints_kept]
 
 
 def validation_score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | None:
-  """What "best" means: `config.train.validate.metric`, or the mean of the tasks' main metrics; more is better.
+  """Returns the score of a checkpoint: `config.train.validate.metric`, or the mean of the tasks' main metrics.
 
-  Of numbers R² stands for the root mean square error, which has a unit. Tasks without a value do not count; None where
-  none has any.
+  More is better. For tasks that predict a number, R² replaces the root mean square error, which has a unit. Tasks
+  without a value do not count; the score is None if no task has one.
   """
   asked = cfg.train.validate.metric
   if asked:
@@ -111,10 +112,10 @@ def validation_score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -
 
 
 def validation_of(cfg: config.Config) -> type[Validation]:
-  """Returns what makes the validator of a run of this config, for `training.loop.train`.
+  """Returns the class that makes the validator of a run of this config, for `training.loop.train`.
 
   Raises:
-    ConfigError: the metric that is to choose the best checkpoint is not one of its task's.
+    ConfigError: `config.train.validate.metric`, which chooses the best checkpoint, is no metric of its task.
   """
   name, _, metric = cfg.train.validate.metric.partition("/")
   if metric and metric not in (known := evaluate.metric_names(cfg, cfg.labelled_tasks[name])):
@@ -125,15 +126,15 @@ def validation_of(cfg: config.Config) -> type[Validation]:
 
 
 def validation_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """All rows of a run directory; none where it was not validated while it trained."""
+  """Returns all rows of a run directory; none if the run was not validated while it trained."""
   return read_rows(workdir / FILE)
 
 
 def best_checkpoint(workdir: pathlib.Path) -> int:
-  """The step of the checkpoint that was best on validation, of those that are there.
+  """Returns the step of the checkpoint that was best on validation, among the checkpoints that still exist.
 
   Raises:
-    RunError: there is none.
+    RunError: no checkpoint that exists was validated.
   """
   there = set(Checkpoints(workdir).steps)
   found = [step for step in _ordered(validation_rows(workdir)) if step in there]
@@ -146,7 +147,7 @@ def best_checkpoint(workdir: pathlib.Path) -> int:
 
 
 def _ordered(rows: list[dict[str, Any]]) -> list[int]:
-  """The steps that have a score, the best first; of equals the earlier."""
+  """Returns the steps that have a score, the best first; of equal scores the earlier step first."""
   scored = [r for r in rows if r["score"] is not None]
   return [r["step"] for r in sorted(scored, key=lambda r: (-r["score"], r["step"]))]
 

@@ -1,4 +1,8 @@
-"""Attention over histories and their snapshots: causal among events, one-way from snapshots, aware of time gaps."""
+"""Implements multi-head attention over rows of events and snapshots.
+
+Events attend to earlier events of their user, snapshots attend to events, and no event attends to a snapshot. A learned
+bias makes the scores depend on time gaps.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +16,32 @@ from flax import nnx
 from supermoe_jax import sharding
 from supermoe_jax.sharding import linear
 
-# Hours at which the learned bias on time gaps may bend: at once, a day, four weeks. Each costs a pass over all pairs.
+# Knots of the learned bias on time gaps, as log1p of hours: 0, a day, four weeks. Each costs a pass over all pairs.
 GAP_KNOTS = np.log1p(np.array([0.0, 24.0, 672.0]))
 
-# Nothing sees what comes after it in a row, so a block of queries needs only the keys up to its own end: half the work.
-# Measured, as all times here, forward + backward in float32 on 2 CPU cores: B 32, T 264, H 2, d 32 takes 27 ms in
-# blocks, 36 ms in the loops below, 46 ms with jax.nn.dot_product_attention and the same mask and bias.
+# Queries per block. No position sees a later one, so a block of queries needs only the keys up to its own end: half the
+# work. Times here are forward + backward in float32 on 2 CPU cores. B 32, T 264, H 2, d 32 takes 27 ms in blocks, 36 ms
+# in the loops below, 46 ms with jax.nn.dot_product_attention and the same mask and bias.
 QUERY_BLOCK = 96
 
-# Unrolled blocks leave all their scores to the backward pass, and take longer to compile the more there are. A row of
-# more than LONG positions goes through LONG_GROUPS loops instead, each with the keys up to its own end; a step of a
-# loop takes LONG_BLOCK queries, and the backward pass computes its scores again. At B 1, T 2048, H 4, d 32 the loops
-# need 21 MiB and 86 ms, the blocks 240 MiB and 76 ms (the scores of all pairs are 64 MiB); at B 8, T 1032, H 2, 42 MiB
-# and 80 ms against 221 MiB and 65 ms. Blocks under jax.checkpoint save nothing on the CPU, where XLA merges the second
-# computation with the first.
+# Unrolled blocks keep all their scores for the backward pass, and more blocks take longer to compile. A row of more
+# than LONG positions goes through LONG_GROUPS loops instead, each with the keys up to its own end. A loop step takes
+# LONG_BLOCK queries, and the backward pass recomputes its scores. At B 1, T 2048, H 4, d 32 the loops need 21 MiB and
+# 86 ms, the blocks 240 MiB and 76 ms (the scores of all pairs are 64 MiB). At B 8, T 1032, H 2, the loops need 42 MiB
+# and 80 ms, the blocks 221 MiB and 65 ms. Blocks under jax.checkpoint save nothing on the CPU, where XLA merges the
+# recomputation with the forward pass.
 LONG = 512
 LONG_BLOCK = 32
 LONG_GROUPS = 4
 
-# Score of what is not visible: its exponential is 0.
+# Score of a position that is not visible; its exponential is 0.
 HIDDEN = -1e30
 
 
 class Visibility(NamedTuple):
-  """Who sees whom: position i sees positions start_i ≤ j < end_i, position `also_i`, and itself.
+  """Positions that each position sees: position i sees positions start_i ≤ j < end_i, position `also_i`, and itself.
 
-  int32 `[B, T]` each, with end_i ≤ i + 1 and also_i ≤ i; without `also` there is no further position.
+  All arrays are int32 `[B, T]`, with end_i ≤ i + 1 and also_i ≤ i. `also` is None when there is no further position.
   """
 
   start: jax.Array
@@ -46,18 +50,19 @@ class Visibility(NamedTuple):
 
 
 def visibility(segment: jax.Array, query_segment: jax.Array, query_events: jax.Array) -> tuple[Visibility, jax.Array]:
-  """Returns who sees whom, and where everyone is, in rows of L events followed by S snapshots.
+  """Returns the visible and the rotary positions in rows of L events followed by S snapshots.
 
-  An event sees the events of its user up to itself, a snapshot the first `query_events` events of its user and itself.
-  Nobody else sees a snapshot, nobody sees padding, padding sees only itself, and nothing crosses users.
+  An event sees its user's events up to and including itself. A snapshot sees the first `query_events` events of its
+  user, and itself. No other position sees a snapshot. Padding sees only itself and is seen only by itself. No position
+  sees another user's positions.
 
   Args:
     segment: int32 `[B, L]`, the user of each event: users contiguous, numbered from 1; 0 is padding.
     query_segment: int32 `[B, S]`, the user of each snapshot; 0 is padding.
-    query_events: int32 `[B, S]`, how many of its user's events the snapshot sees; more than exist means all of them.
+    query_events: int32 `[B, S]`, the number of its user's events that the snapshot sees; more than exist means all.
 
-  Returns: the `Visibility [B, L + S]`, and the rotary position int32 `[B, L + S]`, which is the place within the
-    user's own history: of an event its index from 0, of a snapshot the number of events it sees, of padding 0.
+  Returns: the `Visibility [B, L + S]`, and the rotary position int32 `[B, L + S]`, which is the place within the user's
+    own history: an event's index from 0, a snapshot's number of visible events, 0 for padding.
   """
   event = jnp.arange(segment.shape[1], dtype=jnp.int32)
   begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -78,10 +83,10 @@ def visibility(segment: jax.Array, query_segment: jax.Array, query_events: jax.A
 def with_task_tokens(
   visible: Visibility, position: jax.Array, snapshots: int, tasks: int
 ) -> tuple[Visibility, jax.Array]:
-  """Adds T task tokens a snapshot behind a row's L events and S snapshots, those of the first snapshot first.
+  """Appends T task tokens for each snapshot to rows of L events and S snapshots, in the order of the snapshots.
 
-  A task token sees what its snapshot sees, the snapshot, and itself; nobody else sees it. Its rotary position is the
-  snapshot's.
+  A task token sees its snapshot, what the snapshot sees, and itself; no other position sees it. Its rotary position is
+  the snapshot's.
 
   Args:
     visible: `[B, L + S]`, of events and snapshots; see `visibility`.
@@ -101,7 +106,7 @@ def with_task_tokens(
 
 
 def rotate(x: jax.Array, position: jax.Array) -> jax.Array:
-  """Rotary embedding of `x [B, T, H, d]` at `position [B, T]`, computed in float32 (arXiv 2104.09864)."""
+  """Applies the rotary embedding to `x [B, T, H, d]` at `position [B, T]`, in float32 (arXiv 2104.09864)."""
   half = x.shape[-1] // 2
   frequency = 10_000.0 ** (-jnp.arange(half) / half)
   angle = position[:, :, None, None].astype(jnp.float32) * frequency
@@ -117,10 +122,10 @@ class Attention(nnx.Module):
   """
 
   def __init__(self, d_model: int, heads: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
-    """Creates the layer; without `dtype` it computes in that of its input.
+    """Creates the layer. Without `dtype` it computes in the dtype of its input.
 
     Raises:
-      ValueError: `d_model` is no multiple of `2 · heads`; rotary positions turn pairs of channels.
+      ValueError: `d_model` is not a multiple of `2 · heads`; rotary positions rotate pairs of channels.
     """
     if d_model % (2 * heads):
       raise ValueError(f"d_model={d_model} must be a multiple of 2 × heads={2 * heads}")
@@ -137,24 +142,24 @@ class Attention(nnx.Module):
       x: `[B, T, D]`.
       position: int32 `[B, T]`, place in the history.
       time: float32 `[B, T]`, hours since any fixed moment of the row.
-      visible: `[B, T]`, who sees whom.
+      visible: `[B, T]`, the positions that each position sees.
 
     Returns: `[B, T, D]` in the dtype of `x`.
     """
     b, t, d = x.shape
-    # Head by head, so that a device with some of the heads has the q, k and v of just those.
+    # q, k and v are grouped by head, so that a device that holds some heads holds the q, k and v of these heads only.
     qkv = self.qkv(x).astype(self.dtype or x.dtype).reshape(b, t, self.heads, 3, d // self.heads)
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     queries = Queries(rotate(q, position), time, visible, jnp.arange(t, dtype=jnp.int32)[None])
     keys = Keys(rotate(k, position), v, time)
-    # One copy a row, so that where rows are sharded the gradient is summed over devices once, not in every loop step.
+    # One copy per row: where rows are sharded, the gradient is then summed over devices once, not in every loop step.
     gap = jnp.broadcast_to(self.gap.get_value(), (b, *self.gap.shape))
     attended = (_attend_in_blocks if t <= LONG else _attend_in_loops)(queries, keys, gap)
     return self.out(attended.reshape(b, t, d)).astype(x.dtype)
 
 
 class Queries(NamedTuple):
-  """Those who look: `q [B, t, H, d]`, `time [B, t]`, `visible [B, t]`, and their `place [1, t]` in the row."""
+  """Queries of attention: `q [B, t, H, d]`, `time [B, t]`, `visible [B, t]`, and their `place [1, t]` in the row."""
 
   q: jax.Array
   time: jax.Array
@@ -163,7 +168,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-  """What they look at, from the row's first position on: `k, v [B, T, H, d]`, `time [B, T]`."""
+  """Keys and values of attention, from the row's first position on: `k, v [B, T, H, d]`, `time [B, T]`."""
 
   k: jax.Array
   v: jax.Array
@@ -174,14 +179,14 @@ _Tree = TypeVar("_Tree", Queries, Keys)
 
 
 def gap_bias(weight: jax.Array, time: jax.Array, past: jax.Array) -> jax.Array:
-  """Returns the bias `[B, H, t, T]` of the gaps between `time [B, t]` and `past [B, T]`; `weight [B, knots, H]`."""
+  """Returns the bias `[B, H, t, T]` for gaps between times `time [B, t]` and `past [B, T]`; `weight [B, knots, H]`."""
   gap = jnp.log1p(jnp.abs(time[:, :, None] - past[:, None, :]))
   bends = (weight[:, i, :, None, None] * jax.nn.relu(gap - knot)[:, None] for i, knot in enumerate(GAP_KNOTS))
   return sum(bends, jnp.zeros(()))
 
 
 def _attend(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
-  """Softmax attention of t queries over T keys, `[B, t, H, d]`; `gap [B, knots, H]` weighs the time gaps."""
+  """Returns softmax attention of t queries over T keys, `[B, t, H, d]`; `gap [B, knots, H]` weighs the time gaps."""
   q, k, v = queries.q, keys.k, keys.v
   score = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   key = jnp.arange(k.shape[1], dtype=jnp.int32)
@@ -197,7 +202,7 @@ def _attend(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
 
 
 def _attend_in_blocks(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
-  """`_attend` of a whole row, block by block."""
+  """Returns `_attend` of a whole row, computed block by block."""
   blocks = []
   for start in range(0, queries.q.shape[1], QUERY_BLOCK):
     end = start + QUERY_BLOCK
@@ -206,7 +211,7 @@ def _attend_in_blocks(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array
 
 
 def _attend_in_loops(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
-  """`_attend` of a whole row, with one block of scores alive at a time, forward and backward."""
+  """Returns `_attend` of a whole row, with one block of scores in memory at a time, forward and backward."""
   t = queries.q.shape[1]
   group = -(-t // (LONG_BLOCK * LONG_GROUPS)) * LONG_BLOCK
   groups = []
@@ -217,7 +222,7 @@ def _attend_in_loops(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
 
 
 def _attend_in_loop(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
-  """`_attend`, a loop over blocks of queries; the last block is filled up with queries whose results are dropped."""
+  """Returns `_attend`, computed in a loop over blocks of queries. Results that pad the last block are dropped."""
   t = queries.q.shape[1]
   n_blocks = -(-t // LONG_BLOCK)
 
@@ -225,11 +230,11 @@ def _attend_in_loop(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
     filled = jnp.pad(a, [(0, 0), (0, n_blocks * LONG_BLOCK - t)] + [(0, 0)] * (a.ndim - 2))
     return filled.reshape(len(a), n_blocks, LONG_BLOCK, *a.shape[2:]).swapaxes(0, 1)
 
-  attend = jax.checkpoint(_attend, prevent_cse=False)  # a loop's backward pass is a loop of its own: nothing to merge
+  attend = jax.checkpoint(_attend, prevent_cse=False)  # the backward pass is a separate loop: nothing to merge
   blocks = jax.lax.map(lambda block: attend(block, keys, gap), jax.tree.map(fold, queries))
   return blocks.swapaxes(0, 1).reshape(blocks.shape[1], n_blocks * LONG_BLOCK, *blocks.shape[3:])[:, :t]
 
 
 def _positions(tree: _Tree, start: int, end: int) -> _Tree:
-  """The positions start ≤ i < end of every array."""
+  """Returns positions start ≤ i < end of every array."""
   return jax.tree.map(lambda a: a[:, start:end], tree)

@@ -1,8 +1,8 @@
-"""Scoring a state against every row of a table, some rows at a time: full softmax and full ranking.
+"""Scores states against all rows of a table, a chunk of rows at a time, for full softmax and full ranking.
 
-The rows of a table lie on W devices. Each in turn hands out some of its rows to all, which score their own states
-against them and go on: neither the table nor `[states, items]` is ever whole anywhere. What travels is the table, once
-a pass, whatever the number of states; gradients of rows go back to their owners alone.
+The rows of a table are spread over W devices. At each step every device sends some of its rows to all devices, and each
+device scores its own states against them. No device ever holds the whole table or the whole matrix `[states, items]`.
+The table travels once per pass, whatever the number of states. Gradients of rows travel only to the rows' owners.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import jax.numpy as jnp
 from supermoe_jax import sharding
 from supermoe_jax.layers import exchange, table
 
-# Rows that are scored at a time.
+# Rows scored at a time, on all devices together.
 CHUNK = 8192
 
 _ROWS, _BIAS = (None, "rows", None), (None, "rows")
 
 
 class Catalogue(NamedTuple):
-  """What states are compared with: items are the codes from 2 on, item i is code i + 2.
+  """Items that states are scored against: the codes from 2 on, so that item i is code i + 2.
 
   Attributes:
-    rows: `[G, M / p, p·D]`, of an `EmbeddingTable`.
-    bias: float32 `[G, M]`, of each row.
-    size: codes of the table, absent and out of vocabulary included.
+    rows: `[G, M / p, p·D]`, the rows of an `EmbeddingTable`.
+    bias: float32 `[G, M]`, one per row.
+    size: number of codes of the table, including absent and out of vocabulary.
   """
 
   rows: jax.Array
@@ -37,7 +37,7 @@ class Catalogue(NamedTuple):
 
   @classmethod
   def of(cls, vectors: jax.Array, bias: jax.Array | None = None, ways: int = 1) -> Catalogue:
-    """A catalogue of `vectors [items, D]` and, if any, `bias [items]`, for a mesh of `ways` devices."""
+    """Returns a catalogue of `vectors [items, D]` and optional `bias [items]`, for a mesh of `ways` devices."""
     size = len(vectors) + 2
     m = exchange.stripes(size, ways)
     groups = -(-size // m)
@@ -48,7 +48,7 @@ class Catalogue(NamedTuple):
 
 
 class _RowChunk(NamedTuple):
-  """Rows that all devices see at a time: `rows [n, D]`, `bias [n]`, their codes `code [n]`; 0 where there is none."""
+  """Chunk of rows that all devices score at a time: `rows [n, D]`, `bias [n]`, and `code [n]`, 0 for rows to ignore."""
 
   rows: jax.Array
   bias: jax.Array
@@ -56,18 +56,18 @@ class _RowChunk(NamedTuple):
 
 
 def _first(i: jax.Array, here: int, step: int) -> jax.Array:
-  return jnp.minimum(i * step, here - step)  # the last part may begin within the one before
+  return jnp.minimum(i * step, here - step)  # the last chunk may overlap the one before
 
 
 def _chunk_sizes(catalogue: Catalogue, chunk: int) -> tuple[int, int, int]:
-  """Rows of a device, of those how many make a part, and the number of parts."""
+  """Returns the number of rows on a device, the number of these in a chunk, and the number of chunks."""
   here, p = catalogue.bias.size // sharding.ways("rows"), catalogue.bias.shape[1] // catalogue.rows.shape[1]
   step = max(p, min(here, chunk // sharding.ways("rows")) // p * p)  # whole lines
   return here, step, -(-here // step)
 
 
 def _row_chunk(rows: jax.Array, bias: jax.Array, i: jax.Array, size: int, m: int, step: int) -> _RowChunk:
-  """The i-th part, of this device's `rows [n / p, p·D]`, `bias [n]` and those of all others."""
+  """Returns the i-th chunk, gathered from all devices; `rows [n / p, p·D]` and `bias [n]` are this device's."""
   ways = sharding.ways("rows")
   first, p = _first(i, len(bias), step), len(bias) // len(rows)
   index = first + jnp.arange(step, dtype=jnp.int32)
@@ -92,13 +92,14 @@ def _flat(rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def cross_entropy(state: jax.Array, target: jax.Array, catalogue: Catalogue, chunk: int = CHUNK) -> jax.Array:
-  """`logsumexp over items − score of the target` for `state [B, ..., D]`, codes `target [B, ...]`: float32 `[B, ...]`.
+  """Returns `logsumexp over items − score of the target`, float32 `[B, ...]`.
 
-  Where the target is no item the result is the logsumexp. Its gradient by the rows is as large as they are.
+  `state` is `[B, ..., D]`, and `target [B, ...]` holds codes. Where the target is no item, the result is the logsumexp.
+  The gradient with respect to the rows is as large as the rows.
   """
   shape = target.shape
   state, target = state.reshape(shape[0], -1, state.shape[-1]), target.reshape(shape[0], -1)
-  # So many sites a row that devices which share rows of the batch can share them.
+  # Pads the sites of a row, so that devices that share rows of the batch can divide the sites evenly.
   missing = -target.shape[1] % (sharding.ways("rows") // sharding.ways("batch"))
   state = jnp.pad(state, ((0, 0), (0, missing), (0, 0)))
   target = jnp.pad(target, ((0, 0), (0, missing)))
@@ -134,7 +135,7 @@ def _cross_entropy_forward(
       mine = (part.code == target[:, None]) & (part.code > 0)
       return higher, total, own + jnp.sum(jnp.where(mine, scores, 0.0), axis=1)
 
-    none = jnp.sum(state * 0, axis=1)  # varies over the devices as the states do
+    none = jnp.sum(state * 0, axis=1)  # zeros that vary over devices as the states do
     top, total, own = jax.lax.fori_loop(0, parts, add, (none - jnp.inf, none, none))
     lse = top + jnp.log(total)
     return lse - own, lse
@@ -191,7 +192,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def score_codes(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
-  """The scores `[n, m]` of the codes `[n, m]` against `state [n, D]`; n must divide over the devices of the batch."""
+  """Returns the scores `[n, m]` of codes `[n, m]` against `state [n, D]`; n must divide over the batch's devices."""
   extent = exchange.Extent(catalogue.size, catalogue.bias.shape[1])
   asked, _ = table.distinct_codes(codes, extent)
   found = table.look_up(table.fetch(catalogue.rows, asked, extent), codes, extent)
@@ -202,9 +203,9 @@ def score_codes(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax
 def count_at_least(
   state: jax.Array, least: jax.Array, but: jax.Array, catalogue: Catalogue, chunk: int = CHUNK
 ) -> jax.Array:
-  """How many items, other than the code `but [n]`, score at least `least [n]` against `state [n, D]`: int32 `[n]`.
+  """Returns the number of items, other than the code `but [n]`, that score at least `least [n]`: int32 `[n]`.
 
-  n must divide over all devices.
+  The scores are against `state [n, D]`; n must divide over all devices.
   """
   _, step, parts = _chunk_sizes(catalogue, chunk)
   m = catalogue.bias.shape[1]

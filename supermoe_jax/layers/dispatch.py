@@ -1,19 +1,21 @@
-"""Ways of carrying tokens to their experts and back: one signature, the same numbers, different traffic.
+"""Sends tokens to their experts and combines the results, by one of several strategies.
 
-A strategy runs on each device, inside `sharding.on_shards`. It takes this device's `Tokens`, its `Experts`, and the
-capacity factor (None: nothing may be dropped), and returns the combined outputs, partial over `axes("mlp")`, with which
-choices reached an expert. Tokens that are not valid are neither sent nor counted, and their output is 0.
+The strategies have one signature and compute the same numbers, with different traffic. A strategy runs on each device,
+inside `sharding.on_shards`. It takes this device's `Tokens`, its `Experts`, and the capacity factor (None: nothing may
+be dropped). It returns the combined outputs, as partial sums over `axes("mlp")`, and which choices reached an expert.
+Tokens that are not valid are neither sent nor counted, and their output is 0.
 
-What travels over the `expert` axis of W devices, a layer, for n tokens a device:
+Traffic over the `expert` axis of W devices, per layer, for n tokens on a device:
 
     dense, sorted   the experts' weights, to every device        any mesh; nothing where W = 1
     all_to_all      capacity_factor · K · n tokens, both ways    large W
     gather          (W - 1) · n tokens, back in float32          small W
     ragged          the K · n choices themselves, both ways      TPU and GPU only
 
-Without a capacity, `all_to_all` and `gather` are `sorted`: cells for whatever may come would be W times as many.
+Without a capacity, `all_to_all` and `gather` fall back to `sorted`: cells for the worst case would be W times as many.
 
-Capacity is a bound for each expert and group of tokens: those of one device, or, with `gather`, of the W devices.
+Capacity bounds the choices of one expert from one group of tokens. A group is the tokens of one device or, with
+`gather`, of the W devices.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from supermoe_jax import sharding
 from supermoe_jax.layers import expert_buffer
 from supermoe_jax.layers.experts import Experts
 
-# Fewest rows that one expert computes at a time when nothing may be dropped.
+# Fewest rows in a block of one expert when nothing may be dropped.
 BLOCK = 64
 
 
 class Tokens(NamedTuple):
-  """This device's n tokens: `x [n, D]`, their choices `expert, weight [n, K]`, and which are `valid [n]`."""
+  """The n tokens of this device: `x [n, D]`, their choices `expert, weight [n, K]`, and which are `valid [n]`."""
 
   x: jax.Array
   expert: jax.Array
@@ -43,7 +45,7 @@ class Tokens(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-  """Combined expert outputs, float32 `y [n, D]`, and which choices reached an expert, bool `kept [n, K]`."""
+  """Combined expert outputs, float32 `y [n, D]`, and bool `kept [n, K]`, True for choices that reached an expert."""
 
   y: jax.Array
   kept: jax.Array
@@ -53,7 +55,7 @@ Strategy = Callable[[Tokens, Experts, float | None], Dispatched]
 
 
 def dense(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
-  """Every expert on every token: E times the work, nothing to go wrong. The oracle of the others; never drops."""
+  """Runs every expert on every token, at E times the work; never drops. It is the simple reference for the others."""
   experts = experts.whole()
   everything = experts(jnp.broadcast_to(tokens.x, (experts.total, *tokens.x.shape)))
   gate = jnp.einsum("nk,nke->ne", tokens.weight, jax.nn.one_hot(tokens.expert, experts.total))
@@ -63,10 +65,10 @@ def dense(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Di
 
 
 def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
-  """Sorts the choices by expert into a buffer `[E, C, D]`; tokens stay on their device, weights come to them.
+  """Sorts choices by expert into a buffer `[E, C, D]`; tokens stay on their device, weights come to them.
 
-  Without a capacity shapes are static still and nothing drops, so that the result of a token cannot depend on the
-  others: on a TPU by a grouped product, elsewhere in blocks of rows, each of one expert, which copy its weights.
+  Without a capacity, shapes are still static and nothing is dropped, so a token's result cannot depend on other tokens.
+  A TPU then uses one grouped product. Other backends use blocks of rows, each of one expert, which copy its weights.
   Compiled for v5e with 8,192 tokens a device, D 1024, hidden 4096 and E 16, the product takes 387 MiB and 4.8 GB of
   traffic, the blocks 2,256 MiB and 9.7 GB.
 
@@ -87,7 +89,7 @@ def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> 
 
 
 def _in_blocks(tokens: Tokens, experts: Experts) -> Dispatched:
-  """Every expert's choices fill blocks of rows of their own, at most `K·n / rows + E` in all however they fall."""
+  """Runs each expert on its own blocks of rows, at most `K·n / rows + E` blocks however the choices fall."""
   x, expert, weight, valid = tokens
   rows = max(BLOCK, expert.size // (4 * experts.total))  # at most 5 E blocks, which each fetch their expert's weights
   blocks = expert.size // rows + experts.total
@@ -103,7 +105,7 @@ def _in_blocks(tokens: Tokens, experts: Experts) -> Dispatched:
 
 
 def _in_groups(tokens: Tokens, experts: Experts) -> Dispatched:
-  """The choices lie one after the other by expert, and one product multiplies groups of any size."""
+  """Sorts the choices by expert and runs one grouped product over groups of any size."""
   x, expert, weight, valid = tokens
   ranked = expert_buffer.rank_choices(expert, valid, experts.total)
   slot = jnp.where(ranked.sent, expert_buffer.sorted_places(expert, ranked), expert.size)
@@ -114,9 +116,9 @@ def _in_groups(tokens: Tokens, experts: Experts) -> Dispatched:
 
 
 def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
-  """Sorts into a buffer `[E, C, D]`, sends every expert's C rows to the device that holds it, and back.
+  """Sorts choices into a buffer `[E, C, D]`, sends each expert's C rows to its device, and returns the results.
 
-  The cells are of fixed size, so that the exchange is one plain all-to-all on every backend.
+  Cells have a fixed size, so that the exchange is one plain all-to-all on every backend.
 
   Source: arXiv 2006.16668.
   """
@@ -139,7 +141,7 @@ def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) 
 
 
 def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
-  """Gathers the tokens of all W devices, runs the experts that are here on them, and sums each device's part back."""
+  """Gathers the tokens of all W devices, runs this device's experts on them, and sums each device's part back."""
   if capacity_factor is None or sharding.ways("expert") == 1:
     return sorted_(tokens, experts, capacity_factor)
   axis = sharding.axes("expert")
@@ -156,10 +158,10 @@ def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
 
 
 def ragged(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
-  """Sorts the choices by expert and multiplies groups of any size; over several devices they travel as they are.
+  """Sorts choices by expert and multiplies groups of any size; over several devices it sends choices without padding.
 
-  There a device receives at most `capacity_factor · K · n` choices; without a capacity, all there are. On one device
-  nothing drops. XLA:CPU has no ragged all-to-all, and its grouped product costs E times the work.
+  Over several devices, a device receives at most `capacity_factor · K · n` choices, or all without a capacity. On one
+  device nothing is dropped. XLA:CPU has no ragged all-to-all, and its grouped product costs E times the work.
   """
   ways = sharding.ways("expert")
   if ways == 1:
@@ -177,14 +179,14 @@ def ragged(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
 
 
 class _ExchangePlan(NamedTuple):
-  """Who sends how many rows to whom, int32; all seen from this device, W devices.
+  """Row counts and offsets, int32, of a ragged exchange between W devices, as seen from this device.
 
   Attributes:
-    send_start, sent: `[W]`, first row for each device and how many fit there.
-    arrive_start: `[W]`, where they come to lie in each device's buffer.
+    send_start, sent: `[W]`, the first row for each device, and how many rows it has room for.
+    arrive_start: `[W]`, where these rows begin in each device's buffer.
     received: `[W]`, rows from each device.
-    return_start: `[W]`, where this device's results come to lie at each sender, which is where it sent them from.
-    group: `[W, E / W]`, rows received from each device for each of the experts here.
+    return_start: `[W]`, where this device's results begin at each sender, which is where it sent the rows from.
+    group: `[W, E / W]`, rows received from each device for each expert of this device.
   """
 
   send_start: jax.Array
@@ -196,12 +198,12 @@ class _ExchangePlan(NamedTuple):
 
 
 def _exchange_plan(load: jax.Array, ways: int, room: int) -> _ExchangePlan:
-  """Plans the exchange for `load [E]` choices of each expert here and `room` rows in a device's buffer."""
+  """Returns the plan for `load [E]` choices of each expert here and `room` rows in a device's buffer."""
   axis, me = sharding.axes("expert"), sharding.index("expert")
-  counts = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # from, to, expert there
+  counts = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # sender, receiver, expert of the receiver
   wanted = jnp.sum(counts, axis=2)
   before = jnp.cumsum(wanted, axis=0) - wanted
-  sent = jnp.clip(room - before, 0, wanted)  # what finds no room is dropped, last senders and last experts first
+  sent = jnp.clip(room - before, 0, wanted)  # rows without room are dropped, last senders and last experts first
   start = jnp.cumsum(wanted, axis=1) - wanted
   arrive = jnp.cumsum(sent, axis=0) - sent
   until = jnp.minimum(jnp.cumsum(counts[:, me], axis=1), sent[:, me][:, None])
@@ -210,12 +212,12 @@ def _exchange_plan(load: jax.Array, ways: int, room: int) -> _ExchangePlan:
 
 
 def _exchange(rows: jax.Array, experts: Experts, plan: _ExchangePlan, room: int) -> jax.Array:
-  """Sends sorted `rows [K·n, D]` to their experts' devices, runs them there, and returns the results in place."""
+  """Sends sorted `rows [K·n, D]` to their experts' devices, runs the experts, and returns the results in place."""
   axis = sharding.axes("expert")
   arrived = _ragged_all_to_all(
     rows, _like(rows, room), plan.send_start, plan.sent, plan.arrive_start, plan.received, axis
   )
-  # They arrive by sender, then expert; the product wants them by expert.
+  # Rows arrive sorted by sender, then expert; the grouped product needs them sorted by expert.
   ways, held = plan.group.shape
   group = jnp.tile(jnp.arange(held), ways)
   group = jnp.repeat(group, plan.group.reshape(-1), total_repeat_length=room)
@@ -231,7 +233,7 @@ def _exchange(rows: jax.Array, experts: Experts, plan: _ExchangePlan, room: int)
 
 
 def _like(rows: jax.Array, n: int) -> jax.Array:
-  """Zeros `[n, D]` that vary over the same devices as `rows`, as the exchange's type check asks."""
+  """Returns zeros `[n, D]` that vary over the same devices as `rows`, as the exchange's type check requires."""
   return jnp.where(jnp.zeros((n, 1), bool), rows[:1], 0)
 
 
@@ -257,13 +259,13 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def check_strategy(name: str) -> None:
-  """Raises ValueError when there is no such strategy."""
+  """Raises ValueError when `name` is neither "auto" nor a strategy."""
   if name != "auto" and name not in STRATEGIES:
     raise ValueError(f"dispatch={name!r} must be 'auto' or one of {', '.join(map(repr, STRATEGIES))}")
 
 
 def choose_strategy(name: str, k: int, capacity_factor: float | None, dtype: jnp.dtype) -> str:
-  """Returns the strategy that `auto` means on the mesh in use for tokens of `dtype`, or `name` itself.
+  """Returns `name`, or for "auto" the strategy chosen for the mesh in use and tokens of `dtype`.
 
   Raises:
     ValueError: there is no such strategy, or the backend lacks what it needs.
@@ -276,13 +278,13 @@ def choose_strategy(name: str, k: int, capacity_factor: float | None, dtype: jnp
     return name
   if ways == 1 or capacity_factor is None:
     return "sorted"
-  # Bytes a token and direction, of which a share (W - 1) / W travels; see the table above.
+  # Bytes per token, both ways together. Of both numbers the share (W - 1) / W travels; see the table above.
   size = jnp.dtype(dtype).itemsize
   return "gather" if ways * (size + 4) < 2 * size * capacity_factor * k else "all_to_all"
 
 
 def _capacity(factor: float, expert: jax.Array, experts: int) -> int:
-  """Rows an expert takes of the choices `expert [n, K]`: its even share times the factor, at most one a token."""
+  """Returns the rows an expert accepts of choices `expert [n, K]`: `factor` times its even share, at most n."""
   n, k = expert.shape
   return min(math.ceil(factor * k * n / experts), n)
 
@@ -290,7 +292,7 @@ def _capacity(factor: float, expert: jax.Array, experts: int) -> int:
 def _cells(
   expert: jax.Array, ranked: expert_buffer.RankedChoices, capacity: int, experts: int
 ) -> tuple[jax.Array, jax.Array, int]:
-  """Slots `[n, K]` in a buffer of `capacity` rows an expert, which choices have one, and the number of slots."""
+  """Returns slots `[n, K]` in a buffer of `capacity` rows an expert, which choices have one, and the slots' number."""
   kept = ranked.sent & (ranked.rank < capacity)
   n_slots = experts * capacity
   return jnp.where(kept, expert * capacity + ranked.rank, n_slots), kept, n_slots

@@ -1,4 +1,4 @@
-"""From the values of events and snapshots to vectors of the model's width."""
+"""Embeds the values of events and snapshots as vectors of the model's width."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
 from supermoe_jax.sharding import linear
 
-# Hours at which the encoding of an event's or a snapshot's gap may bend.
+# Knots of the encoding of an event's or a snapshot's time gap, as log1p of hours.
 GAP_KNOTS = np.log1p(np.array([0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0]))
 
-# A numeric field is standardised, so these are standard deviations.
+# Knots of numeric fields, in standard deviations, since these fields are standardised.
 NUMERIC_KNOTS = np.array([-1.0, 0.0, 1.0, 2.0])
 
 
 def bends(x: jax.Array, knots: np.ndarray) -> jax.Array:
-  """Basis of the piecewise linear functions with these knots: `[…] → […, 1 + knots]`."""
+  """Returns the basis of the piecewise linear functions with these knots: `[…] → […, 1 + knots]`."""
   return jnp.concatenate([x[..., None], jax.nn.relu(x[..., None] - knots.astype(x.dtype))], axis=-1)
 
 
 class EventEmbedding(nnx.Module):
-  """Sum of the embeddings of an event's type, its fields, its numbers, its place in the calendar and its time gap."""
+  """Sum of the embeddings of an event's type, fields, numbers, place in the calendar and time gap."""
 
   def __init__(
     self,
@@ -43,19 +43,19 @@ class EventEmbedding(nnx.Module):
     layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
-    """Creates the tables; fields that are no inputs have none, and nothing of them is read.
+    """Creates the tables. A field that is not an input has no table, and its values are not read.
 
     Args:
       d_model: D.
-      sources: how many sources of events there are.
+      sources: number of event sources.
       categorical: the number of codes of each categorical field, in the order of the codes' first columns.
       inputs: the categorical fields that the model may see.
       numeric_inputs: the columns of the numeric fields that the model may see.
-      calendar: how many numbers describe an event's place in the calendar.
+      calendar: number of values that describe an event's place in the calendar.
       extra_columns: the field of each further column of the codes, whose values share the field's table.
-      shares: the field whose table a field has, where it is another's; both have its codes.
-      layout: of the fields' tables.
-      rngs: of the initial parameters.
+      shares: the owner of the table of each field that uses another field's table; both have the owner's codes.
+      layout: layout of the fields' tables.
+      rngs: keys of the initial parameters.
 
     Raises:
       ValueError: an input is not a categorical field.
@@ -84,12 +84,12 @@ class EventEmbedding(nnx.Module):
   def __call__(
     self, codes: jax.Array, source: jax.Array, numeric: jax.Array, calendar: jax.Array, gap: jax.Array
   ) -> jax.Array:
-    """Embeds events; shapes as in `batch.Features`, which hold the fields that are no inputs too.
+    """Embeds events; shapes as in `batch.Features`, which also hold the fields that are not inputs.
 
-    Returns: `[B, L, D]`; padding gives an arbitrary vector.
+    Returns: `[B, L, D]`; padding gets an arbitrary vector.
     """
     kinds = self.source.get_value()
-    x = jax.nn.one_hot(source, len(kinds)) @ kinds  # few rows: a product is quicker than a gather and its transpose
+    x = jax.nn.one_hot(source, len(kinds)) @ kinds  # few rows: a product is faster than a gather and its transpose
     x = x + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
     for name, asked in self.asked(codes).items():
       x = x + jnp.sum(self.tables[name](asked), axis=-2)
@@ -102,24 +102,24 @@ class EventEmbedding(nnx.Module):
     return x
 
   def asked(self, codes: jax.Array) -> dict[str, jax.Array]:
-    """What events with `codes [B, L, F]` ask of each field's table: `[B, L, k]`, for k columns of the field."""
+    """Returns the codes that events with `codes [B, L, F]` look up in each table: `[B, L, k]` for k columns."""
     return {n: codes[..., np.array(columns)] for n, columns in self.columns.items()}
 
   def table(self, field: str) -> EmbeddingTable:
-    """The table of a field, its own or one that it shares.
+    """Returns the table of a field, its own or one that it shares.
 
     Raises:
-      ValueError: the field is no input, so it has none.
+      ValueError: the field is not an input, so it has no table.
     """
     if field not in self.owner:
       raise ValueError(f"field {field!r} is no input, so it has no embeddings; inputs: {', '.join(self.owner)}")
     return self.tables[self.owner[field]]
 
   def values(self, names: Sequence[str], codes: jax.Array) -> jax.Array:
-    """The sum of the embeddings of `codes [..., G]` of the G fields `names`: `[..., D]`; 0 where G is 0.
+    """Returns the sum `[..., D]` of the embeddings of `codes [..., G]` of the G fields `names`; 0 where G is 0.
 
     Raises:
-      ValueError: `codes` are not those of the fields; a field is no input, so it has no embeddings.
+      ValueError: `codes` does not have one column per field; a field is not an input, so it has no embeddings.
     """
     if codes.shape[-1] != len(names):
       raise ValueError(f"codes of shape {codes.shape} for the {len(names)} fields {tuple(names)}")
@@ -130,7 +130,7 @@ class EventEmbedding(nnx.Module):
 
 
 class QueryEmbedding(nnx.Module):
-  """A snapshot's token: no event, but the gap to the last one, the calendar of τ and, if any, its aggregates."""
+  """Embedding of a snapshot: of the gap to its last event, the calendar of its time τ and, if any, its aggregates."""
 
   def __init__(self, d_model: int, calendar: int, aggregates: int, *, rngs: nnx.Rngs):
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)

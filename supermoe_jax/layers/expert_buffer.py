@@ -1,8 +1,9 @@
-"""Carrying tokens to the slots of a buffer and back, at the cost of gathers only.
+"""Carries tokens to the slots of a buffer and back, at the cost of gathers only.
 
-Each of a token's K choices has one slot or none, and a slot holds one choice or none. Since they are matched one to
-one, the transpose of either gather is a gather with the other's index. XLA would emit a scatter-add instead, which is
-many times slower on CPU and serialises on TPU. The price: derivatives by reverse mode only (`jax.grad`, no `jax.jvp`).
+Each of a token's K choices has one slot or none, and a slot holds one choice or none. Since choices and slots match one
+to one, the transpose of either gather is a gather with the other's index. XLA would emit a scatter-add instead, which
+is many times slower on CPU and serialises on TPU. The price is that only reverse-mode derivatives work (`jax.grad`, no
+`jax.jvp`).
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from supermoe_jax import sharding
 
 
 def ascending(x: jax.Array) -> jax.Array:
-  """`x [n]` in ascending order.
+  """Returns `x [n]` in ascending order.
 
-  Equal numbers are all alike, so the sort need not be stable: for TPUs a stable one carries the places along, and takes
-  three times as long to compile. Elsewhere it is, which XLA:CPU runs faster.
+  Equal numbers are interchangeable, so the sort need not be stable. On TPUs a stable sort also carries positions, and
+  takes three times as long to compile. Elsewhere the sort is stable, which XLA:CPU runs faster.
   """
   return jax.lax.sort(x, is_stable=sharding.platform() != "tpu")
 
 
 def grouping_order(group: jax.Array, groups: int) -> jax.Array:
-  """The permutation that brings `group [n]`, int32 in [0, groups), into order, equal ones in the order they come in.
+  """Returns the permutation that sorts `group [n]`, int32 in [0, groups); equal groups stay in their order.
 
-  A group and a place go into one number where both fit: a sort of one array, not of two or three.
+  Where group and position fit into one number, they share one: one array is sorted, not two or three.
   """
   n = len(group)
   each = jnp.arange(n, dtype=jnp.int32)
@@ -38,12 +39,12 @@ def grouping_order(group: jax.Array, groups: int) -> jax.Array:
 
 
 class RankedChoices(NamedTuple):
-  """The choices of n tokens, counted by expert.
+  """Choices of n tokens, counted by expert.
 
   Attributes:
     sent: bool `[n, K]`, whether the choice is for one of these experts; False for tokens that are not valid.
-    rank: int32 `[n, K]`, place among the choices of the same expert; earlier tokens come first.
-    load: int32 `[E]`, choices of each expert.
+    rank: int32 `[n, K]`, position among the choices of the same expert; earlier tokens come first.
+    load: int32 `[E]`, number of choices of each expert.
   """
 
   sent: jax.Array
@@ -52,7 +53,7 @@ class RankedChoices(NamedTuple):
 
 
 def rank_choices(expert: jax.Array, valid: jax.Array, experts: int) -> RankedChoices:
-  """Ranks the choices `expert [n, K]` of `valid [n]` tokens; those outside [0, experts) are sent nowhere."""
+  """Ranks the choices `expert [n, K]` of `valid [n]` tokens; choices outside [0, experts) are not sent."""
   n, k = expert.shape
   sent = valid[:, None] & (expert >= 0) & (expert < experts)
   flat = jnp.where(sent, expert, experts).reshape(-1)
@@ -64,7 +65,7 @@ def rank_choices(expert: jax.Array, valid: jax.Array, experts: int) -> RankedCho
 
 
 def sorted_places(expert: jax.Array, ranked: RankedChoices) -> jax.Array:
-  """Returns each choice's place `[n, K]` among all, in the order by expert; arbitrary for one that is not sent."""
+  """Returns each choice's position `[n, K]` among all choices sorted by expert; arbitrary for one that is not sent."""
   start = jnp.cumsum(ranked.load) - ranked.load
   return start[jnp.clip(expert, 0, len(ranked.load) - 1)] + ranked.rank
 
@@ -72,13 +73,14 @@ def sorted_places(expert: jax.Array, ranked: RankedChoices) -> jax.Array:
 def run_through_buffer(
   x: jax.Array, weight: jax.Array, slot: jax.Array, n_slots: int, run: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-  """Puts each choice of `x [n, D]` into its `slot [n, K]` (n_slots: nowhere), runs the buffer and combines the results.
+  """Puts each choice of `x [n, D]` into its `slot [n, K]`, runs the buffer and combines the results.
 
-  `run` maps `[n_slots, D]`, where empty slots are 0, to `[n_slots, D]`. Returns float32 `[n, D]`, the sum over K of
-  `weight [n, K]` times a choice's output; a choice without a slot adds nothing.
+  A `slot` of n_slots means no slot. `run` maps `[n_slots, D]`, where empty slots are 0, to `[n_slots, D]`.
+
+  Returns: float32 `[n, D]`, the sum over K of `weight [n, K]` times a choice's output; a choice without a slot adds 0.
   """
   n, k = slot.shape
-  choice = jnp.full(n_slots, n * k, jnp.int32)  # which of the n·K choices sits in a slot; n·K: none
+  choice = jnp.full(n_slots, n * k, jnp.int32)  # the choice in each slot, of n·K; n·K: none
   each = jnp.arange(n * k, dtype=jnp.int32)
   index = jnp.where(slot.reshape(-1) < n_slots, slot.reshape(-1), n_slots + each)  # all different, as promised below
   choice = choice.at[index].set(each, mode="drop", unique_indices=True)
@@ -88,7 +90,7 @@ def run_through_buffer(
 
 @jax.custom_vjp
 def _to_buffer(x: jax.Array, token: jax.Array, slot: jax.Array) -> jax.Array:
-  """`x [n, D]` to `[n_slots, D]` by the token in each slot; an empty slot (token n) is 0."""
+  """Returns `[n_slots, D]`, the row of `x [n, D]` for the token in each slot; an empty slot (token n) is 0."""
   return jnp.take(x, token, axis=0, mode="fill", fill_value=0)
 
 
@@ -105,7 +107,7 @@ _to_buffer.defvjp(_to_buffer_forward, _to_buffer_backward)
 
 @jax.custom_vjp
 def _from_buffer(out: jax.Array, slot: jax.Array, choice: jax.Array) -> jax.Array:
-  """`out [n_slots, D]` to `[n, K, D]` by the slot of each choice; a choice without one is 0."""
+  """Returns `[n, K, D]`, each choice's row of `out [n_slots, D]` by its slot; a choice without a slot is 0."""
   return jnp.take(out, slot, axis=0, mode="fill", fill_value=0)
 
 

@@ -1,4 +1,4 @@
-"""The experts' own arithmetic: one MLP each, many at a time, on one device's share of their weights."""
+"""Runs expert MLPs, many at a time, on one device's share of their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from supermoe_jax import sharding
 
-# Logical names of an expert's weights, by name. SwiGLU has a gate and, as usual, no biases.
+# Logical names of the dimensions of an expert's weights. SwiGLU has a gate and, as usual, no biases.
 NAMES: dict[str, tuple[str, ...]] = {
   "up": ("expert", "embed", "mlp"),
   "up_bias": ("expert", "mlp"),
@@ -32,14 +32,14 @@ def check_activation(activation: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """The E' experts that this device holds, of E; their hidden units may be spread over devices too.
+  """E' experts that this device holds, of E in all. Their hidden units may be spread over devices too.
 
-  The outputs are then partial: their sum over `axes("mlp")` is the experts' output. The caller sums after combining,
-  where there are fewer numbers.
+  In that case outputs are partial: their sum over `axes("mlp")` is the experts' output. The caller sums after
+  combining, when there are fewer numbers.
 
   Attributes:
-    weights: by name as in `NAMES`, of shapes `[E', D, H']`, `[E', H']`, `[E', H', D]`, `[E', D]`; products are computed
-      in the dtype of the rows and accumulate in float32.
+    weights: weights by name as in `NAMES`, of shapes `[E', D, H']`, `[E', H']`, `[E', H', D]`, `[E', D]`; products are
+      computed in the dtype of the rows and accumulate in float32.
     total: E.
   """
 
@@ -48,11 +48,11 @@ class Experts:
 
   @property
   def held(self) -> int:
-    """E', the experts on this device."""
+    """Returns E', the number of experts on this device."""
     return self.weights["up"].shape[0]
 
   def whole(self) -> Experts:
-    """Gathers all E experts' weights onto this device (its share of the hidden units of each)."""
+    """Returns all E experts, with their weights gathered onto this device (its share of each one's hidden units)."""
     if self.held == self.total:
       return self
     gather = {n: jax.lax.all_gather(w, sharding.axes("expert"), tiled=True) for n, w in self.weights.items()}
@@ -74,13 +74,13 @@ class Experts:
     return out.astype(x.dtype)
 
   def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Runs rows `x [R, D]`, sorted by expert, `sizes [E']` of each; rows beyond their sum give 0."""
+    """Runs rows `x [R, D]`, sorted by expert with `sizes [E']` rows each; rows beyond the sum of sizes give 0."""
     w, rows = self._in(x.dtype), len(x)
     expert = jnp.repeat(jnp.arange(self.held), sizes, total_repeat_length=rows)
     inside = (jnp.arange(rows) < jnp.sum(sizes))[:, None]
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      # What lies beyond the groups is undefined, in the product and in its gradient, so it is cut off on both sides.
+      # Rows beyond the groups are undefined in the product and in its gradient, so both sides set them to 0.
       y = jax.lax.ragged_dot(jnp.where(inside, x, 0), kernel, sizes, preferred_element_type=jnp.float32)
       return jnp.where(inside, y, 0)
 
@@ -95,9 +95,9 @@ class Experts:
     return out.astype(x.dtype)
 
   def _in(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """The weights as the products take them; cast here, so that devices add up their gradients in float32."""
+    """Returns the weights in the products' dtype; they are cast here, so that devices add up gradients in float32."""
     return {n: w.astype(dtype) for n, w in self.weights.items()}
 
   def _once(self, bias: jax.Array) -> jax.Array:
-    """The bias on one of the devices that share an expert's hidden units, 0 on the others."""
+    """Returns the bias on one of the devices that share an expert's hidden units, and 0 on the others."""
     return bias if sharding.ways("mlp") == 1 else jnp.where(sharding.index("mlp") == 0, bias, 0)

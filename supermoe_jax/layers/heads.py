@@ -1,4 +1,4 @@
-"""Heads: from the user representation to the answers of a task."""
+"""Task heads: they map a user representation or an event's state to the answers of a task."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from supermoe_jax.sharding import linear
 
 
 class LinearHead(nnx.Module):
-  """One number for each state (the logit of a yes-or-no question, or a regression), or `outputs` of them."""
+  """Linear head with one number per state (a yes-or-no logit or a regression), or `outputs` numbers."""
 
   def __init__(self, d_model: int, outputs: int | None = None, *, rngs: nnx.Rngs):
     self.single = outputs is None
     self.linear = linear(d_model, outputs or 1, names=("embed", None), rngs=rngs)
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    """`z [..., D]` to `[...]`, or to `[..., outputs]`, which keeps its dimension when `outputs` is 1."""
+    """Maps `z [..., D]` to `[...]`, or to `[..., outputs]`, which keeps its last dimension when `outputs` is 1."""
     answers = self.linear(z)
     return answers[..., 0] if self.single else answers
 
 
 class EventLabelHead(nnx.Module):
-  """What an event says, from the state before it and from what is known of the event beforehand.
+  """Head for a label of an event, from the state before the event and the values known beforehand.
 
   With h the state and g the sum of the known values' embeddings, the answer is linear in h, g and h·g (channel by
-  channel), plus a small MLP of them; it starts at 0.
+  channel), plus a small MLP of the three. It starts at 0.
   """
 
   def __init__(self, d_model: int, *, rngs: nnx.Rngs):
@@ -37,30 +37,31 @@ class EventLabelHead(nnx.Module):
     self.down = linear(d_model, 1, names=("mlp", None), bias=False, zero=True, rngs=rngs)
 
   def __call__(self, h: jax.Array, g: jax.Array) -> jax.Array:
-    """States `h [..., D]` and events `g [..., D]` (0: nothing is known of them) to logits, or numbers, `[...]`."""
+    """Maps states `h [..., D]` and events `g [..., D]` (0: nothing is known of them) to logits, or numbers, `[...]`."""
     x = jnp.concatenate([h, g, h * g], axis=-1)
     return (self.linear(x) + self.down(jax.nn.gelu(self.up(x))))[..., 0]
 
 
 class NextValueHead(nnx.Module):
-  """Scores the values of a field against a state, with the field's own embeddings as output weights (tied).
+  """Head that scores a field's values against a state, with the field's own embeddings as output weights (tied).
 
-  Item i of the catalogue is code i + 2: the codes absent and out-of-vocabulary are not values. With a bias every value
-  has a score of its own, which every state moves; a sampled softmax does without, for it touches few values.
+  Item i of the catalogue is code i + 2: the codes absent and out-of-vocabulary are not values. With a bias, every value
+  has a score of its own, which every state's gradient moves. A sampled softmax uses no bias, because it touches few
+  values.
   """
 
   def __init__(self, d_model: int, table: EmbeddingTable, *, bias: bool = True, rngs: nnx.Rngs):
-    """Creates a head over the values of `table`, which it does not keep."""
+    """Creates a head over the values of `table`; it does not keep the table."""
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
-    zeros = jnp.zeros(table.extent.shape)  # one of each row
+    zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
 
   def state(self, h: jax.Array) -> jax.Array:
-    """What is compared with the catalogue: `[..., D]`."""
+    """Returns the vectors `[..., D]` that are compared with the catalogue."""
     return self.query(h)
 
   def catalogue(self, table: EmbeddingTable) -> Catalogue:
-    """What states are compared with."""
+    """Returns the catalogue that states are compared with."""
     rows = table.rows.get_value()
     bias = jnp.zeros(table.extent.shape) if self.bias is None else self.bias.get_value()
     return Catalogue(rows, bias, table.size)

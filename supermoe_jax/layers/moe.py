@@ -1,4 +1,4 @@
-"""The sparse Mixture-of-Experts layer and its dense counterpart."""
+"""Implements the sparse Mixture-of-Experts layer, its dense counterpart, and gates of tasks over experts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from supermoe_jax.sharding import linear
 
 
 class Stats(NamedTuple):
-  """What an MoE layer did in a batch, on every device together; nothing here has a gradient.
+  """Routing statistics of an MoE layer for a batch, over all devices; nothing here has a gradient.
 
   Attributes:
     load: float32 `[E]`, each expert's share of the choices.
     routed: int32, choices that reached an expert.
     dropped: int32, choices that exceeded a capacity; `routed + dropped = K · valid tokens`.
-    task_dropped: int32 `[T]`, those of the tokens of each task; `[0]` without tasks.
+    task_dropped: int32 `[T]`, dropped choices of the tokens of each task; `[0]` without tasks.
     entropy: float32, see `routing.Routing`.
     expert: int32 `[B, L, K]`, the chosen experts.
   """
@@ -36,7 +36,7 @@ class Stats(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-  """`y [B, L, D]`, 0 for padding; terms for the loss; and what happened."""
+  """Output of an MoE layer: `y [B, L, D]`, 0 for padding; terms for the loss; and routing statistics."""
 
   y: jax.Array
   aux: Aux
@@ -82,7 +82,7 @@ class Mlp(nnx.Module):
     return self.down(hidden).astype(x.dtype)
 
   def weights(self) -> dict[str, jax.Array]:
-    """The parameters by the names of `experts.NAMES`, without a dimension of experts."""
+    """Returns the parameters by the names of `experts.NAMES`, without a dimension of experts."""
     named: dict[str, Any] = {"up": self.up.kernel, "down": self.down.kernel}
     if self.gate is None:
       named |= {"up_bias": self.up.bias, "down_bias": self.down.bias}
@@ -92,18 +92,18 @@ class Mlp(nnx.Module):
 
 
 class MoE(nnx.Module):
-  """E expert MLPs of which each token visits K, and optionally experts that every token visits.
+  """E expert MLPs with a router that sends each token to K, and optionally shared experts that every token visits.
 
       out = moe(x, valid)            # x [B, L, D], valid [B, L]
       loss += 0.01 * out.aux.balance_loss + 1e-3 * out.aux.z_loss
 
-  Training gives each expert `⌈capacity_factor · K · n / E⌉` rows for the n tokens of a device and counts what exceeds
-  them; with `dropless=True` (evaluation, export) nothing is dropped, and among batches of one shape a token's result is
-  bit for bit the same whoever shares the batch. Dropless, tokens stay on their device and all experts' weights of the
-  layer come to them, unless `dispatch="ragged"`.
+  In training each expert takes `⌈capacity_factor · K · n / E⌉` rows for the n tokens of a device; choices beyond that
+  are dropped and counted. With `dropless=True` (evaluation, export) nothing is dropped: among batches of one shape, a
+  token's result is bit for bit the same whatever else is in the batch. Dropless, tokens stay on their device and all
+  experts' weights of the layer come to them, unless `dispatch="ragged"`.
 
   On the mesh in use (`jax.set_mesh`) experts are spread over its `expert` axis, their hidden units over `tensor`, and
-  the batch over `data` and `expert`; without a mesh everything is on one device. Create large layers in place with
+  the batch over `data` and `expert`. Without a mesh everything is on one device. Create large layers in place with
   `sharding.create`.
 
   Source: sparse MoE, arXiv 1701.06538; capacity, arXiv 2101.03961; shared experts, arXiv 2401.06066.
@@ -134,15 +134,15 @@ class MoE(nnx.Module):
       experts: E; on a mesh a multiple of its `expert` axis.
       k: K.
       activation: "gelu" (with biases) or "swiglu" (without).
-      shared_experts: how many experts of the same width every token visits besides.
-      capacity_factor: rows that an expert takes in training, times its even share; None: all that come.
+      shared_experts: number of additional experts of the same width that every token visits.
+      capacity_factor: rows that an expert takes in training, as a multiple of its even share; None: no limit.
       dispatch: a name in `dispatch.STRATEGIES`, or "auto".
       tasks: see `Router`.
       jitter: see `Router`.
       balance_bias: see `Router`.
-      dtype: of the experts' products, such as `jnp.bfloat16`; they accumulate in float32, and the router is float32
-        whatever it is. None: that of x.
-      rngs: of the initial parameters.
+      dtype: dtype of the experts' products, such as `jnp.bfloat16`; None: dtype of x. Products accumulate in float32,
+        and the router always computes in float32.
+      rngs: keys of the initial parameters.
 
     Raises:
       ValueError: `k` is not in [1, experts]; an unknown activation or dispatch; a capacity factor that is not positive.
@@ -167,9 +167,11 @@ class MoE(nnx.Module):
 
   @classmethod
   def from_dense(cls, mlp: Mlp, experts: int, k: int = 2, *, rngs: nnx.Rngs, **settings: Any) -> MoE:
-    """Upcycles a dense MLP: every expert starts as a copy of it, so where nothing drops the layer starts as the MLP.
+    """Returns a layer upcycled from a dense MLP: every expert starts as a copy, so without drops the output is the
+    MLP's.
 
-    `settings` go to `MoE`; activation and dtype are the MLP's. `rngs` are the new router's.
+    `settings` are arguments of `MoE`; activation and, by default, dtype are the MLP's. `rngs` initialise the new
+    router.
 
     Raises:
       ValueError: `k=1` of several experts, whose output would be the MLP's times a probability; shared experts, which
@@ -193,7 +195,7 @@ class MoE(nnx.Module):
 
   @property
   def names(self) -> dict[str, tuple[str, ...]]:
-    """The experts' weights and the logical names of their dimensions."""
+    """Returns the names of the experts' weights, with the logical names of their dimensions."""
     return {n: experts.NAMES[n] for n in experts.ACTIVATIONS[self.activation]}
 
   def __call__(
@@ -208,15 +210,15 @@ class MoE(nnx.Module):
     """Applies the layer.
 
     Args:
-      x: `[B, L, D]`, tokens, normalised if at all by the caller.
-      valid: bool `[B, L]`; the others, padding, are never routed or counted, and nothing of them reaches any result.
+      x: `[B, L, D]`, tokens; the layer does not normalise them.
+      valid: bool `[B, L]`; False is padding, which is never routed or counted and affects no result.
       task: int32 `[B, L]`, see `Router`.
       dropless: as in evaluation: no capacity, no dependence on the other tokens.
-      rngs: with them, jitter is on.
+      rngs: if given, jitter is on.
 
     Raises:
-      ValueError: B, E or the hidden units do not divide by the devices that they are spread over; the strategy cannot
-        run on this backend.
+      ValueError: B, E or the number of hidden units does not divide by the devices that it is spread over; the strategy
+        cannot run on this backend.
     """
     x = jnp.where(valid[..., None], x, 0)
     routing = self.router(x, valid, task, rngs=rngs)
@@ -234,7 +236,7 @@ class MoE(nnx.Module):
     return MoEOutput(y.astype(x.dtype), routing.aux, self._stats(routing, kept, valid, task))
 
   def every(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Runs every expert on `x [B, S, D]`, for few tokens that weigh the outputs themselves; nothing is routed.
+    """Runs every expert on `x [B, S, D]` without routing, for few tokens whose caller weighs the outputs.
 
     Returns: `[B, S, E, D]`, and the shared experts' sum `[B, S, D]` (None without any), in the dtype of x.
     """
@@ -255,13 +257,13 @@ def every_expert(weights: dict[str, jax.Array], x: jax.Array, dtype: jnp.dtype |
   """Runs every expert on every token of `x [B, S, D]`: `[B, S, E, D]`, in the dtype of x.
 
   Args:
-    weights: of E experts, by name as in `experts.NAMES`; products are computed in `dtype` (None: that of x) and
-      accumulate in float32.
-    x: tokens; those of a device stay on it, and all experts' weights (its share of their hidden units) come to them.
-    dtype: of the products.
+    weights: weights of E experts, by name as in `experts.NAMES`; products are computed in `dtype` (None: dtype of x)
+      and accumulate in float32.
+    x: tokens; they stay on their device, and all experts' weights (its share of their hidden units) come to them.
+    dtype: dtype of the products.
   """
   to = dtype or x.dtype
-  # Gathered before they are cast, so that devices add up their gradients in float32.
+  # Weights are gathered before they are cast, so that devices add up their gradients in float32.
   w = {n: sharding.constrain(v, None, *experts.NAMES[n][1:]).astype(to) for n, v in weights.items()}
   rows = x.astype(to)
   up = jnp.einsum("bsd,edh->bseh", rows, w["up"], preferred_element_type=jnp.float32)
@@ -277,7 +279,7 @@ def every_expert(weights: dict[str, jax.Array], x: jax.Array, dtype: jnp.dtype |
 
 
 class TaskGates(nnx.Module):
-  """A softmax over experts for each task, in float32; all experts weigh alike at first.
+  """Softmax over experts for each task, in float32; all experts weigh alike at first.
 
   Source: multi-gate mixture-of-experts, https://doi.org/10.1145/3219819.3220007.
   """
@@ -286,7 +288,7 @@ class TaskGates(nnx.Module):
     self.kernel = sharding.param(jnp.zeros((tasks, d_model, experts)), None, "embed", None)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`x [B, S, D]` to gates, float32 `[B, S, T, E]`, which sum to 1 over E."""
+    """Maps `x [B, S, D]` to gates, float32 `[B, S, T, E]`, which sum to 1 over E."""
     kernel = self.kernel.get_value().astype(jnp.float32)
     logits = jnp.einsum("bsd,tde->bste", x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.softmax(logits, axis=-1)

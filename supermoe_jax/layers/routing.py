@@ -1,4 +1,4 @@
-"""The router of a Mixture-of-Experts layer: which K of E experts a token goes to, and with what weight."""
+"""Routes tokens in a Mixture-of-Experts layer: chooses K of E experts for each token, and their weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from supermoe_jax import sharding
 
 
 class BalanceBias(nnx.Variable):
-  """What is added to an expert's probability when experts are chosen. No parameter: `rebalanced` moves it."""
+  """Bias added to experts' probabilities when experts are chosen. It is not a parameter: `rebalanced` updates it."""
 
 
 class Aux(NamedTuple):
   """Scalars that a training loss may contain, float32, over the valid tokens of the whole batch on every device.
 
   Attributes:
-    balance_loss: `E · Σ_e stop_grad(load_e) · mean probability_e`; 1 when experts are used alike, E when one takes all
-      (K = 1).
+    balance_loss: `E · Σ_e stop_grad(load_e) · mean probability_e`; 1 when experts are used equally, E when one takes
+      all (K = 1).
     z_loss: mean squared log-partition of the logits.
-    mutual_information: between task and expert, in nats, of the tokens that have a task; to be raised. In
+    mutual_information: between task and expert, in nats, over the tokens that have a task; training should raise it. In
       [0, log min(T, E)]; 0 without tasks.
   """
 
@@ -32,14 +32,15 @@ class Aux(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """What a router decided for tokens `[...]`.
+  """Decisions of a router for tokens `[...]`.
 
   Attributes:
     expert: int32 `[..., K]`, the chosen experts, all different.
-    weight: float32 `[..., K]`, how their outputs are combined.
+    weight: float32 `[..., K]`, the weights that combine their outputs.
     aux: see `Aux`.
     load: float32 `[E]`, each expert's share of the choices; sums to 1 (0 without valid tokens).
-    entropy: float32, mean entropy of a valid token's probabilities, in nats; log E when the router has no opinion.
+    entropy: float32, mean entropy of a valid token's probabilities, in nats; log E when all experts are equally
+      probable.
   """
 
   expert: jax.Array
@@ -50,9 +51,9 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-  """Chooses K of E experts for each token by the top-K of a softmax. All arithmetic is float32.
+  """Router that chooses K of E experts for each token by the top-K of a softmax. All arithmetic is float32.
 
-  With K ≥ 2 the chosen probabilities are renormalised; with K = 1 the probability itself is the weight, since a
+  With K ≥ 2 the chosen probabilities are renormalised. With K = 1 the probability itself is the weight, since a
   renormalised single choice is always 1 and would give the router no gradient.
 
   Source: top-K gating, arXiv 1701.06538; balance loss and jitter, arXiv 2101.03961; z-loss, arXiv 2202.08906; balancing
@@ -78,10 +79,10 @@ class Router(nnx.Module):
       experts: E.
       k: K.
       tasks: T; the router adds learned logits `[T, E]`, 0 at first, for the task of a token. 0: it sees no task.
-      jitter: in training, the tokens that the router sees are multiplied by noise from [1 - jitter, 1 + jitter].
-      balance_bias: the choice (never the weights) adds a bias to the probabilities, which `rebalanced` moves.
+      jitter: in training, the router's inputs are multiplied by noise from [1 - jitter, 1 + jitter].
+      balance_bias: adds a bias to the probabilities for the choice, never for the weights; `rebalanced` updates it.
       renormalise: make the K weights sum to 1; None: if K ≥ 2.
-      rngs: of the initial kernel.
+      rngs: keys of the initial kernel.
 
     Raises:
       ValueError: `k` is not in [1, experts]; `renormalise` with `k=1`; `jitter` is not in [0, 1).
@@ -101,20 +102,21 @@ class Router(nnx.Module):
   def __call__(
     self, x: jax.Array, valid: jax.Array, task: jax.Array | None = None, *, rngs: nnx.Rngs | None = None
   ) -> Routing:
-    """Routes `x [..., D]`; tokens where `valid [...]` is False are never counted (the dispatch never sends them).
+    """Routes `x [..., D]`. Tokens where `valid [...]` is False are never counted, and the dispatch never sends them.
 
     Args:
       x: tokens, of any float type.
       valid: bool.
-      task: int32 `[...]` in [-1, T), -1 (or anything else outside [0, T)) for a token without one; None: none has one.
-      rngs: with them, jitter is on.
+      task: int32 `[...]`, the task of each token; -1, or anything else outside [0, T), for a token without one. None:
+        no token has a task.
+      rngs: if given, jitter is on.
 
     Raises:
       ValueError: `task` is given to a router without tasks.
     """
     if task is not None and not self.tasks:
       raise ValueError("this router sees no task; create it with tasks=T")
-    x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)  # what padding holds, NaN included, reaches nothing
+    x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)  # padding, NaN included, affects nothing
     if self.jitter and rngs is not None:
       x = x * jax.random.uniform(rngs.jitter(), x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
     logits = _matmul(x, self.kernel.get_value())
@@ -126,7 +128,8 @@ class Router(nnx.Module):
     bias = 0.0 if self.balance_bias is None else jax.lax.stop_gradient(self.balance_bias.get_value())
     expert = self._choose(jax.lax.stop_gradient(probability) + bias)
     chosen = jax.nn.one_hot(expert, self.experts, dtype=jnp.float32)
-    # Renormalised, it is the softmax over the chosen; the quotient would be 0 / 0 where a bias chooses the hopeless.
+    # The renormalised weights are the softmax over the chosen logits. The quotient of probabilities would be 0 / 0
+    # where a bias chooses experts of probability 0.
     chosen_logits = jnp.sum(chosen * logits[..., None, :], axis=-1)
     weight = jax.nn.softmax(chosen_logits, axis=-1)
     if not self.renormalise:
@@ -141,13 +144,13 @@ class Router(nnx.Module):
     return Routing(expert, weight, aux, load, jax.lax.stop_gradient(_mean(entropy, valid)))
 
   def _choose(self, score: jax.Array) -> jax.Array:
-    """The K best of `score [..., E]`; device by device, since XLA would gather all tokens to sort them on some."""
+    """Returns the K best of `score [..., E]`, device by device: XLA would gather all tokens on some devices to sort."""
     names = ("batch", *(None,) * (score.ndim - 1))
     return sharding.on_shards(lambda s: jax.lax.top_k(s, self.k)[1].astype(jnp.int32), (names,), names, score)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A product whose factors stay float32 on every backend; by default a TPU would round them to bfloat16."""
+  """Returns a product whose factors stay float32 on every backend; by default a TPU would round them to bfloat16."""
   return jnp.matmul(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -159,7 +162,7 @@ def balance_loss(probability: jax.Array, chosen: jax.Array, valid: jax.Array) ->
   """Returns the load `[E]` and `E · Σ_e stop_grad(load_e) · mean probability_e` over the valid tokens.
 
   Shapes: `probability [..., E]`, `chosen [..., E]` (1 for each of a token's K experts, else 0), `valid [...]`. Sums run
-  over the whole (global) batch: experts may specialise within a device as long as the batch uses them alike.
+  over the whole (global) batch: experts may specialise within a device as long as the batch uses them equally.
   """
   tokens = tuple(range(probability.ndim - 1))
   count = jnp.sum(jnp.where(valid[..., None], chosen, 0.0), axis=tokens)
@@ -169,7 +172,7 @@ def balance_loss(probability: jax.Array, chosen: jax.Array, valid: jax.Array) ->
 
 
 def mutual_information(probability: jax.Array, task: jax.Array, valid: jax.Array) -> jax.Array:
-  """Returns `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`, in nats: how much an expert tells of the task.
+  """Returns `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`, in nats: the information that an expert gives about the task.
 
   Shapes: `probability [..., E]`, `task [..., T]` one-hot (all 0: no task), `valid [...]`. π_t is the share of task t
   among the valid tokens that have a task, P_t their mean probability.
@@ -185,9 +188,9 @@ def mutual_information(probability: jax.Array, task: jax.Array, valid: jax.Array
 
 
 def rebalanced(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
-  """Returns the balancing bias after a step: up by `rate` for experts below the mean load, down for those above.
+  """Returns the balancing bias after a step: up by `rate` for experts below the mean load, down for experts above it.
 
-  Shapes: `bias, load [..., E]`; `load` must be that of the global batch.
+  Shapes: `bias, load [..., E]`; `load` must be the load of the global batch.
 
   Source: loss-free balancing, arXiv 2408.15664.
   """

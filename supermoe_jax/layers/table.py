@@ -1,4 +1,4 @@
-"""Embedding tables: rows of vectors, spread over all devices, of which a step touches only those that it asks for."""
+"""Stores embedding tables spread over all devices; a training step touches only the rows that it looks up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 from supermoe_jax import sharding
 from supermoe_jax.layers import exchange, tpu_lines
 
-# Rows that are initialised at a time.
+# Rows initialised at a time.
 _CREATED_AT_ONCE = 1 << 12
 
 # Cells for each pair of devices, as a multiple of an even share of the ids.
@@ -20,19 +20,19 @@ CELLS = 2.0
 
 
 class TableRows(nnx.Variable):
-  """The rows of a table, `[G, M / p, p·D]` (see `layers.exchange`), or, while a step differentiates, `Fetched`.
+  """Rows of a table, `[G, M / p, p·D]` (see `layers.exchange`), or `Fetched` while a step differentiates.
 
-  They are no `nnx.Param`: an optimizer over all parameters would hold and move every row in every step.
+  They are not an `nnx.Param`: an optimizer over all parameters would keep state for every row and move it in every
+  step.
   """
 
 
 class Fetched(NamedTuple):
-  """The rows that a batch asks for: on each of the devices that the batch is spread over U of them.
+  """Rows that a batch asks for: U on each of the S devices that the batch is spread over.
 
   Attributes:
-    place: int32 `[S·U]` for S devices, where each one's rows lie (see `layers.exchange`), in order, then
-      `tpu_lines.NONE`.
-    rows: float32 `[S·U, D]`; 0 where there is none.
+    place: int32 `[S·U]`, the sorted places of each device's rows (see `layers.exchange`), then `tpu_lines.NONE`.
+    rows: float32 `[S·U, D]`; 0 where the place is `NONE`.
   """
 
   place: jax.Array
@@ -40,7 +40,7 @@ class Fetched(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """How tables are kept; see `EmbeddingTable`."""
+  """Storage options of tables; see `EmbeddingTable`."""
 
   ways: int = 1
   cells: float = CELLS
@@ -52,10 +52,10 @@ ONE_DEVICE = Layout()
 
 
 class EmbeddingTable(nnx.Module):
-  """`size` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned.
+  """Table of `size` vectors of width D. Code 0 means absent: it looks up to 0 and is never learned.
 
-  Code 1, out of vocabulary, starts at 0: where training has no such value, an unseen one says nothing rather than
-  noise. A row's initial value depends on the key and its code only, so that a larger table begins as a smaller one.
+  Code 1, out of vocabulary, starts at 0: if training has no such value, an unseen one then adds 0 rather than noise. A
+  row's initial value depends on the key and its code only, so a larger table starts with the rows of a smaller one.
   """
 
   def __init__(
@@ -72,15 +72,15 @@ class EmbeddingTable(nnx.Module):
     Args:
       size: the number of codes.
       d_model: D.
-      name: of the table, by which a training step knows it; no two tables of a model share one.
-      layout: `ways`, the devices that the rows will be spread over (any divisor of it will do as well); `cells`, the
-        room for each pair of devices in an exchange, as a multiple of an even share of the ids; `dtype` of the rows as
-        they are kept (what is looked up is float32); `platform`, such as "tpu", where rows may share lines
-        (`layers.tpu_lines`); None: that of the mesh in use, else JAX' default.
-      rngs: gives the key of the initial rows.
+      name: name by which a training step finds the table; unique within a model.
+      layout: `ways`, the devices that the rows will be spread over (any divisor of it works too); `cells`, the room for
+        each pair of devices in an exchange, as a multiple of an even share of the ids; `dtype` of the stored rows
+        (lookups return float32); `platform`, such as "tpu", where rows may share lines (`layers.tpu_lines`); None: the
+        platform of the mesh in use, else JAX' default.
+      rngs: key of the initial rows.
 
     Raises:
-      ValueError: `size` is more than int32 codes can name. Split the ids over several tables.
+      ValueError: `size` is not positive, or more than int32 codes can name. Split the ids over several tables.
     """
     if not 0 < size <= tpu_lines.MOST_ROWS:
       raise ValueError(f"a table of {size} rows: codes are int32; spread the ids over several tables")
@@ -91,10 +91,10 @@ class EmbeddingTable(nnx.Module):
     self.rows = TableRows(value, logical=(None, "rows", None), table=name, size=size, width=d_model)
 
   def __call__(self, codes: jax.Array) -> jax.Array:
-    """Looks up `codes [B, ...]`: float32 `[B, ..., D]`; 0 for absent codes and those that are not in [0, size).
+    """Looks up `codes [B, ...]`: float32 `[B, ..., D]`; 0 for absent codes and codes outside [0, size).
 
-    While the rows are `Fetched`, only codes that were fetched are found. Differentiated by the whole rows, it gives a
-    gradient of the table's size.
+    While the rows are `Fetched`, only codes that were fetched are found. The gradient with respect to the whole rows
+    has the table's size.
     """
     value = self.rows.get_value()
     if isinstance(value, Fetched):
@@ -102,14 +102,14 @@ class EmbeddingTable(nnx.Module):
     return _look_up_all(value, codes, self.extent, self.cells)
 
   def natural(self) -> jax.Array:
-    """All rows in the order of their codes, `[size, D]`: a copy on every device, for small tables and tests."""
+    """Returns all rows in the order of their codes, `[size, D]`: a copy on every device, for small tables and tests."""
     return self.rows.get_value().reshape(-1, self.width)[: self.size]
 
 
 def initial_rows(key: jax.Array, size: int, m: int, p: int, d_model: int, dtype: jnp.dtype) -> jax.Array:
-  """Normal rows of length about 1, `[G, M / p, p·D]`; 0 for the codes 0 and 1, and beyond `size`.
+  """Returns normal rows of length about 1, `[G, M / p, p·D]`; 0 for the codes 0 and 1, and beyond `size`.
 
-  They are made in place, some at a time, so that nothing else of the table's size is there meanwhile.
+  They are made in place, some at a time, so that memory holds no second array of the table's size.
   """
   groups = -(-size // m)
   step = max(1, min(groups, _CREATED_AT_ONCE // m))
@@ -119,7 +119,7 @@ def initial_rows(key: jax.Array, size: int, m: int, p: int, d_model: int, dtype:
     return jnp.where((code > 1) & (code < size), vector, 0.0).astype(dtype)
 
   def fill(i: jax.Array, rows: jax.Array) -> jax.Array:
-    first = jnp.minimum(i * step, groups - step)  # the last ones may overlap those before
+    first = jnp.minimum(i * step, groups - step)  # the last ones may overlap the ones before
     code = (first * m + jnp.arange(step * m, dtype=jnp.int32)).reshape(step, m)
     made = jax.vmap(jax.vmap(row))(code).reshape(step, *rows.shape[1:])
     return jax.lax.dynamic_update_slice(rows, made, (first, 0, 0))
@@ -128,24 +128,26 @@ def initial_rows(key: jax.Array, size: int, m: int, p: int, d_model: int, dtype:
 
 
 def distinct_codes(codes: jax.Array, extent: exchange.Extent) -> tuple[jax.Array, jax.Array]:
-  """The different codes among `codes [B, n]` of each device, as the places of their rows, int32 `[S·U]`, and how many
-  were out of range, `[S]`."""
+  """Returns the places of each device's distinct codes among `codes [B, n]`, and the number of codes out of range.
+
+  Returns: int32 `[S·U]`, the places of the codes' rows; and int32 `[S]`.
+  """
   ways = sharding.ways("rows") // sharding.ways("batch")
   room = min(codes.size // sharding.ways("batch"), extent.size)
-  room = -(-room // ways) * ways  # so that devices that share rows of the batch can share the ids
+  room = -(-room // ways) * ways  # so that devices that share rows of the batch can divide the ids
   local = functools.partial(exchange.distinct_places, extent=extent, room=room)
   return sharding.on_shards(local, (("batch", None),), (("batch",), ("batch",)), codes)
 
 
 def fetch(rows: jax.Array, place: jax.Array, extent: exchange.Extent, cells: float = CELLS) -> Fetched:
-  """Fetches the rows at `place [S·U]`, as `distinct` gives them, from the `rows` of a table of that extent."""
+  """Fetches the rows at `place [S·U]`, as `distinct_codes` returns them, from the `rows` of a table of that extent."""
   local = functools.partial(exchange.fetch_on_device, rows_here=extent.rows_here, factor=cells)
   found = sharding.on_shards(local, ((None, "rows", None), ("rows",)), ("rows", None), rows, place)
   return Fetched(place, sharding.constrain(found.astype(jnp.float32), "batch", None))
 
 
 def look_up(fetched: Fetched, codes: jax.Array, extent: exchange.Extent) -> jax.Array:
-  """The rows of `codes [B, ...]` among those fetched: `[B, ..., D]`, 0 for others."""
+  """Returns the fetched rows of `codes [B, ...]`: `[B, ..., D]`; 0 for codes that were not fetched."""
   names = ("batch", *(None for _ in codes.shape[1:]))
   local = functools.partial(exchange.look_up_on_device, extent=extent)
   inputs = ("batch",), ("batch", None), names
@@ -170,7 +172,7 @@ def _look_up_all_backward(
   rows, place, codes = saved
   none = jnp.zeros((len(place), gradient.shape[-1]))
   _, transpose = jax.vjp(lambda found: look_up(Fetched(place, found), codes, extent), none)
-  # As many cells as ids: nothing counts what finds none here.
+  # Enough cells for all ids, because gradients without a cell are not counted here.
   touched = collect(rows, place, transpose(gradient)[0], float(sharding.ways("rows")))
   return scattered(rows, touched), None
 
@@ -179,7 +181,7 @@ _look_up_all.defvjp(_look_up_all_forward, _look_up_all_backward)
 
 
 def collect(rows: jax.Array, place: jax.Array, gradient: jax.Array, cells: float = CELLS) -> exchange.Touched:
-  """Brings the gradients `[S·U, D]` of the rows fetched at `place [S·U]` to the devices that own them, and sums them.
+  """Sends the gradients `[S·U, D]` of the rows fetched at `place [S·U]` to the rows' owners, and sums them there.
 
   Returns: `Touched`, with rows as their owners number them: `row [W·n]`, `gradient [W·n, D]`, `lost [W]`.
   """
@@ -194,7 +196,7 @@ def collect(rows: jax.Array, place: jax.Array, gradient: jax.Array, cells: float
 
 
 def scattered(rows: jax.Array, touched: exchange.Touched) -> jax.Array:
-  """The gradients of all rows, laid out as `rows`: 0 where none came."""
+  """Returns the gradients of all rows, laid out as `rows`; 0 for rows without a gradient."""
 
   def local(rows: jax.Array, row: jax.Array, gradient: jax.Array) -> jax.Array:
     empty = jnp.zeros_like(rows).reshape(-1, rows.shape[-1])

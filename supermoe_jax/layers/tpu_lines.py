@@ -1,8 +1,8 @@
-"""Rows that fill no whole number of a TPU's tiles, several to a line that does.
+"""Packs several narrow rows into one line that fills a whole number of a TPU's tiles.
 
-XLA:TPU works on tiles of 128 numbers of an array's last dimension. A table `[R, 64]` would take twice its memory so;
-XLA keeps it in another order instead, and copies the whole of it into tiles and back in every step. So p rows of width
-D, neighbours by their code, lie side by side: `[R / p, p·D]`, which is `[R, D]` read otherwise.
+XLA:TPU works on tiles of 128 numbers of an array's last dimension. A table `[R, 64]` would therefore take twice its
+memory. XLA keeps it in another order instead, and copies the whole table into tiles and back in every step. To avoid
+this, p rows of width D with neighbouring codes lie side by side: `[R / p, p·D]`, a reshape of `[R, D]`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ import jax.numpy as jnp
 
 LANES = 128
 
-# Most tiles that reading one row may take for the sake of those beside it.
+# Most tiles that reading one row may take because of its neighbours in the line.
 _MOST_TILES = 8
 
-# Stands for no row: larger than any. So are the numbers below it, for when no two may be the same.
+# NONE stands for no row; it is larger than any row. Where no two indices may be the same, the numbers from MOST_ROWS to
+# NONE stand for no row too.
 NONE = jnp.iinfo(jnp.int32).max
 MOST_ROWS = NONE - 2**24
 
 
 def rows_per_line(width: int, platform: str) -> int:
-  """Returns p for rows of `width` numbers: on TPUs as few as fill tiles, 1 where that were many tiles, or elsewhere."""
+  """Returns p for rows of `width` numbers: on TPUs as few as fill tiles; 1 elsewhere or if that takes many tiles."""
   p = LANES // math.gcd(LANES, width)
   return p if platform == "tpu" and p * width <= _MOST_TILES * LANES else 1
 
 
 def rows_at(rows: jax.Array, index: jax.Array, there: jax.Array) -> jax.Array:
-  """`rows[index]`, 0 where not `there`.
+  """Returns `rows[index]`, with 0 where not `there`.
 
-  By a product, which XLA:CPU fuses into a vectorised gather of several threads; a select takes four times as long.
+  The mask is a product, which XLA:CPU fuses into a vectorised gather of several threads; a select takes four times as
+  long.
   """
   return jnp.take(rows, index, axis=0, mode="clip") * there[..., None].astype(rows.dtype)
 
 
 def take_rows(lines: jax.Array, index: jax.Array, there: jax.Array, width: int) -> jax.Array:
-  """The rows `index [...]` of `lines [L, p·D]`, as `rows_at`: `[..., D]`. A line is read whole.
+  """Returns the rows `index [...]` of `lines [L, p·D]`, as `rows_at` does: `[..., D]`. It reads whole lines.
 
-  Of one number a row, `lines [R]` gives `[...]`, and any number where not `there`.
+  With one number per row, `lines [R]` gives `[...]`, with any number where not `there`.
   """
   if lines.ndim == 1:
     return jnp.take(lines, index, mode="clip")
@@ -54,15 +56,15 @@ def take_rows(lines: jax.Array, index: jax.Array, there: jax.Array, width: int) 
 
 
 def put_rows(lines: jax.Array, row: jax.Array, value: jax.Array) -> jax.Array:
-  """`lines [L, p·D]` with `value [n, D]` at the rows `row [n]`: each once, those of a line together; `NONE`: nowhere.
+  """Returns `lines [L, p·D]` with `value [n, D]` written to the rows `row [n]`; `NONE` is written nowhere.
 
-  Of one number a row, `lines [R]` and `value [n]` will do.
+  Each row occurs once, and the rows of a line are adjacent. With one number per row, pass `lines [R]` and `value [n]`.
   """
   n, width = len(row), value.shape[-1]
   p = lines.shape[-1] // width if lines.ndim == 2 else 1
   each, there = jnp.arange(n, dtype=jnp.int32), row != NONE
   if p == 1:
-    # No two are one row, those that are none included: else XLA:TPU would sort them.
+    # All indices differ, also where there is no row; otherwise XLA:TPU would sort them.
     return lines.at[jnp.where(there, row, NONE - each)].set(value, mode="drop", unique_indices=True)
   line = jnp.where(there, row // p, NONE)
   group = jnp.cumsum(line != jnp.concatenate([jnp.full_like(line[:1], -1), line[:-1]])) - 1

@@ -1,4 +1,4 @@
-"""Transformer blocks, and stacks of them whose compile time does not grow with depth."""
+"""Builds transformer blocks, and stacks of them whose compile time does not grow with depth."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from supermoe_jax import sharding
 from supermoe_jax.layers.attention import Attention, Visibility
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
 
-# What the backward pass computes again, by name: nothing, everything but matrix products, everything.
+# Names of what the backward pass recomputes: nothing, everything but matrix products, everything.
 REMAT = ("none", "dots", "full")
 
 
 class Context(NamedTuple):
-  """What every block of a stack shares; T positions a row.
+  """Inputs that all blocks of a stack share, for rows of T positions.
 
   Attributes:
     position: int32 `[B, T]`, place in the user's history, for rotary embedding.
     time: float32 `[B, T]`, hours since any fixed moment of the row.
-    visible: who sees whom.
+    visible: the positions that each position sees.
     valid: bool `[B, T]`; False is padding.
     task: int32 `[B, T]`, the task of a task token, -1 elsewhere; None where there are no task tokens.
   """
@@ -36,7 +36,7 @@ class Context(NamedTuple):
 
 
 class Block(nnx.Module):
-  """`x + attention(norm x)`, then `x + mlp(norm x)`, where the second may be a Mixture of Experts."""
+  """Transformer block: `x + attention(norm x)`, then `x + mlp(norm x)`, where the MLP may be a Mixture of Experts."""
 
   def __init__(
     self,
@@ -48,7 +48,7 @@ class Block(nnx.Module):
     dtype: jnp.dtype | None = None,
     rngs: nnx.Rngs,
   ):
-    """Creates the block; `dtype` is that of the attention's products (None: that of x), `feed_forward` has its own."""
+    """Creates the block; `dtype` is for the attention's products (None: dtype of x), `feed_forward` has its own."""
     self.attention_norm = nnx.RMSNorm(d_model, rngs=rngs)
     self.attention = Attention(d_model, heads, dtype=dtype, rngs=rngs)
     self.feed_forward_norm = nnx.RMSNorm(d_model, rngs=rngs)
@@ -60,18 +60,18 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, MoEOutput | None]:
     """Applies the block to `x [B, T, D]`; with `rngs`, dropout and jitter are on.
 
-    Returns: x, and what the experts returned; None for a block without experts.
+    Returns: x, and the experts' `MoEOutput`; None for a block without experts.
     """
     return self.fed(self.attended(x, context, rngs=rngs), context, dropless=dropless, rngs=rngs)
 
   def attended(self, x: jax.Array, context: Context, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """The first half: `x + attention(norm x)`."""
+    """Returns the first half of the block, `x + attention(norm x)`."""
     return x + self.drop(self.attention(self.attention_norm(x), context.position, context.time, context.visible), rngs)
 
   def fed(
     self, h: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
   ) -> tuple[jax.Array, MoEOutput | None]:
-    """The second half, of what `attended` gave: `h + mlp(norm h)`, and what the experts returned, if there are any."""
+    """Returns the second half, `h + mlp(norm h)` for h from `attended`, and the experts' `MoEOutput`, if any."""
     normed = self.feed_forward_norm(h)
     if isinstance(self.feed_forward, MoE):
       out = self.feed_forward(normed, context.valid, context.task, dropless=dropless, rngs=rngs)
@@ -79,19 +79,19 @@ class Block(nnx.Module):
     return h + self.drop(self.feed_forward(normed), rngs), None
 
   def drop(self, y: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-    """Dropout, which is on with `rngs`."""
+    """Applies dropout, which is on with `rngs`."""
     return self.dropout(y, deterministic=rngs is None, rngs=rngs)
 
 
 class StackOutput(NamedTuple):
-  """What a stack of blocks returns.
+  """Output of a stack of blocks.
 
   Attributes:
     x: `[B, T, D]`.
-    experts: the record of the M layers that hold experts, in their order: a `MoEOutput` whose `y` is empty and whose
-      arrays have a dimension of M in front; None without such layers.
-    before: `[B, n, D]`, the state before the feed-forward part of the last layer that holds experts, at the positions
-      that were asked for; None when none were.
+    experts: the record of the M layers that hold experts, in order: a `MoEOutput` whose `y` is empty and whose arrays
+      have a leading dimension of M; None without such layers.
+    before: `[B, n, D]`, the state before the feed-forward part of the last layer that holds experts, at the requested
+      positions; None when none were requested.
   """
 
   x: jax.Array
@@ -100,7 +100,7 @@ class StackOutput(NamedTuple):
 
 
 class _Group(nnx.Module):
-  """Some consecutive blocks, the unit that a stack repeats."""
+  """Consecutive blocks, the unit that a stack repeats."""
 
   def __init__(self, make: Callable[[int, nnx.Rngs], Block], first: int, size: int, *, rngs: nnx.Rngs):
     self.blocks = nnx.List([make(first + i, rngs) for i in range(size)])
@@ -112,7 +112,7 @@ class _Group(nnx.Module):
   def __call__(
     self, x: jax.Array, context: Context, *, dropless: bool, rngs: nnx.Rngs | None
   ) -> tuple[jax.Array, jax.Array, MoEOutput | None]:
-    """Returns x, the state before the last block's feed-forward part, and what the experts returned."""
+    """Returns x, the state before the last block's feed-forward part, and its experts' `MoEOutput`, if any."""
     for block in self.blocks[:-1]:
       x, _ = block(x, context, dropless=dropless, rngs=rngs)
     before = self.blocks[-1].attended(x, context, rngs=rngs)
@@ -121,9 +121,9 @@ class _Group(nnx.Module):
 
 
 class Stack(nnx.Module):
-  """`layers` blocks, of which every `moe_every`-th holds experts.
+  """Stack of `layers` blocks, where every `moe_every`-th holds experts.
 
-  The blocks up to and with one that holds experts form a group; groups are alike, so their parameters are stacked
+  The blocks up to and including one with experts form a group. Groups are alike, so their parameters are stacked
   `[groups, …]` and one compiled body is scanned over them: compile time does not grow with depth. Blocks left over
   after the last group (fewer than a group, none with experts) follow one by one.
   """
@@ -141,10 +141,10 @@ class Stack(nnx.Module):
 
     Args:
       make: `make(i, rngs)` creates a block for place i of a group; the last one, `moe_every - 1`, holds experts.
-      layers: blocks in all.
+      layers: number of all blocks.
       moe_every: blocks in a group; 0: no block holds experts, and `make` is called with 0 only.
-      remat: what the backward pass computes again, one of `REMAT`; less memory, more time.
-      rngs: of the initial parameters.
+      remat: what the backward pass recomputes, one of `REMAT`; less memory, more time.
+      rngs: keys of the initial parameters.
 
     Raises:
       ValueError: an unknown `remat`; experts in another block than every `moe_every`-th.
@@ -170,7 +170,7 @@ class Stack(nnx.Module):
   ) -> StackOutput:
     """Applies the blocks to `x [B, T, D]`; with `rngs`, dropout and jitter are on.
 
-    `before_experts` are the positions whose state before the last experts is handed out too.
+    `before_experts` selects the positions whose state before the last experts is returned too.
 
     Raises:
       ValueError: `before_experts` of a stack without experts.
@@ -181,10 +181,10 @@ class Stack(nnx.Module):
     if self.scanned is not None:
       graph, state = nnx.split(self.scanned)
       keys = None if rngs is None else jax.random.split(rngs.dropout(), self.groups)
-      # Carried from group to group, where each replaces it: only the last one's is kept.
+      # Each group replaces this part of the carry, so that only the last group's state is kept.
       before = jnp.zeros_like(x[:, before_experts]) if before_experts is not None else None
 
-      # A loop's backward pass is a loop of its own, hence prevent_cse.
+      # The backward pass of a loop is a separate loop, so nothing needs prevent_cse.
       body = self._body(graph, context, dropless, before_experts, prevent_cse=False)
       (x, before), record = jax.lax.scan(body, (x, before), (state, keys))
     for group in self.rest:
@@ -196,11 +196,11 @@ class Stack(nnx.Module):
 
   @property
   def holds_experts(self) -> bool:
-    """Whether any block does."""
+    """Returns whether any block holds experts."""
     return self.scanned is not None and isinstance(self.scanned.blocks[-1].feed_forward, MoE)
 
   def last_expert_block(self) -> Block:
-    """The last block that holds experts, by itself; its parameters are those of the stack.
+    """Returns the last block that holds experts, with its parameters from the stack.
 
     Raises:
       ValueError: no block holds experts.
@@ -213,7 +213,7 @@ class Stack(nnx.Module):
   def _body(
     self, graph: nnx.GraphDef, context: Context, dropless: bool, before_experts: slice | None, *, prevent_cse: bool
   ) -> Callable[..., Any]:
-    """One group as a function `((x, before), (variables, key)) → ((x, before), record)`."""
+    """Returns one group as a function `((x, before), (variables, key)) → ((x, before), record)`."""
 
     def body(carry: Any, layer: tuple[nnx.State, jax.Array | None]) -> tuple[Any, MoEOutput | None]:
       state, key = layer
@@ -229,7 +229,7 @@ class Stack(nnx.Module):
 
 
 def _stacked(make: Callable[[nnx.Rngs], _Group], count: int, rngs: nnx.Rngs) -> _Group:
-  """Creates `count` modules as one, whose variables have a dimension of layers in front."""
+  """Creates `count` modules as one, whose variables have a leading dimension of layers."""
   keys = jax.random.split(rngs.params(), count)
   graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
   state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(params=key))))(keys)

@@ -1,1 +1,1 @@
-"""The encoder and the multi-task model."""
+"""Encoders, the multi-task model and baselines."""

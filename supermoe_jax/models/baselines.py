@@ -1,4 +1,4 @@
-"""Strong simple models to compare with: a recurrent encoder, and the task views of MMoE and PLE over any z.
+"""Implements strong simple models to compare with: a recurrent encoder, and the task views of MMoE and PLE over any z.
 
 The shared-bottom model is `SuperMoE` with `conditioning="none"`: every head reads z.
 """
@@ -18,10 +18,10 @@ from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no
 
 
 class ExpertMlps(nnx.Module):
-  """E MLPs side by side: `[B, S, D] → [B, S, E, D]`, each with one hidden layer and a GELU."""
+  """E parallel MLPs, each with one hidden layer and a GELU: `[B, S, D] → [B, S, E, D]`."""
 
   def __init__(self, d_model: int, hidden: int, experts: int, *, rngs: nnx.Rngs):
-    # Small, and every token visits each: whole on every device, but for the hidden units.
+    # The MLPs are small and every token visits each one, so every device holds them whole, except for the hidden units.
     up = jax.random.normal(rngs.params(), (experts, d_model, hidden)) * d_model**-0.5
     down = jax.random.normal(rngs.params(), (experts, hidden, d_model)) * hidden**-0.5
     self.up = sharding.param(up, None, "embed", "mlp")
@@ -36,7 +36,7 @@ class ExpertMlps(nnx.Module):
 
 
 def _mix(gates: jax.Array, outputs: jax.Array) -> jax.Array:
-  """Gates `[B, S, T, E]` over outputs `[B, S, E, D]`: `[B, S, T, D]`."""
+  """Returns outputs `[B, S, E, D]` mixed by gates `[B, S, T, E]`: `[B, S, T, D]`."""
   return jnp.einsum("bste,bsed->bstd", gates, outputs, preferred_element_type=jnp.float32).astype(outputs.dtype)
 
 
@@ -47,21 +47,21 @@ class MMoE(nnx.Module):
   """
 
   def __init__(self, d_model: int, hidden: int, experts: int, tasks: int, *, rngs: nnx.Rngs):
-    """Creates `experts` MLPs of `hidden` units, and gates of `tasks` tasks."""
+    """Creates `experts` MLPs of `hidden` units, and gates for `tasks` tasks."""
     self.experts = ExpertMlps(d_model, hidden, experts, rngs=rngs)
     self.gates = TaskGates(d_model, experts, tasks)
 
   def __call__(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`z [B, S, D]` to the tasks' views `[B, S, T, D]` and their gates, float32 `[B, S, T, E]`."""
+    """Maps `z [B, S, D]` to the tasks' views `[B, S, T, D]` and their gates, float32 `[B, S, T, E]`."""
     gates = self.gates(z)
     return _mix(gates, self.experts(z)), gates
 
 
 class PLE(nnx.Module):
-  """Progressive layered extraction: levels of experts, some shared and some of one task only.
+  """Progressive layered extraction: levels of experts, some shared and some for one task only.
 
-  At each level a task's gate mixes its own experts and the shared ones, by the task's state; the shared state, which
-  the last level has no use for, is mixed of all experts. Both are z at first.
+  At each level, the gate of a task mixes the task's own experts and the shared ones, by the task's state. The shared
+  state is mixed from all experts; the last level has none, because nothing uses it. All states start as z.
 
   Source: https://doi.org/10.1145/3383313.3412236.
   """
@@ -80,7 +80,7 @@ class PLE(nnx.Module):
     """Creates `levels` levels of `shared_experts` MLPs and `task_experts` for each of `tasks` tasks.
 
     Raises:
-      ValueError: there is no level, or no expert of a kind.
+      ValueError: there is no level, or one kind has no expert.
     """
     if min(shared_experts, task_experts, levels) < 1:
       raise ValueError(
@@ -94,29 +94,29 @@ class PLE(nnx.Module):
     )
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    """`z [B, S, D]` to the tasks' views `[B, S, T, D]`."""
+    """Maps `z [B, S, D]` to the tasks' views `[B, S, T, D]`."""
     shared: jax.Array | None = z
     own = [z] * len(self.levels[0].tasks)
     for level in self.levels:
-      assert shared is not None  # only the last level hands out none
+      assert shared is not None  # only the last level returns none
       shared, own = level(shared, own)
     return jnp.stack(own, axis=2)
 
 
 class _Level(nnx.Module):
-  """One level of PLE; `shares` if it hands out a shared state."""
+  """Level of PLE; with `shares` it returns a shared state."""
 
   def __init__(self, d_model: int, hidden: int, shared: int, own: int, tasks: int, *, shares: bool, rngs: nnx.Rngs):
     self.shared = ExpertMlps(d_model, hidden, shared, rngs=rngs)
     self.shared_gate = TaskGates(d_model, shared + tasks * own, 1) if shares else None
-    # The experts of a task do not depend on how many tasks there are.
+    # The initial experts of a task do not depend on the number of tasks.
     key = rngs.params()
     keys = [jax.random.fold_in(key, t) for t in range(tasks)]
     self.tasks = nnx.List([ExpertMlps(d_model, hidden, own, rngs=nnx.Rngs(params=k)) for k in keys])
     self.gates = nnx.List([TaskGates(d_model, own + shared, 1) for _ in range(tasks)])
 
   def __call__(self, shared: jax.Array, own: list[jax.Array]) -> tuple[jax.Array | None, list[jax.Array]]:
-    """The shared state `[B, S, D]` and T tasks' own to those of the next level."""
+    """Maps the shared state `[B, S, D]` and the T tasks' own states to the states of the next level."""
     common = self.shared(shared)
     outputs = [mlps(x) for mlps, x in zip(self.tasks, own, strict=True)]
     mixed = [
@@ -128,16 +128,16 @@ class _Level(nnx.Module):
 
 
 class GRUEncoder(nnx.Module):
-  """Layers of gated recurrent units over the events; a snapshot reads the state after the last event that it sees.
+  """Encoder of gated recurrent units over events; a snapshot reads the state after the last event that it sees.
 
-  Events and snapshots are embedded as for the transformer, and z has the same properties: it depends on the events that
+  Events and snapshots are embedded as for the transformer, and z has the same property: it depends on the events that
   its snapshot sees and on nothing else.
 
   Source: arXiv 1406.1078; over events for the next one, arXiv 1511.06939.
   """
 
   def __init__(self, model: config.Model, schema: Schema, *, layout: Layout = ONE_DEVICE, rngs: nnx.Rngs):
-    """Creates `model.layers` layers of `model.d_model` units; `layout` is of the tables."""
+    """Creates `model.layers` layers of `model.d_model` units; `layout` is for the tables."""
     d, dtype = model.d_model, jnp.dtype(model.dtype)
     self.event_embedding, self.query_embedding = make_embeddings(model, schema, layout, rngs)
     self.cells = nnx.List([nnx.GRUCell(d, d, dtype=dtype, rngs=rngs) for _ in range(model.layers)])
@@ -147,7 +147,7 @@ class GRUEncoder(nnx.Module):
     self.experts, self.k = model.experts, model.experts_per_token
 
   def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
-    """Encodes a batch; with `rngs`, dropout is on. Nothing is ever dropped, so `dropless` says nothing new."""
+    """Encodes a batch; with `rngs`, dropout is on. Nothing is ever dropped, so `dropless` has no effect."""
 
     def drop(x: jax.Array) -> jax.Array:
       return self.dropout(x, deterministic=rngs is None, rngs=rngs)
@@ -167,9 +167,9 @@ class GRUEncoder(nnx.Module):
 
 
 def _recurrent(cell: nnx.GRUCell, x: jax.Array, first: jax.Array) -> jax.Array:
-  """The states `[B, L, D]` of a recurrent layer after each input of `x [B, L, D]`, from a state of 0.
+  """Returns the states `[B, L, D]` of a recurrent layer after each input of `x [B, L, D]`.
 
-  It is 0 again before each input with `first [B, L]`, which is the first event of a user.
+  The state is 0 at the start, and again before each input with `first [B, L]`, which marks the first event of a user.
   """
   graph, state = nnx.split(cell)
 

@@ -1,4 +1,4 @@
-"""The encoder: a row of events and snapshots to one representation a snapshot, and to each task's view of it."""
+"""Encodes a row of events and snapshots as one representation per snapshot, and each task's view of it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from supermoe_jax.layers.transformer import Block, Context, Stack, StackOutput
 
 
 class ExpertRecord(NamedTuple):
-  """What the MoE layers did; every array has a dimension of M layers in front (none: M = 0).
+  """Record of the MoE layers' routing; every array has a leading dimension of M layers (M = 0 without any).
 
   Attributes:
     aux: terms for the loss, `[M]` each.
-    stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` is that of the snapshots' tokens only.
+    stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` covers the snapshots' tokens only.
     task_expert: int32 `[M, B, S, T, K]`, the experts of the task tokens; None without task tokens.
-    event_expert: int32 `[M, B, L, K]`, the experts of the events; a program that does not ask for it does not keep it.
+    event_expert: int32 `[M, B, L, K]`, the experts of the events; a program that does not use it does not keep it.
   """
 
   aux: Aux
@@ -37,14 +37,14 @@ class ExpertRecord(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """What an encoder makes of B rows of L events and S snapshots, for T tasks.
+  """Output of an encoder for B rows of L events and S snapshots, with T tasks.
 
   Attributes:
-    events: `[B, L, D]`, the states of the events; no task's view of them.
-    z: `[B, S, D]`, the user representations, which know of no task.
+    events: `[B, L, D]`, the states of the events, the same for all tasks.
+    z: `[B, S, D]`, the user representations, independent of the tasks.
     views: `[B, S, T, D]`, each task's view of a user; None where every task sees z itself.
-    gates: float32 `[B, S, T, E]`, the weights of the experts that a view is mixed from; None where nothing is mixed so.
-    experts: what the MoE layers did.
+    gates: float32 `[B, S, T, E]`, the weights of the experts that a view is mixed from; None where no gates mix views.
+    experts: record of the MoE layers.
   """
 
   events: jax.Array
@@ -55,14 +55,14 @@ class Encoded(NamedTuple):
 
 
 def task_key(key: jax.Array, name: str) -> jax.Array:
-  """The key of a task's initial parameters: it depends on the task's name, not on which other tasks there are."""
+  """Returns the key of a task's initial parameters, which depends on the task's name but not on the other tasks."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def make_embeddings(
   model: config.Model, schema: Schema, layout: Layout, rngs: nnx.Rngs
 ) -> tuple[EventEmbedding, QueryEmbedding]:
-  """Creates what every encoder reads a row with."""
+  """Creates the event and snapshot embeddings with which every encoder reads a row."""
   d = model.d_model
   fields = schema.categorical, schema.inputs, schema.numeric_inputs
   events = EventEmbedding(
@@ -81,23 +81,24 @@ def make_embeddings(
 def embed_rows(
   event_embedding: EventEmbedding, query_embedding: QueryEmbedding, features: Features
 ) -> tuple[jax.Array, jax.Array]:
-  """Embeds a batch: its events `[B, L, D]` and its snapshots `[B, S, D]`."""
+  """Returns the embeddings of a batch: of its events `[B, L, D]` and of its snapshots `[B, S, D]`."""
   events = event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
   return events, query_embedding(features.query_calendar, features.query_gap, features.query_aggregates)
 
 
 class Encoder(nnx.Module):
-  """Turns a row of L events and S snapshots into one user representation a snapshot, in one pass.
+  """Encoder that turns a row of L events and S snapshots into one user representation per snapshot, in one pass.
 
   A snapshot's z depends on the events it sees and on nothing else: not on later events, other snapshots, padding, the
-  tasks, other users of the row, or, when nothing is dropped, other rows. So do the tasks' views:
+  tasks, other users of the row, or, when nothing is dropped, other rows. The tasks' views depend on the same events
+  only:
 
-  - `conditioning="token"`: T task tokens a snapshot travel along, the snapshot's embedding plus a learned vector of the
-    task. A task token sees what its snapshot sees, and the snapshot. The routers are told the task.
+  - `conditioning="token"`: each snapshot gets T task tokens, the snapshot's embedding plus a learned vector of the
+    task. A task token sees its snapshot, and what the snapshot sees. The routers see the task.
   - `conditioning="gate"`: with h a snapshot's state before the last experts F and n its norm, the view of task t is
-    `norm(h + Σ_e softmax(W_t n)_e F_e(n))`, over all experts (shared experts are added). Blocks after those experts
-    are not part of a view; without any (`layers` a multiple of `moe_every`) z and the views differ in the weights of
-    the experts only.
+    `norm(h + Σ_e softmax(W_t n)_e F_e(n))`, over all experts (shared experts are added). Blocks after those experts are
+    not part of a view. Without such blocks (`layers` a multiple of `moe_every`), z and the views differ only in the
+    weights of the experts.
 
   Source: gates of tasks over shared experts, https://doi.org/10.1145/3219819.3220007.
   """
@@ -114,7 +115,8 @@ class Encoder(nnx.Module):
   ):
     """Creates the encoder.
 
-    `layout` is of its tables, `tasks` are the T names of those that have a view (unless `conditioning` gives none).
+    `layout` is for its tables. `tasks` are the names of the T tasks that have a view (unless `conditioning` gives
+    none).
     """
     d = model.d_model
     self.tokens = len(tasks) if model.conditioning == "token" else 0
@@ -125,7 +127,7 @@ class Encoder(nnx.Module):
     self.stack = Stack(make, model.layers, model.moe_every, remat=model.remat, rngs=rngs)
     self.norm = nnx.RMSNorm(d, rngs=rngs)
     self.experts, self.k = model.experts, model.experts_per_token
-    # Last, and by name, so that the parameters of everything else are the same whatever tasks there are.
+    # These come last and depend on names, so that all other parameters are the same whatever tasks there are.
     key = rngs.params()
     vectors = [jax.random.normal(task_key(key, name), (d,)) * d**-0.5 for name in tasks]
     self.task_vectors = sharding.param(jnp.stack(vectors), None, "embed") if self.tokens else None
@@ -177,7 +179,7 @@ class Encoder(nnx.Module):
     )
 
   def _gated(self, gates: TaskGates, h: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
-    """The tasks' views `[B, S, T, D]` and their gates `[B, S, T, E]`, of states `h [B, S, D]` before the experts."""
+    """Returns the tasks' views `[B, S, T, D]` and gates `[B, S, T, E]` for states `h [B, S, D]` before the experts."""
     block = self.stack.last_expert_block()
     assert isinstance(block.feed_forward, MoE)
     n = block.feed_forward_norm(h)
@@ -201,14 +203,14 @@ class Encoder(nnx.Module):
 
 
 def shift(features: Features, tasks: int) -> jax.Array:
-  """A number int32 in [0, T) for each snapshot `[B, S]`, by a hash of its own place in time and of nothing else."""
+  """Returns an int32 in [0, T) for each snapshot `[B, S]`: a hash of its own place in time and of nothing else."""
 
   def bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
 
   h = jnp.asarray(features.query_events).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
   for part in (bits(features.query_gap), bits(features.query_time)):
-    # The finalizer of MurmurHash3: every bit of what came in reaches every bit that comes out.
+    # The finalizer of MurmurHash3: every input bit affects every output bit.
     h = (h ^ part) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     h = h ^ (h >> 16)
@@ -216,7 +218,7 @@ def shift(features: Features, tasks: int) -> jax.Array:
 
 
 def no_experts(experts: int, k: int, batch: int, length: int, snapshots: int, tokens: int = 0) -> ExpertRecord:
-  """The record of an encoder without MoE layers; its arrays are empty, M = 0."""
+  """Returns the record of an encoder without MoE layers; its arrays are empty, M = 0."""
   none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
   expert = jnp.zeros((0, batch, snapshots, k), jnp.int32)
   stats = Stats(jnp.zeros((0, experts)), counts, counts, jnp.zeros((0, tokens), jnp.int32), none, expert)
@@ -225,7 +227,7 @@ def no_experts(experts: int, k: int, batch: int, length: int, snapshots: int, to
 
 
 def _make_block(model: config.Model, balance_bias: bool, tokens: int) -> Callable[[int, nnx.Rngs], Block]:
-  """Returns the constructor of the block at a place of a group of `moe_every`, the last of which holds experts."""
+  """Returns a function that creates the block at a place in a group of `moe_every` blocks; the last holds experts."""
   d, dtype = model.d_model, jnp.dtype(model.dtype)
 
   def make(place: int, rngs: nnx.Rngs) -> Block:

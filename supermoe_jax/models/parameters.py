@@ -1,4 +1,4 @@
-"""How many parameters a model has, and which of them are at work."""
+"""Counts the parameters of a model, and the active ones, which a token uses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from supermoe_jax.layers.table import TableRows
 
 
 class Parameters(NamedTuple):
-  """Numbers of parameters.
+  """Parameter counts of a model.
 
   Attributes:
-    total: all of them.
-    tables: those in the rows of tables.
-    active: those that a token meets: all but the tables' and, of experts, those that it does not choose.
+    total: all parameters.
+    tables: parameters in the rows of tables.
+    active: parameters that a token uses: all but the rows of tables and the experts that the token does not choose.
   """
 
   total: int
@@ -25,9 +25,9 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(variables: nnx.State, chosen: float) -> Parameters:
-  """Counts the variables of a model, abstract or not; of its experts a token chooses the share `chosen`.
+  """Counts the variables of a model, abstract or not; a token chooses the share `chosen` of its experts.
 
-  What only fills up the stripes of a table, or of what lies beside its rows, is none.
+  Padding that fills up the stripes of a table, or of a parameter with one entry per row, does not count.
   """
   tables = rest = active = 0.0
   for _, variable in nnx.to_flat_state(variables):

@@ -6,6 +6,7 @@ This is the project's own design for the method whose abstract is arXiv 2207.046
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class SuperMoE(nnx.Module):
     Initial parameters of a task do not depend on the others (but PLE's, on its place).
     """
     self.tasks = dict(tasks)
-    self.view_names = tuple(n for n, t in tasks.items() if not isinstance(t, config.Contrast))
+    self.view_names = tuple(n for n, t in tasks.items() if t.has_labels)
     d = model.d_model
     self.encoder: Encoder | GRUEncoder
     if model.encoder == "gru":
@@ -62,7 +63,7 @@ class SuperMoE(nnx.Module):
     self.heads = nnx.Dict(
       {n: _head(tasks[n], n, d, schema, events, nnx.Rngs(task_key(key, n))) for n in self.view_names}
     )
-    asked = [t for t in tasks.values() if isinstance(t, config.NextEvent)]
+    asked = [cast(config.NextEvent, t) for t in tasks.values() if t.answer == "catalogue"]
     self.scored_whole = frozenset(events.owner[t.field] for t in asked if t.softmax == "full")
     self.sharing = _sharing(model, len(self.view_names), rngs)
 
@@ -76,12 +77,11 @@ class SuperMoE(nnx.Module):
     parts = [events.asked(batch.features.codes)]
     parts += [events.asked(slices.features.codes) for slices in batch.slices.values()]
     for name, task in self.tasks.items():
-      if isinstance(task, config.EventLabel):
+      if task.given_fields:
         given = batch.targets[name].given
-        parts += [{events.owner[field]: given[..., i]} for i, field in enumerate(task.given)]
+        parts += [{events.owner[field]: given[..., i]} for i, field in enumerate(task.given_fields)]
       elif name in negatives:
-        assert isinstance(task, config.NextEvent)
-        field = events.owner[task.field]
+        field = events.owner[cast(config.NextEvent, task).field]
         parts += [{field: safe_value(batch.targets[name])}, {field: negatives[name]}]
     return {
       field: jnp.concatenate([p[field].reshape(rows, -1) for p in parts if field in p], axis=1)
@@ -111,8 +111,8 @@ class SuperMoE(nnx.Module):
     An event label asks about m events a snapshot, so that the view stands there m times: L + S·m sites, or S·m.
     """
     view, task = self.view(name, encoded), self.tasks[name]
-    if isinstance(task, config.EventLabel):
-      view = jnp.repeat(view, task.per_snapshot, axis=1)
+    if task.about_events:
+      view = jnp.repeat(view, task.asked_events, axis=1)
     return jnp.concatenate([encoded.events, view], axis=1) if events else view
 
   def answers(self, name: str, encoded: Encoded, *, events: bool, given: jax.Array | None = None) -> jax.Array:
@@ -132,13 +132,12 @@ class SuperMoE(nnx.Module):
     """
     task, head = self.tasks[name], self.heads[name]
     if isinstance(head, EventLabelHead):
-      assert isinstance(task, config.EventLabel)
       h = self.states(name, encoded, events=events)
-      wanted = (*h.shape[:2], len(task.given))
+      wanted = (*h.shape[:2], len(task.given_fields))
       if given is None or given.shape != wanted:
         found = None if given is None else given.shape
         raise ValueError(f"task {name!r} needs given of shape {wanted} (B, sites, fields), not {found}")
-      return head(h, self.encoder.event_embedding.values(task.given, given))
+      return head(h, self.encoder.event_embedding.values(task.given_fields, given))
     if given is not None and given.shape[-1]:
       raise ValueError(f"task {name!r} is no event label: it takes no given")
     if isinstance(head, NextValueHead):
@@ -162,11 +161,13 @@ def _head(
   events: EventEmbedding,
   rngs: nnx.Rngs,
 ) -> NextValueHead | EventLabelHead | LinearHead:
-  if isinstance(task, config.NextEvent):
-    return NextValueHead(d_model, events.table(task.field), bias=task.softmax == "full", rngs=rngs)
-  if isinstance(task, config.EventLabel):
+  if task.answer == "catalogue":
+    next_event = cast(config.NextEvent, task)
+    table = events.table(next_event.field)
+    return NextValueHead(d_model, table, bias=next_event.softmax == "full", rngs=rngs)
+  if task.about_events:
     return EventLabelHead(d_model, rngs=rngs)
-  many = config.answer(task) in ("multilabel", "multiclass")
+  many = task.answer in ("multilabel", "multiclass")
   return LinearHead(d_model, schema.outputs[name] if many else None, rngs=rngs)
 
 

@@ -1,1 +1,1 @@
-"""What a run would take on a pod, before there is one: compiled ahead of time, not guessed."""
+"""Computes what a run would take on a pod, before there is one, by compiling its step ahead of time."""

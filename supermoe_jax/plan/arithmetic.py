@@ -1,4 +1,4 @@
-"""How many floating-point operations of products a step has, counted in the program before XLA rewrites it."""
+"""Counts the floating-point operations of a step's products, in the program before XLA rewrites it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jax.extend import core
 
 
 def products(jaxpr: core.Jaxpr, devices: int = 1) -> float:
-  """FLOPs of all products of a program, two for each multiply and add, on all devices together.
+  """Returns the FLOPs of all products of a program, two for each multiply and add, on all devices together.
 
-  What is computed again in the backward pass counts; the passes of a loop whose length is not known count once, and of
-  a conditional its longest branch. XLA's own count has a loop's body once only, however often it runs.
+  Recomputation in the backward pass counts. A loop of unknown length counts one pass, and a conditional counts its most
+  expensive branch. XLA's own count has a loop's body once only, however often it runs.
 
   Args:
     jaxpr: the program.
-    devices: of the mesh, each of which runs what stands in a `shard_map`.
+    devices: number of devices of the mesh; each device runs the body of a `shard_map`.
   """
   return sum(_of(equation, devices) for equation in jaxpr.eqns)
 

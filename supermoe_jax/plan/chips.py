@@ -1,4 +1,4 @@
-"""What accelerators can do, and how they are wired: the facts that estimates rest on."""
+"""Describes accelerators and how they are wired: the published numbers that estimates rest on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device.
+  """Accelerator: one device with its memory and its networks.
 
   Attributes:
-    kind: as JAX names it.
+    kind: the device's name in JAX.
     memory: bytes of main memory (HBM) that a program may have.
-    memory_rate: bytes/s of it.
-    link: bytes/s of one link to a neighbour, one way; of a GPU all its links to the other GPUs of its node together.
-    wrap: the length from which a dimension of a TPU's torus closes to a ring; lengths are multiples of it. 0: a GPU.
-    network: bytes/s of a device to other slices or nodes, one way: its share of its host's.
-    source: of these.
+    memory_rate: bytes/s of main memory.
+    link: bytes/s of one link to a neighbour, one way; for a GPU, all its links to the other GPUs of its node together.
+    wrap: the length from which a dimension of a TPU's torus closes to a ring; ring lengths are multiples of it. 0 for a
+      GPU.
+    network: bytes/s of a device to other slices or nodes, one way: its share of its host's network.
+    source: source of these numbers.
   """
 
   kind: str
@@ -37,7 +38,7 @@ class Chip:
 
   @property
   def flops(self) -> float:
-    """Dense bfloat16 products, FLOP/s."""
+    """Returns FLOP/s of dense bfloat16 products."""
     found = utilisation.peak_flops(self.kind)
     assert found is not None, self.kind
     return found
@@ -58,7 +59,7 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-  """Devices and how they lie: `sizes` of a TPU's torus, of GPUs `(nodes, GPUs of a node)`, of CPUs `(devices,)`."""
+  """Arrangement of devices: `sizes` are a TPU torus' dimensions, `(nodes, GPUs of a node)`, or `(CPUs,)`."""
 
   name: str
   sizes: tuple[int, ...]
@@ -66,17 +67,17 @@ class Topology(NamedTuple):
 
   @property
   def chip(self) -> Chip | None:
-    """Of CPUs None."""
+    """Returns the chip; None for CPUs."""
     return CHIPS.get(self.name)
 
   @property
   def tpu(self) -> bool:
-    """Whether it is one of TPUs, for which programs can be compiled here."""
+    """Returns whether the chips are TPUs, for which programs can be compiled here."""
     return self.chip is not None and self.chip.wrap > 0
 
   @property
   def devices(self) -> int:
-    """Of all slices."""
+    """Returns the number of devices in all slices."""
     return math.prod(self.sizes) * self.slices
 
   def __str__(self) -> str:
@@ -88,7 +89,7 @@ def topology(text: str, slices: int = 1) -> Topology:
   """Reads `v5e:16x16`, `v5p:4x4x8`, `h100:8x8` (nodes x GPUs) or `cpu:8`.
 
   Raises:
-    ConfigError: it names no known chip, or sizes that such chips do not have.
+    ConfigError: the chip is unknown, or such chips do not have these sizes or this number of slices.
   """
   name, _, sizes = text.partition(":")
   if name != "cpu" and name not in CHIPS:

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program: which there are, how often each runs, and between which devices."""
+"""Lists the collectives of a compiled program: their kinds, how often each runs, and between which devices."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ COLLECTIVES = (
 
 
 class Collective(NamedTuple):
-  """A collective of a program.
+  """Collective operation of a program.
 
   Attributes:
     kind: one of `COLLECTIVES`.
-    bytes: of what a device puts in, or, of an all-gather, has in the end; one time.
-    times: how often it runs in a step.
-    groups: the devices that take part in it together, by their places in the mesh; with `network` the slices.
-    source: what it was in the source.
-    network: whether it is the part of one that goes from slice to slice, which XLA:TPU hands to the hosts.
+    bytes: bytes that a device puts in or, for an all-gather, has in the end; in one execution.
+    times: executions in a step.
+    groups: the groups of devices that take part together, as places in the mesh; groups of slices with `network`.
+    source: its name in the source program.
+    network: True for the part of a collective between slices, which XLA:TPU hands to the hosts.
   """
 
   kind: str
@@ -43,21 +43,22 @@ class Collective(NamedTuple):
 
   @property
   def members(self) -> int:
-    """Devices, or slices, of a group."""
+    """Returns the number of devices, or slices, in a group."""
     return len(self.groups[0])
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends in a step, by the algorithm that sends least: rings, or each to each directly."""
+    """Returns the bytes that a device sends in a step, by the algorithm that sends least: rings, or direct messages."""
     share = (self.members - 1) / self.members
     once = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(self.kind, share)
     return once * self.bytes * self.times
 
 
 def read_collectives(module: HloModule, devices: int, slices: int = 1) -> list[Collective]:
-  """The collectives of a program for so many devices in so many slices.
+  """Returns the collectives of a program for `devices` devices in `slices` slices.
 
-  XLA:TPU lays one that it overlaps with other work out over several fusions, a chain of one name: it counts once.
+  XLA:TPU splits a collective that it overlaps with other work into several fusions, a chain of one name. The chain
+  counts once.
   """
   times = count_runs(module).times
   out: list[Collective] = []
@@ -84,14 +85,14 @@ def read_collectives(module: HloModule, devices: int, slices: int = 1) -> list[C
 
 def _payload(instruction: Instruction, kind: str, members: int) -> int:
   found = instruction.shapes
-  if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # operands, results, and their state
+  if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # holds operands, results, and their state
     data = [s for s in found if s.dims]
     found = data[len(data) // 2 :]
   return sum(s.bytes for s in found) * (members if kind == "reduce-scatter" else 1)
 
 
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-  """Reads the forms in which XLA writes groups of devices."""
+  """Reads groups of devices in any of the forms in which XLA writes them."""
   mesh = re.search(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]*)\))?\))? \{([^}]*)\}", text
   )
@@ -131,7 +132,7 @@ def _rows(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 
 def _connected(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
-  """The devices that a permutation moves values between, round after round."""
+  """Returns the groups of devices that the pairs of a permutation connect, directly or through other pairs."""
   group = {d: d for pair in pairs for d in pair}
 
   def top(d: int) -> int:

@@ -1,4 +1,4 @@
-"""What a run would be, without a step of it: sizes, shapes and memory, from the compiled step."""
+"""Describes a run without running a step of it: sizes, shapes and memory, from the compiled step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from supermoe_jax.plan.render import bytes_text
 
 
 def describe_run(cfg: config.Config) -> list[str]:
-  """Returns lines that say what `supermoe train` would do with a config; nothing is written, and no state allocated.
+  """Returns lines that describe what `supermoe train` would do with a config; writes nothing and allocates no state.
 
   Raises:
     DataError: there is no dataset, or it was prepared from another config.
-    ConfigError: the mesh needs devices that are not there.
+    ConfigError: the mesh needs devices that are not there, or the step needs more memory than a device has.
   """
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)

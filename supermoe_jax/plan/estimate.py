@@ -1,6 +1,6 @@
-"""From a program's counts to seconds: which of products, memory and networks a step waits for.
+"""Estimates the seconds of a step from a program's counts: for products, for memory and for networks.
 
-These are bounds by published rates, not measurements: latency, and work that is left over on a device, are not in them.
+The times are bounds by published rates, not measurements. They leave out latency and the remaining work of a device.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from jax.sharding import Mesh
 from supermoe_jax.plan.chips import Chip, Topology
 from supermoe_jax.plan.collectives import Collective
 
-# Kinds of which a device sends its share of the others' parts once, or, of an all-reduce, twice.
+# Collectives on rings, and how many times a device sends its share of the other devices' parts.
 _RINGS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
 
 
-# Stands for the axis of a mesh along which what crosses from slice to slice does.
+# Stands for the mesh axis of traffic between slices.
 SLICES = "slices"
 
 
 class Reach(NamedTuple):
-  """How the devices of a group reach each other.
+  """Extent of a group of devices over slices or nodes, and over the torus within a slice.
 
   Attributes:
     inside: devices of the group in one slice or node.
     parts: slices or nodes that it spans.
-    longest: of a torus, the devices of the longest dimension that it spans in a slice.
-    dimensions: how many dimensions it spans there.
-    closed: whether each of these closes to a ring.
+    longest: on a torus, the devices of the longest dimension that it spans in a slice.
+    dimensions: number of dimensions that it spans in a slice.
+    closed: whether each of these dimensions closes to a ring.
   """
 
   inside: int
@@ -42,17 +42,17 @@ class Reach(NamedTuple):
 
 
 class Traffic(NamedTuple):
-  """The collectives of one kind over the same mesh axes.
+  """Sums over the collectives of one kind along the same mesh axes.
 
   Attributes:
-    kind: of the collective.
-    axes: of the mesh, which it runs along.
-    times: how many run in a step.
-    bytes: of all, what a device puts in (of an all-gather: gets).
-    largest: of the largest one.
+    kind: kind of the collectives.
+    axes: mesh axes along which they run.
+    times: executions in a step.
+    bytes: bytes that a device puts in (for an all-gather: gets), over all executions.
+    largest: bytes of the largest collective.
     sent: bytes that a device sends.
-    seconds: inside a slice or node.
-    network_seconds: between them.
+    seconds: time inside a slice or node.
+    network_seconds: time between slices or nodes.
   """
 
   kind: str
@@ -66,7 +66,7 @@ class Traffic(NamedTuple):
 
 
 def network_traffic(found: Sequence[Collective], mesh: Mesh, topology: Topology) -> list[Traffic]:
-  """Adds up collectives by kind and mesh axes; those that send most come first. Of CPUs no seconds are told."""
+  """Adds up collectives by kind and mesh axes, most bytes sent first. For CPUs the seconds are 0."""
   groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = collections.defaultdict(list)
   for one in found:
     groups[one.kind, (SLICES,) if one.network else _axes(one.groups[0], mesh)].append(one)
@@ -90,7 +90,7 @@ def network_traffic(found: Sequence[Collective], mesh: Mesh, topology: Topology)
 
 
 def _axes(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:
-  """The mesh axes along which the places of a group differ."""
+  """Returns the mesh axes along which the places of a group differ."""
   places = [_unravel(place, mesh.devices.shape) for place in group]
   return tuple(name for i, name in enumerate(mesh.axis_names) if len({p[i] for p in places}) > 1)
 
@@ -120,11 +120,12 @@ def _reach(group: Sequence[int], mesh: Mesh, topology: Topology) -> Reach:
 
 
 def _seconds(one: Collective, reach: Reach, chip: Chip | None) -> tuple[float, float]:
-  """Inside a slice or node, and between them.
+  """Returns the seconds of a collective inside a slice or node, and between them.
 
-  Rings use every dimension that a group spans, both ways where it closes. An all-to-all is bound by the middle of the
-  longest dimension: the messages of a chip take k / 4 hops on average in a ring of k, k / 3 in a line. What crosses the
-  slower network of a reduction is each device's share of what its slice has reduced; all else crosses as it is.
+  Rings use every dimension that a group spans, in both directions where it closes. The middle of the longest dimension
+  bounds an all-to-all: the messages of a chip take k / 4 hops on average in a ring of k chips, k / 3 in a line. On the
+  slower network between slices, a collective on rings sends each device's share of its slice's data; all others send
+  their data as it is.
   """
   if chip is None:
     return 0.0, 0.0
@@ -147,7 +148,7 @@ def _seconds(one: Collective, reach: Reach, chip: Chip | None) -> tuple[float, f
 
 
 class Times(NamedTuple):
-  """Seconds of a step on a device by what they go to, if each had the device to itself."""
+  """Seconds of a step on a device by resource, if each resource had the device to itself."""
 
   products: float
   memory: float
@@ -156,26 +157,26 @@ class Times(NamedTuple):
 
   @property
   def bound(self) -> str:
-    """What takes longest."""
+    """Returns the resource that takes longest."""
     return max(self._asdict().items(), key=lambda item: item[1])[0]
 
   @property
   def step(self) -> float:
-    """Of a step, where all else goes on beside what takes longest."""
+    """Returns the seconds of a step in which all else overlaps with the slowest resource."""
     return max(self)
 
   @property
   def alone(self) -> float:
-    """Of a step in which nothing goes on beside anything."""
+    """Returns the seconds of a step in which nothing overlaps."""
     return math.fsum(self)
 
 
 def step_times(flops: float, moved: float, found: Sequence[Traffic], chip: Chip) -> Times:
-  """The times of a step: `flops`, and bytes `moved` to and from memory, of one device."""
+  """Returns the times of a step from one device's `flops` and bytes `moved` to and from memory."""
   links, network = sum(t.seconds for t in found), sum(t.network_seconds for t in found)
   return Times(flops / chip.flops, moved / chip.memory_rate, links, network)
 
 
 def as_dict(row: Traffic) -> dict[str, Any]:
-  """For JSON."""
+  """Returns the row as a dict for JSON."""
   return {**row._asdict(), "axes": list(row.axes)}

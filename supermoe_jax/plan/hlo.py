@@ -1,7 +1,7 @@
-"""Reading a compiled program as XLA prints it: its computations, and how often each runs.
+"""Reads a compiled program as XLA prints it: its computations, and how often each runs.
 
-XLA's own `cost_analysis` counts the body of a loop once, and tells nothing of collectives; the text has both. See
-`collectives` and `traffic`.
+XLA's own `cost_analysis` counts the body of a loop once and leaves out collectives; the text has both. `collectives`
+and `traffic` build on this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "bf16": 16, "token": 0}  # others end in their bits: f32, s8, u4, f8e4m3fn
+_BITS = {"pred": 8, "bf16": 16, "token": 0}  # other names hold their bits: f32, s8, u4, f8e4m3fn
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _SHAPE = re.compile(r"(pred|token|[a-z]+\d+\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
@@ -22,8 +22,11 @@ _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^{}]*
 
 
 class Shape(NamedTuple):
-  """An array of a program. `tile` are the last dimensions that its layout fills up, such as (8, 128) on a TPU; `space`
-  is the memory that holds it: 0 the device's main memory, others on the chip."""
+  """Array of a program.
+
+  `tile` holds the last dimensions that its layout fills up, such as (8, 128) on a TPU. `space` is the memory that holds
+  the array: 0 is the device's main memory, others are on the chip.
+  """
 
   dtype: str
   dims: tuple[int, ...]
@@ -33,12 +36,12 @@ class Shape(NamedTuple):
 
   @property
   def bytes(self) -> int:
-    """Of the values alone."""
+    """Returns the bytes of the values alone."""
     return _bits(self.dtype) * math.prod(self.dims) // 8
 
   @property
   def padded(self) -> int:
-    """What the array takes in memory, tiles filled up."""
+    """Returns the bytes that the array takes in memory, with tiles filled up."""
     minor = [self.dims[i] for i in self.order] or [1]
     for i, size in enumerate(reversed(self.tile)):
       if i < len(minor):
@@ -53,7 +56,7 @@ def _bits(dtype: str) -> int:
 
 
 def parse_shapes(text: str) -> list[Shape]:
-  """The arrays of a type, of which a tuple has several."""
+  """Returns the arrays of a type; a tuple type has several."""
   return [_shape(*found.groups()) for found in _SHAPE.finditer(text)]
 
 
@@ -69,9 +72,10 @@ def _shape(dtype: str, dims: str, layout: str | None) -> Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """A line of a computation.
+  """Line of a computation.
 
-  `type` is its result's, `rest` what follows its operands; those of a parameter or constant are its number or value.
+  `type` is its result's type and `rest` the text after its operands. A parameter's or constant's `operands` hold its
+  number or value.
   """
 
   name: str
@@ -83,17 +87,17 @@ class Instruction:
 
   @functools.cached_property
   def shapes(self) -> list[Shape]:
-    """Its results."""
+    """Returns the arrays of its result."""
     return parse_shapes(self.type)
 
   @property
   def op_name(self) -> str:
-    """What it was in the source: of an argument its path."""
+    """Returns its name in the source program, for an argument its path."""
     found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
     return found[1].replace("\\'", "'") if found else ""
 
   def called(self) -> dict[str, str]:
-    """The computations that it runs, by the attribute that names them."""
+    """Returns the computations that it runs, by the attribute that names them."""
     out: dict[str, str] = dict(_CALLED.findall(self.rest))
     for i, name in enumerate(n.strip(" %") for found in _BRANCHES.findall(self.rest) for n in found.split(",")):
       out[f"branch {i}"] = name
@@ -101,7 +105,7 @@ class Instruction:
 
 
 class HloModule(NamedTuple):
-  """A program: its computations by name, and the one where it begins."""
+  """Program: its computations by name, and the name of the one where it begins."""
 
   computations: Mapping[str, Mapping[str, Instruction]]
   entry: str
@@ -137,7 +141,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-  """The place behind the bracket that closes the one that `text` begins with."""
+  """Returns the index after the bracket that closes the one at the start of `text`."""
   depth = 0
   for i, letter in enumerate(text):
     depth += (letter == "(") - (letter == ")")
@@ -147,16 +151,16 @@ def _closing(text: str) -> int:
 
 
 class Runs(NamedTuple):
-  """How often computations run, and which loops say nothing of their length, which are taken to run once."""
+  """Number of runs of each computation, and the loops of unknown length, which are taken to run once."""
 
   times: Mapping[str, int]
   unknown: tuple[str, ...]
 
 
 def count_runs(module: HloModule) -> Runs:
-  """How often each computation runs in a run of the program; a loop's length is read from its condition.
+  """Returns how often each computation runs in a run of the program.
 
-  Of a conditional every branch counts.
+  A loop's length is read from XLA's annotation or the loop's condition. Every branch of a conditional counts.
   """
   times: dict[str, int] = {module.entry: 1}
   unknown: list[str] = []
@@ -173,12 +177,12 @@ def count_runs(module: HloModule) -> Runs:
 
 
 def _of_a_value(instruction: Instruction, key: str) -> bool:
-  """Whether what is called is what reduces or compares two values, which is no pass of its own."""
+  """Returns whether the called computation only reduces or compares two values, so that it is no pass of its own."""
   return key == "to_apply" and instruction.opcode != "call"
 
 
 def _in_order(module: HloModule) -> list[str]:
-  """The computations that run, each after all that call it."""
+  """Returns the computations that run, each after all computations that call it."""
   seen: set[str] = set()
   out: list[str] = []
 
@@ -196,7 +200,7 @@ def _in_order(module: HloModule) -> list[str]:
 
 
 def _length(loop: Instruction, module: HloModule) -> int | None:
-  """The number of passes of a loop that counts to a constant; None where it ends by what it finds."""
+  """Returns the number of passes of a loop that counts to a constant; None if the loop's data decides."""
   known = re.search(r'known_trip_count[^{]*\{[^}]*?"?n"?\s*:\s*"(\d+)"', loop.rest)
   if known:
     return int(known[1])

@@ -1,4 +1,4 @@
-"""`supermoe plan`: what a training step of a config takes on a topology, and whether it fits."""
+"""Plans a training step for `supermoe plan`: what the step takes on a topology, and whether it fits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ESTIMATED = "XLA:CPU stands in for the compiler of these devices: arguments are
 
 
 def schema_of(cfg: config.Config) -> tuple[Schema, str]:
-  """The schema of the config's dataset, or the largest that the config allows; and which of them it is.
+  """Returns the schema of the config's dataset, or the largest that the config allows; and a note on which it is.
 
   Raises:
     DataError: there is a dataset, and it was prepared from another config.
@@ -38,18 +38,19 @@ def schema_of(cfg: config.Config) -> tuple[Schema, str]:
 
 
 def plan_step(cfg: config.Config, topology: Topology, effort: float = program.LEAST_EFFORT) -> dict[str, Any]:
-  """Compiles the training step of a config for a topology and returns what it takes; see `render`.
+  """Compiles the training step of a config for a topology and returns what it takes; see `render.plan_text`.
 
-  `effort` is XLA:TPU's to make the program quick, from -1 to 1. A run has 0, which takes several times as long.
+  `effort` is XLA:TPU's effort to make the program quick, from -1 to 1. A run uses 0, which compiles for several times
+  as long.
 
   Raises:
-    ConfigError: the mesh or the batch does not divide over the devices, or they cannot be compiled for.
+    ConfigError: the mesh or the batch does not divide over the devices, or XLA cannot compile for them.
     DataError: the dataset was prepared from another config.
   """
   cfg, notes = program.fitted_config(cfg, topology)
   schema, about = schema_of(cfg)
   mesh = sharding.make_mesh(cfg.train.mesh, program.compile_devices(topology))
-  effort = effort if topology.tpu else 0.0  # others compile quickly
+  effort = effort if topology.tpu else 0.0  # other backends compile quickly
   compiled = program.compile_step(cfg, schema, mesh, effort)
   chip = topology.chip
   notes = [about, *notes]
@@ -93,14 +94,14 @@ def _parameters(compiled: program.CompiledStep, kind: str) -> int:
 
 
 def _tokens(cfg: config.Config) -> int:
-  """Tokens of a step: events, snapshots, and the tasks' own."""
+  """Returns the tokens of a step (of all steps of a call): events, snapshots, and task tokens."""
   own = len(cfg.active_views) if cfg.model.conditioning == "token" else 0
   row = cfg.model.max_events + cfg.train.snapshots_per_row * (1 + own)
   return cfg.train.batch_rows * row * cfg.train.steps_per_call
 
 
 def _memory(compiled: program.CompiledStep) -> dict[str, Any]:
-  """Bytes a device."""
+  """Returns the memory that the step takes on a device, in bytes."""
   leaves, kinds = program.array_leaves(compiled.state), program.array_kinds(compiled.state)
   parts: dict[str, int] = collections.defaultdict(int)
   for path, leaf in leaves.items():
@@ -127,7 +128,7 @@ def _memory(compiled: program.CompiledStep) -> dict[str, Any]:
 
 
 def _padding(compiled: program.CompiledStep) -> dict[str, int]:
-  """The bytes by which tiles of the device's memory make each argument larger."""
+  """Returns the bytes by which tiles of the device's memory make each argument larger."""
   module = compiled.module
   assert module is not None
   out = {}

@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that need not be there: no parameter is ever allocated."""
+"""Compiles the real training step for devices that need not be there, without allocating a parameter."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from supermoe_jax.training.task_statistics import TaskStatistics
 
 
 class CompiledStep(NamedTuple):
-  """A compiled step.
+  """Compiled training step.
 
   Attributes:
-    state: its shapes and layouts.
-    inputs: the shapes of all hosts' batch, and of the tasks' statistics.
-    mesh: of the devices it is compiled for.
-    flops: of all products on all devices together; see `arithmetic.products`.
-    executable: as JAX has it; None where it needs more memory than a device has.
-    module: its text, read; None likewise.
-    needed: bytes that XLA would need on a device, where that is more than there is.
-    seconds: that compiling took.
+    state: shapes and layouts of the training state.
+    inputs: shapes of all hosts' batch, and of the tasks' statistics.
+    mesh: mesh of the devices that it is compiled for.
+    flops: FLOPs of all products on all devices together; see `arithmetic.products`.
+    executable: JAX' compiled program; None where it needs more memory than a device has.
+    module: its parsed text; None likewise.
+    needed: bytes that XLA would need on a device, if a device has fewer; otherwise 0.
+    seconds: time that compiling took.
   """
 
   state: TrainState
@@ -51,13 +51,13 @@ class CompiledStep(NamedTuple):
   seconds: float
 
 
-# XLA's effort to make a program quick, from -1 to 1; 0 is what a run is compiled with. Least effort compiles several
-# times faster for TPUs.
+# XLA's effort to make a program quick, from -1 to 1; a run is compiled with 0. Least effort compiles several times
+# faster for TPUs.
 LEAST_EFFORT = -1.0
 
 
 def compile_step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> CompiledStep:
-  """Compiles the training step of a config for the devices of a mesh, with that effort of XLA's."""
+  """Compiles the training step of a config for the devices of a mesh, with the given `effort` of XLA."""
   state = abstract_state(cfg, schema, mesh)
   several = (cfg.train.steps_per_call,) if cfg.train.steps_per_call > 1 else ()
   layout = sharding.batch_sharding(mesh, stacked=bool(several))
@@ -82,7 +82,7 @@ def compile_step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float =
 
 
 def _needed(message: str) -> int:
-  """The bytes that XLA says a program needs, in an error that says it has them not."""
+  """Returns the bytes that a program needs, from XLA's error for too little memory; 0 for any other error."""
   found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message) or re.search(
     r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message
   )
@@ -90,12 +90,12 @@ def _needed(message: str) -> int:
 
 
 def fitted_config(cfg: config.Config, topology: Topology) -> tuple[config.Config, list[str]]:
-  """The config with a mesh of all devices of a topology, and what was changed for that, if anything.
+  """Returns the config with a mesh of all devices of a topology, and notes on what was changed for that.
 
-  Only `data` grows or shrinks, and with it nothing else: the batch is the config's.
+  In the mesh only `data` and `slices` change; the batch stays the config's.
 
   Raises:
-    ConfigError: the other axes do not divide the devices, or the batch the mesh.
+    ConfigError: the other axes do not divide the devices, or the mesh does not divide the batch.
   """
   mesh, said = cfg.train.mesh, []
   fixed = mesh.expert * mesh.tensor
@@ -119,11 +119,10 @@ def fitted_config(cfg: config.Config, topology: Topology) -> tuple[config.Config
 
 
 def compile_devices(topology: Topology) -> Sequence[jax.Device]:
-  """Devices to compile for: those of a TPU topology need not be there; of GPUs and CPUs this machine's CPUs stand in.
+  """Returns devices to compile for. TPUs need not be there; this machine's CPUs stand in for GPUs and CPUs.
 
   Raises:
-    ConfigError: XLA's compiler for TPUs is missing, or knows no such topology; too few CPUs were asked for before JAX
-      began.
+    ConfigError: XLA's compiler for TPUs is missing, or knows no such topology; JAX began with too few CPU devices.
   """
   if not topology.tpu:
     if topology.devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -146,15 +145,19 @@ def compile_devices(topology: Topology) -> Sequence[jax.Device]:
     raise ConfigError(f"--topology={topology}: XLA's compiler for TPUs refuses it: {error}") from error
 
 
-# Where `pip install --target` puts the compiler in this project; see the Makefile.
+# File that `pip install --target` installs the compiler to in this project; see the Makefile.
 _BESIDE = pathlib.Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
 
 
 def _point_to_libtpu() -> None:
-  """Says where the compiler is, and that no TPU needs to be there."""
+  """Sets environment variables that locate the compiler and let it run without a TPU.
+
+  Raises:
+    ConfigError: the compiler is not installed.
+  """
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it would let one process in at a time, for the chips' sake
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one process at a time, for the chips' sake
   if "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None:
     return
   if not _BESIDE.is_file():
@@ -167,13 +170,13 @@ def _point_to_libtpu() -> None:
 
 
 def array_leaves(state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a state by their paths, as the compiled program names its arguments."""
+  """Returns the arrays of a state by their paths, as the compiled program names its arguments."""
   found, _ = jax.tree_util.tree_flatten_with_path(state)
   return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
 def shard_bytes(leaf: Any) -> int:
-  """What a device holds of an array, without padding."""
+  """Returns the bytes of an array that a device holds, without padding."""
   size = leaf.dtype.itemsize
   for n in leaf.sharding.shard_shape(leaf.shape):
     size *= n
@@ -181,7 +184,7 @@ def shard_bytes(leaf: Any) -> int:
 
 
 def array_kinds(state: TrainState) -> dict[str, str]:
-  """What each array of a state is, by its path: "tables", "experts" or "dense", of the optimizer, or "other"."""
+  """Returns each array's kind by its path: "tables", "experts" or "dense", "optimizer of" one of these, or "other"."""
   variables, _ = jax.tree_util.tree_flatten_with_path(state.model, is_leaf=lambda v: isinstance(v, nnx.Variable))
   model = {jax.tree_util.keystr(path): _kind(variable) for path, variable in variables}
   out = {}

@@ -1,4 +1,4 @@
-"""What would make a step fit that does not: changes of the config, and the smallest topologies that hold it."""
+"""Suggests changes for a step that does not fit: settings of the config, and the smallest topologies that hold it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from supermoe_jax import config
 from supermoe_jax.plan.chips import CHIPS, GIB, Topology
 
-# Shapes that can be had, smallest first.
+# Available shapes of topologies, smallest first.
 _SHAPES = {
   "v5e": ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
   "v6e": ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
@@ -29,8 +29,10 @@ _SHAPES = {
 
 
 def remedies(cfg: config.Config, found: Mapping[str, Any], topology: Topology) -> list[str]:
-  """Changes that may spare the most, with how much on a device: of the state by arithmetic, of temporaries by rules of
-  thumb. Plan again to be sure."""
+  """Returns the changes that may save memory on a device, largest savings first, then topologies that hold the step.
+
+  Savings of state are calculated; savings of temporaries are rules of thumb. Plan again to be sure.
+  """
   parts, chip = found["memory"]["parts"], topology.chip
   assert chip is not None
   kept = sum(parts.values())
@@ -61,7 +63,7 @@ def _changes(cfg: config.Config, parts: Mapping[str, int], temporary: float) -> 
 
 
 def _larger(cfg: config.Config, found: Mapping[str, Any], topology: Topology, temporary: float) -> Iterator[str]:
-  """The smallest shapes of this chip and of v5p in which it fits, with the same batch on each device."""
+  """Yields the smallest shapes of this chip and of v5p in which the step fits, with the same batch on each device."""
   parts = found["memory"]["parts"]
   spread = (parts.get("tables", 0) + parts.get("optimizer of tables", 0)) * topology.devices
   rest = sum(parts.values()) - spread / topology.devices

@@ -1,4 +1,4 @@
-"""A plan for people to read."""
+"""Formats a plan as text for people to read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BOUNDS = {"products": "products", "memory": "memory", "links": "links between c
 
 
 def plan_text(plan: Mapping[str, Any]) -> list[str]:
-  """Returns the lines of a plan."""
+  """Returns a plan as lines of text."""
   memory, parameters, chip = plan["memory"], plan["parameters"], plan["chip"]
   mesh = " × ".join(f"{n} {s}" for n, s in plan["mesh"].items())
   out = [
@@ -95,7 +95,7 @@ def _work(plan: Mapping[str, Any]) -> list[str]:
 
 
 def bytes_text(n: float) -> str:
-  """Bytes, such as "7.8 GiB"."""
+  """Returns a number of bytes as text, such as "7.8 GiB"."""
   sign, n = "-" if n < 0 else "", abs(n)
   for unit in ("B", "KiB", "MiB", "GiB"):
     if n < 1024:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import CALENDAR, Batch, Features, Schema, Slices, Targets
 from supermoe_jax.data.encoding.aggregates import Aggregator
 from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
-from supermoe_jax.errors import ConfigError
+from supermoe_jax.data.format.schema import schema_of_sizes
 
 
 def largest_schema(cfg: config.Config) -> Schema:
@@ -26,18 +26,7 @@ def largest_schema(cfg: config.Config) -> Schema:
     if field.kind != "numeric":
       own = fields[field.shares] if field.shares else field
       sizes[name] = own.size + FIRST_VALUE + own.buckets
-  numeric = [n for n, f in fields.items() if f.kind == "numeric"]
-  return Schema(
-    tuple(cfg.data.sources),
-    sizes,
-    tuple(numeric),
-    _aggregates(cfg.data),
-    {n: _outputs(n, t, sizes) for n, t in cfg.active_views.items()},
-    tuple(n for n in sizes if fields[n].input),
-    tuple(i for i, n in enumerate(numeric) if fields[n].input),
-    cfg.data.extra_value_fields,
-    {n: f.shares for n, f in fields.items() if f.shares},
-  )
+  return schema_of_sizes(cfg, sizes, {}, _aggregates(cfg.data), cfg.active_views)
 
 
 def _aggregates(data: config.Data) -> int:
@@ -49,26 +38,15 @@ def _aggregates(data: config.Data) -> int:
   return len(Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, values).names)
 
 
-def _outputs(name: str, task: config.LabelledTask, sizes: dict[str, int]) -> int:
-  if isinstance(task, config.NextEvent):
-    return sizes[task.field] - FIRST_VALUE
-  if isinstance(task, config.UserLabel) and task.type == "multiclass":
-    raise ConfigError(
-      f"config.tasks.{name}: how many classes column {task.column!r} has is known once the dataset is prepared; run "
-      f"'supermoe prepare' first, or leave the task out by --config.exclude_tasks={name}"
-    )
-  return task.top if isinstance(task, config.FutureValues) else 1
-
-
 def batch_shapes(cfg: config.Config, schema: Schema) -> Batch:
   """The shapes and dtypes of a training batch of all hosts: what `dataset.training_batches.training_batches` makes."""
   rows, events, snapshots = cfg.train.batch_rows, cfg.model.max_events, cfg.train.snapshots_per_row
   tasks = cfg.active_tasks
   targets = {n: _targets(t, schema.outputs[n], (rows, events, snapshots)) for n, t in cfg.active_views.items()}
   slices = {
-    n: Slices(_features(schema, (rows, 2), t.slice_events, 1), _array(bool, rows))
+    n: Slices(_features(schema, (rows, 2), cast(config.Contrast, t).slice_events, 1), _array(bool, rows))
     for n, t in tasks.items()
-    if isinstance(t, config.Contrast)
+    if not t.has_labels
   }
   return Batch(_features(schema, (rows,), events, snapshots), targets, slices)
 
@@ -105,12 +83,10 @@ def _features(schema: Schema, rows: tuple[int, ...], events: int, snapshots: int
 
 def _targets(task: config.LabelledTask, outputs: int, sizes: tuple[int, int, int]) -> Targets:
   rows, events, snapshots = sizes
-  sites, given = snapshots, 0
-  if isinstance(task, config.EventLabel):
-    sites, given = events + snapshots * task.per_snapshot, len(task.given)
-  elif isinstance(task, config.NextEvent):
-    sites = events + snapshots
-  form = config.answer(task)
+  sites, given = snapshots * task.asked_events, len(task.given_fields)
+  if task.asks_at_events:
+    sites += events
+  form = task.answer
   several = (outputs,) if form == "multilabel" else ()
   value = _array(np.int32 if form in ("catalogue", "multiclass") else np.float32, rows, sites, *several)
   of_site = _array(bool, rows, sites), _array(np.float32, rows, sites)

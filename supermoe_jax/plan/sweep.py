@@ -1,4 +1,4 @@
-"""How a step scales from few devices to many, on paper: the same program compiled for each topology."""
+"""Plans how a step scales from few devices to many: compiles the same program for each topology."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from supermoe_jax.plan.plan import plan_step
 from supermoe_jax.plan.program import LEAST_EFFORT, fitted_config
 from supermoe_jax.plan.render import bytes_text
 
-# Of which rows there are as many on few devices as on many.
+# Where the number of rows stays constant, by kind of scaling.
 _WHERE = {"weak": "on each device", "strong": "on all devices together"}
 
 
 def sweep_topologies(
   cfg: config.Config, topologies: Sequence[Topology], scaling: str = "weak", effort: float = LEAST_EFFORT
 ) -> dict[str, Any]:
-  """Plans a config on each topology, with the batch that a device has on its own mesh or with its whole batch.
+  """Plans a config on each topology. Weak scaling keeps the batch of a device, strong scaling the whole batch.
 
-  Where there are fewer devices than experts want, `expert` is the largest divisor of both.
+  Weak scaling takes a device's batch from the config's own mesh. `expert` becomes the largest divisor that the config's
+  `expert` and the topology's devices have in common.
 
   Raises:
-    ConfigError: as `plan`; the whole batch does not divide over the devices of a topology.
+    ConfigError: as `plan_step`; the whole batch does not divide over the devices of a topology.
   """
   mesh = cfg.train.mesh
   rows = max(1, round(cfg.train.batch_rows / (mesh.data * mesh.expert)))
@@ -45,7 +46,7 @@ def sweep_topologies(
     )
     evaluate = dataclasses.replace(cfg.evaluate, batch_rows=ways)
     wanted = dataclasses.replace(cfg, train=train, evaluate=evaluate)
-    fitted_config(wanted, topology)  # says so now where one cannot be, not after the others have been compiled
+    fitted_config(wanted, topology)  # raises now for a topology that cannot be, before any is compiled
     asked.append((wanted, topology))
   bar = tqdm(asked, unit=" topologies", desc="compiling")
   plans = [plan_step(wanted, topology, effort) for wanted, topology in bar]
@@ -53,19 +54,19 @@ def sweep_topologies(
 
 
 def efficiency(found: Mapping[str, Any]) -> dict[str, float]:
-  """Of each topology that could be compiled, its share of the tokens a second of a device that the first one has."""
+  """Returns each timed topology's tokens per second and device, as a share of the first one's."""
   timed = [p for p in found["plans"] if "seconds" in p]
   each = {p["topology"]["name"]: p["tokens_per_second"] / p["topology"]["devices"] for p in timed}
   return {name: value / next(iter(each.values())) for name, value in each.items()}
 
 
 def bytes_sent(found: Mapping[str, Any]) -> float:
-  """Bytes that a device sends in a step, by all collectives."""
+  """Returns the bytes that a device sends in a step, over all collectives."""
   return math.fsum(row["sent"] for row in found.get("collectives", ()))
 
 
 def sweep_table(found: Mapping[str, Any]) -> list[str]:
-  """The sweep as a table: each row against the first that could be compiled."""
+  """Returns the lines of a table of the sweep; efficiency is relative to the first topology that has times."""
   titles = f"{'memory':>11}{'fits':>6}{'sent':>12}{'ms a step':>11}{'efficiency':>12}"
   head = f"{'topology':<18}{'devices':>8}{'mesh':>12}{titles}"
   out = [f"{found['scaling']} scaling: {found['rows']:,} rows of the batch {_WHERE[found['scaling']]}", head]
@@ -83,7 +84,7 @@ def sweep_table(found: Mapping[str, Any]) -> list[str]:
 
 
 def draw_sweep(found: Mapping[str, Any], file: pathlib.Path) -> None:
-  """Draws bytes sent and memory of a device, and the estimated efficiency, over the number of devices."""
+  """Draws bytes sent and memory of a device, and the estimated efficiency, over the number of devices into `file`."""
   plans = [p for p in found["plans"] if "collectives" in p]
   devices = [p["topology"]["devices"] for p in plans]
   with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 9}):

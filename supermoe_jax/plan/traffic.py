@@ -1,4 +1,4 @@
-"""What a run of a compiled program moves to and from a device's main memory."""
+"""Counts the bytes that a run of a compiled program moves to and from a device's main memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Iterator, Mapping
 from supermoe_jax.plan.collectives import COLLECTIVES
 from supermoe_jax.plan.hlo import HloModule, Instruction, count_runs
 
-# They name or place values, and move none.
+# Instructions that name or place values, and move none.
 _NO_TRAFFIC = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
   *("partition-id", "replica-id", "opt-barrier", "iota", "copy-done", "async-done", "async-update"),
   *(f"{name}-done" for name in COLLECTIVES),
 }
 
-# What reads a part of its first operand, as large as its result; and what writes a part of it, as large as an operand.
+# Instructions that read a part of their first operand, as large as their result; and instructions that write a part of
+# it, as large as the operand at this index.
 _PARTLY_READ = {"dynamic-slice", "gather", "slice"}
 _PARTLY_WRITTEN = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 def memory_traffic(module: HloModule) -> int:
-  """Bytes that a run of the program reads from and writes to a device's main memory, each fusion once.
+  """Returns the bytes that a run reads from and writes to a device's main memory, each fusion once.
 
-  Of what is only looked up or written in part (a table, say), that part counts. What stays in the chip's own memory
-  does not.
+  For an array that is only looked up or written in part (a table, say), that part counts. Values that stay in the
+  chip's own memory do not count.
   """
   times = count_runs(module).times
   fused = {i.called().get("calls") for c in module.computations.values() for i in c.values() if i.opcode == "fusion"}
@@ -56,7 +57,7 @@ def _resident(instruction: Instruction) -> int:
 
 
 def _read_of(index: int, operand: Instruction, inner: Mapping[str, Instruction]) -> int:
-  """What a fusion reads of an operand."""
+  """Returns the bytes that a fusion reads of an operand."""
   whole = _resident(operand)
   parameter = next((i for i in inner.values() if i.opcode == "parameter" and i.operands == (str(index),)), None)
   if not whole or parameter is None:
@@ -75,7 +76,7 @@ def _users(name: str, inner: Mapping[str, Instruction]) -> Iterator[Instruction]
 
 
 def _written_by(inner: Mapping[str, Instruction], fusion: Instruction) -> int:
-  """What a fusion writes: of an operand that is changed in place, the part that changes."""
+  """Returns the bytes that a fusion writes; for an operand changed in place, only the part that changes."""
   root = next((i for i in inner.values() if i.root), None)
   results = [root] if root is not None else []
   if root is not None and root.opcode == "tuple":

@@ -1,1 +1,1 @@
-"""Frozen probes: how good embeddings are on label tables, compared with aggregates, with intervals."""
+"""Frozen probes: score embeddings on label tables and compare them with aggregates, with 95 % intervals."""

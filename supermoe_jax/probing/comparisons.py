@@ -1,4 +1,4 @@
-"""What stands beside embeddings: hand-made aggregates of the same histories, and an untrained encoder.
+"""Makes the vectors to compare embeddings with: hand-made aggregates of the same histories, and an untrained encoder.
 
 Shapes: n rows, A aggregates, D the width of an embedding.
 """
@@ -28,12 +28,12 @@ from supermoe_jax.training.step import abstract_model, model_constructor
 
 COMPARISONS = ("aggregates", "untrained")
 
-# What is counted where a run's config has no aggregates of its own: this many values of each field with a vocabulary.
+# If a run's config has no aggregates, this many values of each field with a vocabulary are counted.
 TOP_VALUES = 20
 
-USERS_AT_ONCE = 1024  # whose aggregates are worked out in one go
+USERS_AT_ONCE = 1024  # users in one call of the aggregator
 
-# Fewer times than this are embedded for all users; more are each user's own.
+# Up to this many times, the untrained encoder embeds all users at each; beyond, each user after their last event.
 MOST_TIMES = 64
 
 
@@ -46,11 +46,13 @@ class Origin(NamedTuple):
 
 
 def find_origin(about: dict[str, Any], workdir: pathlib.Path | None) -> Origin:
-  """The run that embeddings are of: `workdir`, or what their manifest (in `about`) names, or the directory they lie in.
+  """Returns the run that made the embeddings: `workdir`, the run named in `about`, or the embeddings' parent directory.
+
+  `about` is the manifest of the embeddings.
 
   Raises:
-    DataError: no run is at hand, its dataset is gone, or the embeddings are of other data.
-    ConfigError: its config cannot be read.
+    DataError: there is no such run, its dataset is gone, or the embeddings are of another run or other data.
+    ConfigError: the run's config cannot be read.
   """
   directory = pathlib.Path(about["directory"]).absolute() if "directory" in about else None
   tried = [workdir] if workdir is not None else []
@@ -76,9 +78,10 @@ def find_origin(about: dict[str, Any], workdir: pathlib.Path | None) -> Origin:
 
 
 def aggregate_vectors(origin: Origin, user: np.ndarray, time: np.ndarray) -> UserVectors:
-  """The aggregates of these users at these times, `[n]` each, of those with an event before.
+  """Returns the aggregates of `user [n]` at `time [n]`, for the pairs with an earlier event.
 
-  They are those of the run's config, which its queries see; where it has none, counts in the usual windows.
+  The run's config defines the aggregates, which are also inputs of its model. A config without them gets counts in the
+  default windows.
   """
   data, encoders = origin.dataset.config.data, origin.dataset.encoders
   aggregator, own = origin.dataset.aggregator, True
@@ -114,9 +117,9 @@ def aggregate_vectors(origin: Origin, user: np.ndarray, time: np.ndarray) -> Use
 
 
 def untrained_vectors(origin: Origin, time: np.ndarray, seed: int) -> UserVectors:
-  """Embeddings by an encoder of the run's config with fresh parameters, of all users.
+  """Returns embeddings of all users by an encoder of the run's config with freshly initialised parameters.
 
-  They are at the times in `time`, or, where those are many, just after each user's last event.
+  They are at the times in `time`, or, if these are more than `MOST_TIMES`, just after each user's last event.
   """
   times: list[int | None] = np.unique(time).tolist()
   if len(times) > MOST_TIMES:

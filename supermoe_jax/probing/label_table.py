@@ -1,6 +1,6 @@
-"""Label tables: a file with a user column, perhaps a time column, and columns of labels.
+"""Reads label tables: files with a user column, an optional time column, and columns of labels.
 
-Shapes: n rows, each of another user or (user, time).
+Shapes: n rows, one for each user or (user, time).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from supermoe_jax.errors import DataError, nearest
 
 LabelKind = Literal["binary", "multiclass", "regression"]
 
-# Whole numbers of at most so many different values are taken for classes, and texts of so many.
+# A column with at most this many different whole numbers, or texts, is read as classes.
 MOST_NUMBERED_CLASSES = 10
 MOST_NAMED_CLASSES = 50
 
@@ -33,9 +33,10 @@ class Label(NamedTuple):
 
   Attributes:
     name: of the column.
-    kind: what is asked.
-    value: float64 `[n]`: 0 and 1, indices of classes, or numbers; NaN where there is none.
-    classes: the values behind the indices, of a binary label the negative and the positive one; none of numbers.
+    kind: binary, multiclass or regression.
+    value: float64 `[n]`: 0 and 1, indices of classes, or numbers; NaN for a missing label.
+    classes: the column's value for each index; for a binary label the negative, then the positive one; empty for
+      numbers.
   """
 
   name: str
@@ -45,7 +46,7 @@ class Label(NamedTuple):
 
   @property
   def outputs(self) -> int:
-    """How many classes there are; 1 for one yes or no and for a number."""
+    """Returns the number of classes of a multiclass label, and 1 for a binary label or a number."""
     return len(self.classes) if self.kind == "multiclass" else 1
 
 
@@ -55,10 +56,10 @@ class LabelTable(NamedTuple):
   Attributes:
     users: `[n]` ids as text.
     time: int64 `[n]`, microseconds since 1970 UTC; None without a time column.
-    labels: the columns that can be asked about.
-    not_measured: the other columns that were asked for, and why not.
-    groups: each glob that was asked for, and the columns it stands for.
-    repeated_rows: rows left out since they say nothing that another of the user (and time) does not.
+    labels: the columns that can be probed.
+    not_measured: the requested columns that cannot be probed, with the reason.
+    groups: each requested glob, with the columns that it matches.
+    repeated_rows: rows merged into an earlier row of the same user (and time).
   """
 
   users: np.ndarray
@@ -76,14 +77,14 @@ def read_label_table(
   wanted: Sequence[str] = (),
   kinds: Mapping[str, LabelKind] | None = None,
 ) -> LabelTable:
-  """Reads a label table of any format that a user table may have.
+  """Reads a label table, in any format that a user table may have.
 
   Args:
     path: the file.
     user: its column of users.
     time: its column of times, if it has one: timestamps, dates, or ISO 8601 text.
-    wanted: names of columns, or globs; none: all columns but those two.
-    kinds: what some columns are to be read as; the others' kinds follow from their values.
+    wanted: names of label columns, or globs; empty: all columns except `user` and `time`.
+    kinds: kinds of some columns; the kinds of the others follow from their values.
 
   Raises:
     DataError: the file, a column or a value cannot be used, or two rows of a user (and time) contradict each other.
@@ -110,7 +111,7 @@ def read_label_table(
 
 
 def _chosen(path: pathlib.Path, others: Sequence[str], wanted: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-  """The columns asked for, each once, and those of each glob."""
+  """Returns the requested columns, each once, and the columns of each glob."""
   if not others:
     raise DataError(f"{path} has no column of labels.")
   groups = {}
@@ -188,7 +189,7 @@ def _time_sql(file: TableFile, time: str | None) -> str:
 
 
 def _check_keys(con: duckdb.DuckDBPyConnection, file: TableFile, user: str, time: str | None) -> None:
-  """Raises DataError for the first row without a user or with something that is no time."""
+  """Raises DataError for the first row without a valid user or time."""
   for alias, name, what in (("u", user, "user"), ("t", time, "time")):
     if name is not None:
       bad = con.execute(
@@ -200,7 +201,11 @@ def _check_keys(con: duckdb.DuckDBPyConnection, file: TableFile, user: str, time
 
 
 def _merge(con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence[str]) -> int:
-  """Makes one row of the rows of a user and time, and returns how many there were more."""
+  """Merges the rows of each user and time into one, and returns the number of rows that this removed.
+
+  Raises:
+    DataError: two of these rows hold different labels.
+  """
   ((rows, keys),) = con.execute("SELECT count(*), count(DISTINCT (u, t)) FROM labels").fetchall()
   if rows == keys:
     return 0
@@ -231,7 +236,7 @@ def _missing(column: np.ndarray) -> np.ndarray:
 def _label(
   file: TableFile, name: str, column: np.ndarray, missing: np.ndarray, text: bool, wanted: LabelKind | None
 ) -> Label | str:
-  """The column as a label, or why it is none."""
+  """Returns the column as a label, or the reason why it cannot be measured."""
   known = column[~missing]
   if not len(known):
     return "it holds no value"

@@ -1,4 +1,4 @@
-"""The MLP probe: the network that the 2025 universal-behaviour challenge trained on submitted embeddings.
+"""The MLP probe: trains the network that RecSys Challenge 2025 trained on the submitted user embeddings.
 
 Shapes: n rows, D inputs, C outputs, S steps of B rows.
 """
@@ -22,11 +22,10 @@ BLOCKS = 3
 
 @dataclasses.dataclass(frozen=True)
 class MlpSettings:
-  """What the network is and how it is trained.
+  """Sizes and training settings of the network; calling an instance fits and predicts.
 
-  The challenge had a width of 2,048 within and 4,096 between the layers of a block, AdamW at 1e-3, and 3 epochs over
-  far more users. The defaults here are a small one for thousands of labels, which would be done with 3 epochs before
-  they learned much: no fewer than 100 steps.
+  The challenge used blocks of width 2,048 (`thin`) that widen to 4,096 (`wide`), AdamW at 1e-3, and 3 epochs over far
+  more users. The defaults here suit thousands of labels, on which 3 epochs would be too few steps: at least 100 steps.
   Source: RecSys Challenge 2025: https://github.com/Synerise/recsys2025, `training_pipeline/model.py`; its constants as
   in https://github.com/sisinflab/FrameworkRecsys2025, `training_pipeline/constants.py`.
   """
@@ -40,20 +39,20 @@ class MlpSettings:
   weight_decay: float = 0.01
 
   def steps(self, rows: int) -> int:
-    """How many steps are made where `rows` are fitted on and asked about together."""
+    """Returns the number of training steps for `rows`, fitted and predicted ones together."""
     return max(self.least_steps, -(-self.epochs * rows // self.batch))
 
   def __call__(self, x: np.ndarray, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-    """Fits on the rows `fit` of `x [n, D]` and answers the rows `asked [m]`: `[m]`, of classes `[m, C]`.
+    """Fits on the rows `fit` of `x [n, D]` and predicts the rows `asked [m]`: `[m]`, or `[m, C]` for classes.
 
-    Inputs are standardised, and so are numbers to be learned, by the rows fitted on alone. All folds of a label, and
-    labels of about as many rows, share one compiled program.
+    Inputs and numeric labels are standardised by the fitted rows alone. All folds of a label, and labels with about as
+    many rows, share one compiled program.
     """
     if not isinstance(x, np.ndarray):
       raise TypeError("the MLP takes no sparse inputs")
     chosen = x[fit].astype(np.float64)
     mean, scale = chosen.mean(axis=0), chosen.std(axis=0)
-    scale[scale < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0  # says nothing, so that nothing is made of it
+    scale[scale < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0  # a constant input stays near 0
     target = label.value[fit]
     shift, unit = (target.mean(), target.std() or 1.0) if label.kind == "regression" else (0.0, 1.0)
     room = _room(len(x))
@@ -74,13 +73,16 @@ class MlpSettings:
 
 
 def _room(rows: int) -> int:
-  """The rows that a program is compiled for: more by an eighth at most, so that programs can be shared."""
+  """Returns the padded number of rows that a program is compiled for, so that similar numbers share a program.
+
+  The padding is at most an eighth, or up to a multiple of 64.
+  """
   step = max(64, 2 ** (rows.bit_length() - 4))
   return -(-rows // step) * step
 
 
 class _Bottleneck(nnx.Module):
-  """Normalised, widened, GELU, narrowed, added to what came in."""
+  """A residual block: layer norm, widening layer, GELU, narrowing layer."""
 
   def __init__(self, thin: int, wide: int, rngs: nnx.Rngs):
     self.norm = nnx.LayerNorm(thin, rngs=rngs)

@@ -1,6 +1,6 @@
-"""The frozen probes: each is fitted on some rows and answers others.
+"""The models of frozen probes: each is fitted on some rows and predicts others.
 
-Shapes: n rows, m of them asked about, D inputs, C classes.
+Shapes: n rows, m of them predicted, D inputs, C classes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from supermoe_jax.probing.label_table import Label
 
 MODELS = ("logistic", "lightgbm", "mlp")
 
-# Of boosted trees: many small steps, each tree on a share of the rows and inputs. Of the settings tried, one that made
-# both hand-made aggregates of the Complete Journey and SVD factors of MovieLens 1M strong, since such features are what
-# embeddings must beat.
+# Boosted trees in many small steps, each tree on a share of the rows and inputs. Among the settings tried, these made
+# both the hand-made aggregates of the Complete Journey and the SVD factors of MovieLens 1M strong. Embeddings must beat
+# such features.
 LIGHTGBM = {
   "n_estimators": 200,
   "learning_rate": 0.03,
@@ -34,30 +34,30 @@ LIGHTGBM = {
   "max_bin": 63,
 }
 
-# Fits that run side by side, where nobody says otherwise. Each takes one thread: several on one fit wait for each other
-# at every split of a tree, and on a busy machine with 2 cores one fit took 103 s instead of 7 s.
+# The most fits that run in parallel by default. Each takes one thread: several threads of one fit wait for each other
+# at every split of a tree. On a busy machine with 2 cores one fit then took 103 s instead of 7 s.
 MOST_THREADS = 8
 
 
 class ProbeModel(Protocol):
-  """A probe of one kind."""
+  """A function that fits one kind of probe and predicts with it."""
 
   def __call__(
     self, x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int
   ) -> np.ndarray:
-    """Fits on the rows `fit` of `x [n, D]` and answers the rows `asked [m]`.
+    """Fits on the rows `fit` of `x [n, D]` and predicts the rows `asked [m]`.
 
-    Returns: probabilities `[m]`, of classes `[m, C]`, or numbers `[m]`.
+    Returns: probabilities `[m]` (binary) or `[m, C]` (multiclass), or numbers `[m]`.
     """
 
 
 def logistic(x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-  """The linear probe of `evaluation.linear_probes`: a logistic regression, of a number a ridge regression."""
+  """Fits and applies the linear probe of `evaluation.linear_probes`: logistic regression, or ridge for numbers."""
   return linear_probes.fit_probe(label.kind, x[fit], label.value[fit], label.outputs)(x[asked])
 
 
 def boosted(x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-  """Gradient-boosted trees, LightGBM's; classes that they were not fitted on get the probability 0."""
+  """Fits and applies LightGBM's gradient-boosted trees; classes without a fitted row get the probability 0."""
   import lightgbm
 
   options: dict[str, Any] = {
@@ -65,11 +65,11 @@ def boosted(x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.nd
     "n_jobs": 1,
     "random_state": seed,
     "deterministic": True,
-    "force_col_wise": True,  # chosen by a stopwatch otherwise, and with another order of sums
+    "force_col_wise": True,  # otherwise LightGBM chooses by timing, and the order of sums varies
     "verbose": -1,
   }
   if scipy.sparse.issparse(x):
-    x = scipy.sparse.csr_matrix(x)  # LightGBM takes no sparse array
+    x = scipy.sparse.csr_matrix(x)  # LightGBM takes sparse matrices, but no sparse arrays
   y = label.value[fit]
   if label.kind == "regression":
     booster = lightgbm.LGBMRegressor(**options).fit(x[fit], y).booster_
@@ -89,7 +89,7 @@ def boosted(x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.nd
 
 
 def make_models(names: Sequence[str], mlp_size: tuple[int, int] | None = None) -> dict[str, ProbeModel]:
-  """The probes of these names.
+  """Returns the probe models of these names.
 
   Raises:
     ConfigError: a name is unknown, or LightGBM is not installed.
@@ -115,7 +115,7 @@ def make_models(names: Sequence[str], mlp_size: tuple[int, int] | None = None) -
 
 
 def describe_model(model: ProbeModel) -> dict[str, Any]:
-  """What a model is, for the record."""
+  """Returns a model's settings, for the report."""
   if model is boosted:
     return dict(LIGHTGBM)
   if dataclasses.is_dataclass(model) and not isinstance(model, type):
@@ -124,6 +124,6 @@ def describe_model(model: ProbeModel) -> dict[str, Any]:
 
 
 def default_threads() -> int:
-  """The cores that this process may use, but no more than help."""
+  """Returns the number of cores that this process may use, at most `MOST_THREADS`."""
   available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return min(available, MOST_THREADS)

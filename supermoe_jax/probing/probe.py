@@ -1,4 +1,4 @@
-"""Probes embeddings on a label table, beside what they must beat, and says how sure each figure is."""
+"""Probes embeddings on a label table, compares them with aggregates and other vectors, and gives 95 % intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import threadpoolctl
 from tqdm import tqdm
 
-from supermoe_jax import config, environment
+from supermoe_jax import environment
 from supermoe_jax.config import format_time
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.probing import label_table, vectors
@@ -32,15 +32,15 @@ INTERVALS = {
 
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
-  """What is asked for besides the files.
+  """Options of a probe, apart from its input files.
 
   Attributes:
-    models: names of `models.MODELS`.
-    beside: of `comparisons.COMPARISONS`; None: aggregates where the run is at hand.
-    workdir: the run that the embeddings are of, if their manifest does not tell.
-    as_of: the times to take, in microseconds since 1970 UTC; none: all.
-    protocol: how it is judged.
-    threads: fits that run side by side, each on one thread (the MLP's on JAX' own).
+    models: names from `models.MODELS`.
+    beside: names from `comparisons.COMPARISONS`; None: aggregates if the run of the embeddings is found.
+    workdir: the run that made the embeddings, if their manifest does not name it.
+    as_of: the times to probe at, in microseconds since 1970 UTC; empty: all.
+    protocol: splits, seed and intervals.
+    threads: fits that run in parallel, each on one thread (the MLP's on JAX's own threads).
     mlp_size: `(thin, wide)` of the MLP; None: its defaults.
   """
 
@@ -56,13 +56,13 @@ class ProbeOptions:
 def probe(
   table: LabelTable, judged: UserVectors, others: Sequence[UserVectors], options: ProbeOptions
 ) -> dict[str, Any]:
-  """Probes what is `judged` and, on the very same users, what stands beside it.
+  """Probes the vectors `judged` and, on exactly the same users, `others` and the comparisons of `options.beside`.
 
-  Returns: what the JSON file holds; see `protocol.ProbeResult` for its figures.
+  Returns: the content of the JSON file; see `protocol.ProbeResult` for its figures.
 
   Raises:
-    DataError: labels and embeddings share no user or time, or there is nothing that can be measured.
-    ConfigError: a model is unknown or not installed, or what is to stand beside is not at hand.
+    DataError: labels and embeddings share no user or time, a comparison cannot be made, or no label can be measured.
+    ConfigError: a model is unknown or not installed, a comparison is unknown, or two sets of vectors share a name.
   """
   begun = clock.monotonic()
   chosen = models_lib.make_models(options.models, options.mlp_size)
@@ -131,14 +131,14 @@ def probe(
 def _keys(
   table: LabelTable, judged: UserVectors, as_of: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-  """User and time of each label that is asked about, and its row in the table."""
+  """Returns the user and the time of each label to probe, and its row in the table."""
   everything = np.arange(len(table.users))
   if table.time is not None:
     choice = np.flatnonzero(np.isin(table.time, as_of)) if as_of else everything
     return table.users[choice], table.time[choice], choice
   times = list(as_of) or judged.times
   if len(times) > 1 and not as_of and judged.time is not None and len(set(judged.user)) == len(judged.user):
-    own = dict(zip(judged.user, judged.time.tolist()))  # as of each user's last event
+    own = dict(zip(judged.user, judged.time.tolist()))  # one embedding a user, as of the user's last event
     return table.users, np.array([own.get(u, 0) for u in table.users], np.int64), everything
   if len(times) > 1:
     raise DataError(
@@ -151,11 +151,11 @@ def _keys(
 def _comparisons(
   judged: UserVectors, user: np.ndarray, time: np.ndarray | None, options: ProbeOptions
 ) -> tuple[list[UserVectors], list[str]]:
-  """What stands beside by itself, and what is to be said about what does not."""
+  """Returns the vectors of `options.beside`, and notes on missing aggregates and on user labels used in training."""
   wanted = ("aggregates",) if options.beside is None else options.beside
   if not wanted:
     return [], []
-  from supermoe_jax.probing import comparisons  # JAX, which no file of another system needs
+  from supermoe_jax.probing import comparisons  # imports JAX, which probing files of other systems does not need
 
   for name in wanted:
     if name not in comparisons.COMPARISONS:
@@ -174,7 +174,7 @@ def _comparisons(
       out.append(comparisons.aggregate_vectors(origin, user, time))
     else:
       out.append(comparisons.untrained_vectors(origin, time, options.protocol.seed))
-  taught = [t.column for t in origin.cfg.active_tasks.values() if isinstance(t, config.UserLabel)]
+  taught = [t.user_column for t in origin.cfg.active_tasks.values() if t.user_column]
   if taught and "directory" in judged.about:
     columns = ", ".join(dict.fromkeys(taught))
     return out, [f"the encoder was trained on labels of users ({columns}): what is derived from them flatters it"]
@@ -184,7 +184,7 @@ def _comparisons(
 def _counts(
   table: LabelTable, judged: UserVectors, user: np.ndarray, choice: np.ndarray, found: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """How many rows and users of either side have no partner on the other."""
+  """Returns how many users and label rows there are, and how many of them lack an embedding or a label."""
   own, labelled = found[judged.name], set(user)
   return {
     "label_rows": len(table.users),
@@ -212,7 +212,7 @@ def _nothing_shared(table: LabelTable, judged: UserVectors, time: np.ndarray | N
 
 
 def _groups(table: LabelTable, asked: Mapping[str, ProbePredictions]) -> dict[str, list[str]]:
-  """Of each glob the columns that were measured, two or more, by kind if there are several."""
+  """Returns the measured columns of each glob, divided by kind of label; leaves out groups of fewer than two."""
   out = {}
   for pattern, names in table.groups.items():
     kinds: dict[tuple[str, int], list[str]] = {}
@@ -272,6 +272,6 @@ def read_inputs(
   wanted: Sequence[str] = (),
   kinds: Mapping[str, label_table.LabelKind] | None = None,
 ) -> tuple[LabelTable, list[UserVectors]]:
-  """Reads a label table and embeddings, by name; see `label_table.read_label_table` and `vectors.read_vectors`."""
+  """Reads a label table and the `named` embeddings; see `label_table.read_label_table` and `vectors.read_vectors`."""
   table = label_table.read_label_table(labels, user, time, wanted, kinds)
   return table, [vectors.read_vectors(name, path, user, time) for name, path in named.items()]

@@ -1,4 +1,4 @@
-"""A probe's figures in a table for people."""
+"""Formats the scores of a probe as a table and notes for the terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 
-# With more labels each has one line, the best model of either side, instead of one for each model.
+# With more labels than this, each has one line with the best models instead of a line for each model.
 MOST_WITH_A_LINE_A_MODEL = 12
 
 
 def probe_table(result: Mapping[str, Any]) -> list[list[str]]:
-  """Returns rows for `evaluate.aligned_table`: label, labels, metric, model, the judged vectors, comparisons.
+  """Returns rows for `evaluate.aligned_table`: label, its count, metric, model, judged vectors, comparisons.
 
-  A comparison has its figure and Δ, the judged vectors less the comparison, paired over the same users. Both have 95 %
-  intervals.
+  A comparison has its score, and Δ, the judged vectors' score less the comparison's over the same users. Judged scores
+  and Δ have 95 % intervals.
   """
   judged = result["judged"]
   beside = [n for n in result["features"] if n != judged]
@@ -60,7 +60,7 @@ def _label_rows(
 
 
 def interval_text(found: Mapping[str, Any], *, signed: bool = False) -> str:
-  """A figure and its interval."""
+  """Returns a value and its interval as text, such as "0.8000 [0.7900, 0.8100]"."""
   value = _number(found["value"], signed)
   if found["low"] is None:
     return value
@@ -75,7 +75,7 @@ def _number(value: float | None, signed: bool = False) -> str:
 
 
 def probe_notes(result: Mapping[str, Any]) -> list[str]:
-  """What is to be said besides the table: the protocol, kinds of labels, and everyone who was left out."""
+  """Returns the lines below the table: the protocol, kinds of labels, and the users and rows that were left out."""
   protocol, counts, judged = result["protocol"], result["counts"], result["judged"]
   if protocol["temporal"]:
     how = f"fitted on all times but the last, which is asked about; {protocol['resamples']:,} resamples"

@@ -1,6 +1,6 @@
-"""The protocol of probes: who is fitted on, who is asked about, and how sure the figures are.
+"""The protocol of probes: splits the rows into fitted and predicted ones, and scores predictions with 95 % intervals.
 
-Shapes: n rows, m of them asked about, C classes, J splits.
+Shapes: n rows, m predicted rows of a split, C classes, J splits.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from supermoe_jax.probing.label_table import Label, LabelKind
 from supermoe_jax.probing.models import ProbeModel
 from supermoe_jax.probing.resampling import Interval
 
-# The metric that stands for a kind of label in tables.
+# The metric that tables show for each kind of label.
 MAIN_METRIC: dict[LabelKind, str] = {"binary": "auc", "multiclass": "auc", "regression": "rmse"}
 
-# Of a metric: what is measured and its interval.
+# Each metric's value with its interval.
 Scores = dict[str, Interval]
 
-# How many strata numbers are cut into.
+# Strata that numeric labels are divided into.
 STRATA = 10
 
-COUNTS = ("classes_without_auc",)  # among the metrics, but none
+COUNTS = ("classes_without_auc",)  # counts that come with the metrics and are not scored
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """How probes are judged.
+  """Splits, repeats and resamples of a probe.
 
   Attributes:
-    folds: parts that users are divided into; each is asked about once a repeat.
-    repeats: how often they are divided anew.
-    temporal: instead, fit on all labels before the last time and ask about those of the last.
+    folds: parts that users are divided into; each part is predicted once a repeat.
+    repeats: how often users are divided anew.
+    temporal: fit on all labels before the last time and predict the labels of the last time, instead of folds.
     seed: of the folds, the models and the resamples.
-    resamples: of users, for the intervals of a temporal split.
+    resamples: bootstrap resamples of users, for the intervals of a temporal split.
   """
 
   folds: int = 5
@@ -53,22 +53,22 @@ class Protocol:
 
   @property
   def splits(self) -> int:
-    """How often a model is fitted."""
+    """Returns how often each model is fitted."""
     return 1 if self.temporal else self.folds * self.repeats
 
 
 class Fold(NamedTuple):
-  """Rows fitted on and rows asked about, ascending; none of a fold's users is among those fitted on."""
+  """A split: ascending rows to fit on and rows to predict. Only in a temporal split may the two share users."""
 
   fit: np.ndarray
   asked: np.ndarray
 
 
 class ProbeRows(NamedTuple):
-  """Whose the rows are.
+  """Users and times of the rows.
 
   Attributes:
-    user: int64 `[n]`, a number for each user.
+    user: int64 `[n]`, the number of each row's user.
     time: int64 `[n]`, microseconds since 1970 UTC; None without times.
   """
 
@@ -77,14 +77,14 @@ class ProbeRows(NamedTuple):
 
 
 class ProbeResult(NamedTuple):
-  """What a probe of one label gave.
+  """Scores of the probes of one label. Features are the judged vectors and each comparison.
 
   Attributes:
-    scores: of each kind of features and model.
-    differences: of each that stands beside what is judged, and each model: what is judged, less that, in the metric's
-      own unit, over the same splits and users. `best` compares the best model of either.
-    best: the model with the best main metric of each kind of features.
-    main: the main metric.
+    scores: by name of the features and model.
+    differences: by comparison and model: the judged vectors' score less the comparison's, in the metric's own unit,
+      over the same splits and users. The key `best` compares the best model of both.
+    best: for each name of features, the model with the best main metric.
+    main: the name of the main metric.
   """
 
   scores: dict[str, dict[str, Scores]]
@@ -94,7 +94,7 @@ class ProbeResult(NamedTuple):
 
 
 class ProbePredictions(NamedTuple):
-  """The predictions of all features and models for one label: of each a `[m, …]` for every split."""
+  """Predictions for one label: `predictions[features, model]` holds an array `[m, …]` for every split."""
 
   label: Label
   rows: ProbeRows
@@ -103,17 +103,17 @@ class ProbePredictions(NamedTuple):
 
 
 class UnmeasurableLabel(ValueError):
-  """A label that cannot be measured by this protocol; the message says why."""
+  """A label that this protocol cannot measure; the message gives the reason."""
 
 
 def make_folds(label: Label, rows: ProbeRows, protocol: Protocol) -> list[Fold]:
-  """Lays out the folds of all repeats, or the one temporal split, of rows that all have a label.
+  """Returns the folds of all repeats, or the one temporal split. All `rows` must have a label.
 
-  A user's rows are never divided: folds divide users, stratified by the class that most of their labels are of, or by
-  the tenth that their mean number lies in.
+  Folds divide users, so a user's rows stay together. Users are stratified by their most frequent class, or by the
+  tenth of the users' mean labels that they fall in.
 
   Raises:
-    Unmeasurable: there are too few labels of a class, or of users or times.
+    UnmeasurableLabel: there are too few users with a label, users of a class, or times.
   """
   if protocol.temporal:
     return [_temporal(label, rows)]
@@ -130,7 +130,7 @@ def make_folds(label: Label, rows: ProbeRows, protocol: Protocol) -> list[Fold]:
   out = []
   for repeat in range(protocol.repeats):
     seed = protocol.seed + repeat
-    # Strata with fewer users than folds are put together; scikit-learn would only warn.
+    # Strata with fewer users than folds are merged; scikit-learn would only warn.
     together = np.where(counts[stratum] < protocol.folds, -1, stratum)
     if np.sum(together == -1) in range(1, protocol.folds):
       together[together == -1] = np.argmax(counts)
@@ -146,7 +146,7 @@ def make_folds(label: Label, rows: ProbeRows, protocol: Protocol) -> list[Fold]:
 
 
 def _strata(label: Label, owner: np.ndarray, users: int) -> np.ndarray:
-  """The stratum of each user, from 0."""
+  """Returns the stratum of each user, counted from 0: int64 `[users]`."""
   if label.kind == "regression":
     mean = np.bincount(owner, label.value, users) / np.bincount(owner, minlength=users)
     return np.searchsorted(np.quantile(mean, np.arange(1, STRATA) / STRATA), mean, side="right")
@@ -177,12 +177,12 @@ def predict_all(
   threads: int = 1,
   done: Callable[[], Any] = lambda: None,
 ) -> ProbePredictions:
-  """Fits every model on every kind of features in every split, `threads` at a time; `done` is called after each.
+  """Fits every model on each set of features in every split, `threads` at a time, and returns the predictions.
 
-  Features have `[n, …]` rows, all of which have a label.
+  `features[name]` is `[n, …]`, and every row has a label. `done` is called after each fit.
 
   Raises:
-    Unmeasurable: see `splits`.
+    UnmeasurableLabel: see `make_folds`.
   """
   laid = make_folds(label, rows, protocol)
 
@@ -199,13 +199,13 @@ def predict_all(
     try:
       found = {key: [fit.result() for fit in fits] for key, fits in waiting.items()}
     except BaseException:
-      pool.shutdown(cancel_futures=True)  # the first error, or Ctrl-C, is enough
+      pool.shutdown(cancel_futures=True)  # the first error, or Ctrl-C, cancels the remaining fits
       raise
   return ProbePredictions(label, rows, laid, found)
 
 
 def prediction_metrics(label: Label, value: np.ndarray, predicted: np.ndarray) -> Metrics:
-  """The metrics of predictions for labels of this kind."""
+  """Returns the metrics of `predicted` for the labels `value`, by the kind of `label`."""
   if label.kind == "regression":
     return metrics.regression_metrics(value, predicted)
   if label.kind == "binary":
@@ -213,7 +213,7 @@ def prediction_metrics(label: Label, value: np.ndarray, predicted: np.ndarray) -
   return metrics.multi_class_metrics(value.astype(np.int64), predicted)
 
 
-# The interval of a metric of one kind of features and model, or of how far it is from that of another.
+# Returns the interval of a metric: of the first (features, model), or of its difference to the second one.
 _Compared = Callable[[str, tuple[str, str], tuple[str, str] | None], Interval]
 
 
@@ -223,11 +223,11 @@ def measure_predictions(
   protocol: Protocol,
   groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, ProbeResult]:
-  """Scores the predictions of labels, with intervals; `judged` is the kind of features that others stand beside.
+  """Scores the predictions of labels, with intervals; all other features are compared with the features `judged`.
 
-  `groups` names labels of one kind, whose means are measured too. Of a temporal split the mean is taken in each
-  resample. Folds of different labels divide users differently, so there the half-width of a mean is the mean of the
-  labels', an upper bound: exact where their errors go together, too wide where they do not.
+  `groups` names sets of labels of one kind; their mean scores are measured too. In a temporal split the mean is taken
+  in each resample. Folds of different labels divide users differently, so the half-width of their mean is the mean of
+  the labels' half-widths. That is an upper bound: exact if the labels' errors go together, too wide if they do not.
   """
   compared = _resampled(asked, protocol) if protocol.temporal else _folded(asked)
   out = {}
@@ -239,7 +239,7 @@ def measure_predictions(
 
 
 def _two(label: Label) -> tuple[np.ndarray, np.ndarray]:
-  """Two labels, answered rightly: what metrics there are."""
+  """Returns two labels and right predictions for them, to find the names of the metrics."""
   value = np.arange(2.0)
   return value, np.eye(2, max(label.outputs, 2)) if label.kind == "multiclass" else value
 
@@ -269,7 +269,7 @@ def _folded(asked: Mapping[str, ProbePredictions]) -> Callable[[Sequence[str]], 
 
 
 def _resampled(asked: Mapping[str, ProbePredictions], protocol: Protocol) -> Callable[[Sequence[str]], _Compared]:
-  """All labels are resampled together: a resample takes the same users for each of them."""
+  """Returns a function that gives bootstrap intervals. Each resample takes the same users for all labels."""
   at = {n: a.splits[0].asked for n, a in asked.items()}
   everyone = np.unique(np.concatenate([a.rows.user[at[n]] for n, a in asked.items()]))
   parts: dict[tuple[str, tuple[str, str], str], list[np.ndarray]] = {}
@@ -326,7 +326,7 @@ def _measured(a: ProbePredictions, judged: str, names: Sequence[str], interval: 
 
 
 def best_model(scores: Mapping[str, Scores], metric: str) -> str:
-  """The model with the best value of a metric."""
+  """Returns the model with the best value of a metric."""
 
   def rank(model: str) -> float:
     value = scores[model][metric].value
@@ -336,9 +336,9 @@ def best_model(scores: Mapping[str, Scores], metric: str) -> str:
 
 
 def out_of_fold(a: ProbePredictions, protocol: Protocol) -> dict[tuple[str, str], Metrics]:
-  """The metrics of all rows at once, each answered by models that were fitted without it; the mean over repeats.
+  """Returns the metrics over all rows at once, each row predicted by a model fitted without it; mean over repeats.
 
-  The ranks of answers by several models are compared here, so that such an AUC is a little below the mean of the folds.
+  This ranks predictions of several models against each other, so the AUC is a little below the mean over folds.
   """
   out: dict[tuple[str, str], Metrics] = {}
   for key, answers in a.predictions.items():

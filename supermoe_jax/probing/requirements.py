@@ -1,4 +1,4 @@
-"""What a pipeline requires of a probe's figures: `auc>=0.8`, `churn.auc>=0.8`, `auc>=aggregates`."""
+"""Parses and checks requirements on a probe's scores, such as `auc>=0.8`, `churn.auc>=0.8` or `auc>=aggregates`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _EXAMPLES = "write it as 'auc>=0.8', 'churn.auc>=0.8' or 'auc>=aggregates'"
 
 
 class Requirement(NamedTuple):
-  """A requirement, read.
+  """A parsed requirement.
 
   Attributes:
-    text: as it was given.
+    text: the requirement as it was written.
     label: a column, a glob of columns, or `mean(GLOB)`; None: every column that has the metric.
     metric: one of `METRICS`.
-    sign: how it is compared.
-    target: with a number, or with what stands beside.
+    sign: `>=`, `<=`, `>` or `<`.
+    target: a number, or the name of a comparison.
   """
 
   text: str
@@ -42,7 +42,7 @@ class Requirement(NamedTuple):
 
 
 def parse_requirement(text: str) -> Requirement:
-  """Reads a requirement.
+  """Parses a requirement.
 
   Raises:
     ValueError: it is malformed.
@@ -63,7 +63,7 @@ def parse_requirement(text: str) -> Requirement:
 
 
 def check_names(required: Collection[Requirement], beside: Collection[str], labels: Collection[str]) -> None:
-  """Raises ValueError for a requirement that can never be looked up: nothing of that name is beside, no such label."""
+  """Raises ValueError for a requirement whose comparison is not in `beside`, or whose label is not in `labels`."""
   for r in required:
     if isinstance(r.target, str) and r.target not in beside:
       raise ValueError(f"{r.text!r}: {r.target!r} is not among what is compared{nearest(r.target, beside)}")
@@ -76,12 +76,12 @@ def _matching(pattern: str, labels: Collection[str]) -> list[str]:
 
 
 def judge_requirements(required: Collection[Requirement], result: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Says of each requirement whether a probe's result meets it, and where not.
+  """Checks each requirement against the result of a probe.
 
-  What counts of several models is the best one at the metric, of what is judged and of what stands beside it alike. A
-  label that could not be measured fails the requirements that name it.
+  The best model at the metric counts, both for the judged vectors and for a comparison. A label that could not be
+  measured fails the requirements that name it.
 
-  Returns: for each `text`, `met`, and `failed`, a line for each label that fails it.
+  Returns: for each requirement `text`, `met`, and `failed`, which holds a line for each label that fails it.
   """
   out = []
   for r in required:
@@ -110,6 +110,6 @@ def judge_requirements(required: Collection[Requirement], result: Mapping[str, A
 
 
 def best_over_models(models: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
-  """The best value of a metric over models; None where none has it."""
+  """Returns the best value of a metric over models; None if no model has it."""
   values = [m[metric]["value"] for m in models.values() if metric in m and m[metric]["value"] is not None]
   return (min if metric in LOWER_IS_BETTER else max)(values, default=None)

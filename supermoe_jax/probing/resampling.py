@@ -1,4 +1,4 @@
-"""95 % intervals of metrics: of repeated folds, and of one split by resampling users.
+"""Computes 95 % intervals of metrics, from repeated folds or, for one split, by resampling users.
 
 Shapes: J scores of folds, n labels, R resamples, C classes.
 """
@@ -15,12 +15,12 @@ from scipy.special import stdtrit
 from supermoe_jax.evaluation.metrics import SMALLEST_PROBABILITY
 from supermoe_jax.probing.label_table import LabelKind
 
-# Weights `[R, n]` are drawn for so many resamples at a time that they hold about this many numbers.
+# Resamples are drawn in parts; the weights of a part hold about this many numbers.
 WEIGHTS_AT_ONCE = 4_000_000
 
 
 class Interval(NamedTuple):
-  """An estimate and its 95 % interval; the ends are None where there is too little to tell."""
+  """An estimate and its 95 % interval; the ends are None if there are too few values for one."""
 
   value: float | None
   low: float | None = None
@@ -28,15 +28,15 @@ class Interval(NamedTuple):
 
   @property
   def half(self) -> float | None:
-    """Half of the width."""
+    """Returns half of the interval's width."""
     return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 def of_folds(scores: Sequence[float | None], asked_share: float) -> Interval:
-  """The mean of J folds' scores with the corrected resampled t interval; None among them is left out.
+  """Returns the mean of J folds' scores with the corrected resampled t interval; leaves out scores that are None.
 
-  Folds share most of what they were fitted on, so that the plain standard error is too small: the variance is
-  multiplied by 1/J + (rows asked / rows fitted on), `asked_share`, instead of 1/J.
+  Folds share most of their fitted rows, so the plain standard error is too small. The variance is therefore multiplied
+  by 1/J + `asked_share` instead of 1/J; `asked_share` is (predicted rows / fitted rows).
   Source: Nadeau & Bengio, "Inference for the Generalization Error", Machine Learning 52, 2003; for repeated folds
   Bouckaert & Frank, "Evaluating the Replicability of Significance Tests for Comparing Learning Algorithms", 2004.
   """
@@ -49,7 +49,7 @@ def of_folds(scores: Sequence[float | None], asked_share: float) -> Interval:
 
 
 def of_resamples(value: float | None, resampled: np.ndarray) -> Interval:
-  """`value` with the 2.5 % and 97.5 % percentiles of `resampled [R]`, where it is a number."""
+  """Returns `value` with the 2.5 % and 97.5 % percentiles of the finite values in `resampled [R]`."""
   known = resampled[np.isfinite(resampled)]
   if value is None or len(known) < 2:
     return Interval(value)
@@ -58,7 +58,7 @@ def of_resamples(value: float | None, resampled: np.ndarray) -> Interval:
 
 
 def mean_interval(found: Sequence[Interval]) -> Interval:
-  """The mean of intervals' values, with the mean of their half-widths: exact if they err together, else too wide."""
+  """Returns the mean value with the mean half-width: exact if the values err together, else too wide."""
   values = [i.value for i in found if i.value is not None]
   halves = [i.half for i in found if i.half is not None]
   value = float(np.mean(values)) if values else None
@@ -69,7 +69,7 @@ def mean_interval(found: Sequence[Interval]) -> Interval:
 
 
 def resamples(users: int, count: int, seed: int) -> Iterator[np.ndarray]:
-  """Yields the weights of `count` bootstrap resamples of users in parts `[some, users]`: how often each was drawn."""
+  """Yields the weights of `count` bootstrap resamples in parts `[some, users]`: how often each user was drawn."""
   at_once = max(1, WEIGHTS_AT_ONCE // max(users, 1))
   rng = np.random.default_rng([seed, users])
   for start in range(0, count, at_once):
@@ -79,10 +79,10 @@ def resamples(users: int, count: int, seed: int) -> Iterator[np.ndarray]:
 def weighted_metrics(
   kind: LabelKind, label: np.ndarray, predicted: np.ndarray, weight: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """The metrics of `evaluation.metrics` that have intervals, `[R]` each, with each label counted `weight [R, n]` times.
+  """Returns the metrics of `evaluation.metrics` that have intervals, `[R]` each; labels count `weight [R, n]` times.
 
-  NaN where a resample holds no label, or a metric needs two classes and it holds one.
-  Shapes: `label [n]`; `predicted [n]`, of classes `[n, C]`.
+  A metric is NaN in a resample without labels, or with one class where the metric needs two.
+  Shapes: `label [n]`; `predicted [n]`, or `[n, C]` for a multiclass label.
   """
   with np.errstate(invalid="ignore", divide="ignore"):
     if kind == "binary":
@@ -101,7 +101,7 @@ def _binary(label: np.ndarray, probability: np.ndarray, weight: np.ndarray) -> d
 
 
 def _ranked(positive: np.ndarray, score: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """AUC and average precision, `[R]` each, in one sort; equal scores are one step of either curve."""
+  """Returns AUC and average precision, `[R]` each, from one sort; equal scores are one step of both curves."""
   order = np.argsort(-score, kind="stable")
   steps = np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
   sorted_weight = weight[:, order]
@@ -109,7 +109,7 @@ def _ranked(positive: np.ndarray, score: np.ndarray, weight: np.ndarray) -> tupl
   zeros = np.add.reduceat(sorted_weight, steps, axis=1) - ones
   hits, misses = np.cumsum(ones, axis=1), np.cumsum(zeros, axis=1)
   all_ones, all_zeros = hits[:, -1], misses[:, -1]
-  # A negative lies below the positives of earlier steps, and beside half of those of its own.
+  # A negative ranks below the positives of earlier steps; each positive of its own step is a tie and counts half.
   area = np.sum(zeros * (hits - ones / 2), axis=1) / (all_ones * all_zeros)
   share = np.where(hits + misses > 0, hits / (hits + misses), 0.0)
   precision = np.where(all_zeros > 0, np.sum(share * ones, axis=1) / all_ones, np.nan)
@@ -134,7 +134,7 @@ def _multi_class(label: np.ndarray, probability: np.ndarray, weight: np.ndarray)
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:
-  """The mean over the first dimension of what is a number; NaN without any."""
+  """Returns the mean of the finite values over the first dimension; NaN without any."""
   known = np.isfinite(values)
   return np.where(known, values, 0.0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
 
@@ -143,7 +143,7 @@ def _regression(label: np.ndarray, prediction: np.ndarray, weight: np.ndarray) -
   total = weight.sum(axis=1)
   error = prediction.astype(np.float64) - label
   squared = weight @ error**2 / total
-  centred = label - label.mean()  # a large mean would leave little of the spread
+  centred = label - label.mean()  # with a large mean, the difference of squares would lose its digits
   spread = weight @ centred**2 / total - (weight @ centred / total) ** 2
   spread = np.where(spread > 1e-12 * np.square(centred).max(), spread, np.nan)
   return {"rmse": np.sqrt(squared), "mae": weight @ np.abs(error) / total, "r2": 1 - squared / spread}

@@ -1,4 +1,4 @@
-"""What is known of users as vectors: embedding directories, and files of other systems.
+"""Reads vectors of users from embedding directories and from files of other systems.
 
 Shapes: n rows, D the width.
 """
@@ -22,20 +22,20 @@ from supermoe_jax.config import format_time
 from supermoe_jax.embeddings import embedding_files
 from supermoe_jax.errors import ConfigError, DataError, nearest
 
-USER = "user_id"  # what a file may call its users, as embeddings do, whatever labels call theirs
-AS_OF = "as_of"  # what a file of another system may call its times, as embeddings do
+USER = "user_id"  # user column of embeddings; tried in a file that lacks the label table's user column
+AS_OF = "as_of"  # time column of embeddings; tried in a file that lacks the label table's time column
 
 
 @dataclasses.dataclass(frozen=True)
 class UserVectors:
-  """Vectors of users, of one moment or of several.
+  """Vectors of users at one time or several.
 
   Attributes:
-    name: what tables call them.
+    name: their name in tables.
     user: `[n]` ids as text.
-    time: int64 `[n]`, microseconds since 1970 UTC; None where there are no times: then they hold at all times.
+    time: int64 `[n]`, microseconds since 1970 UTC; None for vectors that hold at all times.
     x: float32 `[n, D]`, finite.
-    about: where they come from, for the record.
+    about: their origin, for the report.
   """
 
   name: str
@@ -46,7 +46,7 @@ class UserVectors:
 
   @property
   def times(self) -> list[int]:
-    """The moments there are, ascending; none without times."""
+    """Returns the different times, ascending; empty without times."""
     return [] if self.time is None else np.unique(self.time).tolist()
 
   @functools.cached_property
@@ -55,10 +55,10 @@ class UserVectors:
     return {key: row for row, key in enumerate(keys)}
 
   def find(self, user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
-    """The row of each user and time: int64, -1 where there is none.
+    """Returns the row of each user and time: int64 `[len(user)]`, -1 for a pair without a vector.
 
     Raises:
-      DataError: there are several times, and none is asked for.
+      DataError: the vectors have times, and `time` is None.
     """
     if self.time is None:
       asked: Any = user
@@ -76,12 +76,12 @@ def _listed(times: Sequence[int], most: int = 6) -> str:
 def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | None = None) -> UserVectors:
   """Reads a directory of 'supermoe embed', or another system's Parquet or CSV file (or directory of Parquet files).
 
-  Such a file has a column of users (`user`, or else `user_id`), perhaps one of times (`time`, or else `as_of` if there
-  is one), and either one column of lists, all of one length, or columns of numbers; other columns are left out and
+  A file of another system has a column of users (`user`, or else `user_id`) and, optionally, of times (`time`, or else
+  `as_of`). Its vectors are one column of lists of equal length, or columns of numbers. Other columns are left out and
   named in `about`.
 
   Raises:
-    DataError: the file, or a value of it, cannot be used, or a user and time stand in two rows.
+    DataError: the file or one of its values cannot be used, or a user (and time) has two rows.
   """
   if (path / "manifest.json").is_file():
     return _of_run(name, path)
@@ -134,7 +134,7 @@ def _table(file: pathlib.Path, user: str) -> pa.Table:
 
 
 def _users(path: pathlib.Path, column: pa.Array, name: str) -> np.ndarray:
-  """Ids as text; whole numbers in a floating-point column are written as integers."""
+  """Returns ids as text; writes whole numbers of a floating-point column as integers."""
   if column.null_count:
     row = int(np.flatnonzero(pc.is_null(column).to_numpy(zero_copy_only=False))[0])
     raise DataError(f"{path}: row {row + 1} has no user in {name!r}; leave it out.")
@@ -168,7 +168,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _vectors(path: pathlib.Path, table: pa.Table, users: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
-  """The vectors, the columns they come from, and the other columns."""
+  """Returns the vectors float32 `[n, D]`, the columns that they come from, and the other columns."""
   listing = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
   lists = [f.name for f in table.schema if any(t(f.type) for t in listing) and _is_number(f.type.value_type)]
   numbers = [f.name for f in table.schema if _is_number(f.type)]

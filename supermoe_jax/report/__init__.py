@@ -1,4 +1,4 @@
-"""Pages for people: a run's report and a seesaw study's, each one HTML file that needs nothing beside it."""
+"""Reports for people: writes the page of a run and the page of a seesaw study, each as one self-contained HTML file."""
 
 from supermoe_jax.report.page import write_report
 

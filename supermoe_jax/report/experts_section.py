@@ -1,4 +1,4 @@
-"""Which experts serve whom: tasks by their test snapshots, event types and values by their tokens."""
+"""Shows which experts serve which tasks (by test snapshots) and which event types and values (by tokens)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from supermoe_jax.report.figures.drawing import MOST_NAMED_EXPERTS, percent
 from supermoe_jax.report.run_files import RunFiles
 from supermoe_jax.report.task_sentences import sparse_blocks
 
-# An event type or a value stands out for an expert where it goes there so many times as often as any event, and has at
-# least so many tokens, of which fewer would be chance.
+# An event type or a value stands out for an expert if its tokens go there at least this many times as often as all
+# tokens do. It must have at least `LEAST_TOKENS` tokens, since fewer would leave it to chance.
 STANDS_OUT = 1.25
 LEAST_TOKENS = 100
-# So many are named for an expert.
+# The most event types and values that are named for an expert.
 NAMED = 4
 
 
 def by_task(run: RunFiles) -> dict[str, Any] | None:
-  """Where each task's test snapshots went in each layer of experts, and its gate; None before evaluation."""
+  """Returns how each task's test snapshots were routed in each MoE layer, and its gate; None before evaluation."""
   if run.evaluation is None:
     return None
   model, load = run.cfg.model, run.evaluation.get("expert_load", {})
@@ -54,7 +54,7 @@ def by_task(run: RunFiles) -> dict[str, Any] | None:
 
 
 def by_event(run: RunFiles) -> dict[str, Any] | None:
-  """Which event types and values each layer's experts serve; None where it was not counted."""
+  """Returns the event types and values that each layer's experts serve; None if they were not counted."""
   found = (run.evaluation or {}).get("event_experts")
   if not found:
     return None
@@ -77,7 +77,7 @@ def by_event(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _group(name: str, what: str, rows: Sequence[Mapping[str, Any]], overall: np.ndarray, layer: int) -> dict[str, Any]:
-  """The pictures and numbers of one field, or of the event types: of each expert's tokens the share, and the lift."""
+  """Returns heat maps and a table of one field, or of the event types: shares of each expert's tokens, and lifts."""
   choices = np.array([r["choices"][layer] for r in rows], np.float64)
   share = choices / np.maximum(overall, 1)
   lift = np.array([event_experts.expert_lift(r, overall, layer) for r in rows])
@@ -94,7 +94,7 @@ def _group(name: str, what: str, rows: Sequence[Mapping[str, Any]], overall: np.
 def _standing_out(
   parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], overall: np.ndarray, layer: int
 ) -> list[tuple[int, str]]:
-  """Says of each expert which event types and values go there more often than others."""
+  """Returns for each expert a sentence on the event types and values that go there more often than others."""
   lifts = [
     (what, row["name"], event_experts.expert_lift(row, overall, layer))
     for what, rows in parts

@@ -1,4 +1,4 @@
-"""A few users, the users whose embeddings are nearest to theirs, and what all of them did last."""
+"""Shows a few users, the users with the nearest embeddings, and the last events of all of them, for the report."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from supermoe_jax.embeddings.selection import RowSelection
 from supermoe_jax.report.readable_events import EventReader
 from supermoe_jax.report.run_files import RunFiles
 
-# Users are shown whose history is as long as at these quantiles, each with so many neighbours and so many events.
+# Users are shown whose history lengths are at these quantiles, each with this many neighbours and last events.
 QUANTILES = (0.1, 0.5, 0.9)
 NEIGHBOURS = 5
 EVENTS = 4
 
 
 class NearUser(NamedTuple):
-  """A neighbour: its row among the embeddings, and the cosine of the angle between the two."""
+  """A neighbour of a user: its row among the embeddings, and the cosine between the two embeddings."""
 
   row: int
   cosine: float
 
 
 def neighbors_section(run: RunFiles) -> dict[str, Any] | None:
-  """Sample users with their nearest neighbours and last events; None without embeddings."""
+  """Returns sample users with their nearest neighbours and last events; None without embeddings."""
   if run.embeddings is None:
     return None
   everyone = selection.select_rows(run.workdir / "embeddings")
@@ -60,15 +60,16 @@ def neighbors_section(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _sample(events: np.ndarray) -> np.ndarray:
-  """The rows at the quantiles of the lengths of histories, int64."""
+  """Returns the rows at the quantiles of history length: int64."""
   order = np.argsort(events, kind="stable")
   return order[list(dict.fromkeys(round(q * (len(order) - 1)) for q in QUANTILES))]
 
 
 def nearest_rows(everyone: RowSelection, asked: np.ndarray, count: int) -> list[list[NearUser]]:
-  """The `count` other rows nearest to each of the rows `asked` by the cosine of their embeddings, among all.
+  """Returns the `count` nearest other rows, by cosine of the embeddings, for each row in `asked`.
 
-  A part at a time, so that a large directory is never whole in memory; for a few rows that is all it takes.
+  It searches one part of the embeddings at a time, so that a large directory is never in memory as a whole. A few rows
+  need no index.
   """
   best: list[list[NearUser]] = [[] for _ in asked]
   if not len(asked):
@@ -85,7 +86,7 @@ def nearest_rows(everyone: RowSelection, asked: np.ndarray, count: int) -> list[
 
 
 class _Shown:
-  """The last events of some users."""
+  """A lookup of the last events of some users."""
 
   def __init__(self, dataset: Dataset, users: set[str]):
     self.reader, self._dataset = EventReader(dataset), dataset
@@ -93,7 +94,7 @@ class _Shown:
     self._place = {str(u): i for i, u in enumerate(names) if str(u) in users}
 
   def last(self, user: str, time: int) -> list[Any] | None:
-    """The newest events of a user before a time, the last first; None of a user whom the dataset no longer holds."""
+    """Returns a user's last events before a time, newest first; None if the dataset no longer holds the user."""
     if user not in self._place:
       return None
     history = self._dataset.history(self._dataset[self._place[user]])

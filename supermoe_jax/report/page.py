@@ -15,7 +15,7 @@ from typing import Any
 
 from supermoe_jax import atomic_files, config, environment
 from supermoe_jax.batch import Schema
-from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
+from supermoe_jax.data.format.schema import schema_of_sizes
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.models import parameters
 from supermoe_jax.report import (
@@ -135,26 +135,7 @@ def _parameters(run: RunFiles) -> dict[str, int] | None:
 
 def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:
   """The sizes of a dataset, by what its manifest says of it."""
-  fields = cfg.data.fields
   codes = {n: f["codes"] for n, f in manifest["fields"].items() if "codes" in f}
-  numeric = [n for n, f in fields.items() if f.kind == "numeric"]
-  outputs = {}
-  for name, task in cfg.labelled_tasks.items():
-    outputs[name] = 1
-    if isinstance(task, config.NextEvent):
-      outputs[name] = codes[task.field] - FIRST_VALUE
-    elif isinstance(task, config.FutureValues):
-      outputs[name] = task.top
-    elif config.answer(task) == "multiclass":
-      outputs[name] = len(manifest["labels"][name]["train"]["classes"])
-  return Schema(
-    sources=tuple(cfg.data.sources),
-    categorical=codes,
-    numeric=tuple(numeric),
-    aggregates=len(manifest["aggregates"]["mean"]),
-    outputs=outputs,
-    inputs=tuple(n for n in codes if fields[n].input),
-    numeric_inputs=tuple(i for i, n in enumerate(numeric) if fields[n].input),
-    extra_columns=cfg.data.extra_value_fields,
-    shares={n: f.shares for n, f in fields.items() if f.shares},
-  )
+  counts = {n: splits["train"] for n, splits in manifest["labels"].items()}
+  classes = {n: len(count["classes"]) for n, count in counts.items() if "classes" in count}
+  return schema_of_sizes(cfg, codes, classes, len(manifest["aggregates"]["mean"]))

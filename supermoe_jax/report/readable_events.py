@@ -1,4 +1,4 @@
-"""Events of a prepared dataset as people read them: time, event type, and the values of the fields by their names."""
+"""Turns events of a prepared dataset into readable text: time, event type, and the values of the fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, Vocabulary
 from supermoe_jax.report.figures.drawing import number
 
-# Events hold numbers with 24 bits: what is nearer to 0 than this share of the usual was 0.
+# Events hold numbers with 24 bits: a decoded number below this share of mean and deviation was 0 in the log.
 _ROUNDED = 1e-6
 
 _EPOCH = datetime.datetime(1970, 1, 1)
@@ -21,7 +21,7 @@ _EPOCH = datetime.datetime(1970, 1, 1)
 
 @dataclasses.dataclass(frozen=True)
 class ReadableEvent:
-  """One event: its `time`, its `source`, and what its fields hold, `values` by field."""
+  """One event as text: its `time`, its `source`, and `values`, pairs of a field and its value."""
 
   time: str
   source: str
@@ -29,7 +29,7 @@ class ReadableEvent:
 
 
 class EventReader:
-  """Reads events of a dataset; fields whose values are hashed have no names and are left out: `unnamed`."""
+  """A reader of a dataset's events. It leaves out fields with hashed values, which have no names; see `unnamed`."""
 
   def __init__(self, dataset: Dataset):
     self._dataset = dataset
@@ -40,7 +40,7 @@ class EventReader:
     self.unnamed = [n for n in encoders if n not in self._vocabularies]
 
   def events(self, history: UserHistory, start: int, stop: int) -> list[ReadableEvent]:
-    """The events [start, stop) of a history, the newest first."""
+    """Returns the events [start, stop) of a history, the newest first."""
     return [self._event(history, i) for i in range(stop - 1, start - 1, -1)]
 
   def _event(self, history: UserHistory, i: int) -> ReadableEvent:
@@ -62,7 +62,7 @@ def _value(encoder: Vocabulary, code: int) -> str:
 
 
 def number_text(encoder: NumberEncoder, scaled: float, encoding: str) -> str:
-  """A number as the log had it, from how events hold it; beyond the knots of a quantile only on which side it lies."""
+  """Returns the log's number for its encoded value `scaled`; beyond a quantile encoder's knots "< knot" or "> knot"."""
   if isinstance(encoder, Numeric):
     value = scaled * encoder.std + encoder.mean
     if abs(value) < _ROUNDED * (encoder.std + abs(encoder.mean)):
@@ -74,6 +74,6 @@ def number_text(encoder: NumberEncoder, scaled: float, encoding: str) -> str:
 
 
 def moment_text(time: int) -> str:
-  """A time in microseconds since 1970 as date and minute; the date alone at midnight."""
+  """Returns a time in microseconds since 1970 UTC as date and minute; the date alone at midnight."""
   when = _EPOCH + datetime.timedelta(microseconds=time)
   return when.strftime("%Y-%m-%d" if when.time() == datetime.time() else "%Y-%m-%d %H:%M")

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing beside them, from the package's Jinja templates and their common style."""
+"""Renders self-contained HTML pages from the package's Jinja templates and their common style."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jinja2
 
 
 def render_template(template: str, values: Mapping[str, Any], filters: Mapping[str, Any]) -> str:
-  """Renders one of the package's templates; what it names and `values` lacks is an error, and text is escaped."""
+  """Renders one of the package's templates with text escaped. A name that `values` lacks raises an error."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
     autoescape=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from supermoe_jax import config
 from supermoe_jax.evaluation import metrics
 from supermoe_jax.report.figures import scores
 from supermoe_jax.report.figures.drawing import number, percent
@@ -106,8 +105,7 @@ def label_shares(run: RunFiles) -> dict[str, dict[str, str]]:
   """Of each task and split, in words, what its labels are; `_label_share` says what of each kind."""
   out: dict[str, dict[str, str]] = {}
   for name, splits in (run.manifest or {"labels": {}})["labels"].items():
-    task = run.cfg.tasks.get(name)
-    asked = task.top if isinstance(task, config.FutureValues) else 1
+    asked = run.cfg.tasks[name].asked_values if name in run.cfg.tasks else 1
     for split, count in splits.items():
       out.setdefault(name, {})[split] = _label_share(count, asked)
   return out

@@ -1,4 +1,4 @@
-"""What lies in a run directory, read for its page; every part may be missing but the config."""
+"""Reads the files of a run directory for its report; all of them but the config may be missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from supermoe_jax.training.monitoring.metrics_log import read_rows
 
 
 class RunFiles(NamedTuple):
-  """What lies in a run directory; None where a part is missing."""
+  """The contents of a run directory; None or an empty list stands for a missing file."""
 
   workdir: pathlib.Path
   cfg: config.Config
@@ -26,7 +26,7 @@ class RunFiles(NamedTuple):
 
   @property
   def same_data(self) -> bool:
-    """Whether the dataset is there and was prepared as this run wants it."""
+    """Returns whether the dataset exists and was prepared as this run's config asks."""
     if self.manifest is None or self.manifest.get("data_hash") == self.cfg.data_hash():
       return self.manifest is not None
     wanted = self.cfg.data_identity()
@@ -34,7 +34,7 @@ class RunFiles(NamedTuple):
 
   @property
   def step(self) -> int:
-    """The last step known of."""
+    """Returns the last step in the evaluation, the embeddings and the metrics log; 0 without any."""
     parts = (self.evaluation, self.embeddings, self.rows[-1] if self.rows else None)
     return max((int(p["step"]) for p in parts if p), default=0)
 
@@ -59,7 +59,7 @@ def read_run(workdir: pathlib.Path) -> RunFiles:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any] | None:
-  """The content of a file of the run; None where there is none.
+  """Reads a JSON file of the run; returns None if it does not exist.
 
   Raises:
     DataError: it is damaged.

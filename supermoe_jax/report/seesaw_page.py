@@ -1,4 +1,4 @@
-"""The page of a seesaw study: one HTML file that needs nothing beside it, made from the content of `compare.json`."""
+"""Writes the page of a seesaw study: one self-contained HTML file, made from the content of `seesaw.json`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from supermoe_jax.seesaw.sentences import Report
 
 
 def write_study_files(report: Report, workdir: pathlib.Path) -> None:
-  """Writes a study's page, its picture of gains and its table: `seesaw.html`, `seesaw.svg` and `seesaw.md`."""
+  """Writes a study's page, its figure of gains and its table: `seesaw.html`, `seesaw.svg` and `seesaw.md`."""
   write_study_page(report, workdir / "seesaw.html")
   gains_figures.write_picture(report, workdir / "seesaw.svg")
   atomic_files.write_file(workdir / "seesaw.md", sentences.gains_markdown(report))
 
 
 def write_study_page(report: Report, file: pathlib.Path) -> pathlib.Path:
-  """Writes the page of `report`, what `seesaw.compare.make_report` returned, to `file`; returns its path.
+  """Writes the page of `report`, the result of `seesaw.compare.make_report`, to `file`; returns its path.
 
-  The study may be unfinished: whatever lacks is named on the page.
+  The study may be unfinished: the page names everything that is missing.
   """
   file = pathlib.Path(file)
   filters = {
@@ -73,7 +73,7 @@ def _has_shares(report: Report) -> bool:
 
 
 def _details(name: str, variant: Mapping[str, Any]) -> dict[str, list[Markup]]:
-  """The pictures of one variant: gradient cosines and weights, and where its tasks' snapshots were sent."""
+  """Draws the figures of one variant: gradient cosines and weights, and the expert loads and gates of its tasks."""
   about, experts = [], []
   cosine, weights, loads = variant["cosine"], variant["weights"], variant["expert_load"]
   if cosine and cosine["tasks"]:
@@ -85,7 +85,7 @@ def _details(name: str, variant: Mapping[str, Any]) -> dict[str, list[Markup]]:
   for m in range(min((len(v["load"]) for v in loads.values()), default=0)):
     shares = np.array([v["load"][m] for v in loads.values()], np.float64)
     most = float(shares.max()) or 1.0
-    # Few experts make a narrow picture: the rest of the title is in the caption.
+    # Few experts make a narrow figure: the rest of the title is in the caption.
     experts.append(heat_maps.heat_map(f"{name}-load-{m}", f"MoE layer {m + 1}", list(loads), shares, most))
   gates = {t: v["gate"] for t, v in variant["expert_load"].items() if v.get("gate")}
   if gates:
@@ -96,7 +96,7 @@ def _details(name: str, variant: Mapping[str, Any]) -> dict[str, list[Markup]]:
 
 
 def _command(overrides: list[str]) -> str:
-  """What trains this variant once."""
+  """Returns the shell command that trains this variant once."""
   words = ["supermoe train --config CONFIG --workdir RUN", *(shlex.quote(f"--config.{o}") for o in overrides)]
   return " \\\n  ".join(words)
 
@@ -106,7 +106,7 @@ def _score(value: float | None) -> str:
 
 
 def _share(found: Mapping[str, Any] | None) -> str:
-  """A share of the possible in percent, with half the width of its interval."""
+  """Formats a share of the possible in percent, with half the width of its interval."""
   if found is None or found["mean"] is None:
     return "–"
   half = "" if found["low"] is None else f" ±{50 * (found['high'] - found['low']):.1f}"

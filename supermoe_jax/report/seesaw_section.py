@@ -1,4 +1,4 @@
-"""The seesaw study that lies at hand of a run: its conclusion and its picture of gains."""
+"""Finds the seesaw study near a run, and prepares its conclusion and its figure of gains for the run's report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from supermoe_jax.seesaw import sentences
 
 
 def study_places(workdir: pathlib.Path) -> list[pathlib.Path]:
-  """Where a study of a run is looked for: in the run, in its `seesaw` directory, and in the two directories above."""
+  """Returns the paths to look for a study: in the run, in its `seesaw` directory, and in the two directories above."""
   workdir = workdir.resolve()
   return [d / "seesaw.json" for d in (workdir, workdir / "seesaw", *workdir.parents[:2])]
 
 
 def find_study(run: RunFiles) -> dict[str, Any] | None:
-  """The study that lies nearest; None where there is none. One of other tasks or data is named, but not shown.
+  """Returns the first study in `study_places`; None without one. A study of other tasks or data is only named.
 
   Raises:
     DataError: its file is damaged.

@@ -1,4 +1,4 @@
-"""The course of a training run: its curves, and their first and last values."""
+"""Draws the curves of a training run and lists their first and last values, for the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from supermoe_jax.report.task_sentences import sparse_blocks
 
 
 def training_section(run: RunFiles) -> dict[str, Any] | None:
-  """The curves of the run's log, and their first and last values; None before the first logged step."""
+  """Returns the curves of the run's log and their first and last values; None before the first logged step."""
   rows = run.rows
   if not rows:
     return None
@@ -68,7 +68,7 @@ def training_section(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _validation(run: RunFiles) -> list[Markup]:
-  """Draws the main metric of each task on validation snapshots over the steps, and their score."""
+  """Draws the validation score and each task's main metric on validation snapshots, over the steps."""
   step = [r["step"] for r in run.validation]
   if not step:
     return []
@@ -81,7 +81,7 @@ def _validation(run: RunFiles) -> list[Markup]:
 
 
 def _weights(rows: Sequence[dict[str, Any]], table: list[tuple[str, list[str]]]) -> Markup | None:
-  """Draws the tasks' weights over the steps and enters them into the table; None where the log has none."""
+  """Draws the tasks' weights over the steps and adds them to `table`; returns None if the log has no weights."""
   some = [r for r in rows if r.get("weights")]
   if not some:
     return None

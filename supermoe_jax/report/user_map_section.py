@@ -1,4 +1,4 @@
-"""The report's map: each user's latest embedding in the plane, coloured by what is known of the users."""
+"""Draws the report's map: users' latest embeddings in the plane, coloured by event counts and labels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from supermoe_jax.report.figures import user_maps
 from supermoe_jax.report.run_files import RunFiles
 from supermoe_jax.report.task_sentences import task_question
 
-# Points of the map: t-SNE takes about 10 s for so many.
+# The most points of the map; t-SNE takes about 10 s for this many.
 MOST_POINTS = 3000
-# Records read for each point wanted; users without an event before the time of the map have no point.
+# Records read for each wanted point, as some users have none: they have no event before the time of the map.
 RECORDS_A_POINT = 4
 
 
 def embedding_map(run: RunFiles) -> dict[str, Any] | None:
-  """The 2-D map of each user's latest embedding; None without embeddings."""
+  """Returns the 2-D map of users' latest embeddings; None without embeddings."""
   if run.embeddings is None:
     return None
   everyone = selection.select_rows(run.workdir / "embeddings")
@@ -57,9 +57,9 @@ def embedding_map(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _sample(run: RunFiles, users: Sequence[str]) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
-  """Draws at most MOST_POINTS rows, and their users' records where the dataset is at hand.
+  """Samples at most MOST_POINTS rows, and returns them with their users' records if the dataset is available.
 
-  Records are found by number, not by user, so it is records that are drawn: a large dataset is not read through.
+  The dataset finds records by number, not by user. Sampling records avoids reading a large dataset as a whole.
   """
   random = np.random.default_rng(0)
   row = {user: i for i, user in enumerate(users)}
@@ -79,11 +79,11 @@ def _sample(run: RunFiles, users: Sequence[str]) -> tuple[np.ndarray, list[Mappi
 
 
 def project(vectors: np.ndarray) -> np.ndarray | None:
-  """Places `vectors [n, D]` in the plane by t-SNE, `[n, 2]`; None when there are too few different ones."""
+  """Returns positions `[n, 2]` of `vectors [n, D]` by t-SNE; None if fewer than 10 differ or one is not finite."""
   if not np.isfinite(vectors).all() or len(np.unique(vectors, axis=0)) < 10:
     return None
-  # Initialised by PCA, so that far-apart groups keep their places. One thread: the steps are short, and threads that
-  # wait for each other made 2,500 points take three times as long on two busy cores.
+  # PCA initialises, so that far-apart groups keep their places. One thread: the steps are short, and on two busy cores
+  # threads that waited for each other took three times as long for 2,500 points.
   perplexity = min(30.0, (len(vectors) - 1) / 3)
   with threadpool_limits(1):
     method = TSNE(init="pca", perplexity=perplexity, max_iter=500, angle=0.7, random_state=0)
@@ -93,31 +93,32 @@ def project(vectors: np.ndarray) -> np.ndarray | None:
 def pick_labels(
   cfg: config.Config, records: Iterable[Mapping[str, Any]], time: int
 ) -> dict[str, tuple[dict[str, int], str]]:
-  """Picks up to two yes-or-no tasks to colour users by: of each task a label a user, and what it is in words.
+  """Picks up to two binary tasks to colour users by; returns for each task a label a user, and its words.
 
-  One about the future and one about the user where there are both; of several the one with most of its rarer class.
+  Picks one task about the future and one about the user if possible. Among several tasks of a kind it prefers the one
+  with the most users of its rarer class.
   """
   tests = [config.parse_time(t, "config.data.split.test") for t in cfg.data.split.test]
   snapshot = min(tests, key=lambda t: abs(t - time), default=0)
-  kinds = (config.FutureEvent, config.UserLabel)
-  tasks = {n: t for n, t in cfg.active_views.items() if isinstance(t, kinds) and config.answer(t) == "binary"}
+  yes_or_no = {n: t for n, t in cfg.active_views.items() if t.answer == "binary"}
+  tasks = {n: t for n, t in yes_or_no.items() if t.horizon is not None or t.user_column}
   values: dict[str, dict[str, int]] = {n: {} for n in tasks}
   for record in records:
     at_test = (record["snapshot_split"] == TEST) & (record["snapshot_time"] == snapshot)
     for name, task in tasks.items():
       known = record[f"known_{name}"].astype(bool)
-      where = np.flatnonzero(known & at_test if isinstance(task, config.FutureEvent) else known)
+      where = np.flatnonzero(known & at_test if task.horizon is not None else known)
       if len(where):
         values[name][record["user"]] = int(record[f"label_{name}"][where[-1]] > 0)
   rarer = {n: min(sum(v.values()), len(v) - sum(v.values())) for n, v in values.items()}
   order = sorted((n for n in tasks if rarer[n]), key=lambda n: -rarer[n])
-  firsts = [next((n for n in order if isinstance(tasks[n], kind)), None) for kind in kinds]
+  firsts = [next((n for n in order if bool(tasks[n].user_column) == about_user), None) for about_user in (False, True)]
   chosen = [n for n in firsts if n is not None]
   chosen += [n for n in order if n not in chosen]
   out = {}
   for name in chosen[:2]:
     text = task_question(tasks[name])
-    if isinstance(tasks[name], config.FutureEvent):
+    if tasks[name].horizon is not None:
       text += f", counted from the test snapshot at {format_time(snapshot).replace('T00:00:00', '')}"
     else:
       text += " (the model has been trained on the labels of the training split's users, so this is no test)"

@@ -1,1 +1,1 @@
-"""The seesaw study: what each task gains or loses in a shared model, over paired seeds."""
+"""The seesaw study: measures the gain or loss of each task in a shared model, over paired seeds."""

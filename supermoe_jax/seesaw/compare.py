@@ -1,7 +1,7 @@
-"""The seesaw report: what each task gains or loses in a shared model, against a model of its own, over paired seeds.
+"""Makes the seesaw report: each task's gain or loss in a shared model against a model of its own, over paired seeds.
 
-Pure statistics: runs come in as `RunResult`s and a report goes out that `compare.json` holds as it is. Gains Δ and all
-that is made of them are in percent of the single-task score; intervals are 95 % Student-t intervals over seeds.
+This module is pure statistics: `RunResult`s go in, the content of `seesaw.json` comes out. Gains Δ and their summaries
+are in percent of the single-task score; intervals are 95 % Student-t intervals over seeds.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, reduces_seesaw, relative_gain, verdict
 from supermoe_jax.seesaw.sentences import Report, report_sentences
 
-# The variant that every single-task reference belongs to.
+# The variant name of all single-task references.
 SINGLE = "single"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-  """What one trained and evaluated model leaves behind.
+  """The result of one trained and evaluated model.
 
-  `tasks[task][split][metric]` are its scores, `losses[task]` training losses over the best constant's, which is in
-  `constants[task]`. `weights` has `step` and each task's weight at these steps; `cosine` the `matrix` of gradient
-  cosines in the order of its `tasks`; `expert_load[task]` the `load [M, E]` of the MoE layers and, with conditioning by
-  gate, a `gate [E]`.
+  `tasks[task][split][metric]` are its scores. `losses[task]` are training losses over the loss of the best constant
+  prediction, `constants[task]`. `weights` has `step` and each task's weights at these steps; `cosine` has the `matrix`
+  of gradient cosines in the order of its `tasks`; `expert_load[task]` has the `load [M, E]` of the MoE layers and, with
+  conditioning by gate, a `gate [E]`.
   """
 
   variant: str
@@ -52,7 +52,7 @@ class RunResult:
 
   @classmethod
   def from_json(cls, found: Mapping[str, Any]) -> RunResult:
-    """Reads what `to_json` gave. Raises ValueError where a key is missing or unknown."""
+    """Reads the output of `to_json`. Raises ValueError if a key is missing or unknown."""
     fields = {f.name for f in dataclasses.fields(cls)}
     optional = {"weights", "cosine", "expert_load", "constants"}
     if wrong := (fields - optional - set(found)) | (set(found) - fields):
@@ -63,12 +63,12 @@ class RunResult:
     return cls(**{**found, **{k: found.get(k) or {} for k in ("expert_load", "constants")}})
 
   def to_json(self) -> dict[str, Any]:
-    """The run as JSON types; numbers that are not finite become None."""
+    """Returns the run as JSON types; numbers that are not finite become None."""
     out: dict[str, Any] = _plain(dataclasses.asdict(self))
     return out
 
   def score(self, task: str, split: str = "test") -> float | None:
-    """The main metric of `task`; None where it has none, or one that is not finite."""
+    """Returns the main metric of `task` on `split`; None if there is none or it is not finite."""
     metrics = self.tasks.get(task, {}).get(split) or {}
     return _finite(metrics.get(self.main_metric.get(task, "")))
 
@@ -91,7 +91,7 @@ def _plain(value: Any) -> Any:
 
 
 class _StudyScores:
-  """Runs in order: scores of a split by variant, task and seed, and which tasks can be compared."""
+  """The scores and gains of a split by variant, task and seed, and the tasks that can be compared."""
 
   def __init__(
     self,
@@ -121,7 +121,7 @@ class _StudyScores:
     self.single = {t: _scores(self.singles.get(t, {}), t, split) for t in self.tasks}
     self.score = {v: {t: _scores(of, t, split) for t in self.tasks} for v, of in self.shared.items()}
     self.compared = [t for t in self.tasks if self.single[t] and any(s[t] for s in self.score.values())]
-    # Of the others, some have no score in any run; the rest may get theirs when the study goes on.
+    # Trained tasks without a score in any run are unmeasured; the rest may get their scores as the study goes on.
     scored = {t for t in self.tasks if self.single[t] or any(s[t] for s in self.score.values())}
     trained = {t for r in every for t in (r.main_metric if r.task is None else [r.task])}
     self.unmeasured = [t for t in self.tasks if t in trained and t not in scored]
@@ -134,17 +134,17 @@ class _StudyScores:
     return {s: g for s, g in found.items() if g is not None}
 
   def complete(self, variant: str) -> list[int]:
-    """The seeds in which every compared task has a gain: means over tasks of other seeds would be of other tasks."""
+    """Returns the seeds in which every compared task has a gain; in other seeds, means would be over fewer tasks."""
     gains = self.gains[variant]
     return [s for s in self.seeds if self.compared and all(s in gains[t] for t in self.compared)]
 
   def summaries(self, variant: str) -> dict[str, dict[int, float]]:
-    """Each summary of the compared tasks, by complete seed."""
+    """Returns each summary over the compared tasks, by complete seed."""
     rows = {s: [self.gains[variant][t][s] for t in self.compared] for s in self.complete(variant)}
     return {name: {s: of(row) for s, row in rows.items()} for name, of in SUMMARIES.items()}
 
   def missing(self) -> list[str]:
-    """What is not there, a sentence for each variant or task and cause."""
+    """Returns a sentence for each missing run, score or gain, by variant or task."""
     out = []
     for task in self.unmeasured:
       out.append(f"task {task}: no run has its metric ({self.metric[task]}) on test, so it is left out.")
@@ -179,11 +179,11 @@ def _lack(what: str, cause: str, seeds: Sequence[int]) -> list[str]:
 
 
 def on_validation(runs: Sequence[RunResult], variants: Sequence[str]) -> dict[str, Any]:
-  """How variants stand on validation, which is what a configuration may be chosen by.
+  """Compares variants on validation, the split by which one may choose a configuration.
 
-  Returns: `variants`, of each the tasks `lost` and the `mean_gain`; and `best`, the variant that loses on the fewest
-    tasks and, of those, has the highest mean gain; None while no variant has all tasks in two seeds. The mean alone
-    would be led by the tasks with few labels, whose gains are mostly chance.
+  Returns: `variants`, the tasks `lost` and the `mean_gain` of each variant; and `best`, the variant that loses on the
+    fewest tasks, ties broken by the highest mean gain; None while no variant has all tasks in two seeds. The mean alone
+    would follow the tasks with few labels, whose gains are mostly chance.
   """
   study = _StudyScores(runs, (), variants, (), split="validation")
   standing: dict[str, dict[str, Any]] = {}
@@ -208,23 +208,24 @@ def make_report(
   labels: Mapping[str, int] | None = None,
   references: Mapping[str, str | None] | None = None,
 ) -> Report:
-  """Makes the report of a study, finished or not; what lacks is named in `missing`, never guessed.
+  """Makes the report of a study, finished or not; `missing` names every gap.
 
   Args:
-    runs: those that are there, in any order; of a variant or of a task alone at most one a seed.
-    variants: in the order to show them; variants that only `runs` know follow.
-    tuned: the variant of tuned static weights that the others are measured by; "" for none.
-    overrides: of each variant, what it changes in the config.
-    seeds: those planned; tasks: those planned, in order. More that `runs` know of are added.
-    possible: of a task the best score there can be (`bayes`) and that of a `constant` answer, where these are known.
-    labels: of a task, the number of its test labels.
-    references: of a task, the name of the candidate that its single-task model is.
+    runs: finished runs in any order; at most one a seed for each variant and for each single task.
+    variants: in the order to show them; other variants of `runs` follow.
+    tuned: the variant of tuned static weights that the others are compared with; "" for none.
+    overrides: for each variant, its changes of the config.
+    seeds: planned seeds; others of `runs` are added.
+    tasks: planned tasks, in order; others of `runs` are added.
+    possible: for a task, if known, the best possible score (`bayes`) and the score of a `constant` answer.
+    labels: for a task, the number of its test labels.
+    references: for a task, the name of the candidate chosen as its single-task model.
 
-  Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. Of a variant,
-    `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are made in each seed that has a gain for all `compared` tasks,
-    and then averaged. Noise of a seed alone makes harm and index larger and the worst gain lower; `of_mean_gains` has
-    them made from the tasks' mean gains instead, which is less biased but has no interval. `expert_load` is of one
-    seed, `expert_load_seed`: experts have no order, so that a mean over seeds would say nothing.
+  Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. A variant's
+    `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are computed in each seed with a gain for all `compared` tasks,
+    then averaged. Seed noise alone makes harm and index larger and the worst gain lower. `of_mean_gains` computes them
+    from the tasks' mean gains instead, which is less biased but has no interval. `expert_load` is of the one seed
+    `expert_load_seed`: experts have no order, so a mean over seeds would mean nothing.
   Raises: ValueError: two runs of one seed, or two main metrics of one task.
   """
   study = _StudyScores(runs, tasks, variants, seeds)
@@ -265,7 +266,7 @@ def make_report(
 
 
 def _share(scores: Mapping[int, float], bounds: Mapping[str, float] | None) -> Estimate | None:
-  """(M − constant) / (bayes − constant) over seeds."""
+  """Estimates (score − constant) / (bayes − constant) over seeds; None if the bounds are unknown or equal."""
   if bounds is None or bounds["bayes"] == bounds["constant"]:
     return None
   return estimate((m - bounds["constant"]) / (bounds["bayes"] - bounds["constant"]) for m in scores.values())
@@ -315,26 +316,26 @@ def _variant(
 
 
 def _versus(study: _StudyScores, summaries: Mapping[str, Mapping[int, float]], tuned: str) -> dict[str, Any]:
-  """Differences to the tuned variant in the seeds that both have."""
+  """Returns the differences to the tuned variant in the seeds that both have."""
   other = study.summaries(tuned)
   out: dict[str, Any] = {}
   for key in ("harm", "worst_gain", "mean_gain"):
     found = estimate(v - other[key][s] for s, v in summaries[key].items() if s in other[key])
     out[key] = {**found, "significant": verdict(found) in ("lost", "gained")}
-  # While a task still waits for its runs, harm and the worst gain are not those of the study.
+  # While a task still waits for its runs, harm and the worst gain are not final.
   out["reduces_seesaw"] = not study.waiting and reduces_seesaw(out)
   return out
 
 
 def _nanmean(values: Sequence[Any]) -> np.ndarray:
-  """Mean over the first axis of what is finite; NaN where nothing is."""
+  """Returns the mean of the finite values over the first axis; NaN without any."""
   x = np.array(values, np.float64)
   known = np.isfinite(x)
   return np.where(known.any(0), np.where(known, x, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
 def _mean_weights(found: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, Any] | None:
-  """Weights averaged over seeds, at the steps and of the tasks that all of them have."""
+  """Averages weights over seeds, at the steps and for the tasks that all seeds have."""
   if not found:
     return None
   steps = [s for s in found[0]["step"] if all(s in w["step"] for w in found)]
@@ -345,7 +346,7 @@ def _mean_weights(found: Sequence[Mapping[str, Sequence[float | None]]]) -> dict
 
 
 def _mean_cosine(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-  """Gradient cosines averaged over seeds, of the tasks that all of them have."""
+  """Averages gradient cosines over seeds, for the tasks that all seeds have."""
   if not found:
     return None
   tasks = [t for t in found[0]["tasks"] if all(t in c["tasks"] for c in found)]

@@ -1,4 +1,4 @@
-"""Gains over single-task models, their summaries over tasks, and their intervals over seeds."""
+"""Computes gains over single-task models, their summaries over tasks, and their intervals over seeds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Estimate = dict[str, Any]
 
 
 def relative_gain(metric: str, score: float, single: float) -> float | None:
-  """Gain Δ of `score` over the single-task score, in percent; above 0 is better whichever way the metric points.
+  """Returns the gain Δ of `score` over the single-task score, in percent; positive is better for every metric.
 
-  Returns: None where the single-task score is 0, of which nothing is a percentage.
+  Returns: None if the single-task score is 0, because a percentage of 0 is undefined.
   Source: the form of arXiv 1904.08918.
   """
   if single == 0:
@@ -27,18 +27,18 @@ def relative_gain(metric: str, score: float, single: float) -> float | None:
 
 
 def harm(gains: Sequence[float]) -> float:
-  """H = mean of max(0, −Δ) over tasks, `gains [T]`."""
+  """Returns H, the mean of max(0, −Δ) over tasks, `gains [T]`."""
   return sum(max(0.0, -g) for g in gains) / len(gains)
 
 
 def seesaw_index(gains: Sequence[float]) -> float:
-  """Σ max(0, −Δ) / Σ|Δ| over tasks, `gains [T]`: 0 where nothing was lost (or nothing moved), 1 where all was loss."""
+  """Returns Σ max(0, −Δ) / Σ|Δ| over tasks, `gains [T]`: 0 without losses (or changes), 1 if all changes are losses."""
   moved = sum(abs(g) for g in gains)
   return sum(max(0.0, -g) for g in gains) / moved if moved else 0.0
 
 
 def mean_gain(gains: Sequence[float]) -> float:
-  """Δm, the mean of Δ over tasks, `gains [T]`."""
+  """Returns Δm, the mean of Δ over tasks, `gains [T]`."""
   return sum(gains) / len(gains)
 
 
@@ -51,7 +51,7 @@ SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-  """Mean of one value a seed, with its 95 % Student-t interval where there are two seeds or more."""
+  """Returns the mean over seeds, one value each, with its 95 % Student-t interval if there are two seeds or more."""
   x = np.array(list(values), np.float64)
   if not len(x):
     return {"mean": None, "low": None, "high": None, "seeds": 0}
@@ -63,16 +63,16 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def verdict(found: Estimate) -> str:
-  """`lost` or `gained` where the interval lies beyond 0, `even` where it holds 0, `unknown` without an interval."""
+  """Returns `lost` or `gained` if the interval excludes 0, `even` if it holds 0, `unknown` without an interval."""
   if found["low"] is None:
     return "unknown"
   return "lost" if found["high"] < 0 else "gained" if found["low"] > 0 else "even"
 
 
 def reduces_seesaw(difference: Mapping[str, Estimate]) -> bool:
-  """Whether differences to tuned static weights allow the words "reduces the seesaw".
+  """Returns whether the differences to tuned static weights allow the claim "reduces the seesaw".
 
-  Harm and worst gain must both be better with an interval that excludes 0, and the mean gain no lower.
+  Harm and worst gain must both be better with intervals that exclude 0, and the mean gain must not be lower.
   """
   better = verdict(difference["harm"]) == "lost" and verdict(difference["worst_gain"]) == "gained"
   return better and difference["mean_gain"]["mean"] >= 0

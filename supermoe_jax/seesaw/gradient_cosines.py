@@ -1,4 +1,4 @@
-"""How the tasks' gradients at the shared representation lie to each other."""
+"""Measures the cosines between the tasks' gradients at the shared representation."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import place_on_mesh
 from supermoe_jax.training.task_statistics import TaskStatistics
 
-# Training batches that cosines are averaged over.
+# Number of training batches that cosines are averaged over.
 BATCHES = 8
 
 
 def gradient_cosines(run: Run, n_batches: int = BATCHES) -> dict[str, Any] | None:
-  """Returns the mean cosine of each two tasks' gradients at z over training batches, dropout off.
+  """Returns the mean cosine between each two tasks' gradients at the shared representation, dropout off.
 
-  Returns: `tasks`, and `matrix [T][T]`, None where the two never met a label in one batch; None where tasks read no
-    common representation (`conditioning` token or gate).
+  Returns: `tasks` and `matrix [T][T]`, whose entry is None if no training batch had labels of both tasks. None instead
+    if tasks share no representation (`conditioning` token or gate), or no task has labels.
   """
   if run.cfg.model.conditioning in ("token", "gate") or not run.cfg.active_views:
     return None
@@ -50,7 +50,7 @@ def gradient_cosines(run: Run, n_batches: int = BATCHES) -> dict[str, Any] | Non
 
 
 class _Static:
-  """What the program of `_gram` depends on; equal for runs of one model."""
+  """A run's static inputs of `_gram`; equal for runs of one model, which so share a compiled program."""
 
   def __init__(self, run: Run):
     self.graph, self.norm = run.graph, run.cfg.train.norm

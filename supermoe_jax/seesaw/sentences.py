@@ -1,6 +1,6 @@
-"""The seesaw report for people: in sentences, as a table for the terminal, and in Markdown.
+"""Writes the seesaw report for people: in sentences, as a table for the terminal, and in Markdown.
 
-What may be claimed was decided when the report was made (`compare.make_report`); here it is only said.
+`compare.make_report` has decided which claims are justified; this module only puts them into words.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from supermoe_jax.seesaw.gains import Estimate
 
-# Below so many seeds or test labels, words say how little a verdict is worth.
+# With fewer seeds or test labels than this, a warning is written.
 FEW_SEEDS = 5
 FEW_LABELS = 500
 MARKS = {"lost": "▼", "gained": "▲"}
@@ -20,7 +20,7 @@ Report = dict[str, Any]
 
 
 def signed(value: float | None, *, plus: bool = True) -> str:
-  """Writes percents or points with two digits; a minus is a minus sign, zero has no sign, a missing value is a dash."""
+  """Formats percents or points with two digits and a typographic minus; zero has no sign, None is a dash."""
   if value is None:
     return "–"
   text = f"{value:{'+' if plus else ''}.2f}"
@@ -28,7 +28,7 @@ def signed(value: float | None, *, plus: bool = True) -> str:
 
 
 def interval_in_sentence(found: Estimate, *, unit: str = "", plus: bool = True) -> str:
-  """Writes an estimate within a sentence: "−2.10% (−3.00 to −1.20)"."""
+  """Formats an estimate for a sentence: "−2.10% (−3.00 to −1.20)"."""
   if found["mean"] is None:
     return "unknown"
   ends = [signed(found[k], plus=plus) for k in ("low", "high")]
@@ -37,7 +37,7 @@ def interval_in_sentence(found: Estimate, *, unit: str = "", plus: bool = True) 
 
 
 def report_sentences(found: Report) -> list[str]:
-  """The report in sentences: the conclusion, what to beware of, and what became of each variant."""
+  """Returns the report in sentences: the conclusion, the choice, warnings, and a sentence on each variant."""
   return [
     *conclusion(found),
     *choice(found),
@@ -47,7 +47,7 @@ def report_sentences(found: Report) -> list[str]:
 
 
 def choice(found: Report) -> list[str]:
-  """Which variant one would choose without having seen the test."""
+  """Returns a sentence on the variant that is best on validation, or nothing while there is none."""
   standing, best = found["validation"]["variants"], found["validation"]["best"]
   if best is None:
     return []
@@ -60,7 +60,7 @@ def choice(found: Report) -> list[str]:
 
 
 def conclusion(found: Report) -> list[str]:
-  """Whether a variant reduces the seesaw, or the negative result; and how many variants lost on a task."""
+  """Returns sentences on the variants that reduce the seesaw, or the negative result, and on variants that lost."""
   tuned, variants = found["tuned"], found["variants"]
   if not found["compared"]:
     return ["No task has both a single-task score and one in a shared model yet: there is nothing to compare."]
@@ -97,7 +97,7 @@ def conclusion(found: Report) -> list[str]:
 
 
 def warnings(found: Report) -> list[str]:
-  """What makes the numbers weaker than they look."""
+  """Returns sentences on reasons to trust the numbers less: few seeds, few test labels, gaps in the study."""
   out = []
   seeds = [v["tasks"][t]["gain"]["seeds"] for v in found["variants"].values() for t in found["compared"]]
   fewest = min((n for n in seeds if n), default=FEW_SEEDS)
@@ -122,7 +122,7 @@ def warnings(found: Report) -> list[str]:
 
 
 def describe_variant(found: Report, name: str) -> str:
-  """One variant in words: on which tasks it lost and gained, and how it differs from tuned static weights."""
+  """Describes one variant: the tasks on which it lost and gained, and its difference to tuned static weights."""
   this = found["variants"][name]
   gains = {t: this["tasks"][t] for t in found["compared"] if this["tasks"][t]["gain"]["seeds"]}
   if not gains:
@@ -172,7 +172,7 @@ def _count(n: int, what: str) -> str:
 
 
 def cell(found: Estimate, *, mark: str = "", plus: bool = True) -> str:
-  """An estimate in a table: the mean, half the width of its interval, and a mark."""
+  """Formats an estimate for a table: the mean, half the width of its interval, and a mark."""
   if found["mean"] is None:
     return "–"
   half = "" if found["low"] is None else f" ±{(found['high'] - found['low']) / 2:.2f}"
@@ -180,11 +180,11 @@ def cell(found: Estimate, *, mark: str = "", plus: bool = True) -> str:
 
 
 def gains_table(found: Report) -> list[list[str]]:
-  """Rows for people, in percent; the first is the heading: variant, Δ of each task, Δm, worst Δ, harm H, tasks lost."""
+  """Returns rows in percent; the first is the heading: variant, Δ of each task, Δm, worst Δ, harm H, tasks lost."""
   tasks = list(found["tasks"])
   rows = [["variant", *tasks, "Δm", "worst Δ", "H", "lost"]]
   for name, this in found["variants"].items():
-    # A cell without a mark keeps its place, so that the numbers of a column stand below each other.
+    # A space replaces a missing mark, so that the numbers of a column align.
     gains = [cell(v["gain"], mark=MARKS.get(v["verdict"], " ")) for v in (this["tasks"][t] for t in tasks)]
     judged = sum(this["tasks"][t]["verdict"] != "unknown" for t in found["compared"])
     summaries = [cell(this["mean_gain"]), cell(this["worst_gain"]), cell(this["harm"], plus=False)]
@@ -193,7 +193,7 @@ def gains_table(found: Report) -> list[list[str]]:
 
 
 def gains_markdown(found: Report) -> str:
-  """The table as Markdown, with a line that says how to read it."""
+  """Returns the table as Markdown, with a legend."""
 
   def line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(c.strip().replace("|", "\\|") for c in cells) + " |"

@@ -1,8 +1,8 @@
-"""A seesaw study: single-task references and variants of a config, over seeds, each run cached as it ends.
+"""Runs a seesaw study: single-task references and variants of a config, over seeds; each finished run is cached.
 
-WORKDIR/runs/*.json     what each run left, by the hash of its config and data; a run that is there is not run again
-WORKDIR/seesaw.json     the report, rewritten as runs come in
-WORKDIR/seesaw.html     the same with pictures, written by the command
+WORKDIR/runs/*.json     the result of each run, named by the hash of its config and data; not run again if it exists
+WORKDIR/seesaw.json     the report, rewritten as runs finish
+WORKDIR/seesaw.html     the report with pictures, written by the command
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from supermoe_jax.seesaw import compare, sentences, study_weights
 from supermoe_jax.seesaw.compare import SINGLE, RunResult
 from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
 
-# The variants of a study whose config names none; all of them are changes of that config.
+# The variants of a study whose config names none, as overrides of that config.
 STANDARD: dict[str, tuple[str, ...]] = {
   "shared_bottom": ("model.moe_every=0",),
   "mmoe": ("model.moe_every=0", "model.conditioning=mmoe"),
@@ -40,22 +40,22 @@ STANDARD: dict[str, tuple[str, ...]] = {
   "token": ("model.conditioning=token",),
 }
 
-# Weightings that start from the tasks' own weights.
+# Endings of overrides to weightings that start from the tasks' own weights.
 _PRIORS = ("=static", "=seesaw")
 
 # Random static weightings that are run with all seeds.
 FINALISTS = 3
 
-# How often a study looks for runs that have ended.
+# Time between two looks for finished runs.
 POLL_SECONDS = 1.0
 
-# Runs' own version: a change of what a run measures asks for new runs.
+# Version of run results, part of their hash: increase it when a run measures something else.
 FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class _RunGroup:
-  """Runs of one config, which share one compilation."""
+  """Runs of one config over seeds, which share one compilation."""
 
   variant: str
   task: str | None
@@ -63,7 +63,7 @@ class _RunGroup:
   seeds: tuple[int, ...]
 
   def seeded(self) -> Iterator[tuple[int, config.Config]]:
-    """Each seed with its config."""
+    """Yields each seed with its config."""
     for seed in self.seeds:
       yield seed, dataclasses.replace(self.cfg, train=dataclasses.replace(self.cfg.train, seed=seed))
 
@@ -77,27 +77,27 @@ def study(
   publish: Callable[[sentences.Report, pathlib.Path], object] = lambda report, workdir: None,
   say: Callable[[str], None] = print,
 ) -> sentences.Report:
-  """Runs what is missing of the study of `cfg.seesaw`; returns the report and writes it as `seesaw.json`.
+  """Runs the missing runs of the study in `cfg.seesaw`; returns the report and writes it as `seesaw.json`.
 
   Args:
-    cfg: the config that is varied.
+    cfg: the config that the variants change.
     workdir: the study's directory.
-    jobs: processes that train side by side.
+    jobs: processes that train in parallel.
     only: names or globs of the variants to run; empty: all.
-    publish: called with the report and `workdir` at the end, also where runs failed; such as
+    publish: called with the report and `workdir` at the end, even if runs failed; such as
       `report.seesaw_page.write_study_files`.
-    say: told what goes on.
+    say: receives lines about the progress.
 
   Raises:
-    ConfigError: a variant is no valid config, or needs other data.
+    ConfigError: a variant is no valid config or needs other data, or a pattern in `only` matches no variant.
     DataError: there is no dataset, or it was prepared from another config.
-    StudyError: runs failed; the others are kept, and the same call runs only what is missing.
+    StudyError: runs failed; the results of the others are kept, and the same call runs only the missing ones.
   """
   return _Study(cfg, workdir, jobs, only, publish, say).run()
 
 
 class _Study:
-  """The course of a study: tune the references, run them, tune static weights, run the variants."""
+  """A study in progress: `run` tunes the references, runs them, tunes static weights and runs the variants."""
 
   def __init__(
     self,
@@ -132,7 +132,7 @@ class _Study:
 
   def _varied(self, path: str, cfg: config.Config, overrides: Sequence[str]) -> config.Config:
     if any(o.startswith("train.weighting.method=") and not o.endswith(_PRIORS) for o in overrides):
-      # Such a weighting takes no prior, and the config's weights are one.
+      # This weighting takes no prior weights, so the config's are set to 1.
       cfg = dataclasses.replace(cfg, tasks={n: dataclasses.replace(t, weight=1.0) for n, t in cfg.tasks.items()})
     try:
       varied = config.override(cfg, [f"--config.{o}" for o in overrides])
@@ -150,7 +150,7 @@ class _Study:
     alone = dataclasses.replace(self.cfg, tasks=tasks, exclude_tasks=others, train=train)
     return self._varied(path, alone, overrides)
 
-  # --------------------------------------------------------------------------------------------------------- the course
+  # ------------------------------------------------------------------------------------------------------------ stages
 
   def run(self) -> sentences.Report:
     seeds, first = self.plan.seeds, self.plan.seeds[:1]
@@ -192,10 +192,10 @@ class _Study:
     return max(scores, key=lambda n: scores[n]) if scores else None
 
   def _tuned_static(self, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-    """The tuned variant's config with the weights that are best on validation.
+    """Returns the tuned variant's config with the static weights that are best on validation.
 
-    Tried with the first seed are equal weights, the config's own, and random ones; the equal ones, the config's own and
-    the best of the others by their mean gain are then run with all seeds, and compared as variants are.
+    The first seed tries equal weights, the config's own, and random ones. All seeds then run the equal weights, the
+    config's own and the `FINALISTS` random ones with the highest mean gain. They are compared like variants.
     """
     base = self.variants[self.plan.tuned]
     names = list(base.active_tasks)
@@ -248,7 +248,7 @@ class _Study:
     return self.workdir / "runs" / f"{_identity(cfg, self._encoding)}.json"
 
   def _results(self, job: _RunGroup) -> list[RunResult]:
-    """What the job's finished runs left, in the order of the seeds."""
+    """Returns the results of the job's finished runs, in the order of the seeds."""
     files = [(seed, self._file(cfg)) for seed, cfg in job.seeded()]
     found = [(seed, RunResult.from_json(json.loads(f.read_text()))) for seed, f in files if f.is_file()]
     return [dataclasses.replace(r, variant=job.variant, task=job.task) for _, r in found]
@@ -256,7 +256,10 @@ class _Study:
   def _execute(
     self, what: str, jobs: Sequence[_RunGroup], after: Callable[[], Any] | None = None, *, together: bool = False
   ) -> None:
-    """Runs the seeds of jobs that are missing; `together`: jobs differ in numbers only and share a compilation."""
+    """Runs the missing seeds of jobs and calls `after` after each run.
+
+    With `together`, jobs differ in numbers only: each process takes several jobs and compiles once.
+    """
     work = []
     for job in jobs:
       missing = [(seed, self._file(c), c) for seed, c in job.seeded() if not self._file(c).is_file()]
@@ -280,7 +283,7 @@ class _Study:
           after()
 
   def _parallel(self, planned: Sequence[list[PlannedRun]]) -> Iterator[tuple[str, int]]:
-    """Does groups of runs in the study's processes; yields a line for each run, and their number."""
+    """Executes groups of runs in the study's processes; yields for each finished run a line and the number 1."""
     if self.jobs == 1:
       for group in planned:
         for run in group:
@@ -301,7 +304,7 @@ class _Study:
   def _as_they_end(
     self, futures: dict[concurrent.futures.Future[list[str | None]], list[PlannedRun]]
   ) -> Iterator[tuple[str, int]]:
-    """Yields a line for each run when its result is there, which is long before its group has ended."""
+    """Yields a line for each run as soon as its result file exists, long before its group has ended."""
     told: set[pathlib.Path] = set()
     while futures:
       done, _ = concurrent.futures.wait(futures, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
@@ -324,7 +327,10 @@ class _Study:
 
 
 class _ThreadLimit:
-  """While processes start: each gets its share of the cores instead of fighting for all, and one compilation cache."""
+  """A context that sets environment variables for the processes started in it, and restores them afterwards.
+
+  Each process gets its share of the cores instead of competing for all, and all share one compilation cache.
+  """
 
   def __init__(self, jobs: int, cache: pathlib.Path):
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -350,7 +356,7 @@ class _ThreadLimit:
 
 
 def _identity(cfg: config.Config, encoding: str) -> str:
-  """The name of a run's result: everything that it depends on, but not where its data lie."""
+  """Returns the name of a run's result: a hash of everything that it depends on, without the path of its data."""
   whole = config.to_dict(dataclasses.replace(cfg, seesaw=config.Seesaw()))
   whole["data"].pop("path")
   inactive = [n for n in whole["tasks"] if n not in cfg.active_tasks]
@@ -362,6 +368,6 @@ def _identity(cfg: config.Config, encoding: str) -> str:
 
 
 def _possible(dataset: pathlib.Path) -> dict[str, dict[str, float]] | None:
-  """What the simulator says is possible, where the dataset was made from one: `possible.json` beside the dataset."""
+  """Returns the simulator's best possible and constant scores, from `possible.json` next to the dataset, or None."""
   file = dataset.parent / "possible.json"
   return json.loads(file.read_text()) if file.is_file() else None

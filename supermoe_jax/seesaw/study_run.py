@@ -1,4 +1,4 @@
-"""One run of a study: trained, evaluated, measured, and reduced to what the study keeps of it."""
+"""Trains and evaluates one run of a study, and reduces it to the result that the study keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from supermoe_jax.training import loop
 from supermoe_jax.training.monitoring.metrics_log import read_rows
 from supermoe_jax.training.run import Run
 
-# Training rows of metrics at the end of a run whose mean is its final loss.
+# A run's final loss is the mean over this many rows at the end of its metrics log.
 FINAL_ROWS = 3
 
 
@@ -41,12 +41,15 @@ class PlannedRun:
 
   @property
   def name(self) -> str:
-    """The run in words."""
+    """Returns variant, task and seed in words."""
     return f"{self.variant}{f' {self.task}' if self.task else ''}, seed {self.cfg.train.seed}"
 
 
 def end_with(parent: int) -> None:
-  """Ends this process soon after `parent` has ended, however that was killed: nobody would take what it makes."""
+  """Starts a thread that ends this process soon after its `parent` has ended: nobody would collect its results.
+
+  This also works if the parent was killed.
+  """
 
   def watch() -> None:
     while os.getppid() == parent:
@@ -57,22 +60,22 @@ def end_with(parent: int) -> None:
 
 
 def execute(group: Sequence[PlannedRun]) -> list[str | None]:
-  """Runs each of a group; returns for each what went wrong, or None."""
+  """Runs each run of a group and writes its result; returns for each an error message, or None."""
   out: list[str | None] = []
   for planned in group:
     try:
       result = run_one(planned.cfg, planned.file.with_suffix(""), variant=planned.variant, task=planned.task)
       atomic_files.write_file(planned.file, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
       out.append(None)
-    except Exception as error:  # one run must not take the study with it; the study tells, and fails at its end
+    except Exception as error:  # one failed run must not stop the study, which reports it and fails at its end
       out.append(f"{type(error).__name__}: {error}")
   return out
 
 
 def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
-  """Trains and evaluates one config in `workdir`, which is removed afterwards; a run that was cut goes on."""
+  """Trains and evaluates one config in `workdir`, which is removed afterwards; an interrupted run is resumed."""
   begun = clock.monotonic()
-  # What a study asks is asked at a run's end, of the newest checkpoint.
+  # A study evaluates only the newest checkpoint at the end of a run.
   unvalidated = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, validate=config.Validate()))
   loop.train(unvalidated, workdir, say=lambda _: None, progress=False)
   run = Run(workdir)
@@ -101,12 +104,12 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
 
 
 def _study_queries(cfg: config.Config) -> Mapping[str, Sequence[QueryBatch]]:
-  """The questions of both splits about all tasks; a study's runs ask the same ones, so a process lays them out once."""
+  """Returns the query batches of validation and test for all tasks; all runs of a process share them."""
   return _cached_queries(_QueryKey(dataclasses.replace(cfg, exclude_tasks=())))
 
 
 class _QueryKey:
-  """What questions depend on; equal for configs that ask the same."""
+  """A cache key for query batches; equal for configs with the same queries."""
 
   def __init__(self, cfg: config.Config):
     self.cfg = cfg
@@ -128,7 +131,7 @@ def _cached_queries(asked: _QueryKey) -> Mapping[str, Sequence[QueryBatch]]:
 
 
 def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:
-  """The mean loss of a label over b in the last rows of the metrics that have one."""
+  """Returns the mean loss a label, over `constant_loss`, in the task's last `FINAL_ROWS` rows; None without any."""
   seen = [r["tasks"][task] for r in rows if r["tasks"][task]["weight"]][-FINAL_ROWS:]
   weight = sum(s["weight"] for s in seen)
   return sum(s["loss"] * s["weight"] for s in seen) / weight / constant_loss if weight else None

@@ -1,4 +1,4 @@
-"""What a study weighs tasks by: static weights to try, and the references of the seesaw weights."""
+"""Makes configs with static task weights to try, scores them, and sets the references of the seesaw weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from supermoe_jax.seesaw.gains import relative_gain
 
 
 def fixed_weights(base: config.Config) -> list[np.ndarray]:
-  """Log weights `[T]` that are always tried: equal ones and, if they differ, the config's own."""
+  """Returns the log weights `[T]` that are always tried: equal ones and, if they differ, the config's own."""
   own = np.log([task.weight for task in base.active_tasks.values()])
   return [np.zeros(len(own))] + [own] * bool(np.ptp(own))
 
 
 def weighted_configs(base: config.Config, plan: config.Seesaw) -> list[config.Config]:
-  """The config with each of the static weightings that are tried, the fixed ones first; weights sum to T."""
+  """Returns a config for each static weighting to try, the fixed ones first; weights sum to T."""
   draws = fixed_weights(base)
   rng, spread, tasks = np.random.default_rng(0), math.log(plan.static_spread), list(base.active_tasks)
   draws += [rng.uniform(-spread, spread, len(tasks)) for _ in range(plan.static_candidates - len(draws))]
@@ -35,7 +35,7 @@ def weighted_configs(base: config.Config, plan: config.Seesaw) -> list[config.Co
 
 
 def mean_validation_gain(result: RunResult, alone: Mapping[str, RunResult]) -> float:
-  """The mean gain of a run on validation over the single-task runs `alone`; of no task at all, the lowest."""
+  """Returns a run's mean gain on validation over the single-task runs `alone`; −∞ if no task can be compared."""
   gains = []
   for task, other in alone.items():
     mine, reference = result.score(task, "validation"), other.score(task, "validation")
@@ -46,7 +46,7 @@ def mean_validation_gain(result: RunResult, alone: Mapping[str, RunResult]) -> f
 
 
 def with_references(cfg: config.Config, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-  """The config with the single-task losses as the references of the seesaw weights."""
+  """Returns the config with the single-task losses as the references of the seesaw weights."""
   known = {}
   for task in cfg.active_tasks:
     values = [v for v in (_reached(r, task) for r in references.get(task, ())) if v is not None and v > 0]
@@ -57,9 +57,10 @@ def with_references(cfg: config.Config, references: Mapping[str, Sequence[RunRes
 
 
 def _reached(alone: RunResult, task: str) -> float | None:
-  """What a single-task run has reached, over b: its loss on validation where a metric is that loss, else in training.
+  """Returns the final loss of a single-task run over b, the loss of the best constant prediction.
 
-  A task with few labels is learned by heart alone; its training loss would ask the shared model to do the same.
+  It is the validation loss if a metric gives it, else the training loss. A single-task model learns few labels by
+  heart; the training loss would ask the shared model to do the same.
   """
   metrics, b = alone.tasks.get(task, {}).get("validation", {}), alone.constants.get(task)
   log_loss, rmse = metrics.get("log_loss"), metrics.get("rmse")

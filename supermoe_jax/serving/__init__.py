@@ -1,1 +1,1 @@
-"""What leaves a run: user embeddings."""
+"""Exports encoders, and serves user embeddings from raw events."""

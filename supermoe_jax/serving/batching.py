@@ -1,4 +1,4 @@
-"""Users of several requests share a batch: those that arrive within a few milliseconds, or while the encoder is busy.
+"""Batches the users of requests that arrive within a few milliseconds, or while the encoder is busy.
 
 Shapes: n users of a request, D width.
 """
@@ -17,7 +17,7 @@ from supermoe_jax.serving.loader import ExportedEncoder, Prepared
 
 
 class OverloadedError(RuntimeError):
-  """Too many users wait."""
+  """Error of a request that arrives while too many users wait."""
 
 
 class _Waiting(NamedTuple):
@@ -26,24 +26,24 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-  """Embeds users in batches, one at a time, in a thread of its own; use it as an asynchronous context manager.
+  """An asynchronous context manager that embeds users in batches, one batch at a time, in a thread of its own.
 
-  Nothing of a user's vector depends on who shares the batch (the mixture of experts drops nothing).
+  A user's vector does not depend on the other users of the batch: the mixture of experts drops nothing.
   """
 
   def __init__(self, encoder: ExportedEncoder, *, wait: float = 0.004, most_waiting: int = 512):
     """Creates a batcher.
 
     Args:
-      encoder: what embeds.
+      encoder: the encoder.
       wait: seconds that the first user of a batch waits for others.
-      most_waiting: users that may wait at a time.
+      most_waiting: most users that may wait at a time.
     """
     self._encoder, self._wait, self._most = encoder, wait, most_waiting
     self._largest = max(encoder.batch_sizes)
     self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "encoder")
-    self.waiting = 0  # users that were taken and not yet answered
+    self.waiting = 0  # users accepted and not yet answered
 
   async def __aenter__(self) -> Batcher:
     self._task = asyncio.create_task(self._work())
@@ -56,10 +56,10 @@ class Batcher:
     self._thread.shutdown()
 
   async def embed(self, prepared: Sequence[Prepared]) -> np.ndarray:
-    """The embeddings of a request's users, `[n, D]`.
+    """Returns the embeddings of a request's users, `[n, D]`.
 
     Raises:
-      OverloadedError: too many users wait already; an idle batcher takes any request.
+      OverloadedError: too many users wait already; an idle batcher accepts any request.
     """
     if self.waiting and self.waiting + len(prepared) > self._most:
       raise OverloadedError(f"{self.waiting} users wait")
@@ -72,7 +72,7 @@ class Batcher:
       self.waiting -= len(prepared)
 
   def _fill(self, batch: list[_Waiting]) -> bool:
-    """Adds those who wait to a batch, and says whether it is full."""
+    """Adds waiting requests to a batch, and returns whether it is full."""
     users = sum(len(w.prepared) for w in batch)
     while users < self._largest and not self._queue.empty():
       batch.append(self._queue.get_nowait())
@@ -86,13 +86,13 @@ class Batcher:
       if not self._fill(batch):
         await asyncio.sleep(self._wait)
         self._fill(batch)
-      batch = [w for w in batch if not w.done.done()]  # nobody waits any more for the others
+      batch = [w for w in batch if not w.done.done()]  # cancelled requests need no answer
       if not batch:
         continue
       users = [p for w in batch for p in w.prepared]
       try:
         vectors = await loop.run_in_executor(self._thread, self._encoder.run, users)
-      except Exception as error:  # the requests that it concerns are told; the next ones go on
+      except Exception as error:  # fails this batch's requests; the next ones go on
         for waiting in batch:
           if not waiting.done.done():
             waiting.done.set_exception(error)

@@ -1,15 +1,15 @@
-"""An encoder for use without this project's training: StableHLO for CPU, GPU and TPU, and all that reads raw events.
+"""Exports an encoder for use without the training code: StableHLO for CPU, GPU and TPU, and its preprocessing.
 
-    manifest.json          what the directory is: run, step, hashes, shapes, platforms, the versions it was made with
-    program-BxL.stablehlo  the encoder lowered for B rows of L events, for all platforms in one
-    parameters/n.npy       its parameters, which all programs share; tables of embeddings as plain rows
-    preprocessing.json     how values and times are read; with files of the vocabularies and tables of items
+    manifest.json          run, step, hashes, shapes, platforms and versions of the export
+    program-BxL.stablehlo  the encoder lowered for B rows of L events, for all platforms in one file
+    parameters/n.npy       the encoder's parameters, which all programs share; embedding tables as plain rows
+    preprocessing.json     how values and times are read; further files hold vocabularies and tables of items
 
-`serving.loader` reads it with JAX and NumPy alone. A mixture of experts without drops works out its blocks from the
-batch's shape, so programs are of fixed shapes; what is embedded is cut into them. Parameters are arguments, not
-constants. A table whose rows share lines on a TPU (`layers.tpu_lines`) is written as plain rows, for every platform.
-Neither ONNX nor a SavedModel is written: JAX has no converter to ONNX, and the one to a SavedModel (`jax2tf`) is
-experimental and takes TensorFlow, which nothing here needs.
+`serving.loader` reads the directory with JAX and NumPy alone. A mixture of experts without drops derives its blocks
+from the batch's shape, so programs have fixed shapes, and users are cut into batches of these shapes. Parameters are
+arguments, not constants. A table whose rows share lines on a TPU (`layers.tpu_lines`) is written as plain rows, for
+every platform. There is no export to ONNX or SavedModel: JAX has no converter to ONNX, and its converter to SavedModel
+(`jax2tf`) is experimental and needs TensorFlow, which nothing else here needs.
 
 Shapes: B rows, L events, D width.
 """
@@ -48,11 +48,11 @@ from supermoe_jax.training.step import abstract_model
 FORMAT = 1
 
 BATCH_SIZES = (1, 8, 64)
-SHORTEST = 32  # events of the shortest program; each next one is twice as long
+SHORTEST = 32  # events of the shortest program; each next program is twice as long
 
 
 def program_lengths(max_events: int) -> list[int]:
-  """The lengths that programs are made for unless told: powers of two, and `max_events`."""
+  """Returns the default lengths of programs: powers of two from `SHORTEST`, and `max_events`."""
   powers = [1 << i for i in range(SHORTEST.bit_length() - 1, max_events.bit_length()) if 1 << i < max_events]
   return [*powers, max_events]
 
@@ -67,19 +67,19 @@ def export_encoder(
 ) -> dict[str, Any]:
   """Writes a run's encoder and its preprocessing into the directory `out`, whole or not at all; returns the manifest.
 
-  The columns of the event files are looked up again, and tables of items read: they must be where preparation found
-  them.
+  The columns of the event files are looked up again, and the tables of items read again: all these files must still be
+  where preparation found them.
 
   Args:
     run: the trained run.
     out: the directory.
     batch_sizes: the B of programs.
-    events: the L of programs; the longest is always `max_events`. Empty: those of `lengths`.
-    overwrite: whether to replace an encoder that is there.
+    events: the L of programs, to which `max_events` is always added; empty means `program_lengths`.
+    overwrite: whether to replace an encoder in `out`.
 
   Raises:
-    ConfigError: a size cannot be.
-    DataError: `out` is in the way, an event file is gone, or the disk is full.
+    ConfigError: a size is out of range.
+    DataError: `out` cannot be replaced, an event file is gone, or the disk is full.
   """
   longest = run.cfg.model.max_events
   sizes = sorted(set(batch_sizes)), sorted({*(events or program_lengths(longest)), longest})
@@ -155,7 +155,7 @@ def _write_parameters(parameters: dict[str, np.ndarray], work: pathlib.Path) -> 
 
 
 def single_device_run(run: Run) -> tuple[nnx.GraphDef, nnx.State]:
-  """A run's encoder as it is on one device other than a TPU, with every variable on the host."""
+  """Returns a run's encoder as laid out for one device other than a TPU, with every variable on the host."""
   one = dataclasses.replace(run.cfg, train=dataclasses.replace(run.cfg.train, mesh=config.Mesh()))
   graph, abstract = abstract_model(one, run.dataset.schema, "cpu")
   shapes = {path: v.get_value().shape for path, v in nnx.to_flat_state(abstract)}
@@ -173,7 +173,7 @@ def single_device_run(run: Run) -> tuple[nnx.GraphDef, nnx.State]:
 def _function(
   graph: nnx.GraphDef, variables: nnx.State
 ) -> tuple[Callable[[stablehlo_lib.Parameters, tuple[Any, ...]], jax.Array], dict[str, np.ndarray]]:
-  """The function `(parameters, features) → z [B, D]`, and its parameters by name."""
+  """Returns the function `(parameters, features) → z [B, D]`, and its parameters by name."""
   flat = nnx.to_flat_state(variables)
   names = [".".join(map(str, path)) for path, _ in flat]
 
@@ -186,7 +186,7 @@ def _function(
 
 
 def make_preprocessing(dataset: Dataset, max_events: int) -> Preprocessing:
-  """What reads JSON as preparation has read the dataset's event files, for rows of at most `max_events`.
+  """Returns preprocessing that reads JSON as preparation read the event files, for rows of at most `max_events`.
 
   Raises:
     DataError: an event file is gone, or cannot be read.

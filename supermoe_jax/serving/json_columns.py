@@ -1,4 +1,4 @@
-"""How the columns of a run's event files are written, so that JSON can be read alike: looked up in the files."""
+"""Finds out how the columns of a run's event files are written, so that JSON can be read in the same way."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from supermoe_jax.serving.preprocessing import ItemValues
 from supermoe_jax.serving.spec import FieldSpec, SourceSpec
 
 _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
-_WIDER = ("integer", "float64", "text")  # what columns of several types are read as: the first that holds them all
+_WIDER = ("integer", "float64", "text")  # kinds for columns of several types: the first that holds them all is taken
 
 
 def kind_of(type: str, format: str) -> ColumnKind:
-  """The kind of a column of this DuckDB type in a file of this format."""
+  """Returns the kind of a column of this DuckDB type in a file of this format."""
   if type.endswith("]"):
     element = kind_of(type[: type.rindex("[")], format)
     return ColumnKind(element.name, element.scale, element.zone, element.json, list=True)
@@ -42,7 +42,7 @@ def kind_of(type: str, format: str) -> ColumnKind:
 
 
 def common_kind(kinds: Sequence[ColumnKind]) -> ColumnKind:
-  """The kind as which the columns of several files are read."""
+  """Returns the one kind for a column that has `kinds` in several files."""
   if len(set(kinds)) == 1:
     return kinds[0]
   if len({k.list for k in kinds}) == 1:
@@ -53,7 +53,7 @@ def common_kind(kinds: Sequence[ColumnKind]) -> ColumnKind:
 
 
 def field_specs(data: config.Data) -> dict[str, FieldSpec]:
-  """How the values of each field are read."""
+  """Returns how the values of each field are read."""
   return {
     n: FieldSpec(f.kind == "numeric", f.kind == "numeric" and f.encoding == "log1p", f.many, f.separator)
     for n, f in data.fields.items()
@@ -61,17 +61,17 @@ def field_specs(data: config.Data) -> dict[str, FieldSpec]:
 
 
 class ColumnKinds:
-  """Looks the columns up that a config reads."""
+  """A lookup, in the event files, of the columns that a config reads."""
 
   def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
-    """Uses a connection of `readers.connect`."""
+    """Takes a connection of `readers.connect`."""
     self._con, self._data = con, data
 
   def sources(self) -> tuple[dict[str, SourceSpec], dict[str, ItemValues]]:
-    """How each source is read, and the tables of items of those that have one.
+    """Returns how each source is read, and the tables of items of sources that have one.
 
     Raises:
-      DataError: a file is not there, or cannot be read.
+      DataError: a file is missing, or cannot be read.
     """
     specs: dict[str, SourceSpec] = {}
     items: dict[str, ItemValues] = {}
@@ -81,7 +81,7 @@ class ColumnKinds:
     return specs, items
 
   def user_columns(self) -> dict[str, ColumnKind]:
-    """The columns of the table of users that fields read."""
+    """Returns the kinds of the columns in the table of users that fields read."""
     users = self._data.users
     wanted = {f.column or n for n, f in self._data.fields.items() if f.table == "users"}
     if users is None or not wanted:
@@ -99,7 +99,7 @@ class ColumnKinds:
     files = paths.open_files(self._con, source.files, source.format, wanted, key).tables
     if not files:
       raise DataError(f"{key}.files: no file with a row is left; export where the event files are.")
-    # A field of the table of items is one of the events where a file of theirs has such a column.
+    # A field of the table of items is read from the events if all their files have its column.
     found = {f: c for f, c in own.items() if f in there and not all(c in file.columns for file in files)}
     columns = {c: _common(files, c) for f, c in own.items() if f not in found}
     item_key = source.items.key if source.items else ""
@@ -125,7 +125,7 @@ class ColumnKinds:
     return readers.open_table(self._con, file.path, items.format, wanted)
 
   def _time(self, file: TableFile, source: config.Source, key: str) -> TimeKind:
-    """How a file's times are written, as preparation decides it."""
+    """Returns how a file's times are written, as preparation decides it."""
     type, column = file.columns[file.require(source.time, f"{key}.time")], "t"
     sql = value_sql.time_reading(
       self._con, file, source.time, column, key, unit=source.time_unit, format=source.time_format
@@ -137,7 +137,7 @@ class ColumnKinds:
     return TimeKind("epoch", unit="s" if source.time_unit == "auto" else source.time_unit)
 
   def _items(self, table: str, fields: Mapping[str, str]) -> ItemValues:
-    """The values of a table of items that `joined` has loaded; `fields` are those that events have from it."""
+    """Returns the values of the `fields` that events take from a table that `joined_tables.load_items` loaded."""
     columns, specs = field_sql.field_columns(self._data), field_specs(self._data)
     keys = [k for (k,) in self._con.execute(f"SELECT key FROM {table} ORDER BY file, row").fetchall()]
     values: dict[str, list[object]] = {}

@@ -1,22 +1,22 @@
-"""JSON values of raw events as preparation reads the same values in files: as text, as numbers, as times.
+"""Reads JSON values of raw events as preparation reads the same values in files: as text, as numbers, as times.
 
-A column has a kind, after the DuckDB type that it has in the event files; what JSON may hold in it:
+A column has a kind, which follows from its DuckDB type in the event files. The kind decides which JSON it takes:
 
-    kind        JSON                                          text, by which categories are compared
+    kind        JSON                                          text that categories are compared by
     text        string; whole number; true, false             as it stands; 5; true. Of JSON lines also a fraction, 2.5
     integer     whole number; a string of its digits          5
     float64     number                                        5, if whole and less than 2^53; else 2.5
     float32     number, rounded to float32                    as float64
-    decimal     number; a string of one                       with the digits that the column has: 5.00
+    decimal     number; a number in a string                  with the digits that the column has: 5.00
     boolean     true, false                                   true
     date        ISO 8601 string                               2024-01-05
     timestamp   ISO 8601 string; without an offset it is UTC  2024-01-05 10:00:00.5, with a zone +00 behind it
-    exact       string                                        as it stands: what DuckDB writes for a value of that type
+    exact       string                                        as it stands: as DuckDB writes a value of that type
 
-null, a missing key and an empty string are absent. A field of many values takes a list of such values, or, where the
-files hold text, text that is split at the field's separator. A numeric field takes a number, true and false where the
-files hold them, and a string of one where the column takes strings. A time is ISO 8601, text in the source's
-`time_format`, or, where the files hold epochs, such a number in the same unit.
+null, a missing key and an empty string are absent. A field of many values takes a list of such values or, if the files
+hold text, text that is split at the field's separator. A numeric field takes a number, true and false if the files
+hold them, and a number in a string if the column takes strings. A time is ISO 8601, text in the source's `time_format`
+or, if the files hold epochs, a number in the same unit.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from typing import Any
 
 import numpy as np
 
-# What DuckDB's trim() removes: the separators of Unicode that are spaces.
+# The characters that DuckDB's trim() removes: the space separators of Unicode.
 SPACES = " \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 WHITESPACE = " \t\n\v\f\r"  # around a number in text
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
-LARGEST_INTEGER = 2**127  # of DuckDB's types
-EXACT = 2**53  # below it every whole number is a float64
+LARGEST_INTEGER = 2**127  # beyond DuckDB's integers
+EXACT = 2**53  # below this, float64 holds every whole number
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -52,18 +52,18 @@ Number = Callable[[Any], float]
 
 
 class ValueProblem(ValueError):
-  """A value that cannot be read; says what it should be."""
+  """Error of a value that cannot be read; the message states what it should be."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnKind:
-  """What the values of a column are; see above.
+  """The kind of a column's values; the table at the top of this module lists the kinds.
 
   Attributes:
-    name: a name of the table above.
-    scale: of decimal, the digits behind the point.
-    zone: of timestamp, whether the files' times have a zone.
-    json: of text, whether it stands in JSON lines, where a fraction is written as JSON has it.
+    name: a name in that table.
+    scale: for decimal, the number of digits behind the point.
+    zone: for timestamp, whether the files' times have a zone.
+    json: for text, whether the files are JSON lines; then a fraction is read too, as text in the form of JSON.
     list: whether the files hold lists of such values.
   """
 
@@ -75,7 +75,7 @@ class ColumnKind:
 
 
 def described(value: Any) -> str:
-  """A value for a message: short, and of ASCII, so that every answer can carry it."""
+  """Returns a value as short ASCII text for a message, so that every answer can carry it."""
   try:
     text = ascii(value)
   except (ValueError, RecursionError):  # an integer of thousands of digits
@@ -91,7 +91,7 @@ def _wrong(value: Any, wanted: str) -> ValueProblem:
 
 
 def text_reader(kind: ColumnKind) -> Text:
-  """Returns what reads a JSON value of such a column as text; None is absent."""
+  """Returns a function that reads a JSON value of such a column as text; None is absent."""
   if kind.name == "decimal":
     return lambda value: _decimal(value, kind.scale)
   if kind.name == "timestamp":
@@ -163,7 +163,7 @@ def _rounded32(number: float) -> float:
 
 
 def _as_float(value: Any) -> float | None:
-  """A JSON number; None where it is absent, and for NaN, which is how a table spells that."""
+  """Returns a JSON number; None if it is absent or NaN, by which a table marks an absent number."""
   if value is None:
     return None
   if isinstance(value, int | float) and not isinstance(value, bool):
@@ -227,7 +227,7 @@ def _exact(value: Any) -> str | None:
 
 
 def texts_reader(kind: ColumnKind, separator: str) -> Texts:
-  """Returns what reads a JSON value as the values of a field of many, without absent ones; None where none is left."""
+  """Returns a function that reads a JSON value as the values of a field of many: without absent ones, None if empty."""
   one = text_reader(dataclasses.replace(kind, list=False))
 
   def read(value: Any) -> list[str] | None:
@@ -248,7 +248,7 @@ def texts_reader(kind: ColumnKind, separator: str) -> Texts:
 
 
 def _json_array(text: str) -> list[Any] | None:
-  """The array that a text is, as JSON; None where it is none."""
+  """Returns the array that a text holds as JSON; None if it holds none."""
   if not text.lstrip(WHITESPACE).startswith("["):
     return None
   try:
@@ -262,7 +262,7 @@ def _json_array(text: str) -> list[Any] | None:
 
 
 def number_reader(kind: ColumnKind, log1p: bool) -> Number:
-  """Returns what reads a JSON value of a numeric field as its encoder takes it, after log1p if so; NaN is absent."""
+  """Returns a function that reads a JSON value of a numeric field for its encoder, with log1p if set; NaN is absent."""
   read = {
     "text": _number_in_text,
     "integer": _number_in_text,
@@ -310,12 +310,12 @@ def _number_of_float32(value: Any) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class TimeKind:
-  """How the times of a source are written.
+  """The way in which the times of a source are written.
 
   Attributes:
     name: iso, format or epoch.
-    format: of format, the strptime format.
-    unit: of epoch, s, ms or us.
+    format: for format, the strptime format.
+    unit: for epoch, s, ms or us.
   """
 
   name: str
@@ -324,17 +324,17 @@ class TimeKind:
 
   @property
   def wanted(self) -> str:
-    """What a time should be, in words."""
+    """Returns a description of the times that can be read."""
     if self.name == "epoch":
       return f"a number of {self.unit} since 1970, or ISO 8601 text such as 2017-10-01T12:00:00"
     other = f"text in the format {self.format}, or " if self.name == "format" else ""
     return f"a time: {other}ISO 8601 text such as 2017-10-01T12:00:00, which is UTC without an offset"
 
   def read(self, value: Any) -> int:
-    """A JSON value as microseconds since 1970 UTC.
+    """Returns a JSON value as microseconds since 1970 UTC.
 
     Raises:
-      ValueProblem: it is no time, or one before the year 1 or after 9999.
+      ValueProblem: the value is not a time, or lies before the year 1 or after 9999.
     """
     if self.name == "epoch" and (number := _epoch(value)) is not None:
       moment = self._counted(number, value)
@@ -381,7 +381,7 @@ def _epoch(value: Any) -> int | float | None:
 
 
 def _iso(value: Any) -> int:
-  """ISO 8601 text as microseconds since 1970 UTC."""
+  """Returns ISO 8601 text as microseconds since 1970 UTC."""
   if isinstance(value, str):
     try:
       return _microseconds(datetime.datetime.fromisoformat(value))
@@ -395,5 +395,5 @@ def _microseconds(moment: datetime.datetime) -> int:
   return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-# A moment that is asked about: the `as_of` of a request.
+# The form of the `as_of` of a request.
 AS_OF = TimeKind("iso")

@@ -1,13 +1,13 @@
-"""An exported encoder, opened: raw events as JSON in, user embeddings out. It needs JAX and NumPy, and nothing else.
+"""Opens an exported encoder, which turns raw events as JSON into user embeddings; needs only JAX and NumPy.
 
     from supermoe_jax.serving import loader
 
-    encoder = loader.load("runs/cj/encoder")
+    encoder = loader.load_encoder("runs/cj/encoder")
     found = encoder.embed([{"events": {"purchases": [{"transaction_timestamp": …, "product_id": …}]}}], "2017-11-01")
     found.vectors                                                 # [users, width]
 
-What a user's JSON may hold is told by `Encoder.schema`, and in words by `serving.json_values`. Where the package is
-installed without its dependencies (`pip install --no-deps supermoe_jax`), this module works.
+`ExportedEncoder.schema` lists what a user's JSON may hold, and `serving.json_values` explains it in words. This module
+also works where the package is installed without its dependencies (`pip install --no-deps supermoe_jax`).
 
 Shapes: n users, B rows, L events of a row, D width.
 """
@@ -46,8 +46,8 @@ class Embedded(NamedTuple):
   """Embeddings of n users.
 
   Attributes:
-    vectors: float32 `[n, D]`; NaN where a user has no event before `as_of`: nothing is known of them.
-    counts: of each user, what became of the events.
+    vectors: float32 `[n, D]`; NaN for a user without an event before `as_of`: nothing is known of that user.
+    counts: for each user, the counts of used and dropped events.
   """
 
   vectors: np.ndarray
@@ -55,44 +55,44 @@ class Embedded(NamedTuple):
 
   @property
   def unknown(self) -> dict[str, int]:
-    """How many values of each field were out of vocabulary."""
+    """Returns the number of values out of vocabulary, for each field."""
     return dict(preprocessing_lib.total_counts(self.counts))
 
   @property
   def used(self) -> int:
-    """How many events lie before `as_of`."""
+    """Returns the number of events before `as_of`."""
     return sum(c.used for c in self.counts)
 
   @property
   def ignored(self) -> int:
-    """How many events lie at or after `as_of`."""
+    """Returns the number of events at or after `as_of`."""
     return sum(c.ignored for c in self.counts)
 
 
 class Prepared(NamedTuple):
-  """A user that was read: a row of L events without a dimension of rows, None without events; and the counts."""
+  """A user after reading: a row of L events without a batch dimension, or None without events; and the counts."""
 
   row: Features | None
   counts: EventCounts
 
   @property
   def length(self) -> int:
-    """L; 0 without events."""
+    """Returns L; 0 without events."""
     return 0 if self.row is None else len(self.row.segment)
 
 
 class ExportedEncoder:
-  """An exported encoder; threads may share it. Programs are compiled when they are first used, or by `warm_up`."""
+  """An exported encoder; threads may share it. Programs are compiled at their first use, or by `warm_up`."""
 
   def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]):
-    """See `load`."""
+    """Opens the directory `path`; see `load_encoder`."""
     self.path, self.manifest = path, manifest
     self.width, self.max_events = int(manifest["width"]), int(manifest["max_events"])
     self.batch_sizes, self.lengths = tuple(manifest["batch_sizes"]), tuple(manifest["lengths"])
     self.preprocessing = Preprocessing.load(path)
     host = {name: _parameter(path, name, of) for name, of in manifest["parameters"].items()}
     self.padding = {n: self.preprocessing.row(self.preprocessing.empty, 0, n) for n in self.lengths}
-    # As `jax.export` has them, by (B, L).
+    # Programs by (B, L).
     self.programs: dict[tuple[int, int], jax.export.Exported] = {}
     for of in manifest["programs"]:
       of = dict(of)
@@ -106,7 +106,7 @@ class ExportedEncoder:
 
   @property
   def schema(self) -> dict[str, Any]:
-    """What a user's JSON may hold: of each source its time and columns, and the columns that are known of a user."""
+    """Returns what a user's JSON may hold: the time and the columns of each source, and the columns of a user."""
     spec, out = self.preprocessing.spec, {}
     for name, source in spec.sources.items():
       own = {f: c for f, c in source.fields.items() if f not in source.user_fields}
@@ -130,10 +130,10 @@ class ExportedEncoder:
     }
 
   def embed(self, users: Sequence[Mapping[str, Any]], as_of: str | Sequence[str]) -> Embedded:
-    """Embeds users as of a time, or as of one each; ISO 8601, UTC without an offset. Events from then on are ignored.
+    """Embeds users as of one time, or as of a time each: ISO 8601, UTC without an offset. Ignores events from then on.
 
     Raises:
-      InputError: a user's JSON, or a time, cannot be read; its place begins with the user's index.
+      InputError: a user's JSON or a time cannot be read; the place in the error begins with the user's index.
     """
     times = [as_of] * len(users) if isinstance(as_of, str) else list(as_of)
     if len(times) != len(users):
@@ -142,7 +142,7 @@ class ExportedEncoder:
     return Embedded(self.run(prepared), [p.counts for p in prepared])
 
   def prepare(self, user: Mapping[str, Any], as_of: str, place: Sequence[str | int] = ()) -> Prepared:
-    """Reads one user; `place` stands before the places in messages.
+    """Reads one user; messages put `place` before their places.
 
     Raises:
       InputError: the JSON or the time cannot be read.
@@ -160,7 +160,7 @@ class ExportedEncoder:
     return Prepared(self.preprocessing.row(history, time, length), counts)
 
   def run(self, prepared: Sequence[Prepared]) -> np.ndarray:
-    """The embeddings of users that were read: float32 `[n, D]`; NaN of those without events."""
+    """Returns the embeddings of prepared users: float32 `[n, D]`; NaN for users without events."""
     vectors = np.full((len(prepared), self.width), np.nan, np.float32)
     for length in self.lengths:
       places = [i for i, p in enumerate(prepared) if p.row is not None and p.length == length]
@@ -172,7 +172,7 @@ class ExportedEncoder:
     return vectors
 
   def _cut(self, places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Cuts rows into batches of the sizes that there are, with little padding."""
+    """Cuts rows into batches of the exported sizes with little padding; yields each size with its rows."""
     rest = list(places)
     while rest:
       larger = next((b for b in self.batch_sizes if b >= len(rest)), None)
@@ -190,7 +190,7 @@ class ExportedEncoder:
       return self._compiled[batch, length]
 
   def warm_up(self, said: Callable[[int, int], None] | None = None) -> None:
-    """Compiles every program and runs it once; `said` is told the size of each that is ready, (B, L)."""
+    """Compiles every program and runs it once; calls `said(B, L)` for each program that is ready."""
     for batch, length in sorted(self.programs):
       features = tuple(windows.stack([self.padding[length]] * batch))
       jax.block_until_ready(self._program(batch, length)(self.parameters, features))
@@ -199,10 +199,10 @@ class ExportedEncoder:
 
 
 def parse_moment(as_of: Any) -> int:
-  """A time that is asked about, in microseconds since 1970 UTC.
+  """Returns the requested time in microseconds since 1970 UTC.
 
   Raises:
-    InputError: it is none.
+    InputError: `as_of` is not a time.
   """
   try:
     return AS_OF.read(as_of)
@@ -214,7 +214,7 @@ def load_encoder(path: str | os.PathLike[str]) -> ExportedEncoder:
   """Opens a directory that 'supermoe export' wrote.
 
   Raises:
-    DataError: there is no exported encoder, it is not as it was written, or the JAX that is installed cannot call it.
+    DataError: there is no exported encoder, a file has changed since, or the installed JAX cannot call it.
   """
   path = pathlib.Path(path)
   file = path / MANIFEST
@@ -232,7 +232,7 @@ def load_encoder(path: str | os.PathLike[str]) -> ExportedEncoder:
 
 
 def _checked(path: pathlib.Path, name: str, manifest: Mapping[str, Any]) -> bytes:
-  """The content of a file, which must be what was written."""
+  """Returns the content of a file; raises DataError if it has changed since the export."""
   try:
     content = (path / name).read_bytes()
   except OSError as error:
@@ -243,7 +243,7 @@ def _checked(path: pathlib.Path, name: str, manifest: Mapping[str, Any]) -> byte
 
 
 def _parameter(path: pathlib.Path, name: str, of: Mapping[str, Any]) -> np.ndarray:
-  """A parameter, mapped into memory rather than read."""
+  """Returns a parameter, mapped into memory rather than read."""
   file = path / of["file"]
   try:
     if file.stat().st_size != of["bytes"]:
@@ -261,5 +261,5 @@ def _parameter(path: pathlib.Path, name: str, of: Mapping[str, Any]) -> np.ndarr
 
 
 def counts_json(counts: EventCounts) -> dict[str, Any]:
-  """Counts, ready for JSON."""
+  """Returns counts as a dictionary for JSON."""
   return dataclasses.asdict(counts)

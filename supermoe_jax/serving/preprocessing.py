@@ -1,8 +1,8 @@
-"""From a user's raw events, as JSON has them, to what the encoder reads: preparation without the event files.
+"""Turns a user's raw events as JSON into the encoder's features: preparation without the event files.
 
-`json_values` reads the values, `encoding.vocabulary` and `encoding.numeric` code them, `dataset.windows` and
-`encoding.aggregates` lay them out: the code with which training reads a dataset. The settings are kept in
-`preprocessing.json`, a file of values for each vocabulary, and one for each table of items.
+`json_values` reads the values, `encoding.vocabulary` and `encoding.numeric` encode them, `dataset.windows` and
+`encoding.aggregates` lay them out. Training reads a dataset with the same code. The settings are stored in
+`preprocessing.json`, each vocabulary's values in a JSON file, and each table of items in a JSON and a NumPy file.
 
 Shapes: N events, F columns of codes, G numeric fields, A aggregates, L events of a row.
 """
@@ -36,10 +36,10 @@ EVENTS, USER = "events", "user"  # the keys of a user's JSON
 
 
 class InputError(ValueError):
-  """A user's JSON that cannot be read; the message names the place, the value and the remedy.
+  """Error of a user's JSON that cannot be read; the message names the place, the value and the remedy.
 
   Attributes:
-    place: the keys and indices that lead to it.
+    place: the keys and indices that lead to the value.
     problem: what is wrong there.
   """
 
@@ -50,12 +50,12 @@ class InputError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ItemValues:
-  """A table of items: of each joined field its distinct values as read, and which of them each item has.
+  """A table of items: the distinct values of each joined field, and which of them each item has.
 
   Attributes:
     rows: the row of each item, by its key as text.
-    values: of each joined field its distinct values: texts, lists of texts, numbers.
-    index: int32 `[items, joined fields]`, the place among a field's values; -1 absent.
+    values: for each joined field, its distinct values: texts, lists of texts or numbers.
+    index: int32 `[items, joined fields]`, the place of an item's value among the field's values; -1 absent.
   """
 
   rows: Mapping[str, int]
@@ -65,15 +65,15 @@ class ItemValues:
 
 @dataclasses.dataclass
 class EventCounts:
-  """What became of a user's events.
+  """Counts of a user's events and of their values.
 
   Attributes:
-    used: how many lie before `as_of`; the embedding sees the last ones that fit, and aggregates all of them.
-    ignored: how many lie at or after `as_of`.
-    duplicates: how many repeat another one, and were left out.
-    items_missing: how many have a key that their table of items does not hold.
-    unknown: of each field with any, how many values are out of vocabulary.
-    cut: of each field of many with any, how many values are beyond those it keeps.
+    used: events before `as_of`, without duplicates; the embedding sees the last ones that fit, aggregates see all.
+    ignored: events at or after `as_of`.
+    duplicates: events that repeat another event, and were left out.
+    items_missing: events without a key, or with a key that their table of items does not hold.
+    unknown: values out of vocabulary, for each field with any.
+    cut: values beyond the number that a field of many keeps, for each field with any.
   """
 
   used: int = 0
@@ -85,7 +85,7 @@ class EventCounts:
 
 
 class _FieldReader(NamedTuple):
-  """How a field is read from one source's events: where its value comes from, and what reads it."""
+  """The column of a field in one source's events, and the function that reads its values."""
 
   field: str
   column: str
@@ -94,7 +94,7 @@ class _FieldReader(NamedTuple):
 
 
 class _Event(NamedTuple):
-  """An event that was read: `values` holds one entry a field, texts, numbers or None."""
+  """An event after reading: `values` holds one entry a field: text, several texts, a number or None."""
 
   time: int
   source: int
@@ -102,7 +102,7 @@ class _Event(NamedTuple):
 
 
 class Preprocessing:
-  """Reads users' JSON; it is a `windows.Encoding`, as a dataset is one."""
+  """A reader of users' JSON; it is a `windows.Encoding`, as a dataset is."""
 
   def __init__(
     self,
@@ -143,13 +143,13 @@ class Preprocessing:
   # --------------------------------------------------------------------------------------------------------- one user
 
   def history(self, user: Mapping[str, Any], as_of: int) -> tuple[UserHistory, EventCounts]:
-    """A user's events before `as_of` (microseconds since 1970 UTC), in the order of time, and what became of all.
+    """Returns a user's events before `as_of` (microseconds since 1970 UTC) in time order, and the counts of all events.
 
-    Events at equal times keep the order in which they are given, those of the config's earlier sources first, as in
+    Events at equal times keep their given order, and events of the config's earlier sources come first, as in
     preparation.
 
     Raises:
-      InputError: something of the user cannot be read.
+      InputError: a part of the user's JSON cannot be read.
     """
     counts = EventCounts()
     for key in user:
@@ -171,7 +171,7 @@ class Preprocessing:
     return self._history(events, counts), counts
 
   def _known_of_user(self, given: Any) -> dict[str, dict[str, Any]]:
-    """The values of the table of users' fields, by source."""
+    """Returns the values of the fields from the table of users, by source."""
     if given is None:
       return {}
     given = _mapping(given, [USER])
@@ -228,7 +228,7 @@ class Preprocessing:
   def _item(
     self, name: str, event: Mapping[str, Any], place: Sequence[str | int], counts: EventCounts
   ) -> dict[str, Any]:
-    """What the source's table of items says of an event, by field."""
+    """Returns an event's values from the source's table of items, by field."""
     source = self.spec.sources[name]
     if not source.item_key:
       return {}
@@ -260,22 +260,22 @@ class Preprocessing:
         codes[:, column] = [encoder.code(v) for v in values]
         unknown = int(np.sum(codes[:, column] == UNKNOWN))
       counts.unknown |= {name: unknown} if unknown else {}
-    with np.errstate(over="ignore"):  # a number beyond float32 is none, in preparation as here
+    with np.errstate(over="ignore"):  # a number beyond float32 counts as absent, as in preparation
       for column, (name, numbers) in enumerate(self.numeric.items()):
         numeric[:, column] = numbers.encode_all(np.array([e.values[self._place[name]] for e in events], np.float64))
     source = np.fromiter((e.source for e in events), np.int32, n)
     return UserHistory("", time[order], source[order], codes[order], numeric[order], n)
 
   def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Standardised aggregates `[S, A]` at snapshots, as a dataset's; A is 0 when the config has none."""
+    """Returns standardised aggregates `[S, A]` at snapshots, as a dataset does; A is 0 if the config has none."""
     if self.aggregator is None:
       return np.zeros((len(time), 0), np.float32)
     return (self.aggregator(block, user, time, n_events) - self._mean) / self._scale
 
   def row(self, history: UserHistory, as_of: int, length: int) -> Features:
-    """The last events of a history, and the question at `as_of`, as a row of `length` events.
+    """Returns the last events of a history, and a snapshot at `as_of`, as a row of `length` events.
 
-    A history without events gives a row of padding, from which shapes can be told.
+    A history without events gives a row of padding, which shows the shapes.
     """
     n = len(history.time)
     time, seen = np.array([as_of] if n else [], np.int64), np.array([n] if n else [], np.int32)
@@ -285,7 +285,7 @@ class Preprocessing:
 
   @property
   def empty(self) -> UserHistory:
-    """A history without events."""
+    """Returns a history without events."""
     return self._history([], EventCounts())
 
   # ------------------------------------------------------------------------------------------------------------- files
@@ -313,7 +313,7 @@ class Preprocessing:
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Preprocessing:
-    """Reads what `save` wrote."""
+    """Reads the directory that `save` wrote."""
     saved = json.loads((path / FILE).read_text())
     vocabularies: dict[str, Vocabulary] = {}
     categorical: dict[str, Categorical] = {}
@@ -353,7 +353,7 @@ def _read(read: Callable[[Any], Any], value: Any, place: Sequence[str | int]) ->
 
 
 def total_counts(counts: Sequence[EventCounts]) -> collections.Counter[str]:
-  """How many values of each field are out of vocabulary, over several users."""
+  """Returns the number of values out of vocabulary, for each field, over several users."""
   out: collections.Counter[str] = collections.Counter()
   for of in counts:
     out.update(of.unknown)

@@ -1,6 +1,6 @@
-"""The requests of the service: JSON read strictly, and models of it that the API's description is made of.
+"""Reads the service's requests as strict JSON, and makes the models of requests and answers that describe the API.
 
-JSON is taken as RFC 8259 has it and no further: UTF-8, no NaN or infinity, no key twice, no half of a surrogate pair.
+JSON must follow RFC 8259: UTF-8, no NaN or infinity, no key twice in an object, no half of a surrogate pair.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pydantic
 from supermoe_jax.serving import json_values
 from supermoe_jax.serving.loader import ExportedEncoder
 
-MOST_DIGITS = 100  # of a whole number; no column holds more
-MOST_KEYS = 1_000  # of one object; no event has so many columns
-MOST_ERRORS = 10  # that one answer names
+MOST_DIGITS = 100  # of a whole number; no column holds longer ones
+MOST_KEYS = 1_000  # of one object; no event has more columns
+MOST_ERRORS = 10  # named in one answer
 
 _TYPES = ("str", "int", "float", "bool")
 
@@ -25,14 +25,14 @@ _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class MalformedJson(ValueError):
-  """A body that is no JSON that this service takes."""
+  """Error of a body that is not JSON, or not JSON that this service accepts."""
 
 
 def parse_body(body: bytes) -> Any:
-  """Reads a body.
+  """Reads a body as JSON.
 
   Raises:
-    MalformedJson: it cannot be taken; the message says why.
+    MalformedJson: the body cannot be accepted; the message gives the reason.
   """
   try:
     text = body.decode()
@@ -44,7 +44,7 @@ def parse_body(body: bytes) -> Any:
     raise MalformedJson(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
   except RecursionError:
     raise MalformedJson("the body is nested too deeply; users, events and their values are all there is") from None
-  if _HALF_PAIR.search(text):  # a pair of them is one character; half of one is no text
+  if _HALF_PAIR.search(text):  # a pair is one character; half of a pair is no text
     try:
       json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -76,12 +76,12 @@ def _integer(digits: str) -> int:
 
 
 class Limits(pydantic.BaseModel):
-  """What one request may ask at most.
+  """The largest request that is accepted.
 
   Attributes:
-    body_bytes: of the body.
-    users: of one request.
-    events: of one user.
+    body_bytes: bytes of the body.
+    users: users of one request.
+    events: events of one user.
   """
 
   body_bytes: int = 8 * 2**20
@@ -90,13 +90,13 @@ class Limits(pydantic.BaseModel):
 
 
 class Strict(pydantic.BaseModel):
-  """An object that holds nothing but what it names."""
+  """A JSON object that accepts no other keys than its fields."""
 
   model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class UserAnswer(pydantic.BaseModel):
-  """A user's embedding, null without an event before `as_of`, and what became of the events."""
+  """A user's embedding, null without an event before `as_of`, and the counts of the events."""
 
   embedding: list[float] | None
   used: int = pydantic.Field(description="events before as_of")
@@ -108,7 +108,7 @@ class UserAnswer(pydantic.BaseModel):
 
 
 class Answer(pydantic.BaseModel):
-  """The answer to a request: one entry a user, in their order."""
+  """The answer to a request: one entry a user, in the request's order."""
 
   as_of: str
   step: int = pydantic.Field(description="the training step of the encoder")
@@ -117,14 +117,14 @@ class Answer(pydantic.BaseModel):
 
 
 class Problem(pydantic.BaseModel):
-  """One thing that is wrong with a request."""
+  """One error in a request."""
 
   place: list[str | int] = pydantic.Field(description="the keys and indices that lead to it")
   problem: str
 
 
 class Problems(pydantic.BaseModel):
-  """Why a request was not answered."""
+  """The errors for which a request was refused."""
 
   errors: list[Problem]
 
@@ -138,7 +138,7 @@ class Health(pydantic.BaseModel):
 
 
 def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.BaseModel]:
-  """The model of a request's body: the sources, columns and limits of an encoder."""
+  """Returns the model of a request's body, from the sources and columns of an encoder and the limits."""
   spec = encoder.preprocessing.spec
   sources: dict[str, Any] = {}
   for i, (name, source) in enumerate(spec.sources.items()):
@@ -179,7 +179,7 @@ def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.Bas
 
 
 def json_types(kind: json_values.ColumnKind, *, numeric: bool = False, many: bool = False) -> Any:
-  """The types of JSON that a column of this kind takes, but for null; `json_values` says more exactly which values."""
+  """Returns the JSON types that a column of this kind takes, except null; `json_values` lists the exact values."""
   found: Any = {
     "text": str | int | float | bool if kind.json or numeric else str | int | bool,
     "integer": int | _described(float, multipleOf=1) | _described(str, pattern=f"^({json_values.WHOLE.pattern})$"),
@@ -194,7 +194,7 @@ def json_types(kind: json_values.ColumnKind, *, numeric: bool = False, many: boo
 
 
 def _described(type: Any, **schema: Any) -> Any:
-  """A type about which the description says more than is checked here; the loader checks it, and tells it better."""
+  """Returns a type with a more exact description than its check here; the loader checks it, with better messages."""
   return Annotated[type, pydantic.WithJsonSchema({**pydantic.TypeAdapter(type).json_schema(), **schema})]
 
 
@@ -205,11 +205,11 @@ def _time(kind: json_values.TimeKind) -> Any:
 
 
 def list_problems(error: pydantic.ValidationError) -> list[Problem]:
-  """What is wrong, of the first few things that are."""
+  """Returns the first few errors that a validation found."""
   found: dict[tuple[str | int, ...], list[str]] = {}
   values: dict[tuple[str | int, ...], Any] = {}
   for one in error.errors(include_url=False, include_context=False):
-    # Of a value that may be of several types each one complains, at a place that ends with the type's name.
+    # If a value may have several types, each type reports an error at a place that ends with the type's name.
     place, typed = tuple(one["loc"]), one["type"].endswith("_type") and len(one["loc"]) > 1
     if typed and (place[-1] in _TYPES or str(place[-1]).startswith("list[")):
       place = place[:-1]
@@ -226,5 +226,5 @@ def _shown(value: Any) -> str:
 
 
 def request_users(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-  """The users of a body that the model holds for good, as the loader takes them."""
+  """Returns the users of a valid body as the loader takes them: without keys that are null."""
   return [{k: v for k, v in user.items() if v is not None} for user in body["users"]]

@@ -1,12 +1,12 @@
-"""An example of a service: user embeddings over HTTP, of raw events as JSON.
+"""Serves user embeddings over HTTP from raw events as JSON; an example of a service.
 
     POST /embed      {"as_of": "2017-11-01", "users": [{"events": {source: [{column: value, …}, …]}}, …]}
     GET /schema      sources, columns, limits
-    GET /health      whether it answers
+    GET /health      status, step and waiting users
     GET /docs        the API's description
 
-What a request cannot be answered for is its own fault and told so, by a 4xx that names place, value and remedy; more
-requests than it can take give 429 with `Retry-After`. It keeps nothing of what it is sent.
+A request that cannot be answered gets a 4xx status and a message that names place, value and remedy. If there are more
+requests than the service can take, it answers 429 with `Retry-After`. It stores nothing that it receives.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ RETRY_AFTER = "1"  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class ServiceSettings:
-  """How a service is run.
+  """Settings of a service.
 
   Attributes:
-    limits: of a request.
+    limits: limits of a request.
     wait: seconds that the first user of a batch waits for others.
     most_waiting: users that may wait to be embedded.
     most_requests: requests that may be read or answered at a time.
-    upload_seconds: in which a body must have come.
-    answer_seconds: in which a request must be answered from then on, or is told to come again.
+    upload_seconds: seconds within which a body must arrive.
+    answer_seconds: seconds from then on within which a request must be answered; after them it gets 429.
   """
 
   limits: Limits = dataclasses.field(default_factory=Limits)
@@ -56,7 +56,7 @@ class ServiceSettings:
 
 
 class _Refused(Exception):
-  """A request that is not answered."""
+  """Error that refuses a request with a status and its problems."""
 
   def __init__(self, status: int, *problems: Problem, headers: Mapping[str, str] | None = None):
     super().__init__(status)
@@ -75,7 +75,7 @@ def _busy(why: str) -> _Refused:
 
 
 class _Service:
-  """What answers requests, while `batcher` is there."""
+  """A service that answers requests while its `batcher` is open."""
 
   def __init__(self, encoder: ExportedEncoder, settings: ServiceSettings):
     self.encoder, self.settings = encoder, settings
@@ -85,7 +85,7 @@ class _Service:
     self.requests = 0
 
   async def embed(self, request: fastapi.Request) -> fastapi.Response:
-    """Answers a request; raises `_Refused`."""
+    """Answers a request, or raises `_Refused`."""
     self._check_head(request)
     if self.requests >= self.settings.most_requests:
       raise _busy(f"{self.requests} requests are being answered")
@@ -108,7 +108,7 @@ class _Service:
       self.requests -= 1
 
   def _check_head(self, request: fastapi.Request) -> None:
-    """Refuses what the headers tell not to be answerable, before the body is read."""
+    """Refuses a request by its headers, before the body is read."""
     kind, *parameters = request.headers.get("content-type", "").split(";")
     charset = [p.partition("=")[2].strip(' "').lower() for p in parameters if p.strip().lower().startswith("charset")]
     if kind.strip().lower() != "application/json" or charset not in ([], ["utf-8"], ["utf8"]):
@@ -139,7 +139,7 @@ class _Service:
     return await loop.run_in_executor(self.readers, self._written, as_of, prepared, vectors)
 
   def _read(self, body: bytes) -> tuple[str, list[Prepared]]:
-    """The users of a body, ready to be embedded."""
+    """Returns the `as_of` and the users of a body, ready to be embedded."""
     try:
       found = requests.parse_body(body)
     except MalformedJson as error:
@@ -174,7 +174,7 @@ class _Service:
 
 
 def make_app(encoder: ExportedEncoder, settings: ServiceSettings | None = None) -> fastapi.FastAPI:
-  """The service as an ASGI application; `encoder` should be warm."""
+  """Returns the service as an ASGI application; call `encoder.warm_up` before."""
   settings = settings or ServiceSettings()
   service = _Service(encoder, settings)
 
@@ -211,19 +211,19 @@ def make_app(encoder: ExportedEncoder, settings: ServiceSettings | None = None) 
 
   @out.get("/schema")
   async def schema() -> dict[str, Any]:
-    """What a user's JSON may hold, and the limits of a request."""
+    """Returns what a user's JSON may hold, and the limits of a request."""
     return {**encoder.schema, "limits": settings.limits.model_dump()}
 
   @out.get("/health", response_model=Health)
   async def health() -> Health:
-    """Whether the service answers."""
+    """Returns the status of the service, its step and the number of waiting users."""
     return Health(status="ok", step=encoder.manifest["step"], waiting=service.batcher.waiting)
 
   return out
 
 
 def _inlined(model: type[pydantic.BaseModel]) -> dict[str, Any]:
-  """The JSON schema of a model with every definition in its place: OpenAPI looks for them elsewhere."""
+  """Returns the JSON schema of a model with every `$ref` replaced, since OpenAPI looks for definitions elsewhere."""
   whole = model.model_json_schema(by_alias=True)
   definitions = whole.pop("$defs", {})
 

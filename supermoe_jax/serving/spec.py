@@ -1,4 +1,4 @@
-"""How an exported encoder's raw events are read: its sources, columns and fields, as `preprocessing.json` says it."""
+"""Defines how an exported encoder reads raw events: its sources, columns and fields, as in `preprocessing.json`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from supermoe_jax.serving.json_values import ColumnKind, TimeKind
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-  """How the events of a source are read.
+  """Rules for reading the events of a source.
 
   Attributes:
     time: the column of the time.
     time_kind: how times are written.
-    columns: the kind of each column that a field of the source reads; those of its table of items included.
+    columns: the kind of each column that a field of the source reads, including columns of its table of items.
     fields: the column of each field that its events carry.
-    user_fields: those among them that the table of users gives.
-    item_key: the column by which its table of items is joined; empty without one.
-    joined: the columns that the table of items gives where an event does not hold them.
+    user_fields: the part of `fields` that the table of users gives.
+    item_key: the column by which its table of items is joined; empty without a table.
+    joined: the columns that the table of items gives if an event does not hold them.
   """
 
   time: str
@@ -34,7 +34,7 @@ class SourceSpec:
 
 @dataclasses.dataclass(frozen=True)
 class FieldSpec:
-  """How the values of a field are read; see `config.Field`."""
+  """Rules for reading the values of a field; see `config.Field`."""
 
   numeric: bool
   log1p: bool = False
@@ -44,17 +44,17 @@ class FieldSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PreprocessingSpec:
-  """All that `preprocessing.json` says, but for encoders and aggregates.
+  """The settings in `preprocessing.json`, except encoders and aggregates.
 
   Attributes:
-    max_events: the most events of a row; the last ones are taken.
-    sources: in the order of the config.
-    fields: in the order of the config.
+    max_events: most events of a row; the last ones are taken.
+    sources: sources in the order of the config.
+    fields: fields in the order of the config.
     user_columns: the kind of each column of the table of users that a field reads.
-    extra_columns: the field of each further column of the codes.
+    extra_columns: the field of each extra column of the codes.
     hidden_codes: see `windows.Encoding`.
     hidden_numeric: see `windows.Encoding`.
-    drop_duplicates: whether an event that repeats another one is left out, as in preparation.
+    drop_duplicates: whether an event that repeats another event is left out, as in preparation.
   """
 
   max_events: int
@@ -68,7 +68,7 @@ class PreprocessingSpec:
 
 
 def spec_from_json(saved: Mapping[str, Any]) -> PreprocessingSpec:
-  """The spec of what `dataclasses.asdict` made of it, by way of JSON."""
+  """Returns a spec from the JSON form of its `dataclasses.asdict`."""
 
   def kinds(of: Mapping[str, Any]) -> dict[str, ColumnKind]:
     return {column: ColumnKind(**kind) for column, kind in of.items()}

@@ -1,8 +1,8 @@
-"""An encoder lowered to StableHLO for a fixed shape, beside its parameters rather than around them.
+"""Lowers an encoder to StableHLO for a fixed shape, with the parameters as arguments, and opens such programs.
 
-A program is kept as the portable StableHLO that `jax.export` makes, and the few facts that calling it takes. (JAX' own
-serialisation of the same needs another package, flatbuffers.) Opening it exports an empty function of the same shapes,
-whose body the kept one takes the place of.
+A program is stored as the portable StableHLO that `jax.export` makes, and the few facts needed to call it. (JAX's own
+serialisation of a program needs another package, flatbuffers.) To open a program, an empty function of the same shapes
+is exported, and the stored StableHLO replaces its body.
 
 Shapes: B rows, L events, D width.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from supermoe_jax.batch import Features
 from supermoe_jax.errors import DataError
 
-# What one artefact is lowered for.
+# Platforms that each program is lowered for.
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 Parameters = Mapping[str, Any]
@@ -29,15 +29,15 @@ Parameters = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ProgramSignature:
-  """What calling a program takes.
+  """Facts needed to call a program.
 
   Attributes:
     batch: B.
     events: L.
-    platforms: what it is lowered for.
-    calling_convention: the version of `jax.export`'s.
-    kept: the places of the arguments, flattened, that it takes; the others are not used.
-    global_constants: whether it takes the platform as an argument, and has to be refined.
+    platforms: platforms that it is lowered for.
+    calling_convention: version of the calling convention of `jax.export`.
+    kept: positions of the flattened arguments that it takes; it does not use the others.
+    global_constants: whether it takes the platform as an argument, and must be refined.
   """
 
   batch: int
@@ -49,7 +49,7 @@ class ProgramSignature:
 
 
 def argument_shapes(parameters: Parameters, row: Features, batch: int) -> tuple[Any, ...]:
-  """The shapes of a program's arguments: of the parameters, and of `batch` rows such as `row`."""
+  """Returns the shapes of a program's arguments: of the parameters, and of `batch` rows such as `row`."""
   features = tuple(jax.ShapeDtypeStruct((batch, *part.shape), part.dtype) for part in row)
   return {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in parameters.items()}, features
 
@@ -57,7 +57,7 @@ def argument_shapes(parameters: Parameters, row: Features, batch: int) -> tuple[
 def lower_program(
   function: Callable[[Parameters, tuple[Any, ...]], jax.Array], parameters: Parameters, row: Features, batch: int
 ) -> tuple[ProgramSignature, bytes]:
-  """Lowers `function(parameters, features) → [B, D]` for rows such as `row [L, …]`: its facts and its StableHLO."""
+  """Lowers `function(parameters, features) → [B, D]` for rows such as `row [L, …]`; returns facts and StableHLO."""
   lowered = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*argument_shapes(parameters, row, batch))
   facts = ProgramSignature(
     batch,
@@ -73,10 +73,10 @@ def lower_program(
 def open_program(
   facts: ProgramSignature, stablehlo: bytes, parameters: Parameters, row: Features, width: int
 ) -> jax.export.Exported:
-  """The program as `jax.export` has it.
+  """Returns the stored program in the form of `jax.export`.
 
   Raises:
-    DataError: the JAX that is installed cannot call it.
+    DataError: the installed JAX cannot call the program.
   """
   low = jax.export.minimum_supported_calling_convention_version
   high = jax.export.maximum_supported_calling_convention_version
@@ -101,5 +101,5 @@ def open_program(
 
 
 def storable(parameter: np.ndarray) -> np.ndarray:
-  """A parameter as NumPy can write it: of a type that NumPy does not know, its bits."""
+  """Returns a parameter in a form that NumPy can write: its bits if NumPy does not know the type."""
   return parameter if parameter.dtype.kind in "fiub" else parameter.view(f"u{parameter.dtype.itemsize}")

@@ -1,1 +1,1 @@
-"""A simulated event log with known latent interests, and the best possible score of each task."""
+"""Simulates an event log with known latent interests, and computes the best possible score of each task."""

@@ -1,13 +1,13 @@
-"""Users whose interests are known: latent bits, the items they choose, and labels that follow from the bits.
+"""Simulates users with known interests: latent bits, items that depend on the bits, and labels computed from the bits.
 
-A user is k latent bits, and every event an item drawn, independently of the user's other events, with
+A user has k latent bits. Every event is an item, drawn independently of the user's other events, with
 `P(item | bits) ∝ exp(sharpness · Σ affinity[item, bit] · (±1))`. With 2^k states the posterior of the bits is exact.
 
-Bits come in groups. A group's own function is a multiplexer: the first bit says which of the next two counts. It is
-non-linear, but unlike a parity it can be learned step by step, as those two say something by themselves. A task's table
-is its group's function with the share `1 - relatedness` of the entries changed. Tasks of one group profit from the same
-non-linear features; tasks of different groups have none in common and compete for the width of a model. (Opposite
-labels would be no conflict: a head may change the sign.)
+Bits come in groups. A group's own function is a multiplexer: the first bit selects which of the next two is the result.
+The function is non-linear, but unlike a parity it can be learned step by step, since each of these two bits is
+informative alone. A task's table is the function of its group with the share `1 - relatedness` of the entries changed.
+Tasks of one group profit from the same non-linear features. Tasks of different groups have no features in common and
+compete for the width of a model. (Opposite labels would be no conflict: a head may change the sign.)
 
 Shapes: U users, N events in all, k bits, G = 2^k states, I items, C classes.
 """
@@ -28,8 +28,8 @@ from supermoe_jax.errors import SimulationError
 START = "2021-01-01"  # the first day of the log
 NEXT_ITEM = "next_item"  # the task about the next event, which every simulation has
 MOST_BITS = 12
-FEWEST_BITS = 3  # of a group: a multiplexer's
-MOST_CLASSES = 4  # that its function can tell apart
+FEWEST_BITS = 3  # of a group, as a multiplexer needs
+MOST_CLASSES = 4  # that the function of a group can produce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,16 @@ class SimulatedTask:
   """A user label that is a noisy non-linear function of the bits of one group.
 
   Attributes:
-    name: the label's column and the task's name.
+    name: the name of the task and of the label's column.
     group: index into `Simulation.groups`.
     form: binary: "0" or "1"; multiclass: "0", "1", …; regression: a number.
     label_rate: share of the training users whose label is known.
-    relatedness: share of the table that agrees with the group's own function. 1: the same function; of a binary task
-      0.5: an unrelated one, and 0: the opposite one, which needs the same features as the same one.
-    noise: how likely the label is another class than the bits say; of a regression the noise's standard deviation,
-      where the noiseless values lie between 0.5 and 1.5 on both sides of 0.
-    loss_scale: what a regression's label is multiplied by; squared errors in its own unit grow by its square.
-    classes: of a multiclass task, 2 … 4.
+    relatedness: share of the table that agrees with the group's own function. 1: the same function. For a binary task
+      0.5: an unrelated function; 0: the opposite function, which needs the same features as the group's own.
+    noise: probability that the label is another class than the table's; for a regression the noise's standard
+      deviation, where the noiseless values lie between 0.5 and 1.5 on both sides of 0.
+    loss_scale: factor of a regression's label; squared errors in the label's unit grow by its square.
+    classes: number of classes of a multiclass task, 2 … 4.
   """
 
   name: str
@@ -61,7 +61,7 @@ class SimulatedTask:
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-  """A population, its log and its calendar; days are counted from the log's start.
+  """Settings of a simulated population, its log and its calendar; days are counted from the log's start.
 
   Two simulations that differ only in their tasks have the same users and the same events.
   """
@@ -69,7 +69,7 @@ class Simulation:
   users: int = 8000
   groups: tuple[int, ...] = (3, 3, 3)  # bits of each group
   items: int = 48
-  sharpness: float = 1.0  # 0: events say nothing of the bits
+  sharpness: float = 1.0  # 0: events do not depend on the bits
   events: tuple[int, int] = (16, 28)  # fewest and most events of a user, over the whole log
   days: int = 100
   train_start: int = 40  # first training snapshot
@@ -84,15 +84,15 @@ class Simulation:
 
   @property
   def bits(self) -> int:
-    """k, the latent bits of a user."""
+    """Returns k, the number of latent bits of a user."""
     return sum(self.groups)
 
 
 class World(NamedTuple):
-  """What is common to all users.
+  """Probabilities that all users share.
 
   Attributes:
-    states: int64 `[G, k]` of 0 and 1, every value that the bits can take; bit i of row g is bit i of the number g.
+    states: int64 `[G, k]` of 0 and 1, all values of the bits; bit i of row g is bit i of the number g.
     log_item: float64 `[G, I]`, log P(item | state).
     answer: for each task float64 `[G, C]`, P(class | state) (binary: C = 2), or `[G]`, a regression's expected value.
   """
@@ -103,17 +103,17 @@ class World(NamedTuple):
 
 
 class SimulatedUsers(NamedTuple):
-  """The simulated users and what they did.
+  """Simulated users with their events and labels.
 
   Attributes:
     user_id: U ids.
-    split: int32 `[U]`, the split in which the user's labels count; see `tasks.labels.user_split`.
+    split: int32 `[U]`, the split in which the user's labels count; see `encoding.splits.user_split`.
     state: int64 `[U]`, index into `World.states`.
     offset: int64 `[U + 1]`; the events of user u are `offset[u]` … `offset[u + 1] - 1`.
     time: int64 `[N]`, microseconds since the log's start, ascending strictly within a user.
     item: int64 `[N]`.
     label: for each task float64 `[U]`: the class, or the number.
-    known: for each task bool `[U]`, whether the user table tells the label.
+    known: for each task bool `[U]`, whether the user table holds the label.
   """
 
   user_id: list[str]
@@ -145,11 +145,11 @@ def build_world(simulation: Simulation) -> World:
 
 
 def task_table(simulation: Simulation, task: SimulatedTask) -> np.ndarray:
-  """The noiseless class of every value of the group's bits: int64 `[2^bits]`; a regression has two classes, its signs.
+  """Returns the noiseless class, of a regression the sign, of every value of the group's bits: int64 `[2^bits]`.
 
-  The group's own function is the second bit where the first is set and the third bit elsewhere; of several classes,
-  twice the first bit besides, modulo their number. The entries changed from it are spread over its classes as evenly as
-  possible.
+  The group's own function is (2 · first + second) modulo the number of classes where the first bit is set, and the
+  third bit elsewhere; with two classes, just the second or the third bit. The changed entries are spread over the
+  classes as evenly as possible.
   """
   bits = simulation.groups[task.group]
   classes = _classes(task)
@@ -157,7 +157,7 @@ def task_table(simulation: Simulation, task: SimulatedTask) -> np.ndarray:
   own = (2 * first + np.where(first == 1, second, third)) % classes
   rng = _rng(simulation, f"table {task.name}")
   shuffled = [rng.permutation(np.flatnonzero(own == c)) for c in rng.permutation(classes)]
-  turn = np.concatenate([np.arange(len(s)) for s in shuffled])  # one of each class, then another of each
+  turn = np.concatenate([np.arange(len(s)) for s in shuffled])  # one entry of each class, then the next of each class
   order = np.concatenate(shuffled)[np.argsort(turn, kind="stable")]
   changed = order[: round((1 - task.relatedness) * len(own))]
   table = own.copy()
@@ -188,7 +188,7 @@ def draw_population(simulation: Simulation, world: World) -> SimulatedUsers:
   offset = np.append(0, np.cumsum(rng.integers(simulation.events[0], simulation.events[1] + 1, n)))
   owner = np.repeat(np.arange(n), np.diff(offset))
   place = np.arange(len(owner)) - offset[owner]
-  # Sorted and shifted by their place, times of one user never tie: what a snapshot sees is never in doubt.
+  # Times are sorted and shifted by their place, so that a user's times never tie and a snapshot's events are certain.
   time = rng.integers(0, simulation.days * MICROSECONDS_PER_DAY - simulation.events[1], len(owner))
   time = time[np.lexsort((time, owner))] + place
   noise = rng.gumbel(size=(len(owner), simulation.items))
@@ -210,7 +210,7 @@ def draw_population(simulation: Simulation, world: World) -> SimulatedUsers:
 
 
 def _rng(simulation: Simulation, purpose: str) -> np.random.Generator:
-  """A stream of its own for each purpose, so that adding a task changes nothing else."""
+  """Returns a separate random stream for each purpose, so that adding a task changes nothing else."""
   return np.random.default_rng([simulation.seed, zlib.crc32(purpose.encode())])
 
 
@@ -218,18 +218,18 @@ def _rng(simulation: Simulation, purpose: str) -> np.random.Generator:
 
 
 def posterior(log_item: np.ndarray, counts: np.ndarray) -> np.ndarray:
-  """P(state | events) under a uniform prior: `log_item [G, I]`, how often each item occurred `[n, I]` → `[n, G]`."""
+  """Returns P(state | events) under a uniform prior: `log_item [G, I]`, `counts [n, I]` of each item → `[n, G]`."""
   log = counts @ log_item.T
   return np.exp(log - np.logaddexp.reduce(log, axis=1, keepdims=True))
 
 
 def predictive(log_item: np.ndarray, belief: np.ndarray) -> np.ndarray:
-  """P(next item | events) from the posterior of the states: `log_item [G, I]`, `belief [n, G]` → `[n, I]`."""
+  """Returns P(next item | events) from the states' posterior: `log_item [G, I]`, `belief [n, G]` → `[n, I]`."""
   return belief @ np.exp(log_item)
 
 
 def visible_counts(simulation: Simulation, population: SimulatedUsers, day: float) -> np.ndarray:
-  """How often each item occurs in a user's events before a snapshot at `day`: float64 `[U, I]`."""
+  """Returns the counts of each item in a user's events before a snapshot at `day`: float64 `[U, I]`."""
   owner = np.repeat(np.arange(simulation.users), np.diff(population.offset))
   before = population.time < day * MICROSECONDS_PER_DAY
   counts = np.zeros((simulation.users, simulation.items))
@@ -241,7 +241,7 @@ def visible_counts(simulation: Simulation, population: SimulatedUsers, day: floa
 
 
 def raw_split(simulation: Simulation) -> dict[str, Any]:
-  """The `data.split` section of a config: the simulation's calendar."""
+  """Returns the simulation's calendar as the `data.split` section of a config."""
 
   def day(n: int) -> str:
     return str(np.datetime64(START) + n)

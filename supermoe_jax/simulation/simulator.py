@@ -1,10 +1,10 @@
-"""A simulated log as files, with the score that the Bayes-optimal predictor of each of its tasks has.
+"""Writes a simulated log as files, with the score of the Bayes-optimal predictor of each task.
 
-The users are those of `latent_users`: tasks that are related, or in conflict, by a stated degree, labels as rare as one
-likes. As the posterior is exact, so is the best answer to every task, and a model's result can be read as a share of
-what is possible. The next item, which needs all bits, is a task of every simulation.
+`latent_users` simulates the users: the settings choose how much tasks are related or in conflict, and how rare labels
+are. Since the posterior is exact, the best answer to every task is exact too, and a model's result can be read as a
+share of the possible. The next item, which needs all bits, is a task of every simulation.
 
-A label is missing at random for training users only (`label_rate`); those of validation and test users are all known.
+Labels are missing at random for training users only (`label_rate`); all labels of validation and test users are known.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from supermoe_jax.simulation.latent_users import (
 )
 
 CUTOFF = 10  # k of the next item's NDCG@k
-VERSION = 1  # of how settings become files; another version's files are not taken for this one's
+VERSION = 1  # of the map from settings to files; files of another version are refused
 FILES = ("events.parquet", "users.parquet", "truth.parquet", "simulation.json", "possible.json")
-DATASET = "dataset"  # what is prepared from the files; it lies beside them
+DATASET = "dataset"  # the folder, next to the files, of the dataset that is prepared from them
 
 
 @dataclasses.dataclass(frozen=True)
 class BayesScore:
-  """The metric of a task that the Bayes-optimal predictor and the best constant one have on the same realised labels.
+  """A task's metric of the Bayes-optimal predictor and of the best constant one, on the same realised labels.
 
-  The best predictor of all is best in expectation: on finitely many labels another one may be better by chance.
+  The Bayes-optimal predictor is best in expectation: on finitely many labels another one may be better by chance.
   """
 
   metric: str
@@ -59,12 +59,12 @@ class BayesScore:
   labels: int
 
   def share(self, score: float) -> float:
-    """What share of the way from the constant (0) to the Bayes-optimal predictor (1) a model's metric has come."""
+    """Returns a model's metric on a scale from the constant (0) to the Bayes-optimal predictor (1)."""
     return (score - self.constant) / (self.bayes - self.constant)
 
 
 class Simulated(NamedTuple):
-  """What a folder holds: its settings, and the Bayes scores of every task by split ("validation", "test")."""
+  """A folder's simulation: its settings, and the Bayes scores of every task by split ("validation", "test")."""
 
   simulation: Simulation
   bayes: dict[str, dict[str, BayesScore]]
@@ -75,15 +75,15 @@ def bayes_scores(
 ) -> dict[str, BayesScore]:
   """Scores the Bayes-optimal predictor of each task on the labels that evaluation asks for.
 
-  It sees what a model sees that reads the whole history: the events before the snapshot of `split`. A user label counts
-  for the users of the split, the next item for all users; users without a visible event have no snapshot.
+  The predictor sees the events before the snapshot of `split`, like a model that reads the whole history. A user label
+  counts for the users of the split, the next item for all users; users without a visible event have no snapshot.
 
-  Metrics: AUC; of several classes the mean AUC of one against the rest; RMSE of the label standardised by the known
+  Metrics: AUC; for several classes the mean AUC of one against the rest; RMSE of the label standardised by the known
   training labels, as preparation does; NDCG@10 over the whole catalogue. Constants: AUC 0.5, the training labels' mean,
   and the items by popularity.
 
   Raises:
-    SimulationError: there is no user to score, or a class that none or all of them have.
+    SimulationError: there is no user to score, or none or all of the users have a class.
   """
   day, end = {
     "validation": (simulation.validation, simulation.test),
@@ -136,7 +136,7 @@ def _regression(task: SimulatedTask, label: np.ndarray, training: np.ndarray, ex
 
 
 def ndcg(score: np.ndarray, target: np.ndarray) -> float:
-  """NDCG@10 of one relevant item a question: `score [n, I]`, `target [n]`; equal scores count against the target."""
+  """Returns NDCG@10 of one relevant item a row: `score [n, I]`, `target [n]`; equal scores count against the target."""
   rank = (score >= np.take_along_axis(score, target[:, None], axis=1)).sum(axis=1)
   return float(np.mean(np.where(rank <= CUTOFF, 1 / np.log2(1 + rank), 0.0)))
 
@@ -145,12 +145,12 @@ def ndcg(score: np.ndarray, target: np.ndarray) -> float:
 
 
 def simulate(simulation: Simulation, folder: str | pathlib.Path) -> Simulated:
-  """Writes the simulation's files into `folder`, all or none; where they are already, reads what they are.
+  """Writes the simulation's files into `folder`, all or none; reads them if they are there already.
 
   events.parquet: `user, time, item`. users.parquet: `user` and a column a task, null where the label is unknown.
-  truth.parquet, which no model may read: `user, split, bits`, and for each task the true probability of "1", those of
-  all classes, or the expected value. simulation.json: the settings and the Bayes scores. possible.json: of each task
-  the test scores `bayes` and `constant`, for reports.
+  truth.parquet, which no model may read: `user, split, bits`, and for each task the true probability of "1", the
+  probabilities of all classes, or the expected value. simulation.json: the settings and the Bayes scores.
+  possible.json: the test scores `bayes` and `constant` of each task, for reports.
 
   Raises:
     SimulationError: the settings describe no simulation.
@@ -214,7 +214,7 @@ def _truth(simulation: Simulation, world: World, population: SimulatedUsers) -> 
 
 
 def read_simulation(folder: str | pathlib.Path) -> Simulated:
-  """Reads what `simulate` wrote.
+  """Reads the simulation that `simulate` wrote.
 
   Raises:
     DataError: `folder` holds no whole simulation, or one that another version wrote.
@@ -255,8 +255,8 @@ def _reuse(simulation: Simulation, folder: pathlib.Path) -> Simulated:
 def simulation_config(folder: str | pathlib.Path) -> dict[str, Any]:
   """Returns the `data` and `tasks` sections of a config for the simulation in `folder`; the dataset goes there too.
 
-  `model.max_events` must reach `events[1]`, so that a model sees what the Bayes-optimal predictor sees. Aggregates are
-  off: the bits can be known from the items alone.
+  `model.max_events` must be at least `events[1]`, so that a model sees what the Bayes-optimal predictor sees.
+  Aggregates are off, since the items alone determine the posterior of the bits.
 
   Raises:
     DataError: `folder` holds no whole simulation, or one that another version wrote.

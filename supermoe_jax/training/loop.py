@@ -108,11 +108,11 @@ def train(
   version = {**versions(), "code": code_hash()}
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
   signals = Signals(several=place is not None)
-  roster = Heartbeat(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say, stop=lambda: signals.got)
-  with signals, roster:
+  heartbeat = Heartbeat(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say, stop=lambda: signals.got)
+  with signals, heartbeat:
     processes.initialize(place)
     signals.joined()
-    around = RunContext(roster, signals, say if processes.is_first() else lambda _: None, progress)
+    around = RunContext(heartbeat, signals, say if processes.is_first() else lambda _: None, progress)
     try:
       with Profiler(workdir / "profile" if profile and processes.is_first() else None) as profiler:
         return _train(cfg, dataset, workdir, validation, around, profiler)
@@ -130,7 +130,7 @@ def train(
 class RunContext(NamedTuple):
   """Processes, stop signals and messages of a run."""
 
-  roster: Heartbeat
+  heartbeat: Heartbeat
   signals: Signals
   say: Callable[[str], None]
   progress: bool
@@ -144,7 +144,7 @@ def _train(
   around: RunContext,
   profiler: Profiler,
 ) -> int:
-  roster, signals, say, progress = around
+  heartbeat, signals, say, progress = around
   mesh = sharding.make_mesh(cfg.train.mesh)
   problem = ""
   try:
@@ -202,7 +202,7 @@ def _train(
         with jax.transfer_guard("disallow"):  # nothing travels between host and device but what is sent above
           state, metrics = do_step(state, placed, constants)
         step += several
-        roster.progress(step)
+        heartbeat.progress(step)
         row = log.add(step, metrics)
         if row is not None:
           writer.check()
@@ -210,7 +210,7 @@ def _train(
             _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir, say)
         stopped = signals.asked(range(step - several + 1, step + 1))
         if stopped or step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
-          roster.rest()  # however long it takes to write, that is no step
+          heartbeat.rest()  # however long it takes to write, that is no step
           _check_finite(state, workdir, step)
           writer.save(step, state, stream.get_state(), statistics, log.waiting())
         if stopped and step < cfg.train.steps:

@@ -16,7 +16,7 @@ those of `weighting`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def per_sample(task: config.Task, logits: jax.Array, value: jax.Array) -> jax.Ar
   A next event has `layers.catalogue`. Shapes: multi-class `logits [..., classes]`, `value [...]`;
   multi-label `logits, value [..., values]`; else `logits, value [...]`.
   """
-  form = config.answer(task)
+  form = task.answer
   if form == "multiclass":
     return optax.softmax_cross_entropy_with_integer_labels(logits, value.astype(jnp.int32))
   if form == "regression":
@@ -88,7 +88,7 @@ def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0
 
 def snapshot_weight(task: config.Task, statistics: TaskStatistics, events: int, sites: int) -> jax.Array | float:
   """Returns what ω is multiplied by: 1, but at the snapshots of a task that asks at `events` events first."""
-  if not isinstance(task, config.AT_EVENTS):
+  if not task.asks_at_events:
     return 1.0
   return jnp.where(jnp.arange(sites) < events, 1.0, statistics.snapshot_weight)
 
@@ -126,10 +126,10 @@ def labelled_loss(
   """The sums of one task with labels, from states that are already there; `drawn` are the sampled softmaxes' values."""
   task = model.tasks[name]
   value = safe_value(targets)
-  given = targets.given if isinstance(task, config.EventLabel) else None
+  given = targets.given if task.about_events else None
   answers = model.answers(name, encoded, events=True, given=given)
-  if isinstance(task, config.NextEvent):
-    loss = _next_value_loss(model, name, task, answers, value, drawn)
+  if task.answer == "catalogue":
+    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, value, drawn)
   else:
     loss = per_sample(task, answers, value)
   weight = snapshot_weight(task, statistics, encoded.events.shape[1], targets.known.shape[1])
@@ -235,8 +235,8 @@ def total_loss(
   tasks: dict[str, TaskLoss] = {}
   slices = (jnp.int32(0), jnp.int32(0))
   for name, task in model.tasks.items():
-    if isinstance(task, config.Contrast):
-      tasks[name], counts = _contrast(model, task, batch.slices[name], rngs)
+    if not task.has_labels:
+      tasks[name], counts = _contrast(model, cast(config.Contrast, task), batch.slices[name], rngs)
       slices = (slices[0] + counts[0], slices[1] + counts[1])
     else:
       tasks[name] = labelled_loss(model, name, encoded, batch.targets[name], statistics[name], drawn)
@@ -269,7 +269,7 @@ def gradient_products(
   rows = len(batch.features.length)
   parts: list[tuple[jax.Array, jax.Array] | None] = []
   for name, task in model.tasks.items():
-    if isinstance(task, config.Contrast):
+    if not task.has_labels:
       parts.append(None)
       continue
 

@@ -1,6 +1,6 @@
-"""The optimizer of all parameters but the rows of tables: AdamW, with a warm-up and cosine schedule.
+"""Makes the optimizer of all parameters but the rows of tables: AdamW, with a warm-up and cosine schedule.
 
-Gradients come clipped, together with those of rows; see `step`.
+Gradients arrive clipped, by a norm that includes the rows' gradients; see `step`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _DECAYED = {"kernel", "up", "gate", "down"}
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-  """The last name on a parameter's path (what follows it is the variable's own)."""
+  """Returns the last name on a parameter's path, in a list; a `value` after it belongs to the NNX variable."""
   names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
   return [n for n in names if n != "value"][-1:]
 
 
 def schedule(train: config.Train) -> optax.Schedule:
-  """Linear warm-up to the peak, then a cosine down to `final_learning_rate` of it at the last step."""
+  """Returns a linear warm-up to the peak, then a cosine down to `final_learning_rate` of the peak at the last step."""
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=train.learning_rate,
@@ -34,7 +34,7 @@ def schedule(train: config.Train) -> optax.Schedule:
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
-  """Returns AdamW; only the matrices of linear maps and experts are decayed, not biases or norms."""
+  """Returns AdamW; weight decay applies to the matrices of linear maps and experts only, not to biases or norms."""
 
   def decayed(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(_DECAYED & set(_names(path))), params)

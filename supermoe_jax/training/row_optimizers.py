@@ -1,7 +1,7 @@
-"""Optimizers of tables' rows: they see the rows that a batch touched, and move no other.
+"""Optimizes the rows of tables: it moves the rows that a batch touched, and no others.
 
-optax moves every parameter in every step. Here a row without a gradient keeps its value, its moments and its decay;
-what that means for each optimizer stands in its docstring. Arithmetic is float32 whatever the rows are kept in.
+optax moves every parameter in every step. Here a row without a gradient keeps its value and its moments, and does not
+decay; each optimizer's docstring states the consequences. Arithmetic is float32, whatever dtype the rows are kept in.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 
 from supermoe_jax import config
 
-# What an optimizer keeps of each row, by name: float32 or int32 `[...]` or `[..., D]`.
+# The state that an optimizer keeps of each row, by name: float32 or int32 `[...]` or `[..., D]`.
 RowState = dict[str, jax.Array]
 
 
 class RowOptimizer(Protocol):
-  """Moves rows against their gradients."""
+  """An optimizer that moves rows against their gradients."""
 
   def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
-    """What is kept of `rows [..., D]` before the first step; the leading dimensions are those of the rows."""
+    """Returns the state of `rows [..., D]` before the first step; it has the leading dimensions of the rows."""
     ...
 
   def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
-    """One step of touched rows, float32: `row, gradient [..., D]`, their slots, and the learning rate."""
+    """Returns float32 rows and their slots after one step, from `row, gradient [..., D]`, slots and learning rate."""
     ...
 
 
@@ -35,7 +35,7 @@ class RowOptimizer(Protocol):
 class RowAdagrad:
   """Adagrad with one sum of squares a row: `s += mean(g²)`, `row -= rate · g / (√s + ε)`.
 
-  A row's own steps shrink with what it has seen, however often others were touched; four bytes a row.
+  A row's steps shrink with its own gradients, however often other rows are touched. The state takes four bytes a row.
 
   Source: Adagrad, https://jmlr.org/papers/v12/duchi11a.html; row-wise as in arXiv 1906.00091 and TorchRec.
   """
@@ -43,11 +43,11 @@ class RowAdagrad:
   epsilon: float = 1e-8
 
   def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
-    """See `RowOptimizer`."""
+    """Returns the state before the first step; see `RowOptimizer`."""
     return {"sum": jnp.zeros(rows.shape[:-1], jnp.float32)}
 
   def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
-    """See `RowOptimizer`."""
+    """Returns rows and slots after one step; see `RowOptimizer`."""
     total = slots["sum"] + jnp.mean(jnp.square(gradient), axis=-1)
     return row - rate * gradient / (jnp.sqrt(total) + self.epsilon)[..., None], {"sum": total}
 
@@ -56,8 +56,8 @@ class RowAdagrad:
 class LazyAdam:
   """Adam whose moments fade only when their row is touched, and whose bias correction counts the row's own steps.
 
-  So a row's first step has the length of the rate, when ever it comes. Eight bytes a number of the table, and four a
-  row.
+  So a row's first step has the length of the rate, whenever it comes. The state takes eight bytes for each number of
+  the table, and four a row.
 
   Source: arXiv 1412.6980; lazy as in TensorFlow Addons' LazyAdam, which counts the steps of all rows together.
   """
@@ -67,13 +67,13 @@ class LazyAdam:
   epsilon: float = 1e-8
 
   def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
-    """See `RowOptimizer`."""
+    """Returns the state before the first step; see `RowOptimizer`."""
     steps = jnp.zeros(rows.shape[:-1], jnp.int32)
-    # Two arrays, since a step is given each buffer for good.
+    # Two separate arrays, since a step is donated each buffer.
     return {"mean": jnp.zeros(rows.shape, jnp.float32), "square": jnp.zeros(rows.shape, jnp.float32), "steps": steps}
 
   def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
-    """See `RowOptimizer`."""
+    """Returns rows and slots after one step; see `RowOptimizer`."""
     steps = slots["steps"] + 1
     mean = self.b1 * slots["mean"] + (1 - self.b1) * gradient
     square = self.b2 * slots["square"] + (1 - self.b2) * jnp.square(gradient)
@@ -86,19 +86,19 @@ class LazyAdam:
 
 @dataclasses.dataclass(frozen=True)
 class Sgd:
-  """`row -= rate · g`; keeps nothing."""
+  """Plain gradient descent, `row -= rate · g`, without a state."""
 
   def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
-    """See `RowOptimizer`."""
+    """Returns the state before the first step; see `RowOptimizer`."""
     return {}
 
   def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
-    """See `RowOptimizer`."""
+    """Returns rows and slots after one step; see `RowOptimizer`."""
     return row - rate * gradient, {}
 
 
 def make_row_optimizer(tables: config.Tables) -> RowOptimizer:
-  """The optimizer that a config names."""
+  """Returns the optimizer that a config names."""
   made: dict[str, RowOptimizer] = {"adagrad": RowAdagrad(), "adam": LazyAdam(), "sgd": Sgd()}
   return made[tables.optimizer]
 
@@ -106,8 +106,8 @@ def make_row_optimizer(tables: config.Tables) -> RowOptimizer:
 def round_stochastically(row: jax.Array, dtype: jnp.dtype, code: jax.Array, key: jax.Array) -> jax.Array:
   """Rounds float32 `row [..., D]` to bfloat16 up or down at random, so that the mean of the result is the row itself.
 
-  Plain rounding forgets every step smaller than 1/512 of the value. The draw is that of the key and the row's `code
-  [...]`, the same on any mesh; a `dtype` other than bfloat16 needs no rounding.
+  Plain rounding loses every step smaller than 1/512 of the value. The draw depends on the key and the row's `code
+  [...]` only, so it is the same on any mesh. A `dtype` other than bfloat16 is cast without a draw.
 
   Source: arXiv 1502.02551.
   """

@@ -166,9 +166,9 @@ def _answering(key: _AnswerKey) -> Callable[[nnx.State, Features, dict[str, jax.
     encoded = model.encode(features, dropless=True)
     answers = {}
     for name, task in model.tasks.items():
-      if isinstance(task, config.Contrast) or (isinstance(task, config.EventLabel) and name not in given):
+      if not task.has_labels or (task.about_events and name not in given):
         continue
-      if isinstance(task, config.EventLabel):
+      if task.about_events:
         answers[name] = model.answers(name, encoded, events=False, given=given[name])
       else:
         answers[name] = model.answers(name, encoded, events=False)[:, 0]

@@ -1,4 +1,4 @@
-"""A run directory belongs to one config and one encoding of events."""
+"""Ties a run directory to one config and one encoding of events."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import RunError
 
-# Settings of training that a run may go on with other values of: what it learns does not depend on them.
+# Training settings that may change when a run resumes: what it learns does not depend on them.
 MAY_CHANGE = ("mesh", "workers", "checkpoint_every", "checkpoints_kept", "nonfinite_steps", "hang_seconds")
 
 
 def claim_directory(workdir: pathlib.Path, cfg: config.Config) -> None:
-  """Makes `workdir` this config's run directory, or checks that it is."""
+  """Makes `workdir` the run directory of this config, or checks that it already is.
+
+  Raises:
+    RunError: `workdir` holds a run of another config.
+  """
   file = workdir / "config.json"
   if not file.is_file():
     workdir.mkdir(parents=True, exist_ok=True)
@@ -32,12 +36,12 @@ def claim_directory(workdir: pathlib.Path, cfg: config.Config) -> None:
 
 
 def check_encoding(workdir: pathlib.Path, dataset: Dataset, *, create: bool = False) -> None:
-  """Makes sure that a run meets the encoding of events that it was trained with; `create` notes that of a new run.
+  """Checks that the dataset has the encoding of events that a run was trained with; `create` records a new run's.
 
-  An encoding that has grown since, by `supermoe append`, is the same to what was there: codes only follow.
+  An encoding that `supermoe append` has extended since counts as the same: old codes stay, and new ones follow.
 
   Raises:
-    RunError: the dataset was prepared again, and its vocabularies or statistics came out otherwise.
+    RunError: the dataset was prepared again, and its vocabularies or statistics have changed.
   """
   file, manifest = workdir / "encoding.json", dataset.manifest
   if create and not file.is_file():

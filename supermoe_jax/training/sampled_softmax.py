@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,10 @@ def drawn_codes(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.
   """
   rows, out = len(batch.features.length), {}
   for name, task in model.tasks.items():
-    if isinstance(task, config.NextEvent) and task.softmax == "sampled":
+    if task.answer != "catalogue":
+      continue
+    task = cast(config.NextEvent, task)
+    if task.softmax == "sampled":
       items = model.encoder.event_embedding.table(task.field).size - 2
       each, every = -(-task.negatives // rows), drawing_rows(rows, task.negatives)
       drawn = draw_items(task.sampling, items, (rows, each), jax.random.fold_in(key, zlib.crc32(name.encode())))

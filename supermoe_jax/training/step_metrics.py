@@ -1,4 +1,4 @@
-"""What a step reports of itself, and how that of its parts adds up."""
+"""Defines the metrics of a training step, and adds up the metrics of its micro-batches."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 
 class StepMetrics(NamedTuple):
-  """What a step reports; sums, so that steps can be added up before ratios are taken.
+  """The metrics of a step, as sums, so that steps can be added up before ratios are taken.
 
   Attributes:
     loss: float32, the whole loss.
     tasks: Σ δωℓ and Σ δω of each task.
     weights: float32, w of each task.
     balance_loss, z_loss: float32, mean over the MoE layers.
-    load: float32 `[M, E]`.
-    entropy: float32 `[M]`, of the routers, in nats.
-    routed, dropped: int32 `[M]`.
-    task_dropped: int32, the drops of each task's own tokens, where it has any.
-    slice_routed, slice_dropped: int32, of the passes over contrast slices.
+    load: float32 `[M, E]`, each expert's share of the choices.
+    entropy: float32 `[M]`, the entropy of the routers, in nats.
+    routed, dropped: int32 `[M]`, choices that reached an expert, and choices that exceeded a capacity.
+    task_dropped: int32, the dropped choices of each task's own tokens; empty without such tokens.
+    slice_routed, slice_dropped: int32, the choices of the passes over contrast slices.
     events: int32, events that are not padding.
     snapshots: int32, snapshots that are not padding.
     positions: int32, events that the rows have room for.
-    gradient_norm: float32, before clipping, of parameters and rows together.
+    gradient_norm: float32, the norm before clipping, of parameters and rows together.
     learning_rate: float32.
     skipped: int32, 1 where the loss or the gradients are not finite, so that the step changed nothing.
-    tables: what was asked of each table, but for those that a full softmax scores.
+    tables: the counts of each table, except tables that a full softmax scores.
   """
 
   loss: jax.Array
@@ -60,7 +60,7 @@ class StepMetrics(NamedTuple):
 
 
 class PassSums(NamedTuple):
-  """What a pass over some rows tells that adds up; see `StepMetrics`."""
+  """The quantities of a pass over some rows that are summed over micro-batches; see `StepMetrics`."""
 
   tasks: dict[str, TaskLoss]
   routed: jax.Array
@@ -71,7 +71,7 @@ class PassSums(NamedTuple):
 
 
 class PassMeans(NamedTuple):
-  """What a pass over some rows tells that is averaged; see `StepMetrics`."""
+  """The quantities of a pass over some rows that are averaged over micro-batches; see `StepMetrics`."""
 
   loss: jax.Array
   weights: jax.Array
@@ -82,14 +82,14 @@ class PassMeans(NamedTuple):
 
 
 class PassReport(NamedTuple):
-  """What a pass tells: `sums` and `means`."""
+  """The report of a pass over some rows: `sums` and `means`."""
 
   sums: PassSums
   means: PassMeans
 
 
 def pass_report(out: losses.Loss) -> PassReport:
-  """What a loss tells besides its value."""
+  """Returns the report of a pass, from its loss."""
   aux, stats = out.encoded.experts.aux, out.encoded.experts.stats
   layers = max(len(stats.load), 1)
   by_task = jnp.sum(stats.task_dropped, axis=0)
@@ -101,10 +101,11 @@ def pass_report(out: losses.Loss) -> PassReport:
 def accumulate_over_parts(
   function: Callable[[Batch, jax.Array], tuple[T, PassReport]], batch: Batch, key: jax.Array, parts: int
 ) -> tuple[T, PassReport]:
-  """Calls `function(rows, key)` on equal parts of a batch, one after the other, so that only one is in memory.
+  """Calls `function(rows, key)` on `parts` equal micro-batches, one after the other, so that only one is in memory.
 
-  Returns the mean of what it returns, a tree of float arrays, and what was told of all parts. Each device's rows are
-  dealt out to the parts in turn: none moves.
+  Each device deals its rows out to the micro-batches in turn, so that no row moves between devices.
+
+  Returns: the mean of the function's results, a tree of float arrays, and the report of all micro-batches together.
   """
   if parts == 1:
     return function(batch, key)
@@ -137,7 +138,10 @@ def make_step_metrics(
   skipped: jax.Array,
   counts: dict[str, table_step.TableCounts],
 ) -> StepMetrics:
-  """The metrics of a step of `batch`; `names` are the tasks, `views` those that have tokens of their own, if any."""
+  """Returns the metrics of a step of `batch`; `names` are all tasks, `views` the tasks with tokens of their own.
+
+  A model without such tokens has no `task_dropped`.
+  """
   sums, means = of
   return StepMetrics(
     loss=means.loss,

@@ -1,4 +1,4 @@
-"""Ends of a run that is not done: it was asked to stop, or its numbers are no longer numbers."""
+"""Ends a run early: it listens for stop signals, and saves a batch whose loss or gradients are not finite."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from jax.experimental import multihost_utils
 
 
 class Signals:
-  """Listens for SIGTERM and SIGINT while a run trains; a second SIGINT stops it where it is.
+  """A listener for SIGTERM and SIGINT while a run trains; a second SIGINT stops the run at once.
 
-  Of several processes each is told of a signal that any of them got, at the same step; JAX' preemption service, which
-  takes SIGTERM over when processes have joined, sees to it. A SIGINT is passed on to it as a SIGTERM. Outside of a
-  program's main thread nothing can listen, and nothing does.
+  With several processes, all learn at the same step that one of them got a signal. JAX' preemption service, which takes
+  SIGTERM over when processes have joined, sees to it; a SIGINT is passed on to it as a SIGTERM. Outside a program's
+  main thread no signal can be received, so the listener does nothing.
   """
 
   def __init__(self, several: bool = False) -> None:
-    """`several`: the process is one of several."""
+    """Starts without a signal; `several`: the process is one of several."""
     self._got, self._several, self._joined = "", several, False
     self._before: dict[signal.Signals, Any] = {}
 
@@ -46,20 +46,20 @@ class Signals:
       signal.raise_signal(signal.SIGTERM)
 
   def joined(self) -> None:
-    """Is told once this process has joined the others, if there are any."""
+    """Notes that this process has joined the others, if there are any."""
     self._joined = self._several
     if self._joined and self._got:
       signal.raise_signal(signal.SIGTERM)
 
   @property
   def got(self) -> str:
-    """The signal that this process got; "" without one."""
+    """Returns the name of the signal that this process got; "" without one."""
     return self._got
 
   def asked(self, steps: Iterable[int]) -> str:
-    """What asked the run to stop in `steps`, which are done; "" if nothing did.
+    """Returns the signal that asks the run to stop after one of `steps`, which are done; "" if none does.
 
-    Of several processes all must call, with every step: JAX names one, and asks which it is.
+    Several processes must all call this with every step: JAX chooses one step at which all of them stop.
     """
     if not self._several:
       return self._got

@@ -1,13 +1,13 @@
-"""The tables' part of a training step: rows come, gradients go back, and only what was touched moves.
+"""Runs the tables' part of a training step: it fetches rows, collects their gradients and moves only touched rows.
 
-    asked = {name: distinct(codes)}                       what the batch asks for
+    asked = {name: distinct_codes(codes)}                 the rows that the batch asks for
     found = {name: fetch(rows, asked[name])}              unique rows, where the batch lies
-    loss, gradients = value_and_grad(objective)(found)    of these rows, not of the tables
+    loss, gradients = value_and_grad(objective)(found)    by these rows, not by the tables
     touched = {name: collect(gradients)}                  at their owners, duplicates summed
-    rows, slots = apply(rows, slots, touched)             in place, where the buffers are donated
+    rows, slots = move_rows(rows, slots, touched)         in place, where the buffers are donated
 
-A table whose every row a full softmax scores has a gradient for every row, laid out as the rows are; for a large
-catalogue sample the softmax.
+A full softmax scores every row of its table. Such a table has a gradient for every row, laid out as the rows are; for a
+large catalogue, sample the softmax.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from supermoe_jax.layers.tpu_lines import NONE, put_rows, take_rows
 from supermoe_jax.training import losses, row_optimizers
 from supermoe_jax.training.row_optimizers import RowOptimizer, RowState
 
-# The gradients of touched rows, or of all rows, laid out as they are.
+# The gradients of touched rows, or of all rows in the layout of the rows.
 Gradient = Touched | jax.Array
 
-# The rows of a table and its slots, as one device holds them: `[R / p, p·D]`, and `[R]` or `[R / p, p·D]` each.
+# The rows and slots of a table on one device: `[R / p, p·D]`, and `[R]` or `[R / p, p·D]` for each slot.
 Kept = tuple[jax.Array, RowState]
 
 # Rows that a CPU moves at a time.
@@ -41,11 +41,11 @@ _MOVED_AT_ONCE = 1024
 
 
 class TableCounts(NamedTuple):
-  """What a table saw in a step, int32 scalars over all devices.
+  """The counts of a table in a step, int32 scalars over all devices.
 
   Attributes:
     touched: rows that were moved.
-    out_of_range: codes that are no rows; they look up to 0.
+    out_of_range: codes that name no row; they look up to 0.
     lost: gradients that found no cell on their way to the owner, and moved nothing.
   """
 
@@ -55,13 +55,13 @@ class TableCounts(NamedTuple):
 
 
 def table_values(state: nnx.State) -> dict[str, Any]:
-  """What the tables of `state` hold, by name: rows `[G, M / p, p·D]`, or layouts of them."""
+  """Returns the values of the tables of `state`, by name: rows `[G, M / p, p·D]`, or layouts of rows."""
   found = (v for _, v in nnx.to_flat_state(nnx.filter_state(state, TableRows)))
   return {v.get_metadata()["table"]: v.get_value() for v in found}
 
 
 def with_table_values(rows: nnx.State, by_name: Mapping[str, Any]) -> nnx.State:
-  """The tables `rows` with other values."""
+  """Returns the tables `rows` with other values, given by the tables' names."""
 
   def fill(variable: nnx.Variable) -> nnx.Variable:
     return variable.replace(by_name[variable.get_metadata()["table"]])
@@ -70,15 +70,15 @@ def with_table_values(rows: nnx.State, by_name: Mapping[str, Any]) -> nnx.State:
 
 
 class TablePlan(NamedTuple):
-  """What a batch asks of each table.
+  """The rows of each table that a batch asks for.
 
   Attributes:
-    places: of each table that is asked for some of its rows, where these lie, as
-      `layers.table.distinct_codes` has them.
-    extents: how far each of those reaches.
-    outside: of each of those, how many codes are no rows, `[S]`.
-    drawn: what sampled softmaxes drew.
-    cells: of an exchange.
+    places: the places of the rows asked for, as `layers.table.distinct_codes` gives them; a table that a full softmax
+      scores has none.
+    extents: the extent of each table in `places`.
+    outside: for each table in `places`, the number of codes that name no row, `[S]`.
+    drawn: the codes that sampled softmaxes drew, by task.
+    cells: the room of each pair of devices in an exchange, as a multiple of an even share of the ids.
   """
 
   places: dict[str, jax.Array]
@@ -88,24 +88,24 @@ class TablePlan(NamedTuple):
   cells: float
 
   def fetch(self, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a step differentiates by: the rows asked for `[S·U, D]`, or the whole of a table that is scored whole."""
+    """Fetches the rows that a step differentiates by: `[S·U, D]` that are asked for, or all for a full softmax."""
     return {
       n: table.fetch(value, self.places[n], self.extents[n], self.cells).rows if n in self.places else value
       for n, value in rows.items()
     }
 
   def readable(self, found: Mapping[str, jax.Array]) -> dict[str, Fetched | jax.Array]:
-    """What `fetch` returned, as an `EmbeddingTable` reads it."""
+    """Returns the result of `fetch` in the form that an `EmbeddingTable` reads."""
     return {n: Fetched(self.places[n], value) if n in self.places else value for n, value in found.items()}
 
   def collect(self, rows: Mapping[str, jax.Array], gradient: Mapping[str, jax.Array]) -> dict[str, Gradient]:
-    """The gradients by what `fetch` returned, at the owners of the rows."""
+    """Brings the gradients by the result of `fetch` to the owners of the rows."""
     return {
       n: table.collect(rows[n], self.places[n], g, self.cells) if n in self.places else g for n, g in gradient.items()
     }
 
   def counts(self, touched: Mapping[str, Gradient]) -> dict[str, TableCounts]:
-    """What to report."""
+    """Returns the counts to report, for each table in `places`."""
     out = {}
     for name in self.places:
       part = touched[name]
@@ -116,7 +116,7 @@ class TablePlan(NamedTuple):
 
 
 def plan_tables(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Array) -> TablePlan:
-  """What the loss of `batch` with the key of a step will ask of the tables of a `SuperMoE`."""
+  """Returns the rows that the loss of `batch`, with the key of a step, will ask the tables of a `SuperMoE` for."""
   whole = nnx.merge(graph, model, copy=True)
   fields = whole.encoder.event_embedding.tables
   drawn = losses.drawn_codes(whole, batch, key)
@@ -132,7 +132,7 @@ def plan_tables(graph: nnx.GraphDef, model: nnx.State, batch: Batch, key: jax.Ar
 
 
 def row_state(optimizer: RowOptimizer, rows: Any, width: int) -> RowState:
-  """What the optimizer keeps of a table's rows, of D = `width` numbers: `[G, M]` each, or laid out as the rows."""
+  """Returns the optimizer's first state of a table's rows, D = `width` wide: `[G, M]` each, or laid out as the rows."""
   g, lines, wide = rows.shape
   logical = jax.ShapeDtypeStruct((g, lines * wide // width, width), rows.dtype)
   return {k: s.reshape(rows.shape) if s.ndim == 3 else s for k, s in optimizer.slots(logical).items()}
@@ -141,7 +141,7 @@ def row_state(optimizer: RowOptimizer, rows: Any, width: int) -> RowState:
 def row_state_shardings(
   kept: Mapping[str, RowState], layouts: Mapping[str, NamedSharding]
 ) -> dict[str, dict[str, NamedSharding]]:
-  """Where the `slots` of each table lie: as its rows do."""
+  """Returns the layouts of each table's slots, which follow the layout of its rows."""
   return {
     n: {k: NamedSharding(layouts[n].mesh, PartitionSpec(*layouts[n].spec[: s.ndim])) for k, s in of.items()}
     for n, of in kept.items()
@@ -149,21 +149,21 @@ def row_state_shardings(
 
 
 def square_norm(gradients: Mapping[str, Gradient]) -> jax.Array:
-  """The sum of the squares of all rows' gradients, float32."""
+  """Returns the sum of the squares of all rows' gradients, float32."""
   parts = (g.gradient if isinstance(g, Touched) else g.astype(jnp.float32) for g in gradients.values())
   return sum((jnp.sum(jnp.square(part)) for part in parts), jnp.zeros(()))
 
 
 class MoveRule(NamedTuple):
-  """How rows move.
+  """A rule by which a step moves rows.
 
   Attributes:
-    optimizer: moves them.
+    optimizer: moves the rows.
     rate: the learning rate.
-    scale: multiplies the gradients: clipping.
-    decay: a touched row shrinks by `rate · decay`, apart from its gradient (decoupled, as AdamW's). Others do not.
-    key: of stochastic rounding, for bfloat16 rows; None: to the nearest.
-    finite: bool, whether the step counts; in one that does not nothing moves, whatever the gradients hold.
+    scale: multiplies the gradients, to clip them.
+    decay: a touched row shrinks by `rate · decay`, apart from its gradient (decoupled, as AdamW's). Other rows do not.
+    key: the key of stochastic rounding, for bfloat16 rows; None: rounds to the nearest.
+    finite: bool, whether loss and gradients are finite; if not, no row moves, whatever the gradients hold.
   """
 
   optimizer: RowOptimizer
@@ -177,10 +177,10 @@ class MoveRule(NamedTuple):
 def move_rows(
   rows: jax.Array, slots: RowState, gradient: Gradient, rule: MoveRule, width: int | None = None
 ) -> tuple[jax.Array, RowState]:
-  """Moves the touched rows, or all of them: `[G, M / p, p·D]`, with slots `[G, M]` or as the rows.
+  """Moves the touched rows, or all rows: `[G, M / p, p·D]`, with slots `[G, M]` or shaped as the rows.
 
-  `width` is D; it is needed where the gradient is that of all rows and p is not 1. Then a TPU unpacks the rows for the
-  while: tables that a full softmax scores are small.
+  `width` is D; it is needed if all rows have a gradient and p is not 1. A TPU then unpacks the rows meanwhile, which
+  costs little since tables that a full softmax scores are small.
 
   Returns: rows and slots, of the same shapes, dtypes and layouts.
   """
@@ -232,14 +232,17 @@ def move_rows(
 def _in_parts(
   move: Callable[[Kept, jax.Array, jax.Array], Kept], kept: Kept, row: jax.Array, gradient: jax.Array
 ) -> Kept:
-  """`move(kept, row, gradient)`, on CPU for some rows after the other, so that a row is still in its caches and TLB
-  when it is written: XLA:CPU waits for memory with every row that it writes. Ends where the rows do: `NONE` is last."""
+  """Returns `move(kept, row, gradient)`; a CPU moves `_MOVED_AT_ONCE` rows at a time.
+
+  A row is then still in the caches and the TLB when it is written: XLA:CPU waits for memory with every row that it
+  writes. The loop ends after the last real row, since `NONE` comes last.
+  """
   size = min(_MOVED_AT_ONCE, len(row))
   if sharding.platform() != "cpu" or not size:
     return move(kept, row, gradient)
 
   def one(i: jax.Array, kept: Kept) -> Kept:
-    first = jnp.minimum(i * size, len(row) - size)  # the last part reaches back, to rows that have moved
+    first = jnp.minimum(i * size, len(row) - size)  # the last part overlaps rows that have moved
     part, its = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (row, gradient))
     return move(kept, jnp.where(first + jnp.arange(size) < i * size, NONE, part), its)
 
@@ -254,7 +257,7 @@ def move_all_rows(
   rule: MoveRule,
   width: int,
 ) -> tuple[dict[str, jax.Array], dict[str, RowState]]:
-  """Applies `move_rows` to every table, of rows of `width` numbers; each rounds with a key of its own."""
+  """Applies `move_rows` to every table, with rows of `width` numbers; each table rounds with a key of its own."""
   moved = {}
   for name, value in rows.items():
     key = None if rule.key is None else jax.random.fold_in(rule.key, zlib.crc32(name.encode()))
@@ -265,7 +268,7 @@ def move_all_rows(
 def _moved(
   before: jax.Array, slots: RowState, gradient: jax.Array, code: jax.Array, dtype: jnp.dtype, rule: MoveRule
 ) -> tuple[jax.Array, RowState]:
-  """Moves float32 rows `before [..., D]` of the codes `code [...]`, and rounds them to what they are kept in."""
+  """Moves float32 rows `before [..., D]` of the codes `code [...]`, and rounds them to `dtype`."""
   after, slots = rule.optimizer.move(before, slots, gradient * rule.scale, jnp.asarray(rule.rate))
   after = after - rule.rate * rule.decay * before
   if rule.key is None:

@@ -65,19 +65,19 @@ def measure_statistics(
 
 
 def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
-  if isinstance(task, config.Contrast):
+  if not task.has_labels:
     pairs = int(np.sum(batch.slices[name].known))
     sums.labels += pairs
     sums.at_snapshots += 2.0 * pairs  # each slice is asked for the other
     return
   targets = batch.targets[name]
   known = np.asarray(targets.known)
-  events = batch.features.codes.shape[1] if isinstance(task, config.AT_EVENTS) else 0
+  events = batch.features.codes.shape[1] if task.asks_at_events else 0
   sums.labels += int(known.sum())
   sums.at_events += float(targets.weight[:, :events].sum())
   sums.at_snapshots += float(targets.weight[:, events:].sum())
   value, weight = targets.value[known], targets.weight[known].astype(np.float64)
-  form, n = config.answer(task), len(sums.first)
+  form, n = task.answer, len(sums.first)
   if form in ("catalogue", "multiclass"):
     sums.first += np.bincount(value - (2 if form == "catalogue" else 0), weights=weight, minlength=n)
   else:
@@ -88,7 +88,7 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
 
 def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> TaskStatistics:
   weight = sums.at_events + sums.at_snapshots
-  if isinstance(task, config.Contrast):
+  if not task.has_labels:
     slices = weight / max(rows, 1) * size
     return TaskStatistics(weight / max(rows, 1), math.log(slices - 1) if slices > 3 else 1.0)
   constant_loss = _constant_loss(task, sums, weight)
@@ -100,7 +100,7 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
 def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:
   """Entropy of the labels' distribution, or their variance; 1 where it says nothing (no label, or all alike)."""
   share = sums.first / max(weight, 1e-12)
-  form = config.answer(task)
+  form = task.answer
   loss: Any
   if form in ("catalogue", "multiclass"):
     loss = -np.sum(share * np.log(np.where(share > 0, share, 1)))

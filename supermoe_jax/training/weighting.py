@@ -1,14 +1,14 @@
-"""How the tasks' losses are weighed.
+"""Weighs the losses of the tasks.
 
-A weigher gives weights w `[T]`, positive, of sum T, through which no gradient flows. Those of the loss methods depend
-on a state alone, which is what earlier batches taught; so the weight of a task that is present does not depend on which
-others are. A batch without a label of a task leaves the task's part of the state as it was.
+A weigher gives weights w `[T]`, positive, of sum T, through which no gradient flows. The weights of the loss methods
+depend only on a state that earlier batches shaped. So the weight of a task that is present does not depend on which
+other tasks are present. A batch without a label of a task leaves the task's part of the state unchanged.
 
-The gradient methods (`pcgrad`, `cagrad`) find the weights from the inner products of the tasks' gradients at the
-representation instead of at all shared parameters: an approximation that costs T passes through the heads rather than T
-through the model.
+The gradient methods (`pcgrad`, `cagrad`) find the weights from the inner products of the tasks' gradients. They take
+the gradients at the representation instead of at all shared parameters: an approximation that costs T passes through
+the heads rather than T through the model.
 
-Shapes: T tasks, in the order of their names.
+Shapes: T tasks, in the order of their names. For the symbols a, b, δ, ω, ℓ and L^ see `losses`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from supermoe_jax import config
 
 State = dict[str, Any]
 
-# Steps of the inner problem of CAGrad; it is convex in T weights, and each step costs T² products.
+# Steps that solve CAGrad's inner problem; it is convex in T weights, and each step costs T² products.
 CAGRAD_STEPS = 200
 
 
 class WeightInputs(NamedTuple):
-  """What the weights may depend on besides the state.
+  """The inputs of the weights, apart from the state.
 
   Attributes:
-    present: bool `[T]`, a.
-    gram: float32 `[T, T]`, inner products of gradients, for a weigher that needs them.
-    key: of random orders.
+    present: bool `[T]`, a: whether the batch has a label of the task.
+    gram: float32 `[T, T]`, inner products of the tasks' gradients, for a weigher that needs them; else None.
+    key: the key of random orders.
   """
 
   present: jax.Array
@@ -45,13 +45,13 @@ class WeightInputs(NamedTuple):
 
 
 class ObservedLosses(NamedTuple):
-  """What a step teaches.
+  """The losses of a step, from which a weigher learns.
 
   Attributes:
-    present: bool `[T]`, a.
-    total, labels: float32 `[T]`, Σ δωℓ over b, and Σ δω.
-    after: float32 `[T]`, mean loss of a label over b after the step, on the same batch, for a weigher that needs it;
-      else None.
+    present: bool `[T]`, a: whether the batch has a label of the task.
+    total, labels: float32 `[T]`, Σ δωℓ / b, and Σ δω.
+    after: float32 `[T]`, mean loss of a label, divided by b, on the same batch after the step, for a weigher that needs
+      it; else None.
   """
 
   present: jax.Array
@@ -61,7 +61,7 @@ class ObservedLosses(NamedTuple):
 
   @property
   def mean(self) -> jax.Array:
-    """Mean loss of a label over b, `[T]`; 0 for the absent."""
+    """Returns the mean loss of a label, divided by b, `[T]`; 0 for absent tasks."""
     return jnp.where(self.present, self.total / jnp.where(self.present, self.labels, 1.0), 0.0)
 
 
@@ -71,14 +71,14 @@ def _sum_to_tasks(share: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Weigher:
-  """Fixed weights in the proportion of `prior`; the others are subclasses."""
+  """A weigher with fixed weights in the proportion of `prior`; the other weighers are subclasses."""
 
   prior: tuple[float, ...]
   needs_gram: ClassVar[bool] = False
   needs_after: ClassVar[bool] = False
 
   def initial(self) -> State:
-    """The state before the first step; numbers of the config stand in it, so that a program is good for all of them."""
+    """Returns the state before the first step; it holds the config's numbers, so that one program serves them all."""
     return {"prior": jnp.array(self.prior, jnp.float32)}
 
   def weights(self, state: State, observed: WeightInputs) -> jax.Array:
@@ -94,12 +94,12 @@ class Weigher:
 
 @dataclasses.dataclass(frozen=True)
 class _Learned(Weigher):
-  """Log weights `[T]` moved by Adam, task by task, so that an absent task's moments stay as they are."""
+  """A weigher whose log weights `[T]` Adam moves, task by task, so that an absent task's moments stay as they are."""
 
   learning_rate: float = 0.025
 
   def initial(self) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     zero = jnp.zeros(len(self.prior))
     return {**super().initial(), "log": zero, "adam": jax.vmap(self._adam.init)(zero)}
 
@@ -115,8 +115,9 @@ class _Learned(Weigher):
 
 @dataclasses.dataclass(frozen=True)
 class Uncertainty(_Learned):
-  """Precisions `exp(-s)` learned by descent on `Σ a (exp(-s) L^ + s)`; masked, regulariser and all, for the absent.
+  """A weigher with precisions `exp(-s)`, learned by descent on `Σ a (exp(-s) L^ + s)`.
 
+  An absent task is masked, its regulariser included.
   Source: homoscedastic uncertainty, arXiv 1705.07115; here the weights are scaled to sum T.
   """
 
@@ -132,16 +133,17 @@ class Uncertainty(_Learned):
 
 @dataclasses.dataclass(frozen=True)
 class Famo(_Learned):
-  """Weights `softmax(ξ) / L^`, ξ moved so that all log losses fall alike; looks at each batch again after its step.
+  """A weigher with weights `softmax(ξ) / L^`; ξ moves so that all log losses fall alike.
 
-  Source: FAMO, arXiv 2306.03792. There losses are those of the batch; here an absent task keeps its last one.
+  It measures the loss of each batch again after the step.
+  Source: FAMO, arXiv 2306.03792. FAMO takes the losses of the batch; here an absent task keeps its last loss.
   """
 
   needs_after: ClassVar[bool] = True
   weight_decay: float = 1e-3
 
   def initial(self) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return {**super().initial(), "last": jnp.ones(len(self.prior))}
 
   def weights(self, state: State, observed: WeightInputs) -> jax.Array:
@@ -162,7 +164,9 @@ class Famo(_Learned):
 
 @dataclasses.dataclass(frozen=True)
 class Dwa(Weigher):
-  """Weights `softmax(ratio / temperature)` of each loss' ratio over its last two windows: what falls slowly gets more.
+  """A weigher with weights `softmax(ratio / temperature)`, where ratio is a task's last mean loss over the one before.
+
+  The means are taken over windows. A loss that falls slowly gets more weight.
 
   A window holds `window` steps in which the task was present.
   Source: dynamic weight average, arXiv 1803.10704, which averages over epochs.
@@ -172,7 +176,7 @@ class Dwa(Weigher):
   temperature: float = 2.0
 
   def initial(self) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     zero = jnp.zeros(len(self.prior))
     moving = dict.fromkeys(("steps", "total", "count", "last", "before"), zero)
     return {**super().initial(), **moving}
@@ -202,20 +206,21 @@ class Dwa(Weigher):
 
 @dataclasses.dataclass(frozen=True)
 class SeesawWeights(Weigher):
-  """Most to the task furthest behind what it could reach alone: `w ∝ softmax(log π + r/μ) / avg`, `r = log(avg/R)`.
+  """A weigher that gives most to the task furthest behind the loss that it could reach alone.
 
-  avg is a moving average of the task's loss, weighted by its labels; R what a model of that task alone reaches, or avg
-  when the task's warm-up ends. Large μ is plain log-loss balancing; at μ = 1 the average cancels and the weights are
-  fixed, π/R; μ → 0 serves the worst task only. This project's own.
+  `w ∝ softmax(log π + r/μ) / avg`, `r = log(avg/R)`. avg is a moving average of the task's loss, weighted by its
+  labels. R is the loss that a model of that task alone reaches; if it is not given, R is avg when the task's warm-up
+  ends. Large μ is plain log-loss balancing; at μ = 1 the average cancels and the weights are fixed, π/R; μ → 0 serves
+  the worst task only. The method is this project's own.
   """
 
   references: tuple[float, ...] = ()  # 0: not given
   decay: float = 0.98
-  mu: float = 1.0  # of .3, 1 and 3 the best on validation in the study of `experiments/seesaw_simulated.py`
+  mu: float = 1.0  # the best of .3, 1 and 3 on validation, in `experiments/seesaw_simulated.py`
   warmup_steps: int = 50
 
   def initial(self) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     zero = jnp.zeros(len(self.prior))
     moving = dict.fromkeys(("total", "count", "steps"), zero)
     return {**super().initial(), **moving, "reference": jnp.array(self.references, jnp.float32)}
@@ -230,7 +235,7 @@ class SeesawWeights(Weigher):
     return _sum_to_tasks(share / average)
 
   def average(self, state: State) -> jax.Array:
-    """The moving average of each loss over b, `[T]`; 1, the constant predictor's, before the first label."""
+    """Returns the moving average of each loss, divided by b, `[T]`; before the first label 1, a constant's loss."""
     seen = state["count"] > 0
     return jnp.where(seen, jnp.maximum(state["total"] / jnp.where(seen, state["count"], 1.0), 1e-6), 1.0)
 
@@ -249,9 +254,10 @@ class SeesawWeights(Weigher):
 
 @dataclasses.dataclass(frozen=True)
 class PcGrad(Weigher):
-  """Each task's gradient loses what opposes another's, others in random order; w are the sum's coefficients.
+  """A weigher that removes from each task's gradient the parts that oppose other tasks' gradients, in random order.
 
-  `orders` are numbers of the tasks' names, so that the order is the same however the tasks are listed.
+  w are the coefficients of the sum of the gradients. `orders` holds a number made from each task's name, so that the
+  order is the same however the tasks are listed.
   Source: gradient surgery, arXiv 2001.06782.
   """
 
@@ -266,7 +272,7 @@ class PcGrad(Weigher):
     length = jnp.diagonal(gram)
 
     def place(i: int) -> jax.Array:
-      """When task i projects on each of the others."""
+      """Returns a random number for each task: task i projects on the others in the order of these numbers."""
       key = jax.random.fold_in(observed.key, self.orders[i])
       return jnp.stack([jax.random.uniform(jax.random.fold_in(key, o)) for o in self.orders])
 
@@ -287,9 +293,9 @@ class PcGrad(Weigher):
 
 @dataclasses.dataclass(frozen=True)
 class CaGrad(Weigher):
-  """The direction within `c` of the mean gradient whose worst agreement with a task is largest.
+  """A weigher that finds the direction within `c` of the mean gradient whose worst agreement with a task is largest.
 
-  Source: conflict-averse gradient descent, arXiv 2110.14048; the inner problem by exponentiated gradient.
+  Source: conflict-averse gradient descent, arXiv 2110.14048; exponentiated gradient solves the inner problem.
   """
 
   needs_gram: ClassVar[bool] = True
@@ -324,7 +330,7 @@ class CaGrad(Weigher):
       return log - rate * slope, best, least
 
     start = jnp.zeros(len(self.prior))
-    # The problem has a kink where gradients cancel, which steps jump over: the best point seen is the answer.
+    # The problem has a kink where gradients cancel, and steps jump over it: the best point seen is the answer.
     _, w, _ = jax.lax.fori_loop(0, CAGRAD_STEPS, descend, (start, spread(start), jnp.float32(jnp.inf)))
     toward = radius / length(w)
     # A task without a gradient at the representation (a contrast) keeps the weight of the mean.
@@ -333,14 +339,14 @@ class CaGrad(Weigher):
 
 
 def _sum_to_present(w: jax.Array, present: jax.Array) -> jax.Array:
-  """Scales weights to mean 1 over the tasks present; 1 for the others, which have no term anyway."""
+  """Scales weights to mean 1 over the tasks present; absent tasks, which have no term in the loss, get 1."""
   w = jnp.where(present, w, 0.0)
   total = jnp.sum(w)
   return jnp.where(present, w * jnp.sum(present) / jnp.where(total > 0, total, 1.0), 1.0)
 
 
 def make_weigher(settings: config.Weighting, tasks: Mapping[str, config.Task]) -> Weigher:
-  """Returns the weigher of a config for these tasks, in their order."""
+  """Returns the weigher of a config for `tasks`, in their order."""
   prior = tuple(task.weight for task in tasks.values())
   equal = (1.0,) * len(tasks)
   if settings.method == "uncertainty":

@@ -301,7 +301,7 @@ def test_the_config_of_a_simulation_is_valid_and_splits_users_alike(tmp_path: pa
   simulator.simulate(SMALL, folder)
   cfg = config.resolve(simulator.simulation_config(folder))
   assert list(cfg.tasks) == [*(t.name for t in TASKS), "next_item"]
-  assert [config.answer(cfg.tasks[n]) for n in ("full", "kind", "value")] == ["binary", "multiclass", "regression"]
+  assert [cfg.tasks[n].answer for n in ("full", "kind", "value")] == ["binary", "multiclass", "regression"]
   split = [user_split(u, cfg.data.split) for u in drawn[1].user_id]
   assert split == drawn[1].split.tolist()
   start, end = config.parse_time("2021-01-01", ""), config.parse_time(cfg.data.split.log_end, "")

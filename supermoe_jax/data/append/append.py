@@ -1,12 +1,12 @@
-"""New events for a dataset: the records of their users are written anew, all others stay where they are.
+"""Adds new events to a prepared dataset: rewrites the records of users with new events and keeps all other records.
 
-What a record says is what preparing all files at once would have given, but for the encoding, which stays as it is so
-that models stay of use: no code changes its meaning, and numbers and aggregates keep their statistics. New values of a
-vocabulary follow the old ones, if they are as frequent in the new training events as fitting asks; the events of other
-users, that had such a value when it was out of vocabulary, keep that code.
+A rewritten record is what preparing all files at once would have given, except for the encoding. The encoding stays, so
+that trained models remain usable: no code changes its meaning, and numbers and aggregates keep their statistics. A new
+value is added behind the old ones of its vocabulary if it is frequent enough in the new training events, by the rule of
+fitting. An earlier event with such a value keeps the out-of-vocabulary code.
 
-When the log's end moves, labels that were not wholly observed may be now, also of other users. Then their records are
-looked at, and those that come out different are written anew too.
+When the log's end moves, labels that were not wholly observed before may be observed now, for other users too. Then
+their records are made again, and each record that differs is rewritten.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.preparation.write_shards import RecordMaker
 from supermoe_jax.data.reading import readers
-from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import Calendar
+from supermoe_jax.data.tasks.calendar import Calendar, log_end, make_calendar
 from supermoe_jax.errors import DataError
 
-LOOKED_AT = 4096  # users at a time
-SHOWN_VALUES = 20  # of those that a vocabulary gained, in the manifest
+LOOKED_AT = 4096  # users that are read and made again at a time
+SHOWN_VALUES = 20  # new values of a vocabulary that the manifest lists
 
 
 def append(
@@ -60,25 +59,25 @@ def append(
 ) -> dict[str, Any]:
   """Adds the events of new files to the dataset at `path` and returns its manifest.
 
-  Until all is written the dataset stays as it was.
+  The dataset stays unchanged until everything is written.
 
   Args:
     path: the dataset directory.
-    files: paths or globs of new files, of each source that has any; None: the files that the dataset's patterns match
-      by now and that it was not prepared from.
-    keep_vocabularies: gives no new value a code.
-    memory: DuckDB's budget; empty: that of the dataset's config.
-    say: is told what is done.
+    files: source → paths or globs of its new files. None: all files that match the dataset's patterns now and that the
+      dataset was not prepared from.
+    keep_vocabularies: adds no new value to a vocabulary.
+    memory: DuckDB's memory budget; empty: the budget of the dataset's config.
+    say: receives progress messages.
 
   Raises:
     DataError: the dataset or the files cannot be used, or there is nothing to append.
-    ConfigError: a source has another name.
+    ConfigError: the dataset has no source of a given name.
   """
   atomic_files.restore(path, manifest_lib.KIND)
-  Dataset(path)  # raises where there is none
+  Dataset(path)  # raises if there is no dataset
   try:
     with atomic_files.replacing_directory(path) as work:
-      dataset = Dataset(path)  # no other process can replace it any more
+      dataset = Dataset(path)  # opened again: from here on no other process can replace it
       cfg, part = new_files.append_configs(dataset, files, memory)
       for file in (items := new_files.changed_items(dataset, part)):
         say(f"{file} has changed: new events are joined to it as it is now, earlier ones keep what they had")
@@ -89,7 +88,7 @@ def append(
 
 
 class _Append:
-  """One run; `work` becomes the dataset."""
+  """One run of `append`; the directory `work` replaces the dataset at the end."""
 
   def __init__(
     self,
@@ -110,7 +109,7 @@ class _Append:
     self._repeats, self._new_users = combined_counts.RepeatCounts(cfg.data), 0
 
   def run(self) -> dict[str, Any]:
-    """Does it."""
+    """Merges the new events, writes the new dataset into `work` and returns its manifest."""
     before, cfg = self._dataset.encoders, self._cfg
     with self._log as log:
       grown = merge_histories.provisional(before, log)
@@ -123,7 +122,7 @@ class _Append:
       covered = merge_histories.CodeCounts(extension.encoders, self._extra_columns)
       whom = changed_labels.users_with_changed_labels(cfg.data.split, cfg.labelled_tasks, then, now)
       tally = new.tally()
-      if not whom.everyone:  # else all are counted anew, those too whose records stay: there may be snapshots they lack
+      if not whom.everyone:  # else every record is counted anew: new snapshots may change counts, but not the record
         tally.merge(self._dataset.manifest["tally"])
       with RewrittenShards(self._work / shard_files.DIRECTORY, self._dataset.records) as written:
         for file in merged:
@@ -142,7 +141,10 @@ class _Append:
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
 
   def _merge(self, grown: Encoders, counts: merge_histories.CodeCounts) -> Iterator[pathlib.Path]:
-    """Yields the files of some users' earlier histories (None if all are new) and merged ones, in provisional codes."""
+    """Yields files, each with the earlier and the merged histories of some users, in provisional codes.
+
+    A file is a pickled pair of `UserBlock`s. The first one is None if all these users are new.
+    """
     log, path = self._log, self._dataset.path / USERS
     found = log.arrow(
       'SELECT u."user", p.record FROM ordered_users u '
@@ -151,7 +153,7 @@ class _Append:
     place = found["record"].fill_null(-1).to_numpy()
     self._new_users, done = int(np.sum(place < 0)), 0
     n_codes, numbers = len(grown.categorical) + len(self._extra_columns), list(grown.numeric.values())
-    # Few at a time: the earlier histories of users with little that is new may be long.
+    # Few users at a time: a user with few new events may have a long earlier history.
     count = -(-log.counts["users"] // LOOKED_AT)
     with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:
       for index, users, rows in log.shards(grown, count):
@@ -172,32 +174,32 @@ class _Append:
         bar.update(rows.num_rows)
 
   def _histories(self, contents: Sequence[bytes]) -> UserBlock:
-    """The histories in records."""
+    """Returns the histories of users from their records."""
     return histories.end_to_end([self._dataset.history(self._dataset.decode(content)) for content in contents])
 
   def _labels(self, users: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: prepare.of_users(known, users) for name, known in self._user_labels.items()}
 
   def _forget(self, old: RecordMaker, earlier: UserBlock, tally: RecordCounts) -> None:
-    """Takes records out of the tally."""
+    """Subtracts the records of earlier histories from the tally."""
     gone = old.tally()
     old.count(earlier, self._labels(earlier.users), gone)
     tally.merge(gone.state, sign=-1)
 
   def _times(self) -> tuple[int, int]:
-    """The first and the last event's time, of the dataset and the new events."""
+    """Returns the times of the first and the last event of the dataset and the new events together."""
     manifest = self._dataset.manifest
     first, last = manifest["first_event_microseconds"], manifest["last_event_microseconds"]
     return min(first, self._log.start), max(last, self._log.end)
 
   def _calendars(self) -> tuple[Calendar | None, Calendar | None]:
-    """The calendar of the dataset, and the one with the new events."""
+    """Returns the calendars of the dataset before and after the new events; None for a leave-one-out split."""
     split, manifest = self._cfg.data.split, self._dataset.manifest
     if split.mode == "leave_one_out":
       return None, None
     first, last = self._times()
-    then = labels.calendar(split, manifest["first_event_microseconds"], manifest["observed_until_microseconds"])
-    return then, labels.calendar(split, first, labels.log_end(split, last))
+    then = make_calendar(split, manifest["first_event_microseconds"], manifest["observed_until_microseconds"])
+    return then, make_calendar(split, first, log_end(split, last))
 
   def _look_at_others(
     self,
@@ -207,8 +209,7 @@ class _Append:
     tally: RecordCounts,
     written: RewrittenShards,
   ) -> None:
-    """Counts the records of users without new events whom another calendar concerns, and writes those that come out
-    different."""
+    """Recounts users without new events whose labels may have changed, and rewrites the records that differ."""
     if not whom.everyone and whom.since is None:
       return
     known = read_users(self._dataset.path)
@@ -233,7 +234,7 @@ class _Append:
   def _describe(
     self, log: EventLog, extension: merge_histories.ExtendedEncoders, touched: int, written: RewrittenShards
   ) -> dict[str, Any]:
-    """What the manifest says of this append."""
+    """Returns the manifest's entry for this append."""
     values = {
       name: {"added": len(added), "first": added[:SHOWN_VALUES], "left_out": extension.left_out[name]}
       for name, added in extension.added.items()
@@ -267,7 +268,7 @@ class _Append:
     written: RewrittenShards,
     appended: Mapping[str, Any],
   ) -> dict[str, Any]:
-    """Writes all but the records, links the shards that stay, and returns the manifest."""
+    """Writes everything except the records, links the shards that stay, and returns the manifest."""
     before, cfg = self._dataset.manifest, self._cfg
     for name in before["shards"]:
       _link(self._dataset.path / shard_files.DIRECTORY / name, self._work / shard_files.DIRECTORY / name)
@@ -277,7 +278,7 @@ class _Append:
     encoders.save(self._work / "encoders")
     self._write_users(written)
     first, last = self._times()
-    until = labels.log_end(cfg.data.split, last)
+    until = log_end(cfg.data.split, last)
     counts = combined_counts.combined_reading(
       before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop"
     )
@@ -303,7 +304,7 @@ class _Append:
     return integrity.write_manifest(self._work, manifest)
 
   def _write_users(self, written: RewrittenShards) -> None:
-    """The table of users: who was written anew has a new place, all are in the order of their hashes."""
+    """Writes the table of users in the order of their hashes, with the new record places of rewritten users."""
     rows = pa.table(
       {
         "user": pa.array(written.users, pa.string()),
@@ -322,7 +323,7 @@ class _Append:
 
 
 def _link(file: pathlib.Path, new: pathlib.Path) -> None:
-  """Gives a file a second name, or copies it where the file system knows no such thing."""
+  """Hard-links a file to `new`, or copies it where the file system has no hard links."""
   try:
     os.link(file, new)
   except OSError:

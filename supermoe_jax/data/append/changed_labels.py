@@ -1,4 +1,4 @@
-"""Whose labels may change when a log goes on: what was not wholly observed may be now."""
+"""Finds users whose labels may change when a log grows: a label window may be wholly observed only now."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.splits import TRAIN
-from supermoe_jax.data.tasks.labels import Calendar
+from supermoe_jax.data.tasks.calendar import Calendar
 
 
 class ChangedUsers(NamedTuple):
-  """The users without new events whose labels may be others by now.
+  """Users without new events whose labels may have changed.
 
   Attributes:
-    everyone: all of them.
-    since: only those with an event at or after this microsecond, which no period held before; None: nobody.
+    everyone: whether these are all users without new events.
+    since: else, the microsecond where an observed period ended before: these are the users with an event at or after
+      it; None: no user.
   """
 
   everyone: bool
@@ -27,19 +28,22 @@ class ChangedUsers(NamedTuple):
 def users_with_changed_labels(
   split: config.Split, tasks: Mapping[str, config.LabelledTask], then: Calendar | None, now: Calendar | None
 ) -> ChangedUsers:
-  """Says whom another calendar concerns; None stands for leave one out, where a user's own events decide."""
+  """Returns the users whose labels may change when the calendar changes from `then` to `now`.
+
+  None stands for a leave-one-out split, whose snapshots depend on a user's own events only.
+  """
   if then is None or now is None:
     return ChangedUsers(False, None)
   if not np.array_equal(then.snapshots, now.snapshots):
     return ChangedUsers(True, None)
-  horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
+  horizons = [t.horizon for t in tasks.values() if t.horizon is not None]
   since = []
   for index, (before, after) in enumerate(zip(then.observed_until, now.observed_until, strict=True)):
     if before == after:
       continue
     since.append(before)
     if split.snapshots != "calendar" and (split.mode == "user" or index == TRAIN):
-      return ChangedUsers(True, None)  # snapshots of the users' own, anywhere
+      return ChangedUsers(True, None)  # users' own snapshots may lie anywhere
     shared = then.snapshots if split.mode == "user" else then.snapshots[then.split == index]
     for days in horizons:
       end = shared + int(days * config.MICROSECONDS_PER_DAY)

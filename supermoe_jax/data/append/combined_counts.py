@@ -1,4 +1,4 @@
-"""What the manifest counts, of a dataset's earlier events and new ones together."""
+"""Combines the manifest's counts of a dataset's earlier events with the counts of the new events."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from supermoe_jax.data.preparation.record_counts import RecordCounts
 
 
 class RepeatCounts:
-  """How many new events repeat earlier ones.
+  """Counts of new events that repeat earlier events.
 
   Attributes:
-    by_source: of each source.
-    nulls: of each field how many of them do not carry it, though their source does.
+    by_source: source → the number of its repeats.
+    nulls: field → the number of repeats without a value of the field, though their source carries the field.
   """
 
   def __init__(self, data: config.Data):
@@ -30,11 +30,11 @@ class RepeatCounts:
 
   @property
   def total(self) -> int:
-    """Of all sources."""
+    """Returns the number of repeats of all sources."""
     return sum(self.by_source.values())
 
   def add(self, found: merge_histories.Repeats) -> None:
-    """Counts more of them."""
+    """Adds repeats to the counts."""
     sources = list(self._data.sources)
     for index, name in enumerate(sources):
       self.by_source[name] += int(np.sum(found.source == index))
@@ -48,7 +48,7 @@ class RepeatCounts:
 def combined_reading(
   before: Mapping[str, Any], new: Mapping[str, Any], tally: RecordCounts, repeats: RepeatCounts, dropped: bool
 ) -> dict[str, Any]:
-  """The counts of what was read, of all files together; with `dropped` the repeats were left out."""
+  """Returns the manifest's counts of reading for all files together; `dropped`: repeats were left out."""
   out = dict(before)
   for key in ("rows_read", "duplicate_rows"):
     out[key] = before[key] + new[key]
@@ -89,7 +89,7 @@ def combined_coverage(
   log: EventLog,
   fields: Mapping[str, config.Field],
 ) -> dict[str, Any]:
-  """How well the encoders cover all events, from how they covered the earlier ones and the difference."""
+  """Returns how well the encoders cover all events, from the coverage of the earlier events and the difference."""
   out = {}
   for name, encoder in encoders.categorical.items():
     facts = dict(before[name])
@@ -102,7 +102,7 @@ def combined_coverage(
         values = facts[f"values_{when}"] + int(counts[UNKNOWN:].sum())
         facts |= fitting.share_outside(when, values, facts[f"outside_{when}"] + int(counts[outside].sum()))
     if encoder.buckets and covered.training[name].any():
-      facts |= {"values": None, "colliding": None}  # which values were hashed before is not known any more
+      facts |= {"values": None, "colliding": None}  # nothing records which values were hashed before
     if fields[name].many:
       facts["values_cut"] += log.facts.fields[name].cut
     out[name] = facts

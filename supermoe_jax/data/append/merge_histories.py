@@ -1,7 +1,7 @@
-"""Users' earlier events and new ones made one history, and what that brings to the vocabularies.
+"""Merges users' earlier and new events into one history, and adds frequent new values to the vocabularies.
 
-While histories are merged, every new value of a vocabulary has a code of its own, which follows those that are known:
-which of them are frequent enough in training shows only then. `Extension` says what becomes of these codes.
+During the merge every new value of a vocabulary has a provisional code behind the known codes, since only the merged
+histories show which values are frequent enough in training. `ExtendedEncoders` maps provisional to final codes.
 
 Shapes: U users, N events, F columns of codes.
 """
@@ -22,7 +22,7 @@ from supermoe_jax.data.preparation.event_log import EventLog
 
 
 class Repeats(NamedTuple):
-  """New events that repeat an earlier one of the user in time, source and every field.
+  """New events that repeat an earlier event of the user in time, source and every field.
 
   Attributes:
     source: int32 `[R]`.
@@ -36,17 +36,17 @@ class Repeats(NamedTuple):
 
 
 def merge_histories(old: UserBlock, new: UserBlock, encoders: Encoders, data: config.Data) -> tuple[UserBlock, Repeats]:
-  """Returns the histories of the users of `new`, with their earlier events, and what is repeated in them.
+  """Returns the histories of the users of `new` with their earlier events, and the new events that are repeats.
 
-  Of events at equal times those of earlier sources come first, as when all files are read at once, and of one source
-  the earlier events. Repeats are left out if the config says so. Values that are not known any more, those that are out
-  of vocabulary or hashed and lists that may have been cut, are never taken to be equal.
+  Events at equal times are ordered by source, as when all files are read at once; within a source earlier events come
+  first. Repeats are left out if the config asks for it. Values that a code does not determine never count as equal:
+  values out of vocabulary, hashed values, and lists that may have been cut.
 
   Args:
-    old: the earlier histories of some of the users, in the order that they have in `new`.
+    old: the earlier histories of some of the users, in the order that the users have in `new`.
     new: the new events.
-    encoders: those that gave both their codes.
-    data: says which events lie in training, and whether new events that are repeats are left out.
+    encoders: the encoders that gave the codes of both.
+    data: decides which events lie in training, and whether repeats are left out.
   """
   place = {user: i for i, user in enumerate(new.users)}
   user = np.concatenate([np.array([place[u] for u in old.users], np.int64)[old.owner], new.owner])
@@ -54,9 +54,9 @@ def merge_histories(old: UserBlock, new: UserBlock, encoders: Encoders, data: co
     np.concatenate([getattr(old, part), getattr(new, part)]) for part in ("time", "source", "codes", "numeric")
   )
   is_new = np.repeat([False, True], [len(old.time), len(new.time)])
-  order = np.lexsort((is_new, source, time, user))  # stable: what is equal in all keeps its order
+  order = np.lexsort((is_new, source, time, user))  # stable: equal events keep their order
   user, time, source, codes, numeric, is_new = (a[order] for a in (user, time, source, codes, numeric, is_new))
-  # Fields of the table of users do not matter: all events of a user have the same, though it may have got a code since.
+  # Fields of the user table are ignored: they are equal in all events of a user, but a value may have got a code since.
   own = [data.fields[name].table == "events" for name in (*encoders.categorical, *data.extra_value_fields)]
   repeats = _repeats(user, time, source, codes[:, own], numeric, is_new, _comparable(codes, encoders, data))
   found = Repeats(source[repeats], codes[repeats], numeric[repeats])
@@ -68,7 +68,7 @@ def merge_histories(old: UserBlock, new: UserBlock, encoders: Encoders, data: co
 
 
 def _comparable(codes: np.ndarray, encoders: Encoders, data: config.Data) -> np.ndarray:
-  """Whether the codes of each event tell all its values, those of the table of users left out: bool `[N]`."""
+  """Returns whether each event's codes determine all its values, user table fields aside: bool `[N]`."""
   fields, out = [*encoders.categorical, *data.extra_value_fields], np.ones(len(codes), bool)
   for name, encoder in encoders.categorical.items():
     if data.fields[name].table == "users":
@@ -80,12 +80,12 @@ def _comparable(codes: np.ndarray, encoders: Encoders, data: config.Data) -> np.
     ):
       out &= (codes[:, columns] < encoder.n_codes - encoder.buckets).all(axis=1)
     if data.fields[name].many:
-      out &= codes[:, columns[-1]] == ABSENT  # else the list may go on
+      out &= codes[:, columns[-1]] == ABSENT  # else the list may have been cut
   return out
 
 
 def _same_values(data: config.Data, one: str, other: str) -> bool:
-  """Whether two fields have the values of one column."""
+  """Returns whether two fields have the values of the same column."""
   a, b = (
     (f.column or n, f.table, f.sources, f.many, f.separator) for n, f in ((n, data.fields[n]) for n in (one, other))
   )
@@ -101,9 +101,9 @@ def _repeats(
   is_new: np.ndarray,
   comparable: np.ndarray,
 ) -> np.ndarray:
-  """Whether each event is the first new one that equals earlier ones: bool `[N]`; users and times are sorted.
+  """Returns a mask of new events that equal an earlier event: bool `[N]`; events are sorted by user and time.
 
-  New events that equal each other are counted, and dropped, where the new files are read.
+  Of several equal new events only the first is marked: reading the new files counts, and drops, the others.
   """
   tied = np.zeros(len(user) + 1, bool)
   tied[1:-1] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
@@ -120,7 +120,7 @@ def _repeats(
 
 
 def training_events(block: UserBlock, split: config.Split) -> np.ndarray:
-  """How many of each user's events lie in training: int64 `[U]`."""
+  """Returns the number of each user's events in training: int64 `[U]`."""
   lengths, everyone = block.lengths, np.arange(len(block.users))
   if split.mode == "leave_one_out":
     return np.where(lengths < 3, lengths, lengths - 2)
@@ -133,7 +133,10 @@ def training_events(block: UserBlock, split: config.Split) -> np.ndarray:
 
 
 def provisional(encoders: Encoders, log: EventLog) -> Encoders:
-  """The encoders with a code for every value of a new log; a vocabulary with buckets has one for any value already."""
+  """Returns the encoders with a provisional code for every value of a new log.
+
+  A vocabulary with buckets stays as it is: it has a code for any value.
+  """
   grown: dict[str, Categorical] = {}
   for name, encoder in encoders.categorical.items():
     if isinstance(encoder, Vocabulary) and not encoder.buckets:
@@ -146,21 +149,21 @@ def provisional(encoders: Encoders, log: EventLog) -> Encoders:
 
 
 class CodeCounts:
-  """How often codes occur: of each categorical field among all events and among those of training.
+  """Counts of the codes of each categorical field, among all events and among training events.
 
   Attributes:
-    all: int64 `[codes]` of each field.
-    training: the same, of the events in training.
+    all: field → int64 `[codes]`, counts among all events.
+    training: field → int64 `[codes]`, counts among training events.
   """
 
   def __init__(self, encoders: Encoders, extra_columns: Sequence[str]):
-    """`extra_columns` are the fields of the further columns of codes."""
+    """Starts at 0; `extra_columns` names the fields of the code columns behind one column of each field."""
     self._fields = [*encoders.categorical, *extra_columns]
     self.all = {n: np.zeros(e.n_codes, np.int64) for n, e in encoders.categorical.items()}
     self.training = {n: np.zeros(e.n_codes, np.int64) for n, e in encoders.categorical.items()}
 
   def add(self, block: UserBlock, sign: int = 1) -> None:
-    """Counts the events of users; with `sign` -1 takes them away."""
+    """Adds the events of users to the counts, or subtracts them with `sign` -1."""
     training = np.arange(len(block.time)) - block.offsets[block.owner] < block.n_train[block.owner]
     for column, name in enumerate(self._fields):
       codes = block.codes[:, column]
@@ -170,13 +173,14 @@ class CodeCounts:
 
 @dataclasses.dataclass(frozen=True)
 class ExtendedEncoders:
-  """The encoders after new events, and what became of the provisional codes.
+  """Encoders extended by new events, and the map from provisional to final codes.
 
   Attributes:
-    encoders: with the new values that were frequent enough, behind those that were known.
-    final: of each field with a vocabulary, the code that each provisional code becomes: int32 `[codes]`.
-    added: of each such field the new values that have a code now, most frequent first.
-    left_out: how many new values in training have none, for want of `min_count` or room.
+    encoders: the encoders with the new values that were frequent enough, behind the known values.
+    final: for each field with a vocabulary, the final code of each provisional code: int32 `[codes]`.
+    added: for each such field, the new values that received a code, most frequent first.
+    left_out: for each such field, the number of new training values without a code, because they occur less than
+      `min_count` times or the vocabulary has no room.
   """
 
   encoders: Encoders
@@ -185,7 +189,7 @@ class ExtendedEncoders:
   left_out: Mapping[str, int]
 
   def apply(self, block: UserBlock, extra_columns: Sequence[str]) -> UserBlock:
-    """A block with the final codes for the provisional ones."""
+    """Returns the block with final codes in place of the provisional ones."""
     codes = block.codes.copy()
     for column, name in enumerate([*self.encoders.categorical, *extra_columns]):
       if name in self.final:
@@ -196,19 +200,19 @@ class ExtendedEncoders:
 def extend_encoders(
   before: Encoders, grown: Encoders, counts: CodeCounts, data: config.Data, *, keep: bool
 ) -> ExtendedEncoders:
-  """Takes the new values that are frequent enough into the vocabularies; with `keep` none.
+  """Adds new values that are frequent enough to the vocabularies, and returns the extended encoders.
 
   The rule is that of fitting: at least `min_count` times in training, most frequent first, ties by value, `size` values
-  in all. Codes that there were never change, nor what aggregates count: a field of which they count every value, for it
-  has fewer than `aggregates.top_values`, gets no more. Nor does a vocabulary that fields share: each has seen other
-  values.
+  in all. Existing codes never change. Two kinds of vocabularies receive no new values: one with fewer values than
+  `aggregates.top_values`, since aggregates count each of its values and must not change; and one that fields share,
+  since each of these fields has seen other values.
 
   Args:
-    before: the encoders that there were.
-    grown: the provisional ones.
-    counts: by provisional code, what the new events add to training.
-    data: of the config.
-    keep: leaves the vocabularies as they are.
+    before: the dataset's encoders.
+    grown: the provisional encoders.
+    counts: the counts, by provisional code, that the new events add.
+    data: the data section of the config.
+    keep: adds no value to a vocabulary.
   """
   categorical: dict[str, Categorical] = {}
   final, added, left_out = {}, {}, {}

@@ -1,4 +1,4 @@
-"""Which files are new to a dataset, and what the config says of them."""
+"""Finds the files that are new to a dataset, and makes the configs that read them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from supermoe_jax.errors import ConfigError, DataError, nearest
 
 
 def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[str]]:
-  """The files of each source from arguments `SOURCE=FILE`; of a dataset with one source `FILE` alone will do.
+  """Returns the files of each source from arguments `SOURCE=FILE`, or just `FILE` if the dataset has one source.
 
   Raises:
-    ConfigError: an argument names no source, and there are several.
+    ConfigError: an argument names no source, and the dataset has several.
   """
   sources = list(Dataset(path).config.data.sources)
   out: dict[str, list[str]] = {}
@@ -33,16 +33,16 @@ def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[
 def append_configs(
   dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str
 ) -> tuple[config.Config, config.Data]:
-  """The config of the dataset with the new files, and the data section of these alone.
+  """Returns the dataset's config including the new files, and a data section with the new files alone.
 
   Args:
-    dataset: what the files are new to.
-    files: paths or globs of each source that has any; None: what the dataset's own patterns match by now.
-    memory: DuckDB's budget for the new files; empty: that of the dataset's config.
+    dataset: the dataset to append to.
+    files: source → paths or globs of its new files; None: all files that match the dataset's own patterns now.
+    memory: DuckDB's memory budget for the new files; empty: the budget of the dataset's config.
 
   Raises:
-    DataError: a name is that of no file or of one that was read, nothing is new, or the table of users has changed.
-    ConfigError: a source has another name, or holds whole users.
+    DataError: a name matches no file or a file that was read before, no file is new, or the user table has changed.
+    ConfigError: the dataset has no such source, or the source's format (sequences) holds whole users.
   """
   cfg, read = dataset.config, {paths.file_identity(file) for file in dataset.manifest["files"]}
   known = {name: source.files for name, source in cfg.data.sources.items()}
@@ -74,7 +74,7 @@ def append_configs(
     sources = {n: dataclasses.replace(s, files=of_sources.get(n, ())) for n, s in cfg.data.sources.items()}
     return dataclasses.replace(cfg.data, sources=sources, memory=memory)
 
-  # A file that a glob of the config matches need not be named there.
+  # The config lists a new file only if none of its globs matches it.
   matched = {n: {paths.file_identity(f) for f in paths.file_stamps(patterns)} for n, patterns in known.items()}
   further = {n: tuple(f for f in files if paths.file_identity(f) not in matched[n]) for n, files in new.items()}
   listed = {n: (*patterns, *further.get(n, ())) for n, patterns in known.items()}
@@ -83,10 +83,10 @@ def append_configs(
 
 
 def _named(source: str, patterns: Sequence[str]) -> tuple[str, ...]:
-  """The files that paths or globs name, in their order.
+  """Returns the files that paths or globs name, in their order.
 
   Raises:
-    DataError: one names no file, or two the same.
+    DataError: a path or glob names no file, or two name the same file.
   """
   con = readers.connect()
   try:
@@ -96,7 +96,7 @@ def _named(source: str, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_users_table(dataset: Dataset) -> None:
-  """Raises DataError if the table of users is another one by now: labels of users without new events rest on it."""
+  """Raises DataError if the user table has changed: labels of users without new events were read from it."""
   if dataset.config.data.users is not None:
     then = dataset.manifest["files"]
     for file, stamp in paths.file_stamps(dataset.config.data.users.files).items():
@@ -105,13 +105,13 @@ def _check_users_table(dataset: Dataset) -> None:
 
 
 def new_file_stamps(part: config.Data) -> dict[str, list[int]]:
-  """The stamps of the new files, and of the tables that their events were joined to; see `paths.file_stamps`."""
+  """Returns the stamps of the new files and of the tables that their events are joined to; see `paths.file_stamps`."""
   patterns = [p for s in part.sources.values() for p in s.files]
   return paths.file_stamps([*patterns, *_item_tables(part), *(part.users.files if part.users else ())])
 
 
 def changed_items(dataset: Dataset, part: config.Data) -> list[str]:
-  """The tables of items that new events are joined to and that have changed since the dataset read them."""
+  """Returns the item tables of the new events that have changed since the dataset read them."""
   then = dataset.manifest["files"]
   return [file for file, stamp in paths.file_stamps(_item_tables(part)).items() if then.get(file, stamp) != stamp]
 

@@ -1,4 +1,4 @@
-"""Records that take the place of earlier ones: shards beside those of a dataset."""
+"""Writes records that replace earlier ones of a dataset into additional shard files."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.format.shard_files import ShardFile
 
-FILE_EVENTS = 2_000_000  # after which another file is begun; every append brings some
+FILE_EVENTS = 2_000_000  # after which another file begins; every append adds files
 
 
 class RewrittenShards(contextlib.ExitStack):
-  """Records written anew, in files that get their names at the end; use it as a context manager.
+  """Writer of rewritten records, in files that receive their names in `finish`; use it as a context manager.
 
   Attributes:
-    users: whose they are, in order.
-    last_events: the time of each user's last event, microseconds.
-    lengths: how many records each file has.
-    bytes: how many bytes the records have before compression.
-    files: by name how many records each has, once they have names.
+    users: the users of the records, in order.
+    last_events: the time of each user's last event, microseconds since 1970 UTC.
+    lengths: the number of records of each file.
+    bytes: the size of all records before compression.
+    files: file name → number of records; filled by `finish`.
   """
 
   def __init__(self, directory: pathlib.Path, records: int):
-    """The dataset holds so many `records` already."""
+    """Creates `directory`; the dataset already holds `records` records."""
     super().__init__()
     directory.mkdir(parents=True)
     self._directory, self._records = directory, records
     self._file: ShardFile | None = None
-    self._events = 0  # of the users in the file
+    self._events = 0  # of the users in the open file
     self.users: list[str] = []
     self.last_events: list[int] = []
     self.lengths: list[int] = []
@@ -39,11 +39,11 @@ class RewrittenShards(contextlib.ExitStack):
 
   @property
   def places(self) -> range:
-    """The place of each among all records of the dataset."""
+    """Returns the place of each rewritten record among all records of the dataset."""
     return range(self._records, self._records + len(self.users))
 
   def add(self, block: UserBlock, records: Iterable[bytes]) -> None:
-    """Writes the records of users."""
+    """Writes the records of the users of a block."""
     if self._file is None:
       self._file, self._events = self.enter_context(shard_files.writing_shard(self._unnamed(len(self.lengths)))), 0
     self._file.write(records)
@@ -64,7 +64,7 @@ class RewrittenShards(contextlib.ExitStack):
       self._file = None
 
   def finish(self, split: str) -> None:
-    """Names the files."""
+    """Ends the last file and gives every file its name."""
     self._end_file()
     for i, length in enumerate(self.lengths):
       name = shard_files.shard_name(i, len(self.lengths), split)

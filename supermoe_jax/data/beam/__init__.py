@@ -1,1 +1,1 @@
-"""Preparation on Apache Beam, for logs that one machine cannot hold."""
+"""Prepares datasets on Apache Beam, from logs that one machine cannot hold."""

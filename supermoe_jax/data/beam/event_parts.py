@@ -1,14 +1,14 @@
-"""Parts of an event log: whole users, by a range of the hashes of their ids, each dealt with on whatever machine.
+"""Splits an event log into parts, each with all events of the users whose id hashes lie in one range.
 
-What machines find is left in one folder, which all of them must be able to reach:
+Any machine may process any part. Machines leave their results in one folder, which all of them must be able to reach:
 
-    files/00000003.json    what was found in a file
-    parts/00012/           of each part with users: its events, its users in order, how often each value of a field
-                           occurs, and, written last, its facts
-    failures/              what went wrong
+    files/00000003.json    the counts of a file
+    parts/00012/           a part with users: its events, its users in order, the counts of each field's values, and,
+                           written last, its statistics
+    failures/              errors
 
-Machines may do the same thing twice, even at the same time: each writes into a folder of its own, and moves what is
-whole into place.
+Machines may do the same work twice, even at the same time: each writes into a folder of its own and moves complete
+results into place.
 """
 
 from __future__ import annotations
@@ -43,62 +43,62 @@ IPC_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 @dataclasses.dataclass(frozen=True)
 class PartFolder:
-  """The folder of what is known of the files and the parts of a log."""
+  """The folder with the results for the files and the parts of a log."""
 
   folder: pathlib.Path
 
   def clear(self) -> None:
-    """Makes the folder, with nothing in it."""
+    """Empties the folder, or creates it, with its subfolders."""
     shutil.rmtree(self.folder, ignore_errors=True)
     for name in ("files", "parts", "failures"):
       (self.folder / name).mkdir(parents=True)
 
   @contextlib.contextmanager
   def own_folder(self) -> Iterator[pathlib.Path]:
-    """Gives a new folder, which is removed in the end."""
+    """Yields a new temporary folder, which is removed at the end."""
     with tempfile.TemporaryDirectory(dir=self.folder, prefix="own-", ignore_cleanup_errors=True) as own:
       yield pathlib.Path(own)
 
   @property
   def failures(self) -> WorkerFailures:
-    """What went wrong."""
+    """Returns the records of errors on workers."""
     return WorkerFailures(self.folder / "failures")
 
   def found(self, file: SourceFile) -> pathlib.Path:
-    """Where the counts of a file are."""
+    """Returns the path of the counts of a file."""
     return self.folder / "files" / f"{file.number:08d}.json"
 
   def counts(self, file: SourceFile) -> FileCounts:
-    """What was found in a file."""
+    """Reads the counts of a file."""
     return FileCounts(**json.loads(self.found(file).read_text()))
 
   def __getitem__(self, part: int) -> pathlib.Path:
-    """The folder of a part."""
+    """Returns the folder of a part."""
     return self.folder / "parts" / f"{part:05d}"
 
   def settled(self) -> dict[int, LogStatistics]:
-    """The parts that have users, in order, and their facts."""
+    """Returns the statistics of each part that has users, by part number in order."""
     files = sorted((self.folder / "parts").glob("*/facts.json"))
     return {int(file.parent.name): LogStatistics.of_json(json.loads(file.read_text())) for file in files}
 
 
 class PartReader(contextlib.ExitStack):
-  """Reads files of events, and sorts their rows by part; use it as a context manager."""
+  """Reader of event files that sorts their rows by part; use it as a context manager."""
 
   def __init__(self, data: config.Data, parts: PartFolder, count: int):
-    """The log has `count` parts."""
+    """Opens a database in a temporary folder of `parts`; the log has `count` parts."""
     super().__init__()
     self._parts = parts
     self._own = self.enter_context(parts.own_folder())
     self._con = self.enter_context(_database(data, self._own))
     self._reader = SourceReader(self._con, data)
-    # The same order as that of users: of the hash's text, of which these digits are the first.
+    # Parts follow the order of users, which is the order of the hash's text: these are its first digits.
     hashed = splits.user_hash_sql('"user"')
     self._part = f"((('0x' || {hashed}[:8])::UBIGINT * {count}) >> 32)::INTEGER"
     self._columns = ", ".join(['"user"', "time", "source", "ord", *field_columns(data).values()])
 
   def read(self, file: SourceFile) -> Iterator[tuple[int, bytes]]:
-    """Yields the rows of a file that can be used, each time some of one part, and the part's number.
+    """Yields the usable rows of a file in batches of one part each, as (part number, packed rows).
 
     Raises:
       DataError: the file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
@@ -128,7 +128,7 @@ def _packed(rows: pa.RecordBatch) -> bytes:
 
 
 def settle_part(data: config.Data, parts: PartFolder, part: int, packed: Iterable[bytes]) -> None:
-  """Makes a part of all its rows, as `PartReader.read` gives them, in any order."""
+  """Settles a part: makes its events, users, counts and statistics from all its packed rows, in any order."""
   with parts.own_folder() as own, _database(data, own) as con:
     create_rows(con, data)
     for rows in _batches(packed):
@@ -156,7 +156,7 @@ def settle_part(data: config.Data, parts: PartFolder, part: int, packed: Iterabl
 
 
 def _counted_sql(data: config.Data, tables: EventTables) -> str:
-  """A query of how often values occur: the field's number, `value` or, of numbers, `number`, `training` and `n`."""
+  """Returns a query of the count `n` of each value: `field` (its number), `value` or `number`, `training`, `n`."""
   counted = ["SELECT 0 AS field, '' AS value, 0.0::DOUBLE AS number, false AS training, 0::BIGINT AS n WHERE false"]
   for i, (name, field) in enumerate(data.fields.items()):
     if field.kind != "numeric" or field.encoding == "quantile":
@@ -166,7 +166,7 @@ def _counted_sql(data: config.Data, tables: EventTables) -> str:
 
 
 def _batches(packed: Iterable[bytes]) -> Iterator[pa.Table]:
-  """The rows, joined to tables that are worth an insertion."""
+  """Yields the packed rows as tables that are large enough for one insertion."""
   waiting: list[pa.Table] = []
   for content in packed:
     waiting.append(pa.ipc.open_stream(content).read_all())
@@ -179,7 +179,7 @@ def _batches(packed: Iterable[bytes]) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def open_part(data: config.Data, parts: PartFolder, part: int) -> Iterator[EventTables]:
-  """Gives the events of a part that was settled."""
+  """Yields the events of a settled part."""
   with parts.own_folder() as own, _database(data, own) as con:
     con.execute(f"CREATE VIEW events AS SELECT * FROM {parquet_sql([parts[part] / 'events.parquet'])}")
     tables = EventTables(con, data)
@@ -188,13 +188,13 @@ def open_part(data: config.Data, parts: PartFolder, part: int) -> Iterator[Event
 
 
 def parquet_sql(files: Iterable[pathlib.Path], options: str = "") -> str:
-  """The SQL of a scan of Parquet files."""
+  """Returns the SQL of a scan of Parquet files."""
   return f"read_parquet([{', '.join(readers.literal(str(file)) for file in files)}]{options})"
 
 
 @contextlib.contextmanager
 def _database(data: config.Data, own: pathlib.Path) -> Iterator[duckdb.DuckDBPyConnection]:
-  """A database in memory, which spills into the folder."""
+  """Yields a connection to a database in memory, which spills into the folder `own`."""
   con = readers.connect(memory=data.memory, spill=own / "spill")
   try:
     yield con
@@ -206,9 +206,9 @@ def _database(data: config.Data, own: pathlib.Path) -> Iterator[duckdb.DuckDBPyC
 
 
 class WorkerFailures:
-  """What went wrong on machines, for the one that waits for them: how errors travel between them is not for sure.
+  """Errors of workers, kept as files for the process that waits: not every runner passes errors on reliably.
 
-  An error of the data or the configuration is the same whoever tries again; others may not be.
+  A `DataError` or `ConfigError` is lasting: each retry would raise it again. Any other error may pass with a retry.
   """
 
   KINDS: tuple[tuple[type[Exception], Callable[[str], Exception]], ...] = (
@@ -223,13 +223,13 @@ class WorkerFailures:
     self.folder = folder
 
   def clear(self) -> None:
-    """Forgets all."""
+    """Removes all notes of errors."""
     shutil.rmtree(self.folder, ignore_errors=True)
     self.folder.mkdir(parents=True)
 
   @contextlib.contextmanager
   def noting(self, place: str) -> Iterator[None]:
-    """Notes errors of the block; those that last end here, since to raise them would only be to try again."""
+    """Notes errors of the block under `place`. Suppresses lasting errors, since raising them would cause a retry."""
     try:
       yield
     except tuple(kind for kind, _ in self.KINDS) as error:
@@ -242,11 +242,11 @@ class WorkerFailures:
         raise
 
   def before(self, place: str) -> bool:
-    """Whether a lasting error was noted in a place that is in front of this one, in the order of their names."""
+    """Returns whether a lasting error was noted at a place whose name sorts before `place`."""
     return any(file.stem < place for file in self.folder.glob(f"*.{self.LASTING}"))
 
   def first(self, *, passing: bool = False) -> Exception | None:
-    """The lasting error in front of all others; with `passing`, if there is none, the first that may pass."""
+    """Returns the first lasting error by place; with `passing`, if there is none, the first that may pass."""
     files = sorted(self.folder.glob(f"*.{self.LASTING}"))
     files += sorted(self.folder.glob(f"*.{self.PASSING}")) if passing else []
     for file in files:

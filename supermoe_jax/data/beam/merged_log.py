@@ -1,4 +1,4 @@
-"""An event log put together from parts that other machines have read."""
+"""Merges the parts of an event log that workers have read into one log."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from supermoe_jax.data.preparation.log_statistics import LogStatistics
 from supermoe_jax.data.reading import paths
 from supermoe_jax.data.reading.sources import Reading, SourceFile, SourceReader
 
-PART_BYTES = 32 * 2**20  # of files, of which there are as many parts as this gives
+PART_BYTES = 32 * 2**20  # of input files a part
 
-# Reads files into so many parts.
+# Reads the given files into the given number of parts.
 ReadFiles = Callable[[Sequence[SourceFile], int], None]
 
 
 class MergedLog(LogDatabase):
-  """A log whose events lie in parts; its database knows the users of all of them, and how often values occur.
+  """A log whose events lie in parts; its database holds the users and the value counts of all parts.
 
   Attributes:
-    parts: where they are.
+    parts: the folder of the parts.
   """
 
   def __init__(self, data: config.Data, scratch: pathlib.Path, parts: PartFolder, read: ReadFiles):
-    """Lets `read` read the files into `parts`, and puts together what it found; else as `LogDatabase` says.
+    """Has `read` read the files into `parts`, and merges the results; otherwise like `LogDatabase`.
 
     Raises:
-      OSError: what was read is not there.
+      OSError: a result of reading is missing.
     """
     self.parts, self._read_files = parts, read
     super().__init__(data, scratch)
@@ -57,11 +57,11 @@ class MergedLog(LogDatabase):
 
   @functools.cached_property
   def settled(self) -> dict[int, LogStatistics]:
-    """The parts that have users, in order, and their facts."""
+    """Returns the statistics of each part that has users, by part number in order."""
     return self.parts.settled()
 
   def _merge(self, settled: dict[int, LogStatistics]) -> None:
-    """Makes `ordered_users`, and `counted`, how often each value of a field occurs in all parts."""
+    """Creates the tables `ordered_users` and `counted`, the counts of each field's values in all parts."""
     users = [str(self.parts[part] / "users.parquet") for part in settled]
     before = [0]
     for facts in settled.values():
@@ -79,18 +79,18 @@ class MergedLog(LogDatabase):
     )
 
   def values_sql(self, name: str) -> str:
-    """See `Log.values_sql`."""
+    """Returns a query of a field's values; see `LogDatabase.values_sql`."""
     index = list(self.data.fields).index(name)
     value = "number" if self.data.fields[name].kind == "numeric" else "value"
     return f"SELECT {value} AS value, training, n FROM counted WHERE field = {index}"
 
 
 def count_parts(data: config.Data) -> int:
-  """Into how many parts a log is divided; it depends on the size of its files alone."""
+  """Returns the number of parts that a log is divided into, which depends only on the size of its files."""
   stamps = paths.file_stamps([pattern for source in data.sources.values() for pattern in source.files])
   return max(1, min(-(-sum(size for size, _ in stamps.values()) // PART_BYTES), MOST_SHARDS))
 
 
 def missing_file(folder: pathlib.Path) -> OSError:
-  """The error of something that was done, but cannot be seen."""
+  """Returns the error for a result that a worker wrote but that cannot be found."""
   return OSError(f"{folder} lacks what was written there: all machines must reach it, under this path")

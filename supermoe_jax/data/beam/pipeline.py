@@ -1,8 +1,8 @@
-"""Preparation on Apache Beam, for logs that are too large for one machine; the dataset is the same.
+"""Prepares a dataset with Apache Beam, from a log too large for one machine; the dataset is the same as without Beam.
 
 The directory of the dataset must be on a file system that all workers reach under the same path. Two pipelines:
 
-    files ──read──▶ rows keyed by part ──group──▶ parts settled      (then statistics are put together, encoders fitted)
+    files ──read──▶ rows keyed by part ──group──▶ parts settled      (then statistics are merged, encoders fitted)
     parts ──write──▶ shards of records
 """
 
@@ -24,7 +24,7 @@ from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.prepare import PreparationPlan, Say
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows
 from supermoe_jax.data.reading.sources import SourceFile
-from supermoe_jax.data.tasks.labels import Calendar
+from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.errors import ConfigError
 
 try:
@@ -45,22 +45,22 @@ DIRECT = ("direct", "directrunner")
 
 
 class Beam:
-  """Prepares with a runner of Beam; give it to `prepare.prepare`."""
+  """Engine of `prepare.prepare` that runs on a runner of Beam."""
 
   name = "beam"
 
   def __init__(self, runner: str, options: Sequence[str] = ()):
-    """`runner` is the name of a runner, or a class; `options` of the pipelines are given as "key=value".
+    """Checks the name or class of the `runner` and the pipelines' `options`, each as "key=value".
 
     Raises:
-      ConfigError: there is no such runner, or the options cannot be understood.
+      ConfigError: there is no such runner, or Beam does not understand the options.
     """
     self._name = runner
     self._options = _options(options)
     self._runner()
 
   def _runner(self) -> runners.PipelineRunner:
-    # Beam's own choice of a runner on this machine would be one that it has to download.
+    # Beam's default runner on one machine would have to be downloaded.
     if self._name.lower() in DIRECT:
       return FnApiRunner()
     try:
@@ -69,7 +69,7 @@ class Beam:
       raise ConfigError(f"--runner={self._name}: {error}") from None
 
   def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> MergedLog:
-    """See `prepare.Engine`."""
+    """Reads the log; see `prepare.Engine.open`."""
     parts = PartFolder(scratch.absolute() / "beam")
 
     def read(files: Sequence[SourceFile], count: int) -> None:
@@ -89,7 +89,7 @@ class Beam:
     return MergedLog(cfg.data, scratch, parts, read)
 
   def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path, say: Say) -> list[Shard]:
-    """See `prepare.Engine`."""
+    """Writes the missing shards; see `prepare.Engine.write`."""
     assert isinstance(log, MergedLog)
     directory, encoders = directory.absolute(), plan.encoder_path.absolute()
     settled = list(log.settled)
@@ -115,7 +115,7 @@ class Beam:
     return [done[i] for i in range(count)]
 
   def _run(self, parts: PartFolder, build: Callable[[Any], object]) -> None:
-    """Runs a pipeline to its end; raises the first error of a worker as it was raised there."""
+    """Runs a pipeline to its end; raises the first error of a worker as the worker raised it."""
     parts.failures.clear()
     pipeline = beam.Pipeline(runner=self._runner(), options=PipelineOptions.from_dictionary(self._options))
     build(pipeline)
@@ -145,17 +145,17 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
     if not equals or not key or key == "runner":
       raise ConfigError(f"--beam {option}: write an option of Beam as KEY=VALUE, the runner as --runner NAME.")
     taken = {"true": True, "false": False}.get(value.lower(), value)
-    # One that is given several times is a list, such as experiments.
+    # An option that is given several times, such as experiments, is a list.
     out[key] = [*(out[key] if isinstance(out[key], list) else [out[key]]), taken] if key in out else taken
   try:
     PipelineOptions.from_dictionary(out).get_all_options()
-  except SystemExit:  # of argparse, which has said why
+  except SystemExit:  # raised by argparse, which has printed the reason
     raise ConfigError(f"--beam {' '.join(given)}: Beam does not understand these options.") from None
   return out
 
 
 class _Read(beam.DoFn):
-  """From a file to its rows, packed, keyed by part."""
+  """Beam step from a file to its packed rows, keyed by part."""
 
   def __init__(self, data: config.Data, parts: PartFolder, count: int):
     self._data, self._parts, self._count = data, parts, count
@@ -166,7 +166,7 @@ class _Read(beam.DoFn):
     if self._parts.failures.before(place):
       return
     with self._parts.failures.noting(place):
-      if self._reader is None:  # not earlier: an error is to have a place
+      if self._reader is None:  # opened here, so that an error is noted with its place
         self._reader = PartReader(self._data, self._parts, self._count)
       yield from self._reader.read(file)
 
@@ -176,7 +176,7 @@ class _Read(beam.DoFn):
 
 
 class _Settle(beam.DoFn):
-  """From all rows of a part to the part."""
+  """Beam step that settles a part from all its rows."""
 
   def __init__(self, data: config.Data, parts: PartFolder):
     self._data, self._parts = data, parts
@@ -191,7 +191,7 @@ class _Settle(beam.DoFn):
 
 
 class _Write(beam.DoFn):
-  """From a part to a shard of records."""
+  """Beam step that writes a part as a shard of records."""
 
   def __init__(
     self, cfg: config.Config, encoders: pathlib.Path, times: Calendar | None, parts: PartFolder, directory: pathlib.Path
@@ -203,7 +203,7 @@ class _Write(beam.DoFn):
   def process(self, task: tuple[int, str]) -> None:
     part, name = task
     with self._parts.failures.noting(f"shard-{part:08d}"):
-      if self._maker is None:  # not earlier: an error is to have a place
+      if self._maker is None:  # made here, so that an error is noted with its place
         self._encoders = Encoders.load(self._path)
         self._labels = prepare.read_user_labels(self._cfg).values
         self._maker = RecordMaker(self._cfg, self._encoders, self._times)

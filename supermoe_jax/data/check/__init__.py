@@ -1,1 +1,1 @@
-"""`supermoe check`: derives a sample's labels again from the raw files, by code of its own."""
+"""`supermoe check`: derives labels of a sample again from the raw files, with independent code."""

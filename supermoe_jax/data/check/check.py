@@ -1,15 +1,15 @@
-"""A second opinion on a prepared dataset: labels of a sample derived again from the raw files.
+"""Checks a prepared dataset: derives the labels of a sample of users again from the raw files and compares them.
 
-The derivation is SQL of its own over the files as `raw` reads them; it shares nothing with `labels`, so that a fault in
-either shows as a difference. Of preparation it takes the vocabularies and the statistics that numbers are standardised
-by, and nothing else.
+The derivation is separate SQL over the files as `raw_events` reads them. It shares no code with `data.tasks`, so that a
+fault in either shows as a difference. From preparation it takes only the vocabularies and the statistics that
+standardise numbers.
 """
 
 from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
@@ -26,18 +26,18 @@ from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE, UNKNOWN, Classes,
 from supermoe_jax.data.reading import readers
 from supermoe_jax.errors import ConfigError, DataError
 
-SNAPSHOTS_A_USER = 20  # of the sample, at most
-SPLITS = ("train", "validation", "test")  # as the records number them
+SNAPSHOTS_A_USER = 20  # compared at most, of each sampled user
+SPLITS = ("train", "validation", "test")  # the names of the records' split numbers
 OUTSIDE = "a value out of vocabulary"
-TOLERANCE = 1e-5  # of numbers, which the records hold as float32
+TOLERANCE = 1e-5  # for numbers, which the records hold as float32
 
 
 class CheckError(DataError):
-  """A dataset holds something that its raw files do not give."""
+  """Error raised when a dataset differs from its raw files."""
 
 
 class ComparedLabels(NamedTuple):
-  """How many answers of a task were compared: `labels` known, and `unknown` that both sides leave open."""
+  """Numbers of compared answers of a task: `labels` are known, `unknown` ones are unknown to both sides."""
 
   labels: int
   unknown: int
@@ -51,14 +51,14 @@ class _SampledSnapshot(NamedTuple):
   time: int
   n_events: int
   split: int
-  until: int  # the end of the period that its answers must lie in; of leave one out unused
+  until: int  # the end of the period that its answers must lie in; unused for a leave-one-out split
 
 
 def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> dict[str, ComparedLabels]:
-  """Derives the labels of up to `sample` users again and returns, of each task, how many were compared.
+  """Derives the labels of up to `sample` users again, and returns the numbers of compared answers of each task.
 
-  Compared are, at up to `SNAPSHOTS_A_USER` snapshots each, the number of visible events, the split, and every task's
-  label and indicator; of an event label also which events it asks about.
+  At up to `SNAPSHOTS_A_USER` snapshots a user it compares the number of visible events, the split, and every task's
+  label and indicator; for an event label also the events that it asks about.
 
   Raises:
     CheckError: something differs; the message names the first difference.
@@ -80,7 +80,7 @@ def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> di
 
 
 class _Check:
-  """The comparison of some records with what a connection holds of the raw files."""
+  """Comparison of some records with the raw files of their dataset."""
 
   def __init__(
     self, con: duckdb.DuckDBPyConnection, dataset: Dataset, records: Mapping[str, Mapping[str, Any]], rng: Any
@@ -100,12 +100,12 @@ class _Check:
     columns = {k: pa.array([getattr(a, k) for a in self._asked], pa.int64()) for k in numbers}
     columns |= {"user": pa.array([a.user for a in self._asked], pa.string())}
     con.register("asked_rows", pa.table(columns | {"id": pa.array(range(len(self._asked)), pa.int64())}))
-    # The share that a user's hash gives, from the first eight bytes of MD5, the lowest first.
+    # The user's hash as a share of 1: the first eight bytes of the MD5, little-endian.
     share = 'md5_number_upper("user")::DOUBLE / pow(2::DOUBLE, 64)'
     test, held_out = self._split.user_test, self._split.user_test + self._split.user_validation
     owner = f"CASE WHEN {share} < {test!r} THEN 2 WHEN {share} < {held_out!r} THEN 1 ELSE 0 END"
     con.execute(f"CREATE TABLE asked AS SELECT *, {owner} AS owner FROM asked_rows")
-    # The events that a snapshot may be asked about next.
+    # The events that a task about the next event may ask about.
     self._next = "e.time >= a.time AND e.time < a.until"
     if self._split.mode == "leave_one_out":
       self._next = "e.position = a.n_events AND (a.split > 0 OR e.total < 3 OR e.position < e.total - 2)"
@@ -125,7 +125,7 @@ class _Check:
   def run(self) -> dict[str, ComparedLabels]:
     self._check_snapshots()
     users, tasks = self._cfg.data.users, self._cfg.labelled_tasks
-    self._user_columns = sorted({t.column for t in tasks.values() if isinstance(t, config.UserLabel)})
+    self._user_columns = sorted({t.user_column for t in tasks.values() if t.user_column})
     if users is not None and self._user_columns:
       raw_events.load_raw_users(self._con, users, self._user_columns)
     return {name: self._compare(name, task) for name, task in tasks.items()}
@@ -146,7 +146,7 @@ class _Check:
   # ---------------------------------------------------------------------------------------------------------- snapshots
 
   def _check_snapshots(self) -> None:
-    """Compares the events visible to each snapshot, its time where that follows from them, and its split."""
+    """Compares each snapshot's number of visible events, its split, and, for leave one out, its time."""
     if self._split.mode == "leave_one_out":
       seen = f"{self._split.min_events} + a.snapshot"
       found = self._rows(
@@ -168,7 +168,7 @@ class _Check:
         raise self._differ(asked, "its split", SPLITS[asked.split], " or ".join(allowed) or "none")
 
   def _splits_at(self, time: int) -> list[str]:
-    """The splits that a snapshot at a time may be of; training may end where validation begins."""
+    """Returns the splits that a snapshot at `time` may belong to; training may end where validation begins."""
     named = {k: [config.parse_time(t, "") for t in getattr(self._split, k)] for k in SPLITS[1:]}
     training = ["train"] if time <= config.parse_time(self._split.train_end, "") else []
     return training + [k for k, times in named.items() if time in times]
@@ -177,7 +177,7 @@ class _Check:
 
   def _compare(self, name: str, task: config.LabelledTask) -> ComparedLabels:
     derived = self._derived(name, task)
-    # A value that got its code by a later append may still be out of vocabulary in a record that was not touched since.
+    # A value that an append added stays out of vocabulary in events before the append.
     first = self._derived(name, task, before_appends=True) if self._has_late_values(task) else derived
     labels = unknown = 0
     for i, asked in enumerate(self._asked):
@@ -186,26 +186,28 @@ class _Check:
         mine = first.get(i)
       if not _equal(stored, mine):
         raise self._differ(asked, f"task {name}", stored, mine)
-      answers = [answer for _, answer in mine or ()] if isinstance(task, config.EventLabel) else [mine]
+      answers = [answer for _, answer in mine or ()] if task.about_events else [mine]
       known = sum(answer is not None for answer in answers)
       labels, unknown = labels + known, unknown + len(answers) - known
     return ComparedLabels(labels, unknown)
 
   def _stored(self, name: str, task: config.LabelledTask, asked: _SampledSnapshot) -> Any:
-    """What the record says: None if unknown; of an event label a tuple of (event, answer), None without events."""
+    """Returns the record's label: None if unknown; for an event label a tuple of (event, answer), or None."""
     record, i = self._records[asked.user], asked.snapshot
     known, value = record[f"known_{name}"][i], record[f"label_{name}"][i]
-    if isinstance(task, config.EventLabel):
+    if task.about_events:
       said = [float(v) if k else None for v, k in zip(value, known, strict=True)]
       pairs = zip(record[f"event_{name}"][i].tolist(), said, strict=True)
       return tuple((event, answer) for event, answer in pairs if (event, answer) != (-1, None)) or None
     if not known:
       return None
-    if isinstance(task, config.NextEvent):
-      return OUTSIDE if value == UNKNOWN else _at(self._values(task.field), int(value) - FIRST_VALUE)
-    if isinstance(task, config.FutureValues):
-      return tuple(sorted(v for v, there in zip(self._values(task.field)[: task.top], value, strict=True) if there))
-    if isinstance(task, config.UserLabel) and task.type == "multiclass":
+    field = getattr(task, "field", "")
+    if task.answer == "catalogue":
+      return OUTSIDE if value == UNKNOWN else _at(self._values(field), int(value) - FIRST_VALUE)
+    if task.answer == "multilabel":
+      top = self._values(field)[: task.asked_values]
+      return tuple(sorted(v for v, there in zip(top, value, strict=True) if there))
+    if task.answer == "multiclass":
       return _at(self._classes(name), int(value))
     return float(value)
 
@@ -215,27 +217,39 @@ class _Check:
     return any(append["vocabularies"].get(field, {}).get("added") for append in appends)
 
   def _derived(self, name: str, task: config.LabelledTask, *, before_appends: bool = False) -> dict[int, Any]:
-    """What the raw files say, by the snapshot's number in the sample; what is unknown is left out or None.
+    """Derives labels from the raw files: snapshot's number in the sample → label; unknown ones are missing or None.
 
-    With `before_appends` values that an append gave a code are taken to be out of vocabulary.
+    With `before_appends` values that an append added count as out of vocabulary.
     """
-    if isinstance(task, config.UserLabel):
-      return self._user_label(name, task)
-    if isinstance(task, config.NextEvent):
-      return self._next_event(task, before_appends)
-    if isinstance(task, config.EventLabel):
-      return self._event_label(task, before_appends)
-    end = f"a.time + {int(task.horizon_days * MICROSECONDS_PER_DAY)}"
-    within = f'e."user" = a."user" AND e.time >= a.time AND e.time < {end}'
-    if isinstance(task, config.FutureEvent):
-      source = list(self._cfg.data.sources).index(task.source)
-      happens = "count(e.time) = 0" if task.negate else "count(e.time) > 0"
-      return dict(
-        self._rows(
-          f"SELECT a.id, ({happens})::INTEGER::DOUBLE FROM asked a "
-          f"LEFT JOIN events e ON {within} AND e.source = {source} WHERE {end} <= a.until GROUP BY a.id"
-        )
+    derivations: dict[str, Callable[[str, Any, bool], dict[int, Any]]] = {
+      config.NextEvent.kind: self._next_event,
+      config.EventLabel.kind: self._event_label,
+      config.FutureEvent.kind: self._future_event,
+      config.FutureValues.kind: self._future_values,
+      config.UserLabel.kind: self._user_label,
+    }
+    return derivations[task.kind](name, task, before_appends)
+
+  def _within(self, days: float) -> tuple[str, str]:
+    """Returns the SQL of the end of a window, and of whether an event `e` lies in the window of a snapshot `a`."""
+    end = f"a.time + {int(days * MICROSECONDS_PER_DAY)}"
+    return end, f'e."user" = a."user" AND e.time >= a.time AND e.time < {end}'
+
+  def _future_event(self, name: str, task: config.FutureEvent, before_appends: bool) -> dict[int, Any]:
+    del name, before_appends
+    end, within = self._within(task.horizon_days)
+    source = list(self._cfg.data.sources).index(task.source)
+    happens = "count(e.time) = 0" if task.negate else "count(e.time) > 0"
+    return dict(
+      self._rows(
+        f"SELECT a.id, ({happens})::INTEGER::DOUBLE FROM asked a "
+        f"LEFT JOIN events e ON {within} AND e.source = {source} WHERE {end} <= a.until GROUP BY a.id"
       )
+    )
+
+  def _future_values(self, name: str, task: config.FutureValues, before_appends: bool) -> dict[int, Any]:
+    del name, before_appends
+    end, within = self._within(task.horizon_days)
     column = field_column(self._cfg.data, task.field)
     top = pa.table({"value": pa.array(self._values(task.field)[: task.top], pa.string())})
     found = self._rows(
@@ -245,7 +259,7 @@ class _Check:
     )
     return {i: tuple(sorted(values or ())) for i, values in found}
 
-  def _next_event(self, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
+  def _next_event(self, name: str, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
     column = field_column(self._cfg.data, task.field)
     found = self._rows(
       f"SELECT a.id, arg_min(e.{column}, e.position) FROM asked a JOIN events e "
@@ -254,9 +268,9 @@ class _Check:
     known = set(self._values(task.field, before_appends))
     return {i: value if value in known else OUTSIDE for i, value in found}
 
-  def _event_label(self, task: config.EventLabel, before_appends: bool) -> dict[int, Any]:
+  def _event_label(self, name: str, task: config.EventLabel, before_appends: bool) -> dict[int, Any]:
     column, tables = f"e.{field_column(self._cfg.data, task.field)}", {}
-    regression = config.answer(task) == "regression"
+    regression = task.answer == "regression"
     if task.positive:
       values = self._values(task.field, before_appends)
       tables["vocabulary"] = pa.table({"value": pa.array(values, pa.string())})
@@ -278,7 +292,7 @@ class _Check:
   def _encoded(self, field: str, number: float) -> float:
     return float(self._dataset.encoders.numeric[field].encode(number, self._cfg.data.fields[field].encoding))
 
-  def _user_label(self, name: str, task: config.UserLabel) -> dict[int, Any]:
+  def _user_label(self, name: str, task: config.UserLabel, before_appends: bool) -> dict[int, Any]:
     text = f"u.column_{self._user_columns.index(task.column)}"
     found = self._rows(
       f'SELECT a.id, {text}, TRY_CAST(trim({text}) AS DOUBLE) FROM asked a JOIN users u ON u."user" = a."user" '
@@ -289,7 +303,7 @@ class _Check:
     if task.type == "multiclass":
       return {i: value for i, value, _ in found if value in self._classes(name)}
     scale = self._dataset.encoders.labels[name]
-    assert isinstance(scale, Numeric)  # that is how `user_table` encodes a number
+    assert isinstance(scale, Numeric)  # `user_table` encodes numbers this way
     return {i: (n - scale.mean) / scale.std for i, _, n in found if n is not None and math.isfinite(n)}
 
   def _values(self, field: str, before_appends: bool = False) -> list[str]:
@@ -300,7 +314,7 @@ class _Check:
 
   def _classes(self, name: str) -> tuple[str, ...]:
     encoder = self._dataset.encoders.labels[name]
-    assert isinstance(encoder, Classes)  # that is how `user_table` encodes a multiclass label
+    assert isinstance(encoder, Classes)  # `user_table` encodes classes this way
     return encoder.values
 
 
@@ -321,6 +335,6 @@ def _shown(value: object) -> str:
 
 
 def check_summary(compared: Mapping[str, ComparedLabels]) -> str:
-  """Says how much was compared."""
+  """Returns a text with the numbers of compared labels."""
   lines = [f"  {name}: {n.labels:,} labels, {n.unknown:,} left unknown by both" for name, n in compared.items()]
   return "\n".join(["every answer of the sample follows from the raw files:", *lines])

@@ -1,7 +1,7 @@
-"""The raw events and user rows of a few users, read again from the files of a config: nothing encoded, nothing kept.
+"""Reads the raw events and user rows of a few users again from the files of a config, without encoding them.
 
-Only how files are opened and times and texts are read is shared with preparation; all else is SQL of its own, so that
-the two can be compared.
+Preparation shares only the code that opens files and reads times and texts. All else is separate SQL, so that the two
+can be compared.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
 
 
 def field_column(data: config.Data, field: str) -> str:
-  """The column of a field in the table `events`."""
+  """Returns the name of a field's column in the table `events`."""
   return f"field_{list(data.fields).index(field)}"
 
 
 def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Sequence[str]) -> int | None:
-  """Creates the table `events` of the users: rows that can be used, once each where duplicates are dropped.
+  """Creates the table `events` of the users' usable rows, without repeats if duplicates are dropped.
 
   Its columns: `user`, `time` in microseconds since 1970 UTC, `source` as an index, `position` among the user's events
-  from 0, `total`, how many the user has, and `field_0`, … with the raw values. Those of the table of users are left
+  from 0, `total`, the number of the user's events, and `field_0`, … with the raw values. Fields of the user table stay
   NULL: no task may ask about them, and they are equal in all rows of a user.
 
   Returns: the time of the last event of any user.
@@ -66,7 +66,7 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
 
 
 def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, columns: Sequence[str]) -> None:
-  """Creates the table `users`: `user` and, of each of the columns, its text as `column_0`, …; all rows."""
+  """Creates the table `users` of all rows: `user`, and the text of each of the columns as `column_0`, …"""
   names = [f"column_{i}" for i in range(len(columns))]
   con.execute(f'CREATE TABLE users ("user" VARCHAR, {", ".join(n + " VARCHAR" for n in names)})')
   for file in _opened(con, users.files, users.format, [users.user, *columns], "users"):
@@ -80,18 +80,18 @@ def _opened(
   con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
 ) -> Iterator[TableFile]:
   for file in paths.find_files(con, patterns, f"config.data.{key}.files"):
-    with contextlib.suppress(EmptyFileError):  # preparation has counted it, or said that it must not be
+    with contextlib.suppress(EmptyFileError):  # preparation has counted the empty file, or refused it
       yield readers.open_table(con, file.path, format, wanted)
 
 
 def _columns(data: config.Data, source: str) -> dict[str, str]:
-  """The fields of a source, and the column of each in its files or its table of items."""
+  """Returns the fields of a source, and the column of each in the source's files or item table."""
   own = {n: f for n, f in data.fields.items() if f.table == "events"}
   return {n: f.column or n for n, f in own.items() if not f.sources or source in f.sources}
 
 
 def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-  """The SQL of fields (name → column) of a file `e`, and conditions under which a row cannot be used."""
+  """Returns the SQL of fields (name → column) of a file `e`, and the conditions of an unusable row."""
   values, bad = {}, []
   for name, column in fields.items():
     alias, kind = f"e.{field_column(data, name)}", file.columns[column]
@@ -114,7 +114,7 @@ def _items_table(data: config.Data, name: str) -> str:
 
 
 def _usable(con: duckdb.DuckDBPyConnection, data: config.Data, name: str, file: TableFile, items: bool) -> str:
-  """A query of the usable rows of a file: `row`, `user`, `time` and every field."""
+  """Returns a query of the usable rows of a file: `row`, `user`, `time` and every field."""
   source, key = data.sources[name], f"config.data.sources.{name}"
   reading = value_sql.time_reading(
     con, file, source.time, "e.time", key, unit=source.time_unit, format=source.time_format
@@ -141,7 +141,7 @@ def _usable(con: duckdb.DuckDBPyConnection, data: config.Data, name: str, file: 
 
 
 def _load_items(con: duckdb.DuckDBPyConnection, data: config.Data, name: str) -> TableFile:
-  """Creates the table of a source's items."""
+  """Creates the table of a source's items, and returns the opened file."""
   items = data.sources[name].items
   assert items is not None
   (found,) = paths.find_files(con, [items.file], f"config.data.sources.{name}.items.file")

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import grain
 import numpy as np
@@ -194,8 +194,9 @@ class _BlockRows(grain.transforms.Map):
       targets, seen = self._supervision.at_snapshots(record, history, index), {}
       for name in targets:
         task = self.cfg.tasks[name]
-        if isinstance(task, config.NextEvent) and task.exclude_seen:
-          codes = history.codes[:, self.dataset.schema.field(task.field)]
+        if task.excludes_seen:
+          field = cast(config.NextEvent, task).field
+          codes = history.codes[:, self.dataset.schema.field(field)]
           seen[name] = [np.unique(codes[:n]) for n in n_events.tolist()]
       for length, which, rows in self._rows(np.array([user]), history.block, np.zeros_like(index), time, n_events):
         asked = [q._replace(snapshot=int(index[i])) for q, i in zip(rows.questions, which.tolist())]

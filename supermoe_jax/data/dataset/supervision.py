@@ -1,4 +1,4 @@
-"""What the active tasks ask of a row, and know: labels within the tasks' sample spaces.
+"""The targets of the active tasks in a row: labels, masks and weights, within the tasks' sample spaces.
 
 A task asks at *sites*: at S snapshots; next-event and event-label tasks at the L events of a training row before them.
 
@@ -21,102 +21,85 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.windows import pad
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.splits import TRAIN
-from supermoe_jax.data.encoding.vocabulary import UNKNOWN
-from supermoe_jax.data.format.schema import make_comparison, make_event_answer
-from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import Labels
+from supermoe_jax.data.format.schema import make_comparison
+from supermoe_jax.data.tasks import TaskKind, bind
+from supermoe_jax.data.tasks.labels import Labels, at_events, next_carrier
+from supermoe_jax.data.tasks.sample_space import supervision
 
 # Users whose labels are counted to tell how large a sample space is; a few milliseconds each.
 SPACE_USERS = 1000
 
 
 class Supervision:
-  """Reads what the active tasks know out of records."""
+  """The targets of the active tasks, read from users' records."""
 
   def __init__(self, dataset: Dataset, cfg: config.Config, *, training: bool):
-    """With `training`, unknown labels are treated as `cfg.train.missing` says, samples outside of a sample space count
-    as the task says, and a next event that is out of vocabulary is unknown: no row of the catalogue is right."""
+    """Binds the active tasks to a dataset.
+
+    With `training`, unknown labels are treated as `cfg.train.missing` says, samples outside a sample space count as the
+    task says, and a label that training cannot use is unknown. Without, metrics are about the sample space itself.
+    """
     labelled = cfg.labelled_tasks
     self.tasks = {n: labelled[n] for n in cfg.active_tasks if n in labelled}
     self._training = training
     self._fill = training and cfg.train.missing == "negative"
-    self._all = labelled
-    self._spaces = {n: make_comparison(cfg, n, dataset.encoders) for n in self.tasks}
-    compared = [space.task for space in self._spaces.values() if space is not None]
-    self._answers = {
-      n: make_event_answer(n, t, cfg.data, dataset.encoders)
-      for n, t in labelled.items()
-      if isinstance(t, config.EventLabel) and (n in self.tasks or n in compared)
-    }
-    field = dataset.schema.field
-    self._columns = {n: field(t.field) for n, t in self.tasks.items() if isinstance(t, config.NextEvent)}
-    self._given = {
-      n: [field(f) for f in t.given] if isinstance(t, config.EventLabel) else [] for n, t in self.tasks.items()
-    }
+    named = (config.parse_sample_space(t.sample_space) for t in self.tasks.values())
+    compared = {space.task: labelled[space.task] for space in named if space is not None}
+    self._kinds = bind({**compared, **self.tasks}, cfg.data, dataset.encoders)
+    self._spaces = {n: make_comparison(labelled, self._kinds, n) for n in self.tasks}
 
   def at_snapshots(self, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray) -> dict[str, Targets]:
-    """What each task knows at the snapshots with the indices `chosen [S]`, without a batch dimension.
+    """Returns each task's targets at the snapshots with the indices `chosen [S]`, without a batch dimension.
 
     The parts of an event label are `[S, m]`, `given` `[S, m, G]`.
     """
-    answers = _EventLabels(self._answers, history)
+    labels = _EventLabels(self._kinds, history)
     out = {}
     for name, task in self.tasks.items():
-      if isinstance(task, config.EventLabel):
-        event = record[f"event_{name}"][chosen]
-        found = Labels(record[f"label_{name}"][chosen], record[f"known_{name}"][chosen].astype(bool))
-        out[name] = self._event_targets(name, found, event, history, answers)
+      if task.about_events:
+        kind = self._kinds[name]
+        event = kind.asked_events(record, chosen)
+        out[name] = self._event_targets(name, kind.of_record(record, chosen), event, history, labels)
       else:
         out[name] = self._targets(name, self._of_record(name, record, chosen), self._inside(name, record, chosen))
     return out
 
   def at_events(self, history: UserHistory, start: int, stop: int) -> dict[str, Targets]:
-    """What the tasks that ask at events know at the training events [start, stop), without a batch dimension.
+    """Returns the targets of tasks that ask at events, at the training events [start, stop), without a batch dimension.
 
     Event l asks about the next training event after it that carries the field.
     """
-    answers = _EventLabels(self._answers, history)
+    labels = _EventLabels(self._kinds, history)
     out = {}
     for name, task in self.tasks.items():
-      if isinstance(task, config.NextEvent):
-        codes = history.codes[:, self._columns[name]]
-        event = _following(codes > 0, start, stop, history.n_train)
-        out[name] = self._targets(name, labels.at_events(Labels(codes, codes > 0), event), None)
-      elif isinstance(task, config.EventLabel):
-        event = _following(self._answers[name].carried(history), start, stop, history.n_train)
-        out[name] = self._event_targets(name, labels.at_events(answers[name], event), event, history, answers)
+      if task.asks_at_events:
+        event = _following(self._kinds[name].carried(history), start, stop, history.n_train)
+        out[name] = self._event_targets(name, at_events(labels[name], event), event, history, labels)
     return out
 
   def _of_record(self, name: str, record: Mapping[str, Any], chosen: np.ndarray) -> Labels:
-    """The labels of a task at snapshots; unknown ones are 0, and are taken for known where that is asked for."""
-    value, known = record[f"label_{name}"][chosen], record[f"known_{name}"][chosen].astype(bool)
-    value[~known] = 0
-    if self._fill and not isinstance(self._all[name], config.AT_EVENTS):
-      known = np.ones_like(known)
-    return Labels(value, known)
+    """Returns a task's labels at snapshots; unknown ones are taken for 0 where the config asks for that."""
+    kind = self._kinds[name]
+    value, known = kind.of_record(record, chosen)
+    return Labels(value, np.ones_like(known) if self._fill and not kind.task.asks_at_events else known)
 
   def _inside(self, name: str, record: Mapping[str, Any], chosen: np.ndarray) -> Labels | None:
     space = self._spaces[name]
     return None if space is None else space(self._of_record(space.task, record, chosen))
 
   def _event_targets(
-    self, name: str, found: Labels, event: np.ndarray, history: UserHistory, answers: _EventLabels
+    self, name: str, found: Labels, event: np.ndarray, history: UserHistory, labels: _EventLabels
   ) -> Targets:
     space = self._spaces[name]
-    inside = None if space is None else space(labels.at_events(answers[space.task], event))
-    targets = self._targets(name, found, inside)
-    if not self._given[name]:
-      return targets
-    given = history.codes[np.maximum(event, 0)][..., self._given[name]]
-    return targets._replace(given=np.where(event[..., None] >= 0, given, 0).astype(np.int32))
+    inside = None if space is None else space(at_events(labels[space.task], event))
+    return self._targets(name, found, inside)._replace(given=self._kinds[name].given(history, event))
 
   def _targets(self, name: str, found: Labels, inside: Labels | None) -> Targets:
-    task, (value, known) = self.tasks[name], found
-    if self._training and isinstance(task, config.NextEvent):
-      known = known & (value > UNKNOWN)
-    outside = task.out_space_weight if self._training else 0.0  # metrics are about the space itself
-    known, weight = labels.supervision(known, inside, (task.in_space_weight, outside))
-    codes = config.answer(task) in ("catalogue", "multiclass")
+    task, value = self.tasks[name], found.value
+    known = self._kinds[name].teachable(found) if self._training else found.known
+    outside = task.out_space_weight if self._training else 0.0
+    known, weight = supervision(known, inside, (task.in_space_weight, outside))
+    codes = task.answer in ("catalogue", "multiclass")
     return Targets(
       value.astype(np.int32 if codes else np.float32), known, weight, np.zeros((*known.shape, 0), np.int32)
     )
@@ -124,7 +107,7 @@ class Supervision:
   def part(
     self, record: Mapping[str, Any], history: UserHistory, start: int, stop: int, chosen: np.ndarray
   ) -> dict[str, UserTargets]:
-    """The targets of a user's part of a training row: at the events [start, stop) and at the snapshots `chosen`."""
+    """Returns a user's targets in a training row: at the events [start, stop) and at the snapshots `chosen`."""
     events = self.at_events(history, start, stop)
     snapshots = self.at_snapshots(record, history, chosen)
     return {name: UserTargets(events.get(name), targets) for name, targets in snapshots.items()}
@@ -192,16 +175,16 @@ def count_spaces(dataset: Dataset, cfg: config.Config, users: int = SPACE_USERS)
 
 
 class _EventLabels:
-  """What each event label says of each event of one user; evaluated when it is asked for."""
+  """The labels of each event of one user, by task; computed when they are first asked for."""
 
-  def __init__(self, answers: Mapping[str, labels.EventAnswer], history: UserHistory):
-    self._of = functools.cache(lambda name: answers[name](history))
+  def __init__(self, kinds: Mapping[str, TaskKind], history: UserHistory):
+    self._of = functools.cache(lambda name: kinds[name].event_labels(history))
 
   def __getitem__(self, name: str) -> Labels:
     return self._of(name)
 
 
 def _following(carried: np.ndarray, start: int, stop: int, limit: int) -> np.ndarray:
-  """For each event in [start, stop) the next one before `limit` that carries the field; -1 none."""
-  event = labels.next_carrier(carried)[start + 1 : stop + 1]
+  """Returns, for each event in [start, stop), the next one before `limit` that carries the field; -1 none."""
+  event = next_carrier(carried)[start + 1 : stop + 1]
   return np.where(event < limit, event, -1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -61,7 +61,7 @@ class _TrainingRow(grain.transforms.RandomMap):
 
   @functools.cached_property
   def _contrasts(self) -> dict[str, config.Contrast]:
-    return {n: t for n, t in self.cfg.active_tasks.items() if isinstance(t, config.Contrast)}
+    return {n: cast(config.Contrast, t) for n, t in self.cfg.active_tasks.items() if not t.has_labels}
 
   def random_map(self, users: int | np.ndarray, rng: np.random.Generator) -> Batch:
     """Makes the row of one user, or of several; without a batch dimension."""

@@ -1,1 +1,1 @@
-"""Users' histories as integers and floats: vocabularies, numeric encoders, splits and aggregates."""
+"""Encodes users' histories as integers and floats: vocabularies, numeric encoders, splits and aggregates."""

@@ -1,4 +1,4 @@
-"""Point-in-time aggregates of users' histories: an optional input of every query token.
+"""Computes point-in-time aggregates of users' histories, an optional input of every query token.
 
 Shapes: N events of a block of users, S snapshots of all of them, A aggregates.
 """
@@ -16,11 +16,12 @@ from supermoe_jax.data.encoding.histories import UserBlock, counts_before
 
 @dataclasses.dataclass(frozen=True)
 class Aggregator:
-  """Point-in-time counts of a user, strictly before τ.
+  """Calculator of aggregates of a user's events strictly before a snapshot's time τ.
 
-  Of every trailing window and of the whole history: log1p of the events of each source, of the distinct event times,
-  and of the most frequent values of the chosen fields; the mean of each numeric field. Besides: log1p hours since the
-  last and since the first event, and log1p of the distinct values of each chosen field.
+  For each trailing window and the whole history: log1p of the number of events of each source, of distinct event times,
+  and of occurrences of the most frequent values of the chosen fields; the mean of each numeric field. For the whole
+  history only: log1p hours since the last and the first event, and log1p of the number of distinct values of each
+  chosen field.
   """
 
   windows_days: tuple[float, ...]
@@ -30,7 +31,7 @@ class Aggregator:
 
   @property
   def names(self) -> list[str]:
-    """What each of the A aggregates is."""
+    """Returns the names of the A aggregates."""
     windows = [*(f"{d:g}d" for d in self.windows_days), "all"]
     names = [f"events {s} {w}" for w in windows for s in self.sources] + [f"moments {w}" for w in windows]
     names += [f"mean {n} {w}" for w in windows for n in self.numeric]
@@ -39,8 +40,14 @@ class Aggregator:
     return [*names, "recency", "tenure"]
 
   def __call__(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Returns float32 `[S, A]` for the snapshots of the users `user [S]` of a block at `time [S]`, which see `n_events
-    [S]` (at least one) events."""
+    """Returns the aggregates of snapshots, float32 `[S, A]`.
+
+    Args:
+      block: the histories of users.
+      user: `[S]`, the snapshot's user in the block.
+      time: `[S]`, microseconds since 1970 UTC.
+      n_events: `[S]`, the number of visible events, at least one.
+    """
     first = block.offsets[user]
     starts = [block.before(user, time - int(d * MICROSECONDS_PER_DAY)) for d in self.windows_days]
     # The events of window w of snapshot s are [bounds[w, s], bounds[-1, s]) of the block.
@@ -55,7 +62,7 @@ class Aggregator:
     n = len(block.time)
     per_source = np.zeros((n + 1, len(self.sources)), np.int64)
     per_source[np.arange(1, n + 1), block.source] = 1
-    begins = np.diff(block.time, prepend=0) != 0  # a moment of its own
+    begins = np.diff(block.time, prepend=0) != 0  # an event at another time than the one before
     begins[block.offsets[:-1]] = True
     columns = [
       flat(np.log1p(windowed(np.cumsum(per_source, axis=0)[bounds]))),
@@ -80,14 +87,14 @@ class Aggregator:
 
 
 def _count(which: np.ndarray) -> np.ndarray:
-  """How many are true before each place: `[N]` → int64 `[N + 1]`."""
+  """Returns the number of true values before each position: bool `[N]` → int64 `[N + 1]`."""
   return np.append(0, np.cumsum(which))
 
 
 def _sums_before(block: UserBlock, x: np.ndarray, bounds: np.ndarray, first: np.ndarray) -> np.ndarray:
-  """The sums of a user's rows of `x [N, X]` before each bound: float64 `[…, S, X]`.
+  """Returns the sums of a user's rows of `x [N, X]` before each bound: float64 `[…, S, X]`.
 
-  Each user's sums start afresh: a number is not rounded for the sake of a huge one of another user.
+  The sums start at 0 for each user, so that a huge number of one user causes no rounding for another.
   """
   sums = np.zeros((len(x) + 1, x.shape[1]))
   if x.shape[1]:

@@ -1,7 +1,7 @@
-"""Histories of users: of one, and of many laid end to end, which is how everything about them is worked out.
+"""Holds the event histories of one user (`UserHistory`) and of many users laid end to end (`UserBlock`).
 
-What is asked of a block's users is answered for all of them by a few array operations, so that a user of thirty events
-costs microseconds. Nothing of it depends on which users share a block: one user alone is a block too.
+Preparation computes on whole blocks with a few array operations, so that a user with thirty events costs microseconds.
+No result depends on which users share a block; a single user is a block too.
 
 Shapes: U users of a block, N events of all of them, F columns of codes, G numeric fields.
 """
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
   from supermoe_jax.data.encoding.numeric import NumberEncoder
 
-# A user and a time become one integer to be searched for; it must not overflow.
+# `UserBlock.before` searches for a user and a time as one integer, which must not overflow.
 LARGEST_KEY = 2**62
 
-BLOCK_EVENTS = 1 << 17  # what a block holds, but for a single user with more
+BLOCK_EVENTS = 1 << 17  # the most that a block holds, unless it is a single user
 
 
 @dataclasses.dataclass(frozen=True)
 class UserHistory:
   """The events of one user, in stable time order.
 
-  Shapes: N events, F columns of codes: one of each categorical field (kinds vocabulary and hash) in config order, then
-  one of each extra value of fields of many, as `config.Data.extra_value_fields` lists them; G numeric fields in
-  config order.
+  Shapes: N events, F columns of codes, G numeric fields in config order. The columns of codes are one per categorical
+  field (kinds vocabulary and hash) in config order, then one per extra value of a list field, as
+  `config.Data.extra_value_fields` lists them.
 
   Attributes:
     user: the user's id as text.
@@ -42,8 +42,8 @@ class UserHistory:
     source: int32 `[N]`, the index of the event's source in config order.
     codes: int32 `[N, F]`: 0 absent, 1 out of vocabulary, 2 and up the values.
     numeric: float32 `[N, G]`, standardised or as quantiles; NaN where absent.
-    n_train: how many events, the first ones, lie in the training period; where users are divided, 0 of a user outside
-      training.
+    n_train: the number of events in the training period, which are the first ones; with split mode `user`, 0 for a
+      user outside training.
   """
 
   user: str
@@ -55,7 +55,7 @@ class UserHistory:
 
   @functools.cached_property
   def block(self) -> UserBlock:
-    """The user alone, as a block."""
+    """Returns the user as a block of one."""
     offsets = np.array([0, len(self.time)], np.int64)
     return UserBlock(
       (self.user,), offsets, self.time, self.source, self.codes, self.numeric, np.array([self.n_train], np.int64)
@@ -64,11 +64,11 @@ class UserHistory:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UserBlock:
-  """The histories of U users, one after another; the parts are those of `UserHistory`.
+  """The histories of U users, one after another; arrays mean the same as in `UserHistory`.
 
   Attributes:
     users: the users' ids.
-    offsets: int64 `[U + 1]`; the events of user u are those from `offsets[u]` to `offsets[u + 1]`.
+    offsets: int64 `[U + 1]`; the events of user u are `offsets[u]` … `offsets[u + 1] - 1`.
     time: int64 `[N]`.
     source: int32 `[N]`.
     codes: int32 `[N, F]`.
@@ -86,17 +86,17 @@ class UserBlock:
 
   @property
   def lengths(self) -> np.ndarray:
-    """How many events each user has: int64 `[U]`."""
+    """Returns the number of events of each user: int64 `[U]`."""
     return np.diff(self.offsets)
 
   @functools.cached_property
   def owner(self) -> np.ndarray:
-    """The user of each event: int64 `[N]`."""
+    """Returns the index of each event's user: int64 `[N]`."""
     return np.repeat(np.arange(len(self.users)), self.lengths)
 
   @functools.cached_property
   def _times(self) -> tuple[int, int]:
-    """The earliest time, and how many different keys a user needs."""
+    """Returns the earliest time, and the number of different keys that a user needs."""
     low, high = (int(self.time.min()), int(self.time.max())) if len(self.time) else (0, 0)
     return low, high - low + 2
 
@@ -106,32 +106,32 @@ class UserBlock:
     return self.owner * span + (self.time - low)
 
   def before(self, user: np.ndarray, time: np.ndarray | int) -> np.ndarray:
-    """How many events of each user lie before a time, int64; `user` and `time` (microseconds) are broadcast."""
+    """Returns the number of a user's events before a time, int64; `user` and `time` (microseconds) are broadcast."""
     low, span = self._times
     key = user * span + (np.clip(time, low, low + span - 1) - low)
     return np.searchsorted(self._keys, key, side="left") - self.offsets[user]
 
   def history(self, user: int) -> UserHistory:
-    """The events of one user."""
+    """Returns the history of one user."""
     return UserHistory(self.users[user], *self._events(user, user + 1), int(self.n_train[user]))
 
   def _events(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Time, source, codes and numbers of the users from `first` to before `last`."""
+    """Returns time, source, codes and numbers of the events of users `first` … `last - 1`."""
     start, stop = self.offsets[first], self.offsets[last]
     return self.time[start:stop], self.source[start:stop], self.codes[start:stop], self.numeric[start:stop]
 
   def halves(self, event: float = 1.0, user: float = 0.0) -> Iterator[UserBlock]:
-    """The block itself, or parts of it with so few users and events that nothing overflows or grows too large.
+    """Yields the block itself, or parts of it that are small enough not to overflow or to take too much memory.
 
     Args:
-      event: how many events' worth of memory each event takes, with what is worked out at it.
-      user: how many each user takes besides, at the snapshots that all have.
+      event: the memory that an event takes with the results computed at it, in units of one plain event.
+      user: the memory, in the same unit, that a user takes in addition for the snapshots that all users share.
     """
     n = len(self.users)
     if n == 1 or (n * self._times[1] < LARGEST_KEY and len(self.time) * event + n * user <= BLOCK_EVENTS):
       yield self
       return
-    # Where half of the events end, so that a user with very many of them is soon alone.
+    # The block is cut at half of its events, so that a user with very many events is soon alone.
     middle = int(np.clip(np.searchsorted(self.offsets, len(self.time) // 2), 1, n - 1))
     for first, last in ((0, middle), (middle, n)):
       offsets = self.offsets[first : last + 1] - self.offsets[first]
@@ -140,7 +140,7 @@ class UserBlock:
 
 
 def end_to_end(users: Sequence[UserHistory]) -> UserBlock:
-  """Lays the histories of users, at least one, one after another."""
+  """Returns the block of the histories of users, at least one, one after another."""
   return UserBlock(
     [user.user for user in users],
     np.append(0, np.cumsum([len(user.time) for user in users])),
@@ -153,11 +153,11 @@ def end_to_end(users: Sequence[UserHistory]) -> UserBlock:
 
 
 def read_block(rows: pa.Table, users: Sequence[str], n_codes: int, numbers: Sequence[NumberEncoder]) -> UserBlock:
-  """The histories in a table of sorted events: `uid`, `time`, `source`, `training`, the codes, the raw numbers.
+  """Returns the histories in a table of sorted events: `uid`, `time`, `source`, `training`, the codes, the raw numbers.
 
   Args:
-    rows: each user's events stand together and in order, the users in the order of `users`.
-    users: the ids of all users in it.
+    rows: the table; each user's events stand together and in order, the users in the order of `users`.
+    users: the ids of all users in `rows`.
     n_codes: F.
     numbers: the encoders of the numeric fields.
   """
@@ -181,9 +181,9 @@ def read_block(rows: pa.Table, users: Sequence[str], n_codes: int, numbers: Sequ
 
 
 def counts_before(codes: np.ndarray, top: int, bounds: np.ndarray) -> np.ndarray:
-  """How often the codes 2 … top + 1 occur among the events before each bound: int64 `[…, top]` of bounds `[…]`.
+  """Returns the counts of the codes 2 … top + 1 among the events before each bound: int64 `[…, top]` of bounds `[…]`.
 
-  Only differences between bounds of one user mean anything, as the events of the users before are counted too.
+  The counts include events of preceding users, so only differences between bounds of one user are meaningful.
   """
   distinct, place = np.unique(bounds, return_inverse=True)
   chosen = np.flatnonzero((codes >= FIRST_VALUE) & (codes < top + FIRST_VALUE))

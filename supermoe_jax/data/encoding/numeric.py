@@ -1,4 +1,4 @@
-"""Encoders of numbers: standardised, or replaced by their standard-normal quantile."""
+"""Encodes numbers: standardises them, or replaces them by their standard-normal quantiles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-# Sums over threads differ in their last bits from run to run; statistics are kept to fewer digits than that.
+# Sums over threads differ in their last bits from run to run; rounding the statistics removes the difference.
 STATISTIC_DIGITS = 10
 
 MAX_KNOTS = 100  # of a quantile encoder
-BEYOND = 0.1  # score for each factor e that a number lies beyond the outermost knots, in units of their distance
+# Beyond the outermost knots the score grows by BEYOND · log(1 + distance / span), where span is that of the knots.
+BEYOND = 0.1
 
 
 def _rounded(value: float) -> float:
@@ -23,38 +24,38 @@ def _rounded(value: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Numeric:
-  """Mean and standard deviation of numbers, after log1p where configured; of constant numbers the deviation is 1."""
+  """Mean and standard deviation of numbers, after log1p where configured; the deviation of constant numbers is 1."""
 
   mean: float
   std: float
 
   @classmethod
   def of(cls, mean: float, std: float) -> Numeric:
-    """Rounds the statistics to the digits that are the same in every run."""
+    """Makes the encoder from statistics, rounded to the digits that are the same in every run."""
     mean, std = _rounded(mean), _rounded(std)
     return cls(mean, std if std > 0 else 1.0)
 
   def encode(self, value: float, encoding: str = "standardise") -> np.float32:
-    """A raw number as events hold it: after log1p if that is the field's `encoding`, standardised."""
+    """Returns a raw number standardised, as events hold it; log1p comes first if it is the field's `encoding`."""
     if encoding == "log1p":
       value = math.copysign(math.log(1 + abs(value)), value)
     return np.float32((value - self.mean) / self.std)
 
   def encode_all(self, values: np.ndarray) -> np.ndarray:
-    """Numbers `[N]` of the log, after log1p where configured, as events hold them: float32 `[N]`; NaN stays NaN."""
+    """Returns numbers `[N]` of the log, after log1p where configured, standardised: float32 `[N]`; NaN stays NaN."""
     return ((values - self.mean) / self.std).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantile:
-  """The standard-normal quantile of a number's mid-rank among those it was fitted on, linear between at most 100 knots.
+  """Map from a number to the standard-normal quantile of its mid-rank in the fitted numbers, linear between knots.
 
-  A number that occurs often has the middle of the ranks that it takes. Beyond the outermost knots the scores go on
-  rising, by the logarithm of the distance: a threshold that lies out there tells numbers apart too.
+  The mid-rank of a number that occurs often is the middle of its ranks. There are at most 100 knots. Beyond the
+  outermost knots scores go on rising, by the logarithm of the distance, so that numbers there stay distinguishable.
 
   Attributes:
     knots: numbers, ascending.
-    scores: their standard-normal quantiles, ascending; that of a constant is 0.
+    scores: the standard-normal quantiles of the knots, ascending; 0 for a constant.
   """
 
   knots: tuple[float, ...]
@@ -62,28 +63,28 @@ class Quantile:
 
   @classmethod
   def of(cls, knots: Sequence[float], ranks: Sequence[float]) -> Quantile:
-    """Makes the encoder of numbers in ascending order and of their mid-ranks as shares, in (0, 1)."""
+    """Makes the encoder from numbers in ascending order and their mid-ranks as shares in (0, 1)."""
     normal = statistics.NormalDist()
     return cls(tuple(map(float, knots)), tuple(_rounded(normal.inv_cdf(r)) for r in ranks))
 
   def encode(self, value: float, encoding: str = "quantile") -> np.float32:
-    """A raw number as events hold it; `encoding` is the field's, as for `Numeric`."""
+    """Returns the score of a raw number; `encoding` is ignored, it serves the common signature with `Numeric`."""
     del encoding
     return np.float32(self.encode_all(np.array([value], np.float64))[0])
 
   def encode_all(self, values: np.ndarray) -> np.ndarray:
-    """Numbers `[N]` as events hold them: float32 `[N]`; NaN stays NaN."""
-    # Of quarters no difference overflows. np.interp will not do: its slope does, between knots that nearly touch.
+    """Returns the scores of numbers `[N]`: float32 `[N]`; NaN stays NaN."""
+    # Division by 4 keeps differences from overflowing. np.interp's slope overflows between knots that nearly touch.
     values, knots = np.asarray(values, np.float64) / 4, np.array(self.knots) / 4
     low, high = knots[0], knots[-1]
     left = np.clip(np.searchsorted(knots, values, side="right") - 1, 0, max(len(knots) - 2, 0))
     right = np.minimum(left + 1, len(knots) - 1)
     width = knots[right] - knots[left]
     scale = np.log(high - low or max(abs(low), 1.0))
-    # A share beyond 1 is cut, the log of no distance is -inf, and NaN stays NaN.
+    # The ignored warnings are harmless: a share beyond 1 is cut, the log of distance 0 is -inf, NaN stays NaN.
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
       share = np.clip((values - knots[left]) / np.where(width > 0, width, 1), 0, 1)
-      # log(1 + distance / scale), though the ratio be too large for a number
+      # log(1 + distance / span), also where the ratio would overflow; `scale` is the log of the span
       above, below = (np.logaddexp(0, np.log(np.maximum(d, 0)) - scale) for d in (values - high, low - values))
     first, last = np.array(self.scores)[left], np.array(self.scores)[right]
     inside = np.minimum(first + share * (last - first), last)
@@ -94,7 +95,7 @@ NumberEncoder = Numeric | Quantile
 
 
 def number_encoder(saved: Mapping[str, Any]) -> NumberEncoder:
-  """The encoder of what `dataclasses.asdict` made of one, by way of JSON."""
+  """Returns the encoder that `dataclasses.asdict` turned into `saved`, by way of JSON."""
   if "knots" in saved:
     return Quantile(tuple(saved["knots"]), tuple(saved["scores"]))
   return Numeric(**saved)

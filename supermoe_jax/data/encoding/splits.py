@@ -1,4 +1,4 @@
-"""The three splits, and which of them a user belongs to."""
+"""Defines the three splits, and assigns users to them by hash."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def user_split(user: str, split: config.Split) -> int:
 
 
 def user_hash(user: str) -> str:
-  """What users are ordered by in a dataset, another hash than that which divides them: 32 hexadecimal digits.
+  """Returns the hash that orders users in a dataset, 32 hexadecimal digits; `user_split` uses another hash.
 
-  It is the order that TensorFlow Datasets gives the keys of a split named `users`.
+  The order is the same as TensorFlow Datasets gives the keys of a split named `users`.
   """
   return hashlib.md5(b"users" + user.encode()).hexdigest()
 
 
 def user_hash_sql(column: str) -> str:
-  """The SQL of `user_hash` of the user in `column`."""
+  """Returns the SQL of `user_hash` of the user in `column`."""
   return f"md5('users' || {column})"
 
 
 def training_user_sql(column: str, split: config.Split) -> str:
-  """The SQL of whether `user_split` of the user in `column` is TRAIN: the same hash, the same arithmetic."""
+  """Returns the SQL of whether `user_split` of the user in `column` is TRAIN, by the same hash and arithmetic."""
   return (
     f"md5_number_upper({column})::DOUBLE / {2.0**64!r}::DOUBLE >= {split.user_test + split.user_validation!r}::DOUBLE"
   )

@@ -1,5 +1,8 @@
-"""Encoders of event fields, fitted on the training period (or the training users) only, and of user labels, fitted on
-the training users."""
+"""Encodes categorical event fields as codes and user labels as classes.
+
+The encoders of fields are fitted on the training period (or the training users) only, those for labels on the training
+users.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ from supermoe_jax.errors import DataError
 if TYPE_CHECKING:  # encoding a value takes NumPy alone; only tables and files of them take Arrow
   import pyarrow as pa
 
-ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value and of a value out of vocabulary; values follow
+ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value, a value out of vocabulary, and the first value
 
 
 def _bucket(value: str, buckets: int, half: str = "lower") -> int:
-  """The bucket of a value, from 0, by 64 bits of MD5 as DuckDB has them: the same on every machine and version."""
+  """Returns the bucket of a value, from 0, by 64 bits of MD5 as in DuckDB: the same on every machine and version."""
   digest = hashlib.md5(value.encode()).digest()
   return int.from_bytes(digest[8:] if half == "lower" else digest[:8], "little") % buckets
 
 
 def bucket_sql(column: str, buckets: int, half: str = "lower") -> str:
-  """The SQL of the bucket, from 0, that the value of a column is hashed into."""
+  """Returns the SQL of the bucket, from 0, that the value of a column is hashed into."""
   return f"md5_number_{half}({column}) % {buckets}"
 
 
@@ -38,12 +41,12 @@ def bucket_sql(column: str, buckets: int, half: str = "lower") -> str:
 class Vocabulary:
   """The values of a field, most frequent first, ties by value; the value at index i has the code i + 2.
 
-  Values that it does not hold have the code 1 or, with buckets, one of the codes that follow those of the values.
+  Other values have the code 1 or, with buckets, one of the codes behind the codes of the values.
 
   Attributes:
     values: the values as text.
-    counts: int64, how often each occurs in the training period.
-    buckets: how many codes other values are hashed into; 0: none.
+    counts: int64, the count of each value in the training period.
+    buckets: the number of codes that other values are hashed into; 0: none.
   """
 
   values: list[str]
@@ -52,7 +55,7 @@ class Vocabulary:
 
   @property
   def n_codes(self) -> int:
-    """The number of codes, absent and out of vocabulary included."""
+    """Returns the number of codes, including absent and out of vocabulary."""
     return self._first_bucket + self.buckets
 
   @property
@@ -64,7 +67,7 @@ class Vocabulary:
     return {v: i for i, v in enumerate(self.values, FIRST_VALUE)}
 
   def code(self, value: str | None) -> int:
-    """The code of a value; None is absent."""
+    """Returns the code of a value; None is absent."""
     if value is None:
       return ABSENT
     if self.buckets and value not in self._codes:
@@ -72,7 +75,7 @@ class Vocabulary:
     return self._codes.get(value, UNKNOWN)
 
   def table(self) -> pa.Table:
-    """The columns `value` and `code`, for a join."""
+    """Returns a table with the columns `value` and `code`, for a join."""
     import pyarrow as pa
 
     return pa.table(
@@ -80,24 +83,24 @@ class Vocabulary:
     )
 
   def code_sql(self, column: str, table: str) -> str:
-    """The SQL of a column's code; `table` is `table()`, joined by an outer join on its `value`."""
+    """Returns the SQL of a column's code; `table` names the table `table()`, joined by an outer join on `value`."""
     unknown = f"{self._first_bucket} + {bucket_sql(column, self.buckets)}" if self.buckets else f"{UNKNOWN}"
     return f"CASE WHEN {column} IS NULL THEN {ABSENT} ELSE coalesce({table}.code, {unknown}) END"
 
   def bucket_sql(self, column: str) -> str:
-    """The SQL of the bucket, from 0, of a column's value that is out of vocabulary."""
+    """Returns the SQL of the bucket, from 0, of a column's value that is out of vocabulary."""
     return bucket_sql(column, self.buckets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hashing:
-  """Values hashed into buckets: nothing is out of vocabulary, but values may share a code.
+  """Encoder that hashes values into buckets: nothing is out of vocabulary, but values may share a code.
 
   Attributes:
-    buckets: of this part.
-    part: which of the `parts` it is; a value of another part is absent here, and has a code there.
-    parts: the parts that all buckets are divided into, equally large.
-    half: which 64 bits of the value's MD5 choose; those of one half say nothing of the other.
+    buckets: the number of buckets of this part.
+    part: the index of this part; a value of another part is absent here, and has a code there.
+    parts: the number of equally large parts that all buckets are divided into.
+    half: the half of the value's MD5, 64 bits, that chooses the bucket; the halves are independent.
   """
 
   buckets: int
@@ -107,28 +110,28 @@ class Hashing:
 
   @property
   def n_codes(self) -> int:
-    """The number of codes, absent and out of vocabulary included."""
+    """Returns the number of codes, including absent and out of vocabulary."""
     return self.buckets + FIRST_VALUE
 
   def code(self, value: str | None) -> int:
-    """The code of a value; None is absent."""
+    """Returns the code of a value; None is absent."""
     if value is None:
       return ABSENT
     part, bucket = divmod(_bucket(value, self.buckets * self.parts, self.half), self.buckets)
     return FIRST_VALUE + bucket if part == self.part else ABSENT
 
   def table(self) -> None:
-    """A hash needs no table."""
+    """Returns None: hashing needs no table."""
 
   def bucket_sql(self, column: str) -> str:
-    """The SQL of the bucket of a column's value, from 0; NULL where it is one of another part."""
+    """Returns the SQL of the bucket, from 0, of a column's value; NULL for a value of another part."""
     bucket = bucket_sql(column, self.buckets * self.parts, self.half)
     if self.parts == 1:
       return bucket
     return f"CASE WHEN ({bucket}) // {self.buckets} = {self.part} THEN ({bucket}) % {self.buckets} END"
 
   def code_sql(self, column: str, table: str) -> str:
-    """The SQL of a column's code."""
+    """Returns the SQL of a column's code."""
     del table
     return f"coalesce({FIRST_VALUE} + {self.bucket_sql(column)}, {ABSENT})"
 
@@ -139,7 +142,7 @@ class Classes:
 
   Attributes:
     values: the classes as text; the label is the index.
-    counts: how many training users each has.
+    counts: the number of training users of each class.
   """
 
   values: tuple[str, ...]
@@ -152,7 +155,7 @@ LabelEncoder = Classes | Numeric
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-  """The encoder of each field, in config order, and of each user label that needs one (classes, numbers)."""
+  """Encoders of all fields, in config order, and of the user labels that need one (classes, numbers)."""
 
   categorical: Mapping[str, Categorical]
   numeric: Mapping[str, NumberEncoder]
@@ -171,21 +174,21 @@ class Encoders:
     }
     for name, encoder in self.categorical.items():
       if isinstance(encoder, Hashing):
-        # What is as it always was is not named: datasets keep their encoding hash.
+        # Default values are not written, so that older datasets keep their encoding hash.
         plain = dataclasses.asdict(Hashing(encoder.buckets))
         own = {k: v for k, v in dataclasses.asdict(encoder).items() if k == "buckets" or v != plain[k]}
         saved["categorical"][name] = {"kind": "hash", **own}
         continue
       file = f"{urllib.parse.quote(name, safe='')}.parquet"
       pq.write_table(pa.table({"value": pa.array(encoder.values, pa.string()), "count": encoder.counts}), path / file)
-      # Without buckets nothing is said of them: datasets that had none before keep their encoding hash.
+      # A vocabulary without buckets does not name them, so that older datasets keep their encoding hash.
       buckets = {"buckets": encoder.buckets} if encoder.buckets else {}
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, **buckets}
     (path / "encoders.json").write_text(json.dumps(saved, indent=1) + "\n")
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Encoders:
-    """Reads what `save` wrote.
+    """Reads the encoders that `save` wrote.
 
     Raises:
       DataError: the directory holds no encoders.

@@ -8,9 +8,8 @@ Shapes: N events of the user, S snapshots, m events that a snapshot of an event 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -19,10 +18,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from supermoe_jax import config
 from supermoe_jax.batch import Schema
 from supermoe_jax.data.encoding.histories import UserBlock
-from supermoe_jax.data.encoding.vocabulary import Encoders
-from supermoe_jax.data.format.schema import make_event_answer
-from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import Calendar, Labels, Snapshots
+from supermoe_jax.data.tasks import KINDS
+from supermoe_jax.data.tasks.labels import RecordArray, Snapshots, TaskLabels
 
 if TYPE_CHECKING:
   import tensorflow_datasets as tfds
@@ -33,35 +30,6 @@ Record = dict[str, Any]
 EVENTS = ("time", "source", "codes", "numeric")
 
 USER, N_TRAIN, USER_SPLIT = "user", "n_train", "user_split"  # the parts that are no arrays
-
-
-class TaskLabels(NamedTuple):
-  """A task's labels at the snapshots of a block of users.
-
-  Attributes:
-    labels: `[S]`, `[S, values]`, or `[S, m]` of an event label.
-    event: int32 `[S, m]`, the events of the user that an event label asks about; -1 none. None for other kinds.
-  """
-
-  labels: Labels
-  event: np.ndarray | None = None
-
-
-def label_type(task: config.LabelledTask) -> type:
-  """How a record holds the task's labels."""
-  answer = config.answer(task)
-  if answer in ("catalogue", "multiclass"):
-    return np.int32
-  return np.float32 if answer == "regression" or isinstance(task, config.EventLabel) else np.uint8
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordArray:
-  """An array of a record: its type, the shape of a row, and whether it has a row an event, or one a snapshot."""
-
-  dtype: type
-  row: tuple[int, ...] = ()
-  of_events: bool = False
 
 
 def record_arrays(schema: Schema, tasks: Mapping[str, config.LabelledTask]) -> dict[str, RecordArray]:
@@ -78,13 +46,7 @@ def record_arrays(schema: Schema, tasks: Mapping[str, config.LabelledTask]) -> d
   if schema.numeric:
     out["numeric"] = RecordArray(np.float32, (len(schema.numeric),), of_events=True)
   for name, task in tasks.items():
-    if isinstance(task, config.EventLabel):
-      row: tuple[int, ...] = (task.per_snapshot,)
-      out[f"known_{name}"], out[f"event_{name}"] = RecordArray(np.uint8, row), RecordArray(np.int32, row)
-    else:
-      row = (schema.outputs[name],) if isinstance(task, config.FutureValues) else ()
-      out[f"known_{name}"] = RecordArray(np.uint8)
-    out[f"label_{name}"] = RecordArray(label_type(task), row)
+    out |= KINDS[task.kind].record_arrays(name, task, schema.outputs[name])
   return out
 
 
@@ -155,52 +117,3 @@ def decode_record(content: bytes, parts: Mapping[str, RecordArray]) -> Record:
   except (DecodeError, IndexError) as error:
     raise ValueError(f"no record of this dataset: {error}") from error
   return record
-
-
-class Labeller:
-  """Makes every task's labels at users' snapshots."""
-
-  def __init__(self, cfg: config.Config, encoders: Encoders, times: Calendar | None):
-    """`times` is None for leave one out.
-
-    Raises:
-      DataError: a positive value of an event label is not in the field's vocabulary.
-    """
-    self._tasks, self._times = cfg.labelled_tasks, times
-    self._columns = {n: i for i, n in enumerate(encoders.categorical)}
-    self._sources = list(cfg.data.sources)
-    self._answers = {
-      n: make_event_answer(n, t, cfg.data, encoders) for n, t in self._tasks.items() if isinstance(t, config.EventLabel)
-    }
-
-  def __call__(
-    self, block: UserBlock, snapshots: Snapshots, owner: np.ndarray, user_labels: Mapping[str, np.ndarray]
-  ) -> dict[str, TaskLabels]:
-    """The labels of users who belong to the splits `owner [U]`; `user_labels [U]` of each such task are NaN unknown."""
-    return {n: self._label(n, t, block, snapshots, owner, user_labels) for n, t in self._tasks.items()}
-
-  def _label(
-    self,
-    name: str,
-    task: config.LabelledTask,
-    block: UserBlock,
-    snapshots: Snapshots,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
-    times = self._times
-    if isinstance(task, config.NextEvent):
-      return TaskLabels(labels.next_event(block, snapshots, self._columns[task.field], times))
-    if isinstance(task, config.EventLabel):
-      answer = self._answers[name]
-      event = labels.following_events(answer.carried(block), block, snapshots, task.per_snapshot, times)
-      of_user = np.where(event < 0, -1, event - block.offsets[snapshots.user][:, None])
-      return TaskLabels(labels.at_events(answer(block), event), of_user.astype(np.int32))
-    if isinstance(task, config.UserLabel):
-      return TaskLabels(labels.user_label(user_labels[name], snapshots, owner))
-    assert times is not None  # config.resolve rejects tasks about the future without a calendar
-    if isinstance(task, config.FutureEvent):
-      source = self._sources.index(task.source)
-      return TaskLabels(labels.future_event(block, snapshots, times, source, task.horizon_days, task.negate))
-    column = self._columns[task.field]
-    return TaskLabels(labels.future_values(block, snapshots, times, column, task.top, task.horizon_days))

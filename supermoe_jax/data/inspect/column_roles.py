@@ -1,6 +1,6 @@
-"""What a column of an event log is likely to be: judged by its type, its values and its name, with the reason.
+"""Guesses the role of a column of an event log (user, time, field) from its type, values and name, and gives a reason.
 
-These are proposals for a person to read, so plain rules that a few words can state are preferred to cleverer ones.
+A person reads these proposals. The rules are therefore plain enough to be stated in a few words.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from supermoe_jax.data.reading import value_sql
 
 VOCABULARY_LIMIT = 100_000  # values beyond which a field is hashed
-FEW_VALUES = 20  # up to which numbers are taken for categories, such as ratings
-MOSTLY = 0.95  # the share of values that makes a column one of numbers or of times; the rest are then bad values
+FEW_VALUES = 20  # distinct numbers up to which a column is categorical, such as ratings
+MOSTLY = 0.95  # the share of values that makes a column numeric or a time; the other values are then bad
 LONG_TEXT = 60  # characters on average
-MANY = 8  # values of a list that are kept, at most
-WHOLE_LISTS = 0.95  # the share of the lists that are kept whole, unless that takes more values
-SKEW = 10  # the largest value over the mean that calls for log1p
+MANY = 8  # the most values of a list to keep
+WHOLE_LISTS = 0.95  # the share of lists to keep whole, as far as `MANY` allows
+SKEW = 10  # log1p is proposed above this ratio of the largest value to the mean
 
 USER_WORDS = (
   *("user", "uid", "customer", "household", "client", "visitor", "member", "account", "person", "profile"),
@@ -42,25 +42,25 @@ CALENDAR_WORDS = ("week", "month", "year", "day", "hour", "weekday", "quarter")
 _DATES = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%Y%m%d", "%d-%m-%Y", "%m-%d-%Y")
 _CLOCKS = ("", " %H:%M", " %H:%M:%S")
 TIME_FORMATS = (*(d + c for d, c in itertools.product(_DATES, _CLOCKS)), "%Y%m%d%H%M%S", "%a %b %d %H:%M:%S %z %Y")
-FORMAT_SAMPLE = 100  # values that a format has to fit
+FORMAT_SAMPLE = 100  # values that a time format must fit
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnStatistics:
-  """A column, measured over all rows of its table.
+  """Statistics of a column over all rows of its table.
 
   Attributes:
-    name: its name.
-    type: its DuckDB type.
-    rows: rows of the table.
-    present: rows with a value.
-    distinct: different values.
-    numbers: values that are finite numbers.
-    low: the smallest number, None without any.
-    high: the largest number.
+    name: the column's name.
+    type: the column's DuckDB type.
+    rows: the number of rows of the table.
+    present: the number of rows with a value.
+    distinct: the number of distinct values.
+    numbers: the number of values that are finite numbers.
+    low: the smallest number, None if there is no number.
+    high: the largest number, None if there is no number.
     size: the mean of the numbers' absolute values.
     whole: whether all numbers are whole.
-    iso_times: values of a textual column that are ISO 8601 times.
+    iso_times: the number of values of a text column that are ISO 8601 times.
     length: the mean number of characters.
     sample: the distinct values among the first rows, in order.
   """
@@ -81,23 +81,23 @@ class ColumnStatistics:
 
   @property
   def numeric(self) -> bool:
-    """Whether most values are numbers."""
+    """Returns whether most values are numbers."""
     return self.present > 0 and self.numbers >= MOSTLY * self.present
 
   @property
   def holds_lists(self) -> bool:
-    """Whether the values are lists of texts or whole numbers; of text whether those looked at are all JSON arrays."""
+    """Returns whether the values are lists of texts or whole numbers; for text, whether the sample is JSON arrays."""
     if self.type == "VARCHAR":
       return bool(self.sample) and all(v.startswith("[") and v.endswith("]") for v in self.sample)
     return re.fullmatch(r"(VARCHAR|U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT))\[\d*\]", self.type) is not None
 
   @property
   def words(self) -> list[str]:
-    """The words of the name: `productId` and `product_id` are `product`, `id`."""
+    """Returns the words of the name: `productId` and `product_id` are `product`, `id`."""
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", self.name)]
 
   def named(self, words: Sequence[str]) -> int | None:
-    """The place among `words` of the first one that a word of the name begins with (up to three letters: is)."""
+    """Returns the index of the first of `words` that equals or, with over three letters, begins a word of the name."""
     for place, word in enumerate(words):
       if any(w == word or (len(word) > 3 and w.startswith(word)) for w in self.words):
         return place
@@ -106,13 +106,13 @@ class ColumnStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnRole:
-  """What a column is proposed to be.
+  """The proposed role of a column.
 
   Attributes:
     kind: user, time, vocabulary, hash, numeric or ignore.
-    reason: why, in a few words.
-    settings: what its entry in the config needs besides the column's name.
-    note: what is to be known of these settings.
+    reason: the reason for the role, in a few words.
+    settings: the settings of the column's entry in the config, apart from its name.
+    note: a remark about these settings.
   """
 
   kind: str
@@ -122,7 +122,7 @@ class ColumnRole:
 
 
 def time_sql(column: str, type: str, role: ColumnRole) -> str:
-  """Returns the SQL of a time column as microseconds since 1970 UTC, read as its role says."""
+  """Returns the SQL that reads a time column by its role, as microseconds since 1970 UTC."""
   if value_sql.is_instant(type):
     return value_sql.instant_sql(column, type)
   if format := role.settings.get("time_format"):
@@ -133,13 +133,13 @@ def time_sql(column: str, type: str, role: ColumnRole) -> str:
 
 
 def sequence_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole]:
-  """Returns the place and the role of the column of a file of sequences that stands in for the time."""
+  """Returns the index and the role of the column `position`, which serves as the time in a file of sequences."""
   names = [column.name for column in columns]
   return names.index("position"), ColumnRole("time", "the place in the sequence", {"time_unit": "s"})
 
 
 def list_role(lengths: Mapping[int, int]) -> ColumnRole:
-  """Returns the role of a column of lists; `lengths` says how many there are of each length, in order, from 1."""
+  """Returns the role of a column of lists; `lengths` maps each length, from 1 in order, to its number of lists."""
   reached = itertools.accumulate(lengths.values())
   usual = next(k for k, n in zip(lengths, reached, strict=True) if n >= WHOLE_LISTS * sum(lengths.values()))
   many, longest = min(usual, MANY), max(lengths)
@@ -149,7 +149,7 @@ def list_role(lengths: Mapping[int, int]) -> ColumnRole:
 
 
 def choose_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole] | None:
-  """Returns the place and the role of the likeliest time column; the first of equally likely ones."""
+  """Returns the index and the role of the likeliest time column; the first one if several are equally likely."""
   best: tuple[float, int, ColumnRole] | None = None
   for place, column in enumerate(columns):
     likely = _time_role(column)
@@ -159,7 +159,7 @@ def choose_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole] |
 
 
 def _time_role(column: ColumnStatistics) -> tuple[float, ColumnRole] | None:
-  """How likely a column is the time, and the role it would have."""
+  """Returns a score of how likely a column is the time, and its role as the time; None if it cannot be the time."""
   named = 0.5 * (column.named(TIME_WORDS) is not None)
   if not column.present:
     return None
@@ -194,18 +194,18 @@ def _fitting_formats(sample: Sequence[str]) -> list[str]:
 
 
 def user_candidates(columns: Sequence[ColumnStatistics], time: int | None) -> list[int]:
-  """Returns the places of the columns that may be the user, likeliest first."""
+  """Returns the indices of the columns that may be the user, likeliest first."""
   exact: list[tuple[int, int]] = []
   described: list[tuple[int, int]] = []
   for place, column in enumerate(columns):
     named = column.named(USER_WORDS)
     if place == time or named is None or not _may_be_id(column):
       continue
-    # `user_id` is the user; `user_age` is something known of one.
+    # `user_id` is the user; `user_age` is an attribute of the user.
     rest = [w for w in column.words if w not in ("id", "key", "no", "number", "hash", "hashed")]
     (exact if len(rest) == 1 or "id" in column.words else described).append((named, place))
   ranked = sorted(exact or described)
-  if not ranked and time is not None:  # by its values: the first ids that come back
+  if not ranked and time is not None:  # judged by values: the first column whose ids repeat
     ranked = [(0, p) for p, c in enumerate(columns) if p != time and _may_be_id(c) and c.distinct <= c.present / 2][:1]
   return [place for _, place in ranked]
 
@@ -227,7 +227,7 @@ def field_role(column: ColumnStatistics, *, timed: bool = True, one_user_each: b
   Args:
     column: the column.
     timed: whether the table has a time, which makes calendar columns superfluous.
-    one_user_each: whether no two users share a value of the column.
+    one_user_each: whether each value of the column belongs to one user.
   """
   if column.present == 0:
     return ColumnRole("ignore", "no value")
@@ -269,6 +269,6 @@ def _is_quantity(column: ColumnStatistics) -> bool:
 
 
 def next_event_rank(column: ColumnStatistics) -> tuple[int, int]:
-  """Orders vocabulary fields by how likely they are what should be predicted; the smallest is likeliest."""
+  """Returns a sort key of vocabulary fields: the smaller, the likelier is the field the one to predict."""
   named = column.named(ITEM_WORDS)
   return (len(ITEM_WORDS) if named is None else named, -column.distinct)

@@ -1,4 +1,4 @@
-"""Writes the config file that `supermoe inspect` proposes: complete, loadable, and meant to be read and edited."""
+"""Writes the config file that `supermoe inspect` proposes: complete and loadable, for a person to read and edit."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ if TYPE_CHECKING:
   from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
   from supermoe_jax.data.inspect.inspect import InspectedTable
 
-QUANTILES = (0.7, 0.85)  # of the events: where the training period ends, and where the test snapshot lies
-LEAST_ROUNDED_UNITS = 20  # the log's length in units of the rounding of snapshot times, at least
-SNAPSHOTS = 4  # training snapshots that have to fit, at least
+QUANTILES = (0.7, 0.85)  # of the events' times: the end of the training period, and the test snapshot
+LEAST_ROUNDED_UNITS = 20  # units (days, hours, …) that the log must span for snapshot times to be rounded to them
+SNAPSHOTS = 4  # the least number of training snapshots
 
-_Comments = dict[tuple[str, ...], str]  # path of keys → comment on that line
+_Comments = dict[tuple[str, ...], str]  # path of keys → comment on the key's line
 
 
 def event_tables(tables: Sequence[InspectedTable]) -> list[InspectedTable]:
-  """The tables that hold events."""
+  """Returns the tables that hold events."""
   return [t for t in tables if _is_source(t, tables)]
 
 
 def user_table_of(tables: Sequence[InspectedTable]) -> InspectedTable | None:
-  """The table of users: one without events whose key is the user of one with events."""
+  """Returns the user table: a table without events whose key is the user of a table with events."""
   sources = event_tables(tables)
   return _users(sources, [t for t in tables if t not in sources])
 
 
 def propose(tables: Sequence[InspectedTable]) -> str:
-  """Returns the text of a config file for the tables that hold events; empty if none has a field.
+  """Returns the text of a config file for the tables that hold events; empty if none has a field to predict.
 
-  Of the other tables, one whose key is a field of the events becomes their table of items, and one whose key is the
-  user becomes the table of users.
+  Another table becomes the item table if its key is a field of the events, and the user table if its key is the user.
   """
   sources = event_tables(tables)
   others = [t for t in tables if t not in sources]
@@ -61,7 +60,7 @@ def propose(tables: Sequence[InspectedTable]) -> str:
     data["users"] = {"files": _patterns(users.files), "user": users.having("user")[0][0].name}
   data["split"] = _split(sources, comments)
   if any(t.format == "sequences" for t in sources):
-    data["aggregates"] = {"enabled": False}  # they count within windows of time
+    data["aggregates"] = {"enabled": False}  # aggregates need times, for their windows
   if (bad := sum(_bad_rows(t) for t in [*sources, *items.values()])) > 0:
     data["on_bad_rows"] = "drop"
     comments["data", "on_bad_rows"] = f"up to {bad:,} rows have no user, no time or a number that cannot be read"
@@ -75,21 +74,21 @@ def propose(tables: Sequence[InspectedTable]) -> str:
 
 
 def _is_source(table: InspectedTable, tables: Sequence[InspectedTable]) -> bool:
-  """Whether a table holds events; one row a user and a time, such as of signing up, is rather known of the user."""
+  """Returns whether a table holds events. A table with one row a user, such as sign-ups, is rather a user table."""
   if table.events is None:
     return False
   return table.users[0].most > 1 or not any(t.users and t.users[0].most > 1 and t.events for t in tables)
 
 
 def _items(source: InspectedTable, others: Sequence[InspectedTable]) -> InspectedTable | None:
-  """The first table of a file of its own whose key is a field of the source."""
+  """Returns the first table of a single file whose key is a field of the source."""
   return next((t for t in others if len(t.files) == 1 and _key(source, t) is not None), None)
 
 
 def _key(source: InspectedTable, items: InspectedTable) -> str | None:
-  """The source's field that is the key of a table of items: one of its name, or what the events are likeliest about.
+  """Returns the source's field that is the key of an item table, by the name of the key.
 
-  An object keyed by id does not say what its keys are called.
+  A JSON object keyed by id does not name its keys: then it is the field that most likely names the item.
   """
   fields = [(c, r) for c, r in source.having("vocabulary", "hash") if "many" not in r.settings]
   if items.format == "json_object":
@@ -104,7 +103,7 @@ def _users(sources: Sequence[InspectedTable], others: Sequence[InspectedTable]) 
 
 
 def _bad_rows(table: InspectedTable) -> int:
-  """At most how many rows the reader would reject."""
+  """Returns an upper bound of the number of rows that the reader would reject."""
   unreadable = table.events.unreadable if table.events else 0
   return unreadable + sum(c.present - c.numbers for c, _ in table.having("numeric"))
 
@@ -127,7 +126,7 @@ def _format_by_ending(file: FilePath) -> str:
 
 
 def _patterns(files: Sequence[FilePath]) -> list[str]:
-  """The files, or the one glob that means exactly them: a shell has expanded the one that was typed."""
+  """Returns the files, or one glob that matches exactly them: a shell may have expanded the glob that was typed."""
   first = files[0]
   if len(files) > 1 and isinstance(first, pathlib.Path):
     pattern = f"{glob.escape(str(first.parent))}/*{''.join(first.suffixes)}"
@@ -139,7 +138,7 @@ def _patterns(files: Sequence[FilePath]) -> list[str]:
 def _fields(
   sources: Sequence[InspectedTable], items: Mapping[str, InspectedTable], comments: _Comments
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
-  """The fields of all sources, and the one whose next value should be predicted; a column of several is one field."""
+  """Returns the fields of all sources, and the one to predict; a column that sources share is one field."""
   fields: dict[str, dict[str, Any]] = {}
   carriers: dict[str, list[str]] = {}
   ranks: dict[str, tuple[int, int]] = {}
@@ -167,7 +166,7 @@ def _fields(
     return fields, None
   target = min(ranks, key=lambda n: ("kind" in fields[n], ranks[n]))
   if fields[target].get("kind") == "hash":
-    del fields[target]["kind"], fields[target]["size"]  # a value is predicted by its name: keep the most frequent ones
+    del fields[target]["kind"], fields[target]["size"]  # only a vocabulary can be predicted: keep its frequent values
   return fields, target
 
 
@@ -190,7 +189,7 @@ def _identifier(name: str) -> str:
 
 
 def _split(sources: Sequence[InspectedTable], comments: _Comments) -> dict[str, Any]:
-  """A temporal split at quantiles of the largest table's events; leave one out if its times are too few for that."""
+  """Returns a temporal split at quantiles of the largest table's events; leave one out if its times are too few."""
   if any(t.format == "sequences" for t in sources):
     comments["data", "split"] = "a place in a sequence is no time"
     return {"mode": "leave_one_out"}
@@ -213,7 +212,7 @@ def _split(sources: Sequence[InspectedTable], comments: _Comments) -> dict[str, 
 
 
 def _rounded_down(time: int, span: int) -> int:
-  """Rounds to a day, hour, minute or second, the coarsest that leaves the log many of them."""
+  """Rounds down to a day, hour, minute or second: the coarsest unit that fits the log's span often enough."""
   seconds = next((s for s in (86_400, 3_600, 60) if span >= LEAST_ROUNDED_UNITS * s * 1_000_000), 1)
   return time - time % (seconds * 1_000_000)
 
@@ -224,9 +223,9 @@ def _iso(microseconds: int) -> str:
 
 
 def _config_lines(value: Any, comments: Mapping[tuple[str, ...], str], path: tuple[str, ...], indent: str) -> list[str]:
-  """Writes nested mappings one key a line, small ones of scalars in one; comments stand at the end of their line."""
+  """Returns the lines of nested mappings, one key a line; a field's settings share a line. Comments end their line."""
   if not isinstance(value, Mapping):
-    # Of texts, numbers and lists of them JSON is Python too.
+    # The JSON of texts, numbers and lists of them is valid Python.
     return [repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)]
   if (path[:2] == ("data", "fields") and len(path) == 3) or not value:
     return [

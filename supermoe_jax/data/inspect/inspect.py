@@ -1,7 +1,7 @@
-"""What `supermoe inspect` finds out about files before they are prepared, and the config that it proposes.
+"""Inspects files before they are prepared, for `supermoe inspect`: measures their columns and proposes a config.
 
-Files with the same columns are one table. Its columns are measured over all rows, alone and together; `column_roles`
-judges what each is, and `config_file` writes the config.
+Files with the same columns are one table. Its columns are measured over all rows, alone and together. `column_roles`
+proposes the role of each column, and `config_file` writes the config.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from supermoe_jax.errors import DataError
 MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk
 SAMPLE_ROWS = 1000
 EXAMPLES, EXAMPLES_WIDTH = 3, 40
-CANDIDATES = 3  # columns that may be the user, shown with their rows per value
+CANDIDATES = 3  # the most columns that are shown as a possible user
 
 
 @dataclasses.dataclass(frozen=True)
 class UserRows:
-  """How many rows a value of a column has, which may be the user: the number of values, median and largest."""
+  """Rows per value of a column that may be the user: number of values, median and largest number of rows."""
 
   column: str
   users: int
@@ -42,7 +42,7 @@ class UserRows:
 
 @dataclasses.dataclass(frozen=True)
 class EventTableStatistics:
-  """Facts of a table that has a user and a time.
+  """Statistics of a table that has a user and a time.
 
   Attributes:
     first: the first time, microseconds since 1970 UTC.
@@ -63,13 +63,13 @@ class EventTableStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class InspectedTable:
-  """Files of the same columns.
+  """A table of files with the same columns.
 
   Attributes:
-    columns: its columns, measured.
-    roles: the proposed role of each.
+    columns: the statistics of each column.
+    roles: the proposed role of each column.
     users: the columns that may be the user, likeliest first.
-    events: facts of the rows as events; None if no user or no time was found.
+    events: statistics of the rows as events; None if no user or no time was found.
   """
 
   name: str
@@ -82,23 +82,23 @@ class InspectedTable:
   events: EventTableStatistics | None
 
   def having(self, *kinds: str) -> list[tuple[ColumnStatistics, ColumnRole]]:
-    """The columns of these roles."""
+    """Returns the columns whose role is of these kinds."""
     return [(c, r) for c, r in zip(self.columns, self.roles, strict=True) if r.kind in kinds]
 
   @property
   def keys(self) -> list[str]:
-    """The columns whose values each stand in one row."""
+    """Returns the columns whose values are different in every row."""
     return [c.name for c in self.columns if c.distinct == c.rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-  """What was found.
+  """The result of an inspection.
 
   Attributes:
-    tables: in the order of their first file.
+    tables: the tables, in the order of their first file.
     empty_files: files without a row.
-    suspects: columns of events that nearly tell a label.
+    suspects: columns of events that nearly determine a label.
     config: the text of a complete config file; empty if no table has a user, a time and a field.
   """
 
@@ -108,7 +108,7 @@ class Inspection:
   config: str
 
   def render(self) -> str:
-    """Writes the findings, aligned for a terminal, and below them the proposed config file."""
+    """Returns the findings as aligned text for a terminal, followed by the proposed config file."""
     parts = [_render_table(table) for table in self.tables]
     if self.empty_files:
       parts.append("Without a row: " + ", ".join(str(f) for f in self.empty_files))
@@ -123,7 +123,7 @@ class Inspection:
 
 
 def inspect(files: Sequence[str], format: str = "auto") -> Inspection:
-  """Measures files (paths or globs) and proposes what their columns are, and a config.
+  """Measures files (paths or globs), and proposes the roles of their columns and a config.
 
   Raises:
     DataError: a file is missing or cannot be read, or none of them holds a row.
@@ -143,7 +143,7 @@ def inspect(files: Sequence[str], format: str = "auto") -> Inspection:
 def _group(
   con: duckdb.DuckDBPyConnection, files: Sequence[str], format: str
 ) -> tuple[list[list[TableFile]], list[FilePath]]:
-  """Opens the files; returns them grouped by their columns, and those that are empty."""
+  """Opens the files; returns them grouped by their columns, and the empty files."""
   groups: dict[tuple[str, ...], list[TableFile]] = {}
   empty: list[FilePath] = []
   found = paths.find_files(con, files, "supermoe inspect")
@@ -162,7 +162,7 @@ def _group(
 
 
 def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
-  """Names tables after their files, and `part-0.parquet` and the like after their folder."""
+  """Names tables after their files, or after the folder if the file's name is generic, as `part-0.parquet`."""
   names: list[str] = []
   for files in groups:
     stem = files[0].name.partition(".")[0]
@@ -193,7 +193,7 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
     found = _column_roles(con, columns, time, user)
     json = files[0].format in readers.JSON_FORMATS
     for i, column in enumerate(columns):
-      # Text of other formats that looks like a JSON array is not read as one.
+      # Outside JSON formats, text that looks like a JSON array is not read as a list.
       if column.holds_lists and column.distinct > 1 and (json or column.type != "VARCHAR"):
         lengths = _lengths(con, i, column.type, json)
         found[i] = column_roles.list_role(lengths) if lengths else found[i]
@@ -205,7 +205,7 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
 
 
 def _lengths(con: duckdb.DuckDBPyConnection, place: int, type: str, json: bool) -> dict[int, int]:
-  """How many lists of a column have each length, in order; empty lists and absent values in them are left out."""
+  """Returns the number of lists of each length, in order; empty lists and absent elements do not count."""
   values = value_sql.list_sql(f"c{place}", type, config.Field.separator, json=json)
   lengths = f"SELECT len({values}) AS length FROM found"
   query = f"SELECT length, count(*) FROM ({lengths}) WHERE length > 0 GROUP BY length ORDER BY length"
@@ -213,7 +213,7 @@ def _lengths(con: duckdb.DuckDBPyConnection, place: int, type: str, json: bool) 
 
 
 def _rows(files: Sequence[TableFile]) -> str:
-  """A query of the rows of a table's files, its columns named c0, c1, … in the order of the first file."""
+  """Returns a query of the rows of a table's files, with columns c0, c1, … in the order of the first file."""
   aliases = {f"c{i}": column for i, column in enumerate(files[0].columns)}
   return " UNION ALL ".join(f"SELECT {', '.join(aliases)} FROM ({file.select(aliases)})" for file in files)
 
@@ -244,7 +244,7 @@ def _measure(con: duckdb.DuckDBPyConnection, aliases: dict[str, str]) -> list[Co
 
 
 def _facts_sql(column: str, type: str, text: str) -> str:
-  """The members of a struct of the attributes of `Measured`."""
+  """Returns the SQL of the members of a struct of attributes of `ColumnStatistics`."""
   facts = {"present": f"count({text})", "distinct": f"count(DISTINCT {text})", "length": f"avg(length({text}))"}
   if type == "VARCHAR":
     facts["iso_times"] = f"count({value_sql.iso_sql(column)})"
@@ -271,7 +271,7 @@ def _column_roles(
   time: tuple[int, ColumnRole] | None,
   user: int | None,
 ) -> list[ColumnRole]:
-  """The role of each column; whether a column's values are each one user's own takes another pass over the rows."""
+  """Returns the role of each column. A second pass over the rows finds columns whose values have one user each."""
   found = [column_roles.field_role(column, timed=time is not None) for column in columns]
   if time:
     found[time[0]] = time[1]
@@ -280,7 +280,7 @@ def _column_roles(
   found[user] = ColumnRole(
     "user", "by its name" if columns[user].named(column_roles.USER_WORDS) is not None else "ids that come back"
   )
-  # A column of fewer values than users cannot tell them apart.
+  # Only a column with more values than users is checked: fewer values cannot identify all users.
   asked = [
     i for i, r in enumerate(found) if r.kind in ("vocabulary", "hash") and columns[i].distinct > columns[user].distinct
   ]
@@ -299,7 +299,7 @@ def _column_roles(
 def _event_facts(
   con: duckdb.DuckDBPyConnection, columns: Sequence[ColumnStatistics], time: tuple[int, ColumnRole], user: int
 ) -> EventTableStatistics | None:
-  """Measures a table as events; None if no row has both a user and a time that can be read."""
+  """Returns statistics of a table as events; None if no row has both a user and a readable time."""
   owner = value_sql.text_sql(f"c{user}", columns[user].type)
   moment = column_roles.time_sql(f"c{time[0]}", columns[time[0]].type, time[1])
   events = f"(SELECT {owner} AS owner, {moment} AS moment FROM found WHERE owner IS NOT NULL AND moment IS NOT NULL)"

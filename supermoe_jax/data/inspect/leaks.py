@@ -1,4 +1,4 @@
-"""Columns of events that nearly tell a label: most often they were written down when the label was already known."""
+"""Finds columns of events that nearly determine a label; most often they were recorded when the label was known."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
   from supermoe_jax.data.inspect.inspect import InspectedTable
 
 SAMPLE_ROWS = 200_000  # of events; users are sampled whole
-TELLS = 0.9  # share of the errors of guessing the commonest label that knowing the column takes away
-LEAST_USERS = 5  # that share a value: one that few users have says who they are
-LEAST_ROWS = 20  # of the rarer labels
-COVERED = 0.5  # share of the rows whose value has that many users
-BINS = 20  # equally large ones, of numbers
+TELLS = 0.9  # the least share of errors, of always guessing the commonest label, that the column removes
+LEAST_USERS = 5  # of a value that counts; a value that fewer users share identifies users
+LEAST_ROWS = 20  # with another than the commonest label
+COVERED = 0.5  # the least share of rows whose value has `LEAST_USERS` users
+BINS = 20  # of equal size, for numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class LeakSuspect:
-  """A column of events that nearly tells a label.
+  """A column of events that nearly determines a label.
 
   Attributes:
-    table: the events' table.
-    column: its column.
+    table: the table of events.
+    column: the column of the table.
     label: the label, as `table.column`.
-    right: the share of rows whose label is the commonest one of their value.
-    commonest: the share of the commonest label of all.
+    right: the share of rows with the commonest label of their value.
+    commonest: the share of rows with the commonest label overall.
   """
 
   table: str
@@ -55,16 +55,16 @@ def find_leaks(
   users: InspectedTable | None = None,
   user_rows: str = "",
 ) -> list[LeakSuspect]:
-  """Finds the columns of a table of events that nearly tell a label.
+  """Finds the columns of a table of events that nearly determine a label.
 
-  Labels are the columns of the table of users, and those of the events whose names say so, of few values each.
+  Labels are columns with few values: all such columns of the user table, and event columns with the name of a label.
 
   Args:
-    con: where the queries run.
-    events: the table.
-    rows: a query of it, its columns named c0, c1, …
-    users: the table of users, if there is one.
-    user_rows: a query of it, likewise.
+    con: the connection that runs the queries.
+    events: the table of events.
+    rows: a query of the rows of `events`, with columns c0, c1, …
+    users: the user table, if there is one.
+    user_rows: a query of the rows of `users`, with columns c0, c1, …
   """
   owner = _text(events, _user(events))
   some = f"hash({owner}) % {max(1, -(-events.rows // SAMPLE_ROWS))} = 0"
@@ -90,10 +90,10 @@ def find_leaks(
 def _tellers(
   con: duckdb.DuckDBPyConnection, events: InspectedTable, columns: Sequence[int], answers: str, label: str
 ) -> list[LeakSuspect]:
-  """The columns that nearly tell the label of `answers`, a query of sampled rows with `owner` and `label`."""
+  """Returns the columns that nearly determine the label of `answers`, a query of sampled rows with `owner`, `label`."""
   found = []
   for i in columns:
-    # An absent value is a value here: many a column is filled in only when the label says yes.
+    # An absent value counts as a value: some columns are filled in only when the label is positive.
     valued = f"SELECT {_value(events, i)} AS value, label, owner FROM ({answers}) WHERE label IS NOT NULL"
     counted = (
       f"WITH valued AS ({valued}), shared AS (SELECT value FROM valued GROUP BY value "
@@ -127,7 +127,7 @@ def _text(table: InspectedTable, place: int) -> str:
 
 
 def _value(table: InspectedTable, place: int) -> str:
-  """The SQL of a value as something to count: of quantities the bin."""
+  """Returns the SQL of a value that can be counted; for a quantity its bin."""
   if table.roles[place].kind != "numeric":
     return _text(table, place)
   number = value_sql.number_sql(f"c{place}", table.columns[place].type)

@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import duckdb
 import numpy as np
@@ -35,8 +35,9 @@ from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters
 from supermoe_jax.data.reading import user_table
-from supermoe_jax.data.tasks import labels
-from supermoe_jax.errors import ConfigError, DataError
+from supermoe_jax.data.tasks import bind, calendar
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.errors import DataError
 
 STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
 
@@ -58,7 +59,7 @@ class PreparationPlan(NamedTuple):
   cfg: config.Config
   encoders: vocabulary.Encoders
   encoder_path: pathlib.Path
-  times: labels.Calendar | None
+  times: Calendar | None
   maker: RecordMaker
   user_labels: Mapping[str, Mapping[str, float]]
 
@@ -153,8 +154,10 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: S
   with engine.open(cfg, scratch, say) as log:
     encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
     check_answerable(cfg, encoders)
-    log_end = labels.log_end(cfg.data.split, log.end)
-    times = None if cfg.data.split.mode == "leave_one_out" else labels.calendar(cfg.data.split, log.start, log_end)
+    log_end = calendar.log_end(cfg.data.split, log.end)
+    times = (
+      None if cfg.data.split.mode == "leave_one_out" else calendar.make_calendar(cfg.data.split, log.start, log_end)
+    )
     maker = RecordMaker(cfg, encoders, times)
     plan = PreparationPlan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
     (work / shard_files.DIRECTORY).mkdir(parents=True, exist_ok=True)
@@ -192,7 +195,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: S
 
 def read_user_labels(cfg: config.Config) -> user_table.UserLabels:
   """The labels of users, where the config has any; see `user_table`."""
-  tasks = {n: t for n, t in cfg.tasks.items() if isinstance(t, config.UserLabel)}
+  tasks = {n: cast(config.UserLabel, t) for n, t in cfg.tasks.items() if t.user_column}
   if cfg.data.users is None or not tasks:
     return user_table.UserLabels({}, {}, {})
   return user_table.read_user_table(cfg.data.users, tasks, cfg.data.split, cfg.data.on_bad_rows)
@@ -213,13 +216,13 @@ def _encoders(
 
 
 def check_answerable(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
-  """Raises ConfigError if a task asks what data with these encoders cannot answer."""
-  for name, task in cfg.tasks.items():
-    if isinstance(task, config.FutureValues) and task.top > encoders.categorical[task.field].n_codes - 2:
-      known = encoders.categorical[task.field].n_codes - 2
-      raise ConfigError(f"config.tasks.{name}.top={task.top}, but {task.field} has only {known} values in training.")
-  for name in cfg.labelled_tasks:
-    make_comparison(cfg, name, encoders)  # a sample space that cannot be evaluated is an error here already
+  """Raises ConfigError if a task, or its sample space, asks what data with these encoders cannot answer."""
+  tasks = cfg.labelled_tasks
+  kinds = bind(tasks, cfg.data, encoders)
+  for kind in kinds.values():
+    kind.check()
+  for name in tasks:
+    make_comparison(tasks, kinds, name)
 
 
 class ThisMachine:

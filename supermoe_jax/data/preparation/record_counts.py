@@ -54,7 +54,7 @@ class RecordCounts:
   """
 
   def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask]):
-    self._answers = {n: config.answer(t) for n, t in tasks.items()}
+    self._answers = {n: t.answer for n, t in tasks.items()}
     self._outputs = schema.outputs
     shape = {n: 1 if a == "catalogue" else schema.outputs[n] for n, a in self._answers.items()}
     self.state: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""At which moments users are looked at: the calendar of a split, or moments of each user's own history.
+"""The snapshots of users: at the times of a split's calendar, or at moments of each user's own history.
 
 Shapes: U users of a block, N events of all of them, S snapshots of all of them.
 """
@@ -11,9 +11,9 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.histories import UserBlock
-from supermoe_jax.data.encoding.splits import TRAIN
-from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import Calendar, Snapshots
+from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.labels import Snapshots
 
 
 class LeftOut(NamedTuple):
@@ -33,9 +33,9 @@ def user_snapshots(
 ) -> tuple[Snapshots, LeftOut]:
   """Returns the snapshots of users who belong to the splits `owner [U]`; `times` is None for leave one out."""
   if times is None:
-    found, too_early = labels.leave_one_out_snapshots(block, split.min_events)
+    found, too_early = leave_one_out_snapshots(block, split.min_events)
     return found, LeftOut(too_early, 0)
-  found, repeated = labels.temporal_snapshots(block, times), 0
+  found, repeated = temporal_snapshots(block, times), 0
   if split.snapshots != "calendar":
     own, repeated = _own_moments(split, block, times)
     both = Snapshots(*(np.concatenate(parts) for parts in zip(own, found)))
@@ -47,6 +47,30 @@ def user_snapshots(
   if split.mode == "user":
     found = found._replace(split=owner[found.user].astype(np.int32))
   return found, LeftOut(too_early, repeated)
+
+
+def temporal_snapshots(block: UserBlock, times: Calendar) -> Snapshots:
+  """Returns the calendar's snapshots of every user, including those that see no event."""
+  users, n = len(block.users), len(times.snapshots)
+  user, time = np.repeat(np.arange(users), n), np.tile(times.snapshots, users)
+  return Snapshots(user, time, block.before(user, time).astype(np.int32), np.tile(times.split, users))
+
+
+def leave_one_out_snapshots(block: UserBlock, min_events: int) -> tuple[Snapshots, int]:
+  """Returns a snapshot before each event (the last is for test, the last but one for validation), and how many are left
+  out for fewer than `min_events` events before them.
+
+  A snapshot's τ is the time of the last event it sees, so that not even the time of the next event is known. Users with
+  fewer than three events have training snapshots only.
+  """
+  lengths = block.lengths
+  n_events = np.arange(len(block.time)) - block.offsets[block.owner]
+  event = np.flatnonzero(n_events >= min_events)
+  user, n_events = block.owner[event], n_events[event]
+  left, enough = lengths[user] - n_events, lengths[user] >= 3
+  split = np.where(enough & (left == 1), TEST, np.where(enough & (left == 2), VALIDATION, TRAIN))
+  too_early = int(np.sum(np.minimum(lengths, min_events) - 1))
+  return Snapshots(user, block.time[event - 1], n_events.astype(np.int32), split.astype(np.int32)), too_early
 
 
 def _own_moments(split: config.Split, block: UserBlock, times: Calendar) -> tuple[Snapshots, int]:

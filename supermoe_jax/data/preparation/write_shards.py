@@ -26,7 +26,9 @@ from supermoe_jax.data.format.schema import make_aggregator, make_schema
 from supermoe_jax.data.format.shard_files import Shard, note_file, writing_shard
 from supermoe_jax.data.preparation import snapshots
 from supermoe_jax.data.preparation.record_counts import RecordCounts
-from supermoe_jax.data.tasks.labels import Calendar, Snapshots
+from supermoe_jax.data.tasks import bind
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.labels import Snapshots, TaskLabels
 
 SNAPSHOT_NUMBERS = 256  # labels and aggregates of snapshots that take as much memory as a block may for an event
 
@@ -46,20 +48,14 @@ class RecordMaker:
     self.n_codes = len(self.schema.categorical) + len(self.schema.extra_columns)
     self.numbers = list(encoders.numeric.values())
     self._split, self._times = cfg.data.split, times
-    self._labeller = records.Labeller(cfg, encoders, times)
+    self._kinds = bind(self.tasks, cfg.data, encoders)
     self._aggregator = make_aggregator(cfg.data, encoders)
     self._last_use = _last_use(self.tasks, times)
     # Of all users of a block labels and aggregates are worked out together: wide ones want fewer users.
-    width = (sum(map(self._asked, self.tasks)) + self.schema.aggregates) / SNAPSHOT_NUMBERS
+    labels = sum(task.asked_events * task.asked_values for task in self.tasks.values())
+    width = (labels + self.schema.aggregates) / SNAPSHOT_NUMBERS
     own = times is None or cfg.data.split.snapshots != "calendar"
     self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
-
-  def _asked(self, name: str) -> int:
-    """How many labels of a task a snapshot has."""
-    task = self.tasks[name]
-    if isinstance(task, config.EventLabel):
-      return task.per_snapshot
-    return task.top if isinstance(task, config.FutureValues) else 1
 
   def tally(self) -> RecordCounts:
     """One that has counted nothing yet."""
@@ -77,7 +73,7 @@ class RecordMaker:
 
   def _made(
     self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts
-  ) -> Iterator[tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]]:
+  ) -> Iterator[tuple[UserBlock, Snapshots, dict[str, TaskLabels], np.ndarray]]:
     """Yields some of the users at a time, with their snapshots, labels and splits."""
     done = 0
     for block in users.halves(self._event, self._user):
@@ -87,10 +83,10 @@ class RecordMaker:
 
   def _make(
     self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts
-  ) -> tuple[UserBlock, Snapshots, dict[str, records.TaskLabels], np.ndarray]:
+  ) -> tuple[UserBlock, Snapshots, dict[str, TaskLabels], np.ndarray]:
     owner = np.array([user_split(user, self._split) for user in block.users], np.int32)
     found, left_out = snapshots.user_snapshots(self._split, block, self._times, owner)
-    labels = self._labeller(block, found, owner, user_labels)
+    labels = {n: kind.label(block, found, self._times, owner, user_labels) for n, kind in self._kinds.items()}
     tally.add(block, found, {n: of_task.labels for n, of_task in labels.items()}, left_out, self._last_use)
     if self._aggregator is not None:
       user, time, n_events, split = found
@@ -102,9 +98,9 @@ class RecordMaker:
 
 def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) -> int | None:
   """The microsecond from which on events lie in no label window and before no snapshot; None: there is none."""
-  if times is None or any(isinstance(t, config.AT_EVENTS) for t in tasks.values()):
+  if times is None or any(t.asks_at_events for t in tasks.values()):
     return None
-  horizons = [t.horizon_days for t in tasks.values() if isinstance(t, config.FutureEvent | config.FutureValues)]
+  horizons = [t.horizon for t in tasks.values() if t.horizon is not None]
   # Where all snapshots are the users' own, any event of the log may lie before one.
   last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[TEST]
   return int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)

@@ -1,1 +1,1 @@
-"""Files of every format read into checked rows of a DuckDB table."""
+"""Reads files of every format into checked rows of a DuckDB table."""

@@ -1,4 +1,4 @@
-"""Tables joined to events by a key: the items of a source, and the users."""
+"""Loads the tables that are joined to events by a key: the item table of a source, and the user table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class JoinedTable:
   """A table to be joined to events, loaded into the database.
 
   Attributes:
-    table: its name there; it has the columns `key`, as text, and that of each of its fields.
-    columns: the columns of its first file.
-    fields: the fields that it holds.
-    rows_dropped: how many rows could not be used.
+    table: the table's name in the database; its columns are `key`, as text, and one for each field.
+    columns: the columns of the table's first file.
+    fields: the fields that the table holds.
+    rows_dropped: the number of rows that could not be used.
   """
 
   table: str
@@ -32,10 +32,10 @@ class JoinedTable:
 
 
 def load_items(con: duckdb.DuckDBPyConnection, data: config.Data, source: str) -> JoinedTable:
-  """Loads a source's table of items, with those fields of the source that it has columns of.
+  """Loads a source's item table, with each field of the source that the table has a column for.
 
   Raises:
-    DataError: its file cannot be used, or a key has two rows.
+    DataError: the file cannot be used, or a key has two rows.
   """
   items, key = data.sources[source].items, f"config.data.sources.{source}.items"
   assert items is not None
@@ -51,7 +51,7 @@ def load_items(con: duckdb.DuckDBPyConnection, data: config.Data, source: str) -
 
 
 def load_user_fields(con: duckdb.DuckDBPyConnection, data: config.Data) -> JoinedTable:
-  """Loads the fields of the table of users.
+  """Loads the fields of the user table.
 
   Raises:
     DataError: a file cannot be used or lacks a column, or a user has two rows.
@@ -76,7 +76,7 @@ def _load(
   fields: Mapping[str, str],
   what: str,
 ) -> JoinedTable:
-  """Loads files whose column `there` is the key, and their fields (name → column); `what` says what a row is of."""
+  """Loads files with the key in the column `there`, and their fields (name → column); messages call a row `what`."""
   columns = field_sql.field_columns(data)
   declared = "".join(f", {columns[f]} {field_sql.stored_type(data.fields[f])}" for f in fields)
   con.execute(

@@ -1,4 +1,4 @@
-"""Paths and globs of a config expanded into files, local ones and those of object stores and web servers."""
+"""Expands the paths and globs of a config into files: local ones and files on object stores and web servers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from supermoe_jax.errors import DataError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class FoundFile:
-  """A file that a pattern of the config led to.
+  """A file that a pattern of the config matches.
 
   Attributes:
-    path: where it is.
-    may_be_empty: whether a glob found it; a file that was asked for by name has to hold rows.
+    path: the file's path.
+    may_be_empty: whether a glob found the file; a file that the config names must hold rows.
   """
 
   path: FilePath
@@ -30,7 +30,7 @@ class FoundFile:
 
 
 class OpenedFiles(NamedTuple):
-  """Files that were opened: those with rows, at least one, and those without."""
+  """Opened files with rows, at least one, and the paths of empty files."""
 
   tables: list[TableFile]
   empty: list[FilePath]
@@ -40,8 +40,8 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
   """Expands paths and globs (`~` too) in the order listed, each glob sorted by path; DuckDB lists the remote ones.
 
   Raises:
-    DataError: a path does not exist, is a directory, or is named twice, or what is remote cannot be reached; `key`
-      says where in the config it stands.
+    DataError: a path does not exist, is a directory, or is named twice, or a remote file cannot be reached; the message
+      names `key`, the place of the patterns in the config.
   """
   found: dict[str, FoundFile] = {}
   for pattern in patterns:
@@ -58,7 +58,7 @@ def open_files(
   """Finds the `files` of the config section `key` and opens them as `readers.open_table` does.
 
   Raises:
-    DataError: a file cannot be found or opened, one that was asked for by name is empty, or all are.
+    DataError: a file cannot be found or opened, a file that the config names is empty, or all files are empty.
   """
   opened = OpenedFiles([], [])
   found = find_files(con, patterns, f"{key}.files")
@@ -75,13 +75,13 @@ def open_files(
 
 
 def file_identity(file: str) -> str:
-  """What tells a file from others, however it is named: its absolute path without links; a remote one's own name."""
+  """Returns the same text for all names of a file: the absolute path with links resolved, or a remote file's name."""
   return file if remote.scheme(file) else str(pathlib.Path(file).expanduser().resolve())
 
 
 def glob_files(pattern: str) -> list[pathlib.Path]:
   """Returns the files that a glob matches, sorted by path; hidden ones only if it begins with a dot."""
-  # Not pathlib's glob, which matches hidden files, such as the checksums that Hadoop leaves, as well.
+  # pathlib's glob would also match hidden files, such as the checksums that Hadoop leaves.
   found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
   return [file for file in map(pathlib.Path, found) if file.is_file()]
 
@@ -127,13 +127,13 @@ def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list
 
 
 def make_readable(con: duckdb.DuckDBPyConnection, path: FilePath, key: str) -> None:
-  """Lets the connection read a file that another one has found; `key` says where in the config it stands."""
+  """Lets the connection read a file that another connection found; `key` is the file's place in the config."""
   if isinstance(path, RemoteFile):
     _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{key}: {path}")
 
 
 def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
-  """Loads the extension of DuckDB that a remote file needs; installing it is left to the user, as it is a download."""
+  """Loads the DuckDB extension that a remote file needs. The user must install it, since that is a download."""
   if not extension:
     return
   try:
@@ -146,15 +146,15 @@ def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
 
 
 def _there(path: pathlib.Path) -> list[pathlib.Path]:
-  """The files that a local path or glob leads to, as `find_files` finds them; maybe none."""
+  """Returns the files that a local path or glob matches, as in `find_files`; none if there is no match."""
   return [path] if path.is_file() else glob_files(str(path))
 
 
 def file_stamps(patterns: Sequence[str]) -> dict[str, list[int]]:
-  """Size in bytes and time of change (local: ns, remote: µs since 1970) of every file that the patterns match.
+  """Returns [size in bytes, time of change (local: ns, remote: µs since 1970)] of every file that the patterns match.
 
   Raises:
-    DataError: what is remote cannot be reached.
+    DataError: a remote file cannot be reached.
   """
   local = {f for p in patterns if not remote.scheme(p) for f in _there(pathlib.Path(p).expanduser())}
   out = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(local)}
@@ -164,7 +164,7 @@ def file_stamps(patterns: Sequence[str]) -> dict[str, list[int]]:
       for pattern in elsewhere:
         for file in _find_remote(con, pattern, "config.data"):
           with readers.naming(file.path, "bytes"):
-            # Without their content these are looked up, not read.
+            # A query without the content looks up size and time; it does not read the file.
             facts = con.execute(
               f"SELECT size, coalesce(epoch_us(last_modified), 0) FROM read_blob({literal(remote.pattern(file.path))})"
             ).fetchall()

@@ -1,7 +1,7 @@
-"""Files of event logs and user tables, opened through DuckDB under one view.
+"""Opens files of event logs and user tables of any format through DuckDB, as tables of columns.
 
-Text formats are read as text throughout, so that a value that cannot be used can be named as it stands in the file.
-Parquet keeps its types. Every row carries its number within its file: order of equal times, and messages, rest on it.
+All columns of a text format are read as text, so that a message can quote a bad value as it stands in the file. Parquet
+keeps its types. Every row carries its number within its file, which orders events of equal times and names bad rows.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ ENDINGS = {
   "atomic": (".inter", ".user", ".item"),
   "sequences": (".txt", ".txt.gz"),
 }
-JSON_FORMATS = ("jsonl", "json_object")  # in whose values a list is a JSON array, as text
+JSON_FORMATS = ("jsonl", "json_object")  # formats whose lists are read as the text of a JSON array
 DELIMITERS = ",\t;|"  # tried in this order of preference on a CSV file's header
 
 SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}
 LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers are 16 times as large
 
-# How a JSON object keyed by id begins, as far as its head tells: its first value is an object or a list.
+# The beginning of a JSON object keyed by id: its first value is an object or a list.
 KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
-KEY, VALUES = "key", "values"  # the columns of such an object: its keys and, where its values are lists, those
-JSON_TEXT = 1 << 24  # bytes of a JSON value that DuckDB expects unless told more
-REMOTE_JSON_TEXT = 1 << 29  # the most that are expected of a file whose size is not looked up
+KEY, VALUES = "key", "values"  # columns of such an object: its keys and, if its values are lists, the lists
+JSON_TEXT = 1 << 24  # bytes, DuckDB's default limit of a JSON value
+REMOTE_JSON_TEXT = 1 << 29  # bytes, the limit for a remote file, whose size is not looked up
 
 
 class EmptyFileError(DataError):
-  """A file without a single row."""
+  """Error raised for a file without any row."""
 
 
 def connect(
@@ -57,11 +57,11 @@ def connect(
   con = duckdb.connect(str(database) if database else ":memory:")
   con.execute("SET TimeZone = 'UTC'")
   con.execute("SET preserve_insertion_order = true")
-  # In a notebook DuckDB shows a bar if there is ipywidgets; without it, it refuses even to turn the bar off.
+  # The bar is turned off only if it is on: without ipywidgets a notebook's DuckDB refuses even to turn it off.
   (shown,) = con.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0]
   if shown:
     con.execute("SET enable_progress_bar = false")
-  con.execute("SET python_enable_replacements = false")  # a name in SQL never means a Python variable
+  con.execute("SET python_enable_replacements = false")  # otherwise a name in SQL may mean a Python variable
   if spill is not None:
     con.execute(f"SET temp_directory = {literal(str(spill))}")
   if memory:
@@ -85,9 +85,9 @@ def identifier(name: str) -> str:
 
 @contextlib.contextmanager
 def naming(path: FilePath, format: str) -> Iterator[None]:
-  """Turns DuckDB's complaint about a file's content into a `DataError` that names the file.
+  """Turns a DuckDB error about a file's content into a `DataError` that names the file.
 
-  What is not the file's fault passes through: memory or disk running out, or SQL of ours that is wrong.
+  Other errors pass through: memory or disk running out, and wrong SQL of this package.
   """
   try:
     yield
@@ -107,7 +107,7 @@ def naming(path: FilePath, format: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-  """What went wrong, in one line: all that DuckDB says before it lists possible fixes."""
+  """Returns DuckDB's message in one line, without the possible fixes that follow it."""
   fixes = ("Possible", "Try setting", "LINE ")
   said = itertools.takewhile(lambda line: not line.startswith(fixes), str(error).splitlines())
   return "; ".join(line.strip() for line in said if line.strip())[:400]
@@ -115,12 +115,13 @@ def first_line(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TableFile:
-  """A file that was opened: its columns are known, its rows not yet read.
+  """An opened file, with known columns and rows that are not read yet.
 
   Attributes:
-    path: where it is.
+    path: the file's path.
     format: one of `ENDINGS`, or "json_object".
-    columns: the DuckDB type of each column; VARCHAR throughout for text formats, but for a place in a sequence.
+    columns: the DuckDB type of each column; VARCHAR for text formats, except for the position in a sequence.
+    delimiter: the delimiter of a CSV or atomic file; else empty.
   """
 
   path: FilePath
@@ -129,11 +130,11 @@ class TableFile:
   delimiter: str = ""
 
   def select(self, wanted: Mapping[str, str]) -> str:
-    """Returns a query of the wanted columns (alias → name), besides `row`, the row's number from 0."""
-    # Given by position: a CSV header may hold names that DuckDB takes for equal.
+    """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name)."""
+    # CSV columns are given by position, since a header may hold names that DuckDB regards as equal.
     position = {n: f"c{i}" for i, n in enumerate(self.columns)}
     names = {a: identifier(position[n] if self.format in ("csv", "atomic") else n) for a, n in wanted.items()}
-    # A column of this very name hides Parquet's own row number.
+    # A column named file_row_number hides Parquet's own row number.
     numbered = self.format == "parquet" and "file_row_number" not in self.columns
     row = "file_row_number" if numbered else "row_number() OVER () - 1"
     columns = ", ".join(f"{n} AS {identifier(a)}" for a, n in names.items())
@@ -149,7 +150,7 @@ class TableFile:
     if self.format == "json_object":
       return f"(SELECT {', '.join(_of_entry(n) for n in self.columns)} FROM ({_entries_sql(self.path)}))"
     if self.format == "jsonl":
-      asked = sorted(names) or list(self.columns)[:1]  # at least one, as only counting rows needs
+      asked = sorted(names) or list(self.columns)[:1]  # read_json needs at least one column, also to count rows
       types = ", ".join(f"{literal(n)}: 'VARCHAR'" for n in asked)
       return f"read_json({path}, columns = {{{types}}})"
     types = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(self.columns)))
@@ -160,10 +161,11 @@ class TableFile:
     )
 
   def require(self, name: str, key: str, others: Collection[str] = ()) -> str:
-    """Returns `name` if it is a column; `key` says where in the config it stands, `others` what else would be valid.
+    """Returns `name` if it is a column.
 
     Raises:
-      DataError: there is no such column.
+      DataError: there is no such column; the message names `key`, the place in the config, and proposes one of the
+        columns or `others`.
     """
     if name not in self.columns:
       raise DataError(f"{self.path} has no column {name!r} ({key}){nearest(name, {*self.columns, *others})}")
@@ -171,14 +173,14 @@ class TableFile:
 
 
 def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, wanted: Collection[str] = ()) -> TableFile:
-  """Opens a file; JSON lines are searched to the end for `wanted` keys that do not show early.
+  """Opens a file; searches JSON lines to the end for `wanted` keys that are missing at the beginning.
 
-  With the format "auto" its ending tells the format; a `.json` file that is one object, all of whose values are objects
-  or all of whose values are lists, is a "json_object", keyed by id; a remote one has to be called that.
+  With the format "auto" the file's ending decides the format. A local `.json` file is a "json_object", keyed by id, if
+  it is one object whose values are all objects or all lists; a remote one needs the explicit format "json_object".
 
   Raises:
     EmptyFileError: the file holds no row.
-    DataError: its format is unknown, or it is not of its format.
+    DataError: the format is unknown, or the file is not of its format.
   """
   given = format
   if format == "auto":
@@ -206,7 +208,7 @@ def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, want
 
 
 def format_of(path: FilePath) -> str:
-  """The format that a file's ending tells.
+  """Returns the format of a file by its ending.
 
   Raises:
     DataError: the ending is none of `ENDINGS`.
@@ -220,7 +222,7 @@ def format_of(path: FilePath) -> str:
 
 
 def _json_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
-  # Only the keys are asked for: depth 1 keeps nested values as JSON, and no number of keys turns a record into a map.
+  # Only the keys are needed: depth 1 keeps nested values as JSON, and threshold -1 never turns a record into a map.
   options = "maximum_depth = 1, map_inference_threshold = -1"
   for sample in (20_480, -1):
     query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
@@ -231,7 +233,7 @@ def _json_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collectio
 
 
 def lines_sql(path: FilePath) -> str:
-  """Returns a query of a file of sequences: each line's number from 1, its `user`, NULL if empty, and its `items`."""
+  """Returns a query of a sequence file: `line`, its number from 1, `user`, NULL for an empty line, and `items`."""
   parts = "string_split_regex(trim(text, ' \t\r'), '[ \t]+') AS parts"
   return (
     "SELECT line, nullif(parts[1], '') AS \"user\", parts[2:] AS items "
@@ -240,7 +242,7 @@ def lines_sql(path: FilePath) -> str:
 
 
 def _whole_lines_sql(path: FilePath) -> str:
-  """A scan of a text file's lines, each one a row of the column `text`; an empty line is NULL."""
+  """Returns the SQL of a scan of a text file's lines as the column `text`; an empty line is NULL."""
   return (  # no character of the text delimits, quotes or escapes
     f"read_csv({literal(remote.pattern(path))}, auto_detect = false, header = false, delim = '\x01', quote = '', "
     f"escape = '', comment = '', max_line_size = {LONGEST_LINE}, columns = {{'text': 'VARCHAR'}})"
@@ -248,14 +250,14 @@ def _whole_lines_sql(path: FilePath) -> str:
 
 
 def _is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
-  """Whether a JSON file is one object, all of whose values are objects or all of whose values are lists."""
+  """Returns whether a local JSON file is one object whose values are all objects or all lists."""
   if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
     return False
   opener = gzip.open if path.suffix.lower() == ".gz" else open
   with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
     if not KEYED_BY_ID.match(text.read(1 << 16)):
       return False
-  with contextlib.suppress(duckdb.Error):  # what is no such object is read, and complained about, as JSON lines
+  with contextlib.suppress(duckdb.Error):  # any other file is read as JSON lines, which reports its errors
     objects = con.execute(f"SELECT 1 FROM {_json_sql(path, 'JSON')} LIMIT 2").fetchall()
     kinds = con.execute(_kinds_sql(path)).fetchall() if len(objects) == 1 else []
     return [kind for kind, *_ in kinds] in (["OBJECT"], ["ARRAY"])
@@ -263,7 +265,7 @@ def _is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
 
 
 def _json_sql(path: FilePath, type: str) -> str:
-  """A scan of a file's JSON values, most often one, as the column `json` of a type."""
+  """Returns the SQL of a scan of a file's JSON values, most often one, as the column `json` of a type."""
   size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
   return (
     f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
@@ -279,12 +281,12 @@ def _unpacked_size(path: pathlib.Path) -> int:
 
 
 def _entries_sql(path: FilePath) -> str:
-  """A query of a JSON object's entries in order: the structs `e` of `key` and, as JSON, `value`."""
+  """Returns a query of a JSON object's entries in order: the structs `e` of `key` and, as JSON, `value`."""
   return f"SELECT unnest(map_entries(json)) AS e FROM {_json_sql(path, 'MAP(VARCHAR, JSON)')}"
 
 
 def _kinds_sql(path: FilePath) -> str:
-  """A query of the JSON types of an object's values, and the first key of each; absent values have none."""
+  """Returns a query of the JSON types of an object's values and the first key of each type; ignores absent values."""
   return (
     "SELECT json_type(e.value) AS kind, arg_min(e.key, row) FROM (SELECT e, row_number() OVER () AS row "
     f"FROM ({_entries_sql(path)})) WHERE e.value IS NOT NULL GROUP BY kind ORDER BY min(row)"
@@ -292,10 +294,10 @@ def _kinds_sql(path: FilePath) -> str:
 
 
 def _attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
-  """The columns of a JSON object keyed by id: `key`, and the keys of its values, or `values` where they are lists.
+  """Returns the columns of a JSON object keyed by id: `key`, and the keys of its values, or `values` for lists.
 
   Raises:
-    DataError: its values are not all objects, nor all lists.
+    DataError: the values are neither all objects nor all lists, or an attribute is named `key`.
   """
   kinds = con.execute(_kinds_sql(path)).fetchall()
   for kind, key in kinds:
@@ -317,7 +319,7 @@ def _attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
 
 
 def _of_entry(name: str) -> str:
-  """The SQL of a column of a JSON object's entry `e`."""
+  """Returns the SQL of a column of a JSON object's entry `e`."""
   if name == KEY:
     return f"e.key AS {KEY}"
   pointer = "/" + name.replace("~", "~0").replace("/", "~1")  # a JSON pointer can name any key, a path cannot

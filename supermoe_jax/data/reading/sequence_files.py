@@ -1,4 +1,4 @@
-"""Files of sequences, one user a line: what may be wrong with their lines, found before any event is read."""
+"""Checks the lines of sequence files, which hold one user a line, before any event is read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from supermoe_jax.errors import DataError
 
 
 def check_sequences(con: duckdb.DuckDBPyConnection, files: Sequence[TableFile]) -> None:
-  """Checks the lines of the files of one source that hold sequences; others are passed over.
+  """Checks the lines of a source's sequence files; ignores files of other formats.
 
   Raises:
-    DataError: a line is empty or has no item, or a user stands in two lines; it names the file and the line.
+    DataError: a line is empty or has no item, or a user stands in two lines; the message names file and line.
   """
   files = [file for file in files if file.format == "sequences"]
   for file in files:
@@ -36,7 +36,7 @@ def check_sequences(con: duckdb.DuckDBPyConnection, files: Sequence[TableFile]) 
 
 
 def _check_users(con: duckdb.DuckDBPyConnection, files: Sequence[TableFile]) -> None:
-  """Raises DataError if a user stands in two lines: which of them is the older one is not known."""
+  """Raises DataError if a user stands in two lines, since the order of the two is unknown."""
   if not files:
     return
   lines = " UNION ALL ".join(

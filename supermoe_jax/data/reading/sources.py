@@ -1,9 +1,9 @@
-"""Sources of events into one DuckDB table of rows, each checked and, where it cannot be used, marked with its fault.
+"""Reads the sources of events into one DuckDB table of rows, and marks each unusable row with its fault.
 
-The table `rows` holds what the files hold, in their order: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC,
-`source` INTEGER, `ord` BIGINT (the row's place in the whole log), `fault` (0: none), `bad_value`, `no_item` (its item
-has no row in the source's table of items), `no_user_row` (nor its user in the table of users), and the column that
-`field_columns()` gives each field.
+The table `rows` holds the rows of all files in order: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC,
+`source` INTEGER, `ord` BIGINT (the row's place in the whole log), `fault` (0: none), `bad_value`, `no_item` (the item
+has no row in the source's item table), `no_user_row` (the user has no row in the user table), and a column for each
+field, named by `field_columns()`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from supermoe_jax.data.reading.field_sql import (
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
 
-FILE_PLACES = 1 << 40  # in the log that each file has for its rows
+FILE_PLACES = 1 << 40  # places in the log that each file has for its rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class SourceFile:
   """A file of events.
 
   Attributes:
-    number: which it is of all files of the log, from 0; its rows follow those of the files before.
-    source: its source.
-    table: the file, opened.
+    number: the file's index among all files of the log, which is also the order of their rows.
+    source: the name of the file's source.
+    table: the opened file.
   """
 
   number: int
@@ -50,13 +50,13 @@ class SourceFile:
 
 
 class FileCounts(NamedTuple):
-  """What was found in a file of events.
+  """Counts of the rows of a file of events.
 
   Attributes:
-    rows: how many rows it has.
-    dropped: how many of them cannot be used, by reason.
-    items_missing: how many others have no row in the table of items.
-    users_missing: how many others have no row in the table of users.
+    rows: the number of all rows.
+    dropped: reason → the number of unusable rows.
+    items_missing: the number of usable rows without a row in the item table.
+    users_missing: the number of usable rows without a row in the user table.
   """
 
   rows: int
@@ -67,13 +67,13 @@ class FileCounts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What was found in the files of a log.
+  """Counts of the rows of all files of a log.
 
   Attributes:
-    sources: of each source its rows read, by file and in all, dropped by reason, and empty files; besides
-      `items_missing` and `users_missing`, its events without a row in the table of items or of users, where one is
-      joined, and `item_rows_dropped`.
-    user_rows_dropped: rows of the table of users that could not be used, where it is joined.
+    sources: source → counts: `rows_read`, by file (`files`) and in all, `dropped` by reason, and `empty_files`. A
+      source with an item table also has `items_missing`, its events without a row there, and `item_rows_dropped`; a
+      source with fields of the user table has `users_missing`.
+    user_rows_dropped: the number of unusable rows of the user table, if it is joined.
     user_type: the DuckDB type of the user column in the first source's first file.
   """
 
@@ -82,7 +82,7 @@ class Reading:
   user_type: str
 
   def add(self, file: SourceFile, found: FileCounts) -> None:
-    """Counts a file; files are added in order."""
+    """Adds the counts of a file; files are added in order."""
     counts = self.sources[file.source]
     for reason, n in found.dropped.items():
       counts["dropped"][reason] = counts["dropped"].get(reason, 0) + n
@@ -94,12 +94,12 @@ class Reading:
 
   @property
   def rows(self) -> int:
-    """How many rows were read."""
+    """Returns the number of rows that were read."""
     return sum(counts["rows_read"] for counts in self.sources.values())
 
   @property
   def dropped(self) -> dict[str, int]:
-    """How many of them could not be used, by reason."""
+    """Returns the number of unusable rows by reason."""
     out: dict[str, int] = {}
     for counts in self.sources.values():
       for reason, n in counts["dropped"].items():
@@ -117,7 +117,7 @@ def create_rows(con: duckdb.DuckDBPyConnection, data: config.Data) -> None:
 
 
 class SourceReader:
-  """Reads files of the sources of a config into the table `rows` of a database, which it creates."""
+  """Reader of the files of a config's sources into the table `rows` of a database, which it creates."""
 
   def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
     self._con, self._data = con, data
@@ -126,14 +126,14 @@ class SourceReader:
     create_rows(con, data)
 
   def open(self) -> tuple[list[SourceFile], Reading]:
-    """Opens the files of every source, those with rows, in order; and a reading to count them in.
+    """Returns the opened files with rows of every source, in order, and a `Reading` without counted rows.
 
     Raises:
-      DataError: a file or a joined table cannot be used, or a line of a file of sequences.
+      DataError: a file, a joined table or a line of a sequence file cannot be used.
     """
     files: list[SourceFile] = []
     users = self._users() if any(f.table == "users" for f in self._data.fields.values()) else None
-    # A part of a log may have no files of a source.
+    # A source may have no files here: an append reads new files only.
     reading = {name: self._open_source(name, files) for name, source in self._data.sources.items() if source.files}
     user_type = files[0].table.columns.get(self._data.sources[files[0].source].user, "")
     return files, Reading(
@@ -141,7 +141,7 @@ class SourceReader:
     )
 
   def _open_source(self, name: str, files: list[SourceFile]) -> dict[str, Any]:
-    """Appends the files of a source, and returns its counts, in which no row has been counted."""
+    """Appends the opened files of a source to `files`, and returns the source's counts, without rows yet."""
     source, key = self._data.sources[name], f"config.data.sources.{name}"
     items = self._items(name)
     counts: dict[str, Any] = {"rows_read": 0, "dropped": {}, "files": {}, "empty_files": []}
@@ -239,7 +239,7 @@ class SourceReader:
     return self._count(name, file, first, faults, reading)
 
   def _stored(self, field: str) -> str:
-    """The SQL of a field's value as `rows` holds it."""
+    """Returns the SQL of a field's value as `rows` holds it."""
     column, spec = self._columns[field], self._data.fields[field]
     log1p = spec.kind == "numeric" and spec.encoding == "log1p"
     return f"sign({column}) * ln(1 + abs({column}))" if log1p else column
@@ -247,7 +247,7 @@ class SourceReader:
   def _count(
     self, name: str, file: TableFile, first: int, faults: Sequence[Fault], reading: value_sql.TimeReading
   ) -> FileCounts:
-    """Counts a file's rows, just appended; raises DataError if one cannot be used and may not be dropped."""
+    """Counts the rows of a file that was just read; raises DataError if one is unusable and may not be dropped."""
     found = self._con.execute(
       "SELECT fault, count(*), min(ord), arg_min(bad_value, ord), min(time), max(time), count_if(no_item), "
       f"count_if(no_user_row) FROM rows WHERE ord >= {first} GROUP BY fault ORDER BY min(ord)"
@@ -266,7 +266,7 @@ class SourceReader:
     )
 
   def _check_guess(self, name: str, file: TableFile, faults: Sequence[Fault], found: Sequence[tuple[Any, ...]]) -> None:
-    """Raises DataError if the epochs of a file cannot be seconds, of which they may be too large to be any time."""
+    """Raises DataError if the epochs of a file cannot be seconds, or are so large that they are no time at all."""
     column = self._data.sources[name].time
     for fault, _, _, bad_value, earliest, latest, *_ in found:
       if fault == 0:

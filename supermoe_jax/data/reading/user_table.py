@@ -1,4 +1,4 @@
-"""The table of users: what is known of some users besides their events, as labels."""
+"""Reads the user table: one row a user, with columns that become labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from supermoe_jax.data.reading import paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError, nearest
 
-SHOWN_VALUES = 20  # of a column, in a message about a value that it does not hold
+SHOWN_VALUES = 20  # values of a column that a message about a missing value lists
 
 
 class UserLabels(NamedTuple):
@@ -25,10 +25,11 @@ class UserLabels(NamedTuple):
 
   Attributes:
     values: task → user's id as text → the label: 0 or 1, the class's index, or the standardised number.
-    encoders: of each task with classes or numbers, what they were encoded by.
-    counts: `user_rows`, and of each task in `user_labels` the users `labelled` and those `without_value`; besides, of a
-      binary task those `positive`; of a multiclass one those of each of the `classes`, and those with an `unseen_class`
-      that no training user has; of a regression the training users' `mean` and `std` and the values `dropped`.
+    encoders: the encoder of each task with classes or numbers.
+    counts: `user_rows`, and in `user_labels` for each task the numbers of users `labelled` and `without_value`. A
+      binary task also has the number of `positive` users; a multiclass task the number of users of each of the
+      `classes`, and with an `unseen_class`, one that no training user has; a regression the `mean` and `std` of
+      training users, and the number of `dropped` values.
   """
 
   values: dict[str, dict[str, float]]
@@ -39,13 +40,14 @@ class UserLabels(NamedTuple):
 def read_user_table(
   users: config.UserTable, tasks: Mapping[str, config.UserLabel], split: config.Split, on_bad_rows: str = "error"
 ) -> UserLabels:
-  """Reads the labels of the users; classes and statistics are those of the training users of `split`.
+  """Reads the labels of the users; classes and statistics come from the training users of `split`.
 
-  A user without a value has no label: unknown is not negative. Nor has one whose class no training user has.
+  A user without a value has no label: unknown is not negative. A user with a class that no training user has, has no
+  label either.
 
   Raises:
     DataError: a file or a column is missing, there is no row, a user is absent or has two rows, a positive value never
-      occurs, a value is no number where one is wanted (unless `on_bad_rows` is "drop"), or no training user has one.
+      occurs, a regression's value is no number (unless `on_bad_rows` is "drop"), or no training user has a value.
   """
   columns = {task.column: f"c{i}" for i, task in enumerate(tasks.values())}
   con = readers.connect()
@@ -91,7 +93,7 @@ def _read(
 
 
 def _check_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, files: list[TableFile]) -> None:
-  """Raises DataError if a row has no user, or a user two rows."""
+  """Raises DataError if a row has no user, or a user has two rows."""
   absent = con.execute(
     'SELECT file, min(row), count(*) FROM users WHERE "user" IS NULL GROUP BY file ORDER BY file'
   ).fetchall()
@@ -110,7 +112,7 @@ def _check_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, files:
 
 
 def _check_positive(con: duckdb.DuckDBPyConnection, key: str, task: config.UserLabel, column: str) -> None:
-  """Raises DataError if a positive value of the task does not occur: it is most likely misspelt."""
+  """Raises DataError if a positive value of the task never occurs, since it is most likely misspelt."""
   present = [
     v for (v,) in con.execute(f"SELECT DISTINCT {column} FROM users WHERE {column} IS NOT NULL ORDER BY 1").fetchall()
   ]
@@ -126,7 +128,7 @@ def _check_positive(con: duckdb.DuckDBPyConnection, key: str, task: config.UserL
 def _check_numbers(
   con: duckdb.DuckDBPyConnection, task: config.UserLabel, column: str, files: list[TableFile], on_bad_rows: str
 ) -> None:
-  """Raises DataError at the first value that is no finite number, if bad values may not be dropped."""
+  """Raises DataError for the first value that is no finite number, unless bad values may be dropped."""
   bad = con.execute(
     f"SELECT file, min(row), count(*), arg_min({column}, row) FROM users WHERE {_bad_number(column)} "
     "GROUP BY file ORDER BY file LIMIT 1"
@@ -149,7 +151,7 @@ def _bad_number(column: str) -> str:
 
 
 def _known(con: duckdb.DuckDBPyConnection, value: str) -> tuple[dict[str, Any], int]:
-  """The users' values of an SQL expression, users in order of their ids, and how many users have none."""
+  """Returns the users' values of an SQL expression, in the order of ids, and the number of users without a value."""
   rows = con.execute(f'SELECT "user", {value} AS value FROM users ORDER BY "user"').fetchall()
   known = {user: v for user, v in rows if v is not None}
   return known, len(rows) - len(known)
@@ -191,7 +193,7 @@ def _multiclass(
 def _regression(
   con: duckdb.DuckDBPyConnection, name: str, task: config.UserLabel, column: str, split: config.Split
 ) -> tuple[dict[str, float], Numeric, dict]:
-  # NaN is how many writers spell an absent number.
+  # NaN counts as absent, since many writers use it so.
   known, without = _known(con, f"CASE WHEN isfinite({_number(column)}) THEN {_number(column)} END")
   ((dropped,),) = con.execute(f"SELECT count_if({_bad_number(column)}) FROM users").fetchall()
   training = np.array(_of_training_users(known, split, name, task))

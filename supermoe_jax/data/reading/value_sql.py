@@ -1,4 +1,4 @@
-"""How the values of a column are read, as text, as numbers, as times: SQL that runs where the rows are."""
+"""Writes the SQL that reads the values of a column as text, lists, numbers or times."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ INSTANTS = ("TIMESTAMP", "DATE")  # and TIMESTAMP_S, TIMESTAMP WITH TIME ZONE, â
 
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 PLAUSIBLE = (parse_time("1980-01-01", ""), parse_time("2100-01-01", ""))
-SAMPLE_ROWS = 1000  # of textual times, looked at to tell epochs from dates
+SAMPLE_ROWS = 1000  # text values that decide whether a time column holds epochs or dates
 
 
 def is_number(kind: str) -> bool:
-  """Whether a DuckDB type is numeric."""
+  """Returns whether a DuckDB type is numeric."""
   return kind.startswith(NUMBERS) and not kind.endswith("]")
 
 
 def is_instant(kind: str) -> bool:
-  """Whether a DuckDB type is a point in time."""
+  """Returns whether a DuckDB type is a point in time."""
   return kind.startswith(INSTANTS) and not kind.endswith("]")
 
 
 def text_sql(column: str, kind: str) -> str:
-  """Returns the SQL of a value as text, by which ids and categories are compared; empty text and NaN are absent.
+  """Returns the SQL of a value as text, the form in which ids and categories are compared; empty text and NaN are NULL.
 
-  Whole numbers in a floating-point column, the form that integers with gaps often take, are written as integers.
+  Whole numbers in a floating-point column are written as integers, since integers with gaps are often stored so.
   """
   if kind in ("FLOAT", "DOUBLE"):
     whole = f"{column} = trunc({column}) AND abs({column}) < {2**53}"
@@ -42,18 +42,18 @@ def text_sql(column: str, kind: str) -> str:
 
 
 def list_sql(column: str, kind: str, separator: str, *, json: bool) -> str:
-  """Returns the SQL of a value as a list of texts, without absent ones: NULL where none is left.
+  """Returns the SQL of a value as a list of texts, without absent ones; NULL if none is left.
 
   Args:
     column: the SQL of the value.
-    kind: its DuckDB type; a list gives its elements, what is no list is split as text.
-    separator: what stands between the values of a text.
+    kind: the value's DuckDB type; a list gives its elements, any other type is split as text.
+    separator: the separator of values within a text.
     json: whether a text may be a JSON array.
   """
   text = text_sql(column, kind)
   parts = f"string_split({text}, {literal(separator)})"
   if kind.endswith("]"):
-    element = kind[: kind.rindex("[")]  # of a list, or of an array of fixed length, which the cast makes a list
+    element = kind[: kind.rindex("[")]  # the value may be an array of fixed length, which the cast makes a list
     parts = f"list_transform({column}::{element}[], lambda x: {text_sql('x', element)})"
   elif json:
     array = f"json_valid({text}) AND json_type({text}) = 'ARRAY'"
@@ -63,7 +63,7 @@ def list_sql(column: str, kind: str, separator: str, *, json: bool) -> str:
 
 
 def number_sql(column: str, kind: str) -> str:
-  """Returns the SQL of a value as DOUBLE: NULL where it is no number.
+  """Returns the SQL of a value as DOUBLE; NULL if it is no number.
 
   Raises:
     TypeError: values of this type are never numbers.
@@ -76,13 +76,13 @@ def number_sql(column: str, kind: str) -> str:
 
 
 def instant_sql(column: str, kind: str) -> str:
-  """Returns the SQL of a column of a temporal type as microseconds since 1970 UTC; without a zone it is UTC."""
+  """Returns the SQL of a column of a temporal type as microseconds since 1970 UTC; a type without a zone is UTC."""
   zoned = "TIME ZONE" in kind or "TZ" in kind
   return f"epoch_us({column}::{'TIMESTAMPTZ' if zoned else 'TIMESTAMP'})"
 
 
 def iso_sql(column: str) -> str:
-  """Returns the SQL of ISO 8601 text as microseconds since 1970 UTC; without an offset it is UTC."""
+  """Returns the SQL of ISO 8601 text as microseconds since 1970 UTC; text without an offset is UTC."""
   return f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ))"
 
 
@@ -98,10 +98,10 @@ def epoch_sql(column: str, kind: str, unit: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TimeReading:
-  """How the times of a column are read.
+  """The way to read the times of a column.
 
   Attributes:
-    sql: microseconds since 1970 UTC, NULL where a value is no time.
+    sql: the SQL of microseconds since 1970 UTC, NULL where a value is no time.
     guessed: whether the values are epochs whose unit was assumed to be seconds.
   """
 
@@ -142,7 +142,7 @@ def time_reading(
 
 
 def _mostly_numbers(con: duckdb.DuckDBPyConnection, file: TableFile, name: str) -> bool:
-  """Whether most of a textual column's first values are numbers; the rest are then bad values, to be named as such."""
+  """Returns whether most of the first values of a text column are numbers; its other values are then faults."""
   values = f"SELECT t FROM ({file.select({'t': name})}) WHERE t IS NOT NULL LIMIT {SAMPLE_ROWS}"
   with naming(file.path, file.format):
     ((share,),) = con.execute(f"SELECT avg((TRY_CAST(t AS DOUBLE) IS NOT NULL)::INT) FROM ({values})").fetchall()
@@ -150,15 +150,15 @@ def _mostly_numbers(con: duckdb.DuckDBPyConnection, file: TableFile, name: str) 
 
 
 def plausible_units(low: float, high: float) -> list[str]:
-  """The units in which epochs from `low` to `high` all lie between 1980 and 2100."""
+  """Returns the units in which epochs from `low` to `high` all lie between 1980 and 2100."""
   return [u for u, scale in MICROSECONDS.items() if PLAUSIBLE[0] <= low * scale and high * scale < PLAUSIBLE[1]]
 
 
 def check_guessed_seconds(low: float, high: float, place: str, key: str) -> None:
-  """Checks that epochs from `low` to `high`, read as seconds for want of a unit, lie between 1980 and 2100.
+  """Checks that epochs from `low` to `high`, read as seconds because no unit is set, lie between 1980 and 2100.
 
   Raises:
-    DataError: they do not; `place` names the column, `key` the source in the config.
+    DataError: the epochs lie outside; the message names `place`, the column, and `key`, the source in the config.
   """
   if "s" in plausible_units(low, high):
     return

@@ -1,1 +1,1 @@
-"""The report's pictures, as inline SVG."""
+"""Draws the reports' figures as inline SVG."""

@@ -1,4 +1,4 @@
-"""Curves of a run: one quantity, or several, over the training steps."""
+"""Draws the curves of a run: one quantity, or several, over the training steps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from supermoe_jax.report.figures.drawing import BLUE, MOST_NAMED_EXPERTS, SCALE,
 
 # Curves of longer runs are averaged down to this many points; a screen shows no more.
 MOST_POINTS = 300
-# Width and height, in points, of the pictures of expert load over time and what stands beside them.
+# Width and height, in points, of the figures of expert load, balance, dropped share and task weights.
 WIDE = (370, 220)
 
 
 def _thin(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Averages `values [n, ...]` over equal runs of rows, to at most MOST_POINTS."""
+  """Averages steps and `values [n, ...]` over equal groups of consecutive rows, to at most MOST_POINTS rows."""
   if len(step) <= MOST_POINTS:
     return step, values
   parts = np.array_split(np.arange(len(step)), MOST_POINTS)
@@ -41,7 +41,7 @@ def draw_curve(
   zero: bool = False,
   size: tuple[float, float] = (270, 165),
 ) -> Markup:
-  """One quantity over the steps; None and what is not finite leave a gap. With `zero`, the axis begins at 0."""
+  """Draws one quantity over the steps; None and non-finite values leave a gap. With `zero`, the axis begins at 0."""
   y = np.array([np.nan if v is None else v for v in values], np.float64)
   y = np.where(np.isfinite(y), y, np.nan)
   x, y = _thin(np.asarray(step, np.float64), y)
@@ -68,7 +68,7 @@ def _draw_curve(step: Sequence[float], values: Sequence[float | None], show: Cal
 
 
 def step_axis(axes: Axes, x: np.ndarray) -> None:
-  """Marks whole steps on the horizontal axis, over the range of `x`."""
+  """Labels the horizontal axis with whole steps; a single step in `x` gets room on both sides."""
   axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
   axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
   axes.set_xlabel("step", fontsize=9)
@@ -77,7 +77,7 @@ def step_axis(axes: Axes, x: np.ndarray) -> None:
 
 
 def draw_weights_over_time(name: str, step: Sequence[float], weights: Mapping[str, np.ndarray]) -> Markup:
-  """The tasks' weights `[n]` over the steps, a line a task; what is not finite leaves a gap."""
+  """Draws the tasks' weights `[n]` over the steps, one line a task; non-finite values leave a gap."""
   x, y = _thin(np.asarray(step, np.float64), np.stack(list(weights.values()), axis=1))
   ends = ", ".join(f"{t} {number(float(v[-1]))}" for t, v in weights.items())
   lines = math.ceil(len(weights) / 2)
@@ -96,7 +96,7 @@ def draw_weights_over_time(name: str, step: Sequence[float], weights: Mapping[st
 
 
 def draw_load_over_time(name: str, title: str, step: Sequence[float], load: np.ndarray) -> Markup:
-  """Experts' shares `load [n, E]` stacked over the steps; each band's name stands at its right end."""
+  """Draws the experts' shares `load [n, E]` stacked over the steps; each band's name stands at its right end."""
   experts = load.shape[1]
   x, y = _thin(np.asarray(step, np.float64), np.nan_to_num(load))
   if len(x) == 1:  # a band needs a width
@@ -108,7 +108,7 @@ def draw_load_over_time(name: str, title: str, step: Sequence[float], load: np.n
     top = np.cumsum(y, axis=1)
     for e in range(experts):
       style: dict[str, Any] = {"color": SCALE(e / max(experts - 1, 1)), "alpha": 0.55 + 0.3 * (e % 2), "linewidth": 0}
-      # As outlines, many bands over a long run would take megabytes.
+      # Many bands over a long run would take megabytes as vectors, so they are drawn as pixels.
       axes.fill_between(x, top[:, e] - y[:, e], top[:, e], rasterized=experts > MOST_NAMED_EXPERTS, **style)
       if y[-1, e] > 0.045 and experts <= MOST_NAMED_EXPERTS:
         axes.annotate(

@@ -1,6 +1,6 @@
-"""How the report's pictures are drawn: matplotlib as inline SVG that follows the page's text colour, light or dark.
+"""Turns matplotlib figures into inline SVG that follows the page's text colour, light or dark.
 
-Text and axes are drawn in a sentinel colour that becomes `currentColor`; marks have a contrast of at least 3 to 1 with
+Text and axes are drawn in a sentinel colour that becomes `currentColor`. Marks have a contrast of at least 3 to 1 with
 the light page, its panels and the dark page. No figure touches pyplot's global state.
 """
 
@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 INK = "#010203"  # the sentinel: replaced by currentColor
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3d85c6", "#d06a22", "#2f9b72", "#9068c8", "#d05050", "#858d96"
-# Steps of hue at nearly one brightness: a usual map ends in a colour that vanishes on white or on black.
+# Hues of nearly one brightness: most colour maps end in a colour that vanishes on white or on black.
 SCALE = LinearSegmentedColormap.from_list("scale", ["#4a7fd0", "#8a68c8", "#c85a92", "#cc6a34", "#a37c10"])
 
-# Above this many experts numbers and names no longer fit.
+# With more experts than this, their numbers and names no longer fit.
 MOST_NAMED_EXPERTS = 16
 
 STYLE: dict[str, Any] = {
@@ -54,7 +54,7 @@ STYLE: dict[str, Any] = {
 
 
 class Canvas:
-  """A figure under construction; `svg` holds its markup once the block that drew it is left."""
+  """A figure under construction; `svg` holds its markup after the `with drawing(…)` block."""
 
   def __init__(self, width: float, height: float):
     self.figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -73,10 +73,10 @@ def drawing(name: str, label: str, width: float, height: float) -> Iterator[Canv
 
 
 def _inline(svg: str, name: str, label: str, width: float) -> Markup:
-  """Makes a standalone SVG document part of a page."""
+  """Turns a standalone SVG document into markup for a page."""
   svg = svg[svg.index("<svg") :]
   svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-  # A style sheet in one SVG would hold for the whole page, so the page's own has these rules.
+  # A style sheet in one SVG would apply to the whole page; the page's own style sheet has these rules.
   svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
   svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
   svg = re.sub(r'(<[^>]*\bid=")', rf"\1{name}-", svg)
@@ -92,13 +92,13 @@ def _inline(svg: str, name: str, label: str, width: float) -> Markup:
 
 
 def short(text: str, most: int = 22) -> str:
-  """Cuts the middle out of a long name: names of one kind often differ at the end only."""
+  """Cuts the middle out of a long name, because similar names often differ only at the end."""
   end = (most - 1) // 2
   return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[-end:]}"
 
 
 def number(value: float) -> str:
-  """Writes a number for people, with about three digits."""
+  """Formats a number for people, with about three digits."""
   if not math.isfinite(value):
     return str(value)
   for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -108,5 +108,5 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-  """Writes a share as a percentage with about three digits."""
+  """Formats a share as a percentage with about three digits."""
   return f"{100 * value:.3g}%" if abs(value) < 0.9995 else f"{100 * value:.0f}%"

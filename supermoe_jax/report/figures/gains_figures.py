@@ -1,4 +1,4 @@
-"""Figures of a seesaw study, drawn like those of a run's report: inline SVG that follows the page's text colour."""
+"""Draws the figures of a seesaw study as inline SVG that follows the page's text colour, as in a run's report."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from supermoe_jax.report.figures.curves import step_axis
 from supermoe_jax.report.figures.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, STYLE, drawing, short
 from supermoe_jax.seesaw.sentences import Report, signed
 
-# Lost and gained also differ by the side of the zero line, for those who do not see these colours apart.
+# The side of the zero line also separates lost from gained, for readers who cannot distinguish these colours.
 COLOURS = {"lost": ORANGE, "gained": BLUE, "even": GREY, "unknown": GREY}
 _LINES = [(c, s) for s in ("-", "--", ":") for c in (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)]
-# Columns of small panels, and the size of one in points.
+# The most columns of small panels, a panel's width in points, and the height of a variant's row in points.
 _COLUMNS = 4
 _PANEL = 150
 _ROW = 15
 
-# A picture that stands alone cannot know what it is shown on, so it brings its own background.
+# A standalone picture may be shown on any page, so it brings its own background.
 _ALONE: dict[str, Any] = {
   **dict.fromkeys((k for k, v in STYLE.items() if v == INK), "#24292f"),
   **dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "#ffffff"),
@@ -40,7 +40,7 @@ _ALONE: dict[str, Any] = {
 
 
 def draw_gains(name: str, found: Report) -> Markup:
-  """Bars of Δ with intervals, a panel a task and a row a variant."""
+  """Draws bars of Δ with intervals, one panel a task and one row a variant."""
   lost = {n: v["lost"] for n, v in found["variants"].items() if v["lost"]}
   label = "Gain of each variant on each task over a single-task model. " + (
     "; ".join(f"{n} lost on {', '.join(t)}" for n, t in lost.items()) or "No loss is certain"
@@ -51,15 +51,15 @@ def draw_gains(name: str, found: Report) -> Markup:
 
 
 def write_picture(found: Report, file: pathlib.Path) -> pathlib.Path:
-  """Writes the bars of Δ as a picture that stands alone, SVG or PNG by the name of `file`; returns its path.
+  """Writes the bars of Δ as a standalone picture, SVG or PNG by the ending of `file`; returns its path.
 
-  Raises: ValueError: the name ends in neither.
+  Raises: ValueError: the name has another ending.
   """
   kind = file.suffix.removeprefix(".").lower()
   if kind not in ("svg", "png"):
     raise ValueError(f"{file}: a picture is written as .svg or .png; give it one of these endings.")
   width, height = _size(found)
-  height += 20  # of its own title
+  height += 20  # room for the title
   buffer = io.BytesIO()
   with matplotlib.rc_context(STYLE | _ALONE | {"svg.hashsalt": "gains"}):  # type: ignore[arg-type]
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -86,7 +86,7 @@ def _size(found: Report) -> tuple[float, float]:
 
 
 def _panels(figure: Figure, found: Report) -> list[tuple[str, Axes]]:
-  """A panel a task; rows are the variants, named at the left."""
+  """Makes one panel a task; its rows are the variants, named at the left."""
   rows, columns = _grid(found)
   names = list(found["variants"])
   every = figure.subplots(rows, columns, squeeze=False)
@@ -126,7 +126,7 @@ def _draw_gain_bars(figure: Figure, found: Report) -> None:
       reach.append(abs(gain["mean"]) * 1.15)
       if gain["low"] is not None:
         axes.plot([gain["low"], gain["high"]], [y, y], color=ink, linewidth=1, solid_capstyle="butt")
-        # Intervals of two seeds can be many times as long as all bars; those run out of the panel.
+        # An interval over two seeds can be many times as long as the bars; it may run out of the panel.
         reach += [min(abs(e), 3 * abs(gain["mean"]) + 1) for e in (gain["low"], gain["high"])]
     most = 1.05 * max([0.01, *reach]) if reach else 1.0
     axes.set_xlim(-most, most)
@@ -142,7 +142,7 @@ def _draw_gain_bars(figure: Figure, found: Report) -> None:
 
 
 def draw_shares(name: str, found: Report) -> Markup:
-  """Of what is possible on a task the share that each variant reaches; a line stands for the single-task model."""
+  """Draws how far each variant gets from a constant's score to the best possible; a line is the single-task model."""
   known = {**found, "tasks": {t: a for t, a in found["tasks"].items() if a["possible"]}}
   label = "Share of the possible that each variant reaches on each task; the details hold the same numbers."
   with drawing(name, label, *_size(known)) as canvas:
@@ -169,7 +169,7 @@ def draw_shares(name: str, found: Report) -> Markup:
 
 
 def draw_trade_off(name: str, found: Report) -> Markup:
-  """Every variant by its harm H and mean gain Δm; up and to the left is better."""
+  """Draws every variant by its harm H and mean gain Δm; up and to the left is better."""
   points = {n: (v["harm"], v["mean_gain"]) for n, v in found["variants"].items() if v["harm"]["mean"] is not None}
   each = "; ".join(f"{n} {h['mean']:.2f} and {signed(m['mean'])}" for n, (h, m) in points.items())
   with drawing(name, f"Harm and mean gain of each variant: {each}.", 470, 330) as canvas:
@@ -197,8 +197,8 @@ def draw_trade_off(name: str, found: Report) -> Markup:
 
 
 def _name_points(figure: Figure, axes: Axes, names: Sequence[str], where: np.ndarray) -> None:
-  """Writes names beside points `where [n, 2]`, each at the free place nearest to its point."""
-  figure.draw_without_rendering()  # lays the axes out, so that data has a place in points
+  """Writes names next to points `where [n, 2]`, each at the free place nearest to its point."""
+  figure.draw_without_rendering()  # lays the axes out, so that data can be transformed to points
   scale = 72 / figure.dpi
   place = axes.transData.transform(where) * scale
   inside = Bbox(axes.bbox.get_points() * scale)
@@ -222,7 +222,7 @@ def _name_points(figure: Figure, axes: Axes, names: Sequence[str], where: np.nda
 
 
 def _covered(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-  """How much of `box` lies on what is taken, or outside of the axes."""
+  """Returns the area of `box` that overlaps taken boxes, plus twice its area outside of the axes."""
   outside = _area(box) - _area(Bbox.intersection(box, inside))
   return sum(_area(Bbox.intersection(box, other)) for other in taken) + 2 * outside
 
@@ -232,7 +232,7 @@ def _area(box: Bbox | None) -> float:
 
 
 def draw_cosines(name: str, title: str, tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> Markup:
-  """Cosines of task gradients, `matrix [T, T]`: blue where two tasks pull together, orange where apart."""
+  """Draws cosines of task gradients, `matrix [T, T]`: blue if two tasks agree, orange if they conflict."""
   n = len(tasks)
   pairs = [(matrix[i][j], tasks[i], tasks[j]) for i in range(n) for j in range(i) if matrix[i][j] is not None]
   least = min(pairs, key=lambda p: p[0] or 0.0, default=None)
@@ -258,7 +258,7 @@ def draw_cosines(name: str, title: str, tasks: Sequence[str], matrix: Sequence[S
 
 
 def draw_weights(name: str, title: str, found: Mapping[str, Sequence[float | None]]) -> Markup:
-  """Tasks' weights over the steps, a line a task, named at its right end."""
+  """Draws the tasks' weights over the steps, one line a task, named at its right end."""
   step, tasks = np.array(found["step"], np.float64), [k for k in found if k != "step"]
   lines = {t: np.array([np.nan if v is None else v for v in found[t]], np.float64) for t in tasks}
   ends = {t: float(y[np.isfinite(y)][-1]) for t, y in lines.items() if np.isfinite(y).any()}
@@ -266,7 +266,7 @@ def draw_weights(name: str, title: str, found: Mapping[str, Sequence[float | Non
   with drawing(name, label, 400, 220) as canvas:
     axes = canvas.figure.subplots()
     top = 1.08 * max((float(np.nanmax(lines[t])) for t in ends), default=1.0)
-    # Names of lines that end together are moved apart: a name is about 13 of the 155 points that the axis is high.
+    # Names of lines with close ends are moved apart: a name is about 13 points high, the axis about 155.
     gap, at = top * 13 / 155, -math.inf
     for task, end in sorted(ends.items(), key=lambda item: item[1]):
       colour, style = _LINES[tasks.index(task) % len(_LINES)]

@@ -1,4 +1,4 @@
-"""Tables of cells whose depth of colour stands for a number: shares of experts, and how far they are from even."""
+"""Draws heat maps, whose depth of colour stands for a number: shares of experts, and lifts over usual shares."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from matplotlib.patches import Rectangle
 
 from supermoe_jax.report.figures.drawing import BLUE, INK, MOST_NAMED_EXPERTS, ORANGE, drawing, percent, short
 
-# The deepest colour still leaves text on it readable, light and dark.
+# The opacity of the deepest colour; text on it is still readable, light and dark.
 DEEPEST = 0.7
-# A lift of so many times, or of one in so many, has the deepest colour.
+# A lift of at least this, or at most its inverse, has the deepest colour.
 MOST_LIFT = 4.0
 
 
 def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most: float) -> Markup:
-  """Shares `load [tasks, experts]` as cells; the deepest colour stands for the share `most`."""
+  """Draws shares `load [tasks, experts]` as cells; the deepest colour stands for the share `most`."""
   top = ", ".join(f"{t} expert {int(np.argmax(v))} ({percent(float(v.max()))})" for t, v in zip(tasks, load))
   strength = DEEPEST * np.clip(load / most, 0, 1)
   cells = [[f"{100 * v:.0f}" for v in row] for row in load]
@@ -29,9 +29,9 @@ def heat_map(name: str, title: str, tasks: Sequence[str], load: np.ndarray, most
 
 
 def lift_map(name: str, title: str, rows: Sequence[str], lift: np.ndarray) -> Markup:
-  """How many times as often as any token the tokens of a row go to each expert, `lift [rows, experts]`.
+  """Draws `lift [rows, experts]`: how many times as often as all tokens a row's tokens go to each expert.
 
-  Blue cells are above 1, orange ones below; the number in a cell says the same. NaN is an expert that nothing goes to.
+  Blue cells are above 1, orange ones below; each cell also shows its number. NaN marks an expert without tokens.
   """
   known = np.nan_to_num(lift, nan=1.0)
   depth = np.log(np.clip(known, 1 / MOST_LIFT, MOST_LIFT)) / np.log(MOST_LIFT)
@@ -43,15 +43,15 @@ def lift_map(name: str, title: str, rows: Sequence[str], lift: np.ndarray) -> Ma
 def _cells(
   name: str, title: str, label: str, rows: Sequence[str], strength: np.ndarray, texts: Sequence[Sequence[str]]
 ) -> Markup:
-  """Cells `strength [rows, experts]`: the opacity of blue, or of orange where it is negative, with their texts."""
+  """Draws cells with their texts; `strength [rows, experts]` is the opacity of blue, or of orange where negative."""
   count, experts = strength.shape
   named = experts <= MOST_NAMED_EXPERTS
   cell = 27 if named else max(8, 480 // experts)
   left = max(112, 18 + 5.4 * max(len(short(r)) for r in rows))
-  width, height = left + max(cell * experts, 6.1 * len(title)), 62 + 24 * count  # the title needs room over few experts
+  width, height = left + max(cell * experts, 6.1 * len(title)), 62 + 24 * count  # a long title widens it
   with drawing(name, label, width, height) as canvas:
     axes = canvas.figure.subplots()
-    # From transparent to full: on either background more colour is more, and the text stays readable.
+    # Opacity shows the value: deeper colour means more on a light and a dark page, and text stays readable.
     if named:
       for row, e in np.ndindex(strength.shape):
         depth = float(strength[row, e])

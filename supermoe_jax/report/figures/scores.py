@@ -1,4 +1,4 @@
-"""Dots with intervals: scores of a run beside its baselines, and how often what it said came true."""
+"""Draws dots with intervals: the scores of a run and its baselines, and the reliability of its predictions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RUN = "this run"
 
 
 class ScorePoint(NamedTuple):
-  """A score, or None, with its interval, or None."""
+  """A score with its interval; None stands for a missing score or interval."""
 
   value: float | None
   interval: tuple[float, float] | None = None
 
 
 class ScoreRow(NamedTuple):
-  """A metric of one task, or of a group of its labels: of this run, and of each baseline that has one."""
+  """A metric of one task, or of a group of its labels: the score of this run and the scores of its baselines."""
 
   name: str
   metric: str
@@ -34,26 +34,26 @@ class ScoreRow(NamedTuple):
 
   @property
   def series(self) -> dict[str, ScorePoint]:
-    """The run and the baselines that have a score, in the order in which they are drawn from above."""
+    """Returns the run and the baselines that have a score, in their order from top to bottom."""
     every = {RUN: self.run, **self.baselines}
     return {n: p for n, p in every.items() if p.value is not None}
 
 
 _MARKS = (("D", ORANGE), ("s", GREEN), ("^", PURPLE), ("v", RED), ("P", BLUE))
-# Height in points of a score, and what a row has besides.
+# Height in points of one score, and a row's additional height.
 _LINE, _GAP = 11, 10
 
 
 def marks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-  """The shape and the colour of this run and of each baseline."""
+  """Returns the marker and the colour of this run and of each baseline."""
   found = dict(zip([n for n in names if n != "constant"], _MARKS * len(names)))
   return {RUN: ("o", BLUE), "constant": ("|", GREY), **found}
 
 
 def draw_scores(name: str, rows: Sequence[ScoreRow]) -> Markup:
-  """Dots and intervals of this run and its baselines, a row a task.
+  """Draws the scores and intervals of this run and its baselines, one row a task.
 
-  Areas under a curve stand apart from metrics that start at 0, and from those of which less is better.
+  Areas under a curve, other metrics, and metrics where lower is better have a panel each.
   """
   areas = [r for r in rows if r.metric.endswith("auc")]
   errors = [r for r in rows if r.metric in LOWER_IS_BETTER]
@@ -71,7 +71,7 @@ def draw_scores(name: str, rows: Sequence[ScoreRow]) -> Markup:
 
 
 def draw_by_history(name: str, title: str, rows: Sequence[ScoreRow]) -> Markup:
-  """The main metric of one task, a row for each group of histories, in the order of their lengths."""
+  """Draws the main metric of one task, with one row for each group of histories, by length."""
   names = list(dict.fromkeys(b for r in rows for b in r.baselines))
   own = ", ".join(f"{r.name} {r.run.value:.3g}" for r in rows if r.run.value is not None)
   height = _height(rows) + 66 + 16 * math.ceil((len(names) + 1) / 2)
@@ -99,7 +99,7 @@ def _better(metric: str) -> str:
 
 
 def _panel(axes: Axes, rows: Sequence[ScoreRow], shapes: Mapping[str, tuple[str, str]]) -> None:
-  """Draws each score on a line of its own, those of a row together, with its interval."""
+  """Draws each score with its interval on its own line; the lines of a row stand together."""
   top, places, ends = 0.0, [], []
   for row in rows:
     height = _LINE * max(len(row.series), 1) + _GAP
@@ -137,7 +137,7 @@ def _legend(figure: Figure, panels: Sequence[Axes], names: Sequence[str]) -> Non
 
 
 def draw_reliability(name: str, title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
-  """How often what was predicted came true, a dot a bin with its interval; on the line both are the same."""
+  """Draws the observed over the predicted share, one dot with interval for each bin; on the line both are equal."""
   most = max(max(b["predicted"], b["observed"], b["interval"][1]) for b in bins)
   told = ", ".join(f"{percent(b['predicted'])} predicted, {percent(b['observed'])} observed" for b in bins)
   with drawing(name, f"Reliability of {title}: {told}.", 270, 270) as canvas:

@@ -1,4 +1,4 @@
-"""Pictures of users in the plane, coloured by what is known of them."""
+"""Draws maps of users in the plane, coloured by a count or by a label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from supermoe_jax.report.figures.drawing import BLUE, GREY, ORANGE, SCALE, Canvas, drawing, number, short
 
-# In so many parts the points of a map are drawn.
+# The points of a map are drawn in this many parts.
 _TURNS = 8
 
 
@@ -33,7 +33,7 @@ def _map_axes(canvas: Canvas, place: np.ndarray, title: str) -> Axes:
 
 
 def map_by_count(name: str, title: str, place: np.ndarray, count: np.ndarray) -> Markup:
-  """Points `place [n, 2]` coloured by a count, on a logarithmic scale."""
+  """Draws points `place [n, 2]` coloured by `count [n]`, on a logarithmic scale."""
   count = np.maximum(count, 1)
   low, high = float(count.min()), float(max(count.max(), count.min() + 1))
   label = f"Map of {len(place):,} users coloured by {title}, {number(low)} to {number(high)}."
@@ -54,14 +54,14 @@ def map_by_count(name: str, title: str, place: np.ndarray, count: np.ndarray) ->
 
 
 def map_by_label(name: str, title: str, place: np.ndarray, value: np.ndarray) -> Markup:
-  """Points `place [n, 2]` by a label: 1 yes, triangles; 0 no, dots; NaN unknown, small dots."""
+  """Draws points `place [n, 2]` by a label `value [n]`: 1 (yes) triangles, 0 (no) dots, NaN (unknown) small dots."""
   groups = [("unknown", np.isnan(value), GREY), ("no", value == 0, BLUE), ("yes", value == 1, ORANGE)]
   count = ", ".join(f"{where.sum():,} {text}" for text, where, _ in groups[::-1])
   with drawing(name, f"Map of {len(place):,} users coloured by {title}: {count}.", 300, 310) as canvas:
     axes = _map_axes(canvas, place, short(title, 40))
     unknown = groups[0][1]
     axes.scatter(place[unknown, 0], place[unknown, 1], 3, GREY, alpha=0.35, linewidths=0, rasterized=True)
-    # Yes and no take turns, a few users at a time: drawn one after the other, the second would cover the first.
+    # Parts of yes and of no alternate; otherwise the class drawn second would cover the first.
     for part in range(_TURNS):
       for value_of, shape, size, colour in ((0, "o", 6, BLUE), (1, "^", 9, ORANGE)):
         turn = np.flatnonzero(value == value_of)[part::_TURNS]

@@ -1,1 +1,1 @@
-"""Checkpoints of a run, with checksums, for any mesh."""
+"""Saves and restores the checkpoints of a run, with checksums, on any mesh."""

@@ -1,7 +1,8 @@
-"""Checkpoints of a run, through Orbax: state, data position and what is needed to read them, in one atomic step.
+"""Saves and restores checkpoints of a run through Orbax, each in one atomic step.
 
-Each process writes and reads the arrays that it holds, on any mesh (`reshard_tables`). A checkpoint holds checksums of
-everything in it: a damaged one is recognised, and the one before it is read instead.
+A checkpoint holds the training state, the data position, and what is needed to read them. Each process writes and
+reads the arrays that it holds, on any mesh (`reshard_tables`). A checkpoint also holds checksums of everything in it: a
+damaged one is recognised, and the one before it is read instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as managers
 
+import supermoe_jax
 from supermoe_jax import config
 from supermoe_jax.distributed import processes
 from supermoe_jax.errors import RunError
@@ -27,28 +29,28 @@ from supermoe_jax.training.checkpoints import checksums, reshard_tables
 from supermoe_jax.training.step import TrainState
 from supermoe_jax.training.task_statistics import TaskStatistics
 
-# Where the rest of a damaged checkpoint is kept, beside `checkpoints/`.
+# The directory next to `checkpoints/` that keeps damaged checkpoints.
 DAMAGED = "damaged"
 
-# Versions that decide whether a step gives the same bits.
+# Packages whose versions decide whether a step gives the same bits.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "supermoe_jax")
 
 _WORDS = "run"
 
-# How a reason begins that is no damage, and what TensorStore says in such a case.
+# The prefix of a reason that is no damage, and TensorStore's words in such a case.
 _NOW = "now: "
 _PASSING = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Too many open files")
 
 
 class RestoredState(NamedTuple):
-  """What a checkpoint holds.
+  """The content of a checkpoint.
 
   Attributes:
-    state: all that a step changes.
-    position: of the data iterator.
+    state: everything that a step changes.
+    position: the position of the data iterator.
     statistics: the tasks' constants.
-    waiting: metrics of steps that no row of the log holds yet.
-    versions: of the libraries that wrote it.
+    waiting: metrics of steps that are in no row of the log yet.
+    versions: versions of the libraries that wrote the checkpoint.
   """
 
   state: TrainState
@@ -73,26 +75,26 @@ class _Found(NamedTuple):
 
 
 class Checkpoints:
-  """Reads the checkpoints of a run directory, and changes nothing there; a run that is training may be read too."""
+  """A reader of the checkpoints of a run directory: it changes nothing there, so the run may be training."""
 
   def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print):
-    """`say` is told of checkpoints that are damaged."""
+    """Opens the checkpoints of `workdir`; `say` receives warnings about damaged ones."""
     self.workdir, self.directory, self._say = workdir, (workdir / "checkpoints").absolute(), say
     self.damaged: list[int] = []  # steps that were tried and could not be read
 
   @property
   def steps(self) -> list[int]:
-    """The steps of all checkpoints, the newest first; one counts once all of it was written."""
+    """Returns the steps of all checkpoints, the newest first; a checkpoint counts once all of it is written."""
     found = self.directory.iterdir() if self.directory.is_dir() else ()
     return sorted((int(p.name) for p in found if p.name.isdigit()), reverse=True)
 
   def restore(self, state: TrainState) -> RestoredState | None:
-    """Reads the newest whole checkpoint into the layout of `state`; None where there is none at all.
+    """Reads the newest whole checkpoint into the layout of `state`; returns None if there is no checkpoint.
 
-    Rows of tables that `state` has more than the checkpoint keep their values, or are 0 where it is abstract.
+    If `state` has more table rows than the checkpoint, the further rows keep their values, or are 0 if it is abstract.
 
     Raises:
-      RunError: there are checkpoints, but none that is whole and of this model.
+      RunError: no checkpoint is whole and of this model, or one cannot be read for a reason that may pass.
     """
 
     found = self._newest({"model": nnx.to_pure_dict(state.model), "state": _rest(state)}, state.model)
@@ -106,8 +108,11 @@ class Checkpoints:
   def restore_model(self, model: nnx.State, step: int | None = None) -> RestoredModel | None:
     """Reads only the model's variables, into the layout of `model` (abstract or not); otherwise as `restore`.
 
-    Rows that `model` has more than the checkpoint are 0: an untrained value says nothing. `step` names a checkpoint;
-    if it is not there, or damaged, that is an error.
+    If `model` has more table rows than the checkpoint, the further rows are 0: an untrained value carries no
+    information. `step` names a checkpoint; None: the newest whole one.
+
+    Raises:
+      RunError: as `restore`, or checkpoint `step` is missing or damaged.
     """
     if step is not None and step not in self.steps:
       raise RunError(f"{self.directory} holds no checkpoint {step}; there are {', '.join(map(str, self.steps))}.")
@@ -117,14 +122,14 @@ class Checkpoints:
     return RestoredModel(found.step, reshard_tables.with_values(model, found.arrays["model"]), _statistics(found.words))
 
   def _newest(self, trees: Mapping[str, Any], model: nnx.State, only: int | None = None) -> _Found | None:
-    """Reads arrays into the layouts of `trees`, from the newest checkpoint that all hosts find whole, or `only` one."""
+    """Reads arrays into the layouts of `trees`, from the newest checkpoint whole on all hosts or from step `only`."""
     striped, reasons = reshard_tables.striped(model), []
     tried = self.steps if only is None else [only]
-    for step in json.loads(processes.gather_text(json.dumps(tried))[0][1]):  # those that the first host sees
+    for step in json.loads(processes.gather_text(json.dumps(tried))[0][1]):  # as the first host sees them
       found, reason = None, ""
       try:
         found = self._read(step, trees, striped)
-      except Exception as error:  # what a damaged file makes Orbax, TensorStore and JSON raise is anything
+      except Exception as error:  # Orbax, TensorStore and JSON may raise any error on a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if _passes(error):
           reason = _NOW + reason
@@ -135,7 +140,7 @@ class Checkpoints:
           "fault, so it is kept, and no other is used; see to it, and give the same command again."
         )
       if found is not None and not reason:
-        # Sums over all devices: every host comes to the same.
+        # Checksums are sums over all devices, so every host gets the same.
         held = {n: checksums.array_checksums(found.arrays[n]) for n in trees}
         wrong = [f"{n}/{p}" for n in trees for p in _differences(found.words["digests"][n], held[n])]
         if not wrong:
@@ -153,10 +158,10 @@ class Checkpoints:
     )
 
   def _read(self, step: int, trees: Mapping[str, Any], striped: frozenset[tuple[str, ...]]) -> _Found:
-    """Reads what this host holds of a checkpoint; arrays at `striped` may differ in rows.
+    """Reads this host's part of a checkpoint; arrays at the paths `striped` may differ in their number of rows.
 
-    Orbax' handlers are asked themselves, since its manager makes hosts wait for each other: one that found a damaged
-    file would leave the rest waiting.
+    It calls Orbax' handlers directly, since Orbax' manager makes hosts wait for each other: a host that found a damaged
+    file would leave the others waiting.
     """
     folder = epath.Path(self.directory / str(step))
     words = ocp.JsonCheckpointHandler().restore(folder / _WORDS)
@@ -173,17 +178,17 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Saves when it is told to: to ask JAX for a signal is the loop's part, since each question moves a counter."""
+  """A manager that saves only on request: the loop asks JAX for signals itself, since each question moves a counter."""
 
   def reached_preemption(self, step: int) -> bool:
-    """See the base class."""
+    """Returns False; see the base class."""
     del step
     return False
 
 
 @dataclasses.dataclass
 class _KeepNewestAndBest(managers.PreservationPolicy):
-  """Which checkpoints are kept: the newest `n`, and those that are the best."""
+  """A policy that keeps the newest `n` checkpoints, and the checkpoints at the steps that `best` returns."""
 
   n: int
   best: Callable[[], Collection[int]]
@@ -191,14 +196,14 @@ class _KeepNewestAndBest(managers.PreservationPolicy):
   def should_preserve(
     self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: managers.PreservationContext
   ) -> Sequence[bool]:
-    """See the base class; the newest come last."""
+    """Returns whether to keep each of `checkpoints`, where the newest come last; see the base class."""
     del context
     best, newest = self.best(), len(checkpoints) - self.n
     return [i >= newest or each.step in best for i, each in enumerate(checkpoints)]
 
 
 class CheckpointWriter:
-  """Writes the checkpoints of a run directory; a context manager that waits for writing to end."""
+  """A writer of the checkpoints of a run directory: a context manager that on exit waits for writing to end."""
 
   def __init__(
     self,
@@ -207,11 +212,21 @@ class CheckpointWriter:
     about: Mapping[str, Any] | None = None,
     best: Callable[[], Collection[int]] = tuple,
   ):
-    """`about` is what else a checkpoint should hold, for JSON; `best` tells steps that are kept beside the newest."""
+    """Opens the checkpoints of `workdir` for writing.
+
+    Args:
+      workdir: the run directory.
+      train: gives the number of checkpoints to keep.
+      about: further content of each checkpoint, for JSON.
+      best: returns steps to keep in addition to the newest.
+
+    Raises:
+      RunError: the run has written metrics, but its checkpoints are gone.
+    """
     self.workdir, self.directory, self._about = workdir, (workdir / "checkpoints").absolute(), dict(about or {})
     options = ocp.CheckpointManagerOptions(
       preservation_policy=_KeepNewestAndBest(train.checkpoints_kept, best),
-      cleanup_tmp_directories=True,  # what a killed run left half-written
+      cleanup_tmp_directories=True,  # removes what a killed run left half-written
     )
     arrays, words = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
     handlers = {"model": arrays(), "state": arrays(), _WORDS: words()}
@@ -240,10 +255,10 @@ class CheckpointWriter:
     statistics: dict[str, TaskStatistics],
     waiting: Sequence[Any] = (),
   ) -> None:
-    """Starts writing a checkpoint; it counts only once all of it is on disk. For its parts see `Restored`.
+    """Starts writing a checkpoint; it counts only once all of it is on disk. For its parts see `RestoredState`.
 
     Raises:
-      RunError: this checkpoint cannot be written, or the one before it could not.
+      RunError: this checkpoint cannot be written, or the previous one could not be.
     """
     trees = {"model": nnx.to_pure_dict(state.model), "state": _rest(state)}
     words = {
@@ -255,7 +270,7 @@ class CheckpointWriter:
       "about": self._about,
       "digests": {name: checksums.array_checksums(tree) for name, tree in trees.items()},
     }
-    words = json.loads(json.dumps(words))  # numbers as they will be read
+    words = json.loads(json.dumps(words))  # numbers as a reader will get them
     words["digest"] = checksums.json_checksum(words)
     items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items[_WORDS] = ocp.args.JsonSave(words)
@@ -277,14 +292,14 @@ class CheckpointWriter:
       raise self._failed(error) from error
 
   def wait(self) -> None:
-    """Returns once all that was saved is on disk."""
+    """Waits until every saved checkpoint is on disk."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._failed(error) from error
 
   def set_aside(self, steps: list[int]) -> None:
-    """Moves damaged checkpoints to `damaged/`, so that good ones can take their places."""
+    """Moves the damaged checkpoints `steps` to `damaged/`, so that good ones can take their places."""
     if processes.is_first() and steps:
       kept = self.workdir / DAMAGED
       kept.mkdir(exist_ok=True)
@@ -304,13 +319,13 @@ class CheckpointWriter:
 
 
 def versions() -> dict[str, str]:
-  """The versions of the libraries that decide whether a step gives the same bits."""
+  """Returns the versions of the libraries that decide whether a step gives the same bits."""
   return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def code_hash() -> str:
-  """A hash of the package's own code."""
-  package = pathlib.Path(__file__).parent.parent
+  """Returns a hash of the package's own code."""
+  package = pathlib.Path(supermoe_jax.__file__).parent
   found = hashlib.sha256()
   for file in sorted(package.rglob("*.py")):
     found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
@@ -318,7 +333,7 @@ def code_hash() -> str:
 
 
 def _passes(error: Exception) -> bool:
-  """Whether it may be no fault of the checkpoint that it cannot be read."""
+  """Returns whether the cause of a read error may lie outside the checkpoint."""
   if isinstance(error, OSError):
     return not isinstance(error, FileNotFoundError)
   return any(word in str(error) for word in _PASSING)

@@ -1,7 +1,7 @@
-"""Numbers that tell whether arrays, or words, are still what was written.
+"""Computes checksums, which show whether arrays or JSON values are still what was written.
 
-The digest of an array is a sum over its elements, modulo 2³², of a hash of the element's bits and its place. It is
-taken where the array lies, whatever the mesh, so that it costs one pass over the device's memory and no traffic; one
+The checksum of an array is a sum over its elements, modulo 2³², of a hash of the element's bits and its position. It is
+computed where the array lies, whatever the mesh, so that it costs one pass over the device's memory and no traffic. One
 changed bit always changes it.
 """
 
@@ -18,14 +18,14 @@ from supermoe_jax.training.checkpoints import reshard_tables
 
 
 def array_checksums(tree: Any) -> dict[str, int]:
-  """The digest of every array of a tree, by its path."""
+  """Returns the checksum of every array of a tree, by its path."""
   found, _ = jax.tree_util.tree_flatten_with_path(_checksums(tree))
   values = jax.device_get([value for _, value in found])
   return {"/".join(reshard_tables.path(keys)): int(value) for (keys, _), value in zip(found, values)}
 
 
 def json_checksum(words: Any) -> int:
-  """The digest of what JSON can hold."""
+  """Returns the checksum of a value that JSON can hold."""
   return zlib.crc32(json.dumps(words, sort_keys=True).encode())
 
 
@@ -45,7 +45,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-  """The bits of `x` as uint32: an element of 8 bytes as two, in a last dimension of their own."""
+  """Returns the bits of `x` as uint32; an element of 8 bytes becomes two, in a last dimension of their own."""
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
@@ -53,7 +53,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _mixed(h: jax.Array) -> jax.Array:
-  """The finalizer of MurmurHash3: one to one, and every bit of what came in reaches every bit that comes out."""
+  """Applies the finalizer of MurmurHash3: it is one to one, and every input bit affects every output bit."""
   h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
   h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
   return h ^ (h >> 16)

@@ -1,7 +1,6 @@
-"""Rows of tables as a checkpoint has them, laid out anew for the mesh that reads them.
+"""Lays the table rows of a checkpoint out for the mesh that reads them.
 
-What a checkpoint calls a row keeps its code: where the mesh asks for other stripes, or a vocabulary has grown, the rows
-move as they are read.
+Every row keeps its code. Where the mesh needs other stripes, or a vocabulary has grown, the rows move as they are read.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from supermoe_jax.layers.tpu_lines import LANES
 
 
 def table_sizes(model: nnx.State) -> dict[str, int]:
-  """The number of codes of each table."""
+  """Returns the number of codes of each table."""
   rows = (v for _, v in nnx.to_flat_state(nnx.filter_state(model, TableRows)))
   return {v.get_metadata()["table"]: v.get_metadata()["size"] for v in rows}
 
 
 def striped(model: nnx.State) -> frozenset[tuple[str, ...]]:
-  """The paths of the variables that have an entry a row, `[G, M]` or `[G, M / p, p·D]`."""
+  """Returns the paths of the variables that have one entry a row, `[G, M]` or `[G, M / p, p·D]`."""
   names = ((path, v.get_metadata().get("logical") or ()) for path, v in nnx.to_flat_state(model))
   return frozenset(tuple(map(str, path)) for path, logical in names if logical[1:2] == ("rows",))
 
 
 def path(keys: tuple[Any, ...]) -> tuple[str, ...]:
-  """The names on a leaf's path in a tree."""
+  """Returns the names on a leaf's path in a tree."""
   return tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
 
 
 def saved_shapes(tree: Any, saved: Any, striped: frozenset[tuple[str, ...]]) -> Any:
-  """What to ask a checkpoint for: the arrays of `tree`, those with an entry a row in the shape that they have there."""
+  """Returns the arrays to ask a checkpoint for: `tree`, but arrays with one entry a row in their `saved` shape."""
   shapes = {path(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(getattr(saved, "tree", saved))[0]}
 
   def ask(keys: tuple[Any, ...], wanted: Any) -> Any:
@@ -53,7 +52,7 @@ def saved_shapes(tree: Any, saved: Any, striped: frozenset[tuple[str, ...]]) -> 
 
 
 def _as_wide(there: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-  """Whether both may hold rows of one width: alone, or several to a line (see `layers.tpu_lines`)."""
+  """Returns whether both shapes may hold rows of one width, each alone or several to a line (`layers.tpu_lines`)."""
   if len(there) != len(wanted) or len(there) == 2:
     return len(there) == len(wanted)
   fewer, more = sorted((there[2], wanted[2]))
@@ -61,7 +60,7 @@ def _as_wide(there: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def _dividing(shape: tuple[int, ...], layout: NamedSharding) -> NamedSharding:
-  """`layout`, with its devices on another dimension where they do not divide the stripes."""
+  """Returns `layout`; if its devices do not divide the stripes, they go to dimension 0 or each holds the whole."""
   names = layout.spec[1] if len(layout.spec) > 1 else None
   ways = math.prod(layout.mesh.shape[a] for a in ((names,) if isinstance(names, str) else names or ()))
   if shape[1] % ways == 0:
@@ -70,23 +69,24 @@ def _dividing(shape: tuple[int, ...], layout: NamedSharding) -> NamedSharding:
 
 
 def laid_out_as(value: Any, wanted: Any) -> Any:
-  """What was read in other stripes, or with fewer rows, as it is wanted."""
+  """Returns an array that was read in other stripes, or with fewer rows, in the shape and layout of `wanted`."""
   if not hasattr(value, "shape") or value.shape == wanted.shape:
     return value
   return jax.jit(exchange.restriped, static_argnums=1, out_shardings=wanted.sharding)(value, wanted.shape)
 
 
 def with_values(model: nnx.State, values: dict[str, Any]) -> nnx.State:
-  """`model` with other values, given as a pure dict."""
+  """Returns `model` with other values, given as a pure dict."""
   filled = jax.tree.map(lambda leaf: leaf, model)
   nnx.replace_by_pure_dict(filled, values)
   return filled
 
 
 def with_more_rows(model: nnx.State, values: dict[str, Any], sizes: Mapping[str, int]) -> nnx.State:
-  """`model` with what was read; of a table with more rows than the checkpoint's `sizes` those keep their values.
+  """Returns `model` with the values that were read.
 
-  Where `model` is abstract they are 0.
+  If a table has more rows than the checkpoint's `sizes`, the further rows keep their values, or are 0 if `model` is
+  abstract.
   """
   read = with_values(model, values)
 

@@ -1,1 +1,1 @@
-"""What a run reports while it trains: metrics, traces, utilisation."""
+"""Reports on a run while it trains: metrics, traces, utilisation."""

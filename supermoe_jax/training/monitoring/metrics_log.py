@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: `metrics.jsonl`, TensorBoard, a bar on a terminal and lines elsewhere."""
+"""Logs the metrics of a training run to `metrics.jsonl`, TensorBoard, and a bar on a terminal or lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.step_metrics import StepMetrics
 
-# What of a row of `metrics.jsonl` depends on the machine; all else is the same whenever a run was cut and resumed.
+# The part of a row of `metrics.jsonl` that depends on the machine; the rest is the same if a run was cut and resumed.
 SPEED = "speed"
 
 
 class MetricsLog:
-  """Collects steps' metrics and writes a row every `log_every` steps.
+  """A log that collects the metrics of steps and writes a row every `log_every` steps.
 
   Metrics stay on the device until then, so that logging does not stop the device. Rows cover the same steps whether or
-  not a run was cut between two of them: what is not written yet travels with the checkpoint (`waiting`).
+  not a run was cut between two of them: the checkpoint holds the metrics that are not written yet (`waiting`).
   """
 
   def __init__(
@@ -43,9 +43,9 @@ class MetricsLog:
     waiting: Sequence[Any] = (),
     flops: float = 0.0,
   ):
-    """Opens the log of a run that stands at `step`, whose checkpoint had `waiting`; `say` None: only files are written.
+    """Opens the log of a run at `step`, whose checkpoint held `waiting`; with `say` None it only writes files.
 
-    Of several hosts the first one writes and tells. `flops` are what the model asks for a token.
+    Only the first of several hosts writes files and messages. `flops` is the model's FLOPs for a token in training.
     """
     mesh, self._flops = cfg.train.mesh, flops
     self._devices = mesh.data * mesh.expert * mesh.tensor
@@ -79,22 +79,22 @@ class MetricsLog:
       self._board.close()
 
   def begin(self) -> None:
-    """Starts the clock: speed is that of the steps from here on."""
+    """Starts the clock: the next row's speed covers the steps from here on."""
     self._since, self._input, self._timed = clock.monotonic(), 0.0, 0
 
   @contextlib.contextmanager
   def taking_input(self) -> Iterator[None]:
-    """Surrounds taking a batch: the time counts as waited for input, unless the device had a step to do all the while.
+    """Times the block that takes a batch; the time counts as input wait unless the device was busy throughout.
 
-    Where the step before ended meanwhile all of the time counts, since when it ended is not known.
+    If the previous step ended within the block, all of the time counts, since the moment of its end is not known.
     """
     asked = clock.monotonic()
     yield
-    if self._last is None or self._last.is_ready():  # type: ignore[attr-defined]  # of every array, not in its type
+    if self._last is None or self._last.is_ready():  # type: ignore[attr-defined]  # every array has it; the type lacks it
       self._input += clock.monotonic() - asked
 
   def add(self, step: int, metrics: StepMetrics) -> dict[str, Any] | None:
-    """Takes the metrics of `step`, or of all steps of a call that it ended; returns a row where one was written."""
+    """Adds the metrics of `step`, or of all steps of the call that ended with it; returns the row if it wrote one."""
     several = len(metrics.loss) if np.ndim(metrics.loss) else 1
     self._waiting.append(metrics)
     self._last = metrics.loss
@@ -107,14 +107,14 @@ class MetricsLog:
     return self._write(step) if step % self._every == 0 or step == self._steps else None
 
   def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-    """Shows further numbers on TensorBoard."""
+    """Writes further numbers to TensorBoard."""
     if self._board is not None:
       for name, value in values.items():
         if value is not None:
           self._board.add_scalar(name, value, step)
 
   def waiting(self) -> list[Any]:
-    """The steps that no row holds yet, as JSON holds them."""
+    """Returns the metrics of the steps that are in no row yet, as JSON values."""
     return [_written(m) for m in self._fetched()]
 
   def _write(self, step: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class MetricsLog:
     return row
 
   def _fetched(self) -> list[StepMetrics]:
-    """The metrics of every step that waits, on the host."""
+    """Returns the metrics of every waiting step, on the host."""
     out: list[StepMetrics] = []
     for metrics in jax.device_get(self._waiting):
       several = range(len(metrics.loss)) if np.ndim(metrics.loss) else ()
@@ -156,7 +156,7 @@ class MetricsLog:
     }
 
   def _warn(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Tells, once a table, of rows that could not learn."""
+    """Warns of rows that could not learn, once for each table and reason."""
     reasons = {
       "lost": "gradients found no room on their way to the rows' devices; raise config.train.tables.cells",
       "out_of_range": "codes are no rows of it, and were read as absent; the dataset does not fit the model",
@@ -169,7 +169,7 @@ class MetricsLog:
 
 
 def memory_gib() -> float | None:
-  """The most memory that a device of this host has held at a time, or, on CPU, this process; GiB."""
+  """Returns the peak memory of this host's fullest device, or of this process on CPU, in GiB; None if not known."""
   found = [d.memory_stats() for d in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in found if s and "peak_bytes_in_use" in s]
   if peaks:
@@ -201,7 +201,7 @@ def truncate_rows(path: pathlib.Path, step: int) -> None:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a file that has one a line, up to one that is being written or was cut; none without a file."""
+  """Returns the rows of a file with one JSON object a line, up to an incomplete row; none without a file."""
   rows = []
   for line in path.read_text().splitlines() if path.is_file() else ():
     try:
@@ -216,7 +216,7 @@ def _written(metrics: StepMetrics) -> Any:
 
 
 def _read(saved: Any) -> StepMetrics:
-  """The metrics that `_written` gave; JSON keeps every digit of a number, and makes a list of a tuple."""
+  """Rebuilds the metrics that `_written` saved; JSON keeps every digit of a number, and makes a list of a tuple."""
   return StepMetrics(
     **{
       **saved,
@@ -227,10 +227,10 @@ def _read(saved: Any) -> StepMetrics:
 
 
 def summarise_steps(steps: Sequence[StepMetrics], batch_rows: int, last: int) -> dict[str, Any]:
-  """Turns the metrics of steps of B rows, up to step `last`, into one row: sums first, ratios last.
+  """Turns the metrics of steps of `batch_rows` rows, up to step `last`, into one row: sums first, ratios last.
 
-  A task without a label has the loss None. Steps that were skipped since their loss or gradient was not finite are
-  named, and left out of all that is learned from: losses, weights and norms, which are None where every step was.
+  A task without a label has the loss None. `skipped` lists the steps that were skipped since their loss or gradient was
+  not finite. They are left out of losses, weights and norms, which are None if every step was skipped.
   """
   kept = [s for s in steps if not int(s.skipped)]
 
@@ -274,7 +274,7 @@ def summarise_steps(steps: Sequence[StepMetrics], batch_rows: int, last: int) ->
 
 
 def _mean(values: Sequence[Any]) -> list[Any]:
-  """The mean of arrays, to four digits; without experts they are empty, of this shape or that."""
+  """Returns the mean of arrays, to four digits; without experts the arrays are empty, and the mean is []."""
   if not np.size(values[0]):
     return []
   return list(np.mean(np.array([np.asarray(v, np.float64) for v in values]), axis=0).round(4).tolist())

@@ -1,4 +1,4 @@
-"""A trace of a few steps of a run."""
+"""Traces a few steps of a run with JAX' profiler."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import jax
 
-# Steps of this process before the trace: the first ones compile and fill what is fetched ahead.
+# Steps of this process before the trace: the first steps compile, and fill the prefetch buffers.
 SKIPPED = 10
 
 STEPS = 5
 
 
 class Profiler:
-  """Traces steps, once; what it writes TensorBoard's profile plugin, XProf and Perfetto read. A context manager."""
+  """A context manager that traces `STEPS` steps once, for TensorBoard's profile plugin, XProf and Perfetto."""
 
   def __init__(self, folder: pathlib.Path | None):
-    """`folder` None: there is nothing to trace."""
+    """Prepares a trace into `folder`; None: no trace."""
     self._folder, self._tracing, self._end = folder, False, 0
 
   def __enter__(self) -> Profiler:
@@ -27,7 +27,7 @@ class Profiler:
     self._stop()
 
   def before(self, step: int, state: Any) -> None:
-    """Is told of every step that begins, counted from 0, with the state that it begins with."""
+    """Starts or ends the trace; call it before every step, counted from 0, with the state that the step begins with."""
     if self._folder is None or step < SKIPPED:
       return
     if not self._end:

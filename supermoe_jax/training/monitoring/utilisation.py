@@ -1,4 +1,4 @@
-"""What share of a device's arithmetic a run puts to use (MFU)."""
+"""Computes the share of the devices' peak arithmetic that a run uses (MFU)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax
 from supermoe_jax import config
 from supermoe_jax.models.parameters import Parameters
 
-# Dense bfloat16 products a second of one device, by the beginning of its `device_kind`; the longest one that fits.
+# Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind`; the longest match counts.
 # Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, TPU7x), NVIDIA's data sheets (A100, H100, H200, B200).
 PEAKS = {
   "TPU v4": 275e12,
@@ -25,15 +25,15 @@ PEAKS = {
 
 
 def peak_flops(kind: str) -> float | None:
-  """The peak of a kind of device, FLOP/s; None where it is not known, as of CPUs."""
+  """Returns the peak of a kind of device in FLOP/s; None if it is not known, as for CPUs."""
   fits = [name for name in PEAKS if kind.startswith(name)]
   return PEAKS[max(fits, key=len)] if fits else None
 
 
 def flops_a_token(model: config.Model, count: Parameters) -> float:
-  """What the model asks for a token in training: 6 for each parameter at work, and 6·D for each event that it may see.
+  """Returns the FLOPs for a token in training: 6 per active parameter, and 6·D per layer and event that it may see.
 
-  What is computed again to save memory, and what fills up cells of experts, does not count.
+  Recomputation to save memory, and the padding of experts' buffers, do not count.
 
   Source: the model FLOPs of PaLM, arXiv 2204.02311, appendix B; attention is causal.
   """
@@ -41,6 +41,6 @@ def flops_a_token(model: config.Model, count: Parameters) -> float:
 
 
 def peak_share(flops: float, seconds: float, devices: int) -> float | None:
-  """The share of the peak of `devices` that `flops` in so many seconds are; None where the peak is not known."""
+  """Returns `flops` in `seconds` as a share of the peak of `devices` devices; None if the peak is not known."""
   most = peak_flops(jax.devices()[0].device_kind)
   return round(flops / seconds / (devices * most), 4) if most else None

@@ -15,8 +15,9 @@ from supermoe_jax import cli, config
 from supermoe_jax.data.check import check
 from supermoe_jax.data.check.check import CheckError
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.format.records import Labeller, TaskLabels
 from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.tasks.future_event import FutureEventKind
+from supermoe_jax.data.tasks.labels import TaskLabels
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import copied
 from tests.fixtures.random_logs import (
@@ -135,14 +136,14 @@ def test_a_wrong_snapshot_is_found(
 def test_a_label_that_the_labeller_gives_wrongly_is_found_in_what_it_wrote(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  right = Labeller._label
+  right = FutureEventKind.label
 
-  def label(self: Labeller, name: str, *rest: Any) -> TaskLabels:
-    found = right(self, name, *rest)
+  def label(self: FutureEventKind, *rest: Any) -> TaskLabels:
+    found = right(self, *rest)
     changed = found.labels._replace(value=1 - found.labels.value)
-    return found._replace(labels=changed) if name == "quiet" else found
+    return found._replace(labels=changed) if self.name == "quiet" else found
 
-  monkeypatch.setattr(Labeller, "_label", label)
+  monkeypatch.setattr(FutureEventKind, "label", label)
   dataset = prepared(tmp_path, CASES["text"], "calendar")
   with pytest.raises(CheckError, match="task quiet"):
     check.check_dataset(dataset.path)

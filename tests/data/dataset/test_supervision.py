@@ -117,7 +117,7 @@ def test_batches_have_the_stated_shapes(data: Dataset, rich: config.Config) -> N
   assert list(batch.targets) == list(rich.labelled_tasks)
   for name, targets in batch.targets.items():
     task = rich.tasks[name]
-    at_events = isinstance(task, config.AT_EVENTS)
+    at_events = isinstance(task, (config.NextEvent, config.EventLabel))
     n = s * M if isinstance(task, config.EventLabel) else s
     n += events if at_events else 0
     assert targets.known.shape == targets.weight.shape == (b, n)

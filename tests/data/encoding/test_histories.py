@@ -14,7 +14,13 @@ from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.preparation import record_counts
 from supermoe_jax.data.preparation.snapshots import user_snapshots
 from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import EventAnswer, Snapshots
+from supermoe_jax.data.tasks.calendar import make_calendar
+from supermoe_jax.data.tasks.event_label import EventAnswer, following_events
+from supermoe_jax.data.tasks.future_event import label_future_event
+from supermoe_jax.data.tasks.future_values import label_future_values
+from supermoe_jax.data.tasks.labels import Snapshots
+from supermoe_jax.data.tasks.next_event import label_next_event
+from supermoe_jax.data.tasks.user_label import label_user
 
 TEMPORAL = {"train_end": "1970-02-10", "validation": ("1970-02-12",), "test": ("1970-02-20",), "min_events": 2}
 POLICIES = {
@@ -52,19 +58,19 @@ def end_to_end(users: list[UserHistory]) -> UserBlock:
 
 def everything(split: config.Split, block: UserBlock) -> tuple[Snapshots, list[np.ndarray], tuple[int, int]]:
   """Snapshots, and all that is worked out at them, with a row a snapshot."""
-  times = None if split.mode == "leave_one_out" else labels.calendar(split, 0, 80 * DAY)
+  times = None if split.mode == "leave_one_out" else make_calendar(split, 0, 80 * DAY)
   owner = np.array([int(u[1:]) % 3 for u in block.users])
   found, left_out = user_snapshots(split, block, times, owner)
-  event = labels.following_events(ANSWER.carried(block), block, found, 3, times)
+  event = following_events(ANSWER.carried(block), block, found, 3, times)
   asked = [
-    labels.next_event(block, found, 1, times),
-    labels.user_label(np.where(owner == 1, np.nan, owner), found, owner),
+    label_next_event(block, found, 1, times),
+    label_user(np.where(owner == 1, np.nan, owner), found, owner),
     labels.at_events(ANSWER(block), event),
   ]
   if times is not None:
     asked += [
-      labels.future_event(block, found, times, 1, 7.0, True),
-      labels.future_values(block, found, times, 0, 3, 7.0),
+      label_future_event(block, found, times, 1, 7.0, True),
+      label_future_values(block, found, times, 0, 3, 7.0),
     ]
   rows = [part for label in asked for part in label]
   of_user = np.where(event < 0, -1, event - block.offsets[found.user][:, None])

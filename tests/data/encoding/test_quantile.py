@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from supermoe_jax import config
 from supermoe_jax.data.encoding.numeric import MAX_KNOTS, Numeric, Quantile
 from supermoe_jax.data.encoding.vocabulary import Encoders
-from supermoe_jax.data.format import schema
 from supermoe_jax.data.preparation import fitting
+from supermoe_jax.data.tasks.event_label import EventLabelKind
 from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import histories
 
@@ -136,6 +136,6 @@ def test_a_threshold_of_an_event_label_means_the_raw_number(least, write, make_d
   with open_log(data) as log:
     encoders = fitting.fit_encoders(log, data)
     (history,) = histories(log, encoders)
-  labels = schema.make_event_answer("like", task, data, encoders)(history)
+  labels = EventLabelKind("like", task, data, encoders).event_labels(history)
   assert labels.known.all()
   assert labels.value.tolist() == [float(p >= least) for p in [*prices, *late]]

@@ -13,7 +13,7 @@ from supermoe_jax.data.inspect.column_roles import ColumnStatistics, field_role,
 from supermoe_jax.data.inspect.inspect import inspect
 from supermoe_jax.data.preparation import fitting
 from supermoe_jax.data.preparation.event_log import EventLog
-from supermoe_jax.data.tasks import labels
+from supermoe_jax.data.tasks.calendar import make_calendar
 from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import histories
 
@@ -219,7 +219,7 @@ def test_the_proposed_config_prepares_the_files(name, write, load, tmp_path):
   scratch = tmp_path / "scratch"
   scratch.mkdir()
   with EventLog(cfg.data, scratch) as events:
-    calendar = labels.calendar(cfg.data.split, events.start, events.end)
+    calendar = make_calendar(cfg.data.split, events.start, events.end)
     assert {*calendar.split.tolist()} == {0, 1, 2}
     assert 0.6 < events.counts["training_events"] / events.counts["events"] < 0.8
     assert len(histories(events, fitting.fit_encoders(events, cfg.data))) == 20

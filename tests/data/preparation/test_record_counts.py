@@ -16,7 +16,8 @@ from supermoe_jax.data.encoding.vocabulary import Classes
 from supermoe_jax.data.preparation import record_counts
 from supermoe_jax.data.preparation.snapshots import LeftOut
 from supermoe_jax.data.preparation.write_shards import _last_use
-from supermoe_jax.data.tasks.labels import Calendar, Labels, Snapshots
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.labels import Labels, Snapshots
 
 TASKS: dict[str, config.LabelledTask] = {
   "bought": config.FutureEvent(source="buys", horizon_days=3.0),

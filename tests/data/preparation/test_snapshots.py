@@ -12,7 +12,9 @@ from supermoe_jax.data.encoding import splits
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.data.preparation import snapshots
-from supermoe_jax.data.tasks import labels
+from supermoe_jax.data.tasks.calendar import make_calendar
+from supermoe_jax.data.tasks.future_event import label_future_event
+from supermoe_jax.data.tasks.next_event import label_next_event
 
 TEMPORAL = {"train_end": "1970-02-10", "validation": ("1970-02-12",), "test": ("1970-02-20",)}
 
@@ -26,7 +28,7 @@ def history(*days: float) -> UserHistory:
 def found(
   split: config.Split, h: UserHistory, owner: int = TRAIN
 ) -> tuple[list[tuple[int, int, int]], snapshots.LeftOut]:
-  times = labels.calendar(split, 0, 80 * DAY)
+  times = make_calendar(split, 0, 80 * DAY)
   of_user, left_out = snapshots.user_snapshots(split, h.block, times, np.array([owner]))
   return list(zip(*(part.tolist() for part in of_user[1:]))), left_out
 
@@ -71,14 +73,14 @@ def test_all_snapshots_of_a_user_belong_to_the_users_split(policy: str) -> None:
 
 def test_validation_windows_end_a_gap_before_the_first_test_snapshot() -> None:
   split = config.Split(**TEMPORAL, gap_days=1.5)
-  times = labels.calendar(split, 0, 80 * DAY)
+  times = make_calendar(split, 0, 80 * DAY)
   assert times.observed_until == (40 * DAY, int(48.5 * DAY), 80 * DAY)
   h = history(41, 48.75, 49)
   found, _ = snapshots.user_snapshots(split, h.block, times, np.array([TRAIN]))
   at = found.split == VALIDATION
-  assert labels.future_event(h.block, found, times, 0, 6.5, False).known[at].all()
-  assert not labels.future_event(h.block, found, times, 0, 6.51, False).known[at].any()
-  assert not labels.next_event(h.block, found, 0, times).known[at].any()  # the next one lies in the gap
+  assert label_future_event(h.block, found, times, 0, 6.5, False).known[at].all()
+  assert not label_future_event(h.block, found, times, 0, 6.51, False).known[at].any()
+  assert not label_next_event(h.block, found, 0, times).known[at].any()  # the next one lies in the gap
   assert found.n_events[found.split == TEST].tolist() == [3]  # which test snapshots see all the same
 
 

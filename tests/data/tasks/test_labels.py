@@ -14,16 +14,22 @@ from supermoe_jax.config import format_time
 from supermoe_jax.data.encoding.aggregates import Aggregator
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION, user_split
-from supermoe_jax.data.preparation.snapshots import user_snapshots
+from supermoe_jax.data.preparation.snapshots import leave_one_out_snapshots, user_snapshots
 from supermoe_jax.data.tasks import labels
-from supermoe_jax.data.tasks.labels import EventAnswer
+from supermoe_jax.data.tasks.calendar import make_calendar
+from supermoe_jax.data.tasks.event_label import EventAnswer, following_events
+from supermoe_jax.data.tasks.future_event import label_future_event
+from supermoe_jax.data.tasks.future_values import label_future_values
+from supermoe_jax.data.tasks.next_event import label_next_event
+from supermoe_jax.data.tasks.sample_space import Comparison, supervision
+from supermoe_jax.data.tasks.user_label import label_user
 from supermoe_jax.errors import ConfigError
 
 SPLIT = config.Split(
   train_end="1970-02-10", every_days=5.0, validation=("1970-02-10",), test=("1970-02-20", "1970-03-01")
 )
 TRAIN_END, FIRST_TEST, LOG_END = 40 * DAY, 50 * DAY, 80 * DAY
-TIMES = labels.calendar(SPLIT, 0, LOG_END)
+TIMES = make_calendar(SPLIT, 0, LOG_END)
 
 
 @st.composite
@@ -55,12 +61,12 @@ def test_training_snapshots_count_back_from_the_end_of_training() -> None:
 
 def test_a_snapshot_outside_the_log_is_an_error() -> None:
   with pytest.raises(ConfigError, match="1970-03-01 lies outside the log, which runs from 1970-01-01"):
-    labels.calendar(SPLIT, 0, 55 * DAY)
+    make_calendar(SPLIT, 0, 55 * DAY)
 
 
 def test_no_room_for_a_training_snapshot_is_an_error() -> None:
   with pytest.raises(ConfigError, match="no training snapshot fits"):
-    labels.calendar(SPLIT, 38 * DAY, LOG_END)
+    make_calendar(SPLIT, 38 * DAY, LOG_END)
 
 
 @settings(max_examples=150, deadline=None)
@@ -68,10 +74,10 @@ def test_no_room_for_a_training_snapshot_is_an_error() -> None:
 def test_labels_equal_a_plain_reference(history: UserHistory, days: float) -> None:
   snapshots, left_out = user_snapshots(SPLIT, history.block, TIMES, np.array([TRAIN]))
   assert left_out.too_early + len(snapshots.time) == len(TIMES.snapshots)
-  event = labels.future_event(history.block, snapshots, TIMES, 1, days, False)
-  churn = labels.future_event(history.block, snapshots, TIMES, 1, days, True)
-  values = labels.future_values(history.block, snapshots, TIMES, 0, 3, days)
-  following = labels.next_event(history.block, snapshots, 1, TIMES)
+  event = label_future_event(history.block, snapshots, TIMES, 1, days, False)
+  churn = label_future_event(history.block, snapshots, TIMES, 1, days, True)
+  values = label_future_values(history.block, snapshots, TIMES, 0, 3, days)
+  following = label_next_event(history.block, snapshots, 1, TIMES)
   limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
   events = list(zip(history.time.tolist(), history.source.tolist(), history.codes.tolist()))
   for s, (_, time, n, split) in enumerate(zip(*snapshots)):
@@ -115,7 +121,7 @@ def has_field(answer: EventAnswer, history: UserHistory, i: int) -> bool:
 @given(histories(), event_answers(), st.integers(1, 4))
 def test_event_labels_equal_a_plain_reference(history: UserHistory, answer: EventAnswer, m: int) -> None:
   snapshots = looks(history)
-  event = labels.following_events(answer.carried(history), history.block, snapshots, m, TIMES)
+  event = following_events(answer.carried(history), history.block, snapshots, m, TIMES)
   got = labels.at_events(answer(history), event)
   assert event.shape == got.value.shape == got.known.shape == (len(snapshots.time), m)
   limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
@@ -133,8 +139,8 @@ def test_event_labels_equal_a_plain_reference(history: UserHistory, answer: Even
 def test_leave_one_out_asks_about_the_very_next_event_only(history: UserHistory, answer: EventAnswer) -> None:
   n = len(history.time)
   history = dataclasses.replace(history, n_train=n if n < 3 else n - 2)
-  snapshots, _ = labels.leave_one_out_snapshots(history.block, 1)
-  event = labels.following_events(answer.carried(history), history.block, snapshots, 3, None)
+  snapshots, _ = leave_one_out_snapshots(history.block, 1)
+  event = following_events(answer.carried(history), history.block, snapshots, 3, None)
   for s, (_, _, n_events, split) in enumerate(zip(*snapshots)):
     asked = (split != TRAIN or n_events < history.n_train) and has_field(answer, history, int(n_events))
     assert event[s].tolist() == [int(n_events) if asked else -1, -1, -1]
@@ -151,7 +157,7 @@ def test_events_after_a_period_do_not_change_its_event_labels(history: UserHisto
     both = []
     for h in (history, past):
       snapshots = looks(h)
-      event = labels.following_events(answer.carried(h), h.block, snapshots, 2, TIMES)
+      event = following_events(answer.carried(h), h.block, snapshots, 2, TIMES)
       here = np.isin(snapshots.split, splits)
       both.append((event[here], *(part[here] for part in labels.at_events(answer(h), event))))
     for a, b in zip(*both):
@@ -179,8 +185,8 @@ def test_sample_spaces_equal_a_plain_reference(
   samples: list[tuple[bool, bool, float]], operator: str, number: float, outside: float
 ) -> None:
   known, other_known, other = (np.array(x) for x in zip(*samples))
-  inside = labels.Comparison("other", operator, number)(labels.Labels(other.astype(np.float32), other_known))
-  delta, omega = labels.supervision(known, inside, (3.0, outside))
+  inside = Comparison("other", operator, number)(labels.Labels(other.astype(np.float32), other_known))
+  delta, omega = supervision(known, inside, (3.0, outside))
   for i, (mine, theirs, value) in enumerate(samples):
     weight = 0.0  # without a label, or with membership unknown
     if mine and theirs:
@@ -189,7 +195,7 @@ def test_sample_spaces_equal_a_plain_reference(
 
 
 def test_without_a_sample_space_every_known_sample_lies_inside() -> None:
-  delta, omega = labels.supervision(np.array([True, False]), None, (2.0, 0.5))
+  delta, omega = supervision(np.array([True, False]), None, (2.0, 0.5))
   assert delta.tolist() == [True, False] and omega.tolist() == [2.0, 0.0] and omega.dtype == np.float32
 
 
@@ -244,9 +250,9 @@ def test_leave_one_out_keeps_the_last_two_events_from_training(n: int) -> None:
   codes = np.arange(2, n + 2, dtype=np.int32)[:, None]
   n_train = n if n < 3 else n - 2
   history = UserHistory("u", np.zeros(n, np.int64), np.zeros(n, np.int32), codes, np.zeros((n, 0), np.float32), n_train)
-  snapshots, left_out = labels.leave_one_out_snapshots(history.block, 1)
+  snapshots, left_out = leave_one_out_snapshots(history.block, 1)
   assert left_out == 0
-  target = labels.next_event(history.block, snapshots, 0, None)
+  target = label_next_event(history.block, snapshots, 0, None)
   by_split = {s: target.value[(snapshots.split == s) & target.known].tolist() for s in (TRAIN, VALIDATION, TEST)}
   if n >= 3:
     assert (by_split[VALIDATION], by_split[TEST]) == ([n], [n + 1])
@@ -259,9 +265,9 @@ def test_a_user_label_counts_only_in_the_split_of_its_user() -> None:
   history = UserHistory("u", np.array([0]), np.zeros(1, np.int32), np.zeros((1, 0), np.int32), np.zeros((1, 0)), 1)
   snapshots = looks(history)
   for owner in (TRAIN, VALIDATION, TEST):
-    label = labels.user_label(np.array([1.0]), snapshots, np.array([owner]))
+    label = label_user(np.array([1.0]), snapshots, np.array([owner]))
     assert (label.known == (snapshots.split == owner)).all() and label.value.all()
-  assert not labels.user_label(np.array([np.nan]), snapshots, np.array([TRAIN])).known.any()
+  assert not label_user(np.array([np.nan]), snapshots, np.array([TRAIN])).known.any()
 
 
 def test_users_are_divided_by_hash_in_the_stated_shares() -> None:

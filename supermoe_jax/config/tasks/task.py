@@ -1,0 +1,176 @@
+"""What all kinds of tasks have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from supermoe_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+  from supermoe_jax.config.schema import Config, Data
+
+# The form of an answer decides a task's head, loss and metrics. `catalogue`: a ranking of a field's values; `binary`:
+# yes or no; `multilabel`: yes or no for each of several values; `multiclass`: one of several classes; `regression`: a
+# number; `contrast`: none.
+Answer = Literal["catalogue", "binary", "multilabel", "multiclass", "regression", "contrast"]
+
+# Settings of a task that change only how it is trained or evaluated, not what is prepared.
+NOT_PREPARED = (
+  "weight",
+  "exclude_seen",
+  "softmax",
+  "negatives",
+  "sampling",
+  "sample_space",
+  "in_space_weight",
+  "out_space_weight",
+  "given",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A task: its settings, and the facts about its kind that the rest of the package asks for.
+
+  A subclass is a kind. Its docstring says what the label is. The class of that kind in `supermoe_jax.data.tasks` makes
+  the labels.
+  """
+
+  kind: ClassVar[str]
+  has_labels: ClassVar[bool] = True
+  asks_at_events: ClassVar[bool] = False  # asks at every event of a training row, besides at snapshots
+  about_events: ClassVar[bool] = False  # a snapshot asks about each of several events that follow it
+
+  weight: float = 1.0  # prior π of the weighting; used as it is by `static`
+
+  @property
+  def answer(self) -> Answer:
+    """The form of the answer."""
+    raise NotImplementedError
+
+  @property
+  def given_fields(self) -> tuple[str, ...]:
+    """The fields of the event in question that the answer may depend on."""
+    return ()
+
+  @property
+  def asked_events(self) -> int:
+    """The number of events that a snapshot asks about; 1 for a question about the user."""
+    return 1
+
+  @property
+  def asked_values(self) -> int:
+    """The number of values that an answer judges, one label each; 1 for a single label."""
+    return 1
+
+  @property
+  def horizon(self) -> float | None:
+    """The days after a snapshot that its label looks at; None for a label without a window."""
+    return None
+
+  @property
+  def user_column(self) -> str:
+    """The column of the table of users that holds the label; empty where events do."""
+    return ""
+
+  @property
+  def excludes_seen(self) -> bool:
+    """Whether evaluation leaves out values that the user's history already has."""
+    return False
+
+  def check(self, path: str, config: Config) -> None:
+    """Raises ConfigError, with the key `path` in its message, for settings that can never work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTask(Task):
+  """A task with labels.
+
+  `sample_space="click == 1"` restricts a task to the samples where another task's label compares so (`==`, `!=`, `<`,
+  `<=`, `>`, `>=`). Where that label is unknown, so is the membership, and the sample is left out. A sample inside
+  counts `in_space_weight`, a sample outside `out_space_weight`, which by default leaves it out.
+  Source of the two weights' names: EasyRec's `in_task_space_weight` and `out_task_space_weight`.
+  """
+
+  sample_space: str = ""
+  in_space_weight: float = 1.0
+  out_space_weight: float = 0.0
+
+
+class SampleSpace(NamedTuple):
+  """A parsed `sample_space`: the label of `task` compared with `value`."""
+
+  task: str
+  operator: str
+  value: float
+
+
+def parse_sample_space(text: str) -> SampleSpace | None:
+  """Parses `click == 1`; returns None for text that is no comparison."""
+  found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*", text)
+  return SampleSpace(found[1], found[2], float(found[3])) if found else None
+
+
+# ------------------------------------------------------------------------------------------- checks that kinds share
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises ConfigError with the message unless the condition holds."""
+  if not condition:
+    raise ConfigError(message)
+
+
+def require_single_values(path: str, field: str, data: Data) -> None:
+  """Raises ConfigError for a field of lists."""
+  require(
+    field not in data.fields or not data.fields[field].many,
+    f"{path}: {field!r} holds lists, which are inputs only; a task needs a field of single values.",
+  )
+
+
+def require_event_field(path: str, field: str, data: Data) -> None:
+  """Raises ConfigError for a field of the table of users."""
+  require(
+    field not in data.fields or data.fields[field].table == "events",
+    f"{path}.field={field!r} is of the table of users (config.data.fields.{field}.table), the same at every event; ask "
+    "about its column by a task of kind 'user_label'.",
+  )
+
+
+def require_no_buckets(path: str, field: str, data: Data, settings: str = "") -> None:
+  """Raises ConfigError for a field with buckets, whose values share codes.
+
+  `settings` are those of a second field that could be asked about instead.
+  """
+  require(
+    not data.fields[field].buckets,
+    f"{path}.field={field!r}: with config.data.fields.{field}.buckets={data.fields[field].buckets} values share codes, "
+    f"so that a task cannot tell them apart; name a second field of the same column{settings} without buckets, such as "
+    f"{field}_asked=dict(column={data.fields[field].column or field!r}{', input=False' if settings else ''}).",
+  )
+
+
+def require_following_events(path: str, data: Data) -> None:
+  """Raises ConfigError where no event can follow a snapshot that is evaluated."""
+  require(
+    data.split.mode != "user" or data.split.snapshots != "end",
+    f"{path}: with config.data.split.snapshots='end' and mode='user' no event follows a snapshot, so nothing could "
+    "be evaluated; set snapshots='every_events' or 'calendar', or leave the task out.",
+  )
+
+
+def require_window(path: str, horizon_days: float, data: Data) -> None:
+  """Raises ConfigError where no label can look at a window after a snapshot."""
+  require(horizon_days > 0, f"{path}.horizon_days={horizon_days} must be positive.")
+  require(
+    data.split.mode != "leave_one_out",
+    f"{path}: a task about the future needs config.data.split.mode='temporal' or 'user'; leave_one_out has no "
+    "calendar.",
+  )
+  require(
+    data.split.snapshots != "end",
+    f"{path}: with config.data.split.snapshots='end' nothing follows a training snapshot, so that every answer about "
+    "the future would be the same; set snapshots='every_events' or 'calendar', or leave the task out.",
+  )

@@ -1,0 +1,91 @@
+"""The calendar of a split: when users are looked at, and until when labels may look.
+
+Training snapshots lie in the training period, and no label looks beyond the period of its snapshot's split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.config import MICROSECONDS_PER_DAY, format_time
+from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
+from supermoe_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Calendar:
+  """The times of a temporal split or of one by users, in microseconds since 1970 UTC.
+
+  Attributes:
+    snapshots: τ of each snapshot that all users share, ascending; `snapshots.user_snapshots` adds those of their own.
+    split: the split of each; of a split by users TRAIN, in whose place every user's own comes.
+    observed_until: for each split, the end of the period that its label windows must lie in.
+  """
+
+  snapshots: np.ndarray
+  split: np.ndarray
+  observed_until: tuple[int, int, int]
+
+
+def make_calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
+  """Lays out a temporal split, or one by users, over a log that starts and ends (exclusively) at these microseconds.
+
+  Training snapshots lie `every_days` apart, counted back from the end of the training period, which is the end of the
+  log where users are divided. With another policy than `calendar` they are each user's own and not among these.
+  Validation windows end `gap_days` before the first test snapshot, so that choosing a model by validation uses nothing
+  of the test period.
+
+  Raises:
+    ConfigError: a snapshot lies outside the log, or there is no room for a training snapshot.
+  """
+  if split.mode == "user":
+    shared = _regular(split, log_start, log_end, f"the end of the log, {format_time(log_end)},")
+    return Calendar(shared, np.full(len(shared), TRAIN, np.int32), (log_end,) * 3)
+  train_end = config.parse_time(split.train_end, "config.data.split.train_end")
+  train = _regular(split, log_start, train_end, f"train_end={split.train_end}")
+  validation, test = (
+    np.array([config.parse_time(t, f"config.data.split.{k}") for t in getattr(split, k)], np.int64)
+    for k in ("validation", "test")
+  )
+  for text, time in zip((*split.validation, *split.test), (*validation, *test)):
+    if not log_start < time <= log_end:
+      raise ConfigError(
+        f"config.data.split: the snapshot {text} lies outside the log, which runs from {format_time(log_start)} to "
+        f"{format_time(log_end)}."
+      )
+  validation, test = np.sort(validation), np.sort(test)
+  return Calendar(
+    np.concatenate([train, validation, test]),
+    np.repeat(np.array([TRAIN, VALIDATION, TEST], np.int32), [len(train), len(validation), len(test)]),
+    (train_end, int(test.min()) - int(split.gap_days * MICROSECONDS_PER_DAY), log_end),
+  )
+
+
+def log_end(split: config.Split, last: int) -> int:
+  """Returns the microsecond up to which a log is complete whose last event is at `last`.
+
+  In a split by users it lies just after that event, where a user's own snapshot may.
+  """
+  if split.log_end:
+    return config.parse_time(split.log_end, "config.data.split.log_end")
+  return last + 1 if split.mode == "user" else last
+
+
+def _regular(split: config.Split, log_start: int, end: int, end_text: str) -> np.ndarray:
+  """Returns the snapshots `every_days` apart, back from `end`; none for another policy than `calendar`."""
+  if split.snapshots != "calendar":
+    return np.zeros(0, np.int64)
+  step = int(split.every_days * MICROSECONDS_PER_DAY)
+  first = (
+    config.parse_time(split.train_start, "config.data.split.train_start") if split.train_start else log_start + step
+  )
+  found = np.arange(end - step, first - 1, -step, dtype=np.int64)[::-1]
+  if not len(found):
+    raise ConfigError(
+      f"config.data.split: no training snapshot fits between {format_time(first)} and {end_text} every "
+      f"{split.every_days:g} days; lower every_days or set train_start earlier."
+    )
+  return found

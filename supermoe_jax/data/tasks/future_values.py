@@ -1,0 +1,59 @@
+"""Labels of the task kind `future_values`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.histories import UserBlock, counts_before
+from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.kind import TaskKind
+from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, future_window
+from supermoe_jax.errors import ConfigError
+
+
+def label_future_values(
+  block: UserBlock, snapshots: Snapshots, times: Calendar, field: int, top: int, days: float
+) -> Labels:
+  """Returns which of the `top` most frequent values of the field (codes 2 … top + 1) occur in [τ, τ + days)."""
+  start, stop, known = future_window(block, snapshots, times, days)
+  before = counts_before(block.codes[:, field], top, np.stack([start, stop]))
+  return Labels((before[1] > before[0]).astype(np.float32), known)
+
+
+class FutureValuesKind(TaskKind[config.FutureValues]):
+  """See `config.FutureValues`."""
+
+  @classmethod
+  def outputs(cls, name: str, task: config.FutureValues, codes: Mapping[str, int], classes: Mapping[str, int]) -> int:
+    """See `TaskKind`."""
+    return task.top
+
+  @classmethod
+  def question(cls, task: config.FutureValues) -> str:
+    """See `TaskKind`."""
+    return f"which of the {task.top} most frequent values of {task.field} occur within {task.horizon_days:g} days"
+
+  def check(self) -> None:
+    """See `TaskKind`."""
+    values = self.encoders.categorical[self.task.field].n_codes - FIRST_VALUE
+    if self.task.top > values:
+      raise ConfigError(
+        f"config.tasks.{self.name}.top={self.task.top}, but {self.task.field} has only {values} values in training."
+      )
+
+  def label(
+    self,
+    block: UserBlock,
+    snapshots: Snapshots,
+    times: Calendar | None,
+    owner: np.ndarray,
+    user_labels: Mapping[str, np.ndarray],
+  ) -> TaskLabels:
+    """See `TaskKind`."""
+    assert times is not None  # config.resolve rejects tasks about the future without a calendar
+    column = list(self.encoders.categorical).index(self.task.field)
+    return TaskLabels(label_future_values(block, snapshots, times, column, self.task.top, self.task.horizon_days))

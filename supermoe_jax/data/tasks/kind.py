@@ -1,0 +1,128 @@
+"""The class of a kind of task: how its labels are made, stored and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.labels import Labels, RecordArray, Snapshots, TaskLabels
+
+T = TypeVar("T", bound=config.LabelledTask)
+
+
+class TaskKind(Generic[T]):
+  """A task over encoded data; a subclass is a kind, and the defaults are those of one label a snapshot.
+
+  The class methods need the task's settings alone, for models and plans before there is a dataset.
+  """
+
+  def __init__(self, name: str, task: T, data: config.Data, encoders: Encoders):
+    """Binds a task to the encoders of its dataset.
+
+    Raises:
+      DataError: a value that the task names is not in the data.
+    """
+    self.name, self.task, self.data, self.encoders = name, task, data, encoders
+
+  # ------------------------------------------------------------------------------------------------------- settings
+
+  @classmethod
+  def outputs(cls, name: str, task: T, codes: Mapping[str, int], classes: Mapping[str, int]) -> int:
+    """Returns the number of outputs of the task's head.
+
+    Args:
+      name: the task's name.
+      task: the task.
+      codes: the number of codes of each categorical field.
+      classes: the number of classes of each multi-class label.
+
+    Raises:
+      ConfigError: the task is multi-class, and `classes` lacks it.
+    """
+    del name, task, codes, classes
+    return 1
+
+  @classmethod
+  def label_dtype(cls, task: T) -> type:
+    """Returns the type in which records hold the label."""
+    return {"catalogue": np.int32, "multiclass": np.int32, "regression": np.float32}.get(task.answer, np.uint8)
+
+  @classmethod
+  def record_arrays(cls, name: str, task: T, outputs: int) -> dict[str, RecordArray]:
+    """Returns the arrays that a user's record holds for the task."""
+    row = (outputs,) if task.answer == "multilabel" else ()
+    return {f"known_{name}": RecordArray(np.uint8), f"label_{name}": RecordArray(cls.label_dtype(task), row)}
+
+  @classmethod
+  def question(cls, task: T) -> str:
+    """Returns what the task asks, in words."""
+    raise NotImplementedError
+
+  # --------------------------------------------------------------------------------------------------------- labels
+
+  def check(self) -> None:
+    """Raises ConfigError if the task asks what the data cannot answer."""
+
+  def label(
+    self,
+    block: UserBlock,
+    snapshots: Snapshots,
+    times: Calendar | None,
+    owner: np.ndarray,
+    user_labels: Mapping[str, np.ndarray],
+  ) -> TaskLabels:
+    """Returns the labels at the snapshots of a block of users.
+
+    Args:
+      block: the users' histories.
+      snapshots: when they are asked.
+      times: the calendar; None for leave one out.
+      owner: the split of each user, `[U]`.
+      user_labels: float64 `[U]` of each task about the table of users; NaN where unknown.
+    """
+    raise NotImplementedError
+
+  # ---------------------------------------------------------------------------------------------------- supervision
+
+  def of_record(self, record: Mapping[str, Any], chosen: np.ndarray) -> Labels:
+    """Returns the labels that a user's record holds at the snapshots `chosen`; 0 where unknown."""
+    value, known = record[f"label_{self.name}"][chosen], record[f"known_{self.name}"][chosen].astype(bool)
+    value[~known] = 0
+    return Labels(value, known)
+
+  def asked_events(self, record: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
+    """Returns the events that the snapshots `chosen` ask about, int32 `[S, m]`; -1 none. Kinds about events only."""
+    raise NotImplementedError
+
+  def event_labels(self, history: UserHistory | UserBlock) -> Labels:
+    """Returns the label of each event, `[N]`. Kinds that ask at events only."""
+    raise NotImplementedError
+
+  def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
+    """Returns whether each event has the field that is asked for: bool `[N]`. Kinds that ask at events only."""
+    raise NotImplementedError
+
+  def teachable(self, labels: Labels) -> np.ndarray:
+    """Returns whether training can use each label."""
+    return labels.known
+
+  def given(self, history: UserHistory, event: np.ndarray) -> np.ndarray:
+    """Returns the codes that an answer may depend on, int32 `[..., G]` of the events `[...]`; G is 0 by default."""
+    del history
+    return np.zeros((*event.shape, 0), np.int32)
+
+  # --------------------------------------------------------------------------------------------------- sample space
+
+  def encoded(self, number: float) -> float:
+    """Returns a number that a sample space compares the label with, in the units of the label."""
+    return number
+
+  def class_values(self) -> tuple[str, ...] | None:
+    """Returns the values of a multi-class label, by class; None for other labels."""
+    return None

@@ -1,0 +1,72 @@
+"""Labels of the task kind `next_event`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Encoders
+from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.kind import TaskKind
+from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, first_unseen, last_answer, next_carrier
+
+
+def label_next_event(block: UserBlock, snapshots: Snapshots, field: int, times: Calendar | None) -> Labels:
+  """Returns the code of the next event that carries the field, within the period of the snapshot's split.
+
+  Without a calendar (leave one out) only the very next event counts.
+  """
+  codes = block.codes[:, field]
+  at = first_unseen(block, snapshots)
+  if times is not None:
+    at = next_carrier(codes > ABSENT)[at]
+  known = at < last_answer(block, snapshots, times)
+  value = np.where(known, codes[np.minimum(at, len(codes) - 1)], 0)
+  return Labels(value.astype(np.int32), known & (value > 0))
+
+
+class NextEventKind(TaskKind[config.NextEvent]):
+  """See `config.NextEvent`."""
+
+  def __init__(self, name: str, task: config.NextEvent, data: config.Data, encoders: Encoders):
+    """See `TaskKind`."""
+    super().__init__(name, task, data, encoders)
+    self._column = list(encoders.categorical).index(task.field)
+
+  @classmethod
+  def outputs(cls, name: str, task: config.NextEvent, codes: Mapping[str, int], classes: Mapping[str, int]) -> int:
+    """See `TaskKind`."""
+    return codes[task.field] - FIRST_VALUE
+
+  @classmethod
+  def question(cls, task: config.NextEvent) -> str:
+    """See `TaskKind`."""
+    seen = ", those already in the history left out" if task.exclude_seen else ""
+    return f"which {task.field} comes next, ranked among all{seen}"
+
+  def label(
+    self,
+    block: UserBlock,
+    snapshots: Snapshots,
+    times: Calendar | None,
+    owner: np.ndarray,
+    user_labels: Mapping[str, np.ndarray],
+  ) -> TaskLabels:
+    """See `TaskKind`."""
+    return TaskLabels(label_next_event(block, snapshots, self._column, times))
+
+  def event_labels(self, history: UserHistory | UserBlock) -> Labels:
+    """See `TaskKind`."""
+    codes = history.codes[:, self._column]
+    return Labels(codes, codes > ABSENT)
+
+  def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
+    """See `TaskKind`."""
+    return history.codes[:, self._column] > ABSENT
+
+  def teachable(self, labels: Labels) -> np.ndarray:
+    """See `TaskKind`; a value out of vocabulary has no row in the catalogue."""
+    return labels.known & (labels.value > UNKNOWN)
