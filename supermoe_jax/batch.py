@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 # A NumPy array on the host, a JAX array inside a step.
 Array = Any
 
+# The codes of no value, of a value out of vocabulary, and of the first value of a field.
+ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2
+
 # Numbers that describe a moment in the calendar: sine and cosine of the phase of the day, the week and the year.
 CALENDAR = 6
 

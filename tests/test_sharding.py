@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.batch import Schema
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.moe import MoE
@@ -29,14 +29,14 @@ def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
 
 def test_a_mesh_larger_than_the_machine_is_an_error() -> None:
   with pytest.raises(ConfigError, match=r"64×1×1 = 64 devices, but JAX sees 8"):
-    sharding.make_mesh(config.Mesh(data=64))
+    device_mesh.make_mesh(config.Mesh(data=64))
 
 
 def test_slices_that_are_not_there_are_an_error() -> None:
   with pytest.raises(
     ConfigError, match=r"slices=2, but its 8 devices lie in 1 of the 1 slices that JAX sees \(8 devices\)"
   ):
-    sharding.make_mesh(config.Mesh(data=8, slices=2))
+    device_mesh.make_mesh(config.Mesh(data=8, slices=2))
 
 
 class Layer(nnx.Module):
@@ -47,7 +47,7 @@ class Layer(nnx.Module):
 
 
 def test_parameters_are_laid_out_by_their_names_and_whole_where_they_do_not_divide() -> None:
-  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  mesh = device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
   layouts = sharding.shardings(mesh, nnx.state(Layer(), nnx.Param))
   specs = {k: layouts[k].get_value().spec for k in ("divides", "does_not", "plain")}
   assert specs == {
@@ -65,7 +65,7 @@ def test_a_module_is_created_in_its_place(axis_type: AxisType) -> None:
   def make() -> MoE:
     return MoE(8, 16, 4, 2, rngs=nnx.Rngs(0))
 
-  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2), axis_type=axis_type)
+  mesh = device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2), axis_type=axis_type)
   moe = sharding.create(make, mesh)
   up = moe.up.get_value()
   assert {s.data.shape for s in up.addressable_shards} == {(2, 8, 8)}
@@ -75,9 +75,9 @@ def test_a_module_is_created_in_its_place(axis_type: AxisType) -> None:
 
 def test_what_lies_whole_on_every_device_is_told_with_its_bytes() -> None:
   state = nnx.state(Layer())
-  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  mesh = device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
   assert sharding.replicated(mesh, state, larger_than=1) == {"plain": 16}
-  assert sharding.replicated(sharding.make_mesh(config.Mesh()), state, larger_than=1) == {}
+  assert sharding.replicated(device_mesh.make_mesh(config.Mesh()), state, larger_than=1) == {}
 
 
 def test_no_large_parameter_of_the_model_is_left_replicated(cfg: config.Config) -> None:
@@ -96,7 +96,7 @@ def test_no_large_parameter_of_the_model_is_left_replicated(cfg: config.Config) 
   fields = {n: 1 << 20 for n, f in cfg.data.fields.items() if f.kind != "numeric"}
   outputs = {n: (1 << 20) - 2 if isinstance(t, config.NextEvent) else 8 for n, t in cfg.active_tasks.items()}
   schema = Schema(tuple(cfg.data.sources), fields, ("amount",), 400, outputs, tuple(fields), (0,))
-  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  mesh = device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
   _, state = abstract_model(large, schema)
   assert sharding.replicated(mesh, state, larger_than=2 << 20) == {}
 
@@ -123,7 +123,7 @@ def test_a_function_sees_its_own_shards_and_may_sum_over_all(axis_type: AxisType
     return sharding.on_shards(local, inputs, (("batch", "mlp"), ()), x, {"up": w})
 
   x, w = np.arange(48, dtype=np.float32).reshape(8, 6), np.arange(24, dtype=np.float32).reshape(6, 4)
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2), axis_type=axis_type)):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2), axis_type=axis_type)):
     product, total = jax.jit(run)(x, w)
   np.testing.assert_allclose(product, x @ w)
   assert float(total) == float(x.sum())

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.preparation import prepare
@@ -217,7 +217,7 @@ def tiny(folder: pathlib.Path, sizes: config.Mesh) -> config.Config:
   rows = sizes.data * sizes.expert
   raw["train"] = {"batch_rows": rows * math.ceil(16 / rows), "snapshots_per_row": 2, "mesh": mesh}
   cfg = config.resolve(raw)
-  with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+  with contextlib.redirect_stderr(io.StringIO()):
     prepare.prepare(cfg)
   return cfg
 
@@ -227,13 +227,13 @@ class Training:
 
   def __init__(self) -> None:
     """Prepares the data in a directory of this host's own, which is gone afterwards."""
-    self.sizes = mesh_sizes(jax.device_count(), sharding.slices(jax.devices()))
-    self._mesh = sharding.make_mesh(self.sizes)
+    self.sizes = mesh_sizes(jax.device_count(), device_mesh.slices(jax.devices()))
+    self._mesh = device_mesh.make_mesh(self.sizes)
     with tempfile.TemporaryDirectory() as folder:
       self._cfg = tiny(pathlib.Path(folder), self.sizes)
       dataset = Dataset(self._cfg.data.path)
       self.dataset, self._schema = dataset.manifest["encoding_hash"], dataset.schema
-      shard = sharding.host_rows(self._mesh, self._cfg.train.batch_rows)
+      shard = device_mesh.host_rows(self._mesh, self._cfg.train.batch_rows)
       stream = iter(training_batches.training_batches(dataset, self._cfg, shard=shard))
       self._batches = [next(stream), next(stream)]
       drawn = training_batches.training_batches(dataset, self._cfg)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import pathlib
 import time
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from moe_layer import machine
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -40,8 +41,11 @@ def measure(path: pathlib.Path, cfg: config.Config, n_batches: int, warm: int, s
   """The figures of a config on a dataset."""
   dataset = Dataset(path)
   start = time.perf_counter()
-  stream = iter(training_batches.training_batches(dataset, cfg, workers=cfg.train.workers, say=print))
+  batches = training_batches.training_batches(dataset, cfg, workers=cfg.train.workers)
   plan_seconds = time.perf_counter() - start
+  if batches.description:
+    print(batches.description)
+  stream = iter(batches)
   epoch = -(-stream.get_state()["rows_of_an_epoch"] // cfg.train.batch_rows)
   first = _rate(stream, n_batches)
   for _ in range(min(warm, epoch)):
@@ -73,7 +77,7 @@ def _rate(stream: Any, n: int) -> float:
 
 def _step(cfg: config.Config, dataset: Dataset, made: list[Batch], steps: int) -> dict[str, Any]:
   """The median of the training step's time on one batch."""
-  mesh = sharding.make_mesh(cfg.train.mesh)
+  mesh = device_mesh.make_mesh(cfg.train.mesh)
   measured = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, made, len(made))
   constants = jax.device_put(measured, NamedSharding(mesh, PartitionSpec()))
   _, state = create_state(cfg, dataset.schema, mesh)
@@ -106,6 +110,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+  logging.basicConfig(format="%(message)s", force=True)  # the import of Orbax has given the root logger a handler
+  logging.getLogger("supermoe_jax").setLevel(logging.INFO)
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("dataset", type=pathlib.Path, help="a prepared dataset's directory")
   parser.add_argument("--batches", type=int, default=40, help="batches that are timed")

@@ -17,6 +17,7 @@ import argparse
 import collections
 import concurrent.futures
 import json
+import logging
 import os
 import pathlib
 import random
@@ -33,7 +34,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.errors import ExitCode
@@ -126,7 +127,7 @@ def kill(command: Command, phase: str, rng: random.Random, seconds: dict[str, fl
 def outcome(workdir: pathlib.Path, cfg: config.Config) -> dict[str, Any]:
   """All that a run leaves, comparable to the bit."""
   dataset = Dataset(cfg.data.path)
-  _, fresh = create_state(cfg, dataset.schema, sharding.make_mesh(cfg.train.mesh))
+  _, fresh = create_state(cfg, dataset.schema, device_mesh.make_mesh(cfg.train.mesh))
   found = Checkpoints(workdir).restore(fresh)
   assert found is not None
   rows = {name: read_rows(workdir / f"{name}.jsonl") for name in ("metrics", "validation")}
@@ -171,6 +172,8 @@ def signalled(command: Command, seed: int) -> Signalled:
 
 
 def main() -> int:
+  logging.basicConfig(format="%(message)s", force=True)  # the import of Orbax has given the root logger a handler
+  logging.getLogger("supermoe_jax").setLevel(logging.INFO)  # of the root logger it would show Orbax's messages too
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--runs", type=int, default=50)
   parser.add_argument("--signals", type=int, default=20)

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.layers import dispatch
 from supermoe_jax.layers.dispatch import Dispatched, Tokens
 from supermoe_jax.layers.experts import Experts
@@ -308,7 +308,7 @@ def main() -> None:
   print(f"{here['device']} × {here['devices']}, {here['cores']} cores, JAX {here['jax']}, {here['glibc_tunables']}")
   if jax.default_backend() == "cpu" and sys.platform == "linux" and "hugetlb" not in here["glibc_tunables"]:
     print("note: with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 much less time goes to page faults")
-  mesh = sharding.make_mesh(config.Mesh(expert=jax.device_count()))
+  mesh = device_mesh.make_mesh(config.Mesh(expert=jax.device_count()))
   few = max(FEWEST, args.rounds // 3)
   found["tables"] = []
   sizes = [] if args.quick else [Size(n, e) for n in TOKENS for e in EXPERTS]

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.training import loop, task_statistics
@@ -54,7 +54,7 @@ class Program:
   """A compiled step with its state, which makes a turn of a few steps."""
 
   def __init__(self, cfg: config.Config, dataset: Dataset, taken: list[Any]):
-    self._mesh = sharding.make_mesh(cfg.train.mesh)
+    self._mesh = device_mesh.make_mesh(cfg.train.mesh)
     _, self._state = create_state(cfg, dataset.schema, self._mesh)
     measured = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, taken, len(taken))
     self._constants = jax.tree.map(jnp.float32, measured)
@@ -110,7 +110,7 @@ def input_wait(cfg: config.Config, steps: int = 60) -> dict[str, float]:
   """What a run's own log says of its speed, after the first row."""
   short = config.override(cfg, [f"--config.train.steps={steps}", "--config.train.log_every=20"])
   with tempfile.TemporaryDirectory() as folder:
-    loop.train(short, pathlib.Path(folder) / "run", say=lambda _: None, progress=False)
+    loop.train(short, pathlib.Path(folder) / "run", progress=False)
     rows = [json.loads(line) for line in (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
   return {k: statistics.median(r["speed"][k] for r in rows[1:]) for k in ("input_wait_share", "step_ms")}
 

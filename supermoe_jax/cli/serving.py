@@ -7,7 +7,6 @@ import pathlib
 
 from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_workdir, open_run
 from supermoe_jax.errors import ConfigError
-from supermoe_jax.serving.requests import Limits
 
 
 def add_serving_verbs(verbs: Verbs) -> None:
@@ -58,7 +57,7 @@ def _serve(args: argparse.Namespace) -> None:
   try:
     import uvicorn
 
-    from supermoe_jax.serving import service
+    from supermoe_jax.serving import requests, service
   except ModuleNotFoundError as error:
     raise ConfigError(f"{error}; the service needs: pip install 'supermoe_jax[serve]'") from None
   from tqdm import tqdm
@@ -69,7 +68,7 @@ def _serve(args: argparse.Namespace) -> None:
   with tqdm(total=len(encoder.programs), desc="compiling", unit=" programs") as bar:
     encoder.warm_up(lambda *unused: bar.update())
   settings = service.ServiceSettings(
-    limits=Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),
+    limits=requests.Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),
     wait=args.wait_ms / 1000,
     most_waiting=args.most_waiting,
   )

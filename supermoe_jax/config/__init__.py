@@ -3,10 +3,16 @@
 A config file defines `get_config() -> ml_collections.ConfigDict`. Only the keys that differ from the defaults of
 `schema` need to stand in it. Everything is checked before any work begins; an unknown key is an error that names the
 nearest valid one.
+
+Reading and checking config files (`loading`, `checks`) is imported when it is first used: a model that is given a
+`Config` needs none of it.
 """
 
-from supermoe_jax.config.hashing import hash_fields
-from supermoe_jax.config.loading import differences, load, load_json, override, read_config, resolve, save
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
   Aggregates,
@@ -43,6 +49,12 @@ from supermoe_jax.config.tasks import (
   UserLabel,
   parse_sample_space,
 )
+
+# The module of each function that is imported when it is first used.
+_LATER = {
+  **dict.fromkeys(("differences", "load", "load_json", "override", "read_config", "resolve", "save"), "loading"),
+  "hash_fields": "hashing",
+}
 
 __all__ = [
   "MICROSECONDS_PER_DAY",
@@ -86,3 +98,9 @@ __all__ = [
   "save",
   "to_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _LATER:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

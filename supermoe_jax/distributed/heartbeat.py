@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -23,6 +24,8 @@ from typing import Any
 from supermoe_jax import config
 from supermoe_jax.distributed.processes import Place
 from supermoe_jax.errors import ExitCode, RunError, Stopped
+
+logger = logging.getLogger(__name__)
 
 # Seconds between two heartbeats.
 BEAT = 1.0
@@ -45,7 +48,6 @@ class Heartbeat:
     *,
     hang_seconds: float = 0.0,
     wait: float = WAIT,
-    say: Callable[[str], None] = print,
     stop: Callable[[], str] = lambda: "",
   ):
     """Describes this process.
@@ -57,10 +59,9 @@ class Heartbeat:
       hang_seconds: seconds without `progress` after which this process writes the stacks of its threads to a file and
         ends; 0: never.
       wait: seconds to wait for the other processes.
-      say: receives messages that name the missing processes.
       stop: returns what asks this process to stop, which ends the wait; "" while nothing does.
     """
-    self._folder, self._workdir, self._say, self._wait = workdir / "hosts", workdir, say, wait
+    self._folder, self._workdir, self._wait = workdir / "hosts", workdir, wait
     self._index, self._of = (place.process, place.processes) if place else (0, 1)
     self._facts, self._hang, self._stop = dict(facts), hang_seconds, stop
     self._token = secrets.token_hex(8)
@@ -72,7 +73,7 @@ class Heartbeat:
 
   def __enter__(self) -> Heartbeat:
     self._folder.mkdir(parents=True, exist_ok=True)
-    self._claim()
+    self._take_place()
     self._write()
     time.sleep(BEAT / 20)
     self._check_own()  # of two processes that came at once, the later one stays
@@ -99,7 +100,7 @@ class Heartbeat:
     """Records that no step is under way: nothing counts as hanging until the next `progress`."""
     self._watching = False
 
-  def _claim(self) -> None:
+  def _take_place(self) -> None:
     """Raises a RunError if another live process holds this place."""
     before = read_heartbeat(self._file)
     if before is None or (before.get("machine") == _machine() and not _runs(int(before["pid"]))):
@@ -141,7 +142,7 @@ class Heartbeat:
         )
       if missing and time.monotonic() > told:
         told = time.monotonic() + 30
-        self._say(f"waiting for {_names(missing, first)} of {self._of} processes")
+        logger.info(f"waiting for {_names(missing, first)} of {self._of} processes")
       time.sleep(0.05)
 
   def _compare(self, other: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ A process that is alone is the first of one, and nothing here waits.
 
 from __future__ import annotations
 
+import logging
 import socket
 from typing import NamedTuple
 
@@ -77,6 +78,20 @@ def leave() -> None:
 def is_first() -> bool:
   """Returns whether this process is the first, which writes the files that are written only once."""
   return jax.process_index() == 0
+
+
+def first_process_only(logger: logging.Logger) -> logging.Logger:
+  """Adds a filter to `logger` that drops its records in all processes but the first, and returns the logger.
+
+  A process that has not joined others keeps its records. Until then the filter does not touch JAX's backend.
+  """
+  logger.addFilter(_is_from_first)  # a filter that is there already is not added again
+  return logger
+
+
+def _is_from_first(record: logging.LogRecord) -> bool:
+  del record
+  return not jax.distributed.is_initialized() or is_first()
 
 
 def gather_text(text: str) -> list[tuple[str, str]]:

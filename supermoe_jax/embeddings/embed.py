@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import collections
 import json
+import logging
 import pathlib
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -26,7 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from supermoe_jax import atomic_files, config, sharding
+from supermoe_jax import atomic_files, config, device_mesh
 from supermoe_jax.config import format_time
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch, QueryReader
@@ -37,6 +38,8 @@ from supermoe_jax.embeddings.incremental import EarlierEmbeddings, ReusedRows
 from supermoe_jax.embeddings.part_files import RowStyle
 from supermoe_jax.errors import ConfigError, DataError, RunError
 from supermoe_jax.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 32_768
 
@@ -81,7 +84,6 @@ def embed(
   columns: Sequence[str] = (),
   dtype: str = "float32",
   rows_per_part: int = ROWS_PER_PART,
-  say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Writes one row for each time and user with an event before that time, and returns the manifest.
 
@@ -97,7 +99,6 @@ def embed(
     columns: columns of the user table to carry along.
     dtype: float32 or float16, the type of the vectors in the files.
     rows_per_part: about how many rows share a file.
-    say: receives messages for the user.
 
   Raises:
     ConfigError: a time or a column cannot be used, or the earlier embeddings are of another kind.
@@ -113,7 +114,7 @@ def embed(
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   if since is not None and not (since / "manifest.json").is_file() and (since / "embeddings").is_dir():
     since = since / "embeddings"
-  job = _EmbeddingJob(run, times, columns, dtype, max(1, rows_per_part // len(times)), since, say)
+  job = _EmbeddingJob(run, times, columns, dtype, max(1, rows_per_part // len(times)), since)
   try:
     if not processes.is_first():
       processes.meet("the directory is there")
@@ -148,7 +149,6 @@ class _EmbeddingJob:
     dtype: str,
     users_per_part: int,
     since: pathlib.Path | None,
-    say: Callable[[str], None],
   ):
     self._run, self._times, self._columns, self._users_per_part = run, dict(times), tuple(columns), users_per_part
     manifest = run.dataset.manifest
@@ -171,14 +171,14 @@ class _EmbeddingJob:
       if there == self._times:
         self._earlier = earlier
       else:
-        say(
+        logger.info(
           f"--since {since} holds embeddings as of {', '.join(there)}, not {', '.join(self._times)}: how long ago the "
           "last event was is part of an embedding, so all users are computed. Those of the same day, or of --as-of "
           "last, spare users without new events."
         )
     self._since = str(since) if self._earlier else None
     # Which rows of a batch this process holds. The first of the processes that hold the same rows writes them.
-    self._own, self._ways = sharding.host_rows(run.mesh, run.cfg.evaluate.batch_rows)
+    self._own, self._ways = device_mesh.host_rows(run.mesh, run.cfg.evaluate.batch_rows)
     owners = _of_all(np.array([self._own]))[:, 0]
     self._writes = int(np.flatnonzero(owners == self._own)[0]) == jax.process_index()
     self._lengths = snapshot_batches.worthwhile_lengths(
@@ -188,7 +188,7 @@ class _EmbeddingJob:
     self._busy = _Timing()
 
   @property
-  def _parts(self) -> int:
+  def _part_count(self) -> int:
     return max(1, -(-len(self._run.dataset) // self._users_per_part))
 
   def _identity(self) -> dict[str, Any]:
@@ -223,13 +223,13 @@ class _EmbeddingJob:
   def write(self, work: pathlib.Path) -> dict[str, int]:
     """Writes the missing parts and returns, over all processes, the numbers of users computed, kept and resumed."""
     begun = clock.monotonic()
-    there = {n for n in range(self._parts) if (work / part_files.part_name(n)).is_file()}
+    there = {n for n in range(self._part_count) if (work / part_files.part_name(n)).is_file()}
     processes.meet("who has looked what is there")
     counts: collections.Counter[str] = collections.Counter()
-    rounds = range(0, self._parts, self._ways)
+    rounds = range(0, self._part_count, self._ways)
     # Processes go through a round of parts together. If a part is missing, its whole round is written anew, so that
     # batches are the same as without the interruption.
-    todo = [first for first in rounds if not there.issuperset(range(first, min(first + self._ways, self._parts)))]
+    todo = [first for first in rounds if not there.issuperset(range(first, min(first + self._ways, self._part_count)))]
     users = sum(len(self._users_of(first + self._own)) for first in rounds)
     left = sum(len(self._users_of(first + self._own)) for first in todo)
     style: dict[str, Any] = {"desc": "embedding", "unit": " users", "unit_scale": True, "mininterval": 1}
@@ -349,7 +349,7 @@ class _EmbeddingJob:
     }
     manifest = {
       **self._about,
-      "parts": self._parts,
+      "parts": self._part_count,
       "rows": sum(t["rows"] for t in times.values()),
       "as_of": times,
       "users": {"computed": done["computed"], "kept": done["kept"], "done_before": done["resumed"]},

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, nearest
 
@@ -140,7 +140,7 @@ class ExactSearch:
     """
     self.space = space
     self._batch = _power_of_two(batch)
-    self._mesh = sharding.make_mesh(config.Mesh(data=len(jax.devices())))
+    self._mesh = device_mesh.make_mesh(config.Mesh(data=len(jax.devices())))
     n, ways = len(space.vectors), self._mesh.size
     # All chunks have one size, a multiple of 64 rows: equal vectors then give equal bits wherever they stand.
     self._chunk = min(-(-chunk // 64) * 64, -(-max(n, 1) // (64 * ways)) * 64)

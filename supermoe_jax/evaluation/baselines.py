@@ -64,11 +64,6 @@ def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tu
   return np.broadcast_to(np.array(rates, np.float64) if len(shape) == 2 else rates[0], shape)
 
 
-def on_aggregates(answer: config.Answer) -> str:
-  """What the linear model on aggregates for a form of answer is called in tables."""
-  return "aggregates + ridge" if answer == "regression" else "aggregates + logistic"
-
-
 class AggregateModels:
   """Linear models on the hand-made aggregates alone, one for each task that has a label a snapshot.
 
@@ -82,7 +77,9 @@ class AggregateModels:
     answers = {n: t.answer for n, t in cfg.active_views.items() if not t.asks_at_events}
     if not dataset.schema.aggregates or not answers:
       return
-    kinds = bind(cfg.labelled_tasks, cfg.data, dataset.encoders)
+    named = (config.parse_sample_space(cfg.labelled_tasks[n].sample_space) for n in answers)
+    compared = {space.task: cfg.labelled_tasks[space.task] for space in named if space is not None}
+    kinds = bind(compared, cfg.data, dataset.encoders)
     spaces = {n: make_comparison(cfg.labelled_tasks, kinds, n) for n in answers}
     xs: dict[str, list[np.ndarray]] = {t: [] for t in answers}
     ys: dict[str, list[np.ndarray]] = {t: [] for t in answers}

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.evaluation import intervals
-from supermoe_jax.evaluation.intervals import Influence, Interval, Scored
+from supermoe_jax.evaluation import influence, intervals
+from supermoe_jax.evaluation.influence import Influence, Scored
+from supermoe_jax.evaluation.intervals import Bounds
 
 # The shortest history of each group of histories; each is four times the one before.
 LENGTHS = tuple(4**i for i in range(13))
@@ -24,7 +25,7 @@ class ScoredAnswers:
 
   Attributes:
     form: the form of the answers.
-    value: `[n]` or `[n, C]`, see `intervals.Scored`.
+    value: `[n]` or `[n, C]`, see `influence.Scored`.
     run: the run's answers.
     baselines: the answers of each baseline.
     user: `[n]`, the users.
@@ -41,7 +42,7 @@ class ScoredAnswers:
   cutoff: int
 
   def _influence(self, answer: np.ndarray, where: np.ndarray | slice = slice(None)) -> Influence | None:
-    return intervals.influence(Scored(self.form, self.value[where], answer[where], self.cutoff))
+    return influence.influence(Scored(self.form, self.value[where], answer[where], self.cutoff))
 
   def with_intervals(self) -> dict[str, Any]:
     """Returns the intervals of the main metric of the run and of each baseline, and of the run's lead over each."""
@@ -49,9 +50,9 @@ class ScoredAnswers:
     others = {b: self._influence(a) for b, a in self.baselines.items()}
     return {
       "users": len(np.unique(self.user)),
-      "run": _listed(intervals.user_interval(self.form, run, self.user)),
-      "baselines": {b: _listed(intervals.user_interval(self.form, o, self.user)) for b, o in others.items()},
-      "differences": {b: intervals.difference(run, o, self.user) for b, o in others.items()},
+      "run": _listed(influence.user_interval(self.form, run, self.user)),
+      "baselines": {b: _listed(influence.user_interval(self.form, o, self.user)) for b, o in others.items()},
+      "differences": {b: influence.difference(run, o, self.user) for b, o in others.items()},
     }
 
   def by_history(self) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ class ScoredAnswers:
       found = self._influence(answer, where)
       scored = {
         "value": None if found is None else found.value,
-        "interval": _listed(intervals.user_interval(self.form, found, self.user[where])),
+        "interval": _listed(influence.user_interval(self.form, found, self.user[where])),
       }
       if name == "run":
         out["run"] = scored
@@ -107,5 +108,5 @@ class ScoredAnswers:
     return {"pooled": self.value.ndim > 1, "labels": len(label), "ece": apart / len(label), "bins": bins}
 
 
-def _listed(found: Interval | None) -> list[float] | None:
+def _listed(found: Bounds | None) -> list[float] | None:
   return None if found is None else list(found)

@@ -17,19 +17,10 @@ from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError
-from supermoe_jax.evaluation import baselines, event_experts, intervals, metrics, ranking
+from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking
+from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
-from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.training.run import Run
-
-# The metric that stands for a task in tables, by the form of its answer.
-MAIN_METRIC: dict[config.Answer, str] = {
-  "catalogue": "ndcg@{k}",
-  "binary": "auc",
-  "multilabel": "mean_auc",
-  "multiclass": "auc",
-  "regression": "rmse",
-}
 
 EVALUATED_SPLITS = ("validation", "test")
 
@@ -128,7 +119,7 @@ def evaluate(
   }
   if write:
     result |= {
-      "intervals": intervals.METHOD,
+      "intervals": influence.METHOD,
       "by_history": {n: a.by_history() for n, a in answers.items()},
       "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
       "event_experts": event_experts.count_experts(run, progress=progress),
@@ -140,17 +131,13 @@ def evaluate(
 
 
 def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
-  """The name of the metric that stands for a task."""
-  return MAIN_METRIC[task.answer].format(k=max(cfg.evaluate.cutoffs))
+  """Returns the name of the metric that stands for a task."""
+  return form_of(task).main_metric(cfg.evaluate.cutoffs)
 
 
 def metric_names(cfg: config.Config, task: config.LabelledTask) -> list[str]:
-  """The names of all metrics of a task: those of two answers, right ones."""
-  form, two = task.answer, np.arange(2)
-  if form == "catalogue":
-    return sorted(metrics.ranking_metrics(two + 1.0, cfg.evaluate.cutoffs))
-  value = np.eye(2) if form == "multilabel" else two
-  return sorted(_score(task, value, np.eye(2) if form == "multiclass" else value.astype(np.float64), two))
+  """Returns the names of all metrics of a task."""
+  return form_of(task).metric_names(cfg.evaluate.cutoffs)
 
 
 def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: int | None) -> _Collected:
@@ -212,21 +199,21 @@ def _task(
   if task.answer == "catalogue":
     return _ranking(run, name, cast(config.NextEvent, task), asked, collected, compare)
   users = np.array([q.user for q in collected.questions])[asked.question]
-  form = task.answer
-  predicted = predictions(form, asked.answer)
+  form, measured = task.answer, form_of(task)
+  predicted = measured.predictions(asked.answer)
   out: dict[str, Any] = {"labels": len(asked.value)}
   if form in ("binary", "multilabel"):
     out["positive"] = float(asked.value.mean())
   elif form == "multiclass":
     out["classes"] = len(np.unique(asked.value))
-  out["metrics"] = _score(task, asked.value, predicted, users)
+  out["metrics"] = measured.measure(asked.value, predicted, users)
   others: dict[str, np.ndarray] = {}
   if compare:
     rates = run.dataset.manifest["label_rates"].get(name)
     others["constant"] = baselines.constant(task, rates, predicted.shape)
   if by_aggregates is not None:
-    others[baselines.on_aggregates(form)] = by_aggregates[asked.question]
-  out["baselines"] = {b: _score(task, asked.value, answer, users) for b, answer in others.items()}
+    others[measured.aggregate_model] = by_aggregates[asked.question]
+  out["baselines"] = {b: measured.measure(asked.value, answer, users) for b, answer in others.items()}
   return out, _answers(run, form, asked, predicted, others, collected)
 
 
@@ -241,31 +228,6 @@ def _answers(
   questions = [collected.questions[i] for i in asked.question]
   user, events = (np.array([getattr(q, k) for q in questions]) for k in ("user", "n_events"))
   return ScoredAnswers(form, asked.value, own, others, user, events, max(run.cfg.evaluate.cutoffs))
-
-
-def predictions(form: config.Answer, answer: np.ndarray) -> np.ndarray:
-  """Turns a model's answers `[n, …]` into what metrics take: probabilities of logits, and numbers as they are."""
-  answer = answer.astype(np.float64)
-  if form == "regression":
-    return answer
-  if form == "multiclass":
-    odds = np.exp(answer - answer.max(axis=-1, keepdims=True))
-    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
-  return np.asarray(np.exp(-np.logaddexp(0, -answer)))
-
-
-def _score(task: config.LabelledTask, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
-  form = task.answer
-  if form == "regression":
-    return metrics.regression_metrics(value, predicted)
-  if form == "multiclass":
-    return metrics.multi_class_metrics(value.astype(np.int64), predicted)
-  value = value.astype(np.float32)
-  if form == "multilabel":
-    return metrics.multi_label_metrics(value, predicted)
-  if task.about_events:
-    return metrics.event_binary_metrics(value, predicted, users)
-  return metrics.binary_metrics(value, predicted)
 
 
 def _ranking(

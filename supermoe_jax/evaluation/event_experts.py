@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
 from supermoe_jax.data.encoding.splits import TEST
-from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Vocabulary
 from supermoe_jax.training.run import Run
 
 # Test snapshots to draw, and event tokens after which no more are read: with this many tokens, shares are known to

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import pathlib
 import sys
 import time as clock
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -23,6 +24,8 @@ from supermoe_jax.training.monitoring.metrics_log import SPEED, read_rows, trunc
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
 from supermoe_jax.training.task_statistics import TaskStatistics
+
+logger = processes.first_process_only(logging.getLogger(__name__))
 
 FILE = "validation.jsonl"
 
@@ -41,12 +44,11 @@ class Validation:
     dataset: Dataset,
     workdir: pathlib.Path,
     mesh: Mesh,
-    say: Callable[[str], None],
     progress: bool = False,
   ):
-    """Prepares to validate a run on `mesh`; `say` receives results, and `progress` shows a bar on a terminal."""
+    """Prepares to validate a run on `mesh`; `progress` shows a bar on a terminal."""
     self._cfg, self._dataset, self._workdir, self._mesh = cfg, dataset, workdir, mesh
-    self._say, self._progress = say, progress and sys.stderr.isatty() and processes.is_first()
+    self._progress = progress and sys.stderr.isatty() and processes.is_first()
     self._rows: list[dict[str, Any]] = []
 
   @functools.cached_property
@@ -86,7 +88,7 @@ class Validation:
         file.write(json.dumps(row) + "\n")
     main = ", ".join(f"{n} {m} {_cell(tasks[n][m])}" for n, m in found["main_metric"].items() if n in tasks)
     best = " (the best so far)" if step in self.best()[:1] else ""
-    self._say(f"validation at step {step}: score {_cell(reached)}{best}; {main}")
+    logger.info(f"validation at step {step}: score {_cell(reached)}{best}; {main}")
     return row
 
   def best(self) -> list[int]:

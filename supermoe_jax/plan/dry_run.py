@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError
@@ -27,9 +27,8 @@ def describe_run(cfg: config.Config) -> list[str]:
   """
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
-  train, mesh = cfg.train, sharding.make_mesh(cfg.train.mesh)
-  said: list[str] = []
-  stream = training_batches.training_batches(dataset, cfg, say=said.append)
+  train, mesh = cfg.train, device_mesh.make_mesh(cfg.train.mesh)
+  stream = training_batches.training_batches(dataset, cfg)
   found = program.compile_step(cfg, dataset.schema, mesh)
   if found.module is None:
     raise ConfigError(
@@ -52,7 +51,7 @@ def describe_run(cfg: config.Config) -> list[str]:
     f"{len(cfg.active_tasks)} tasks ({', '.join(cfg.active_tasks)})",
     f"data: {epoch:,} rows an epoch, so {epoch / rows:,.1f} steps; {train.steps:,} steps are "
     f"{train.steps * rows / epoch:,.1f} epochs",
-    *(f"  {line}" for line in said),
+    *([f"  {stream.description}"] if stream.description else []),
     *_compiled(found),
   ]
   replicated = sharding.replicated(mesh, found.state.model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.batch import Schema
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.format.integrity import MANIFEST
@@ -49,7 +49,7 @@ def plan_step(cfg: config.Config, topology: Topology, effort: float = program.LE
   """
   cfg, notes = program.fitted_config(cfg, topology)
   schema, about = schema_of(cfg)
-  mesh = sharding.make_mesh(cfg.train.mesh, program.compile_devices(topology))
+  mesh = device_mesh.make_mesh(cfg.train.mesh, program.compile_devices(topology))
   effort = effort if topology.tpu else 0.0  # other backends compile quickly
   compiled = program.compile_step(cfg, schema, mesh, effort)
   chip = topology.chip

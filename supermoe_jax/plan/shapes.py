@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import CALENDAR, Batch, Features, Schema, Slices, Targets
+from supermoe_jax.batch import CALENDAR, FIRST_VALUE, Batch, Features, Schema, Slices, Targets
 from supermoe_jax.data.encoding.aggregates import Aggregator
-from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
 from supermoe_jax.data.format.schema import schema_of_sizes
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.dataset import Dataset, read_users
 from supermoe_jax.data.encoding.vocabulary import Vocabulary
@@ -125,7 +125,7 @@ def untrained_vectors(origin: Origin, time: np.ndarray, seed: int) -> UserVector
   if len(times) > MOST_TIMES:
     times = [None]
   cfg = origin.cfg
-  mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+  mesh = device_mesh.make_mesh(config.Mesh(), jax.devices()[:1])
   platform = mesh.devices.flat[0].platform
   make = model_constructor(cfg, origin.dataset.schema, platform)
   graph, _ = abstract_model(cfg, origin.dataset.schema, platform)

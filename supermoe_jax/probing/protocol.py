@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from supermoe_jax.evaluation import metrics
+from supermoe_jax.evaluation import intervals, metrics
+from supermoe_jax.evaluation.answer_forms import FORMS
+from supermoe_jax.evaluation.intervals import Interval
 from supermoe_jax.evaluation.linear_probes import Inputs
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.probing import resampling
-from supermoe_jax.probing.label_table import Label, LabelKind
+from supermoe_jax.probing.label_table import Label
 from supermoe_jax.probing.models import ProbeModel
-from supermoe_jax.probing.resampling import Interval
-
-# The metric that tables show for each kind of label.
-MAIN_METRIC: dict[LabelKind, str] = {"binary": "auc", "multiclass": "auc", "regression": "rmse"}
 
 # Each metric's value with its interval.
 Scores = dict[str, Interval]
@@ -260,8 +258,8 @@ def _folded(asked: Mapping[str, ProbePredictions]) -> Callable[[Sequence[str]], 
         if other is not None:
           paired = [v[metric] for v in values[name, other]]
           own = [None if x is None or y is None else x - y for x, y in zip(own, paired)]
-        found.append(resampling.of_folds(own, share[name]))
-      return resampling.mean_interval(found)
+        found.append(intervals.interval_from_folds(own, share[name]))
+      return intervals.mean_interval(found)
 
     return interval
 
@@ -300,7 +298,7 @@ def _resampled(asked: Mapping[str, ProbePredictions], protocol: Protocol) -> Cal
           drawn.append(own)
       if not values or any(d is None for d in drawn):
         return Interval(float(np.mean(values)) if values else None)
-      return resampling.of_resamples(float(np.mean(values)), resampling.nan_mean(np.array(drawn)))
+      return intervals.interval_from_resamples(float(np.mean(values)), resampling.nan_mean(np.array(drawn)))
 
     return interval
 
@@ -310,7 +308,7 @@ def _resampled(asked: Mapping[str, ProbePredictions], protocol: Protocol) -> Cal
 def _measured(a: ProbePredictions, judged: str, names: Sequence[str], interval: _Compared) -> ProbeResult:
   features = list(dict.fromkeys(f for f, _ in a.predictions))
   models = list(dict.fromkeys(m for _, m in a.predictions))
-  main = MAIN_METRIC[a.label.kind]
+  main = FORMS[a.label.kind].main
   scores = {
     f: {m: {n: interval(n, (f, m), None) for n in names} for m in models if (f, m) in a.predictions} for f in features
   }

@@ -1,71 +1,19 @@
-"""Computes 95 % intervals of metrics, from repeated folds or, for one split, by resampling users.
+"""Computes metrics of bootstrap resamples of users, many at a time.
 
-Shapes: J scores of folds, n labels, R resamples, C classes.
+Shapes: n labels, R resamples, C classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
-from scipy.special import stdtrit
 
 from supermoe_jax.evaluation.metrics import SMALLEST_PROBABILITY
 from supermoe_jax.probing.label_table import LabelKind
 
 # Resamples are drawn in parts; the weights of a part hold about this many numbers.
 WEIGHTS_AT_ONCE = 4_000_000
-
-
-class Interval(NamedTuple):
-  """An estimate and its 95 % interval; the ends are None if there are too few values for one."""
-
-  value: float | None
-  low: float | None = None
-  high: float | None = None
-
-  @property
-  def half(self) -> float | None:
-    """Returns half of the interval's width."""
-    return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
-
-def of_folds(scores: Sequence[float | None], asked_share: float) -> Interval:
-  """Returns the mean of J folds' scores with the corrected resampled t interval; leaves out scores that are None.
-
-  Folds share most of their fitted rows, so the plain standard error is too small. The variance is therefore multiplied
-  by 1/J + `asked_share` instead of 1/J; `asked_share` is (predicted rows / fitted rows).
-  Source: Nadeau & Bengio, "Inference for the Generalization Error", Machine Learning 52, 2003; for repeated folds
-  Bouckaert & Frank, "Evaluating the Replicability of Significance Tests for Comparing Learning Algorithms", 2004.
-  """
-  x = np.array([s for s in scores if s is not None], np.float64)
-  if len(x) < 2:
-    return Interval(float(x[0]) if len(x) else None)
-  half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) * math.sqrt(1 / len(x) + asked_share))
-  mean = float(x.mean())
-  return Interval(mean, mean - half, mean + half)
-
-
-def of_resamples(value: float | None, resampled: np.ndarray) -> Interval:
-  """Returns `value` with the 2.5 % and 97.5 % percentiles of the finite values in `resampled [R]`."""
-  known = resampled[np.isfinite(resampled)]
-  if value is None or len(known) < 2:
-    return Interval(value)
-  low, high = np.percentile(known, (2.5, 97.5))
-  return Interval(value, float(low), float(high))
-
-
-def mean_interval(found: Sequence[Interval]) -> Interval:
-  """Returns the mean value with the mean half-width: exact if the values err together, else too wide."""
-  values = [i.value for i in found if i.value is not None]
-  halves = [i.half for i in found if i.half is not None]
-  value = float(np.mean(values)) if values else None
-  if value is None or len(halves) < len(values):
-    return Interval(value)
-  half = float(np.mean(halves))
-  return Interval(value, value - half, value + half)
 
 
 def resamples(users: int, count: int, seed: int) -> Iterator[np.ndarray]:

@@ -43,7 +43,7 @@ def neighbors_section(run: RunFiles) -> dict[str, Any] | None:
   names = [str(u) for u in everyone.users.take(np.unique([*chosen, *(n.row for of in near for n in of)])).to_pylist()]
   shown = _Shown(Dataset(run.cfg.data.path), set(names))
 
-  def told(row: int) -> dict[str, Any]:
+  def described(row: int) -> dict[str, Any]:
     user = str(everyone.users[row])
     return {"user": user, "events": int(counts[row]), "last": shown.last(user, int(everyone.as_of[row]))}
 
@@ -54,7 +54,8 @@ def neighbors_section(run: RunFiles) -> dict[str, Any] | None:
     "unnamed": shown.reader.unnamed,
     "events": EVENTS,
     "people": [
-      {**told(int(row)), "near": [{**told(n.row), "cosine": n.cosine} for n in of]} for row, of in zip(chosen, near)
+      {**described(int(row)), "near": [{**described(n.row), "cosine": n.cosine} for n in of]}
+      for row, of in zip(chosen, near)
     ],
   }
 

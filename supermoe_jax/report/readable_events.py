@@ -7,10 +7,11 @@ import datetime
 
 import numpy as np
 
+from supermoe_jax.batch import ABSENT, FIRST_VALUE
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
-from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Vocabulary
 from supermoe_jax.report.figures.drawing import number
 
 # Events hold numbers with 24 bits: a decoded number below this share of mean and deviation was 0 in the log.

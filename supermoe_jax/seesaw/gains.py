@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy.special import stdtrit
-
+from supermoe_jax.evaluation.intervals import student_t
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 
 # An estimate over seeds: {"mean", "low", "high", "seeds"}; mean is None without a seed, low and high below two seeds.
@@ -52,14 +49,9 @@ SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
 
 def estimate(values: Iterable[float]) -> Estimate:
   """Returns the mean over seeds, one value each, with its 95 % Student-t interval if there are two seeds or more."""
-  x = np.array(list(values), np.float64)
-  if not len(x):
-    return {"mean": None, "low": None, "high": None, "seeds": 0}
-  mean = float(x.mean())
-  if len(x) == 1:
-    return {"mean": mean, "low": None, "high": None, "seeds": 1}
-  half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / math.sqrt(len(x)))
-  return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(x)}
+  listed = list(values)
+  mean, low, high = student_t(listed)
+  return {"mean": mean, "low": low, "high": high, "seeds": len(listed)}
 
 
 def verdict(found: Estimate) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -28,6 +29,8 @@ from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.seesaw import compare, sentences, study_weights
 from supermoe_jax.seesaw.compare import SINGLE, RunResult
 from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
+
+logger = logging.getLogger(__name__)
 
 # The variants of a study whose config names none, as overrides of that config.
 STANDARD: dict[str, tuple[str, ...]] = {
@@ -75,7 +78,6 @@ def study(
   jobs: int = 1,
   only: Sequence[str] = (),
   publish: Callable[[sentences.Report, pathlib.Path], object] = lambda report, workdir: None,
-  say: Callable[[str], None] = print,
 ) -> sentences.Report:
   """Runs the missing runs of the study in `cfg.seesaw`; returns the report and writes it as `seesaw.json`.
 
@@ -86,14 +88,13 @@ def study(
     only: names or globs of the variants to run; empty: all.
     publish: called with the report and `workdir` at the end, even if runs failed; such as
       `report.seesaw_page.write_study_files`.
-    say: receives lines about the progress.
 
   Raises:
     ConfigError: a variant is no valid config or needs other data, or a pattern in `only` matches no variant.
     DataError: there is no dataset, or it was prepared from another config.
     StudyError: runs failed; the results of the others are kept, and the same call runs only the missing ones.
   """
-  return _Study(cfg, workdir, jobs, only, publish, say).run()
+  return _Study(cfg, workdir, jobs, only, publish).run()
 
 
 class _Study:
@@ -106,9 +107,8 @@ class _Study:
     jobs: int,
     only: Sequence[str],
     publish: Callable[[sentences.Report, pathlib.Path], object],
-    say: Callable[[str], None],
   ):
-    self.cfg, self.workdir, self.jobs, self._publish, self.say = cfg, workdir, jobs, publish, say
+    self.cfg, self.workdir, self.jobs, self._publish = cfg, workdir, jobs, publish
     self.plan = cfg.seesaw
     dataset = Dataset(cfg.data.path)
     dataset.check_matches(cfg)
@@ -171,7 +171,7 @@ class _Study:
     self._execute("variants", jobs, lambda: self._report(references, chosen))
     report = self._report(references, chosen)
     self._publish(report, self.workdir)
-    self.say(f"study of {len(self.variants)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
+    logger.info(f"study of {len(self.variants)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
     if self._failed:
       raise StudyError(
         f"{len(self._failed)} runs failed, the others are kept: {'; '.join(self._failed[:3])}. The same command runs "
@@ -216,7 +216,7 @@ class _Study:
     runs += [r for job in final.values() for r in self._results(job)]
     best = candidates[compare.on_validation(runs, list(final))["best"] or "weights 0"]
     told = ", ".join(f"{n}={best.tasks[n].weight:g}" for n in names)
-    self.say(f"static weights of {self.plan.tuned}, best of {len(scores)} on validation: {told}")
+    logger.info(f"static weights of {self.plan.tuned}, best of {len(scores)} on validation: {told}")
     self.overrides[self.plan.tuned] += [f"tasks.{n}.weight={best.tasks[n].weight:g}" for n in names]
     return best
 
@@ -268,7 +268,7 @@ class _Study:
     total = sum(len(m) for _, m in work)
     if not total:
       return
-    self.say(f"{what}: {total} runs")
+    logger.info(f"{what}: {total} runs")
     groups = [work[i :: self.jobs] for i in range(self.jobs)] if together else [[w] for w in work]
     planned = [
       [PlannedRun(job.variant, job.task, c, file) for job, missing in group for _, file, c in missing]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 import shutil
 import threading
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from supermoe_jax import atomic_files, config
@@ -77,7 +79,8 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
   begun = clock.monotonic()
   # A study evaluates only the newest checkpoint at the end of a run.
   unvalidated = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, validate=config.Validate()))
-  loop.train(unvalidated, workdir, say=lambda _: None, progress=False)
+  with _without_messages():
+    loop.train(unvalidated, workdir, progress=False)
   run = Run(workdir)
   found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_study_queries(cfg))
   rows = read_rows(workdir / "metrics.jsonl")
@@ -101,6 +104,18 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
   )
   shutil.rmtree(workdir)
   return result
+
+
+@contextlib.contextmanager
+def _without_messages() -> Iterator[None]:
+  """Drops the messages of the package within the block: a study says only which runs it does and how they ended."""
+  logger = logging.getLogger("supermoe_jax")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL + 1)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _study_queries(cfg: config.Config) -> Mapping[str, Sequence[QueryBatch]]:

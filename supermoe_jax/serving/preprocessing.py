@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from supermoe_jax.batch import Features
+from supermoe_jax.batch import UNKNOWN, Features
 from supermoe_jax.data.dataset import windows
 from supermoe_jax.data.encoding.aggregates import Aggregator
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, number_encoder
-from supermoe_jax.data.encoding.vocabulary import UNKNOWN, Categorical, Hashing, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Categorical, Hashing, Vocabulary
 from supermoe_jax.errors import nearest
 from supermoe_jax.serving.json_values import ColumnKind, ValueProblem, number_reader, text_reader, texts_reader
 from supermoe_jax.serving.spec import PreprocessingSpec, SourceSpec, spec_from_json

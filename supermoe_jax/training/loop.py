@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -35,6 +36,8 @@ from supermoe_jax.training.run_directory import check_encoding, claim_directory
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.stopping import Signals, save_batch
 from supermoe_jax.training.task_statistics import TaskStatistics
+
+logger = processes.first_process_only(logging.getLogger(__name__))
 
 # Rows that label rates and constant losses are measured on.
 MEASURED_ROWS = 1024
@@ -62,9 +65,8 @@ class Validator(Protocol):
     """The steps of the checkpoints to keep, the best first."""
 
 
-# Makes the validator of a run from its config, dataset, directory and mesh, a function that tells results, and whether
-# it shows a bar.
-MakeValidator = Callable[[config.Config, Dataset, pathlib.Path, Mesh, Callable[[str], None], bool], Validator]
+# Makes the validator of a run from its config, dataset, directory and mesh, and from whether it shows a bar.
+MakeValidator = Callable[[config.Config, Dataset, pathlib.Path, Mesh, bool], Validator]
 
 
 def train(
@@ -73,7 +75,6 @@ def train(
   *,
   validation: MakeValidator | None = None,
   place: processes.Place | None = None,
-  say: Callable[[str], None] = print,
   progress: bool = True,
   profile: bool = False,
 ) -> int:
@@ -88,8 +89,7 @@ def train(
     validation: makes what judges checkpoints while the run trains: `evaluation.validation.validation_of(cfg)`; needed
       where `cfg.train.validate.every` is set.
     place: this process' place among several, which all call this with the same config and directory; None: it is alone.
-    say: is told what a user should know.
-    progress: shows a bar on a terminal, and tells the metrics elsewhere.
+    progress: shows a bar on a terminal, and logs the metrics elsewhere.
     profile: writes a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
 
   Raises:
@@ -108,11 +108,11 @@ def train(
   version = {**versions(), "code": code_hash()}
   facts = {"config": config.to_dict(cfg), "dataset": dataset.manifest["encoding_hash"], "version": version}
   signals = Signals(several=place is not None)
-  heartbeat = Heartbeat(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, say=say, stop=lambda: signals.got)
+  heartbeat = Heartbeat(workdir, place, facts, hang_seconds=cfg.train.hang_seconds, stop=lambda: signals.got)
   with signals, heartbeat:
     processes.initialize(place)
     signals.joined()
-    around = RunContext(heartbeat, signals, say if processes.is_first() else lambda _: None, progress)
+    around = RunContext(heartbeat, signals, progress)
     try:
       with Profiler(workdir / "profile" if profile and processes.is_first() else None) as profiler:
         return _train(cfg, dataset, workdir, validation, around, profiler)
@@ -128,11 +128,10 @@ def train(
 
 
 class RunContext(NamedTuple):
-  """Processes, stop signals and messages of a run."""
+  """Processes and stop signals of a run, and whether it shows its progress."""
 
   heartbeat: Heartbeat
   signals: Signals
-  say: Callable[[str], None]
   progress: bool
 
 
@@ -144,8 +143,8 @@ def _train(
   around: RunContext,
   profiler: Profiler,
 ) -> int:
-  heartbeat, signals, say, progress = around
-  mesh = sharding.make_mesh(cfg.train.mesh)
+  heartbeat, signals, progress = around
+  mesh = device_mesh.make_mesh(cfg.train.mesh)
   problem = ""
   try:
     if processes.is_first():
@@ -156,43 +155,46 @@ def _train(
   for _, theirs in processes.gather_text(problem):  # all end, or none
     if theirs:
       raise RunError(theirs)
-  shard = sharding.host_rows(mesh, cfg.train.batch_rows)
-  stream = iter(training_batches.training_batches(dataset, cfg, shard=shard, workers=cfg.train.workers, say=say))
+  shard = device_mesh.host_rows(mesh, cfg.train.batch_rows)
+  batches = training_batches.training_batches(dataset, cfg, shard=shard, workers=cfg.train.workers)
+  if batches.description:
+    logger.info(batches.description)
+  stream = iter(batches)
   about = {"config": config.to_dict(cfg)}
   validator: Validator | None = None
   if make_validator is not None and cfg.train.validate.every:
-    validator = make_validator(cfg, dataset, workdir, mesh, say, progress)
+    validator = make_validator(cfg, dataset, workdir, mesh, progress)
   with (
     contextlib.closing(stream),
     jax.set_mesh(mesh),
     CheckpointWriter(workdir, cfg.train, about, validator.best if validator else tuple) as writer,
   ):
-    checkpoints = Checkpoints(workdir, say)
+    checkpoints = Checkpoints(workdir)
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
     step, waiting = 0, list[Any]()
     if found is None:
       _, state = create_state(cfg, dataset.schema, mesh)
-      statistics = _measure(dataset, cfg, say)
+      statistics = _measure(dataset, cfg)
     else:
       state, position, statistics, waiting, before = found
       step = int(state.step)
       stream.set_state(position)
-      say(f"resuming {workdir} at step {step} of {cfg.train.steps}")
-      _report_versions(before, say)
+      logger.info(f"resuming {workdir} at step {step} of {cfg.train.steps}")
+      _report_versions(before)
       writer.set_aside(checkpoints.damaged)
     if validator is not None:
       validator.resume(step)
     if step >= cfg.train.steps and not (validator is not None and validator.due(step)):
-      say(f"{workdir} is already trained to step {step}")
+      logger.info(f"{workdir} is already trained to step {step}")
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
-      say(f"warning: {name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
+      logger.warning(f"{name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
     do_step = compiled_program(cfg, dataset.schema, mesh).step
     constants = jax.device_put(jax.tree.map(np.float32, statistics), NamedSharding(mesh, PartitionSpec()))
     begun, several = step, cfg.train.steps_per_call
     count = parameters.count_parameters(state.model, cfg.model.experts_per_token / cfg.model.experts)
     flops = utilisation.flops_a_token(cfg.model, count)
-    with MetricsLog(workdir, step, cfg, say if progress else None, waiting, flops) as log:
+    with MetricsLog(workdir, step, cfg, progress, waiting, flops) as log:
       _validate(validator, step, state, statistics, log)  # where the run was cut before that
       while step < cfg.train.steps:
         with log.taking_input():
@@ -207,7 +209,7 @@ def _train(
         if row is not None:
           writer.check()
           if row["skipped"]:
-            _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir, say)
+            _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir)
         stopped = signals.asked(range(step - several + 1, step + 1))
         if stopped or step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
           heartbeat.rest()  # however long it takes to write, that is no step
@@ -231,11 +233,13 @@ def _validate(
     log.begin()
 
 
-def _report_versions(before: Mapping[str, str], say: Callable[[str], None]) -> None:
+def _report_versions(before: Mapping[str, str]) -> None:
   now = versions()
   changed = [f"{n} {v} → {now.get(n, 'none')}" for n, v in before.items() if now.get(n) != v]
   if changed:
-    say(f"note: since the checkpoint was written {', '.join(changed)}; the last bits of what follows may be others")
+    logger.info(
+      f"note: since the checkpoint was written {', '.join(changed)}; the last bits of what follows may be others"
+    )
 
 
 def _check_skipped(
@@ -244,12 +248,11 @@ def _check_skipped(
   stream: StreamPosition[Batch],
   cfg: config.Config,
   workdir: pathlib.Path,
-  say: Callable[[str], None],
 ) -> None:
-  """Tells of steps that were skipped, and stops the run where there are too many of them."""
+  """Warns of steps that were skipped, and stops the run where there are too many of them."""
   most = cfg.train.nonfinite_steps
-  say(
-    f"warning: the loss or gradients of step {', '.join(map(str, steps))} are not finite: skipped, {total} by now; "
+  logger.warning(
+    f"the loss or gradients of step {', '.join(map(str, steps))} are not finite: skipped, {total} by now; "
     f"more than config.train.nonfinite_steps={most} stop the run"
   )
   if total <= most:
@@ -277,7 +280,7 @@ def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
     )
 
 
-def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -> dict[str, TaskStatistics]:
+def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
   """Measures label rates on rows drawn as in training, but not the same ones; rare labels are waited for."""
   known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_views}
   if known and not any(count["known"] for count in known.values()):
@@ -288,18 +291,18 @@ def _measure(dataset: Dataset, cfg: config.Config, say: Callable[[str], None]) -
   statistics = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
   for name, found in count_spaces(dataset, cfg).items():
     space = cfg.active_views[name].sample_space
-    say(
+    logger.info(
       f"task {name}: of {found.labels:,} labels at the training snapshots of {found.users:,} users "
       f"{found.inside:,} lie in its sample space {space!r}, {found.outside:,} outside; where that is not known, "
       f"{found.unknown:,}, they are left out"
     )
   for name, count in known.items():
     if not count["known"]:
-      say(f"warning: task {name} has no training label and contributes nothing")
+      logger.warning(f"task {name} has no training label and contributes nothing")
     elif not statistics[name].rate:
       waited = task_statistics.LONGEST * n_batches
-      say(f"warning: no label of task {name} was met in {waited} batches; it contributes nothing")
+      logger.warning(f"no label of task {name} was met in {waited} batches; it contributes nothing")
   for name in cfg.active_tasks.keys() - known.keys():
     if not statistics[name].rate:
-      say(f"warning: no user has a history that is long enough for task {name}; it contributes nothing")
+      logger.warning(f"no user has a history that is long enough for task {name}; it contributes nothing")
   return statistics

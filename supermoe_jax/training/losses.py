@@ -20,7 +20,6 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from supermoe_jax import config, sharding
@@ -30,6 +29,7 @@ from supermoe_jax.layers.heads import NextValueHead
 from supermoe_jax.models.encoder import Encoded
 from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training import weighting
+from supermoe_jax.training.answer_forms import FORMS
 from supermoe_jax.training.sampled_softmax import drawing_rows, drawn_codes, log_expected_count, sampled_softmax
 from supermoe_jax.training.task_statistics import TaskStatistics
 
@@ -59,21 +59,6 @@ class Loss(NamedTuple):
   weights: jax.Array
   encoded: Encoded
   slices: tuple[jax.Array, jax.Array]
-
-
-def per_sample(task: config.Task, logits: jax.Array, value: jax.Array) -> jax.Array:
-  """Returns ℓ for each sample; a task of many binary outputs averages over them.
-
-  A next event has `layers.catalogue`. Shapes: multi-class `logits [..., classes]`, `value [...]`;
-  multi-label `logits, value [..., values]`; else `logits, value [...]`.
-  """
-  form = task.answer
-  if form == "multiclass":
-    return optax.softmax_cross_entropy_with_integer_labels(logits, value.astype(jnp.int32))
-  if form == "regression":
-    return jnp.square(logits - value)
-  loss = optax.sigmoid_binary_cross_entropy(logits, value)
-  return jnp.mean(loss, axis=-1) if form == "multilabel" else loss
 
 
 def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0) -> TaskLoss:
@@ -131,7 +116,7 @@ def labelled_loss(
   if task.answer == "catalogue":
     loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, value, drawn)
   else:
-    loss = per_sample(task, answers, value)
+    loss = FORMS[task.answer].loss(answers, value)
   weight = snapshot_weight(task, statistics, encoded.events.shape[1], targets.known.shape[1])
   return task_loss(targets, loss, weight)
 

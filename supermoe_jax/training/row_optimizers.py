@@ -22,7 +22,7 @@ RowState = dict[str, jax.Array]
 class RowOptimizer(Protocol):
   """An optimizer that moves rows against their gradients."""
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
+  def initial_state(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """Returns the state of `rows [..., D]` before the first step; it has the leading dimensions of the rows."""
     ...
 
@@ -42,7 +42,7 @@ class RowAdagrad:
 
   epsilon: float = 1e-8
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
+  def initial_state(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """Returns the state before the first step; see `RowOptimizer`."""
     return {"sum": jnp.zeros(rows.shape[:-1], jnp.float32)}
 
@@ -66,7 +66,7 @@ class LazyAdam:
   b2: float = 0.999
   epsilon: float = 1e-8
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
+  def initial_state(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """Returns the state before the first step; see `RowOptimizer`."""
     steps = jnp.zeros(rows.shape[:-1], jnp.int32)
     # Two separate arrays, since a step is donated each buffer.
@@ -88,7 +88,7 @@ class LazyAdam:
 class Sgd:
   """Plain gradient descent, `row -= rate · g`, without a state."""
 
-  def slots(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
+  def initial_state(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """Returns the state before the first step; see `RowOptimizer`."""
     return {}
 

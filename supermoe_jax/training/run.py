@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.batch import Features
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.distributed import processes
@@ -63,9 +63,9 @@ class Run:
     self.dataset = Dataset(self.cfg.data.path)
     self.dataset.check_matches(self.cfg, appended=False)
     try:
-      self.mesh = sharding.make_mesh(self.cfg.train.mesh)
+      self.mesh = device_mesh.make_mesh(self.cfg.train.mesh)
     except ConfigError:  # what was trained on other devices runs on these as well
-      self.mesh = sharding.mesh_of_processes(self.cfg.train.mesh)
+      self.mesh = device_mesh.mesh_of_processes(self.cfg.train.mesh)
     self.graph, abstract = abstract_model(self.cfg, self.dataset.schema, self.mesh.devices.flat[0].platform)
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)
@@ -106,7 +106,7 @@ class Run:
   def encode(self, features: Features) -> jax.Array:
     """The user representations float32 `[B, D]` of B rows of one snapshot each, as `answer` has them, and nothing else.
 
-    Of several processes each gives the rows of its own devices, see `sharding.host_rows`, and all get those of all.
+    Of several processes each gives the rows of its own devices, see `device_mesh.host_rows`, and all get those of all.
     """
     with jax.set_mesh(self.mesh):
       return self._encode(self.variables, place_on_mesh(features, self.mesh))
@@ -124,7 +124,7 @@ class Run:
     if jax.process_count() == 1:
       return batch
     rows = len(jax.tree.leaves(batch)[0])
-    index, count = sharding.host_rows(self.mesh, rows)
+    index, count = device_mesh.host_rows(self.mesh, rows)
     return jax.tree.map(lambda x: x[index * rows // count : (index + 1) * rows // count], batch)
 
   @functools.cached_property

@@ -135,7 +135,7 @@ def row_state(optimizer: RowOptimizer, rows: Any, width: int) -> RowState:
   """Returns the optimizer's first state of a table's rows, D = `width` wide: `[G, M]` each, or laid out as the rows."""
   g, lines, wide = rows.shape
   logical = jax.ShapeDtypeStruct((g, lines * wide // width, width), rows.dtype)
-  return {k: s.reshape(rows.shape) if s.ndim == 3 else s for k, s in optimizer.slots(logical).items()}
+  return {k: s.reshape(rows.shape) if s.ndim == 3 else s for k, s in optimizer.initial_state(logical).items()}
 
 
 def row_state_shardings(

@@ -11,6 +11,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import Batch
+from supermoe_jax.training.answer_forms import FORMS
 
 # Times the usual number of batches after which `measure` no longer waits for rare labels.
 LONGEST = 16
@@ -77,13 +78,9 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
   sums.at_events += float(targets.weight[:, :events].sum())
   sums.at_snapshots += float(targets.weight[:, events:].sum())
   value, weight = targets.value[known], targets.weight[known].astype(np.float64)
-  form, n = task.answer, len(sums.first)
-  if form in ("catalogue", "multiclass"):
-    sums.first += np.bincount(value - (2 if form == "catalogue" else 0), weights=weight, minlength=n)
-  else:
-    columns = value.reshape(len(value), n).astype(np.float64)
-    sums.first += weight @ columns
-    sums.second += weight @ columns**2
+  first, second = FORMS[task.answer].moments(value, weight, len(sums.first))
+  sums.first += first
+  sums.second += second
 
 
 def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> TaskStatistics:
@@ -98,15 +95,6 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
 
 
 def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:
-  """Entropy of the labels' distribution, or their variance; 1 where it says nothing (no label, or all alike)."""
-  share = sums.first / max(weight, 1e-12)
-  form = task.answer
-  loss: Any
-  if form in ("catalogue", "multiclass"):
-    loss = -np.sum(share * np.log(np.where(share > 0, share, 1)))
-  elif form == "regression":
-    loss = np.mean(sums.second / max(weight, 1e-12) - share**2)
-  else:
-    both = np.stack([share, 1 - share])
-    loss = np.mean(-np.sum(both * np.log(np.where(both > 0, both, 1)), axis=0))
-  return float(loss) if loss > 1e-6 else 1.0
+  """Returns the mean loss of the best constant answer; 1 where it says nothing (no label, or all alike)."""
+  loss = FORMS[task.answer].constant_loss(sums.first, sums.second, weight)
+  return loss if loss > 1e-6 else 1.0

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.data.check import check
 from supermoe_jax.data.dataset import snapshot_batches, training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -31,7 +31,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
   raw["train"] |= {"steps": 3, "warmup_steps": 1, "checkpoint_every": 3}
   raw["model"] |= {"layers": 1, "moe_every": 1}
   cfg = config.resolve(raw)
-  prepare.prepare(cfg, say=lambda text: None)
+  prepare.prepare(cfg)
   return cfg
 
 
@@ -42,7 +42,7 @@ def dataset(cfg: config.Config) -> Dataset:
 
 def untrained(cfg: config.Config, dataset: Dataset, workdir: pathlib.Path) -> Run:
   """A run whose parameters are drawn."""
-  mesh, rng = sharding.make_mesh(cfg.train.mesh), np.random.default_rng(0)
+  mesh, rng = device_mesh.make_mesh(cfg.train.mesh), np.random.default_rng(0)
   graph, abstract = abstract_model(cfg, dataset.schema, "cpu")
   drawn = jax.tree.map(lambda p: rng.normal(0, 0.1, p.shape).astype(p.dtype), abstract)
   variables = jax.device_put(drawn, sharding.shardings(mesh, abstract))

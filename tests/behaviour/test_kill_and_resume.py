@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from supermoe_jax import cli, config, sharding
+from supermoe_jax import cli, config, device_mesh
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ExitCode, RunError, Stopped
@@ -26,7 +26,8 @@ from supermoe_jax.training.monitoring import profiler
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import compiled_program
 from tests.fixtures import short_runs
-from tests.fixtures.short_runs import assert_same_end, at_step, parameters, rows, silent, steps_saved
+from tests.fixtures.messages import messages
+from tests.fixtures.short_runs import assert_same_end, at_step, parameters, rows, steps_saved
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
@@ -43,8 +44,8 @@ def whole(
 ) -> pathlib.Path:
   """A run that nothing disturbed; do not change it."""
   folder = tmp_path_factory.mktemp("whole")
-  assert loop.train(short, folder, say=silent) == 8
-  step = compiled_program(short, dataset.schema, sharding.make_mesh(short.train.mesh)).step
+  assert loop.train(short, folder) == 8
+  step = compiled_program(short, dataset.schema, device_mesh.make_mesh(short.train.mesh)).step
   assert step._cache_size() == 1  # it was compiled once
   return folder
 
@@ -69,7 +70,7 @@ def cut(cfg: config.Config, folder: pathlib.Path, step: int) -> None:
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
     at_step(patch, step, kill)
-    loop.train(cfg, folder, say=silent)
+    loop.train(cfg, folder)
   saved = [folder / "checkpoints" / str(step) for step in steps_saved(folder)]
   half = folder / "checkpoints" / "7.orbax-checkpoint-tmp"
   shutil.copytree((saved or [folder / "hosts"])[-1], half)
@@ -81,11 +82,11 @@ def cut(cfg: config.Config, folder: pathlib.Path, step: int) -> None:
 
 def signalled(cfg: config.Config, folder: pathlib.Path, name: str, step: int, saved: int) -> list[str]:
   """Trains until a signal comes, in step number `step` of this process, which is saved as `saved`."""
-  handlers, said = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)], list[str]()
-  with pytest.MonkeyPatch.context() as patch:
+  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  with pytest.MonkeyPatch.context() as patch, messages() as said:
     at_step(patch, step, lambda: signal.raise_signal(signal.Signals[name]))
     with pytest.raises(Stopped, match=f"{name}: .* is saved at step {saved} of 8; the same command goes on"):
-      loop.train(cfg, folder, say=said.append)
+      loop.train(cfg, folder)
   assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
   assert max(steps_saved(folder)) == saved
   return said
@@ -111,8 +112,8 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_bitwise_as_if_it_
   assert [row["step"] for row in written] == [2, 4]  # one after the checkpoint
   said = signalled(short, folder, "SIGINT", 2, saved=5)
   assert f"resuming {folder} at step 3 of 8" in said
-  said = []
-  assert loop.train(short, folder, say=said.append) == 8
+  with messages() as said:
+    assert loop.train(short, folder) == 8
   assert f"resuming {folder} at step 5 of 8" in said
   assert not list((folder / "checkpoints").glob("*tmp*"))
   assert_same_end(folder, whole)
@@ -125,7 +126,7 @@ def test_a_signal_at_any_step_saves_within_it(
   short: config.Config, whole: pathlib.Path, tmp_path: pathlib.Path, name: str, step: int
 ) -> None:
   signalled(short, tmp_path / "run", name, step, saved=step)
-  assert loop.train(short, tmp_path / "run", say=silent) == 8
+  assert loop.train(short, tmp_path / "run") == 8
   assert_same_end(tmp_path / "run", whole)
 
 
@@ -136,7 +137,7 @@ def test_a_run_cut_at_any_step_ends_as_if_it_had_not_been(
   short: config.Config, whole: pathlib.Path, tmp_path: pathlib.Path, step: int
 ) -> None:
   cut(short, tmp_path / "run", step)
-  assert loop.train(short, tmp_path / "run", say=silent) == 8
+  assert loop.train(short, tmp_path / "run") == 8
   assert_same_end(tmp_path / "run", whole)
 
 
@@ -154,7 +155,7 @@ def test_a_signal_in_the_last_step_ends_a_run_that_is_done_and_a_profile_changes
 ) -> None:
   monkeypatch.setattr(profiler, "SKIPPED", 2)
   at_step(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
-  assert loop.train(short, tmp_path / "run", say=silent, profile=True) == 8
+  assert loop.train(short, tmp_path / "run", profile=True) == 8
   assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
   assert_same_end(tmp_path / "run", whole)
 
@@ -171,8 +172,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_as_ever
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
   content = {p.name: p.read_bytes() for p in newest.rglob("*") if p.is_file()}
-  said: list[str] = []
-  assert loop.train(short, copy, say=said.append) == 8
+  with messages() as said:
+    assert loop.train(short, copy) == 8
   assert any("warning: checkpoint 8 of" in line for line in said)
   assert f"resuming {copy} at step 6 of 8" in said
   kept = copy / "damaged" / "8"  # for whoever wants to know
@@ -194,9 +195,9 @@ def test_a_full_disk_is_an_error_that_leaves_whole_checkpoints(
   with monkeypatch.context() as patch:
     patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full)
     with pytest.raises(RunError, match=r"could not be written to .*No space left on device.*Those that are there are"):
-      loop.train(short, folder, say=silent)
+      loop.train(short, folder)
   assert Run(folder).step == 3
-  assert loop.train(short, folder, say=silent) == 8
+  assert loop.train(short, folder) == 8
   assert_same_end(folder, whole)
 
 
@@ -206,7 +207,7 @@ def test_a_directory_of_checkpoints_that_is_gone_is_an_error(
   there = steps_saved(six)
   at_step(monkeypatch, 1, lambda: (six / "checkpoints").rename(six / "elsewhere"))
   with pytest.raises(RunError, match="checkpoints is gone; step 8 is not saved"):
-    loop.train(short, six, say=silent)
+    loop.train(short, six)
   assert sorted(int(p.name) for p in (six / "elsewhere").iterdir()) == there
   assert not (six / "checkpoints").exists()
 
@@ -217,7 +218,7 @@ def test_a_directory_of_checkpoints_that_is_gone_is_an_error(
 def test_steps_that_are_not_finite_are_skipped_and_told_and_too_many_stop_a_run_with_the_batch_kept(
   short: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  cfg, folder, said = config.override(short, ["--config.train.nonfinite_steps=2"]), tmp_path / "run", list[str]()
+  cfg, folder = config.override(short, ["--config.train.nonfinite_steps=2"]), tmp_path / "run"
   put, seen = loop.place_on_mesh, []
 
   def poisoned(batch: Batch, mesh: jax.sharding.Mesh, **named: object) -> Batch:
@@ -228,10 +229,9 @@ def test_steps_that_are_not_finite_are_skipped_and_told_and_too_many_stop_a_run_
     return batch
 
   monkeypatch.setattr(loop, "place_on_mesh", poisoned)
-  with pytest.raises(
-    RunError, match=r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 7 is kept in .*step_7_process_0\.npz"
-  ):
-    loop.train(cfg, folder, say=said.append)
+  stopped = r"3 steps had a loss.*nonfinite_steps=2\. .*batch of step 7 is kept in .*step_7_process_0\.npz"
+  with messages() as said, pytest.raises(RunError, match=stopped):
+    loop.train(cfg, folder)
   assert [r["skipped"] for r in rows(folder)] == [[2], [], [5], [7]]
   assert all(r["loss"] is not None for r in rows(folder))
   assert any("the loss or gradients of step 5 are not finite: skipped, 2 by now" in line for line in said)
@@ -250,7 +250,7 @@ def test_parameters_that_are_not_finite_are_never_saved(
   there = steps_saved(six)
   monkeypatch.setattr(loop, "_all_finite", lambda params: False)
   with pytest.raises(RunError, match="no longer finite at step 8; nothing was saved"):
-    loop.train(short, six, say=silent)
+    loop.train(short, six)
   assert steps_saved(six) == there
 
 
@@ -262,7 +262,7 @@ def several_steps_a_call(short: config.Config, folder: pathlib.Path, whole: path
   several = config.override(short, ["--config.train.steps_per_call=2", "--config.train.checkpoint_every=4"])
   if (folder / "config.json").is_file():
     config.save(several, folder / "config.json")
-  assert loop.train(several, folder, say=silent) == 8
+  assert loop.train(several, folder) == 8
   for mine, wanted in zip(rows(folder), rows(whole), strict=True):
     assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert (mine["step"], mine["events"], mine["tables"]) == (wanted["step"], wanted["events"], wanted["tables"])

@@ -18,9 +18,10 @@ from supermoe_jax.errors import ExitCode
 from supermoe_jax.evaluation.validation import validation_of
 from supermoe_jax.training import loop
 from tests.fixtures import short_runs
+from tests.fixtures.messages import messages
 from tests.fixtures.pod_checks import config_file, free_port, with_devices
 from tests.fixtures.scripts import ROOT
-from tests.fixtures.short_runs import assert_same_end, rows, silent, steps_saved
+from tests.fixtures.short_runs import assert_same_end, rows, steps_saved
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.usefixtures("compiled_afresh")]
 
@@ -56,10 +57,10 @@ def test_a_killed_run_resumes_and_ends_bitwise_as_if_it_had_not_been(
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert 8 not in steps_saved(workdir)
-  said: list[str] = []
-  assert loop.train(short, workdir, say=said.append) == 8
+  with messages() as said:
+    assert loop.train(short, workdir) == 8
   assert any(f"resuming {workdir} at step" in line for line in said)
-  assert loop.train(short, whole, say=silent) == 8
+  assert loop.train(short, whole) == 8
   assert_same_end(workdir, whole)
 
 
@@ -157,8 +158,8 @@ def test_a_run_goes_on_with_half_the_processes(
 ) -> None:
   alone = pathlib.Path(shutil.copytree(whole, tmp_path / "alone"))
   shutil.rmtree(alone / "checkpoints" / "90")
-  said: list[str] = []
-  assert loop.train(four, alone, validation=validation_of(four), say=said.append) == 90
+  with messages() as said:
+    assert loop.train(four, alone, validation=validation_of(four)) == 90
   assert any(f"resuming {alone} at step 60 of 90" in line for line in said)
   for mine, wanted in zip(rows(alone), rows(whole), strict=True):
     assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-5)

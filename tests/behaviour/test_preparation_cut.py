@@ -26,7 +26,8 @@ from supermoe_jax.data.preparation import event_log, prepare, write_shards
 from supermoe_jax.data.preparation.write_shards import write_shard
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import contents, copied, facts, moved
-from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.messages import messages
+from tests.fixtures.new_visits import write_visits
 from tests.fixtures.shared import made_once
 from tests.fixtures.small_log import raw_config, write_log
 
@@ -76,7 +77,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     write_log(folder, users=12)
     with pytest.MonkeyPatch.context() as patch:
       few_processes(patch)
-      prepare.prepare(config.resolve(raw_config(folder)), **QUIET)
+      prepare.prepare(config.resolve(raw_config(folder)))
 
   return made_once(tmp_path_factory, "several_shards", make)
 
@@ -116,7 +117,7 @@ def cut(request: pytest.FixtureRequest) -> Cut:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(write_shards, "write_shard", ending)
       with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(cfg, **QUIET)
+        prepare.prepare(cfg)
     return pathlib.Path(cfg.data.path + ".incomplete")
 
   def by_kill(cfg: config.Config, after: int) -> pathlib.Path:
@@ -142,8 +143,8 @@ def test_neither_reading_nor_finished_shards_are_done_again(
   assert len(finished) == 2 and not pathlib.Path(cfg.data.path).exists()
   monkeypatch.setattr(event_log.EventLog, "_read", lambda self: pytest.fail("the files were read again"))
   monkeypatch.setattr(prepare.fitting, "fit_encoders", lambda *unused: pytest.fail("the encoders were fitted again"))
-  said: list[str] = []
-  prepare.prepare(cfg, say=said.append)
+  with messages() as said:
+    prepare.prepare(cfg)
   assert "going on in" in said[0] and any("2 of" in s for s in said)
   assert_as_if_nothing_had_happened(cfg)
   now = {f.name: f.stat().st_ino for f in pathlib.Path(cfg.data.path).rglob("*.array_record-*")}
@@ -165,7 +166,7 @@ def test_a_preparation_that_was_cut_while_it_tidied_up_ends_all_the_same(
 ) -> None:
   left = cut(cfg, 2)
   (left / "scratch" / gone).unlink()
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   assert_as_if_nothing_had_happened(cfg)
 
 
@@ -177,10 +178,10 @@ def test_a_preparation_of_something_else_begins_anew(cfg: config.Config, cut: Cu
     pq.write_table(pq.read_table(file).slice(5), file)
   else:
     cfg = config.override(cfg, ["--config.tasks.quiet.horizon_days=7"])
-  said: list[str] = []
-  prepare.prepare(cfg, say=said.append)
+  with messages() as said:
+    prepare.prepare(cfg)
   assert "left by another preparation" in said[0]
-  prepare.prepare(moved(cfg, "whole"), overwrite=True, **QUIET)
+  prepare.prepare(moved(cfg, "whole"), overwrite=True)
   assert_as_if_nothing_had_happened(cfg)
 
 
@@ -191,7 +192,7 @@ def test_a_shard_that_was_cut_is_written_again(cfg: config.Config, cut: Cut) -> 
     shard = note.with_name(note.name.removesuffix(".note"))
     shard.write_bytes(shard.read_bytes()[:100])
     note.unlink()
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   assert_as_if_nothing_had_happened(cfg)
 
 
@@ -201,12 +202,12 @@ def test_a_dataset_that_a_kill_left_beside_its_place_is_put_back(cfg: config.Con
   path = pathlib.Path(cfg.data.path)
   before, manifest = path.with_name("whole.before"), Dataset(path).manifest
   path.rename(before)
-  assert prepare.prepare(cfg, **QUIET) == manifest and not before.exists()
+  assert prepare.prepare(cfg) == manifest and not before.exists()
   path.rename(before)
-  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
+  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]})
   assert Dataset(path).manifest["appends"] and not before.exists()
   before.mkdir()
   (before / "users.parquet").touch()
   shutil.rmtree(path)
   with pytest.raises(DataError, match="holds no prepared dataset"):
-    append.append(path, {"visits": [str(tmp_path / "day.parquet")]}, **QUIET)
+    append.append(path, {"visits": [str(tmp_path / "day.parquet")]})

@@ -16,7 +16,8 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
-from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, parameters, rows, silent
+from tests.fixtures.messages import messages
+from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, parameters, rows
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.usefixtures("compiled_afresh")]
 
@@ -25,7 +26,7 @@ STEPS = ("--config.train.steps=8", "--config.train.checkpoint_every=4", "--confi
 
 def trained(cfg: config.Config, folder: pathlib.Path) -> pathlib.Path:
   """Trains a run whole, and another that is cut after step 4 and resumed; returns the first."""
-  assert loop.train(cfg, folder / "once", say=silent) == 8
+  assert loop.train(cfg, folder / "once") == 8
   cut_and_resumed(cfg, folder / "once", folder / "twice", after=4)
   return folder / "once"
 
@@ -73,8 +74,8 @@ def test_a_packed_run_has_little_padding_and_resumes_with_worker_processes_or_wi
   worked = tmp_path / "worked"
   shutil.copytree(once, worked)
   shutil.rmtree(worked / "checkpoints" / "8")
-  said: list[str] = []
-  assert loop.train(config.override(packed, ["--config.train.workers=1"]), worked, say=said.append) == 8
+  with messages() as said:
+    assert loop.train(config.override(packed, ["--config.train.workers=1"]), worked) == 8
   assert said[0].startswith("packing: ") and "of the positions are padding" in said[0]
   for mine, wanted in zip(parameters(worked), parameters(once), strict=True):
     np.testing.assert_array_equal(mine, wanted)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
@@ -20,6 +20,7 @@ from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, Checkpoint
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.step_metrics import StepMetrics
+from tests.fixtures.messages import messages
 from tests.fixtures.short_runs import ONE_BLOCK, cut_and_resumed, only, rows
 
 STEPS = 3
@@ -83,7 +84,7 @@ def trained(
 ) -> Trained:
   """Trains on a mesh from the start, or from a checkpoint on."""
   cfg = on(cfg, sizes)
-  mesh = sharding.make_mesh(cfg.train.mesh)
+  mesh = device_mesh.make_mesh(cfg.train.mesh)
   if saved is None:
     _, state = create_state(cfg, dataset.schema, mesh)
   else:
@@ -119,7 +120,7 @@ def on_eight(few: config.Config, every_task_dataset: Dataset) -> Trained:
 def saved(cfg: config.Config, dataset: Dataset, on_eight: Trained, folder: pathlib.Path) -> pathlib.Path:
   """Writes a checkpoint of 2×2×2 devices after the first step."""
   cfg = on(cfg, (2, 2, 2))
-  layouts = compiled_program(cfg, dataset.schema, sharding.make_mesh(cfg.train.mesh)).layouts
+  layouts = compiled_program(cfg, dataset.schema, device_mesh.make_mesh(cfg.train.mesh)).layouts
   with CheckpointWriter(folder, cfg.train) as writer:
     writer.save(1, jax.device_put(on_eight.states[1], layouts), {}, {})
   return folder
@@ -205,8 +206,8 @@ def test_a_run_whose_every_part_has_a_state_resumes_and_opens_on_a_mesh(
   few: config.Config, every_task_dataset: Dataset, compiled_afresh: None, tmp_path: pathlib.Path
 ) -> None:
   once, cfg = tmp_path / "once", on(few, (2, 2, 2))
-  said: list[str] = []
-  assert loop.train(cfg, once, say=said.append) == 6
+  with messages() as said:
+    assert loop.train(cfg, once) == 6
   assert said[0].startswith("packing: ") and "of the positions are padding" in said[0]
   cut_and_resumed(cfg, once, tmp_path / "twice", after=3)
   found = rows(once)
@@ -225,7 +226,7 @@ def test_a_run_whose_every_part_has_a_state_resumes_and_opens_on_a_mesh(
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
   few: config.Config, every_task_dataset: Dataset, on_one_device: Trained
 ) -> None:
-  mesh = sharding.make_mesh(few.train.mesh)
+  mesh = device_mesh.make_mesh(few.train.mesh)
   program = compiled_program(few, every_task_dataset.schema, mesh)
   stream = iter(training_batches.training_batches(every_task_dataset, few))
   measured = task_statistics.measure_statistics(few.active_tasks, every_task_dataset.schema.outputs, stream, 8)

@@ -9,6 +9,7 @@ import pytest
 
 from supermoe_jax import cli, config
 from supermoe_jax.errors import ExitCode, StudyError
+from supermoe_jax.report import seesaw_page
 from supermoe_jax.seesaw import study
 from tests.fixtures import seesaw_runs
 from tests.fixtures.small_log import raw_config, write_log
@@ -89,7 +90,8 @@ def test_seesaw_makes_a_study_of_the_config_and_prints_its_table_and_words(
   monkeypatch.setattr(study, "study", made)
   verb = ["seesaw", "--config", str(config_file), "--workdir", str(tmp_path / "study")]
   assert cli.main([*verb, "--jobs", "2", "--only", "good", "tu*", "--config.train.steps=7"]) == ExitCode.OK
-  assert asked == [(7, tmp_path / "study", {"jobs": 2, "only": ["good", "tu*"]})]
+  publish = seesaw_page.write_study_files
+  assert asked == [(7, tmp_path / "study", {"jobs": 2, "only": ["good", "tu*"], "publish": publish})]
   said = capsys.readouterr().out
   assert "−3.03 ±0.38 ▼" in said and report["words"][0] in said
 

@@ -122,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
   def make(folder: pathlib.Path) -> None:
     write_files(folder)
-    prepare.prepare(config.resolve(raw_config(folder)), say=lambda text: None)
+    prepare.prepare(config.resolve(raw_config(folder)))
 
   return made_once(tmp_path_factory, "every_kind", make)
 
@@ -166,7 +166,7 @@ def few_users(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
   def make(folder: pathlib.Path) -> None:
     write_log(folder, users=12)
-    prepare.prepare(_complete(folder), say=lambda text: None)
+    prepare.prepare(_complete(folder))
 
   return made_once(tmp_path_factory, "few_users", make)
 

@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def enter(folder: pathlib.Path, i: int, of: int = 2, facts: Any = None, wait: float = 10.0) -> Heartbeat:
-  return Heartbeat(folder, Place("localhost:1", of, i), facts or FACTS, wait=wait, say=lambda _: None)
+  return Heartbeat(folder, Place("localhost:1", of, i), facts or FACTS, wait=wait)
 
 
 def together(*entering: Heartbeat) -> list[BaseException | None]:
@@ -135,7 +135,7 @@ def test_what_a_dead_process_left_is_no_one_in_use(tmp_path: pathlib.Path) -> No
 
 
 def test_a_signal_ends_a_wait_for_others(tmp_path: pathlib.Path) -> None:
-  waiting = Heartbeat(tmp_path, Place("localhost:1", 2, 0), FACTS, say=lambda _: None, stop=lambda: "SIGTERM")
+  waiting = Heartbeat(tmp_path, Place("localhost:1", 2, 0), FACTS, stop=lambda: "SIGTERM")
   with pytest.raises(Stopped, match=r"SIGTERM before .* was begun"):
     waiting.__enter__()
 
@@ -168,11 +168,11 @@ def test_a_process_on_another_machine_keeps_its_place_as_long_as_it_shows_life(t
 def test_a_process_that_hangs_writes_where_and_ends_with_the_code_that_says_resume(tmp_path: pathlib.Path) -> None:
   script = f"""
 import pathlib, time
-from supermoe_jax.training import roster
-roster.BEAT = 0.05
+from supermoe_jax.distributed import heartbeat
+heartbeat.BEAT = 0.05
 def stuck_in_a_collective():
   time.sleep(60)
-with roster.Roster(pathlib.Path({str(tmp_path)!r}), None, {{}}, hang_seconds=0.3) as r:
+with heartbeat.Heartbeat(pathlib.Path({str(tmp_path)!r}), None, {{}}, hang_seconds=0.3) as r:
   time.sleep(0.6)  # before the first step it may take as long as it does
   r.progress(4)
   stuck_in_a_collective()
@@ -183,11 +183,11 @@ with roster.Roster(pathlib.Path({str(tmp_path)!r}), None, {{}}, hang_seconds=0.3
   assert "stuck_in_a_collective" in (tmp_path / "hang_0.txt").read_text()
 
 
-# -------------------------------------------------------------------------------------------------------------- lookout
+# ----------------------------------------------------------------------------------------------------------- supervisor
 
 
 def watched(folder: pathlib.Path, body: str, monkeypatch: pytest.MonkeyPatch, beats: float) -> int:
-  """What process 0's lookout returns over a child that does `body`; process 1 shows life for `beats` seconds."""
+  """What process 0's supervisor returns over a child that does `body`; process 1 shows life for `beats` seconds."""
   monkeypatch.setattr(heartbeat, "DEAD", 1.0)
   child = f"""
 import json, os, pathlib, signal, sys, time
@@ -227,7 +227,7 @@ def test_a_child_that_ends_by_itself_is_believed(
   assert watched(tmp_path, f"sys.exit({code})", monkeypatch, 0) == code
 
 
-def test_of_a_process_that_shows_no_life_a_lookout_tells_the_name_and_ends_the_child(
+def test_of_a_process_that_shows_no_life_a_supervisor_tells_the_name_and_ends_the_child(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   code = watched(tmp_path, "time.sleep(60)", monkeypatch, 1.0)

@@ -24,7 +24,7 @@ class Together:
     self._said, self._own = [None, None], threading.local()
     answers = {"is_first": lambda: self.me() == 0, "meet": self.exchange, "whole": self._whole}
     monkeypatch.setattr(embed, "processes", types.SimpleNamespace(**answers))
-    monkeypatch.setattr(embed, "sharding", types.SimpleNamespace(host_rows=lambda mesh, rows: (self.me(), 2)))
+    monkeypatch.setattr(embed, "device_mesh", types.SimpleNamespace(host_rows=lambda mesh, rows: (self.me(), 2)))
     monkeypatch.setattr(embed, "jax", types.SimpleNamespace(process_index=self.me))
     monkeypatch.setattr(embed, "_of_all", lambda mine: np.stack(self.exchange(mine)))
 
@@ -50,7 +50,7 @@ class Together:
     def work(process: int) -> None:
       self._own.process = process
       try:
-        found[process] = embed.embed(run, DAYS, out, say=lambda text: None, **options)
+        found[process] = embed.embed(run, DAYS, out, **options)
       except BaseException:
         self._barrier.abort()
         raise

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics
+from supermoe_jax.evaluation.answer_forms import FORMS
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -140,7 +141,7 @@ class FakeRun:
     self.expert = rng.integers(0, EXPERTS, (2, n, 2)).astype(np.int32)
     self.task_expert = rng.integers(0, EXPERTS, (2, n, t, 2)).astype(np.int32) if tokens else None
     self.gate = rng.dirichlet(np.ones(EXPERTS), (n, t)).astype(np.float32) if gate else None
-    self.mesh = sharding.make_mesh(config.Mesh())
+    self.mesh = device_mesh.make_mesh(config.Mesh())
     self.items = Catalogue.of(rng.normal(size=(ITEMS, 4)).astype(np.float32))
 
   def questions(self, dataset, cfg, *, split: int, most: int) -> Iterator[QueryBatch]:
@@ -293,7 +294,7 @@ def test_models_on_aggregates_answer_the_questions_whose_labels_are_known(make_r
   for name, metric in {"quiet": "auc", "age": "rmse"}.items():
     own = answers[name][run.labels[name].known]
     measured = sk.roc_auc_score if metric == "auc" else sk.root_mean_squared_error
-    kind = baselines.on_aggregates("binary" if metric == "auc" else "regression")
+    kind = FORMS["binary" if metric == "auc" else "regression"].aggregate_model
     assert tasks[name]["baselines"][kind][metric] == pytest.approx(measured(run.known(name)[0], own))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
 from tests.fixtures.grids import quick_few
@@ -62,7 +62,7 @@ def test_ranks_on_a_mesh_are_those_of_all_scores(sizes: tuple[int, int, int]) ->
   scores = state @ rows.T + bias
   wanted = [slow_rank(scores[i], target[i], seen[i]) for i in range(13)]
   assert 1 < np.median(wanted) < 1000
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(*sizes))):
     assert target_ranks(state, target, seen, Catalogue.of(rows, bias, 8), 128).tolist() == wanted
 
 

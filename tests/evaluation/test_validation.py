@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from supermoe_jax import cli, config, sharding
+from supermoe_jax import cli, config, device_mesh
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, validation
@@ -18,6 +18,7 @@ from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
 from tests.fixtures.grids import quick_few
+from tests.fixtures.messages import messages
 from tests.fixtures.small_log import every_task_config
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
@@ -37,10 +38,10 @@ def validated(
   validated_cfg: config.Config, dataset: Dataset, compiled_afresh: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, list[str]]:
   """A run that got worse and worse, and what it said."""
-  folder, said = tmp_path_factory.mktemp("validated") / "run", list[str]()
-  with pytest.MonkeyPatch.context() as patch:
+  folder = tmp_path_factory.mktemp("validated") / "run"
+  with pytest.MonkeyPatch.context() as patch, messages() as said:
     patch.setattr(validation, "validation_score", worse_and_worse())
-    loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg), say=said.append)
+    loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg))
   return folder, said
 
 
@@ -110,10 +111,10 @@ def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
     patch.setattr(validation, "validation_score", scores)
     patch.setattr(Validation, "validate", cut_at_8)
     with pytest.raises(KeyboardInterrupt):
-      loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg), say=lambda _: None)
+      loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg))
   again = iter([9.0, 8.0])
   monkeypatch.setattr(validation, "validation_score", lambda cfg, tasks: next(again))
-  loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg), say=lambda _: None)
+  loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg))
   assert without_speed(validation.validation_rows(folder)) == without_speed(validation.validation_rows(whole))
 
 
@@ -134,8 +135,9 @@ def test_a_run_validated_at_its_end_is_left_alone(
 ) -> None:
   copy = tmp_path / "run"
   shutil.copytree(validated[0], copy)
-  before, said = (copy / validation.FILE).read_bytes(), list[str]()
-  loop.train(validated_cfg, copy, validation=validation.validation_of(validated_cfg), say=said.append)
+  before = (copy / validation.FILE).read_bytes()
+  with messages() as said:
+    loop.train(validated_cfg, copy, validation=validation.validation_of(validated_cfg))
   assert "already trained" in said[-1] and (copy / validation.FILE).read_bytes() == before
 
 
@@ -149,7 +151,7 @@ def test_a_run_is_validated_every_so_many_steps_and_at_its_end(
 ) -> None:
   def due(every: int, *done: int) -> list[int]:
     asked = config.override(cfg, [f"--config.train.validate.every={every}"])
-    found = Validation(asked, dataset, tmp_path, sharding.make_mesh(cfg.train.mesh), print)
+    found = Validation(asked, dataset, tmp_path, device_mesh.make_mesh(cfg.train.mesh))
     (tmp_path / validation.FILE).write_text("".join(json.dumps({"step": s, "score": 0.0}) + "\n" for s in done))
     found.resume(12)
     return [step for step in range(13) if found.due(step)]
@@ -178,7 +180,7 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_step(
   with pytest.raises(ConfigError, match=r"metrics of quiet are auc, average_precision, ece, log_loss\."):
     validation.validation_of(wrong)
   with pytest.raises(ConfigError, match=r"every=4 needs train\(\.\.\., validation=validation_of\(cfg\)\)"):
-    loop.train(config.override(cfg, ["--config.train.validate.every=4"]), tmp_path / "run", say=lambda _: None)
+    loop.train(config.override(cfg, ["--config.train.validate.every=4"]), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 

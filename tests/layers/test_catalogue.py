@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.layers import catalogue
 from supermoe_jax.layers.catalogue import Catalogue
 from tests.fixtures import grids
@@ -58,7 +58,7 @@ def test_the_softmax_in_parts_is_the_plain_one_on_every_mesh(
   made = Catalogue.of(vectors, bias, 8)
   g, m, _ = made.rows.shape
   lines = np.asarray(made.rows).reshape(g, m // per_line, per_line * D)
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(*sizes))):
     found, mine = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(
       state, lines, np.asarray(made.bias), target, weight
     )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.layers import dispatch, experts
 from supermoe_jax.layers.experts import Experts
 from tests.fixtures import dispatch_oracle as oracle
@@ -59,7 +59,7 @@ def assert_dense(
   dropless: bool = False,
 ) -> None:
   """Compares a strategy on a mesh with `dense` on one device, in outputs, gradients, losses and statistics."""
-  mesh = sharding.make_mesh(config.Mesh(*sizes), axis_type=axis_type)
+  mesh = device_mesh.make_mesh(config.Mesh(*sizes), axis_type=axis_type)
   answer = oracle.on_mesh(mesh, name, settings, dropless=dropless)
   for case in oracle.CASES:
     oracle.assert_equal(answer(case), oracle.on_one_device(settings)(case))
@@ -115,7 +115,7 @@ def test_ragged_drops_what_finds_no_room_and_tells(factor: float, monkeypatch: p
     return jax.lax.psum(out.y, sharding.axes("mlp")), out.kept
 
   x, weight, expert, valid = example(11, "all to two", 80)
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=ways))):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(expert=ways))):
     y, kept = jax.jit(
       lambda *a: sharding.on_shards(
         run, (*(names,) * 3, ("batch",), {n: experts.NAMES[n] for n in weights}), (names, names), *a
@@ -234,7 +234,7 @@ def test_dropless_gives_a_token_the_same_result_whoever_shares_the_batch() -> No
 @pytest.mark.parametrize("name", ["sorted", "all_to_all", "gather"])
 def test_on_a_mesh_a_group_of_tokens_fills_an_experts_capacity_and_the_rest_is_dropped_and_told(name: str) -> None:
   """A group are the tokens of a device, with `gather` those of the devices that share the experts."""
-  mesh = sharding.make_mesh(config.Mesh(*OVER_BOTH))
+  mesh = device_mesh.make_mesh(config.Mesh(*OVER_BOTH))
   group = 4 if name == "gather" else 1  # devices, of which each holds one row
   factor = 0.5
   moe = oracle.make(name, {"capacity_factor": factor, "tasks": 3})
@@ -275,7 +275,7 @@ def test_on_a_mesh_a_group_of_tokens_fills_an_experts_capacity_and_the_rest_is_d
 def test_auto_takes_the_least_traffic(
   sizes: tuple[int, int, int], name: str, factor: float | None, dtype: str, wanted: str
 ) -> None:
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(*sizes))):
     assert dispatch.choose_strategy(name, 2, factor, jnp.dtype(dtype)) == wanted
 
 
@@ -285,7 +285,7 @@ def test_without_a_mesh_auto_sorts() -> None:
 
 def test_ragged_over_several_cpu_devices_is_an_error_that_says_why() -> None:
   with (
-    jax.set_mesh(sharding.make_mesh(config.Mesh(expert=8))),
+    jax.set_mesh(device_mesh.make_mesh(config.Mesh(expert=8))),
     pytest.raises(ValueError, match="XLA:CPU has no ragged all-to-all"),
   ):
     dispatch.choose_strategy("ragged", 2, 1.25, jnp.dtype("float32"))
@@ -294,7 +294,7 @@ def test_ragged_over_several_cpu_devices_is_an_error_that_says_why() -> None:
 def test_tokens_that_do_not_divide_over_the_devices_are_an_error() -> None:
   moe = oracle.make("sorted")
   with (
-    jax.set_mesh(sharding.make_mesh(config.Mesh(data=8))),
+    jax.set_mesh(device_mesh.make_mesh(config.Mesh(data=8))),
     pytest.raises(ValueError, match=r"spread over 8 devices .* and must be a multiple of that"),
   ):
     moe(jnp.ones((3, 4, oracle.D)), jnp.ones((3, 4), bool))
@@ -302,7 +302,7 @@ def test_tokens_that_do_not_divide_over_the_devices_are_an_error() -> None:
 
 def test_tokens_stay_where_they_are_on_a_data_mesh() -> None:
   """No collective but the sums of gradients and statistics: nothing of the size of the tokens travels."""
-  mesh = sharding.make_mesh(config.Mesh(data=8))
+  mesh = device_mesh.make_mesh(config.Mesh(data=8))
   graph, state = nnx.split(oracle.make("auto"))
   state = jax.device_put(state, sharding.shardings(mesh, state))
   x, valid, _ = oracle.inputs("random")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.layers import exchange, table
 from supermoe_jax.layers.table import EmbeddingTable, Layout
 from supermoe_jax.layers.tpu_lines import NONE
@@ -40,7 +40,7 @@ def looked_up(codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def test_a_new_table_is_the_same_on_every_mesh_and_what_has_no_value_is_nought() -> None:
   assert np.abs(natural()[2:]).min() > 0 and not natural()[:2].any()
-  mesh = sharding.make_mesh(config.Mesh(*OVER_ALL))
+  mesh = device_mesh.make_mesh(config.Mesh(*OVER_ALL))
   placed = sharding.create(lambda: make(ways=8, platform="tpu"), mesh)
   rows = np.asarray(placed.rows.get_value()).reshape(-1, D)
   np.testing.assert_array_equal(rows[:SIZE], natural())
@@ -56,7 +56,7 @@ def test_a_new_table_is_the_same_on_every_mesh_and_what_has_no_value_is_nought()
   ids=lambda s: "x".join(map(str, s)) if isinstance(s, tuple) else s,
 )
 def test_rows_are_looked_up_and_differentiated_on_every_mesh(sizes: tuple[int, int, int], platform: str) -> None:
-  mesh = sharding.make_mesh(config.Mesh(*sizes))
+  mesh = device_mesh.make_mesh(config.Mesh(*sizes))
   with jax.set_mesh(mesh):
     abstract = nnx.eval_shape(lambda: make(ways=8, cells=0.1, platform=platform))  # few cells: several rounds
   graph, state = nnx.split(abstract)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp, MoE
 from supermoe_jax.layers.transformer import Block, Context, Stack
@@ -178,7 +178,7 @@ def test_an_unknown_remat_is_an_error() -> None:
 
 
 def test_stacked_parameters_are_laid_out_by_their_own_names() -> None:
-  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  mesh = device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
   state = nnx.state(make_stack(4, 2))
   up = state["scanned"]["blocks"][1]["feed_forward"]["up"].get_value()
   where = sharding.shardings(mesh, state)["scanned"]["blocks"][1]["feed_forward"]["up"].get_value()

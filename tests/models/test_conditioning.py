@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.batch import Batch, Features
 from supermoe_jax.models.encoder import shift
 from tests.fixtures import grids
@@ -299,7 +299,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("kind", "sizes"), grids.quick_few(MESHES[:1], MESHES))
 def test_a_mesh_gives_the_numbers_of_one_device(kind: str, sizes: tuple[int, int, int]) -> None:
-  mesh = sharding.make_mesh(config.Mesh(*sizes))
+  mesh = device_mesh.make_mesh(config.Mesh(*sizes))
   graph, state = nnx.split(model(kind))
   twice = 2 if sizes[0] == 8 else 1  # a device has whole rows
   inputs = jax.tree.map(lambda x: np.concatenate([x] * twice), (FEATURES, random_given()))

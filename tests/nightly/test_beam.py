@@ -21,6 +21,7 @@ from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.preparation import prepare, write_shards
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, write_shard
 from supermoe_jax.errors import ConfigError, DataError
+from tests.fixtures.messages import messages
 from tests.fixtures.random_logs import WAYS, Case, random_case, raw_config, write_case
 
 # Of where the dataset lies, when it was made, and how its records are divided among files.
@@ -33,12 +34,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(merged_log, "PART_BYTES", 300)
 
 
-def quiet(text: str) -> None:
-  del text
-
-
-def on_beam(cfg: config.Config, say: Callable[[str], None] = quiet, runner: str = "DirectRunner") -> dict[str, Any]:
-  return prepare.prepare(cfg, say=say, engine=pipeline.Beam(runner))
+def on_beam(cfg: config.Config, runner: str = "DirectRunner") -> dict[str, Any]:
+  return prepare.prepare(cfg, engine=pipeline.Beam(runner))
 
 
 def moved(cfg: config.Config, name: str) -> config.Config:
@@ -69,7 +66,7 @@ def message(run: Callable[[config.Config], Any], cfg: config.Config) -> str:
 
 
 def locally(cfg: config.Config) -> dict[str, Any]:
-  return prepare.prepare(cfg, say=quiet)
+  return prepare.prepare(cfg)
 
 
 def assert_same(cfg: config.Config) -> tuple[Dataset, Dataset]:
@@ -283,8 +280,8 @@ def test_after_a_failure_neither_reading_nor_finished_shards_are_done_again(
   assert len(before) == 2
   with monkeypatch.context() as patch:
     patch.setattr(event_parts, "settle_part", lambda *unused: pytest.fail("the files were read again"))
-    said: list[str] = []
-    on_beam(cfg, said.append)
+    with messages() as said:
+      on_beam(cfg)
   after = files_of(pathlib.Path(cfg.data.path))
   assert before.items() <= after.items() and len(after) >= 4
   assert any("2 of" in text for text in said)
@@ -333,6 +330,6 @@ def test_an_error_that_passes_when_the_runner_tries_again_is_none(
 def test_beam_does_not_go_on_with_what_this_machine_began(tmp_path: pathlib.Path) -> None:
   cfg = written(tmp_path, random_case(11, 30, 8))
   failed(cfg, locally, after=0)
-  said: list[str] = []
-  on_beam(cfg, said.append)
+  with messages() as said:
+    on_beam(cfg)
   assert "left by another preparation" in said[0]

@@ -13,7 +13,7 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from supermoe_jax import cli, config, sharding
+from supermoe_jax import cli, config, device_mesh
 from supermoe_jax.batch import Schema
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError
@@ -55,7 +55,7 @@ def planned(wide: config.Config, dataset: Dataset) -> dict:
 def test_parameters_and_bytes_add_up(wide: config.Config, dataset: Dataset, planned: dict) -> None:
   fitted, said = program.fitted_config(wide, CPUS)
   assert said == ["config.train.mesh.data=1 became 4, to take all 8 devices"]
-  found = program.compile_step(fitted, dataset.schema, sharding.make_mesh(fitted.train.mesh))
+  found = program.compile_step(fitted, dataset.schema, device_mesh.make_mesh(fitted.train.mesh))
   parameters, memory = planned["parameters"], planned["memory"]
   assert parameters["total"] == parameters["tables"] + parameters["experts"] + parameters["dense"]
   d, tables = wide.model.d_model, dataset.schema.categorical

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.sparse import csr_array
 from scipy.special import ndtr
 
-from supermoe_jax.evaluation import metrics
+from supermoe_jax.evaluation import intervals, metrics
 from supermoe_jax.probing import mlp, models, resampling
 from supermoe_jax.probing import protocol as protocol_lib
 from supermoe_jax.probing.label_table import Label
@@ -223,7 +223,7 @@ def test_folds_intervals_cover_the_true_area() -> None:
     for split in protocol_lib.make_folds(binary(y), alone(120), Protocol(seed=int(rng.integers(1000)))):
       weight = np.ones((1, len(split.asked)))
       found.append(float(resampling.weighted_metrics("binary", y[split.asked], x[split.asked], weight)["auc"][0]))
-    interval = resampling.of_folds(found, 1 / 4)
+    interval = intervals.interval_from_folds(found, 1 / 4)
     covered += interval.low <= true <= interval.high
   assert covered / trials > 0.9
 
@@ -237,7 +237,7 @@ def test_bootstrap_intervals_cover_the_true_area_and_are_not_too_wide() -> None:
     drawn = np.concatenate(
       [resampling.weighted_metrics("binary", y, x, w)["auc"] for w in resampling.resamples(150, 300, trial)]
     )
-    interval = resampling.of_resamples(metrics.binary_metrics(y, 1 / (1 + np.exp(-x)))["auc"], drawn)
+    interval = intervals.interval_from_resamples(metrics.binary_metrics(y, 1 / (1 + np.exp(-x)))["auc"], drawn)
     covered += interval.low <= true <= interval.high
     widths.append(interval.half)
   assert 0.9 < covered / trials < 0.99
@@ -272,20 +272,20 @@ def test_a_resample_without_one_class_has_no_area() -> None:
 
 def test_an_interval_of_folds_is_students_with_the_variance_of_folds_that_share_rows() -> None:
   scores = [0.6, 0.7, 0.65, 0.75]
-  found = resampling.of_folds([*scores, None], 1 / 3)
+  found = intervals.interval_from_folds([*scores, None], 1 / 3)
   error = np.sqrt(np.var(scores, ddof=1) * (1 / 4 + 1 / 3))
   low, high = stats.t.interval(0.95, 3, 0.675, error)
   assert found == pytest.approx((0.675, low, high))
-  assert resampling.of_folds([0.6, None], 1 / 4) == resampling.Interval(0.6)
-  assert resampling.of_folds([None], 1 / 4) == resampling.Interval(None)
+  assert intervals.interval_from_folds([0.6, None], 1 / 4) == intervals.Interval(0.6)
+  assert intervals.interval_from_folds([None], 1 / 4) == intervals.Interval(None)
 
 
 def test_an_interval_of_resamples_ends_at_their_percentiles() -> None:
   drawn = np.append(np.arange(1001) / 1000, np.nan)
-  assert resampling.of_resamples(0.4, drawn) == pytest.approx((0.4, 0.025, 0.975))
+  assert intervals.interval_from_resamples(0.4, drawn) == pytest.approx((0.4, 0.025, 0.975))
 
 
 def test_the_best_model_is_that_of_the_smallest_error_and_of_the_largest_area() -> None:
-  scores = {n: {m: resampling.Interval(v) for m in ("auc", "rmse")} for n, v in (("a", 0.6), ("b", 0.8), ("c", None))}
+  scores = {n: {m: intervals.Interval(v) for m in ("auc", "rmse")} for n, v in (("a", 0.6), ("b", 0.8), ("c", None))}
   assert protocol_lib.best_model(scores, "auc") == "b"
   assert protocol_lib.best_model(scores, "rmse") == "a"

@@ -25,6 +25,7 @@ from supermoe_jax.training import loop
 from supermoe_jax.training.monitoring.metrics_log import read_rows
 from supermoe_jax.training.run import Run
 from tests.fixtures import seesaw_runs
+from tests.fixtures.messages import messages
 
 SMALL = [
   "--config.exclude_tasks=('next_page', 'paid')",
@@ -100,7 +101,7 @@ def execute(request: pytest.FixtureRequest) -> Iterator[Execute]:
 def folder(execute: Execute, planned: config.Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A finished study; do not change it."""
   path = tmp_path_factory.mktemp("study")
-  study(planned, path, publish=write_study_files, say=lambda _: None)
+  study(planned, path, publish=write_study_files)
   return path
 
 
@@ -196,11 +197,11 @@ def test_the_same_call_runs_nothing_again_and_a_lost_run_only(
   copy = tmp_path / "study"
   shutil.copytree(folder, copy)
   before = (copy / "seesaw.json").read_text()
-  study(planned, copy, say=lambda _: None)
+  study(planned, copy)
   assert done == [] and (copy / "seesaw.json").read_text() == before
   lost = next(f for f in (copy / "runs").glob("*.json") if json.loads(f.read_text())["variant"] == "dense")
   lost.unlink()
-  study(planned, copy, say=lambda _: None)
+  study(planned, copy)
   assert [run.file for run in done] == [lost]
   again = json.loads((copy / "seesaw.json").read_text())
   for variant in json.loads(before)["variants"]:  # one seed, one result: the lost run came out as it was
@@ -276,7 +277,7 @@ def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random
     study_lib._Study, "_execute", lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning" in what else None
   )
   monkeypatch.setattr(study_lib.compare, "make_report", lambda *a, **k: {"words": []})
-  study(weighted, tmp_path / "s", say=lambda _: None)
+  study(weighted, tmp_path / "s")
   weights = [{n: job.cfg.tasks[n].weight for n in ("pages", "quiet")} for job in tried]
   assert len(weights) == 4 and weights[0] == {"pages": 1.0, "quiet": 1.0} and weights[1] == {"pages": 0.5, "quiet": 1.5}
   assert all(sum(w.values()) == pytest.approx(2, abs=1e-3) for w in weights)
@@ -299,8 +300,9 @@ def test_static_weights_are_those_that_are_best_on_validation(
     return [None] * len(group)
 
   monkeypatch.setattr(study_lib, "execute", leave)
-  several, said = config.override(planned, ["--config.seesaw.static_candidates=6"]), list[str]()
-  report = study(several, tmp_path / "s", say=said.append)
+  several = config.override(planned, ["--config.seesaw.static_candidates=6"])
+  with messages() as said:
+    report = study(several, tmp_path / "s")
   drawn = [c.tasks["quiet"].weight for c in study_weights.weighted_configs(several, several.seesaw)]
   assert f"tasks.quiet.weight={max(drawn):g}" in report["variants"]["tuned_static"]["overrides"]
   assert max(drawn) > drawn[0] == 1.0
@@ -358,7 +360,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(
     file.unlink()
   monkeypatch.setattr(study_lib, "execute", lambda group: ["RunError: no luck"] * len(group))
   with pytest.raises(StudyError, match=r"2 runs failed.*dense, seed 0: RunError: no luck"):
-    study(planned, copy, say=lambda _: None)
+    study(planned, copy)
   report = json.loads((copy / "seesaw.json").read_text())
   assert report["variants"]["tuned_static"]["mean_gain"]["mean"] is not None
   assert any("dense" in line for line in report["missing"])

@@ -52,7 +52,7 @@ except ModuleNotFoundError:
 else:
   raise SystemExit("flax was found")
 from supermoe_jax.serving import loader
-encoder = loader.load(sys.argv[1])
+encoder = loader.load_encoder(sys.argv[1])
 users = json.load(open(sys.argv[2]))
 found = encoder.embed(users, {DAY!r})
 import numpy

@@ -11,7 +11,8 @@ from supermoe_jax.data.format import integrity
 from supermoe_jax.errors import DataError, RunError
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
-from tests.fixtures.short_runs import rows, silent
+from tests.fixtures.messages import messages
+from tests.fixtures.short_runs import rows
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def test_training_lowers_the_loss(workdir: pathlib.Path) -> None:
 
 def test_a_finished_run_is_left_alone(copy: pathlib.Path, cfg: config.Config) -> None:
   before = (copy / "metrics.jsonl").read_bytes()
-  said: list[str] = []
-  assert loop.train(cfg, copy, say=said.append) == 12
+  with messages() as said:
+    assert loop.train(cfg, copy) == 12
   assert "already trained" in said[-1]
   assert (copy / "metrics.jsonl").read_bytes() == before
 
@@ -92,7 +93,7 @@ def test_a_dataset_that_came_out_otherwise_does_not_fit_a_trained_run(
 
 def test_a_run_of_many_devices_opens_and_goes_on_on_one(copy: pathlib.Path, cfg: config.Config) -> None:
   wide = config.override(cfg, ["--config.train.mesh.data=8"])
-  assert loop.train(wide, copy, say=silent) == 12
+  assert loop.train(wide, copy) == 12
   config.save(
     config.override(cfg, ["--config.train.mesh.data=8", "--config.train.mesh.tensor=2"]), copy / "config.json"
   )

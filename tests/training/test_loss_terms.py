@@ -13,6 +13,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import Batch, Targets
 from supermoe_jax.models.supermoe import safe_value
 from supermoe_jax.training import losses, task_statistics
+from supermoe_jax.training.answer_forms import FORMS
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.sampled_softmax import draw_items, log_expected_count, sampled_softmax
 from supermoe_jax.training.task_statistics import TaskStatistics
@@ -34,7 +35,7 @@ def test_micro_batches_add_up_to_the_whole_batch(seed: int, cut: int, rate: floa
 
   def loss(rows: slice) -> float:
     asked = targets(value[rows].astype(np.float32), known[rows])
-    each = losses.per_sample(BINARY, jnp.asarray(logits[rows], jnp.float32), safe_value(asked))
+    each = FORMS["binary"].loss(jnp.asarray(logits[rows], jnp.float32), safe_value(asked))
     return float(losses.combine({"t": losses.task_loss(asked, each)}, measured, jnp.ones(1), 8))
 
   assert loss(slice(0, cut)) + loss(slice(cut, 8)) == pytest.approx(loss(slice(0, 8)), rel=1e-5)

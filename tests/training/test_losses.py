@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -247,7 +247,7 @@ def test_rows_that_draw_need_not_divide_over_the_devices(
     return losses._next_value_loss(sampling, "sampled", task, state, value, drawn)
 
   wanted = jax.jit(loss)(state)
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(8))):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(8))):
     np.testing.assert_allclose(jax.jit(loss)(state), wanted, rtol=1e-5)
 
 

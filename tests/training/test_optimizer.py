@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.training import optimizer, table_step, task_statistics
@@ -36,7 +36,7 @@ def test_clipped_gradients_of_parameters_and_of_rows_have_the_norm_that_is_set_t
 ) -> None:
   settings = {"warmup_steps": 0, "clip_norm": 0.05, "tables.optimizer": "sgd", "tables.weight_decay": 0.0}
   clipped = config.override(short_runs.short(cfg), [f"--config.train.{k}={v}" for k, v in settings.items()])
-  mesh = sharding.make_mesh(clipped.train.mesh)
+  mesh = device_mesh.make_mesh(clipped.train.mesh)
   _, state = create_state(clipped, dataset.schema, mesh)
   before = jax.device_get(table_step.table_values(state.model))
   batch = next(iter(training_batches.training_batches(dataset, clipped)))

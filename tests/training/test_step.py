@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.training.step import compiled_program, initial_weights
 
@@ -22,7 +22,7 @@ def test_no_two_parts_of_the_weights_state_share_a_buffer(cfg: config.Config, da
 def test_runs_that_differ_in_seed_and_numbers_of_the_weighting_share_a_program(
   cfg: config.Config, dataset: Dataset
 ) -> None:
-  mesh = sharding.make_mesh(cfg.train.mesh)
+  mesh = device_mesh.make_mesh(cfg.train.mesh)
   same = config.override(cfg, ["--config.train.seed=5", "--config.tasks.quiet.weight=3.0"])
   assert compiled_program(same, dataset.schema, mesh) is compiled_program(cfg, dataset.schema, mesh)
   other = config.override(cfg, ["--config.train.weighting.method=dwa"])

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.layers.exchange import Touched
 from supermoe_jax.training import row_optimizers, table_step
 from tests.fixtures import table_steps, two_processes
@@ -43,7 +43,7 @@ FEW = [("adam", (2, 2, 2)), ("adagrad", (8, 1, 1)), ("adam", (1, 4, 2)), ("sgd",
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), quick_few(FEW, itertools.product(OPTIMIZERS, MESHES)), ids=named)
 def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, sizes: tuple[int, int, int]) -> None:
-  mesh = sharding.make_mesh(config.Mesh(*sizes))
+  mesh = device_mesh.make_mesh(config.Mesh(*sizes))
   made = table_steps.batches(0, STEPS, SIZE, rows=24 if 3 in sizes else 8)
   wanted, counts = table_steps.reference(SIZE, OPTIMIZERS[name], made)
   rows, seen = table_steps.run(mesh, SIZE, OPTIMIZERS[name], made)
@@ -61,7 +61,7 @@ def test_fifty_steps_on_every_mesh_are_those_of_a_dense_reference(name: str, siz
 )
 def test_rows_that_share_lines_move_as_those_that_do_not(name: str, sizes: tuple[int, int, int]) -> None:
   """As they lie on TPUs: 32 rows of four numbers side by side."""
-  mesh, size = sharding.make_mesh(config.Mesh(*sizes)), 1000
+  mesh, size = device_mesh.make_mesh(config.Mesh(*sizes)), 1000
   made = table_steps.batches(0, 10, size)
   assert table_steps.created(size, mesh, platform="tpu").rows.shape[-1] == 128
   wanted, plain = table_steps.run(mesh, size, OPTIMIZERS[name], made)
@@ -94,14 +94,14 @@ def test_any_ids_give_the_rows_of_a_dense_reference(data: st.DataObject, kind: s
   rng = np.random.default_rng(0)
   made = [(codes, rng.normal(size=(8, 6, WIDTH)).astype(np.float32)) for _ in range(2)]
   wanted, counts = table_steps.reference(SIZE, OPTIMIZERS["adagrad"], made)
-  rows, seen = table_steps.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made)
+  rows, seen = table_steps.run(device_mesh.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made)
   np.testing.assert_allclose(rows, wanted, atol=1e-6)
   np.testing.assert_array_equal(seen[:, 1], counts[:, 1])
 
 
 def test_gradients_that_find_no_cell_are_counted_and_their_rows_stay() -> None:
   """All devices ask one owner for different rows, and there is room for an even share only."""
-  mesh = sharding.make_mesh(config.Mesh(8))
+  mesh = device_mesh.make_mesh(config.Mesh(8))
   codes = (8 * np.arange(8 * 40) + 8).astype(np.int32).reshape(8, 40)  # stripes of 8: all of them are owned by device 0
   size = int(codes.max()) + 1
   made = [(codes, np.ones((8, 40, WIDTH), np.float32))]
@@ -117,7 +117,7 @@ def test_gradients_that_find_no_cell_are_counted_and_their_rows_stay() -> None:
 
 def test_a_batch_without_any_id_moves_nothing() -> None:
   for sizes in ((1, 1, 1), (2, 2, 2)):
-    mesh = sharding.make_mesh(config.Mesh(*sizes))
+    mesh = device_mesh.make_mesh(config.Mesh(*sizes))
     before, _ = table_steps.run(mesh, SIZE, OPTIMIZERS["adam"], [])
     empty = [(np.zeros((8, 6), np.int32), np.ones((8, 6, WIDTH), np.float32))] * 2
     rows, seen = table_steps.run(mesh, SIZE, OPTIMIZERS["adam"], empty)
@@ -133,7 +133,7 @@ COLLECTIVE = re.compile(r"=.*?\b(all-gather|all-reduce|reduce-scatter|all-to-all
 
 def compiled(size: int, n: int) -> tuple[str, int]:
   """The text of a step's program on 8 devices, for n ids a device, and what it needs beyond its arguments, in bytes."""
-  mesh = sharding.make_mesh(config.Mesh(2, 2, 2))
+  mesh = device_mesh.make_mesh(config.Mesh(2, 2, 2))
   optimizer = OPTIMIZERS["adagrad"]
   with jax.set_mesh(mesh):
     rows = table_steps.shapes(size, mesh)
@@ -193,9 +193,9 @@ def test_bfloat16_rows_keep_what_they_learn_in_the_mean_by_stochastic_rounding()
 def test_bfloat16_rows_on_eight_devices_are_those_on_one() -> None:
   made = table_steps.batches(0, 5, SIZE)
   results = [
-    table_steps.run(sharding.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made, 8.0, "bfloat16", True)[
-      0
-    ]
+    table_steps.run(
+      device_mesh.make_mesh(config.Mesh(*sizes)), SIZE, OPTIMIZERS["adagrad"], made, 8.0, "bfloat16", True
+    )[0]
     for sizes in ((1, 1, 1), (2, 2, 2))
   ]
   # Sums in another order may round once the other way.

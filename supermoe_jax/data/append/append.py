@@ -12,12 +12,13 @@ their records are made again, and each record that differs is rewritten.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pathlib
 import pickle
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import duckdb
@@ -45,6 +46,8 @@ from supermoe_jax.data.reading import readers
 from supermoe_jax.data.tasks.calendar import Calendar, log_end, make_calendar
 from supermoe_jax.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 LOOKED_AT = 4096  # users that are read and made again at a time
 SHOWN_VALUES = 20  # new values of a vocabulary that the manifest lists
 
@@ -55,7 +58,6 @@ def append(
   *,
   keep_vocabularies: bool = False,
   memory: str = "",
-  say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Adds the events of new files to the dataset at `path` and returns its manifest.
 
@@ -67,7 +69,6 @@ def append(
       dataset was not prepared from.
     keep_vocabularies: adds no new value to a vocabulary.
     memory: DuckDB's memory budget; empty: the budget of the dataset's config.
-    say: receives progress messages.
 
   Raises:
     DataError: the dataset or the files cannot be used, or there is nothing to append.
@@ -80,7 +81,7 @@ def append(
       dataset = Dataset(path)  # opened again: from here on no other process can replace it
       cfg, part = new_files.append_configs(dataset, files, memory)
       for file in (items := new_files.changed_items(dataset, part)):
-        say(f"{file} has changed: new events are joined to it as it is now, earlier ones keep what they had")
+        logger.info(f"{file} has changed: new events are joined to it as it is now, earlier ones keep what they had")
       return _Append(dataset, cfg, part, keep_vocabularies, work, items).run()
   except (OSError, duckdb.Error) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -121,7 +122,7 @@ class _Append:
       new = RecordMaker(cfg, extension.encoders, now)
       covered = merge_histories.CodeCounts(extension.encoders, self._extra_columns)
       whom = changed_labels.users_with_changed_labels(cfg.data.split, cfg.labelled_tasks, then, now)
-      tally = new.tally()
+      tally = new.new_counts()
       if not whom.everyone:  # else every record is counted anew: new snapshots may change counts, but not the record
         tally.merge(self._dataset.manifest["tally"])
       with RewrittenShards(self._work / shard_files.DIRECTORY, self._dataset.records) as written:
@@ -182,7 +183,7 @@ class _Append:
 
   def _forget(self, old: RecordMaker, earlier: UserBlock, tally: RecordCounts) -> None:
     """Subtracts the records of earlier histories from the tally."""
-    gone = old.tally()
+    gone = old.new_counts()
     old.count(earlier, self._labels(earlier.users), gone)
     tally.merge(gone.state, sign=-1)
 
@@ -314,7 +315,7 @@ class _Append:
     )
     path = readers.literal(str(self._dataset.path / USERS))
     order = user_hash_sql('"user"')
-    with self._log.stream(
+    with self._log.row_batches(
       'SELECT "user", coalesce(w.record, p.record) AS record, coalesce(w.last_event, p.last_event) AS last_event '
       f'FROM read_parquet({path}) p FULL JOIN written w USING ("user") ORDER BY {order}, "user"',
       written=rows,

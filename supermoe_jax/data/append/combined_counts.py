@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.append import merge_histories
-from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Encoders, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.preparation import fitting
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.record_counts import RecordCounts

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
-from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Categorical, Encoders, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Categorical, Encoders, Vocabulary
 from supermoe_jax.data.preparation.event_log import EventLog
 
 

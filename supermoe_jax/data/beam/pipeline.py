@@ -8,6 +8,7 @@ The directory of the dataset must be on a file system that all workers reach und
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.format.shard_files import Shard
 from supermoe_jax.data.preparation import prepare, write_shards
 from supermoe_jax.data.preparation.log_database import LogDatabase
-from supermoe_jax.data.preparation.prepare import PreparationPlan, Say
+from supermoe_jax.data.preparation.prepare import PreparationPlan
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows
 from supermoe_jax.data.reading.sources import SourceFile
 from supermoe_jax.data.tasks.calendar import Calendar
@@ -40,6 +41,8 @@ except ModuleNotFoundError as error:
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners import runner as runners
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+logger = logging.getLogger(__name__)
 
 DIRECT = ("direct", "directrunner")
 
@@ -68,12 +71,12 @@ class Beam:
     except (ValueError, ImportError, AttributeError) as error:
       raise ConfigError(f"--runner={self._name}: {error}") from None
 
-  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> MergedLog:
+  def open(self, cfg: config.Config, scratch: pathlib.Path) -> MergedLog:
     """Reads the log; see `prepare.Engine.open`."""
     parts = PartFolder(scratch.absolute() / "beam")
 
     def read(files: Sequence[SourceFile], count: int) -> None:
-      say(f"{len(files)} files into {count} part{'s' if count > 1 else ''}, with {self._name}")
+      logger.info(f"{len(files)} files into {count} part{'s' if count > 1 else ''}, with {self._name}")
       self._run(
         parts,
         lambda pipeline: (
@@ -88,7 +91,7 @@ class Beam:
 
     return MergedLog(cfg.data, scratch, parts, read)
 
-  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path, say: Say) -> list[Shard]:
+  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path) -> list[Shard]:
     """Writes the missing shards; see `prepare.Engine.write`."""
     assert isinstance(log, MergedLog)
     directory, encoders = directory.absolute(), plan.encoder_path.absolute()
@@ -96,10 +99,10 @@ class Beam:
     count = len(settled)
     done = shard_files.finished_shards(directory, count)
     if done:
-      say(f"{len(done)} of {count} shards are there already")
+      logger.info(f"{len(done)} of {count} shards are there already")
     todo = [(part, shard_files.shard_name(i, count)) for i, part in enumerate(settled) if i not in done]
     if todo:
-      say(f"{len(todo)} shard{'s' if len(todo) > 1 else ''}, with {self._name}")
+      logger.info(f"{len(todo)} shard{'s' if len(todo) > 1 else ''}, with {self._name}")
       self._run(
         log.parts,
         lambda pipeline: (

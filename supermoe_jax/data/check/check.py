@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from supermoe_jax import config
+from supermoe_jax.batch import FIRST_VALUE, UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.numeric import Numeric
-from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE, UNKNOWN, Classes, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Classes, Vocabulary
 from supermoe_jax.data.reading import readers
 from supermoe_jax.errors import ConfigError, DataError
 

@@ -14,11 +14,12 @@ equally many users one host makes more rows than another.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +28,8 @@ from absl import flags
 
 from supermoe_jax import config
 from supermoe_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -65,7 +68,7 @@ class BatchStream(Generic[T]):
     batch_rows: int,
     shard: tuple[int, int],
     workers: int = 0,
-    say: Callable[[str], None] | None = None,
+    description: str = "",
   ):
     """Makes the stream of a host.
 
@@ -75,10 +78,10 @@ class BatchStream(Generic[T]):
       batch_rows: rows of a batch of all hosts.
       shard: the host's `(index, count)`.
       workers: processes that make the batches; 0: two threads of this one.
-      say: is told of workers that died.
+      description: a sentence about the rows that a user should read; "" if there is none.
     """
     self._runs, self._identity, self._rows, self._shard, self.workers = runs, identity, batch_rows, shard, workers
-    self.say = say or (lambda _: None)
+    self.description = description
 
   def __iter__(self) -> StreamPosition[T]:
     return StreamPosition(self)
@@ -156,7 +159,7 @@ class StreamPosition(Generic[T]):
         f"workers that make batches died {self._died} times ({reason}). If the system is out of memory, lower "
         f"config.train.workers={self._stream.workers}; the same command goes on from the newest checkpoint."
       ) from error
-    self._stream.say(f"warning: a worker that makes batches died ({reason}); others take up its work")
+    logger.warning(f"a worker that makes batches died ({reason}); others take up its work")
     self.close()
     return next(self)
 

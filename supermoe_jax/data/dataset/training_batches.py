@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import grain
@@ -165,7 +165,6 @@ def training_batches(
   seed: int | None = None,
   shard: tuple[int, int] = (0, 1),
   workers: int = 0,
-  say: Callable[[str], None] | None = None,
 ) -> BatchStream[Batch]:
   """Returns an endless stream of training `Batch`es, shuffled anew each epoch.
 
@@ -178,7 +177,6 @@ def training_batches(
     seed: of the order and all draws; None: `cfg.train.seed`.
     shard: `(index, count)` of this host; each makes `batch_rows / count` rows of every batch. See `resumable_stream`.
     workers: processes that make the batches, which are the same with any number; 0: threads of this process.
-    say: is told what packing brings, and of workers that died.
 
   Raises:
     ConfigError: a batch does not divide over the hosts.
@@ -191,8 +189,6 @@ def training_batches(
     raise ConfigError(f"config.train.batch_rows={rows} must be a multiple of the {count} hosts.")
   seed = cfg.train.seed if seed is None else seed
   plan = packing.PackingPlan(packing.row_sizes(dataset, cfg), cfg, seed) if cfg.train.packing else None
-  if plan is not None and say is not None:
-    say(plan.describe())
   users = dataset.training_users
   epoch = len(users) if plan is None else len(plan)
   order = grain.MapDataset.range(epoch).seed(seed).shuffle().repeat(MOST_ROWS // max(epoch, 1))
@@ -202,4 +198,4 @@ def training_batches(
     order = order.map(_TrainingUser(users))
   runs = order.random_map(_TrainingRow(dataset, cfg)).batch(rows // count, batch_fn=stack)
   identity = {"seed": seed, "rows_of_an_epoch": epoch, "packing": plan is not None}
-  return BatchStream(runs, identity, rows, shard, workers, say)
+  return BatchStream(runs, identity, rows, shard, workers, plan.describe() if plan is not None else "")

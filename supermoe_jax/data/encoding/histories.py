@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
+from supermoe_jax.batch import FIRST_VALUE
 
 if TYPE_CHECKING:
   import pyarrow as pa

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric, number_encoder
 from supermoe_jax.errors import DataError
 
 if TYPE_CHECKING:  # encoding a value takes NumPy alone; only tables and files of them take Arrow
   import pyarrow as pa
-
-ABSENT, UNKNOWN, FIRST_VALUE = 0, 1, 2  # codes of no value, a value out of vocabulary, and the first value
 
 
 def _bucket(value: str, buckets: int, half: str = "lower") -> int:

@@ -92,14 +92,14 @@ class ColumnStatistics:
     return re.fullmatch(r"(VARCHAR|U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT))\[\d*\]", self.type) is not None
 
   @property
-  def words(self) -> list[str]:
+  def name_words(self) -> list[str]:
     """Returns the words of the name: `productId` and `product_id` are `product`, `id`."""
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", self.name)]
 
   def named(self, words: Sequence[str]) -> int | None:
     """Returns the index of the first of `words` that equals or, with over three letters, begins a word of the name."""
     for place, word in enumerate(words):
-      if any(w == word or (len(word) > 3 and w.startswith(word)) for w in self.words):
+      if any(w == word or (len(word) > 3 and w.startswith(word)) for w in self.name_words):
         return place
     return None
 
@@ -202,8 +202,8 @@ def user_candidates(columns: Sequence[ColumnStatistics], time: int | None) -> li
     if place == time or named is None or not _may_be_id(column):
       continue
     # `user_id` is the user; `user_age` is an attribute of the user.
-    rest = [w for w in column.words if w not in ("id", "key", "no", "number", "hash", "hashed")]
-    (exact if len(rest) == 1 or "id" in column.words else described).append((named, place))
+    rest = [w for w in column.name_words if w not in ("id", "key", "no", "number", "hash", "hashed")]
+    (exact if len(rest) == 1 or "id" in column.name_words else described).append((named, place))
   ranked = sorted(exact or described)
   if not ranked and time is not None:  # judged by values: the first column whose ids repeat
     ranked = [(0, p) for p, c in enumerate(columns) if p != time and _may_be_id(c) and c.distinct <= c.present / 2][:1]

@@ -99,7 +99,7 @@ class EventTables:
     duplicates = self._find_duplicates()
     self._mark_training()
     self.number_users()
-    return self._facts(duplicates)
+    return self._statistics(duplicates)
 
   def _find_ties(self) -> None:
     """Creates `tied`, the hashes of user and time that several rows have: only such rows can be tied, or duplicates.
@@ -151,7 +151,7 @@ class EventTables:
         'row_number() OVER (PARTITION BY "user" ORDER BY time DESC, ord DESC) AS left_over FROM rows)'
       )
 
-  def _facts(self, duplicates: int) -> LogStatistics:
+  def _statistics(self, duplicates: int) -> LogStatistics:
     names = list(self._data.sources)
     (row,) = self._query(
       "SELECT count(*), (SELECT count(*) FROM ordered_users), count_if(training), min(time), max(time), "

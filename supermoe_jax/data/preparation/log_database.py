@@ -122,7 +122,7 @@ class LogDatabase(abc.ABC):
     it occurs in training, or after it. Numbers are counted where the field's encoding needs it."""
 
   @contextlib.contextmanager
-  def stream(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
+  def row_batches(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
     """Gives the rows of a query, as `query` does, a batch at a time."""
     with contextlib.closing(self._con.cursor()) as con:  # its own: queries elsewhere must not end the stream
       for name, table in tables.items():
@@ -131,7 +131,7 @@ class LogDatabase(abc.ABC):
 
   def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
     """Every user, as `dataset.read_users` has them: the record is the user's number in the order of the hashes."""
-    return self.stream('SELECT "user", uid AS record, last_event FROM ordered_users ORDER BY uid')
+    return self.row_batches('SELECT "user", uid AS record, last_event FROM ordered_users ORDER BY uid')
 
   def count_users(self, named: Iterable[str]) -> int:
     """How many of the users named have an event."""

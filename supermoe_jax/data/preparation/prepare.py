@@ -11,10 +11,11 @@ import concurrent.futures.process
 import errno
 import functools
 import json
+import logging
 import pathlib
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import duckdb
@@ -39,9 +40,9 @@ from supermoe_jax.data.tasks import bind, calendar
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.errors import DataError
 
-STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
+logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
+STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
 
 
 class PreparationPlan(NamedTuple):
@@ -73,16 +74,14 @@ class Engine(Protocol):
 
   name: str
 
-  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> LogDatabase:
+  def open(self, cfg: config.Config, scratch: pathlib.Path) -> LogDatabase:
     """Reads the log, or finds that it was read; its work files go to `scratch`."""
 
-  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path, say: Say) -> list[Shard]:
+  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path) -> list[Shard]:
     """Writes the shards that are not there yet, and returns all of them in order; `log` is what `open` gave."""
 
 
-def prepare(
-  cfg: config.Config, *, overwrite: bool = False, say: Say = print, engine: Engine | None = None
-) -> dict[str, Any]:
+def prepare(cfg: config.Config, *, overwrite: bool = False, engine: Engine | None = None) -> dict[str, Any]:
   """Prepares the dataset at `cfg.data.path` and returns its manifest; one prepared from the same config is kept.
 
   A preparation that was cut, by the user, the machine or a full disk, is taken up where it stopped: neither reading nor
@@ -96,20 +95,20 @@ def prepare(
   atomic_files.restore(path, manifest_lib.KIND)
   there = path.is_dir() and any(path.iterdir())
   if there and not overwrite and atomic_files.manifest_kind(path) == manifest_lib.KIND:
-    return _existing(cfg, path, say)
+    return _existing(cfg, path)
   atomic_files.check_replaceable(path, manifest_lib.KIND, ("manifest.json", "encoders", USERS, shard_files.TFDS_NAME))
   identity = {"format": FORMAT_VERSION, "data_hash": cfg.data_hash(), "files": input_files(cfg), "by": engine.name}
   identity = json.loads(json.dumps(identity))
 
   def resume(work: pathlib.Path) -> bool:
     same = _state(work) == identity
-    say(f"going on in {work}" if same else f"removing {work}, left by another preparation that did not finish")
+    logger.info(f"going on in {work}" if same else f"removing {work}, left by another preparation that did not finish")
     return same
 
   try:
     with atomic_files.replacing_directory(path, resume=resume) as work:
       (work / STATE).write_text(json.dumps(identity))
-      return _prepare_into(cfg, work, engine, say)
+      return _prepare_into(cfg, work, engine)
   except concurrent.futures.process.BrokenProcessPool as error:
     raise DataError(
       "a process that writes shards ended before its time, most likely for want of memory: lower config.data.memory. "
@@ -136,22 +135,22 @@ def _state(work: pathlib.Path) -> Any:
     return None
 
 
-def _existing(cfg: config.Config, path: pathlib.Path, say: Say) -> dict[str, Any]:
+def _existing(cfg: config.Config, path: pathlib.Path) -> dict[str, Any]:
   dataset = Dataset(path)
   dataset.check_matches(cfg)
   dataset.check_files()
-  say(f"{path} is already prepared from this configuration; --overwrite prepares it again")
+  logger.info(f"{path} is already prepared from this configuration; --overwrite prepares it again")
   return dataset.manifest
 
 
-def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: Say) -> dict[str, Any]:
+def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dict[str, Any]:
   begun = clock.monotonic()
   files = input_files(cfg)
   scratch = work / "scratch"
   scratch.mkdir(exist_ok=True)
   user_labels = read_user_labels(cfg)
-  say(f"reading {', '.join(cfg.data.sources)} …")
-  with engine.open(cfg, scratch, say) as log:
+  logger.info(f"reading {', '.join(cfg.data.sources)} …")
+  with engine.open(cfg, scratch) as log:
     encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
     check_answerable(cfg, encoders)
     log_end = calendar.log_end(cfg.data.split, log.end)
@@ -161,7 +160,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: S
     maker = RecordMaker(cfg, encoders, times)
     plan = PreparationPlan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
     (work / shard_files.DIRECTORY).mkdir(parents=True, exist_ok=True)
-    written = engine.write(log, plan, work / shard_files.DIRECTORY, say)
+    written = engine.write(log, plan, work / shard_files.DIRECTORY)
     sizes = [s.users for s in written], sum(s.bytes for s in written)
     shard_files.write_info(work / shard_files.DIRECTORY, maker.parts, {shard_files.TFDS_SPLIT: sizes})
     with log.users() as users:
@@ -174,7 +173,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine, say: S
   shutil.rmtree(scratch)
   shard_files.remove_notes(work / shard_files.DIRECTORY)
   (work / STATE).unlink()
-  tally = maker.tally()
+  tally = maker.new_counts()
   for shard in written:
     tally.merge(shard.tally)
   facts = manifest_lib.LogSummary(counts, first, last, log_end, user_type)
@@ -230,18 +229,17 @@ class ThisMachine:
 
   name = "this machine"
 
-  def open(self, cfg: config.Config, scratch: pathlib.Path, say: Say) -> EventLog:
+  def open(self, cfg: config.Config, scratch: pathlib.Path) -> EventLog:
     """See `Engine`."""
-    del say
     return EventLog(cfg.data, scratch)
 
-  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path, say: Say) -> list[Shard]:
+  def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path) -> list[Shard]:
     """See `Engine`."""
     assert isinstance(log, EventLog)
     count = shard_files.count_shards(log.counts["events"], log.counts["users"])
     done = shard_files.finished_shards(directory, count)
     if done:
-      say(f"{len(done)} of {count} shards are there already")
+      logger.info(f"{len(done)} of {count} shards are there already")
 
     def tasks() -> Iterator[tuple[pathlib.Path, ShardRows]]:
       for index, users, rows in log.shards(plan.encoders, count, done):

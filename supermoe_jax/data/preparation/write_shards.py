@@ -57,7 +57,7 @@ class RecordMaker:
     own = times is None or cfg.data.split.snapshots != "calendar"
     self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
 
-  def tally(self) -> RecordCounts:
+  def new_counts(self) -> RecordCounts:
     """One that has counted nothing yet."""
     return RecordCounts(self.schema, self.tasks)
 
@@ -123,7 +123,7 @@ class ShardRows:
 
 def write_shard(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> Shard:
   """Writes a shard and its note."""
-  tally = maker.tally()
+  tally = maker.new_counts()
   block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
   with writing_shard(file) as out:
     out.write(maker(block, rows.labels, tally))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
-from supermoe_jax.data.encoding.vocabulary import ABSENT, FIRST_VALUE, UNKNOWN, Encoders, Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.data.tasks.kind import TaskKind
 from supermoe_jax.data.tasks.labels import (

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import FIRST_VALUE
 from supermoe_jax.data.encoding.histories import UserBlock, counts_before
-from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.data.tasks.kind import TaskKind
 from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, future_window

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from supermoe_jax.errors import RunError
 from supermoe_jax.training.checkpoints import checksums, reshard_tables
 from supermoe_jax.training.step import TrainState
 from supermoe_jax.training.task_statistics import TaskStatistics
+
+logger = processes.first_process_only(logging.getLogger(__name__))
 
 # The directory next to `checkpoints/` that keeps damaged checkpoints.
 DAMAGED = "damaged"
@@ -77,9 +80,9 @@ class _Found(NamedTuple):
 class Checkpoints:
   """A reader of the checkpoints of a run directory: it changes nothing there, so the run may be training."""
 
-  def __init__(self, workdir: pathlib.Path, say: Callable[[str], None] = print):
-    """Opens the checkpoints of `workdir`; `say` receives warnings about damaged ones."""
-    self.workdir, self.directory, self._say = workdir, (workdir / "checkpoints").absolute(), say
+  def __init__(self, workdir: pathlib.Path):
+    """Opens the checkpoints of `workdir`."""
+    self.workdir, self.directory = workdir, (workdir / "checkpoints").absolute()
     self.damaged: list[int] = []  # steps that were tried and could not be read
 
   @property
@@ -149,7 +152,7 @@ class Checkpoints:
         reason = f"{', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} not what was written"
       reasons.append(f"{step}: {reason}")
       self.damaged.append(step)
-      self._say(f"warning: checkpoint {step} of {self.directory} cannot be used ({reason})")
+      logger.warning(f"checkpoint {step} of {self.directory} cannot be used ({reason})")
     if not reasons:
       return None
     raise RunError(

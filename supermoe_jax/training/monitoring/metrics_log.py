@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pathlib
 import resource
 import sys
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from supermoe_jax.training import table_step
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.step_metrics import StepMetrics
+
+logger = processes.first_process_only(logging.getLogger(__name__))
 
 # The part of a row of `metrics.jsonl` that depends on the machine; the rest is the same if a run was cut and resumed.
 SPEED = "speed"
@@ -39,11 +42,11 @@ class MetricsLog:
     workdir: pathlib.Path,
     step: int,
     cfg: config.Config,
-    say: Callable[[str], None] | None,
+    progress: bool,
     waiting: Sequence[Any] = (),
     flops: float = 0.0,
   ):
-    """Opens the log of a run at `step`, whose checkpoint held `waiting`; with `say` None it only writes files.
+    """Opens the log of a run at `step`, whose checkpoint held `waiting`; without `progress` it only writes files.
 
     Only the first of several hosts writes files and messages. `flops` is the model's FLOPs for a token in training.
     """
@@ -54,7 +57,7 @@ class MetricsLog:
     self._rows, self._compiled = cfg.train.batch_rows, False
     self._last: jax.Array | None = None  # the loss of the last step that was begun
     self._warned: set[tuple[str, str]] = set()
-    self._say = say if processes.is_first() else None
+    self._progress = progress
     self._terminal = sys.stderr.isatty()
     self._board: SummaryWriter | None = None
     if processes.is_first():
@@ -66,7 +69,7 @@ class MetricsLog:
       desc="training",
       unit=" steps",
       dynamic_ncols=True,
-      disable=not self._terminal or self._say is None,
+      disable=not (self._terminal and progress and processes.is_first()),
     )
     self.begin()
 
@@ -131,8 +134,8 @@ class MetricsLog:
     self.scalars(step, _scalars(row))
     line = _line(row)
     self._bar.set_postfix_str(line)
-    if not self._terminal and self._say is not None:
-      self._say(f"step {step}/{self._steps} {line}")
+    if not self._terminal and self._progress:
+      logger.info(f"step {step}/{self._steps} {line}")
     return row
 
   def _fetched(self) -> list[StepMetrics]:
@@ -163,9 +166,9 @@ class MetricsLog:
     }
     for name, found in counts.items():
       for kind, reason in reasons.items():
-        if found[kind] and (name, kind) not in self._warned and self._say is not None:
+        if found[kind] and (name, kind) not in self._warned and self._progress:
           self._warned.add((name, kind))
-          self._say(f"warning: table {name}: {found[kind]:,} {reason}")
+          logger.warning(f"table {name}: {found[kind]:,} {reason}")
 
 
 def memory_gib() -> float | None:

@@ -24,7 +24,6 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.preparation import prepare
 from tests.fixtures.grids import quick_few
-from tests.fixtures.new_visits import QUIET
 from tests.fixtures.random_logs import (
   TEMPORAL,
   USERS,
@@ -88,12 +87,12 @@ def appended(folder: pathlib.Path, case: Case, way: str, parts: list[Any], **set
   folder.mkdir()
   write_case(folder, case)
   cfg = whole_config(folder, case, way, (1,))
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   for number, (views, buys) in enumerate(parts, 3):
     write_rows(folder, case, number, views, buys)
     files = {"views": [str(folder / f"views-{number}-*.{case.formats[0]}")]}
     files |= {"buys": [str(folder / f"buys-{number}.{case.formats[1]}")]}
-    append.append(pathlib.Path(cfg.data.path), files, **settings, **QUIET)
+    append.append(pathlib.Path(cfg.data.path), files, **settings)
   return Dataset(cfg.data.path)
 
 
@@ -107,7 +106,7 @@ def at_once(folder: pathlib.Path, case: Case, way: str, parts: list[Any], encode
   with pytest.MonkeyPatch.context() as patch:
     if encoders is not None:
       patch.setattr(prepare, "_encoders", lambda log, cfg, labels, path: saved(encoders, path))
-    prepare.prepare(cfg, **QUIET)
+    prepare.prepare(cfg)
   return Dataset(cfg.data.path)
 
 

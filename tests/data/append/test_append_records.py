@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.batch import UNKNOWN
 from supermoe_jax.data.append import append
 from supermoe_jax.data.check import check
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.encoding.vocabulary import UNKNOWN
 from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.preparation import prepare
-from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.new_visits import write_visits
 from tests.fixtures.small_log import raw_config as small_config
 from tests.fixtures.small_log import write_log
 
@@ -28,7 +28,7 @@ def test_only_users_with_new_events_are_written_anew(appendable: config.Config, 
   old = {before[i]["user"]: before[i] for i in range(len(before))}
   encoding = before.manifest["encoding_hash"]
   files = {f.name: (f.stat().st_ino, f.read_bytes()) for f in (path / shard_files.DIRECTORY).glob("*.array_record-*")}
-  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
+  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]})
   now = {f.name: (f.stat().st_ino, f.read_bytes()) for f in (path / shard_files.DIRECTORY).glob("*.array_record-*")}
   assert files.items() <= now.items() and len(now) == len(files) + 1
   after = Dataset(path)
@@ -60,9 +60,9 @@ def test_labels_that_are_observed_now_are_written_of_users_without_new_events(tm
   raw = small_config(tmp_path)
   raw["data"]["split"]["test"] = ["2024-06-15"]  # so late that no window of a label ends before the log does
   cfg = config.resolve(raw)
-  assert prepare.prepare(cfg, **QUIET)["labels"]["quiet"]["test"]["known"] == 0
+  assert prepare.prepare(cfg)["labels"]["quiet"]["test"]["known"] == 0
   path = pathlib.Path(cfg.data.path)
-  manifest = append.append(path, {"visits": [write_visits(tmp_path, "x.parquet", 3, ["page0"], "2024-07-10")]}, **QUIET)
+  manifest = append.append(path, {"visits": [write_visits(tmp_path, "x.parquet", 3, ["page0"], "2024-07-10")]})
   after = Dataset(path)
   asked = [after[i]["user"] for i in range(12) if (after[i]["snapshot_split"] == 2).any()]
   assert manifest["labels"]["quiet"]["test"]["known"] == len(asked) > 9
@@ -74,7 +74,7 @@ def test_only_whom_a_later_end_concerns_is_looked_at(tmp_path: pathlib.Path) -> 
   """A log that goes on after every label window concerns the user of its last event, which no period held before."""
   write_log(tmp_path, users=12)
   cfg = config.resolve(small_config(tmp_path))
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   path = pathlib.Path(cfg.data.path)
   before = Dataset(path)
   last = before.manifest["last_event_microseconds"]
@@ -85,7 +85,7 @@ def test_only_whom_a_later_end_concerns_is_looked_at(tmp_path: pathlib.Path) -> 
   with pytest.MonkeyPatch.context() as patch:
     contents = Dataset.contents
     patch.setattr(Dataset, "contents", lambda self, places: [*map(read.append, places)] and contents(self, places))
-    append.append(path, {"visits": [write_visits(tmp_path, "x.parquet", int(other), ["page0"], "2024-07-10")]}, **QUIET)
+    append.append(path, {"visits": [write_visits(tmp_path, "x.parquet", int(other), ["page0"], "2024-07-10")]})
   assert {before[i]["user"] for i in set(read)} == at_end | {other}
   assert dataset_users(path)[other] == np.datetime64("2024-07-10", "us").astype(np.int64)
   check.check_dataset(path, sample=12)
@@ -116,10 +116,8 @@ def test_events_are_repeats_only_if_their_values_are_known_to_be_equal(
   raw["data"]["sources"]["visits"]["files"].append(write_visits(tmp_path, "day.parquet", 3, pages))
   raw["tasks"] = {"quiet": raw["tasks"]["quiet"]}
   cfg = config.resolve(raw)
-  events = prepare.prepare(cfg, **QUIET)["events"]
-  again = append.append(
-    pathlib.Path(cfg.data.path), {"visits": [write_visits(tmp_path, "new.parquet", 3, pages)]}, **QUIET
-  )
+  events = prepare.prepare(cfg)["events"]
+  again = append.append(pathlib.Path(cfg.data.path), {"visits": [write_visits(tmp_path, "new.parquet", 3, pages)]})
   assert again["appends"][0]["repeats_of_earlier_events"] == repeats
   assert again["events"] == events + len(pages) - repeats
 
@@ -133,7 +131,7 @@ def test_new_values_of_training_follow_the_old_ones_and_others_stay_unknown(
   pages = ["new b", "new a", "new a", "page0", "new b", "new c"]
   file = write_visits(tmp_path, "late.parquet", 3, pages, "2024-02-02")
   later = write_visits(tmp_path, "later.parquet", 4, ["later"], "2024-06-20")
-  manifest = append.append(path, {"visits": [file, later]}, **QUIET)
+  manifest = append.append(path, {"visits": [file, later]})
   after = Dataset(path)
   page = after.encoders.categorical["page"]
   assert page.values == [*before.values, "new a", "new b", "new c"]
@@ -163,9 +161,9 @@ def test_what_others_had_before_a_value_had_a_code_stays_unknown_and_is_right(tm
   raw["data"]["sources"]["visits"]["files"] += files
   raw["data"]["split"]["test"] = ["2024-06-20"]
   cfg = config.resolve(raw)
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   path = pathlib.Path(cfg.data.path)
-  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["rare"] * 2, "2024-02-02")]}, **QUIET)
+  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["rare"] * 2, "2024-02-02")]})
   after = Dataset(path)
   records = {after[i]["user"]: after[i] for i in range(len(after))}
   assert after.encoders.categorical["page"].code("rare") > UNKNOWN
@@ -184,10 +182,10 @@ def test_the_rule_of_fitting_decides_which_new_values_get_a_code(
   as_many_as_there_are = len(Dataset(few_users / "dataset").encoders.categorical["page"].values)
   raw["data"]["fields"]["page"][setting] = {"min_count": 2, "size": as_many_as_there_are}[setting]
   cfg = config.resolve(raw)
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   pages = ["new b", "new a", "new a", "new b", "new c"]
   file = write_visits(tmp_path, "late.parquet", 3, pages, "2024-02-02")
-  manifest = append.append(pathlib.Path(cfg.data.path), {"visits": [file]}, **QUIET)
+  manifest = append.append(pathlib.Path(cfg.data.path), {"visits": [file]})
   values = manifest["appends"][0]["vocabularies"]["page"]
   assert (values["added"], values["left_out"]) == (3 - left_out, left_out)
 
@@ -196,6 +194,6 @@ def test_with_kept_vocabularies_models_stay_of_use(appendable: config.Config, tm
   path = pathlib.Path(appendable.data.path)
   before = Dataset(path).manifest["encoding_hash"]
   file = write_visits(tmp_path, "late.parquet", 3, ["new"], "2024-02-02")
-  manifest = append.append(path, {"visits": [file]}, keep_vocabularies=True, **QUIET)
+  manifest = append.append(path, {"visits": [file]}, keep_vocabularies=True)
   assert manifest["appends"][0]["vocabularies"]["page"] == {"added": 0, "first": [], "left_out": 1}
   assert manifest["encoding_hash"] == before

@@ -15,7 +15,8 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding import splits
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.errors import ConfigError, DataError
-from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.messages import messages
+from tests.fixtures.new_visits import write_visits
 from tests.fixtures.small_log import raw_config as small_config
 from tests.fixtures.small_log import write_log
 
@@ -23,13 +24,13 @@ from tests.fixtures.small_log import write_log
 def test_a_file_is_not_appended_twice(appendable: config.Config, tmp_path: pathlib.Path) -> None:
   path = pathlib.Path(appendable.data.path)
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
-  append.append(path, {"visits": [file]}, **QUIET)
+  append.append(path, {"visits": [file]})
   with pytest.raises(DataError, match=r"day.parquet is part of .* already; its rows would count twice"):
-    append.append(path, {"visits": [file]}, **QUIET)
+    append.append(path, {"visits": [file]})
   with pytest.raises(DataError, match="no file is new"):
-    append.append(path, **QUIET)
+    append.append(path)
   with pytest.raises(ConfigError, match="has no source 'visit'; did you mean 'visits'"):
-    append.append(path, {"visit": [file]}, **QUIET)
+    append.append(path, {"visit": [file]})
 
 
 def test_a_file_is_the_same_by_whatever_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,17 +40,17 @@ def test_a_file_is_the_same_by_whatever_name(tmp_path: pathlib.Path, monkeypatch
   raw["data"]["sources"]["visits"]["files"] = ["visits*.parquet"]
   raw["data"]["split"]["log_end"] = "2024-09-01"
   cfg = config.resolve(raw)
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   path = pathlib.Path(cfg.data.path)
   (tmp_path / "link.parquet").symlink_to(tmp_path / "visits.parquet")
   for name in (str(tmp_path / "visits.parquet"), "./visits.parquet", "link.parquet"):
     with pytest.raises(DataError, match="already; its rows would count twice"):
-      append.append(path, {"visits": [name]}, **QUIET)
-  append.append(path, {"visits": [write_visits(tmp_path, "visits-2.parquet", 3, ["page0"])]}, **QUIET)
+      append.append(path, {"visits": [name]})
+  append.append(path, {"visits": [write_visits(tmp_path, "visits-2.parquet", 3, ["page0"])]})
   assert Dataset(path).config.data.sources["visits"].files == ("visits*.parquet",)
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
   with pytest.raises(DataError, match=r"day.parquet is named twice"):
-    append.append(path, {"visits": [file, "day.parquet"]}, **QUIET)
+    append.append(path, {"visits": [file, "day.parquet"]})
 
 
 def test_every_name_has_to_be_that_of_a_file(appendable: config.Config, tmp_path: pathlib.Path) -> None:
@@ -57,7 +58,7 @@ def test_every_name_has_to_be_that_of_a_file(appendable: config.Config, tmp_path
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
   for files in ({"visits": [file, str(tmp_path / "dya.parquet")]}, {"visits": [file], "buys": [str(tmp_path / "x*")]}):
     with pytest.raises(DataError, match=r"dya.parquet: no such file; did you mean 'day.parquet'|matches no file"):
-      append.append(path, files, **QUIET)
+      append.append(path, files)
   assert "appends" not in Dataset(path).manifest
 
 
@@ -67,9 +68,9 @@ def test_globs_over_folders_in_folders_are_followed(appendable: config.Config, t
     (tmp_path / folder).mkdir()
     write_visits(tmp_path, f"{folder}/day.parquet", 3, ["page0"])
   pattern = str(tmp_path / "new/**/*.parquet")
-  assert append.append(path, {"visits": [pattern]}, **QUIET)["appends"][0]["events"] == 3
+  assert append.append(path, {"visits": [pattern]})["appends"][0]["events"] == 3
   with pytest.raises(DataError, match="already; its rows would count twice"):
-    append.append(path, {"visits": [str(tmp_path / "new/day.parquet")]}, **QUIET)
+    append.append(path, {"visits": [str(tmp_path / "new/day.parquet")]})
 
 
 def test_another_table_of_users_is_an_error(appendable: config.Config, tmp_path: pathlib.Path) -> None:
@@ -79,7 +80,7 @@ def test_another_table_of_users_is_an_error(appendable: config.Config, tmp_path:
   table.write_bytes(content + b" ")
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
   with pytest.raises(DataError, match="the table of users has changed"):
-    append.append(pathlib.Path(appendable.data.path), {"visits": [file]}, **QUIET)
+    append.append(pathlib.Path(appendable.data.path), {"visits": [file]})
 
 
 def test_files_that_a_pattern_matches_by_now_are_found_and_training_goes_on(tmp_path: pathlib.Path) -> None:
@@ -89,10 +90,10 @@ def test_files_that_a_pattern_matches_by_now_are_found_and_training_goes_on(tmp_
   first = pathlib.Path(raw["data"]["sources"]["visits"]["files"][0])
   raw["data"]["sources"]["visits"]["files"] = [str(first.with_name("visits*.parquet"))]
   cfg = config.resolve(raw)
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   write_visits(tmp_path, "visits-2024-06-20.parquet", 77, ["page0", "page1"])
   with pytest.raises(DataError, match="supermoe append"):
-    prepare.prepare(cfg, **QUIET)
+    prepare.prepare(cfg)
   assert cli.main(["append", "--data", cfg.data.path]) == 0
   after = Dataset(cfg.data.path)
   after.check_matches(cfg)
@@ -125,13 +126,13 @@ def test_a_table_of_items_is_read_as_it_is_now_and_that_is_said(tmp_path: pathli
   raw["data"]["fields"]["topic"] = {"sources": ["visits"]}
   raw["data"]["split"]["log_end"] = "2024-09-01"
   cfg = config.resolve(raw)
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   path = pathlib.Path(cfg.data.path)
   old = Dataset(path).encoders.categorical["topic"].code("old")
   pq.write_table(pa.table({"page": ["page0"], "topic": ["new"]}), tmp_path / "visits_items.parquet")
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"], "2024-02-02")
-  said: list[str] = []
-  manifest = append.append(path, {"visits": [file]}, say=said.append)
+  with messages() as said:
+    manifest = append.append(path, {"visits": [file]})
   assert manifest["appends"][0]["changed_item_tables"] == [str(tmp_path / "visits_items.parquet")]
   assert any("visits_items.parquet has changed" in text for text in said)
   after = Dataset(path)
@@ -141,6 +142,6 @@ def test_a_table_of_items_is_read_as_it_is_now_and_that_is_said(tmp_path: pathli
   at = record["time"] == np.datetime64("2024-02-02", "us").astype(np.int64)
   assert topics[at].tolist() == [new] and set(topics[~at].tolist()) == {0, old}
   pq.write_table(pa.table({"amount": ["1"], "topic": ["else"]}), tmp_path / "buys_items.parquet")
-  append.append(path, {"visits": [write_visits(tmp_path, "day2.parquet", 3, ["page0"])]}, **QUIET)
+  append.append(path, {"visits": [write_visits(tmp_path, "day2.parquet", 3, ["page0"])]})
   with pytest.raises(DataError, match=r"buys_items.parquet, which has changed"):
     Dataset(path).check_files()

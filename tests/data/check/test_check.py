@@ -177,7 +177,7 @@ def test_items_joined_and_bad_rows_dropped_are_derived_too(tmp_path: pathlib.Pat
       "brands": {"kind": "future_values", "field": "brand", "top": 3, "horizon_days": 5.0},
     },
   }
-  manifest = prepare.prepare(config.resolve(raw), say=lambda text: None)
+  manifest = prepare.prepare(config.resolve(raw))
   assert set(manifest["reading"]["dropped"]) == {"null_user", "unparsable_field_n"}
   compared = check.check_dataset(pathlib.Path(raw["data"]["path"]))
   assert {n: c.labels for n, c in compared.items()} == {

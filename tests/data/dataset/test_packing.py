@@ -89,14 +89,13 @@ def test_a_plan_places_every_user_once_an_epoch_with_other_neighbours_each(
 def test_a_plan_says_what_an_epoch_holds(dataset: Dataset, cfg: config.Config) -> None:
   few = packed(cfg, snapshots_per_row=4, batch_rows=1)
   few = dataclasses.replace(few, model=dataclasses.replace(few.model, max_events=100))
-  said: list[str] = []
-  stream = training_batches.training_batches(dataset, few, say=said.append)
+  stream = training_batches.training_batches(dataset, few)
   rows = len(packing.PackingPlan(packing.row_sizes(dataset, few), few, 0))
   asked = events = 0
   for batch in itertools.islice(stream, rows):
     asked += int(batch.features.query_valid.sum())
     events += int(batch.features.length.sum())
-  (text,) = said
+  text = stream.description
   assert f" in {rows:,} rows of 100 events; {1 - events / (100 * rows):.1%} of the positions are padding" in text
   assert f"an epoch asks at {asked:,} of the " in text and "raise config.train.snapshots_per_row for more" in text
 

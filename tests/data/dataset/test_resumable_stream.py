@@ -21,6 +21,7 @@ from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import resumable_stream, training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, DataError
+from tests.fixtures.messages import messages
 
 BATCH = 4  # rows of a batch, of all hosts
 
@@ -191,11 +192,11 @@ def test_batches_go_on_where_a_worker_died(
 
   monkeypatch.setattr(resumable_stream.BatchStream, "start", dying)
   monkeypatch.setattr(resumable_stream, "MOST_DEATHS", 2)
-  said: list[str] = []
-  worked = iter(training_batches.training_batches(dataset, cfg, workers=2, say=said.append))
+  worked = iter(training_batches.training_batches(dataset, cfg, workers=2))
   alone = start(worked._stream, 0, 0)
-  for _ in range(9):
-    assert_equal(next(worked), next(alone))
+  with messages() as said:
+    for _ in range(9):
+      assert_equal(next(worked), next(alone))
   assert started == [(0, 2), (3, 2), (6, 2)]
   assert len(said) == 2 and all("a worker that makes batches died" in s and "take up its work" in s for s in said)
   with pytest.raises(DataError, match=r"died 3 times \(.* exit code -9\).*lower config\.train\.workers=2"):
@@ -226,14 +227,14 @@ def kill_a_worker() -> None:
 def test_when_a_worker_dies_others_take_up_its_work(
   dataset: Dataset, cfg: config.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  said: list[str] = []
   alone = iter(training_batches.training_batches(dataset, cfg))
-  worked = iter(training_batches.training_batches(dataset, cfg, workers=2, say=said.append))
+  worked = iter(training_batches.training_batches(dataset, cfg, workers=2))
   for _ in range(3):
     assert_equal(next(alone), next(worked))
-  kill_a_worker()
-  for _ in range(12):  # beyond what was made ahead
-    assert_equal(next(alone), next(worked))
+  with messages() as said:
+    kill_a_worker()
+    for _ in range(12):  # beyond what was made ahead
+      assert_equal(next(alone), next(worked))
   assert len(said) == 1 and "a worker that makes batches died" in said[0] and "take up its work" in said[0]
   monkeypatch.setattr(resumable_stream, "MOST_DEATHS", 1)
   kill_a_worker()

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.batch import Targets
+from supermoe_jax.batch import FIRST_VALUE, UNKNOWN, Targets
 from supermoe_jax.data.dataset import snapshot_batches, training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.supervision import Supervision, count_spaces, join_targets
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.splits import SPLITS, TEST, TRAIN
-from supermoe_jax.data.encoding.vocabulary import FIRST_VALUE, UNKNOWN
 from tests.fixtures.every_kind_log import SEGMENTS, M
 
 Site = tuple[float, float] | None  # value and weight; None unknown

@@ -129,7 +129,7 @@ def test_held_out_users_are_not_among_the_training_rows(tmp_path: pathlib.Path) 
   write_log(tmp_path, users=30)
   raw = raw_config(tmp_path)
   raw["data"]["split"] = {"mode": "user", "every_days": 30.0, "user_validation": 0.3, "user_test": 0.3}
-  prepare.prepare(config.resolve(raw), say=lambda text: None)
+  prepare.prepare(config.resolve(raw))
   for packing in (False, True):
     raw["train"]["packing"] = packing
     cfg = config.resolve(raw)

@@ -71,7 +71,7 @@ def test_counting_the_values_of_a_hidden_field_is_an_error(folder: pathlib.Path,
   raw["data"]["path"] = str(tmp_path / "dataset")
   raw["data"]["aggregates"]["fields"] = ["click"]
   with pytest.raises(ConfigError, match=r"aggregates\.fields holds 'click', which the model must not see"):
-    prepare.prepare(config.resolve(raw), say=lambda text: None)
+    prepare.prepare(config.resolve(raw))
 
 
 # ------------------------------------------------------------------------------------------------------------- contrast

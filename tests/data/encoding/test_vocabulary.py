@@ -6,18 +6,10 @@ import numpy as np
 import pytest
 
 from supermoe_jax import config
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.config import hashing
 from supermoe_jax.data.encoding.numeric import Numeric
-from supermoe_jax.data.encoding.vocabulary import (
-  ABSENT,
-  FIRST_VALUE,
-  UNKNOWN,
-  Classes,
-  Encoders,
-  Hashing,
-  Vocabulary,
-  _bucket,
-)
+from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Hashing, Vocabulary, _bucket
 from supermoe_jax.data.preparation import fitting
 from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.event_rows import histories

@@ -13,7 +13,7 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.format import integrity
 from supermoe_jax.errors import DataError
 from tests.fixtures import scripts
-from tests.fixtures.new_visits import QUIET, write_visits
+from tests.fixtures.new_visits import write_visits
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_damage_is_noticed_or_harmless(
 ) -> None:
   """Of a dataset that was appended to: only then is the table of users read."""
   path = pathlib.Path(appendable.data.path)
-  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]}, **QUIET)
+  append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 3, ["page0"])]})
   found = corruption.trials(path, trials)
   assert {outcome for _, _, outcome in found} <= {"error", "unchanged"}
   noticed = {(kind, what) for kind, what, outcome in found if outcome == "error"}

@@ -47,7 +47,7 @@ def test_a_misspelt_positive_value_of_an_event_label_is_named(folder: pathlib.Pa
   raw["tasks"]["click"]["positive"] = ["yess"]
   message = r"tasks\.click\.positive: 'yess' never occurs .* field 'click'.*did you mean 'yes'\? \(it holds 'no', 'yes'"
   with pytest.raises(DataError, match=message):
-    prepare.prepare(config.resolve(raw), say=lambda text: None)
+    prepare.prepare(config.resolve(raw))
 
 
 def test_a_sample_space_over_classes_that_are_no_numbers_is_an_error(
@@ -57,7 +57,7 @@ def test_a_sample_space_over_classes_that_are_no_numbers_is_an_error(
   raw["data"]["path"] = str(tmp_path / "dataset")
   raw["tasks"]["age"]["sample_space"] = "segment == 1"
   with pytest.raises(ConfigError, match="the classes of segment are not all numbers"):
-    prepare.prepare(config.resolve(raw), say=lambda text: None)
+    prepare.prepare(config.resolve(raw))
 
 
 def test_leave_one_out_knows_user_and_event_labels(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -65,7 +65,7 @@ def test_leave_one_out_knows_user_and_event_labels(folder: pathlib.Path, tmp_pat
   raw["data"] |= {"path": str(tmp_path / "dataset"), "split": {"mode": "leave_one_out"}}
   raw["tasks"] = {n: raw["tasks"][n] for n in ("next_item", "click", "paid", "age")}
   cfg = config.resolve(raw)
-  manifest = prepare.prepare(cfg, say=lambda text: None)
+  manifest = prepare.prepare(cfg)
   assert all(manifest["labels"][n][s]["known"] for n in ("click", "paid", "age") for s in ("train", "test"))
   for batch in snapshot_batches.query_batches(Dataset(cfg.data.path), cfg, split=TEST):
     assert not batch.labels["click"].known[:, 1:].any()

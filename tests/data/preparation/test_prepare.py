@@ -14,6 +14,7 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.dataset_copies import contents, facts, moved
+from tests.fixtures.messages import messages
 
 
 def test_the_manifest_counts_what_the_records_hold(dataset: Dataset) -> None:
@@ -54,8 +55,8 @@ def test_preparing_again_gives_the_same_bytes_in_an_empty_directory_too(appendab
 
 
 def test_a_prepared_dataset_is_kept_and_another_config_is_an_error(appendable: config.Config) -> None:
-  said: list[str] = []
-  prepare.prepare(appendable, say=said.append)
+  with messages() as said:
+    prepare.prepare(appendable)
   assert "already prepared" in said[0]
   other = config.override(appendable, ["--config.tasks.quiet.horizon_days=7"])
   with pytest.raises(DataError, match=r"tasks\.quiet\.horizon_days: 14\.0 → 7\.0.*--overwrite"):
@@ -107,8 +108,8 @@ def test_a_half_written_dataset_is_not_a_dataset(appendable: config.Config) -> N
 def test_what_another_cut_preparation_left_is_removed_and_said(unprepared: config.Config) -> None:
   left = pathlib.Path(unprepared.data.path).with_name("dataset.incomplete")
   left.mkdir()
-  said: list[str] = []
-  prepare.prepare(unprepared, say=said.append)
+  with messages() as said:
+    prepare.prepare(unprepared)
   assert "did not finish" in said[0] and not left.exists()
 
 

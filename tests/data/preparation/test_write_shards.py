@@ -19,7 +19,6 @@ from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.preparation import prepare, write_shards
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import contents, facts, moved
-from tests.fixtures.new_visits import QUIET
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def test_the_number_of_shards_changes_no_record_and_no_statistic(
 ) -> None:
   monkeypatch.setattr(shard_files, "SHARD_EVENTS", 100)
   other = moved(appendable, "other")
-  prepare.prepare(other, **QUIET)
+  prepare.prepare(other)
   a, b = Dataset(appendable.data.path), Dataset(other.data.path)
   assert len(a) == len(b) and len(a.manifest["shards"]) == 1 and len(b.manifest["shards"]) >= 4
   for i in range(len(a)):
@@ -53,7 +52,7 @@ def test_the_number_of_processes_changes_no_byte(unprepared: config.Config, monk
   for number in (1, 2):
     monkeypatch.setattr(write_shards, "count_writers", lambda count, number=number: number)
     cfg = moved(unprepared, str(number))
-    prepare.prepare(cfg, **QUIET)
+    prepare.prepare(cfg)
     found.append((contents(cfg.data.path), facts(cfg.data.path)))
   assert found[0] == found[1]
 
@@ -73,7 +72,7 @@ def test_a_dataset_of_more_shards_than_files_may_be_open_is_read(
 ) -> None:
   cfg = unprepared
   monkeypatch.setattr(shard_files, "SHARD_EVENTS", 5)
-  prepare.prepare(cfg, **QUIET)
+  prepare.prepare(cfg)
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
   try:
     leave_free(8)

@@ -135,7 +135,7 @@ def dataset(tmp_path, write, **field):
     "split": {"mode": "leave_one_out"},
   }
   cfg = config.resolve({"data": raw, "tasks": {"next": {"kind": "next_event", "field": "item"}}})
-  return prepare.prepare(cfg, say=lambda text: None), Dataset(tmp_path / "dataset")
+  return prepare.prepare(cfg), Dataset(tmp_path / "dataset")
 
 
 def test_a_dataset_holds_the_further_values_and_counts_those_cut(tmp_path, write):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from tqdm import tqdm
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.layers import dispatch
 from supermoe_jax.layers.moe import MoE, MoEOutput
 from tests.fixtures import grids, scripts
@@ -27,7 +27,7 @@ def benchmark() -> types.ModuleType:
 @pytest.mark.slow
 def test_every_strategy_has_figures() -> None:
   moe_layer = benchmark()
-  mesh = sharding.make_mesh(config.Mesh(expert=1))
+  mesh = device_mesh.make_mesh(config.Mesh(expert=1))
   rows = moe_layer.measure(moe_layer.Size(64, 4, d=8, hidden=16, length=8), mesh, 2, tqdm(disable=True))
   on_one_device = set(dispatch.STRATEGIES) - {"all_to_all", "gather"}
   assert {r["strategy"] for r in rows} == {"mlp", "sorted, dropless", *on_one_device, *moe_layer.RIVALS}
@@ -40,7 +40,7 @@ def test_every_strategy_has_figures() -> None:
 
 def test_what_is_not_measured_has_a_reason_in_the_table() -> None:
   moe_layer = benchmark()
-  with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=2))):
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(expert=2))):
     reasons = {v: moe_layer.why_not(v, moe_layer.Size(64, 4)) for v in moe_layer.VARIANTS}
   assert {v for v, reason in reasons.items() if reason} == {"ragged"}
   row = {"strategy": "ragged", "experts": 4, "not_measured": reasons["ragged"]}

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.errors import RunError
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoints import checksums
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState
+from tests.fixtures.messages import messages
 from tests.fixtures.small_state import state
 
 
@@ -68,8 +69,8 @@ def states() -> States:
 
 def assert_read(folder: pathlib.Path, states: States, damaged: str) -> int:
   """What is read is what was written, of the newest checkpoint or, which is said, of the one before; returns which."""
-  said: list[str] = []
-  found = Checkpoints(folder, said.append).restore(states.fresh)
+  with messages() as said:
+    found = Checkpoints(folder).restore(states.fresh)
   assert found is not None
   step = int(found.state.step)
   assert (step == 1) == any("checkpoint 2 of" in line and "cannot be used" in line for line in said), damaged
@@ -125,7 +126,7 @@ def test_without_a_whole_checkpoint_a_run_is_an_error_and_nothing_is_overwritten
     truncate(copy / "checkpoints" / step / "run" / "metadata")
   before = {p: p.read_bytes() for p in files(copy)}
   with pytest.raises(RunError, match=r"no checkpoint of .* can be used \(12: .*; 8: .*\).*nothing was changed"):
-    loop.train(cfg, copy, say=lambda _: None)
+    loop.train(cfg, copy)
   with pytest.raises(RunError, match="no checkpoint of"):
     Run(copy)
   assert {p: p.read_bytes() for p in files(copy)} == before
@@ -155,7 +156,7 @@ def test_one_changed_bit_changes_a_digest(dtype: str) -> None:
 
 def test_a_digest_knows_the_place_of_a_value_and_not_the_mesh() -> None:
   value = jnp.arange(64.0).reshape(8, 8)
-  mesh = sharding.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
+  mesh = device_mesh.make_mesh(config.Mesh(data=2, expert=2, tensor=2))
   layout = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows"))
   assert checksums.array_checksums([value]) == checksums.array_checksums([jax.device_put(value, layout)])
   assert checksums.array_checksums([value]) != checksums.array_checksums([value.T])

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from supermoe_jax import config, sharding
+from supermoe_jax import config, device_mesh
 from supermoe_jax.data.append import append
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -40,7 +40,7 @@ def untrained(cfg: config.Config, workdir: pathlib.Path) -> None:
   claim_directory(workdir, cfg)
   dataset = Dataset(cfg.data.path)
   check_encoding(workdir, dataset, create=True)
-  _, state = create_state(cfg, dataset.schema, sharding.make_mesh(cfg.train.mesh))
+  _, state = create_state(cfg, dataset.schema, device_mesh.make_mesh(cfg.train.mesh))
   measured = dict.fromkeys(cfg.active_tasks, TaskStatistics(1.0, 1.0))
   with CheckpointWriter(workdir, cfg.train) as writer:
     writer.save(1, state, {}, measured)
@@ -57,7 +57,7 @@ def assert_grown(cfg: config.Config, folder: pathlib.Path) -> Run:
   time = np.datetime64("2024-04-20", "us") + np.arange(3)
   columns = {"user": [3] * 3, "time": time, "page": pages, "device": ["web"] * 3, "seconds": [1.0] * 3}
   pq.write_table(pa.table(columns), folder / "visits-day.parquet")
-  append.append(pathlib.Path(cfg.data.path), say=lambda text: None)
+  append.append(pathlib.Path(cfg.data.path))
 
   after = Run(folder / "run")
   grown = after.catalogue("next_page")

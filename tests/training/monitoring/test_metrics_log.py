@@ -74,15 +74,15 @@ def test_a_row_holds_the_same_steps_whether_or_not_the_log_was_closed_between_th
     steps = [s._replace(**empty) for s in steps]
   for name in ("whole", "cut"):
     (tmp_path / name).mkdir()
-  with MetricsLog(tmp_path / "whole", 0, cfg, None) as log:
+  with MetricsLog(tmp_path / "whole", 0, cfg, False) as log:
     for i, metrics in enumerate(steps, 1):
       log.add(i, metrics)
-  with MetricsLog(tmp_path / "cut", 0, cfg, None) as log:
+  with MetricsLog(tmp_path / "cut", 0, cfg, False) as log:
     for i in range(1, 7):
       log.add(i, steps[i - 1])
       if i == 3:
         waiting = json.loads(json.dumps(log.waiting()))
-  with MetricsLog(tmp_path / "cut", 3, cfg, None, waiting) as log:
+  with MetricsLog(tmp_path / "cut", 3, cfg, False, waiting) as log:
     for i in range(4, 10):
       log.add(i, steps[i - 1])
   whole, cut = ([json.loads(r) for r in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "cut"))
@@ -103,7 +103,7 @@ def test_a_batch_is_waited_for_only_while_the_device_has_nothing_to_do(
     def is_ready(self) -> bool:
       return self.ready
 
-  with MetricsLog(tmp_path, 0, config.Config(train=config.Train(log_every=3, steps=3)), None) as log:
+  with MetricsLog(tmp_path, 0, config.Config(train=config.Train(log_every=3, steps=3)), False) as log:
     log.add(1, step(1, 1))
     log.add(2, step(1, 1)._replace(loss=np.ones(()).view(Loss)))
     with log.taking_input():

@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from supermoe_jax.evaluation import intervals, metrics
+from supermoe_jax.evaluation import influence, intervals, metrics
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
-from supermoe_jax.evaluation.intervals import Scored
+from supermoe_jax.evaluation.influence import Scored
 
 
 def labelled(n: int = 400, users: int = 120, seed: int = 0):
@@ -23,7 +23,7 @@ def labelled(n: int = 400, users: int = 120, seed: int = 0):
 
 def test_the_variance_of_an_area_is_delongs_where_each_user_has_one_label() -> None:
   value, answer, _ = labelled()
-  found = intervals.area_influence(value > 0, answer)
+  found = influence.area_influence(value > 0, answer)
   assert found is not None
   ones, zeros = answer[value > 0], answer[value == 0]
   wins = (ones[:, None] > zeros) + 0.5 * (ones[:, None] == zeros)
@@ -47,13 +47,13 @@ def test_an_interval_is_about_as_wide_as_by_resampling_users(form: str) -> None:
     answer = np.where(rng.random(len(answer)) < 0.1, np.inf, np.ceil(np.exp(answer)))
 
   def measured(where: np.ndarray) -> float:
-    found = intervals.influence(Scored(form, value[where], answer[where], 10))
+    found = influence.influence(Scored(form, value[where], answer[where], 10))
     assert found is not None
     return found.value
 
-  whole = intervals.influence(Scored(form, value, answer, 10))
+  whole = influence.influence(Scored(form, value, answer, 10))
   assert whole is not None
-  low, high = intervals.user_interval(form, whole, user)
+  low, high = influence.user_interval(form, whole, user)
   assert low < whole.value < high
   of = [np.flatnonzero(user == u) for u in np.unique(user)]
   again = [measured(np.concatenate([of[i] for i in rng.integers(0, len(of), len(of))])) for _ in range(400)]
@@ -76,7 +76,7 @@ def test_the_values_are_those_of_the_metrics() -> None:
     ("multilabel", "mean_auc"): (many, odds, metrics.multi_label_metrics(many, odds)),
   }
   for (form, metric), (label, said, wanted) in given.items():
-    found = intervals.influence(Scored(form, label, said, 10))
+    found = influence.influence(Scored(form, label, said, 10))
     assert found is not None and found.value == pytest.approx(wanted[metric])
 
 
@@ -87,7 +87,7 @@ def test_of_a_hundred_intervals_about_ninety_five_hold_the_truth() -> None:
     kind = rng.random(80) < 0.3
     user = np.repeat(np.arange(80), rng.integers(1, 5, 80))
     answer = (rng.normal(size=80) * 0.8)[user] + rng.normal(size=len(user)) * 0.6 + kind[user]
-    low, high = intervals.user_interval("binary", intervals.area_influence(kind[user], answer), user)
+    low, high = influence.user_interval("binary", influence.area_influence(kind[user], answer), user)
     held += low < truth < high
   assert 0.92 <= held / 400 <= 0.98
 
@@ -95,8 +95,8 @@ def test_of_a_hundred_intervals_about_ninety_five_hold_the_truth() -> None:
 def test_labels_repeated_within_users_tell_nothing_new() -> None:
   value, answer, user = labelled()
   once, thrice = (
-    intervals.user_interval(
-      "binary", intervals.area_influence(np.tile(value, k) > 0, np.tile(answer, k)), np.tile(user, k)
+    influence.user_interval(
+      "binary", influence.area_influence(np.tile(value, k) > 0, np.tile(answer, k)), np.tile(user, k)
     )
     for k in (1, 3)
   )
@@ -105,20 +105,20 @@ def test_labels_repeated_within_users_tell_nothing_new() -> None:
 
 def test_a_difference_is_paired() -> None:
   value, answer, user = labelled()
-  one = intervals.area_influence(value > 0, answer)
-  alike = intervals.difference(one, intervals.area_influence(value > 0, 2 * answer + 1), user)
+  one = influence.area_influence(value > 0, answer)
+  alike = influence.difference(one, influence.area_influence(value > 0, 2 * answer + 1), user)
   assert alike == {"difference": 0.0, "interval": [0.0, 0.0]}
-  near = intervals.area_influence(value > 0, answer + np.random.default_rng(3).normal(size=len(answer)) * 0.3)
-  low, high = intervals.difference(one, near, user)["interval"]
-  alone = intervals.user_interval("binary", one, user)
+  near = influence.area_influence(value > 0, answer + np.random.default_rng(3).normal(size=len(answer)) * 0.3)
+  low, high = influence.difference(one, near, user)["interval"]
+  alone = influence.user_interval("binary", one, user)
   assert high - low < 0.5 * (alone[1] - alone[0])
 
 
 def test_of_a_mean_with_one_label_a_user_the_difference_is_students_paired_one() -> None:
   ranks = np.array([[1, 3, 2, 9, 30, 4, 1, 2], [2, 3, 1, 12, 10, 5, 4, 1]], float)
   gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
-  one, other = (intervals.influence(Scored("catalogue", r, r, 10)) for r in ranks)
-  found = intervals.difference(one, other, np.arange(8))
+  one, other = (influence.influence(Scored("catalogue", r, r, 10)) for r in ranks)
+  found = influence.difference(one, other, np.arange(8))
   assert found is not None
   wanted = stats.ttest_rel(*gains)
   assert found["difference"] == pytest.approx(gains[0].mean() - gains[1].mean())
@@ -128,13 +128,13 @@ def test_of_a_mean_with_one_label_a_user_the_difference_is_students_paired_one()
 def test_where_labels_tell_of_no_spread_there_is_no_interval() -> None:
   value = np.array([0.0, 0, 1, 1])
   users = np.arange(4)
-  assert intervals.area_influence(value == 2, value) is None
-  assert intervals.user_interval("binary", None, users) is None
-  assert intervals.user_interval("binary", intervals.area_influence(value > 0, value), users) is None  # an area of 1
+  assert influence.area_influence(value == 2, value) is None
+  assert influence.user_interval("binary", None, users) is None
+  assert influence.user_interval("binary", influence.area_influence(value > 0, value), users) is None  # an area of 1
   assert (
-    intervals.user_interval("binary", intervals.area_influence(value > 0, value[::-1] + users % 2), users * 0) is None
+    influence.user_interval("binary", influence.area_influence(value > 0, value[::-1] + users % 2), users * 0) is None
   )
-  assert intervals.user_interval("binary", intervals.area_influence(value > 0, value * 0), users) == pytest.approx(
+  assert influence.user_interval("binary", influence.area_influence(value > 0, value * 0), users) == pytest.approx(
     (0.5, 0.5)
   )
 
@@ -163,10 +163,10 @@ def answers() -> ScoredAnswers:
 
 def test_a_run_is_set_beside_each_baseline_and_ahead_of_it_is_above_zero(answers: ScoredAnswers) -> None:
   found = answers.with_intervals()
-  one, other = (intervals.area_influence(answers.value > 0, a) for a in (answers.run, answers.baselines["constant"]))
+  one, other = (influence.area_influence(answers.value > 0, a) for a in (answers.run, answers.baselines["constant"]))
   assert one is not None and other is not None and one.value > 0.6
   assert found["users"] == len(np.unique(answers.user)) < len(answers.user)
-  assert found["run"] == list(intervals.user_interval("binary", one, answers.user) or ())
+  assert found["run"] == list(influence.user_interval("binary", one, answers.user) or ())
   assert found["baselines"] == {"constant": [pytest.approx(0.5)] * 2}
   lead = found["differences"]["constant"]
   assert lead["difference"] == pytest.approx(one.value - 0.5)

@@ -1,0 +1,150 @@
+"""Training, and a trained run: evaluated, embedded, reported."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from supermoe_jax import config
+from supermoe_jax import progress as progress_lib
+from supermoe_jax.api.embeddings import Embeddings
+from supermoe_jax.embeddings import embed as embed_lib
+from supermoe_jax.evaluation import evaluate as evaluate_lib
+from supermoe_jax.evaluation.validation import validation_of
+from supermoe_jax.report.page import write_report
+from supermoe_jax.training import loop
+from supermoe_jax.training import run as run_lib
+
+
+class Evaluation:
+  """The metrics of a run's tasks, and those of simple baselines.
+
+  Attributes:
+    result: the content of `evaluation.json`.
+  """
+
+  def __init__(self, result: Mapping[str, Any]):
+    """Wraps the content of `evaluation.json`."""
+    self.result = result
+
+  def to_table(self) -> pa.Table:
+    """Returns all metrics as a table: `split, task, labels, model, metric, value, main`.
+
+    `model` is "supermoe" or a baseline; `main` marks the metric that stands for the task.
+    """
+    rows = []
+    for split, tasks in self.result["splits"].items():
+      for task, found in tasks.items():
+        for model, metrics in {"supermoe": found["metrics"], **found["baselines"]}.items():
+          for metric, value in metrics.items():
+            rows.append(
+              {
+                "split": split,
+                "task": task,
+                "labels": found["labels"],
+                "model": model,
+                "metric": metric,
+                "value": value,
+                "main": metric == self.result["main_metric"][task],
+              }
+            )
+    return pa.Table.from_pylist(rows, schema=_METRICS)
+
+  def __repr__(self) -> str:
+    return evaluate_lib.aligned_table(evaluate_lib.results_table(self.result))
+
+
+_METRICS = pa.schema(
+  {
+    "split": pa.string(),
+    "task": pa.string(),
+    "labels": pa.int64(),
+    "model": pa.string(),
+    "metric": pa.string(),
+    "value": pa.float64(),
+    "main": pa.bool_(),
+  }
+)
+
+
+class Run(run_lib.Run):
+  """A trained run: its config, dataset and parameters, at a checkpoint."""
+
+  def evaluate(self, *, progress: bool = False) -> Evaluation:
+    """Measures every task on validation and test snapshots, beside baselines, and writes `evaluation.json`.
+
+    Raises:
+      ConfigError: a split has no snapshot.
+    """
+    with progress_lib.shown(progress):
+      return Evaluation(evaluate_lib.evaluate(self, progress=progress))
+
+  def embed(
+    self,
+    as_of: str | Sequence[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    since: str | os.PathLike[str] | None = None,
+    columns: Sequence[str] = (),
+    dtype: str = "float32",
+    progress: bool = False,
+  ) -> Embeddings:
+    """Writes the embedding of every user with an event before a time.
+
+    Args:
+      as_of: a time such as "2024-06-01" (UTC), or several; "now", the end of the log; or "last", the moment after each
+        user's own last event.
+      out: the directory to write; by default `embeddings` in the run directory.
+      overwrite: whether to replace embeddings that are there.
+      since: an earlier directory of this run's embeddings; only users with new events are computed.
+      columns: columns of the table of users to carry along.
+      dtype: float32 or float16, of the vectors in the files.
+      progress: whether to show a bar.
+
+    Raises:
+      ConfigError: a time or a column cannot be used.
+      DataError: `out` holds something else, or the disk is full.
+    """
+    folder = self.workdir / "embeddings" if out is None else pathlib.Path(out)
+    times = [as_of] if isinstance(as_of, str) else list(as_of)
+    earlier = None if since is None else pathlib.Path(since)
+    with progress_lib.shown(progress):
+      embed_lib.embed(self, times, folder, overwrite=overwrite, since=earlier, columns=columns, dtype=dtype)
+    return Embeddings(folder)
+
+  def report(self) -> pathlib.Path:
+    """Writes the run's page `report.html` and returns its path."""
+    return write_report(self.workdir)
+
+  def __repr__(self) -> str:
+    tasks = ", ".join(self.cfg.active_tasks)
+    return (
+      f"Run({str(self.workdir)!r}: step {self.step:,} of {self.cfg.train.steps:,}, {len(self.dataset):,} users, "
+      f"width {self.cfg.model.d_model}, tasks {tasks})"
+    )
+
+
+def train(cfg: config.Config, workdir: str | os.PathLike[str], *, profile: bool = False, progress: bool = False) -> Run:
+  """Trains to `cfg.train.steps` and returns the run; the same call again goes on where the last one stopped.
+
+  Args:
+    cfg: the config, whose dataset is prepared.
+    workdir: the run directory.
+    profile: whether to write a trace of a few steps to `workdir/profile`.
+    progress: whether to show a bar.
+
+  Raises:
+    ConfigError: `config.train.validate.metric` is not a metric of its task.
+    DataError: there is no dataset, or it was prepared from another config.
+    RunError: `workdir` holds a run of another config, or one that cannot go on.
+    Stopped: a signal asked the run to stop; it is saved.
+  """
+  path = pathlib.Path(workdir)
+  with progress_lib.shown(progress):
+    loop.train(cfg, path, validation=validation_of(cfg), progress=progress, profile=profile)
+  return Run(path)

@@ -1,0 +1,259 @@
+"""The kinds of tasks, each declared by a few words; the docstring of each class says what its label is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from supermoe_jax.config.tasks.task import (
+  Answer,
+  LabelledTask,
+  Task,
+  require,
+  require_event_field,
+  require_following_events,
+  require_no_buckets,
+  require_single_values,
+  require_window,
+)
+from supermoe_jax.errors import nearest
+
+if TYPE_CHECKING:
+  from supermoe_jax.config.schema import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class NextEvent(LabelledTask):
+  """The value of `field` in the next event that has one: softmax over its vocabulary, ranked in full."""
+
+  kind: ClassVar[str] = "next_event"
+  asks_at_events: ClassVar[bool] = True
+
+  field: str = ""
+  exclude_seen: bool = False  # evaluation: values already in the user's history cannot be recommended
+  softmax: Literal["full", "sampled"] = "full"  # training loss; sampled: with log-Q correction
+  negatives: int = 1024  # sampled: values drawn a batch (or up to twice as many), shared by its sites
+  sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the rank by count, or evenly
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "catalogue"
+
+  @property
+  def excludes_seen(self) -> bool:
+    """See `Task`."""
+    return self.exclude_seen
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    data = config.data
+    vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
+    require_single_values(path, self.field, data)
+    require_event_field(path, self.field, data)
+    require(
+      self.field in vocabularies,
+      f"{path}.field={self.field!r} is not a vocabulary field{nearest(self.field, vocabularies)}",
+    )
+    require_no_buckets(path, self.field, data)
+    require(data.fields[self.field].input, f"{path}.field={self.field!r} is no input, so it has no embeddings to rank.")
+    require(self.negatives > 0, f"{path}.negatives={self.negatives} must be positive.")
+    require_following_events(path, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class EventLabel(LabelledTask):
+  """The value of `field` in the next event that has it, such as a click or a rating, before it is known.
+
+  With `positive` (for a vocabulary field) or `at_least` (for a numeric one) the answer is yes or no. Otherwise it is
+  the number itself. It may depend on the user's state before the event and on the fields `given` of the event itself.
+  A snapshot asks about the `per_snapshot` events that follow it, each from the state at the snapshot.
+  """
+
+  kind: ClassVar[str] = "event_label"
+  asks_at_events: ClassVar[bool] = True
+  about_events: ClassVar[bool] = True
+
+  field: str = ""
+  positive: tuple[str, ...] = ()
+  at_least: float | None = None
+  given: tuple[str, ...] = ()  # categorical fields of the event that are known beforehand, such as the item shown
+  per_snapshot: int = 10
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "binary" if self.positive or self.at_least is not None else "regression"
+
+  @property
+  def given_fields(self) -> tuple[str, ...]:
+    """See `Task`."""
+    return self.given
+
+  @property
+  def asked_events(self) -> int:
+    """See `Task`."""
+    return self.per_snapshot
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    data = config.data
+    for name in (self.field, *self.given):
+      require_single_values(path, name, data)
+    require_event_field(path, self.field, data)
+    require(self.field in data.fields, f"{path}.field={self.field!r} is not a field{nearest(self.field, data.fields)}")
+    kind = data.fields[self.field].kind
+    if self.positive:
+      require(kind == "vocabulary", f"{path}.positive needs a vocabulary field; {self.field!r} is {kind}.")
+      require(self.at_least is None, f"{path}: positive and at_least exclude each other; keep one.")
+      require_no_buckets(path, self.field, data, " with input=False")
+    else:
+      require(kind == "numeric", f"{path}: name the values of {self.field!r} that are positive; it is a {kind} field.")
+    for name in self.given:
+      require(name in data.fields, f"{path}.given: {name!r} is not a field{nearest(name, data.fields)}")
+      require(
+        data.fields[name].kind != "numeric", f"{path}.given: {name!r} is numeric; only categorical fields can be."
+      )
+      require(data.fields[name].input, f"{path}.given: {name!r} is no input, so it has no embeddings.")
+      require(name != self.field, f"{path}.given holds {name!r}, the field that is asked for.")
+    require(self.per_snapshot > 0, f"{path}.per_snapshot={self.per_snapshot} must be positive.")
+    require_following_events(path, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class FutureEvent(LabelledTask):
+  """Whether any event of `source` happens in [τ, τ + horizon_days); `negate` for "nothing happens" (churn)."""
+
+  kind: ClassVar[str] = "future_event"
+
+  source: str = ""
+  horizon_days: float = 28.0
+  negate: bool = False
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "binary"
+
+  @property
+  def horizon(self) -> float | None:
+    """See `Task`."""
+    return self.horizon_days
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    require_window(path, self.horizon_days, config.data)
+    sources = config.data.sources
+    require(self.source in sources, f"{path}.source={self.source!r} is not a source{nearest(self.source, sources)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FutureValues(LabelledTask):
+  """Which of the `top` most frequent values of `field` occur in [τ, τ + horizon_days): one binary label each."""
+
+  kind: ClassVar[str] = "future_values"
+
+  field: str = ""
+  top: int = 50
+  horizon_days: float = 28.0
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "multilabel"
+
+  @property
+  def asked_values(self) -> int:
+    """See `Task`."""
+    return self.top
+
+  @property
+  def horizon(self) -> float | None:
+    """See `Task`."""
+    return self.horizon_days
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    data = config.data
+    vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
+    require_single_values(path, self.field, data)
+    require_event_field(path, self.field, data)
+    require(
+      self.field in vocabularies,
+      f"{path}.field={self.field!r} is not a vocabulary field{nearest(self.field, vocabularies)}",
+    )
+    require_window(path, self.horizon_days, data)
+    require_no_buckets(path, self.field, data, " with input=False")
+    require(self.top > 0, f"{path}.top={self.top} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class UserLabel(LabelledTask):
+  """The value of the user table's `column`; users without a value have no label.
+
+  `binary`: whether it is one of `positive`. `multiclass`: which of the values that training users have.
+  `regression`: the number, standardised by the training users' mean and deviation.
+  """
+
+  kind: ClassVar[str] = "user_label"
+
+  column: str = ""
+  type: Literal["binary", "multiclass", "regression"] = "binary"
+  positive: tuple[str, ...] = ()
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return self.type
+
+  @property
+  def user_column(self) -> str:
+    """See `Task`."""
+    return self.column
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    require(config.data.users is not None, f"{path}: a user label needs config.data.users.")
+    require(bool(self.column), f"{path}.column is empty: name the user table's column.")
+    for name, field in config.data.fields.items():
+      require(
+        field.table == "events" or not field.input or (field.column or name) != self.column,
+        f"{path}.column={self.column!r} is also the column of the input config.data.fields.{name}, which would tell "
+        f"the label; leave one of the two out, or set config.data.fields.{name}.input=False.",
+      )
+    require(
+      bool(self.positive) or self.type != "binary",
+      f"{path}.positive is empty: name the values that count as positive, or set type='multiclass' or 'regression'.",
+    )
+    require(
+      not self.positive or self.type == "binary", f"{path}.positive has no meaning with type={self.type!r}; remove it."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast(Task):
+  """Two slices of one user's training history belong together, slices of different users do not (InfoNCE).
+
+  It has no label and no metric. Source: CoLES, arXiv 2002.08232.
+  """
+
+  kind: ClassVar[str] = "contrast"
+  has_labels: ClassVar[bool] = False
+
+  slice_events: int = 32  # most events of a slice
+  least_events: int = 4  # fewest; users with a shorter training history than two such slices have no pair
+  temperature: float = 0.1
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "contrast"
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    require(
+      1 <= self.least_events <= self.slice_events <= config.model.max_events,
+      f"{path}: 1 ≤ least_events={self.least_events} ≤ slice_events={self.slice_events} ≤ "
+      f"model.max_events={config.model.max_events} must hold.",
+    )
+    require(self.temperature > 0, f"{path}.temperature={self.temperature} must be positive.")

@@ -1,0 +1,122 @@
+"""The forms of answers in evaluation: predictions from a model's answers, their metrics, and the main metric.
+
+Shapes: n labels, C classes or values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from supermoe_jax import config
+from supermoe_jax.evaluation import metrics
+from supermoe_jax.evaluation.metrics import Metrics
+
+
+class AnswerMetrics:
+  """A form of answers; the methods are those of yes-or-no answers about users."""
+
+  main = "auc"
+  aggregate_model = "aggregates + logistic"  # the baseline's name in tables
+
+  def main_metric(self, cutoffs: Sequence[int]) -> str:
+    """Returns the name of the metric that stands for a task."""
+    del cutoffs
+    return self.main
+
+  def predictions(self, answer: np.ndarray) -> np.ndarray:
+    """Returns what metrics take, float64, for a model's answers `[n, …]`: probabilities of logits."""
+    return np.asarray(np.exp(-np.logaddexp(0, -answer.astype(np.float64))))
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """Returns the metrics of predictions for labels `value [n, …]` of the users `[n]`."""
+    del users
+    return metrics.binary_metrics(value.astype(np.float32), predicted)
+
+  def metric_names(self, cutoffs: Sequence[int]) -> list[str]:
+    """Returns the names of all metrics, from two right answers."""
+    del cutoffs
+    two = np.arange(2)
+    return sorted(self.measure(two, two.astype(np.float64), two))
+
+
+class EventMetrics(AnswerMetrics):
+  """Yes or no about events, of which a user has several."""
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """See `AnswerMetrics`."""
+    return metrics.event_binary_metrics(value.astype(np.float32), predicted, users)
+
+
+class SeveralMetrics(AnswerMetrics):
+  """Yes or no for each of several values."""
+
+  main = "mean_auc"
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """See `AnswerMetrics`."""
+    return metrics.multi_label_metrics(value.astype(np.float32), predicted)
+
+  def metric_names(self, cutoffs: Sequence[int]) -> list[str]:
+    """See `AnswerMetrics`."""
+    return sorted(self.measure(np.eye(2), np.eye(2), np.arange(2)))
+
+
+class ClassMetrics(AnswerMetrics):
+  """One of several classes."""
+
+  def predictions(self, answer: np.ndarray) -> np.ndarray:
+    """See `AnswerMetrics`; `[n, C]`."""
+    answer = answer.astype(np.float64)
+    odds = np.exp(answer - answer.max(axis=-1, keepdims=True))
+    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """See `AnswerMetrics`."""
+    return metrics.multi_class_metrics(value.astype(np.int64), predicted)
+
+  def metric_names(self, cutoffs: Sequence[int]) -> list[str]:
+    """See `AnswerMetrics`."""
+    return sorted(self.measure(np.arange(2), np.eye(2), np.arange(2)))
+
+
+class NumberMetrics(AnswerMetrics):
+  """A number."""
+
+  main = "rmse"
+  aggregate_model = "aggregates + ridge"
+
+  def predictions(self, answer: np.ndarray) -> np.ndarray:
+    """See `AnswerMetrics`; numbers stay as they are."""
+    return answer.astype(np.float64)
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """See `AnswerMetrics`."""
+    return metrics.regression_metrics(value, predicted)
+
+
+class RankingMetrics(AnswerMetrics):
+  """One of a field's values, ranked among all; a prediction is the rank of the true value."""
+
+  def main_metric(self, cutoffs: Sequence[int]) -> str:
+    """See `AnswerMetrics`."""
+    return f"ndcg@{max(cutoffs)}"
+
+  def metric_names(self, cutoffs: Sequence[int]) -> list[str]:
+    """See `AnswerMetrics`."""
+    return sorted(metrics.ranking_metrics(np.arange(2) + 1.0, cutoffs))
+
+
+FORMS: dict[config.Answer, AnswerMetrics] = {
+  "binary": AnswerMetrics(),
+  "catalogue": RankingMetrics(),
+  "multiclass": ClassMetrics(),
+  "multilabel": SeveralMetrics(),
+  "regression": NumberMetrics(),
+}
+
+
+def form_of(task: config.LabelledTask) -> AnswerMetrics:
+  """Returns how a task's answers are measured."""
+  return EventMetrics() if task.about_events and task.answer == "binary" else FORMS[task.answer]

@@ -1,0 +1,30 @@
+"""Progress bars of long work. The command shows them; the library does so only where it is asked to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+_shown = False
+
+
+@contextlib.contextmanager
+def shown(show: bool = True) -> Iterator[None]:
+  """Shows bars that begin within the block, or hides them."""
+  global _shown
+  before, _shown = _shown, show
+  try:
+    yield
+  finally:
+    _shown = before
+
+
+class ProgressBar(tqdm):
+  """A `tqdm` bar on standard error that is silent unless bars are `shown`."""
+
+  def __init__(self, *arguments: Any, disable: bool | None = False, **named: Any):
+    """See `tqdm`; `disable=None` shows the bar on a terminal only."""
+    super().__init__(*arguments, disable=disable if _shown else True, **named)
