@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -90,7 +91,10 @@ def inspect(files: str | os.PathLike[str] | Sequence[str] | Tables, *, format: s
     return inspect_lib.inspect(listed, format)
   with tempfile.TemporaryDirectory() as folder:
     paths = write_tables(files, pathlib.Path(folder))
-    return inspect_lib.inspect([str(path) for path in paths.values()])
+    found = inspect_lib.inspect([str(path) for path in paths.values()])
+    # The files go with the block: the findings name them as `load_config(…, tables=…)` will.
+    named = tuple(dataclasses.replace(t, files=tuple(pathlib.Path(f.name) for f in t.files)) for t in found.tables)
+    return dataclasses.replace(found, tables=named, config=found.config.replace(f"{folder}/", ""))
 
 
 def prepare(cfg: config.Config, *, overwrite: bool = False, progress: bool = False) -> Dataset:

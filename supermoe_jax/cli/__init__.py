@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from supermoe_jax import progress
 from supermoe_jax.cli import console, data, embeddings, probing, search, serving, training
 from supermoe_jax.errors import ExitCode, Stopped, SupermoeError
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     One of `errors.ExitCode`.
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
-  with console.printed_messages():
+  with console.printed_messages(), progress.shown():
     code = _main(arguments)
   if code and _watched():
     # A process that fails must not wait at its exit for other processes, which may be gone or hang.

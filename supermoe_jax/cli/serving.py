@@ -60,12 +60,11 @@ def _serve(args: argparse.Namespace) -> None:
     from supermoe_jax.serving import requests, service
   except ModuleNotFoundError as error:
     raise ConfigError(f"{error}; the service needs: pip install 'supermoe_jax[serve]'") from None
-  from tqdm import tqdm
-
+  from supermoe_jax.progress import ProgressBar
   from supermoe_jax.serving import loader
 
   encoder = loader.load_encoder(args.model)
-  with tqdm(total=len(encoder.programs), desc="compiling", unit=" programs") as bar:
+  with ProgressBar(total=len(encoder.programs), desc="compiling", unit=" programs") as bar:
     encoder.warm_up(lambda *unused: bar.update())
   settings = service.ServiceSettings(
     limits=requests.Limits(body_bytes=args.most_bytes, users=args.most_users, events=args.most_events),

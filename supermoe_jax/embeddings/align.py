@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files
 from supermoe_jax.embeddings import embedding_files, part_files, selection
 from supermoe_jax.embeddings.exact_neighbors import ExactSearch, VectorSpace, unit_vectors
 from supermoe_jax.errors import ConfigError, DataError
+from supermoe_jax.progress import ProgressBar
 
 # Fewest users that both versions must hold: fewer show nothing about the map from one to the other.
 LEAST = 20
@@ -120,7 +120,7 @@ def align_embeddings(
   }
   try:
     with atomic_files.replacing_directory(out) as work:
-      for file in tqdm(embedding_files.part_paths(new), desc="aligning", unit=" parts", mininterval=1):
+      for file in ProgressBar(embedding_files.part_paths(new), desc="aligning", unit=" parts", mininterval=1):
         _turn_part(file, work / file.name, turn)
       for file in embedding_files.absent_files(new):  # absent users have no vector to turn
         shutil.copy(file, work)

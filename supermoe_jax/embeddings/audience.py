@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files
 from supermoe_jax.embeddings import selection as selection_lib
 from supermoe_jax.embeddings.exact_neighbors import unit_vectors
 from supermoe_jax.errors import ConfigError, DataError, nearest
 from supermoe_jax.evaluation import intervals, linear_probes
+from supermoe_jax.progress import ProgressBar
 
 METHODS = ("logistic", "centroid")
 FOLDS = 5
@@ -136,7 +136,7 @@ def seed_lift(method: str, vectors: np.ndarray, seeds: np.ndarray, size: int, se
   order = np.random.default_rng(seed).permutation(seeds)
   found = 0
   random = 0.0
-  for fold in tqdm(range(FOLDS), desc="held-out seeds", unit=" folds", mininterval=1):
+  for fold in ProgressBar(range(FOLDS), desc="held-out seeds", unit=" folds", mininterval=1):
     held = order[fold::FOLDS]
     told = np.setdiff1d(seeds, held)
     score = seed_scores(method, vectors, told, seed)

@@ -25,7 +25,6 @@ import grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config, device_mesh
 from supermoe_jax.config import format_time
@@ -37,6 +36,7 @@ from supermoe_jax.embeddings.embedding_files import KIND
 from supermoe_jax.embeddings.incremental import EarlierEmbeddings, ReusedRows
 from supermoe_jax.embeddings.part_files import RowStyle
 from supermoe_jax.errors import ConfigError, DataError, RunError
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class _EmbeddingJob:
     users = sum(len(self._users_of(first + self._own)) for first in rounds)
     left = sum(len(self._users_of(first + self._own)) for first in todo)
     style: dict[str, Any] = {"desc": "embedding", "unit": " users", "unit_scale": True, "mininterval": 1}
-    with tqdm(total=users, initial=users - left, disable=not processes.is_first(), **style) as bar:
+    with ProgressBar(total=users, initial=users - left, disable=not processes.is_first(), **style) as bar:
       for first in todo:
         counts += self._write_part(work, first + self._own, bar)
     self._busy = self._busy._replace(whole=clock.monotonic() - begun)
@@ -244,7 +244,7 @@ class _EmbeddingJob:
     start = part * self._users_per_part
     return range(min(start, len(self._run.dataset)), min(start + self._users_per_part, len(self._run.dataset)))
 
-  def _write_part(self, work: pathlib.Path, part: int, bar: tqdm) -> collections.Counter[str]:
+  def _write_part(self, work: pathlib.Path, part: int, bar: ProgressBar) -> collections.Counter[str]:
     """Writes one part. A process without users in a round still joins the batches of the others."""
     users = self._users_of(part)
     kept: ReusedRows | None = None
@@ -294,7 +294,7 @@ class _EmbeddingJob:
         f"{largest:g}; {len(bad)} such rows). Take --dtype float32, or another --checkpoint if it is so there too."
       )
 
-  def _encoded(self, reader: QueryReader, bar: tqdm) -> Iterator[tuple[QueryBatch, np.ndarray]]:
+  def _encoded(self, reader: QueryReader, bar: ProgressBar) -> Iterator[tuple[QueryBatch, np.ndarray]]:
     """Yields the batches of this process with their vectors; prepares the next batch while one is encoded."""
     running: tuple[QueryBatch, jax.Array] | None = None
     read = 0

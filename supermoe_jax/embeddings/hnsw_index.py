@@ -23,11 +23,11 @@ import time as clock
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files
 from supermoe_jax.embeddings.exact_neighbors import SPARE, ExactSearch, Neighbours, VectorSpace
 from supermoe_jax.errors import ConfigError, DataError
+from supermoe_jax.progress import ProgressBar
 
 KIND = b"supermoe neighbours "
 MAGIC = KIND + b"2\n"
@@ -176,7 +176,7 @@ def build_index(
   graph = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_fp16, links, _metric(space))
   graph.hnsw.efConstruction = construction
   begun = clock.monotonic()
-  with tqdm(total=rows, desc="building the index", unit=" users", mininterval=1) as bar:
+  with ProgressBar(total=rows, desc="building the index", unit=" users", mininterval=1) as bar:
     for first in range(0, rows - sample, ADDED):
       some = places[first : min(first + ADDED, rows - sample)]
       graph.add(space.shaped[some] * by)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files
 from supermoe_jax.embeddings import hnsw_index
@@ -20,6 +19,7 @@ from supermoe_jax.embeddings import selection as selection_lib
 from supermoe_jax.embeddings.exact_neighbors import BATCH, ExactSearch, VectorSpace
 from supermoe_jax.embeddings.selection import RowSelection
 from supermoe_jax.errors import ConfigError, DataError
+from supermoe_jax.progress import ProgressBar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Search:
   def of_all(self, k: int) -> Iterator[pa.Table]:
     """Yields the k nearest users of every user, some users at a time."""
     n = len(self.selection)
-    with tqdm(total=n, desc="neighbours", unit=" users", mininterval=1) as bar:
+    with ProgressBar(total=n, desc="neighbours", unit=" users", mininterval=1) as bar:
       for first in range(0, n, 4 * BATCH):
         rows = np.arange(first, min(first + 4 * BATCH, n))
         yield self._table(rows, k)

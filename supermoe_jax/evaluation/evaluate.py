@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset import snapshot_batches
@@ -20,6 +19,7 @@ from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking
 from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 
 EVALUATED_SPLITS = ("validation", "test")
@@ -150,7 +150,7 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
   expert: list[np.ndarray] = []
   task_expert: list[np.ndarray] = []
   gate: list[np.ndarray] = []
-  bar = tqdm(
+  bar = ProgressBar(
     total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1, disable=expected is None, leave=None
   )
   with bar:

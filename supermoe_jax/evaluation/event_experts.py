@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.dataset import snapshot_batches
@@ -17,6 +16,7 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
 from supermoe_jax.data.encoding.splits import TEST
 from supermoe_jax.data.encoding.vocabulary import Vocabulary
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 
 # Test snapshots to draw, and event tokens after which no more are read: with this many tokens, shares are known to
@@ -48,7 +48,7 @@ def count_experts(run: Run, *, progress: bool = True) -> dict[str, Any] | None:
   sources: list[np.ndarray] = []
   codes: list[np.ndarray] = []
   experts: list[np.ndarray] = []
-  bar = tqdm(
+  bar = ProgressBar(
     total=expected, desc="routing of events", unit=" snapshots", mininterval=1, disable=not progress, leave=None
   )
   with bar:

@@ -10,13 +10,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.plan.chips import Topology
 from supermoe_jax.plan.plan import plan_step
 from supermoe_jax.plan.program import LEAST_EFFORT, fitted_config
 from supermoe_jax.plan.render import bytes_text
+from supermoe_jax.progress import ProgressBar
 
 # Where the number of rows stays constant, by kind of scaling.
 _WHERE = {"weak": "on each device", "strong": "on all devices together"}
@@ -48,7 +48,7 @@ def sweep_topologies(
     wanted = dataclasses.replace(cfg, train=train, evaluate=evaluate)
     fitted_config(wanted, topology)  # raises now for a topology that cannot be, before any is compiled
     asked.append((wanted, topology))
-  bar = tqdm(asked, unit=" topologies", desc="compiling")
+  bar = ProgressBar(asked, unit=" topologies", desc="compiling")
   plans = [plan_step(wanted, topology, effort) for wanted, topology in bar]
   return {"scaling": scaling, "rows": rows if scaling == "weak" else cfg.train.batch_rows, "plans": plans}
 

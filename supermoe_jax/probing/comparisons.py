@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.data.dataset import snapshot_batches
@@ -22,6 +21,7 @@ from supermoe_jax.data.encoding.vocabulary import Vocabulary
 from supermoe_jax.data.format.schema import make_aggregator
 from supermoe_jax.errors import DataError
 from supermoe_jax.probing.vectors import UserVectors
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.checkpoints.checkpoint import RestoredModel
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model, model_constructor
@@ -97,7 +97,7 @@ def aggregate_vectors(origin: Origin, user: np.ndarray, time: np.ndarray) -> Use
   everyone = read_users(origin.dataset.path, ["user"])["user"].to_pylist()
   wanted = [(index, place[u]) for index, u in enumerate(everyone) if u in place]
   asked, parts = [], []
-  with tqdm(total=len(wanted), desc="aggregates", unit=" users", mininterval=1) as bar:
+  with ProgressBar(total=len(wanted), desc="aggregates", unit=" users", mininterval=1) as bar:
     for start in range(0, len(wanted), USERS_AT_ONCE):
       some = wanted[start : start + USERS_AT_ONCE]
       block = origin.dataset.histories(np.array([index for index, _ in some]))
@@ -134,7 +134,7 @@ def untrained_vectors(origin: Origin, time: np.ndarray, seed: int) -> UserVector
   ids: list[str] = []
   at, parts = [], []
   total = len(origin.dataset) * len(times)
-  with tqdm(total=total, desc="untrained encoder", unit=" rows", mininterval=1) as bar:
+  with ProgressBar(total=total, desc="untrained encoder", unit=" rows", mininterval=1) as bar:
     for batch in snapshot_batches.query_batches(origin.dataset, cfg, times=times):
       n = len(batch.questions)
       parts.append(np.asarray(run.encode(batch.features))[:n])

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import threadpoolctl
-from tqdm import tqdm
 
 from supermoe_jax import environment
 from supermoe_jax.config import format_time
@@ -21,6 +20,7 @@ from supermoe_jax.probing import protocol as protocol_lib
 from supermoe_jax.probing.label_table import Label, LabelTable
 from supermoe_jax.probing.protocol import ProbePredictions, ProbeResult, ProbeRows, Protocol, UnmeasurableLabel
 from supermoe_jax.probing.vectors import UserVectors
+from supermoe_jax.progress import ProgressBar
 
 LIBRARIES = ("supermoe_jax", "numpy", "scipy", "scikit-learn", "lightgbm", "jax", "flax", "optax")
 
@@ -90,7 +90,7 @@ def probe(
   total = len(table.labels) * len(every) * len(chosen) * options.protocol.splits
   with (
     threadpoolctl.threadpool_limits(1),
-    tqdm(total=total, desc="probing", unit=" fits", mininterval=1) as bar,
+    ProgressBar(total=total, desc="probing", unit=" fits", mininterval=1) as bar,
   ):
     for label in table.labels:
       bar.set_postfix_str(label.name, refresh=False)

@@ -20,12 +20,11 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError, nearest
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.seesaw import compare, sentences, study_weights
 from supermoe_jax.seesaw.compare import SINGLE, RunResult
 from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
@@ -275,7 +274,7 @@ class _Study:
       for group in groups
       if group
     ]
-    with tqdm(total=total, desc=what, unit=" runs", dynamic_ncols=True) as bar:
+    with ProgressBar(total=total, desc=what, unit=" runs", dynamic_ncols=True) as bar:
       for line, n in self._parallel(planned):
         bar.update(n)
         bar.write(line)

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.batch import Features
@@ -37,6 +36,7 @@ from supermoe_jax.data.reading import readers
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.layers import exchange
 from supermoe_jax.layers.table import TableRows
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.serving import json_columns
 from supermoe_jax.serving import stablehlo as stablehlo_lib
 from supermoe_jax.serving.loader import KIND, MANIFEST, PARAMETERS
@@ -107,7 +107,7 @@ def _write(run: Run, work: pathlib.Path, batch_sizes: Sequence[int], events: Seq
   encode, parameters = _function(graph, variables)
   kept = _write_parameters(parameters, work)
   programs = []
-  with tqdm(total=len(batch_sizes) * len(events), desc="lowering", unit=" programs") as bar:
+  with ProgressBar(total=len(batch_sizes) * len(events), desc="lowering", unit=" programs") as bar:
     for length in events:
       row = preprocessing.row(preprocessing.empty, 0, length)
       for batch in batch_sizes:

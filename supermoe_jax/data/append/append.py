@@ -25,7 +25,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.config import format_time
@@ -45,6 +44,7 @@ from supermoe_jax.data.preparation.write_shards import RecordMaker
 from supermoe_jax.data.reading import readers
 from supermoe_jax.data.tasks.calendar import Calendar, log_end, make_calendar
 from supermoe_jax.errors import DataError
+from supermoe_jax.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class _Append:
     n_codes, numbers = len(grown.categorical) + len(self._extra_columns), list(grown.numeric.values())
     # Few users at a time: a user with few new events may have a long earlier history.
     count = -(-log.counts["users"] // LOOKED_AT)
-    with tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:
+    with ProgressBar(total=log.counts["events"], unit=" events", unit_scale=True, desc="merging", mininterval=1) as bar:
       for index, users, rows in log.shards(grown, count):
         block = histories.read_block(rows, users, n_codes, numbers)
         places = place[done : done + len(users)]
@@ -218,7 +218,8 @@ class _Append:
     if not whom.everyone:
       left &= known["last_event"].to_numpy() >= whom.since
     places = known["record"].to_numpy()[left]
-    with tqdm(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1) as bar:
+    bar = ProgressBar(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1)
+    with bar:
       for start in range(0, len(places), LOOKED_AT):
         here = places[start : start + LOOKED_AT]
         contents = self._dataset.contents(here.tolist())

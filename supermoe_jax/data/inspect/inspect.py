@@ -91,7 +91,7 @@ class InspectedTable:
     return [c.name for c in self.columns if c.distinct == c.rows]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Inspection:
   """The result of an inspection.
 
@@ -106,6 +106,9 @@ class Inspection:
   empty_files: tuple[FilePath, ...]
   suspects: tuple[LeakSuspect, ...]
   config: str
+
+  def __repr__(self) -> str:
+    return self.render()
 
   def render(self) -> str:
     """Returns the findings as aligned text for a terminal, followed by the proposed config file."""

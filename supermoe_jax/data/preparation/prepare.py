@@ -22,7 +22,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset.dataset import FORMAT_VERSION, USERS, Dataset, input_files
@@ -39,6 +38,7 @@ from supermoe_jax.data.reading import user_table
 from supermoe_jax.data.tasks import bind, calendar
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.errors import DataError
+from supermoe_jax.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class ThisMachine:
         yield directory / shard_files.shard_name(index, count), ShardRows(users, rows, labels)
 
     written = {shard.file: shard for shard in done.values()}
-    bar = tqdm(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)
+    bar = ProgressBar(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)
     with bar, ShardWriters(count - len(done)) as writers:
       bar.update(sum(shard.events for shard in written.values()))
       for shard in writers.run(functools.partial(_write, plan.maker), tasks()):

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import duckdb
-from tqdm import tqdm
 
 from supermoe_jax import config
 from supermoe_jax.data.reading import joined_tables, paths, readers, sequence_files, value_sql
@@ -30,6 +29,7 @@ from supermoe_jax.data.reading.field_sql import (
 )
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.progress import ProgressBar
 
 FILE_PLACES = 1 << 40  # places in the log that each file has for its rows
 
@@ -177,7 +177,7 @@ class SourceReader:
       DataError: a file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
     """
     files, reading = self.open()
-    with tqdm(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
+    with ProgressBar(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
       for file in files:
         found = self.read_file(file)
         reading.add(file, found)

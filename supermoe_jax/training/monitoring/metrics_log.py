@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.distributed import processes
+from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training import table_step
 from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.monitoring import utilisation
@@ -63,7 +63,7 @@ class MetricsLog:
     if processes.is_first():
       truncate_rows(self._path, step)
       self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-    self._bar = tqdm(
+    self._bar = ProgressBar(
       total=cfg.train.steps,
       initial=step,
       desc="training",
