@@ -1,7 +1,7 @@
-"""The contract between the data and the model: what a batch holds, and the sizes that a model is built from.
+"""Defines the contract between the data and the model: the arrays of a batch, and the sizes that a model is built from.
 
-`supermoe_jax.data` makes these arrays with NumPy, `supermoe_jax.models` and `supermoe_jax.training` read them with JAX;
-neither needs to know the other. Code 0 means absent and code 1 out of vocabulary; the values of a field begin at 2.
+`supermoe_jax.data` makes these arrays with NumPy; `supermoe_jax.models` and `supermoe_jax.training` read them with JAX.
+Neither side needs to know the other. Code 0 means absent and code 1 out of vocabulary; a field's values begin at 2.
 
 Shapes: B rows, L events, S snapshots, F columns of codes, G numeric fields, A aggregates.
 """
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# A NumPy array on the host, a JAX array inside a step.
+# A NumPy array on the host, or a JAX array inside a step.
 Array = Any
 
 # The codes of no value, of a value out of vocabulary, and of the first value of a field.
@@ -23,7 +23,7 @@ CALENDAR = 6
 
 
 class Features(NamedTuple):
-  """What the encoder sees.
+  """The inputs of the encoder.
 
   Attributes:
     codes: int32 `[B, L, F]`, columns as in `UserHistory`; 0 absent, padding, or a field that is no input.
@@ -32,14 +32,14 @@ class Features(NamedTuple):
     calendar: float32 `[B, L, 6]`, phases of day, week and year.
     time: float32 `[B, L]`, hours since the first event of its user in the row.
     gap: float32 `[B, L]`, hours since the user's previous event; 0 for the first.
-    segment: int32 `[B, L]`, the user of each event: the users of a row lie one behind the other, numbered from 1; 0 is
-      padding. Only a packed row holds more than one.
-    query_events: int32 `[B, S]`, how many of its user's events in the row a snapshot sees.
-    query_segment: int32 `[B, S]`, the user of each snapshot; 0 where there is none.
+    segment: int32 `[B, L]`, the user of each event: the users of a row follow one another, numbered from 1; 0 is
+      padding. Only a packed row holds several users.
+    query_events: int32 `[B, S]`, the number of its user's events in the row that a snapshot sees.
+    query_segment: int32 `[B, S]`, the user of each snapshot; 0 where there is no snapshot.
     query_time: float32 `[B, S]`, hours since its user's first event in the row.
     query_gap: float32 `[B, S]`, hours since the last event that the snapshot sees.
-    query_calendar: float32 `[B, S, 6]`.
-    query_aggregates: float32 `[B, S, A]`, standardised.
+    query_calendar: float32 `[B, S, 6]`, the snapshot's phases of day, week and year.
+    query_aggregates: float32 `[B, S, A]`, the snapshot's standardised aggregates.
   """
 
   codes: Array
@@ -58,27 +58,27 @@ class Features(NamedTuple):
 
   @property
   def length(self) -> Array:
-    """int `[B]`, events that are not padding."""
+    """Returns the number of events that are not padding, int `[B]`."""
     return (self.segment > 0).sum(axis=-1)
 
   @property
   def query_valid(self) -> Array:
-    """bool `[B, S]`, whether there is a snapshot."""
+    """Returns whether there is a snapshot, bool `[B, S]`."""
     return self.query_segment > 0
 
 
 class Targets(NamedTuple):
-  """A task's answers for a batch.
+  """A task's labels for a batch.
 
-  Sites are the S snapshots; of a next-event task the L events before them; of an event label the L events, then the m
-  events after snapshot 0, those after snapshot 1, and so on. The sites of a packed row are those of its users, one
-  behind the other.
+  Sites are the places that a task asks about. Most tasks have the S snapshots. A next-event task has the L events, then
+  the S snapshots. An event label has the L events, then the m events after snapshot 0, the m events after snapshot 1,
+  and so on. A packed row holds its users' sites one after another.
 
   Attributes:
     value: float32 `[B, sites]` of 0 and 1 or standardised numbers, float32 `[B, S, values]` of 0 and 1, or int32
-      `[B, sites]` codes of a next event or indices of classes; 0 where nothing is known.
-    known: bool `[B, sites]`, the supervision indicator δ: there is a label, and the site counts by the sample space.
-    weight: float32 `[B, sites]`, the sample weight ω; 0 where not known.
+      `[B, sites]` codes of a next event or indices of classes; 0 where no label is known.
+    known: bool `[B, sites]`, the supervision indicator δ: there is a label, and the sample space counts the site.
+    weight: float32 `[B, sites]`, the sample weight ω; 0 where no label is known.
     given: int32 `[B, sites, G]`, codes that an event label may see of the event asked about; G is 0 for other kinds.
   """
 
@@ -89,11 +89,11 @@ class Targets(NamedTuple):
 
 
 class Slices(NamedTuple):
-  """Two slices of one user of each row, for a contrast task.
+  """Two slices of the history of one user per row, for a contrast task.
 
   Attributes:
-    features: shapes as in `Features`, with the dimensions `[B, 2, …]`, L the most events of a slice and one snapshot
-      each, which sees the whole slice and nothing else: no aggregates.
+    features: shapes as in `Features`, with leading dimensions `[B, 2]`; L is the most events of a slice. Each slice has
+      one snapshot, which sees the whole slice and nothing else: no aggregates.
     known: bool `[B]`, whether the user's training history is long enough for slices.
   """
 
@@ -102,7 +102,7 @@ class Slices(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """`features`, the `targets` of each active task with labels, and the `slices` of each active contrast task."""
+  """A batch: `features`, `targets` of each active task with labels, and `slices` of each active contrast task."""
 
   features: Features
   targets: dict[str, Targets]
@@ -111,18 +111,18 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-  """What a model must know of a dataset to be built.
+  """The sizes and names of a dataset that a model is built from.
 
   Attributes:
-    sources: names of the event sources; an event's type.
-    categorical: codes of each categorical field, 0 absent and 1 out of vocabulary included.
-    numeric: names of the numeric fields.
-    aggregates: A, the length of a snapshot's aggregates; 0 without.
-    outputs: of each task with labels, the number of its outputs.
+    sources: the names of the event sources; an event's source is its type.
+    categorical: the number of codes of each categorical field, including 0 (absent) and 1 (out of vocabulary).
+    numeric: the names of the numeric fields.
+    aggregates: A, the length of a snapshot's aggregates; 0 without aggregates.
+    outputs: the number of outputs of each task with labels.
     inputs: the categorical fields that the model may see.
-    numeric_inputs: the columns, among the numeric fields, of those that the model may see.
-    extra_columns: the field of each further column of the codes, which follow those of `categorical`.
-    shares: the field whose table a field has, where it is another's.
+    numeric_inputs: the columns of the numeric fields that the model may see.
+    extra_columns: the field of each further column of the codes, after the columns of `categorical`.
+    shares: for each field that uses another field's table, the name of that other field.
   """
 
   sources: tuple[str, ...]
@@ -136,5 +136,5 @@ class Schema:
   shares: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def field(self, name: str) -> int:
-    """The column of a categorical field in the codes."""
+    """Returns the column of a categorical field in the codes."""
     return list(self.categorical).index(name)

@@ -1,4 +1,4 @@
-"""Device meshes: how devices of one host, of several hosts, or of several pods become a mesh."""
+"""Makes a mesh from the devices of one host, of several hosts or of several pods."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh of shape `data × expert × tensor`.
 
-  With several slices (pods joined by a data-centre network) only `data` spans slices: gradients travel over the slow
-  network once a step, tokens and activations never.
+  With several slices (pods joined by a data-centre network) only `data` spans slices: gradients cross the slow network
+  once per step; tokens and activations never do.
 
   Raises:
-    ConfigError: there are fewer devices than the mesh needs; the mesh leaves out a process; or its devices lie in
-      another number of slices than it names.
+    ConfigError: there are fewer devices than the mesh needs; the mesh leaves out a process; or its devices do not lie
+      in `sizes.slices` slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = (sizes.data, sizes.expert, sizes.tensor)
@@ -98,7 +98,7 @@ def mesh_of_processes(sizes: MeshShape) -> Mesh:
 
 
 def slices(devices: Sequence[jax.Device]) -> int:
-  """Returns how many slices (pods joined by a data-centre network) the devices lie in."""
+  """Returns the number of slices (pods joined by a data-centre network) that the devices lie in."""
   return len({getattr(d, "slice_index", 0) for d in devices})
 
 

@@ -1,7 +1,7 @@
-"""The errors that a user of the package can act on, and the exit codes of the `supermoe` command.
+"""Defines the errors that a user of the package can act on, and the exit codes of the `supermoe` command.
 
-Each message names what is wrong (the file, column, config key and value) and a remedy. The command prints the message
-alone; a caller in Python catches the class, or `SupermoeError` for all of them.
+Each message names the cause (the file, column, config key and value) and a remedy. The command prints only the message;
+a caller in Python catches the class, or `SupermoeError` for all errors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 class SupermoeError(Exception):
-  """The base of all errors whose message tells the user what to do."""
+  """The base of all errors whose message names a remedy for the user."""
 
 
 class ConfigError(SupermoeError, ValueError):
@@ -24,7 +24,7 @@ class DataError(SupermoeError, ValueError):
 
 
 class RunError(SupermoeError, RuntimeError):
-  """A run directory that cannot be used, or a run that cannot go on; the message says what to do."""
+  """A run directory that cannot be used, or a run that cannot go on; the message names the remedy."""
 
 
 class StudyError(SupermoeError, RuntimeError):
@@ -36,24 +36,24 @@ class SimulationError(SupermoeError, ValueError):
 
 
 class Stopped(BaseException):
-  """A run was asked to stop; it is saved and can go on.
+  """The end of a run that was asked to stop; the run is saved and can go on.
 
-  Like `KeyboardInterrupt` this is no `Exception`: code that handles errors must not swallow it.
+  Like `KeyboardInterrupt` this is not an `Exception`: code that handles errors must not swallow it.
   """
 
 
 class ExitCode(enum.IntEnum):
-  """How the `supermoe` command ends."""
+  """The exit codes of the `supermoe` command."""
 
   OK = 0
-  ERROR = 1  # a message says what to do
+  ERROR = 1  # a message names the remedy
   USAGE = 2  # the arguments cannot be understood
   CRASHED = 70  # `EX_SOFTWARE` of sysexits.h: one of several processes of a run ended unexpectedly
   RESUME = 75  # `EX_TEMPFAIL`: the run is sound; the same command goes on with it
   INTERRUPTED = 130  # by Ctrl-C; nothing was saved
 
 
-# The codes with which a command ends by itself; any other code is a crash that somebody has to explain.
+# The codes with which a command ends on purpose; any other code is a crash that needs an explanation.
 DELIBERATE_EXITS = (ExitCode.OK, ExitCode.ERROR, ExitCode.USAGE, ExitCode.RESUME, ExitCode.INTERRUPTED)
 
 

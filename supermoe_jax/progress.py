@@ -1,4 +1,4 @@
-"""Progress bars of long work. The command shows them; the library does so only where it is asked to."""
+"""Shows progress bars of long work: always in the command, and in the library only if the caller asks for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _shown = False
 
 @contextlib.contextmanager
 def shown(show: bool = True) -> Iterator[None]:
-  """Shows bars that begin within the block, or hides them."""
+  """Shows the bars that begin within the block, or hides them if `show` is False."""
   global _shown
   before, _shown = _shown, show
   try:

@@ -1,4 +1,4 @@
-"""From files or data frames to a prepared dataset."""
+"""Makes a config and a prepared dataset from files or data frames."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def load_config(
   """Returns a checked config.
 
   Args:
-    source: a config file with `get_config()`; or the same as a nested mapping; or what `inspect` returned.
-    overrides: settings that take the place of the source's, such as `{"train.steps": 100}` or `["train.steps=100"]`.
-    tables: data frames (pandas, polars or Arrow) in place of files, by the name of their source; `users` is the table
+    source: a config file with `get_config()`, its settings as a nested mapping, or the result of `inspect`.
+    overrides: settings that replace the source's, such as `{"train.steps": 100}` or `["train.steps=100"]`.
+    tables: data frames (pandas, polars or Arrow) that replace files, by the name of their source; `users` is the table
       of users. They are written to `DATASET.tables/NAME.parquet`, where DATASET is the config's `data.path`.
 
   Raises:
     ConfigError: a setting cannot be used; the message names its key and a remedy.
-    DataError: a table is no data frame.
+    DataError: a table is not a data frame.
   """
   raw = _raw(source)
   if tables:
@@ -61,7 +61,7 @@ def _raw(source: str | os.PathLike[str] | Mapping[str, Any] | Inspection) -> dic
 
 
 def _use_tables(raw: dict[str, Any], tables: Tables) -> None:
-  """Puts the files of data frames into a raw config."""
+  """Writes data frames to files, and names these files in a raw config."""
   data = raw.get("data", {})
   sources, path = data.get("sources", {}), data.get("path", "")
   if not path:
@@ -77,11 +77,11 @@ def _use_tables(raw: dict[str, Any], tables: Tables) -> None:
 
 
 def inspect(files: str | os.PathLike[str] | Sequence[str] | Tables, *, format: str = "auto") -> Inspection:
-  """Measures event tables and proposes a config; show the result, or give it to `load_config`.
+  """Measures event tables and proposes a config; print the result, or pass it to `load_config`.
 
   Args:
     files: paths or globs, or data frames by name.
-    format: the format of the files: parquet, csv, jsonl, …; by default the ending of a file tells.
+    format: the format of the files: parquet, csv, jsonl, …; by default it follows from the ending of a file.
 
   Raises:
     DataError: a file is missing or cannot be read, or there is no row at all.
@@ -92,7 +92,7 @@ def inspect(files: str | os.PathLike[str] | Sequence[str] | Tables, *, format: s
   with tempfile.TemporaryDirectory() as folder:
     paths = write_tables(files, pathlib.Path(folder))
     found = inspect_lib.inspect([str(path) for path in paths.values()])
-    # The files go with the block: the findings name them as `load_config(…, tables=…)` will.
+    # The files are deleted with the folder, so the findings name them as `load_config(…, tables=…)` will.
     named = tuple(dataclasses.replace(t, files=tuple(pathlib.Path(f.name) for f in t.files)) for t in found.tables)
     return dataclasses.replace(found, tables=named, config=found.config.replace(f"{folder}/", ""))
 

@@ -1,4 +1,4 @@
-"""Directories of user embeddings: read, searched and probed."""
+"""Reads, searches and probes directories of user embeddings."""
 
 from __future__ import annotations
 
@@ -27,25 +27,29 @@ class Embeddings:
 
   Attributes:
     path: the directory.
-    manifest: what its `manifest.json` says.
+    manifest: the content of its `manifest.json`.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
     """Opens a directory that `Run.embed` or 'supermoe embed' wrote.
 
     Raises:
-      DataError: `path` holds no embeddings.
+      DataError: `path` holds no embeddings, or their manifest is damaged.
     """
     self.path = pathlib.Path(path)
     self.manifest = embedding_files.read_embedding_manifest(self.path)
 
   def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-    """Returns all rows: `user_id, as_of, embedding` and the columns that were carried along."""
+    """Returns all rows, with `columns` or all of them: `user_id, as_of, embedding` and columns of the user table."""
     return embedding_files.read_embeddings(self.path, columns)
 
   def vectors(self) -> np.ndarray:
     """Returns all embeddings as float32 `[n, D]`, in the order of `to_table`."""
     return embedding_files.embedding_vectors(self.to_table(["embedding"]))
+
+  def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+    """Gives the rows to any library that reads Arrow, as in `polars.DataFrame(embeddings)`."""
+    return self.to_table().__arrow_c_stream__(requested_schema)
 
   def __len__(self) -> int:
     return int(self.manifest["rows"])
@@ -59,7 +63,7 @@ def read_embeddings(path: str | os.PathLike[str] | Embeddings, columns: Sequence
   """Returns the rows of an embedding directory, with `columns` or all of them.
 
   Raises:
-    DataError: `path` holds no whole set of embeddings.
+    DataError: `path` holds no complete set of embeddings.
   """
   return (path if isinstance(path, Embeddings) else Embeddings(path)).to_table(columns)
 
@@ -79,10 +83,10 @@ def neighbors(
   Args:
     embeddings: the directory.
     users: ids of users; None: every user.
-    k: neighbours of each.
+    k: the number of neighbours of each user.
     metric: cosine, dot or euclidean.
     as_of: the time of the embeddings; by default each user's latest.
-    index: the file of an HNSW index, built when it is missing; by default the search is exact.
+    index: the file of an HNSW index, which is built if it is missing; by default the search is exact.
     progress: whether to show a bar.
 
   Raises:
@@ -99,7 +103,7 @@ def neighbors(
 
 
 class ProbeReport:
-  """How well vectors predict labels, beside comparisons on the same users.
+  """A report of how well vectors predict labels, with comparisons on the same users.
 
   Attributes:
     result: the content of a `probe.json`.
@@ -110,7 +114,7 @@ class ProbeReport:
     self.result = result
 
   def to_table(self) -> pa.Table:
-    """Returns the figures as text, as the command shows them."""
+    """Returns the results as a table of text, as the command shows them."""
     heading, *rows = probe_tables.probe_table(self.result)
     return pa.table({name: [row[i] for row in rows] for i, name in enumerate(heading)})
 
@@ -133,19 +137,19 @@ def probe(
   protocol: Protocol | None = None,
   progress: bool = False,
 ) -> ProbeReport:
-  """Fits frozen probes on embeddings and says how well they predict labels, with intervals.
+  """Fits probes on frozen embeddings and reports how well they predict labels, with intervals.
 
   Args:
-    embeddings: the directory to judge; or another system's Parquet or CSV file.
+    embeddings: the directory of embeddings to judge, or another system's Parquet or CSV file.
     labels: a file with a user column and columns of labels, or such a data frame.
-    others: further embeddings by name, compared on the same users.
+    others: further embeddings to compare on the same users, by name.
     user: the user column of the labels.
-    time: their column of times, if they have one.
+    time: the time column of the labels, if there is one.
     columns: the labels to probe, as names or globs; by default all.
-    kinds: the kinds of labels that are guessed wrongly.
-    as_of: times of the embeddings to probe at; by default all.
-    models: "logistic", "lightgbm" and "mlp".
-    beside: "aggregates" and "untrained", or nothing; by default aggregates where the run is at hand.
+    kinds: the kinds of labels for which the guessed kind would be wrong, by name.
+    as_of: the times of the embeddings to probe; by default all.
+    models: the models to fit: "logistic", "lightgbm" and "mlp".
+    beside: further comparisons, "aggregates" and "untrained"; by default "aggregates" if the run is found.
     protocol: folds, repeats, seed; see `probing.protocol.Protocol`.
     progress: whether to show a bar.
 

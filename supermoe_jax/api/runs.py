@@ -1,4 +1,4 @@
-"""Training, and a trained run: evaluated, embedded, reported."""
+"""Trains a run, and evaluates, embeds and reports a trained run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from supermoe_jax.training import run as run_lib
 
 
 class Evaluation:
-  """The metrics of a run's tasks, and those of simple baselines.
+  """The metrics of a run's tasks and of simple baselines.
 
   Attributes:
     result: the content of `evaluation.json`.
@@ -34,7 +34,7 @@ class Evaluation:
   def to_table(self) -> pa.Table:
     """Returns all metrics as a table: `split, task, labels, model, metric, value, main`.
 
-    `model` is "supermoe" or a baseline; `main` marks the metric that stands for the task.
+    `model` is "supermoe" or a baseline; `main` marks the main metric of the task.
     """
     rows = []
     for split, tasks in self.result["splits"].items():
@@ -75,7 +75,7 @@ class Run(run_lib.Run):
   """A trained run: its config, dataset and parameters, at a checkpoint."""
 
   def evaluate(self, *, progress: bool = False) -> Evaluation:
-    """Measures every task on validation and test snapshots, beside baselines, and writes `evaluation.json`.
+    """Measures every task and its baselines on validation and test snapshots, and writes `evaluation.json`.
 
     Raises:
       ConfigError: a split has no snapshot.
@@ -100,10 +100,10 @@ class Run(run_lib.Run):
       as_of: a time such as "2024-06-01" (UTC), or several; "now", the end of the log; or "last", the moment after each
         user's own last event.
       out: the directory to write; by default `embeddings` in the run directory.
-      overwrite: whether to replace embeddings that are there.
+      overwrite: whether to replace existing embeddings.
       since: an earlier directory of this run's embeddings; only users with new events are computed.
-      columns: columns of the table of users to carry along.
-      dtype: float32 or float16, of the vectors in the files.
+      columns: columns of the user table to add to the rows.
+      dtype: the dtype of the vectors in the files, float32 or float16.
       progress: whether to show a bar.
 
     Raises:
@@ -130,10 +130,10 @@ class Run(run_lib.Run):
 
 
 def train(cfg: config.Config, workdir: str | os.PathLike[str], *, profile: bool = False, progress: bool = False) -> Run:
-  """Trains to `cfg.train.steps` and returns the run; the same call again goes on where the last one stopped.
+  """Trains to `cfg.train.steps` and returns the run; the same call resumes a stopped run.
 
   Args:
-    cfg: the config, whose dataset is prepared.
+    cfg: the config; its dataset must be prepared.
     workdir: the run directory.
     profile: whether to write a trace of a few steps to `workdir/profile`.
     progress: whether to show a bar.
@@ -141,8 +141,8 @@ def train(cfg: config.Config, workdir: str | os.PathLike[str], *, profile: bool 
   Raises:
     ConfigError: `config.train.validate.metric` is not a metric of its task.
     DataError: there is no dataset, or it was prepared from another config.
-    RunError: `workdir` holds a run of another config, or one that cannot go on.
-    Stopped: a signal asked the run to stop; it is saved.
+    RunError: `workdir` holds a run of another config, or a run that cannot go on.
+    Stopped: a signal asked the run to stop; the run is saved.
   """
   path = pathlib.Path(workdir)
   with progress_lib.shown(progress):

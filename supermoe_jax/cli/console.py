@@ -1,4 +1,4 @@
-"""Prints the messages of the package while a command runs; without a command they go where their user sends them."""
+"""Prints the package's messages while a command runs; without a command, the user's own logging setup handles them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 
 class MessagePrinter(logging.Handler):
-  """Prints each record's message to standard output, and "warning: " before the message of a warning or an error.
+  """A handler that prints each message to standard output, with "warning: " before warnings and errors.
 
-  It writes to `sys.stdout` of the moment, as `print` does, and an error of standard output reaches the caller.
+  It writes to the current `sys.stdout`, as `print` does, and an error of standard output reaches the caller.
   """
 
   def emit(self, record: logging.LogRecord) -> None:
@@ -20,7 +20,7 @@ class MessagePrinter(logging.Handler):
 
 @contextlib.contextmanager
 def printed_messages() -> Iterator[None]:
-  """Prints the messages of the logger "supermoe_jax", and of those below it, from level INFO on within the block."""
+  """Prints messages of level INFO and above of the logger "supermoe_jax" and its children within the block."""
   logger, printer = logging.getLogger("supermoe_jax"), MessagePrinter(logging.INFO)
   level, propagate = logger.level, logger.propagate
   logger.addHandler(printer)

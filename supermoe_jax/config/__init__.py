@@ -1,11 +1,10 @@
 """Configuration: `ml_collections` files resolved into frozen dataclasses.
 
-A config file defines `get_config() -> ml_collections.ConfigDict`. Only the keys that differ from the defaults of
-`schema` need to stand in it. Everything is checked before any work begins; an unknown key is an error that names the
-nearest valid one.
+A config file defines `get_config() -> ml_collections.ConfigDict`. It names only the keys that differ from the defaults
+in `schema`. Everything is checked before any work begins. An unknown key is an error that names the nearest valid key.
 
-Reading and checking config files (`loading`, `checks`) is imported when it is first used: a model that is given a
-`Config` needs none of it.
+The modules that read and check config files (`loading`, `checks`) are imported at their first use, because a model that
+is given a `Config` needs neither.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from supermoe_jax.config.tasks import (
   parse_sample_space,
 )
 
-# The module of each function that is imported when it is first used.
+# Functions imported at their first use, with their modules.
 _LATER = {
   **dict.fromkeys(("differences", "load", "load_json", "override", "read_config", "resolve", "save"), "loading"),
   "hash_fields": "hashing",

@@ -1,4 +1,4 @@
-"""Combinations of settings that can never work, rejected before any file is read."""
+"""Rejects combinations of settings that can never work, before any file is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supermoe_jax.errors import nearest
 
 
 def check_config(config: Config) -> None:
-  """Rejects combinations that can never work, before any file is read."""
+  """Raises ConfigError for combinations of settings that can never work; reads no file."""
   _check_data(config.data)
   check_tasks(config)
   _check_sizes(config)
@@ -177,7 +177,7 @@ def _check_split(split: Split) -> None:
     latest = max(times)
 
 
-# Settings of a split that only other modes read.
+# For each split mode, the settings that it does not read.
 _WITHOUT_MEANING = {
   "leave_one_out": ("train_start", "train_end", "validation", "test", "log_end", "gap_days"),
   "user": ("train_end", "validation", "test", "gap_days"),
@@ -197,7 +197,7 @@ def _check_user_split(split: Split) -> None:
 
 def _check_sizes(config: Config) -> None:
   model, train, evaluate = config.model, config.train, config.evaluate
-  ways = train.mesh.data * train.mesh.expert  # the axes that rows are spread over
+  ways = train.mesh.data * train.mesh.expert  # the mesh axes that shard the rows of a batch
   positive = {
     "model": (
       model,

@@ -1,4 +1,4 @@
-"""Fields of a config that hash one column into more rows, or more surely, than one table can."""
+"""Writes config fields that hash one column into more buckets, or with fewer collisions, than one table allows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from supermoe_jax.errors import ConfigError
 
 
 def hash_fields(name: str, size: int, *, hashes: int = 1, **settings: Any) -> dict[str, dict[str, Any]]:
-  """The fields of a config that hash one column into `size` buckets, for use in `get_config`.
+  """Returns config fields that hash one column into `size` buckets, for use in `get_config`.
 
-  More buckets than int32 can number are spread over several fields, each with a table of its own: a value has a code in
-  one of them and is absent in the others. With two hashes every value has two rows, which add up: values that share the
-  one almost never share the other, so that far fewer rows tell them apart.
+  A table numbers its rows with int32. More buckets are spread over several fields, each with its own table: a value has
+  a code in one of these fields and is absent in the others. With two hashes every value has two rows, whose embeddings
+  add up. Two values that share one row almost never share the other, so far fewer rows suffice to tell values apart.
 
   Args:
-    name: of the first field; the others add to it.
-    size: buckets of each hash; rounded up so that the parts are equally large.
-    hashes: 1, or 2.
-    settings: of `Field`, such as `column`, which is `name` by default.
+    name: the name of the first field; the other fields' names add a suffix to it.
+    size: the number of buckets of each hash; rounded up so that all parts are equally large.
+    hashes: 1 or 2.
+    settings: settings of `Field`, such as `column`, which is `name` by default.
 
   Raises:
-    ConfigError: `size` or `hashes` cannot be.
+    ConfigError: `size` is less than 1, or `hashes` is neither 1 nor 2.
 
   Source: compositional embeddings, arXiv 1909.02107; two hashes, arXiv 1709.03933.
   """

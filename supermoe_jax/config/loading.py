@@ -1,4 +1,4 @@
-"""From `ml_collections` files, overrides and saved JSON to a checked `Config`."""
+"""Builds a checked `Config` from `ml_collections` files, overrides and saved JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from supermoe_jax.config.schema import Config, to_dict
 from supermoe_jax.config.tasks import TASK_KINDS, Task
 from supermoe_jax.errors import ConfigError, nearest
 
-if TYPE_CHECKING:  # what reads no config file, such as the loader of an exported encoder, needs no ml_collections
+if TYPE_CHECKING:  # code that reads no config file, such as the exported encoder's loader, needs no ml_collections
   import ml_collections
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
-  """Lists where two nested mappings differ, as `config.key: old → new`."""
+  """Returns the differences of two nested mappings as lines `config.key: old → new`."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     keys = sorted(old.keys() | new.keys())
     return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}")]
@@ -30,7 +30,7 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
 
 
 def resolve(raw: Mapping[str, Any]) -> Config:
-  """Turns a nested mapping into a checked `Config`.
+  """Returns a checked `Config` built from a nested mapping.
 
   Raises:
     ConfigError: an unknown key, a value of the wrong type, or an impossible combination.
@@ -86,18 +86,18 @@ def _build_task(raw: Any, path: str) -> Task:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
-  """Reads a config file, as `read`, and applies overrides such as `--config.train.steps=100`.
+  """Reads a config file with `read_config` and applies overrides such as `--config.train.steps=100`.
 
   Raises:
-    ConfigError: as `read`; what the file gives cannot be used.
+    ConfigError: the file or an override cannot be used; see `read_config`, `override` and `resolve`.
   """
   return override(_build(Config, read_config(path).to_dict(), "config"), overrides)
 
 
 def read_config(path: str) -> ml_collections.ConfigDict:
-  """What a config file's `get_config` returns, for a config that begins as another one does.
+  """Returns the `ConfigDict` of a config file's `get_config`; a config that extends another one starts from it.
 
-  As with `ml_collections`, what follows a colon is given to `get_config`: `file.py:argument`.
+  As with `ml_collections`, the text after a colon becomes the argument of `get_config`: `file.py:argument`.
 
   Raises:
     ConfigError: the file is missing, fails, or has no `get_config` that returns a `ConfigDict`.
@@ -119,7 +119,7 @@ def read_config(path: str) -> ml_collections.ConfigDict:
     raw = module.get_config(argument) if ending else module.get_config()
   except ConfigError:
     raise
-  except Exception as error:  # whatever a user's file may raise; the traceback stays attached
+  except Exception as error:  # a user's file may raise anything; the traceback stays attached
     raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
   if not isinstance(raw, ml_collections.ConfigDict):
     raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, not {type(raw).__name__}.")
@@ -127,7 +127,11 @@ def read_config(path: str) -> ml_collections.ConfigDict:
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-  """Returns `config` with `--config.key=value` arguments applied and checked."""
+  """Returns `config` with `--config.key=value` arguments applied, and checks the result.
+
+  Raises:
+    ConfigError: an override names no key, cannot be parsed, or gives an impossible combination.
+  """
   if not overrides:
     return resolve(to_dict(config))
   import ml_collections
@@ -177,7 +181,7 @@ def load_json(path: pathlib.Path) -> Config:
   """Reads a config that `save` wrote.
 
   Raises:
-    ConfigError: the file is missing: the directory is not a run.
+    ConfigError: the file is missing, so the directory is not a run.
   """
   if not path.is_file():
     raise ConfigError(

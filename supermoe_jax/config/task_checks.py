@@ -1,4 +1,4 @@
-"""Tasks, weightings and studies that can never work, rejected before any file is read."""
+"""Rejects tasks, weightings and studies that can never work, before any file is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supermoe_jax.errors import nearest
 
 
 def check_tasks(config: Config) -> None:
-  """Checks every task, active or not."""
+  """Raises ConfigError for a task, active or not, that can never work."""
   require(bool(config.tasks), "config.tasks is empty: name at least one task.")
   for pattern in config.exclude_tasks:
     require(
@@ -58,7 +58,7 @@ def _check_sample_space(path: str, name: str, task: LabelledTask, config: Config
 
 
 def check_weighting(config: Config) -> None:
-  """Checks how the losses are weighed, and what the heads see."""
+  """Raises ConfigError for a weighting of the losses, or a conditioning of the heads, that can never work."""
   weighting, model, train = config.train.weighting, config.model, config.train
   path = "config.train.weighting"
   tasks = config.active_tasks
@@ -101,7 +101,10 @@ def check_weighting(config: Config) -> None:
 
 
 def check_study(study: Seesaw) -> None:
-  """Checks what `supermoe seesaw` is asked to run; each variant is checked when its config is made."""
+  """Raises ConfigError for a `supermoe seesaw` study that can never work.
+
+  The variants are checked when their configs are made.
+  """
   path = "config.seesaw"
   require(len(study.seeds) >= 2, f"{path}.seeds={study.seeds}: an interval needs at least two seeds.")
   require(len(set(study.seeds)) == len(study.seeds), f"{path}.seeds={study.seeds} names a seed twice.")

@@ -1,6 +1,6 @@
 """Joins the processes of a run, and exchanges texts and arrays between them.
 
-A process that is alone is the first of one, and nothing here waits.
+A process that is alone counts as the first of one process; no function then waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DETECTION_SECONDS = 300
 
 
 class Place(NamedTuple):
-  """A process among several: `coordinator` is HOST:PORT of the first, `process` counts from 0 to `processes` - 1."""
+  """The place of a process: `coordinator` is HOST:PORT of the first, `process` counts from 0 to `processes` - 1."""
 
   coordinator: str
   processes: int
@@ -32,7 +32,8 @@ def find_place(
 ) -> Place | None:
   """Returns this process' place, from the arguments or else from the cluster that JAX detects; None if it is alone.
 
-  JAX knows Cloud TPU pods, GKE and Kubernetes jobs with an index (JobSet), SLURM and Open MPI. No backend is touched.
+  JAX detects Cloud TPU pods, GKE and Kubernetes jobs with an index (JobSet), SLURM and Open MPI. The call does not
+  start a JAX backend.
 
   Raises:
     ConfigError: only some of the arguments are given, they are not valid, or a cluster does not give the place.
@@ -62,7 +63,7 @@ def find_place(
 
 
 def initialize(place: Place | None) -> None:
-  """Joins the other processes, if there are any; call it before anything asks JAX for a device."""
+  """Joins the other processes, if there are any; call this before any code asks JAX for a device."""
   if place is None or jax.distributed.is_initialized():
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -70,7 +71,7 @@ def initialize(place: Place | None) -> None:
 
 
 def leave() -> None:
-  """Disconnects from the other processes once all have called this, so that none takes another's end for a failure."""
+  """Disconnects once all processes have called this, so that no process takes the end of another for a failure."""
   if jax.distributed.is_initialized():
     jax.distributed.shutdown()
 
@@ -95,7 +96,7 @@ def _is_from_first(record: logging.LogRecord) -> bool:
 
 
 def gather_text(text: str) -> list[tuple[str, str]]:
-  """Returns `(name, text)` of each process; all must call. A name is " (process i, host)", or "" if it is alone."""
+  """Returns `(name, text)` of each process; all must call. A name is " (process i, host)", or "" for a lone process."""
   if jax.process_count() == 1:
     return [("", text)]
   mine = f"{socket.gethostname()}\n{text}".encode()

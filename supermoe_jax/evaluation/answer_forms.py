@@ -1,4 +1,4 @@
-"""The forms of answers in evaluation: predictions from a model's answers, their metrics, and the main metric.
+"""Defines how each form of answers is measured: predictions from a model's answers, metrics, and the main metric.
 
 Shapes: n labels, C classes or values.
 """
@@ -15,34 +15,34 @@ from supermoe_jax.evaluation.metrics import Metrics
 
 
 class AnswerMetrics:
-  """A form of answers; the methods are those of yes-or-no answers about users."""
+  """The measures of a form of answers; this base class measures yes-or-no answers about users."""
 
   main = "auc"
   aggregate_model = "aggregates + logistic"  # the baseline's name in tables
 
   def main_metric(self, cutoffs: Sequence[int]) -> str:
-    """Returns the name of the metric that stands for a task."""
+    """Returns the name of the main metric."""
     del cutoffs
     return self.main
 
   def predictions(self, answer: np.ndarray) -> np.ndarray:
-    """Returns what metrics take, float64, for a model's answers `[n, …]`: probabilities of logits."""
+    """Returns the input of the metrics, float64, from a model's answers `[n, …]`: probabilities from logits."""
     return np.asarray(np.exp(-np.logaddexp(0, -answer.astype(np.float64))))
 
   def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
-    """Returns the metrics of predictions for labels `value [n, …]` of the users `[n]`."""
+    """Returns the metrics of predictions for the labels `value [n, …]` of `users [n]`."""
     del users
     return metrics.binary_metrics(value.astype(np.float32), predicted)
 
   def metric_names(self, cutoffs: Sequence[int]) -> list[str]:
-    """Returns the names of all metrics, from two right answers."""
+    """Returns the names of all metrics, by measuring two right answers."""
     del cutoffs
     two = np.arange(2)
     return sorted(self.measure(two, two.astype(np.float64), two))
 
 
 class EventMetrics(AnswerMetrics):
-  """Yes or no about events, of which a user has several."""
+  """The measures of yes-or-no answers about events; a user may have several events."""
 
   def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
     """See `AnswerMetrics`."""
@@ -50,7 +50,7 @@ class EventMetrics(AnswerMetrics):
 
 
 class SeveralMetrics(AnswerMetrics):
-  """Yes or no for each of several values."""
+  """The measures of a yes or no for each of several values."""
 
   main = "mean_auc"
 
@@ -64,10 +64,10 @@ class SeveralMetrics(AnswerMetrics):
 
 
 class ClassMetrics(AnswerMetrics):
-  """One of several classes."""
+  """The measures of one of several classes."""
 
   def predictions(self, answer: np.ndarray) -> np.ndarray:
-    """See `AnswerMetrics`; `[n, C]`."""
+    """See `AnswerMetrics`; the result is `[n, C]`."""
     answer = answer.astype(np.float64)
     odds = np.exp(answer - answer.max(axis=-1, keepdims=True))
     return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
@@ -82,7 +82,7 @@ class ClassMetrics(AnswerMetrics):
 
 
 class NumberMetrics(AnswerMetrics):
-  """A number."""
+  """The measures of a number."""
 
   main = "rmse"
   aggregate_model = "aggregates + ridge"
@@ -97,7 +97,7 @@ class NumberMetrics(AnswerMetrics):
 
 
 class RankingMetrics(AnswerMetrics):
-  """One of a field's values, ranked among all; a prediction is the rank of the true value."""
+  """The measures of one of a field's values, ranked among all; a prediction is the rank of the true value."""
 
   def main_metric(self, cutoffs: Sequence[int]) -> str:
     """See `AnswerMetrics`."""
@@ -118,5 +118,5 @@ FORMS: dict[config.Answer, AnswerMetrics] = {
 
 
 def form_of(task: config.LabelledTask) -> AnswerMetrics:
-  """Returns how a task's answers are measured."""
+  """Returns the measures of a task's answers."""
   return EventMetrics() if task.about_events and task.answer == "binary" else FORMS[task.answer]

@@ -1,4 +1,4 @@
-"""What a run is compared with: constants, popularity, and hand-made aggregates with a linear model."""
+"""Computes a run's baselines: constant answers, popularity, and linear models on hand-made aggregates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import Comparison, supervision
 from supermoe_jax.evaluation import linear_probes
 
-# Users that the linear models on aggregates are fitted on; more would not change a linear model of a few hundred
-# inputs, and a record costs about a millisecond.
+# Users that the linear models on aggregates are fitted on. More users would not change a linear model of a few hundred
+# inputs, and a record takes about a millisecond.
 FITTED_USERS = 20_000
 
-AT_ONCE = 1024  # questions whose aggregates are worked out in one go
+AT_ONCE = 1024  # questions whose aggregates are computed at a time
 
 
 def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
-  """Ranks targets by frequency in the training period; codes are in that order, from 2.
+  """Returns the ranks of targets by frequency in the training period; codes follow that order, from 2.
 
-  Shapes: `target [n]` codes (1: unseen in training, never ranked); `seen` codes that cannot be recommended.
+  Shapes: `target [n]` codes (1: unseen in training, rank infinite); `seen`: for each target, the codes that cannot be
+  recommended.
   """
   rank = np.where(target >= 2, target - 1.0, np.inf)
   for i, codes in enumerate(seen or ()):
@@ -36,7 +37,7 @@ def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> n
 
 
 def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Query], target: np.ndarray) -> np.ndarray:
-  """Ranks targets by how often they occur in the user's own history, then by frequency in the training period."""
+  """Returns the ranks of targets by frequency in the user's own history, then by frequency in the training period."""
   column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
   rank = np.full(len(target), np.inf)
   user, codes = -1, np.zeros(0, np.int32)
@@ -52,11 +53,11 @@ def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Query], tar
 
 
 def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tuple[int, ...]) -> np.ndarray:
-  """Returns the best constant answer of the training labels to each of n questions.
+  """Returns the constant answer that fits the training labels best, for each of n questions.
 
-  Shapes: `shape` is that of the answers, `[n]`, `[n, values]` or `[n, C]`; `rates` are the manifest's `label_rates` of
-  the task: the share of positives, of each value or of each class, or the mean. A number without one is standardised,
-  so that its mean is 0.
+  Shapes: `shape` is the answers' shape: `[n]`, `[n, values]` or `[n, C]`. `rates` holds the manifest's `label_rates` of
+  the task: the share of positives, of each value or of each class, or the mean. A number without a rate is
+  standardised, so its mean is 0.
   """
   if rates is None and task.answer == "regression":
     return np.zeros(shape)
@@ -65,9 +66,10 @@ def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tu
 
 
 class AggregateModels:
-  """Linear models on the hand-made aggregates alone, one for each task that has a label a snapshot.
+  """Linear models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
 
-  Each is fitted on every user's last training snapshot that has a label of the task, in its sample space if it has one.
+  Each model is fitted on every user's last training snapshot that has a label of the task, in the task's sample space
+  if it has one.
   """
 
   def __init__(self, dataset: Dataset, cfg: config.Config):
@@ -101,9 +103,9 @@ class AggregateModels:
         self._probes[task] = linear_probes.fit_probe(answer, x, y, dataset.schema.outputs[task])
 
   def predictions(self, questions: Sequence[Query]) -> dict[str, np.ndarray]:
-    """Answers of each task to each question; empty without aggregates.
+    """Returns the answers for each task to each question; empty without aggregates.
 
-    Probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
+    Answers are probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
     """
     if not self._probes:
       return {}
@@ -116,7 +118,7 @@ class AggregateModels:
 
 
 def at_questions(dataset: Dataset, questions: Sequence[Query]) -> np.ndarray:
-  """Standardised aggregates at questions: float32 `[n, A]`."""
+  """Returns the standardised aggregates at questions: float32 `[n, A]`."""
   users, owner = np.unique([q.user for q in questions], return_inverse=True)
   block = dataset.histories(users)
   return dataset.aggregates(
@@ -125,6 +127,6 @@ def at_questions(dataset: Dataset, questions: Sequence[Query]) -> np.ndarray:
 
 
 def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:
-  """Whether the task has a label in its sample space at each snapshot: bool `[S]`."""
+  """Returns whether the task has a label in its sample space at each snapshot: bool `[S]`."""
   inside = space and space(Labels(record[f"label_{space.task}"], record[f"known_{space.task}"] > 0))
   return supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]

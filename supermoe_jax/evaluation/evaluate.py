@@ -1,4 +1,4 @@
-"""Evaluation of a run: every task's metrics on validation and test snapshots, beside its baselines."""
+"""Evaluates a run: measures every task on validation and test snapshots, and compares it with baselines."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from supermoe_jax.training.run import Run
 
 EVALUATED_SPLITS = ("validation", "test")
 
-# Questions ranked at a time.
+# Questions to rank at a time.
 RANKED_AT_ONCE = 1024
 
 
 class _Collected(NamedTuple):
-  """All questions of a split with the model's answers, host arrays in the order of the questions.
+  """All questions of a split with the model's answers, as host arrays in the order of the questions.
 
   Attributes:
-    questions: n of them.
-    answers: of each task `[n, …]`, as `Answered` has them.
-    labels: of each task `[n, …]`.
-    seen: of each task that excludes seen values, the codes seen.
-    expert: int32 `[M, n, K]`, where the snapshots' own tokens went.
-    task_expert: int32 `[M, n, T, K]`, where the tasks' tokens went; None without them.
-    gate: float32 `[n, T, E]`; None without gates.
+    questions: the n questions.
+    answers: the answers for each task, `[n, …]`, as in `Answered`.
+    labels: the labels of each task, `[n, …]`.
+    seen: for each task that excludes seen values, the codes seen before each question.
+    expert: int32 `[M, n, K]`, the experts of the snapshots' own tokens.
+    task_expert: int32 `[M, n, T, K]`, the experts of the tasks' tokens; None without such tokens.
+    gate: float32 `[n, T, E]`, the tasks' gates over experts; None without gates.
   """
 
   questions: list[Query]
@@ -51,7 +51,7 @@ class _Collected(NamedTuple):
 
 
 class _TaskAnswers(NamedTuple):
-  """The known labels of one task, with the model's answers: n of them, each of question `question [n]`."""
+  """The n known labels of one task with the model's answers; `question [n]` is the index of each label's question."""
 
   value: np.ndarray
   answer: np.ndarray
@@ -68,22 +68,22 @@ def evaluate(
   asked: Mapping[str, Sequence[QueryBatch]] | None = None,
   most: int = 0,
 ) -> dict[str, Any]:
-  """Measures every active task that has labels and returns what `evaluation.json` holds.
+  """Measures every active task that has labels and returns the content of `evaluation.json`.
 
   Args:
     run: the run to evaluate.
-    compare: also the baselines, which take longer than the model on a small dataset.
-    progress: show a bar.
-    splits: the splits to evaluate; expert load is that of the last.
-    write: write the file into the run directory; it holds both splits, and what lies behind the main metrics: their
-      intervals and, of the test split, their course with the length of histories, calibration, and the experts of
-      events.
-    asked: the questions of each split, where they are at hand already; they must be those of the run's config.
-    most: snapshots of a split, drawn by the run's seed; 0: all of them.
+    compare: whether to measure the baselines too; on a small dataset they take longer than the model.
+    progress: whether to show a bar.
+    splits: the splits to evaluate; the expert load is measured on the last one.
+    write: whether to write the file into the run directory, for which `splits` must name both splits. The result then
+      also holds the main metrics' intervals and, for the last split, the metrics by length of the history, the
+      calibration, and the experts of events.
+    asked: the questions of each split, if they are made already; they must be the questions of the run's config.
+    most: the number of snapshots of a split to evaluate, drawn by the run's seed; 0: all of them.
 
   Raises:
     ConfigError: a split has no snapshot.
-    ValueError: the file is to be written, but not of both splits.
+    ValueError: the file is to be written, but `splits` does not name both splits.
   """
   if write and set(splits) != set(EVALUATED_SPLITS):
     raise ValueError(
@@ -95,7 +95,7 @@ def evaluate(
   measured: dict[str, dict[str, Any]] = {}
   load: dict[str, Any] = {}
   answers: dict[str, ScoredAnswers] = {}
-  for split in splits:
+  for split in sorted(splits, key=EVALUATED_SPLITS.index):  # the last is the one that the details are about
     expected = run.dataset.manifest["snapshots"][split]
     if asked is not None:
       questions: Iterable[QueryBatch] = asked[split]
@@ -131,7 +131,7 @@ def evaluate(
 
 
 def main_metric(cfg: config.Config, task: config.LabelledTask) -> str:
-  """Returns the name of the metric that stands for a task."""
+  """Returns the name of a task's main metric."""
   return form_of(task).main_metric(cfg.evaluate.cutoffs)
 
 
@@ -141,7 +141,11 @@ def metric_names(cfg: config.Config, task: config.LabelledTask) -> list[str]:
 
 
 def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: int | None) -> _Collected:
-  """Asks the questions, under a bar of so many where they are `expected`."""
+  """Asks the model the questions of a split; shows a bar up to the number `expected`, unless that is None.
+
+  Raises:
+    ConfigError: there is no question.
+  """
   asked: list[Query] = []
   tasks = run.cfg.active_views
   answers: dict[str, list[np.ndarray]] = {n: [] for n in tasks}
@@ -190,9 +194,9 @@ def _task(
   compare: bool,
   by_aggregates: np.ndarray | None,
 ) -> tuple[dict[str, Any], ScoredAnswers] | None:
-  """Metrics and baselines of one task, and the answers that they are of; None without any label."""
+  """Returns the metrics and baselines of one task, and the answers that they measure; None without a known label."""
   label = collected.labels[name]
-  known = np.nonzero(label.known)  # of a task with several events a question: the events
+  known = np.nonzero(label.known)  # if a question asks about several events, each event is an answer of its own
   if not len(known[0]):
     return None
   asked = _TaskAnswers(label.value[known], collected.answers[name][known], known[0])
@@ -260,10 +264,10 @@ def _ranking(
 
 
 def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: _Collected) -> dict[str, Any]:
-  """Where a task's tokens went in each MoE layer, over its labelled (for one yes-or-no: positive) snapshots.
+  """Returns each expert's share of a task's tokens in each MoE layer, over snapshots with a (binary: positive) label.
 
-  Without task tokens those are the snapshots' own. Where the task has a gate (its view is the `view`-th), also the
-  gate's mean over the same snapshots.
+  Without task tokens the snapshots' own tokens are counted. If the task has a gate (its view is the `view`-th), the
+  result also holds the gate's mean over the same snapshots.
   """
   label = collected.labels[name]
   chosen = label.known
@@ -287,7 +291,7 @@ def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: 
 
 
 def results_table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:
-  """Rows for people: task, labels, metric, this run, each baseline; the first row is the heading."""
+  """Returns the rows of a table of results: task, labels, metric, this run, each baseline; the first is the heading."""
   tasks = result["splits"][split]
   names = list(dict.fromkeys(b for t in tasks.values() for b in t["baselines"]))
   rows = [["task", "labels", "metric", "supermoe", *names]]
@@ -304,7 +308,7 @@ def _cell(value: float | None) -> str:
 
 
 def aligned_table(rows: list[list[str]]) -> str:
-  """Aligns a table for the terminal."""
+  """Returns a table as text that is aligned for the terminal."""
   widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
   lines = [
     "  ".join(c.ljust(w) if i in (0, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()

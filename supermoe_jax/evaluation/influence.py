@@ -5,7 +5,7 @@ and the linear part for an area or a root. The labels of one user depend on each
 variance is U/(U − 1) Σ ψ². For the area under one curve with one label a user this is DeLong's interval. Differences
 are paired: they take the difference of the influences of the same labels.
 
-Intervals cover the random choice of users, not the randomness of training: a run with another seed scores otherwise.
+Intervals cover the random choice of users, not the randomness of training: a run with another seed has other scores.
 
 Source: DeLong, DeLong and Clarke-Pearson 1988, https://doi.org/10.2307/2531595; labels in clusters, Obuchowski 1997,
 https://doi.org/10.2307/2533958.

@@ -1,4 +1,4 @@
-"""SUPERMOE: one sparse encoder of behaviour sequences, one representation of a user at a moment, several tasks.
+"""Defines the SUPERMOE model: a sparse encoder of event sequences represents a user at a moment for several tasks.
 
 This is the project's own design for the method whose abstract is arXiv 2207.04648.
 """
@@ -24,16 +24,17 @@ __all__ = ["Encoded", "Encoder", "ExpertRecord", "SuperMoE"]
 
 
 class SuperMoE(nnx.Module):
-  """The encoder with a head for each task that has labels.
+  """A model of an encoder and a head for each task with labels.
 
-  At snapshots a head reads its task's view of the user, which by default (`conditioning="none"`) is z itself; at events
-  it reads the event's state. A task without labels (contrast) has neither view nor head: its loss compares z.
+  At snapshots a head reads its task's view of the user; by default (`conditioning="none"`) the view is z itself. At
+  events a head reads the event's state. A task without labels (contrast) has neither view nor head: its loss compares
+  z.
 
   Attributes:
-    tasks: the active tasks by name, those without labels included.
-    view_names: the T tasks with labels, in the order of `Encoded.views`.
-    heads: by the names of `view_names`.
-    scored_whole: the tables of which a full softmax scores every row, so that every row has a gradient.
+    tasks: the active tasks by name, including tasks without labels.
+    view_names: the names of the T tasks with labels, in the order of `Encoded.views`.
+    heads: the head of each task in `view_names`.
+    scored_whole: the names of the tables that a full softmax scores, so that every row has a gradient.
   """
 
   def __init__(
@@ -46,9 +47,9 @@ class SuperMoE(nnx.Module):
     layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
-    """Creates the model, with tables of that `layout`.
+    """Creates the model; its tables have the layout `layout`.
 
-    Initial parameters of a task do not depend on the others (but PLE's, on its place).
+    A task's initial parameters do not depend on the other tasks, except in PLE, where they depend on the task's place.
     """
     self.tasks = dict(tasks)
     self.view_names = tuple(n for n, t in tasks.items() if t.has_labels)
@@ -68,9 +69,9 @@ class SuperMoE(nnx.Module):
     self.sharing = _sharing(model, len(self.view_names), rngs)
 
   def asked(self, batch: Batch, negatives: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Every code that the loss of a batch of B rows looks up, int32 `[B, n]` of each table, some of them repeated.
+    """Returns every code that the loss of a batch of B rows looks up in each table: int32 `[B, n]`, with repetitions.
 
-    `negatives [B, k]` are the codes that each sampled softmax draws, by task.
+    `negatives [B, k]` holds the codes that each sampled softmax draws, by task.
     """
     events = self.encoder.event_embedding
     rows = len(batch.features.length)
@@ -89,11 +90,11 @@ class SuperMoE(nnx.Module):
     }
 
   def encode(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
-    """See `Encoder`; with the tasks' views, whatever makes them."""
+    """Encodes rows as `Encoder` does, and fills in the tasks' views."""
     return self.share(self.encoder(features, dropless=dropless, rngs=rngs))
 
   def share(self, encoded: Encoded) -> Encoded:
-    """Fills in the views that MMoE or PLE make of `encoded.z`; without one of them, returns `encoded` as it is."""
+    """Fills in the views that MMoE or PLE makes of `encoded.z`; returns `encoded` unchanged without these layers."""
     if isinstance(self.sharing, MMoE):
       views, gates = self.sharing(encoded.z)
       return encoded._replace(views=views, gates=gates)
@@ -102,13 +103,14 @@ class SuperMoE(nnx.Module):
     return encoded
 
   def view(self, name: str, encoded: Encoded) -> jax.Array:
-    """What a task's head reads at the snapshots: `[B, S, D]`."""
+    """Returns the view that a task's head reads at the snapshots: `[B, S, D]`."""
     return encoded.z if encoded.views is None else encoded.views[:, :, self.view_names.index(name)]
 
   def states(self, name: str, encoded: Encoded, *, events: bool) -> jax.Array:
-    """What a task's head reads, `[B, sites, D]`: its view at the S snapshots, with `events` after the L events' states.
+    """Returns the input of a task's head, `[B, sites, D]`: its view at the S snapshots.
 
-    An event label asks about m events a snapshot, so that the view stands there m times: L + S·m sites, or S·m.
+    With `events` the L events' states come first. An event label asks about m events per snapshot, so each view is
+    repeated m times: S·m sites, or L + S·m with `events`.
     """
     view, task = self.view(name, encoded), self.tasks[name]
     if task.about_events:
@@ -116,19 +118,20 @@ class SuperMoE(nnx.Module):
     return jnp.concatenate([encoded.events, view], axis=1) if events else view
 
   def answers(self, name: str, encoded: Encoded, *, events: bool, given: jax.Array | None = None) -> jax.Array:
-    """A task's answers: logits, or numbers for a regression.
+    """Returns a task's answers: logits, or numbers for a regression.
 
     Args:
       name: the task.
-      encoded: what `encode` returned.
-      events: whether a task that asks at events too does so here; the L events come first. Others ask at the snapshots.
-      given: event label only, int32 `[B, sites, G]`, codes of the asked events' G fields `task.given`.
+      encoded: the result of `encode`.
+      events: whether a task that also asks at events does so here; the L events come first. Other tasks ask at the
+        snapshots only.
+      given: for event labels only, int32 `[B, sites, G]`, the codes of the asked events' G fields `task.given_fields`.
 
     Returns: `[B, S]` (binary, regression), `[B, S, outputs]` (multi-label, multi-class), `[B, sites]` (event label;
       sites as in `states`) or `[B, sites, D]` (next event: the states that a catalogue is scored against).
 
     Raises:
-      ValueError: `given` is missing, of another shape, or of a task that takes none.
+      ValueError: `given` is missing, has another shape, or is passed for a task that takes none.
     """
     task, head = self.tasks[name], self.heads[name]
     if isinstance(head, EventLabelHead):
@@ -147,7 +150,7 @@ class SuperMoE(nnx.Module):
 
 
 def safe_value(targets: Targets) -> jax.Array:
-  """Returns y~: the labels, and 0 where there is none, whatever stands there."""
+  """Returns y~: the labels, with 0 where no label is known."""
   known = jnp.asarray(targets.known)
   wide = known[..., None] if jnp.ndim(targets.value) > known.ndim else known
   return jnp.where(wide, targets.value, 0)
@@ -172,7 +175,7 @@ def _head(
 
 
 def _sharing(model: config.Model, tasks: int, rngs: nnx.Rngs) -> MMoE | PLE | None:
-  """What makes the tasks' views of z, if anything does."""
+  """Returns the layer that makes the tasks' views of z; None if every task reads z or the encoder makes the views."""
   if tasks and model.conditioning == "mmoe":
     return MMoE(model.d_model, model.view_hidden, model.view_experts, tasks, rngs=rngs)
   if tasks and model.conditioning == "ple":

@@ -1,4 +1,4 @@
-"""The shapes of a run's data: as its dataset has them or, before there is one, the largest that its config allows."""
+"""Computes the shapes of a run's data: from its dataset or, without one, the largest shapes that its config allows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from supermoe_jax.data.format.schema import schema_of_sizes
 
 
 def largest_schema(cfg: config.Config) -> Schema:
-  """The schema of the largest dataset that a config allows: every vocabulary is full.
+  """Returns the schema of the largest dataset that a config allows, in which every vocabulary is full.
 
   Raises:
-    ConfigError: a task's classes are what a table of users holds, which only a dataset can tell.
+    ConfigError: a task's classes are the values in a table of users, which only a dataset knows.
   """
   fields = cfg.data.fields
   sizes: dict[str, int] = {}
@@ -38,7 +38,7 @@ def _aggregates(data: config.Data) -> int:
 
 
 def batch_shapes(cfg: config.Config, schema: Schema) -> Batch:
-  """The shapes and dtypes of a training batch of all hosts: what `dataset.training_batches.training_batches` makes."""
+  """Returns the shapes and dtypes of a batch of all hosts, as `dataset.training_batches.training_batches` makes it."""
   rows, events, snapshots = cfg.train.batch_rows, cfg.model.max_events, cfg.train.snapshots_per_row
   tasks = cfg.active_tasks
   targets = {n: _targets(t, schema.outputs[n], (rows, events, snapshots)) for n, t in cfg.active_views.items()}

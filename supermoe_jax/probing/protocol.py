@@ -39,7 +39,7 @@ class Protocol:
     folds: parts that users are divided into; each part is predicted once a repeat.
     repeats: how often users are divided anew.
     temporal: fit on all labels before the last time and predict the labels of the last time, instead of folds.
-    seed: of the folds, the models and the resamples.
+    seed: the seed of the folds, the models and the resamples.
     resamples: bootstrap resamples of users, for the intervals of a temporal split.
   """
 
@@ -78,8 +78,8 @@ class ProbeResult(NamedTuple):
   """Scores of the probes of one label. Features are the judged vectors and each comparison.
 
   Attributes:
-    scores: by name of the features and model.
-    differences: by comparison and model: the judged vectors' score less the comparison's, in the metric's own unit,
+    scores: the scores, by name of the features and model.
+    differences: by comparison and model, the judged vectors' score minus the comparison's, in the metric's own unit,
       over the same splits and users. The key `best` compares the best model of both.
     best: for each name of features, the model with the best main metric.
     main: the name of the main metric.

@@ -1,6 +1,6 @@
-"""A report of a run: one HTML page that needs nothing beside it, made from what lies in the run directory.
+"""Writes the report of a run: one self-contained HTML page, made from the files of the run directory.
 
-Every part may be missing but the config; its section then names the command that makes it.
+Every part except the config may be missing; its section then names the command that makes the part.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _page(run: RunFiles) -> dict[str, Any]:
 
 
 def _notes(run: RunFiles) -> Iterator[str]:
-  """Says where the parts do not belong together: what a reader would otherwise compare in error."""
+  """Yields a note for each part that does not belong to the run's other parts, so that no reader compares them."""
   if run.manifest is not None and not run.same_data:
     yield (
       f"The dataset at {run.cfg.data.path} was prepared with another configuration than this run's; the data facts "
@@ -109,14 +109,14 @@ def _notes(run: RunFiles) -> Iterator[str]:
 
 
 def _score(value: float | None, *, signed: bool = False, digits: int = 4) -> str:
-  """Writes a metric; a minus is a minus sign, a missing value a dash."""
+  """Returns a metric as text, with a true minus sign; a missing value is a dash."""
   if value is None or not math.isfinite(value):
     return "–"
   return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def _between(interval: Sequence[float] | None, *, signed: bool = False) -> str:
-  """Writes an interval; a missing one as a dash."""
+  """Returns an interval as text; a missing interval is a dash."""
   return "–" if interval is None else " to ".join(_score(end, signed=signed, digits=3) for end in interval)
 
 
@@ -124,7 +124,7 @@ _FILTERS = {"number": number, "percent": percent, "score": _score, "between": _b
 
 
 def _parameters(run: RunFiles) -> dict[str, int] | None:
-  """Counts the model's parameters by building it without allocating it; needs the dataset's numbers of codes."""
+  """Returns the counts of the model's parameters, without allocating the model; None without the run's dataset."""
   if run.manifest is None or not run.same_data:
     return None
   model, schema = run.cfg.model, _schema(run.cfg, run.manifest)
@@ -134,7 +134,7 @@ def _parameters(run: RunFiles) -> dict[str, int] | None:
 
 
 def _schema(cfg: config.Config, manifest: Mapping[str, Any]) -> Schema:
-  """The sizes of a dataset, by what its manifest says of it."""
+  """Returns the sizes of a dataset from its manifest."""
   codes = {n: f["codes"] for n, f in manifest["fields"].items() if "codes" in f}
   counts = {n: splits["train"] for n, splits in manifest["labels"].items()}
   classes = {n: len(count["classes"]) for n, count in counts.items() if "classes" in count}

@@ -1,4 +1,4 @@
-"""What a run's evaluation found: scores beside baselines with intervals, by length of history, and calibration."""
+"""Prepares a report's results: scores and baselines with intervals, scores by length of history, and calibration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from supermoe_jax.report.figures.drawing import number, percent
 from supermoe_jax.report.figures.scores import ScorePoint, ScoreRow
 from supermoe_jax.report.run_files import RunFiles
 
-# Below this many labels a difference between two scores is mostly chance, and the page says so.
+# Below this many labels a difference between two scores is mostly chance, and the page warns of it.
 FEW_LABELS = 500
 
 
 def headline_section(run: RunFiles) -> dict[str, Any] | None:
-  """The main metric of each task on the test snapshots beside its baselines; None before evaluation."""
+  """Returns the main metric of each task on the test snapshots, and of its baselines; None before evaluation."""
   if run.evaluation is None:
     return None
   results, main = run.evaluation["splits"]["test"], run.evaluation["main_metric"]
@@ -41,7 +41,7 @@ def headline_section(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _compared(name: str, task: Mapping[str, Any], metric: str) -> dict[str, Any]:
-  """A task's main metric beside its baselines, and its lead over the best of them."""
+  """Returns the main metric of a task and of its baselines, and the run's lead over the best baseline."""
   own, others = task["metrics"].get(metric), {b: v.get(metric) for b, v in task["baselines"].items()}
   best = metrics.best_value(metric, others.values())
   known = task.get("intervals") or {"run": None, "baselines": {}, "differences": {}, "users": None}
@@ -82,7 +82,7 @@ def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
-  """Everything that was measured: for each split its baselines and, for each task, a row a metric."""
+  """Returns all metrics: for each split its baselines and, for each task, one row per metric."""
   out = []
   for split, tasks in (run.evaluation or {"splits": {}})["splits"].items():
     baselines = list(dict.fromkeys(b for t in tasks.values() for b in t["baselines"]))
@@ -102,7 +102,7 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def label_shares(run: RunFiles) -> dict[str, dict[str, str]]:
-  """Of each task and split, in words, what its labels are; `_label_share` says what of each kind."""
+  """Returns a description of the labels of each task and split, in words; see `_label_share`."""
   out: dict[str, dict[str, str]] = {}
   for name, splits in (run.manifest or {"labels": {}})["labels"].items():
     asked = run.cfg.tasks[name].asked_values if name in run.cfg.tasks else 1
@@ -112,7 +112,7 @@ def label_shares(run: RunFiles) -> dict[str, dict[str, str]]:
 
 
 def _label_share(count: Mapping[str, Any], asked: int) -> str:
-  """Says in words what `count["known"]` labels of `asked` answers each are."""
+  """Returns a description of `count["known"]` labels with `asked` answers each: their classes, mean or share."""
   if not count["known"]:
     return "–"
   if "classes" in count:
@@ -125,11 +125,11 @@ def _label_share(count: Mapping[str, Any], asked: int) -> str:
   return f"{percent(part / (count['known'] * asked))} {word}"
 
 
-# --------------------------------------------------------------------------------------------- behind the main metric
+# ------------------------------------------------------------------------------------------ details of the main metric
 
 
 def history_section(run: RunFiles) -> dict[str, Any] | None:
-  """The main metric of each task by the length of its users' histories; None where it was not measured."""
+  """Returns the main metric of each task by the length of its users' histories; None if it was not measured."""
   found = (run.evaluation or {}).get("by_history")
   if not found:
     return None
@@ -154,7 +154,7 @@ def _length(group: Mapping[str, Any]) -> str:
 
 
 def calibration_section(run: RunFiles) -> list[dict[str, Any]] | None:
-  """The reliability of each yes-or-no task; None where it was not measured."""
+  """Returns the reliability of each yes-or-no task; None if it was not measured."""
   found = (run.evaluation or {}).get("calibration")
   if found is None:
     return None

@@ -1,4 +1,4 @@
-"""What a config's tasks and model are, in words."""
+"""Describes a config's tasks and model in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from supermoe_jax.data.tasks import question
 
 
 def task_question(task: config.Task) -> str:
-  """Returns what a task asks, and of which samples, in words."""
+  """Returns the question that a task asks, and its sample space, in words."""
   asked = question(task)
   if not task.has_labels:
     return asked
@@ -24,7 +24,7 @@ def task_question(task: config.Task) -> str:
 
 
 def views_sentence(model: config.Model) -> str:
-  """Says in words what the tasks' heads see of a user."""
+  """Returns a sentence about how each task's head sees a user."""
   if model.conditioning == "none":
     return "Every task reads the same user representation."
   if model.conditioning == "token":
@@ -37,7 +37,7 @@ def views_sentence(model: config.Model) -> str:
 
 
 def sparse_blocks(model: config.Model) -> list[int]:
-  """The blocks that hold experts, counted from 1."""
+  """Returns the numbers of the blocks that hold experts, counted from 1."""
   if model.encoder == "gru" or not model.moe_every:
     return []
   return list(range(model.moe_every, model.layers + 1, model.moe_every))

@@ -1,7 +1,7 @@
-"""The forms of answers in training: the loss of a sample, and the loss of the best constant answer.
+"""Defines the losses of each form of answers: the loss of a sample, and the loss of the best constant answer.
 
-A next event (`catalogue`) has its loss in `layers.catalogue` and `training.sampled_softmax`, and a contrast in
-`training.losses`; the constants of a catalogue are here.
+The loss of a next event (`catalogue`) is in `layers.catalogue` and `training.sampled_softmax`, and the loss of a
+contrast in `training.losses`; only a catalogue's constant loss is here.
 Shapes: n labels, C classes, outputs or values.
 """
 
@@ -17,10 +17,10 @@ from supermoe_jax.batch import FIRST_VALUE
 
 
 class AnswerForm:
-  """A form of answers; the methods are those of yes-or-no answers."""
+  """A form of answers; this base class is the form of yes-or-no answers."""
 
   def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns the loss ℓ of each sample, of `logits` and `value` of one shape."""
+    """Returns the loss ℓ of each sample; `logits` and `value` have one shape."""
     return optax.sigmoid_binary_cross_entropy(logits, value)
 
   def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ class AnswerForm:
     return weight @ columns, weight @ columns**2
 
   def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
-    """Returns the mean loss of the best constant answer, from the moments of labels with Σ ω = `weight`."""
+    """Returns the mean loss of the best constant answer, from the labels' moments and their Σ ω `weight`."""
     del second
     share = first / max(weight, 1e-12)
     both = np.stack([share, 1 - share])
@@ -37,7 +37,7 @@ class AnswerForm:
 
 
 class SeveralAnswers(AnswerForm):
-  """Yes or no for each of several values; a sample's loss is their mean."""
+  """A yes or no for each of several values; a sample's loss is the mean over the values."""
 
   def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
     """See `AnswerForm`; `logits, value [..., values]`."""
@@ -54,7 +54,7 @@ class OneOfClasses(AnswerForm):
     return optax.softmax_cross_entropy_with_integer_labels(logits, value.astype(jnp.int32))
 
   def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `AnswerForm`; the first are the weights of each class, the second 0."""
+    """See `AnswerForm`; the first moments are Σ ω of each class, the second are 0."""
     counts = np.bincount(value - self.first_code, weights=weight, minlength=outputs)
     return counts, np.zeros(outputs)
 

@@ -1,5 +1,4 @@
-"""The training loop: batches in, checkpoints and metrics out; the same call again goes on where the last one
-stopped."""
+"""Trains a run: reads batches, makes steps, and writes checkpoints and metrics; the same call resumes a stopped run."""
 
 from __future__ import annotations
 
@@ -39,33 +38,33 @@ from supermoe_jax.training.task_statistics import TaskStatistics
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 
-# Rows that label rates and constant losses are measured on.
+# Rows on which label rates and constant losses are measured.
 MEASURED_ROWS = 1024
 
-# Errors of disks, which a user can see to.
+# Disk errors that a user can mend.
 DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
-# Labels of each task that are waited for, if it has as many.
+# More rows are measured until each task has met this many labels, or all of its labels if it has fewer.
 MEASURED_LABELS = 200
 
 
 class Validator(Protocol):
-  """Judges checkpoints while a run trains; see `evaluation.validation.Validation`."""
+  """A judge of checkpoints while a run trains; see `evaluation.validation.Validation`."""
 
   def resume(self, step: int) -> None:
-    """Takes up a run that stands at `step`."""
+    """Prepares for a run that starts or resumes at `step`."""
 
   def due(self, step: int) -> bool:
-    """Whether the checkpoint of `step` is still to be judged."""
+    """Returns whether the checkpoint of `step` is still to be judged."""
 
   def validate(self, step: int, variables: nnx.State, statistics: dict[str, TaskStatistics]) -> dict[str, Any]:
-    """Judges a checkpoint; returns the `score` and the metrics of all `tasks`."""
+    """Judges a checkpoint and returns its `score` and the metrics of all `tasks`."""
 
   def best(self) -> Sequence[int]:
-    """The steps of the checkpoints to keep, the best first."""
+    """Returns the steps of the checkpoints to keep, the best first."""
 
 
-# Makes the validator of a run from its config, dataset, directory and mesh, and from whether it shows a bar.
+# Makes a run's validator from the config, the dataset, the run directory, the mesh, and whether to show a bar.
 MakeValidator = Callable[[config.Config, Dataset, pathlib.Path, Mesh, bool], Validator]
 
 
@@ -80,23 +79,23 @@ def train(
 ) -> int:
   """Trains to `cfg.train.steps` and returns the last step; resumes from the newest whole checkpoint of `workdir`.
 
-  A run that was cut anywhere and goes on is, on the same mesh, bit for bit the one that never was: parameters, order of
-  the data, and rows of `metrics.jsonl` but for their `speed`.
+  On the same mesh a run that was cut anywhere and resumed equals an uninterrupted run bit for bit: its parameters, the
+  order of its data, and its rows of `metrics.jsonl` except `speed`.
 
   Args:
     cfg: the config.
     workdir: the run directory.
-    validation: makes what judges checkpoints while the run trains: `evaluation.validation.validation_of(cfg)`; needed
-      where `cfg.train.validate.every` is set.
+    validation: makes the validator, which judges checkpoints while the run trains:
+      `evaluation.validation.validation_of(cfg)`; needed if `cfg.train.validate.every` is set.
     place: this process' place among several, which all call this with the same config and directory; None: it is alone.
-    progress: shows a bar on a terminal, and logs the metrics elsewhere.
-    profile: writes a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
+    progress: whether to show a bar on a terminal, and to log the metrics elsewhere.
+    profile: whether to write a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
 
   Raises:
-    ConfigError: `cfg.train.validate.every` is set, and there is no `validation`.
+    ConfigError: `cfg.train.validate.every` is set, and `validation` is missing.
     DataError: there is no dataset, or it was prepared from another config.
-    RunError: `workdir` holds a run of another config, or one that cannot go on; the message says why.
-    Stopped: a signal asked the run to stop; it is saved.
+    RunError: `workdir` holds a run of another config, or a run that cannot go on; the message gives the reason.
+    Stopped: a signal asked the run to stop; the run is saved.
   """
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
@@ -128,7 +127,7 @@ def train(
 
 
 class RunContext(NamedTuple):
-  """Processes and stop signals of a run, and whether it shows its progress."""
+  """The heartbeat and the stop signals of a run, and whether it shows its progress."""
 
   heartbeat: Heartbeat
   signals: Signals
@@ -152,7 +151,7 @@ def _train(
       check_encoding(workdir, dataset, create=True)
   except (RunError, ConfigError, OSError) as error:
     problem = str(error)
-  for _, theirs in processes.gather_text(problem):  # all end, or none
+  for _, theirs in processes.gather_text(problem):  # all processes end, or none
     if theirs:
       raise RunError(theirs)
   shard = device_mesh.host_rows(mesh, cfg.train.batch_rows)
@@ -195,13 +194,13 @@ def _train(
     count = parameters.count_parameters(state.model, cfg.model.experts_per_token / cfg.model.experts)
     flops = utilisation.flops_a_token(cfg.model, count)
     with MetricsLog(workdir, step, cfg, progress, waiting, flops) as log:
-      _validate(validator, step, state, statistics, log)  # where the run was cut before that
+      _validate(validator, step, state, statistics, log)  # a run that was cut before a validation makes up for it
       while step < cfg.train.steps:
         with log.taking_input():
           taken = [next(stream) for _ in range(several)]
         profiler.before(step - begun, state)
         placed = place_on_mesh(stack(taken) if several > 1 else taken[0], mesh, stacked=several > 1)
-        with jax.transfer_guard("disallow"):  # nothing travels between host and device but what is sent above
+        with jax.transfer_guard("disallow"):  # only the batch above travels between host and device
           state, metrics = do_step(state, placed, constants)
         step += several
         heartbeat.progress(step)
@@ -212,7 +211,7 @@ def _train(
             _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir)
         stopped = signals.asked(range(step - several + 1, step + 1))
         if stopped or step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
-          heartbeat.rest()  # however long it takes to write, that is no step
+          heartbeat.rest()  # writing may take long, and must not look like a step that hangs
           _check_finite(state, workdir, step)
           writer.save(step, state, stream.get_state(), statistics, log.waiting())
         if stopped and step < cfg.train.steps:
@@ -225,7 +224,7 @@ def _train(
 def _validate(
   validator: Validator | None, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: MetricsLog
 ) -> None:
-  """Validates the checkpoint of `step`, where that is due."""
+  """Validates the checkpoint of `step` and logs its scores, if that is due."""
   if validator is not None and validator.due(step):
     row = validator.validate(step, state.model, statistics)
     values = {f"validation/{n}/{m}": value for n, found in row["tasks"].items() for m, value in found.items()}
@@ -249,7 +248,7 @@ def _check_skipped(
   cfg: config.Config,
   workdir: pathlib.Path,
 ) -> None:
-  """Warns of steps that were skipped, and stops the run where there are too many of them."""
+  """Warns of skipped steps; raises RunError, and saves the last skipped batch, if there are too many of them."""
   most = cfg.train.nonfinite_steps
   logger.warning(
     f"the loss or gradients of step {', '.join(map(str, steps))} are not finite: skipped, {total} by now; "
@@ -272,7 +271,7 @@ def _all_finite(model: nnx.State) -> jax.Array:
 
 
 def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
-  """Stops before parameters that are no longer finite take the place of a good checkpoint."""
+  """Raises RunError if parameters are not finite, so that they do not replace a good checkpoint."""
   if not bool(_all_finite(state.model)):
     raise RunError(
       f"{workdir}: the parameters are no longer finite at step {step}; nothing was saved, and the checkpoints before "
@@ -281,7 +280,11 @@ def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
 
 
 def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
-  """Measures label rates on rows drawn as in training, but not the same ones; rare labels are waited for."""
+  """Measures the tasks' constants on rows drawn as in training, with another seed; reads more rows for rare labels.
+
+  Raises:
+    RunError: no active task has a training label.
+  """
   known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_views}
   if known and not any(count["known"] for count in known.values()):
     raise RunError(f"no active task has a training label; see 'labels' in {dataset.path}/manifest.json.")

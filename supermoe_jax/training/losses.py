@@ -1,16 +1,16 @@
-"""The multi-task loss with task indicators.
+"""Computes the multi-task loss, in which a sample counts only for the tasks that it has a label of.
 
 For task t with supervision indicator δ, sample weight ω, per-sample loss ℓ, and B rows in a batch:
 
-    y~  = where(δ, y, 0)                                  masked labels may be anything, NaN included
+    y~  = where(δ, y, 0)                                  masked labels may have any value, even NaN
     L_t = 1 / (ρ_t · B) · Σ δ · ω · where(δ, ℓ(f(z), y~), 0)
     L^_t = L_t / b_t
     L   = Σ_t a_t · stop_grad(w_t) · L^_t + α · balance + β · z-loss − γ · information
 
-ρ_t is the mean of Σ δω a row under the sampler, fixed before training, so that L_t is unbiased and adds up over
+ρ_t is the mean of Σ δω per row under the sampler, fixed before training, so that L_t is unbiased and adds up over
 micro-batches (`norm="rate"`; `batch` divides by the batch's own Σ δω, `sum` by nothing). b_t is the loss of the best
-constant prediction, so that tasks start on one scale. a_t is 0 in a batch without a label of task t. The weights w are
-those of `weighting`.
+constant prediction, so that all tasks start on one scale. a_t is 1, or 0 in a batch without a label of task t. The
+module `weighting` gives the weights w.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from supermoe_jax.training.task_statistics import TaskStatistics
 
 
 class TaskLoss(NamedTuple):
-  """A task in a batch: `total = Σ δωℓ` and `weight = Σ δω`, both float32 scalars."""
+  """The sums of one task over a batch: `total = Σ δωℓ` and `weight = Σ δω`, both float32 scalars."""
 
   total: jax.Array
   weight: jax.Array
 
 
 class Loss(NamedTuple):
-  """The loss and its parts.
+  """The loss of a batch and its parts.
 
   Attributes:
-    total: float32, what is differentiated.
+    total: float32, the whole loss, which a step differentiates.
     tasks: the sums of each task.
-    seen: who is present, and with what loss, `[T]` each.
-    weights: float32 `[T]`, w.
-    encoded: states and the experts' record.
-    slices: the experts' counts `(routed, dropped)` in the passes over contrast slices, int32.
+    seen: which tasks have a label in the batch, and their losses, `[T]` each.
+    weights: float32 `[T]`, the task weights w.
+    encoded: the encoder's output: the states, and the record of the experts.
+    slices: int32, the experts' counts `(routed, dropped)` in the passes over contrast slices.
   """
 
   total: jax.Array
@@ -62,9 +62,9 @@ class Loss(NamedTuple):
 
 
 def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0) -> TaskLoss:
-  """Sums `loss` of the samples that have a label; the others contribute nothing, whatever they hold.
+  """Returns the sums of `loss` over samples with a label; other samples contribute nothing, whatever they hold.
 
-  `weight` multiplies ω; it has the shape of `supervision.known` or one that broadcasts to it.
+  `weight` multiplies ω; it has the shape of `targets.known` or broadcasts to it.
   """
   known = jnp.asarray(targets.known)
   omega = jnp.where(known, targets.weight * weight, 0.0)
@@ -72,7 +72,10 @@ def task_loss(targets: Targets, loss: jax.Array, weight: jax.Array | float = 1.0
 
 
 def snapshot_weight(task: config.Task, statistics: TaskStatistics, events: int, sites: int) -> jax.Array | float:
-  """Returns what ω is multiplied by: 1, but at the snapshots of a task that asks at `events` events first."""
+  """Returns the factor of ω at each of `sites` sites.
+
+  It is 1, except at the snapshots of a task that also asks at events, whose first `events` sites are the events.
+  """
   if not task.asks_at_events:
     return 1.0
   return jnp.where(jnp.arange(sites) < events, 1.0, statistics.snapshot_weight)
@@ -82,7 +85,7 @@ def snapshot_weight(task: config.Task, statistics: TaskStatistics, events: int, 
 
 
 def info_nce(z: jax.Array, known: jax.Array, temperature: float) -> TaskLoss:
-  """InfoNCE of pairs `z [B, 2, D]`: each slice is asked for its partner among all slices with `known [B]`.
+  """Returns the InfoNCE loss of pairs `z [B, 2, D]`: each slice must find its partner in all pairs with `known [B]`.
 
   Source: CoLES, arXiv 2002.08232; the loss, arXiv 1807.03748.
   """
@@ -108,7 +111,7 @@ def labelled_loss(
   statistics: TaskStatistics,
   drawn: Mapping[str, jax.Array],
 ) -> TaskLoss:
-  """The sums of one task with labels, from states that are already there; `drawn` are the sampled softmaxes' values."""
+  """Returns the sums of one task with labels, from encoded states; `drawn` holds the sampled softmaxes' codes."""
   task = model.tasks[name]
   value = safe_value(targets)
   given = targets.given if task.about_events else None
@@ -129,15 +132,15 @@ def _next_value_loss(
   value: jax.Array,
   drawn: Mapping[str, jax.Array],
 ) -> jax.Array:
-  """The softmax loss `[B, sites]` of codes `value [B, sites]`, full or sampled."""
+  """Returns the softmax loss `[B, sites]` of codes `value [B, sites]`, full or sampled."""
   table, head = model.encoder.event_embedding.table(task.field), model.heads[name]
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
     return catalogue.cross_entropy(state, value, head.catalogue(table))
   every = drawing_rows(len(drawn[name]), task.negatives)
-  # Looked up before rows are left out: those that are left need not divide over the devices of the batch.
+  # Look all rows up before some are left out, since the remaining rows may not divide over the batch's devices.
   codes, vectors = drawn[name][::every].reshape(-1), table(drawn[name])[::every]
-  # Every device scores its states against all values drawn: their rows travel, not the states.
+  # Every device scores its own states against all drawn values, so the values' rows travel, not the states.
   others = sharding.constrain(vectors.reshape(codes.size, -1), None, None)
   flat = sharding.constrain(codes, None)
   log_count = log_expected_count(task.sampling, flat - 2, table.size - 2, codes.size)
@@ -155,7 +158,7 @@ def _contrast(
 
 
 def normalised(loss: TaskLoss, statistics: TaskStatistics, rows: int, norm: str) -> jax.Array:
-  """Returns L^_t of a batch of `rows` rows; 0 where there is no label."""
+  """Returns L^_t of a batch of `rows` rows; 0 without a label."""
   if norm == "rate":
     by = statistics.rate * rows
   else:
@@ -171,17 +174,17 @@ def combine(
   rows: int,
   norm: str = "rate",
 ) -> jax.Array:
-  """Returns `Σ_t a_t · stop_grad(w_t) · L^_t` for a batch of `rows` rows; `weights [T]` in the order of `losses`."""
+  """Returns `Σ_t a_t · stop_grad(w_t) · L^_t` of a batch of `rows` rows; `weights [T]` has the order of `losses`."""
   terms = [normalised(loss, statistics[name], rows, norm) for name, loss in losses.items()]
   w = jax.lax.stop_gradient(weights)
-  # Not a product with a_t: the absent task's weight may be anything.
+  # Not a product with a_t, since the weight of an absent task may not be finite.
   return sum((jnp.where(losses[n].weight > 0, w[i] * terms[i], 0.0) for i, n in enumerate(losses)), jnp.zeros(()))
 
 
 def observed_losses(
   losses: Mapping[str, TaskLoss], statistics: Mapping[str, TaskStatistics]
 ) -> weighting.ObservedLosses:
-  """What a batch tells of the tasks' losses, `[T]` in the order of `losses`."""
+  """Returns the tasks' losses in a batch, `[T]` each, in the order of `losses`."""
   total = jnp.stack([loss.total / statistics[n].constant_loss for n, loss in losses.items()])
   labels = jnp.stack([loss.weight for loss in losses.values()])
   return weighting.ObservedLosses(labels > 0, total, labels)
@@ -204,13 +207,13 @@ def total_loss(
   Args:
     model: the model.
     batch: B rows.
-    statistics: of each active task.
-    train: norm and regularisers.
-    weigher: gives the weights; `state` is its state before this batch.
-    state: see `weigher`.
-    key: of dropout, jitter, sampled softmaxes and random orders.
-    drawn: the sampled softmaxes' values; None: those of the key.
-    training: dropout and jitter are on.
+    statistics: the constants of each active task.
+    train: the settings of training: norm and regularisers.
+    weigher: gives the task weights.
+    state: the weigher's state before this batch.
+    key: the key of dropout, jitter, sampled softmaxes and random orders.
+    drawn: the codes of the sampled softmaxes; None: `key` draws them.
+    training: whether dropout and jitter are on.
   """
   rngs = nnx.Rngs(key) if training else None
   if drawn is None:
@@ -245,10 +248,10 @@ def gradient_products(
   norm: str,
   drawn: Mapping[str, jax.Array],
 ) -> jax.Array:
-  """Inner products of the tasks' gradients at the representation: float32 `[T, T]` of `∂L^_t / ∂(events, z)`.
+  """Returns the inner products of the tasks' gradients `∂L^_t / ∂(events, z)` at the representation: float32 `[T, T]`.
 
-  Shared by all tasks are `z [B, S, D]` and, for tasks that ask at events, the events' states `[B, L, D]`. Contrast
-  tasks read neither and have zeros.
+  All tasks share `z [B, S, D]`; tasks that ask at events share the events' states `[B, L, D]` too. Contrast tasks read
+  neither, so their products are 0.
   """
   at = jax.lax.stop_gradient((encoded.events, encoded.z))
   rows = len(batch.features.length)

@@ -1,4 +1,4 @@
-"""A trained run, opened for evaluation and embedding."""
+"""Opens a trained run for evaluation and embedding."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from supermoe_jax.training.step import abstract_model, place_on_mesh
 
 
 class Answered(NamedTuple):
-  """A model's answers for B rows of one snapshot.
+  """The answers of a model for B rows of one snapshot each.
 
   Attributes:
     z: float32 `[B, D]`, the user representations.
-    answers: for each task with labels float32 `[B]` or `[B, outputs]` logits or numbers, `[B, m]` for the m events that
-      an event label asks about, or `[B, D]` states to rank a catalogue with.
-    expert: int32 `[M, B, K]`, the experts that the snapshots' tokens went to in each MoE layer.
-    task_expert: int32 `[M, B, T, K]`, those of the tasks' own tokens; None without such.
+    answers: for each task with labels, float32: `[B]` or `[B, outputs]` logits or numbers, `[B, m]` logits for the m
+      events that an event label asks about, or `[B, D]` states that rank a catalogue.
+    expert: int32 `[M, B, K]`, the experts of the snapshots' tokens in each MoE layer.
+    task_expert: int32 `[M, B, T, K]`, the experts of the tasks' own tokens; None without such tokens.
     gate: float32 `[B, T, E]`, each task's gate over experts; None without gates.
   """
 
@@ -47,7 +47,7 @@ class Answered(NamedTuple):
 class Run:
   """A run directory's config, dataset and parameters, on the mesh of the config.
 
-  Of several processes each holds the same; all must ask it the same, in the same order.
+  If there are several processes, each holds the same run, and all must make the same calls in the same order.
   """
 
   def __init__(self, workdir: str | pathlib.Path, checkpoint: int | None = None):
@@ -55,8 +55,8 @@ class Run:
 
     Raises:
       ConfigError: `workdir` is not a run directory.
-      RunError: it holds no checkpoint yet, or its dataset was prepared again with another outcome.
-      DataError: its dataset is gone or another.
+      RunError: the run has no checkpoint yet, or its dataset was prepared again with another outcome.
+      DataError: its dataset is missing, or was prepared from another config.
     """
     self.workdir = pathlib.Path(workdir)
     self.cfg: config.Config = config.load_json(self.workdir / "config.json")
@@ -64,7 +64,7 @@ class Run:
     self.dataset.check_matches(self.cfg, appended=False)
     try:
       self.mesh = device_mesh.make_mesh(self.cfg.train.mesh)
-    except ConfigError:  # what was trained on other devices runs on these as well
+    except ConfigError:  # a model that was trained on other devices runs on these too
       self.mesh = device_mesh.mesh_of_processes(self.cfg.train.mesh)
     self.graph, abstract = abstract_model(self.cfg, self.dataset.schema, self.mesh.devices.flat[0].platform)
     layouts = sharding.shardings(self.mesh, abstract)
@@ -88,39 +88,40 @@ class Run:
     graph: nnx.GraphDef,
     model: RestoredModel,
   ) -> Run:
-    """A run that is at hand: the `model` on `mesh`, whose structure is `graph`."""
+    """Returns a run from parts that are in memory: the `model`, whose structure is `graph`, lies on `mesh`."""
     run = cls.__new__(cls)
     run.workdir, run.cfg, run.dataset, run.mesh, run.graph = workdir, cfg, dataset, mesh, graph
     run.step, run.variables, run.statistics = model
     return run
 
   def answer(self, features: Features, given: Mapping[str, np.ndarray] | None = None) -> Answered:
-    """Encodes B rows of one snapshot each and asks every task; nothing is dropped, dropout is off.
+    """Returns every task's answers for B rows of one snapshot each; experts drop no token, and dropout is off.
 
-    `given` holds, for event labels, the codes `[B, m, G]` of the events asked about; those not in it are not asked.
+    `given` holds, for event labels, the codes `[B, m, G]` of the events asked about; an event label that is not in
+    `given` is not asked.
     """
     with jax.set_mesh(self.mesh):
       found = self._answer(self.variables, *place_on_mesh(self._own((features, dict(given or {}))), self.mesh))
       return found if jax.process_count() == 1 else jax.tree.map(processes.whole, found)
 
   def encode(self, features: Features) -> jax.Array:
-    """The user representations float32 `[B, D]` of B rows of one snapshot each, as `answer` has them, and nothing else.
+    """Returns only the user representations, float32 `[B, D]`, of B rows of one snapshot each, as in `answer`.
 
-    Of several processes each gives the rows of its own devices, see `device_mesh.host_rows`, and all get those of all.
+    Each process passes the rows of its own devices, see `device_mesh.host_rows`; the result covers all rows.
     """
     with jax.set_mesh(self.mesh):
       return self._encode(self.variables, place_on_mesh(features, self.mesh))
 
   def event_experts(self, features: Features) -> np.ndarray:
-    """The experts that the events of B rows go to in each MoE layer: int32 `[M, B, L, K]`; padding has some too.
+    """Returns the experts of the events of B rows in each MoE layer: int32 `[M, B, L, K]`; padding has experts too.
 
-    A program of its own, so that what `answer` computes does not hold the routing of every event.
+    This is a separate program, so that the program of `answer` does not hold the routing of every event.
     """
     with jax.set_mesh(self.mesh):
       return processes.whole(_routing(self._key)(self.variables, place_on_mesh(self._own(features), self.mesh)))
 
   def _own(self, batch: Any) -> Any:
-    """The rows of a batch that this process' devices hold."""
+    """Returns the rows of a batch that this process' devices hold."""
     if jax.process_count() == 1:
       return batch
     rows = len(jax.tree.leaves(batch)[0])
@@ -142,7 +143,7 @@ class Run:
     return _AnswerKey(text, self.mesh, self.graph)
 
   def catalogue(self, task: str) -> Catalogue:
-    """What a next-event task ranks."""
+    """Returns the catalogue that a next-event task ranks."""
     model = nnx.merge(self.graph, self.variables, copy=True)
     with jax.set_mesh(self.mesh):
       return model.heads[task].catalogue(model.encoder.event_embedding.table(model.tasks[task].field))
@@ -150,7 +151,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class _AnswerKey:
-  """What the answering program depends on, as text; the model's structure comes along."""
+  """The cache key of a model's programs: `text` and `mesh` identify it, and the structure `graph` follows from them."""
 
   text: str
   mesh: Mesh

@@ -1,4 +1,4 @@
-"""The sampled softmax: a next-event loss over a few drawn values in place of a whole catalogue."""
+"""Computes the sampled softmax: a next-event loss over a few drawn values instead of a whole catalogue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from supermoe_jax.models.supermoe import SuperMoE
 def draw_items(how: str, items: int, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
   """Draws item indices with replacement, int32 of `shape`.
 
-  `log_uniform`: `P(i) ∝ log((i + 2) / (i + 1))`, Zipf's law for items in order of frequency. `uniform`: all alike.
+  `log_uniform`: `P(i) ∝ log((i + 2) / (i + 1))`, Zipf's law for items in order of frequency. `uniform`: all items are
+  equally likely.
   """
   if how == "uniform":
     return jax.random.randint(key, shape, 0, items, jnp.int32)
@@ -25,7 +26,7 @@ def draw_items(how: str, items: int, shape: tuple[int, ...], key: jax.Array) -> 
 
 
 def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax.Array:
-  """Returns log of how often `draws` draws are expected to give `item`."""
+  """Returns the logarithm of the number of times that `draws` draws are expected to give `item`."""
   if how == "uniform":
     return jnp.full(item.shape, jnp.log(draws / items))
   i = item.astype(jnp.float32)
@@ -33,7 +34,7 @@ def log_expected_count(how: str, item: jax.Array, items: int, draws: int) -> jax
 
 
 def drawing_rows(rows: int, negatives: int) -> int:
-  """Every how many rows of a batch one draws, where a batch has more rows than `negatives`.
+  """Returns k, where every k-th row of a batch draws values: `rows // negatives`, but at least 1.
 
   So a softmax costs no more, and gathers no more, on more devices.
   """
@@ -41,10 +42,11 @@ def drawing_rows(rows: int, negatives: int) -> int:
 
 
 def drawn_codes(model: SuperMoE, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-  """The codes that each sampled softmax of a batch of B rows is computed with, int32 `[B, k]` by task.
+  """Returns the codes that each sampled softmax of a batch of B rows draws: int32 `[B, k]` by task.
 
-  All sites share the values of them: at least the task's `negatives`, fewer than twice as many, since rows draw alike.
-  They are laid out as the batch is, so that each device fetches some; of rows that draw none they are 0, absent.
+  All sites share the drawn values. Their number is at least the task's `negatives` and less than twice that, since all
+  drawing rows draw equally many. The codes are laid out like the batch, so that each device fetches some. A row that
+  draws none has code 0 (absent).
   """
   rows, out = len(batch.features.length), {}
   for name, task in model.tasks.items():
@@ -68,14 +70,14 @@ def sampled_softmax(
   drawn: jax.Array,
   log_count: jax.Array,
 ) -> jax.Array:
-  """Cross-entropy of each site's target against N values that all sites share, as an estimate of the full softmax.
+  """Returns the cross-entropy of each site's target against N shared values, an estimate of the full softmax's loss.
 
-  Σ exp(score) over all other values is estimated from those drawn, each weighed by 1 / how often it is expected among
-  them (log-Q correction); a drawn value that is a site's own target does not count against it. So the loss and its
-  gradient converge to those of the full softmax as N grows.
+  Σ exp(score) over all other values is estimated from the drawn values, each divided by its expected count (log-Q
+  correction). A drawn value that is a site's own target does not count against it. So the loss and its gradient
+  converge to the full softmax's as N grows.
 
-  Shapes: `state, own [..., D]`, `target [...]`, `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` are the rows
-  of `target`, `others` those of `drawn`.
+  Shapes: `state, own [..., D]`, `target [...]`, `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` holds the rows
+  of `target`, and `others` the rows of `drawn`.
 
   Source: importance sampling of a softmax, https://doi.org/10.1109/TNN.2007.912312; log-Q correction for retrieval,
   https://doi.org/10.1145/3298689.3346996.

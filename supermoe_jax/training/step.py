@@ -1,4 +1,4 @@
-"""The training step: one pure, jitted, donated function on a mesh."""
+"""Makes the training step: one pure, jitted function on a mesh, which takes over the buffers of its state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from supermoe_jax.training.row_optimizers import RowState
 from supermoe_jax.training.step_metrics import StepMetrics
 from supermoe_jax.training.task_statistics import TaskStatistics
 
-# Settings of training that the program of a step does not depend on.
+# Training settings that the compiled step does not depend on.
 RUN_ONLY = (
   "seed",
   "workers",
@@ -40,16 +40,16 @@ RUN_ONLY = (
 
 
 class TrainState(NamedTuple):
-  """Everything that a step changes.
+  """The state of training: everything that a step changes.
 
   Attributes:
-    step: int32, steps done, those that were skipped included.
-    skipped: int32, steps that changed nothing else, since their loss or gradients were not finite.
+    step: int32, the number of steps done, including skipped steps.
+    skipped: int32, the number of steps that changed nothing else, since their loss or gradients were not finite.
     model: the model's variables: parameters, tables, and the routers' balancing biases if there are any.
-    optimizer: optax' state, of the parameters.
-    slots: what the row optimizer keeps, of each table.
-    weighting: the state of the tasks' weights.
-    key: the key of all randomness; a step folds its number into it.
+    optimizer: the optax state of the parameters.
+    slots: the row optimizer's state of each table.
+    weighting: the state of the task weights.
+    key: the key of all randomness; each step folds its number into it.
   """
 
   step: jax.Array
@@ -66,10 +66,10 @@ Step = jax.stages.Wrapped
 
 
 def model_constructor(cfg: config.Config, schema: Schema, platform: str | None = None) -> Callable[..., SuperMoE]:
-  """Returns the constructor of the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives.
+  """Returns a function that makes the model; call it under `nnx.eval_shape` or `jax.jit` to choose where it lives.
 
-  It takes the key of the initial parameters; without one it is that of the config's seed. `platform` is that of the
-  devices which tables are to lie on; None: of the mesh in use, else JAX' default.
+  The function takes the key of the initial parameters; without a key it uses the config's seed. `platform` is the
+  platform of the devices that hold the tables; None: the platform of the mesh in use, or else JAX' default.
   """
 
   mesh, kept = cfg.train.mesh, cfg.train.tables
@@ -90,12 +90,12 @@ def model_constructor(cfg: config.Config, schema: Schema, platform: str | None =
 
 
 def abstract_model(cfg: config.Config, schema: Schema, platform: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns the model's structure and its variables' shapes, without allocating any; `platform` as for `build`."""
+  """Returns the model's structure and its variables' shapes, without allocating; see `model_constructor`."""
   return nnx.split(nnx.eval_shape(model_constructor(cfg, schema, platform)))
 
 
 def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
-  """Creates the state directly in its place on the mesh; no host ever holds the whole of it."""
+  """Returns the model's structure and a new state, created in its place on the mesh; no host ever holds all of it."""
   program = compiled_program(cfg, schema, mesh)
   with jax.set_mesh(mesh):
     state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed))
@@ -104,9 +104,9 @@ def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.Gr
 
 
 def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState:
-  """The shapes and layouts of the state, without allocating any: what a checkpoint is read into."""
+  """Returns the shapes and layouts of the state, without allocating it; a checkpoint is restored into them."""
   program, seed = compiled_program(cfg, schema, mesh), cfg.train.seed
-  with jax.set_mesh(mesh):  # the keys are shapes too: the mesh may be of devices that are not there
+  with jax.set_mesh(mesh):  # the keys are made inside `eval_shape`, since the mesh's devices may not exist
     shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed)))
   return jax.tree.map(
     lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, program.layouts
@@ -114,18 +114,18 @@ def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState
 
 
 def initial_weights(cfg: config.Config) -> weighting.State:
-  """The state of the tasks' weights before the first step."""
+  """Returns the state of the task weights before the first step."""
   state = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks).initial()
-  # Copies, since a weigher may name one array twice, and a step is given each buffer for good.
+  # Copies: a weigher's state may hold one array twice, and a step takes over each buffer only once.
   return jax.tree.map(jnp.copy, state)
 
 
 class StepProgram(NamedTuple):
-  """The compiled parts of a run, shared by runs that differ in their seed and the numbers that weigh tasks only.
+  """The compiled parts of a run; runs that differ only in their seed and the weights of tasks share one program.
 
   Attributes:
     graph: the model's structure.
-    layouts: of a `TrainState`.
+    layouts: a `TrainState` of layouts.
     initial: `(key of the parameters, key of the training) → TrainState`.
     step: see `make_step`.
   """
@@ -137,20 +137,20 @@ class StepProgram(NamedTuple):
 
 
 def compiled_program(cfg: config.Config, schema: Schema, mesh: Mesh) -> StepProgram:
-  """Returns the program of a config, compiled once a process for all seeds, task weights and references."""
+  """Returns the program of a config; a process compiles it once for all seeds, task weights and references."""
   weighing = dataclasses.replace(cfg.train.weighting, references={})
   same_for_all = {n: getattr(config.Train(), n) for n in RUN_ONLY}
   train = dataclasses.replace(cfg.train, weighting=weighing, **same_for_all)
   tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in cfg.active_tasks.items()}
   same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
-  # The order of keys says nothing in a config, but in a schema it is that of the columns.
+  # The order of keys has no meaning in a config; in a schema it is the order of the columns.
   text = json.dumps(config.to_dict(same), sort_keys=True) + json.dumps(config.to_dict(schema))
   return _program(_ProgramKey(text, mesh, same, schema))
 
 
 @dataclasses.dataclass(frozen=True)
 class _ProgramKey:
-  """What a program depends on, as text; the rest comes along."""
+  """The cache key of a program: `text` and `mesh` identify it, and `text` holds all that matters of the rest."""
 
   text: str
   mesh: Mesh
@@ -177,7 +177,10 @@ def _program(key: _ProgramKey) -> StepProgram:
 
 
 def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
-  """A `TrainState` of layouts: moments lie with their parameters and rows, the rest is replicated."""
+  """Returns the layouts of a `TrainState`, from the shapes of the model's variables.
+
+  The optimizer's moments lie with their parameters, and slots with their rows. Whatever is not sharded is replicated.
+  """
   replicated = NamedSharding(mesh, PartitionSpec())
   layout = sharding.shardings(mesh, model)
   params, where = nnx.filter_state(model, nnx.Param), nnx.filter_state(layout, nnx.Param)
@@ -199,10 +202,10 @@ def state_shardings(cfg: config.Config, model: nnx.State, mesh: Mesh) -> Any:
 
 
 def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any) -> Step:
-  """Returns the step `(state, batch, statistics) → (state, metrics)`; the state's buffers are donated.
+  """Returns the step `(state, batch, statistics) → (state, metrics)`, which donates the state's buffers.
 
-  A step whose loss or gradients are not finite counts, and changes nothing. With `steps_per_call` k > 1 it makes k
-  steps, of k batches `[k, B, ...]`, and its metrics have that dimension too.
+  A step whose loss or gradients are not finite is counted, but changes nothing else. With `steps_per_call` k > 1 one
+  call makes k steps on k batches `[k, B, ...]`, and the metrics have the leading dimension k too.
   """
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make_row_optimizer(cfg.train.tables)
   rate, kept = schedule(cfg.train), cfg.train.tables
@@ -253,7 +256,7 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
       )
       seen = seen._replace(after=losses.observed_losses(then.sums.tasks, statistics).mean)
     weights = kept_if_finite(weigher.update(state.weighting, seen), state.weighting)
-    # The only biases are those of the scanned MoE layers: one variable [M, E], or none.
+    # Only the scanned MoE layers have biases: one variable [M, E], or none.
     balanced = jax.tree.map(lambda bias: rebalanced(bias, told.means.load, cfg.train.balance_rate), biases)
     model = nnx.merge_state(moved, table_step.with_table_values(rows, after), kept_if_finite(balanced, biases))
     skipped = (~finite).astype(jnp.int32)
@@ -285,9 +288,9 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
 
 
 def place_on_mesh(batch: Any, mesh: Mesh, *, stacked: bool = False) -> Any:
-  """Puts a batch on the mesh, rows over the batch axes; of several hosts each gives its own, see `host_rows`.
+  """Puts a batch on the mesh, with its rows over the batch axes; each host passes its own rows, see `host_rows`.
 
-  `stacked`: the rows are the second dimension, of several batches.
+  `stacked`: several batches are stacked, and the rows are the second dimension.
   """
   layout = sharding.batch_sharding(mesh, stacked=stacked)
   if jax.process_count() == 1:

@@ -1,4 +1,4 @@
-"""Constants of the tasks, measured on training rows before the first step: label rates and constant losses."""
+"""Measures constants of the tasks on training rows before the first step: label rates and constant losses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from supermoe_jax import config
 from supermoe_jax.batch import Batch
 from supermoe_jax.training.answer_forms import FORMS
 
-# Times the usual number of batches after which `measure` no longer waits for rare labels.
+# `measure_statistics` reads at most this many times `n_batches` while it waits for rare labels.
 LONGEST = 16
 
 
 class TaskStatistics(NamedTuple):
-  """Constants of a task, measured on training rows; numbers, or scalars inside a step.
+  """Constants of a task, measured on training rows: numbers on the host, or scalars inside a step.
 
   Attributes:
-    rate: ρ, mean of Σ δω a row; 0 when no label was met.
-    constant_loss: b, mean loss a label of the best constant prediction.
-    snapshot_weight: ω of a label at a snapshot, of a task that asks at events too. There are many more events; it gives
-      both half of the loss, since the representation of a user is what the snapshots' tokens hold.
+    rate: ρ, the mean of Σ δω per row; 0 if no label was met.
+    constant_loss: b, the mean loss per label of the best constant prediction.
+    snapshot_weight: ω of a label at a snapshot, for a task that asks at events too. Events are far more frequent. This
+      weight gives events and snapshots half of the loss each, since the snapshots' tokens hold the user representation.
   """
 
   rate: Any
@@ -33,7 +33,7 @@ class TaskStatistics(NamedTuple):
 
 
 class _LabelSums:
-  """What is known of a task's labels so far: Σω at events and at snapshots, and moments of the labels."""
+  """Sums over a task's labels so far: their number, Σω at events and at snapshots, and moments of the labels."""
 
   def __init__(self, outputs: int):
     self.labels = 0
@@ -50,7 +50,7 @@ def measure_statistics(
 ) -> dict[str, TaskStatistics]:
   """Measures each task's label rate and constant loss over `n_batches` training batches.
 
-  Goes on, up to `LONGEST` times as many, while a task has met fewer labels than `wanted` of it.
+  Reads more batches, up to `LONGEST` times as many, while a task has met fewer labels than its number in `wanted`.
   """
   rows = 0
   sums = {n: _LabelSums(outputs.get(n, 1)) for n in tasks}
@@ -69,7 +69,7 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
   if not task.has_labels:
     pairs = int(np.sum(batch.slices[name].known))
     sums.labels += pairs
-    sums.at_snapshots += 2.0 * pairs  # each slice is asked for the other
+    sums.at_snapshots += 2.0 * pairs  # each slice must find the other
     return
   targets = batch.targets[name]
   known = np.asarray(targets.known)
@@ -95,6 +95,6 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
 
 
 def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:
-  """Returns the mean loss of the best constant answer; 1 where it says nothing (no label, or all alike)."""
+  """Returns the mean loss of the best constant answer; 1 if that is 0 (there is no label, or all labels are alike)."""
   loss = FORMS[task.answer].constant_loss(sums.first, sums.second, weight)
   return loss if loss > 1e-6 else 1.0

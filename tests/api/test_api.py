@@ -34,6 +34,7 @@ def test_data_frames_give_the_dataset_that_their_files_give(
   raw["data"]["path"] = str(tmp_path / "dataset")
   cfg = sm.load_config(raw, tables={name: in_frames_of(kind, table) for name, table in tables.items()})
   mine = sm.prepare(cfg)
+  assert "40 users" in repr(mine) and "next_page: 839 labels in train" in repr(mine)
   assert len(mine) == len(dataset) and mine.manifest["labels"] == dataset.manifest["labels"]
   assert all(mine[i].keys() == dataset[i].keys() for i in range(len(mine)))
   for i in range(len(mine)):
@@ -83,6 +84,7 @@ def test_a_run_is_evaluated_embedded_searched_and_probed(
 
   embeddings = run.embed("2024-06-01", tmp_path / "embeddings")
   assert len(embeddings) == 40 and embeddings.vectors().shape == (40, 16)
+  assert len(polars.DataFrame(embeddings)) == 40
   assert repr(embeddings).endswith("40 rows of width 16, as of 2024-06-01T00:00:00)")
   assert sm.read_embeddings(tmp_path / "embeddings").equals(embeddings.to_table())
 

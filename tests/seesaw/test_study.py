@@ -223,7 +223,7 @@ def test_a_tasks_reference_is_the_candidate_that_is_best_on_validation(
 ) -> None:
   raw = config.to_dict(planned)
   raw["seesaw"]["single"] = {"same": [], "slow": ["train.learning_rate=0.1"], "dense": ["model.moe_every=0"]}
-  course = study_lib._Study(config.resolve(raw), tmp_path, 1, (), print, print)
+  course = study_lib._Study(config.resolve(raw), tmp_path, 1, (), print)
   scores = {"same": 0.6, "slow": 0.8, "dense": 0.7}
   known = {course.singles["quiet"][n].hash(): score for n, score in scores.items()}
 
@@ -248,7 +248,7 @@ def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
   planned: config.Config, tmp_path: pathlib.Path
 ) -> None:
   changes = ["--config.tasks.quiet.weight=3.0", "--config.train.weighting.method=static"]
-  course = study_lib._Study(config.override(planned, changes), tmp_path, 1, (), print, print)
+  course = study_lib._Study(config.override(planned, changes), tmp_path, 1, (), print)
   for task in ("pages", "quiet"):
     (alone,) = course.singles[task].values()
     assert {n: t.weight for n, t in alone.active_tasks.items()} == {task: 1.0}

@@ -1,8 +1,8 @@
-"""Tasks: what all have in common (`task`), and their kinds (`kinds`) with the registry.
+"""Defines the settings of tasks: their common part (`task`), the kinds (`kinds`) and the registry of kinds.
 
-A task asks at *sites*: every kind at snapshots, and those about the following event at every event of a training row
-too. A new kind is a subclass of `LabelledTask` in `TASK_KINDS`, and a class in `supermoe_jax.data.tasks` that makes its
-labels.
+A task asks at *sites*: every kind asks at snapshots, and kinds about the following event also ask at every event of a
+training row. A new kind is a subclass of `LabelledTask` in `TASK_KINDS`, and a class in `supermoe_jax.data.tasks` that
+makes its labels.
 """
 
 from supermoe_jax.config.tasks.kinds import Contrast, EventLabel, FutureEvent, FutureValues, NextEvent, UserLabel

@@ -1,4 +1,4 @@
-"""The kinds of tasks, each declared by a few words; the docstring of each class says what its label is."""
+"""Declares the kinds of tasks by their settings; the docstring of each class describes its label."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class NextEvent(LabelledTask):
-  """The value of `field` in the next event that has one: softmax over its vocabulary, ranked in full."""
+  """The value of `field` in the next event that has one: a softmax over its vocabulary, ranked in full."""
 
   kind: ClassVar[str] = "next_event"
   asks_at_events: ClassVar[bool] = True
 
   field: str = ""
-  exclude_seen: bool = False  # evaluation: values already in the user's history cannot be recommended
-  softmax: Literal["full", "sampled"] = "full"  # training loss; sampled: with log-Q correction
-  negatives: int = 1024  # sampled: values drawn a batch (or up to twice as many), shared by its sites
-  sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the rank by count, or evenly
+  exclude_seen: bool = False  # evaluation leaves out values already in the user's history
+  softmax: Literal["full", "sampled"] = "full"  # form of the training loss; sampled has a log-Q correction
+  negatives: int = 1024  # sampled: values drawn per batch (up to twice this number), shared by all its sites
+  sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the frequency rank, or evenly
 
   @property
   def answer(self) -> Answer:
@@ -66,8 +66,8 @@ class EventLabel(LabelledTask):
   """The value of `field` in the next event that has it, such as a click or a rating, before it is known.
 
   With `positive` (for a vocabulary field) or `at_least` (for a numeric one) the answer is yes or no. Otherwise it is
-  the number itself. It may depend on the user's state before the event and on the fields `given` of the event itself.
-  A snapshot asks about the `per_snapshot` events that follow it, each from the state at the snapshot.
+  the number itself. It may depend on the user's state before the event and on the event's own fields `given`. A
+  snapshot asks about the `per_snapshot` events that follow it, each from the state at the snapshot.
   """
 
   kind: ClassVar[str] = "event_label"
@@ -77,7 +77,7 @@ class EventLabel(LabelledTask):
   field: str = ""
   positive: tuple[str, ...] = ()
   at_least: float | None = None
-  given: tuple[str, ...] = ()  # categorical fields of the event that are known beforehand, such as the item shown
+  given: tuple[str, ...] = ()  # categorical fields of the event known beforehand, such as the item shown
   per_snapshot: int = 10
 
   @property
@@ -122,7 +122,7 @@ class EventLabel(LabelledTask):
 
 @dataclasses.dataclass(frozen=True)
 class FutureEvent(LabelledTask):
-  """Whether any event of `source` happens in [τ, τ + horizon_days); `negate` for "nothing happens" (churn)."""
+  """The occurrence of any event of `source` in [τ, τ + horizon_days); `negate` asks that none occurs (churn)."""
 
   kind: ClassVar[str] = "future_event"
 
@@ -149,7 +149,7 @@ class FutureEvent(LabelledTask):
 
 @dataclasses.dataclass(frozen=True)
 class FutureValues(LabelledTask):
-  """Which of the `top` most frequent values of `field` occur in [τ, τ + horizon_days): one binary label each."""
+  """The values of `field`, of its `top` most frequent, that occur in [τ, τ + horizon_days): a binary label each."""
 
   kind: ClassVar[str] = "future_values"
 
@@ -191,8 +191,8 @@ class FutureValues(LabelledTask):
 class UserLabel(LabelledTask):
   """The value of the user table's `column`; users without a value have no label.
 
-  `binary`: whether it is one of `positive`. `multiclass`: which of the values that training users have.
-  `regression`: the number, standardised by the training users' mean and deviation.
+  `binary`: whether the value is one of `positive`. `multiclass`: one of the values that training users have.
+  `regression`: the number, standardised by the training users' mean and standard deviation.
   """
 
   kind: ClassVar[str] = "user_label"
@@ -232,16 +232,16 @@ class UserLabel(LabelledTask):
 
 @dataclasses.dataclass(frozen=True)
 class Contrast(Task):
-  """Two slices of one user's training history belong together, slices of different users do not (InfoNCE).
+  """Contrastive learning: two slices of one user's training history belong together, those from different users do not.
 
-  It has no label and no metric. Source: CoLES, arXiv 2002.08232.
+  The loss is InfoNCE. The task has no label and no metric. Source: CoLES, arXiv 2002.08232.
   """
 
   kind: ClassVar[str] = "contrast"
   has_labels: ClassVar[bool] = False
 
-  slice_events: int = 32  # most events of a slice
-  least_events: int = 4  # fewest; users with a shorter training history than two such slices have no pair
+  slice_events: int = 32  # most events in a slice
+  least_events: int = 4  # fewest events; users with fewer than twice as many training events have no pair
   temperature: float = 0.1
 
   @property

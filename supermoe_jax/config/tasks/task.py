@@ -1,4 +1,4 @@
-"""What all kinds of tasks have in common."""
+"""Defines the settings and checks that all kinds of tasks share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from supermoe_jax.errors import ConfigError
 if TYPE_CHECKING:
   from supermoe_jax.config.schema import Config, Data
 
-# The form of an answer decides a task's head, loss and metrics. `catalogue`: a ranking of a field's values; `binary`:
+# The form of a task's answer decides its head, loss and metrics. `catalogue`: a ranking of a field's values; `binary`:
 # yes or no; `multilabel`: yes or no for each of several values; `multiclass`: one of several classes; `regression`: a
 # number; `contrast`: none.
 Answer = Literal["catalogue", "binary", "multilabel", "multiclass", "regression", "contrast"]
 
-# Settings of a task that change only how it is trained or evaluated, not what is prepared.
+# Settings that change a task's training or evaluation, but not its prepared labels.
 NOT_PREPARED = (
   "weight",
   "exclude_seen",
@@ -32,52 +32,52 @@ NOT_PREPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task: its settings, and the facts about its kind that the rest of the package asks for.
+  """A task: its settings, and the properties of its kind that the rest of the package reads.
 
-  A subclass is a kind. Its docstring says what the label is. The class of that kind in `supermoe_jax.data.tasks` makes
-  the labels.
+  Each kind is a subclass, whose docstring describes the label. The class of the same kind in `supermoe_jax.data.tasks`
+  makes the labels.
   """
 
   kind: ClassVar[str]
   has_labels: ClassVar[bool] = True
-  asks_at_events: ClassVar[bool] = False  # asks at every event of a training row, besides at snapshots
+  asks_at_events: ClassVar[bool] = False  # asks at every event of a training row, not only at snapshots
   about_events: ClassVar[bool] = False  # a snapshot asks about each of several events that follow it
 
-  weight: float = 1.0  # prior π of the weighting; used as it is by `static`
+  weight: float = 1.0  # prior π of the weighting; `static` uses it unchanged
 
   @property
   def answer(self) -> Answer:
-    """The form of the answer."""
+    """Returns the form of the answer."""
     raise NotImplementedError
 
   @property
   def given_fields(self) -> tuple[str, ...]:
-    """The fields of the event in question that the answer may depend on."""
+    """Returns the fields of the event in question that the answer may depend on."""
     return ()
 
   @property
   def asked_events(self) -> int:
-    """The number of events that a snapshot asks about; 1 for a question about the user."""
+    """Returns the number of events that a snapshot asks about; 1 for a question about the user."""
     return 1
 
   @property
   def asked_values(self) -> int:
-    """The number of values that an answer judges, one label each; 1 for a single label."""
+    """Returns the number of values that an answer judges, each with one label; 1 for a single label."""
     return 1
 
   @property
   def horizon(self) -> float | None:
-    """The days after a snapshot that its label looks at; None for a label without a window."""
+    """Returns the length in days of the label's window after a snapshot; None for a label without a window."""
     return None
 
   @property
   def user_column(self) -> str:
-    """The column of the table of users that holds the label; empty where events do."""
+    """Returns the column of the table of users that holds the label; empty where events hold it."""
     return ""
 
   @property
   def excludes_seen(self) -> bool:
-    """Whether evaluation leaves out values that the user's history already has."""
+    """Returns whether evaluation leaves out values that the user's history already has."""
     return False
 
   def check(self, path: str, config: Config) -> None:
@@ -88,9 +88,9 @@ class Task:
 class LabelledTask(Task):
   """A task with labels.
 
-  `sample_space="click == 1"` restricts a task to the samples where another task's label compares so (`==`, `!=`, `<`,
-  `<=`, `>`, `>=`). Where that label is unknown, so is the membership, and the sample is left out. A sample inside
-  counts `in_space_weight`, a sample outside `out_space_weight`, which by default leaves it out.
+  `sample_space="click == 1"` restricts a task to samples by another task's label (`==`, `!=`, `<`, `<=`, `>`, `>=`). A
+  sample where that label is unknown is left out. A sample inside the space has the weight `in_space_weight`, a sample
+  outside has `out_space_weight`, which by default leaves it out.
   Source of the two weights' names: EasyRec's `in_task_space_weight` and `out_task_space_weight`.
   """
 
@@ -100,7 +100,7 @@ class LabelledTask(Task):
 
 
 class SampleSpace(NamedTuple):
-  """A parsed `sample_space`: the label of `task` compared with `value`."""
+  """A parsed `sample_space`: a comparison of the label of `task` with `value`."""
 
   task: str
   operator: str
@@ -108,7 +108,7 @@ class SampleSpace(NamedTuple):
 
 
 def parse_sample_space(text: str) -> SampleSpace | None:
-  """Parses `click == 1`; returns None for text that is no comparison."""
+  """Returns the parsed form of a text such as `click == 1`; None for text that is no comparison."""
   found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*", text)
   return SampleSpace(found[1], found[2], float(found[3])) if found else None
 
@@ -142,7 +142,7 @@ def require_event_field(path: str, field: str, data: Data) -> None:
 def require_no_buckets(path: str, field: str, data: Data, settings: str = "") -> None:
   """Raises ConfigError for a field with buckets, whose values share codes.
 
-  `settings` are those of a second field that could be asked about instead.
+  `settings` is text for the message: the settings of a second field that the task could ask about instead.
   """
   require(
     not data.fields[field].buckets,
@@ -153,7 +153,7 @@ def require_no_buckets(path: str, field: str, data: Data, settings: str = "") ->
 
 
 def require_following_events(path: str, data: Data) -> None:
-  """Raises ConfigError where no event can follow a snapshot that is evaluated."""
+  """Raises ConfigError where no event can follow an evaluated snapshot."""
   require(
     data.split.mode != "user" or data.split.snapshots != "end",
     f"{path}: with config.data.split.snapshots='end' and mode='user' no event follows a snapshot, so nothing could "
@@ -162,7 +162,7 @@ def require_following_events(path: str, data: Data) -> None:
 
 
 def require_window(path: str, horizon_days: float, data: Data) -> None:
-  """Raises ConfigError where no label can look at a window after a snapshot."""
+  """Raises ConfigError where no label can have a window after a snapshot."""
   require(horizon_days > 0, f"{path}.horizon_days={horizon_days} must be positive.")
   require(
     data.split.mode != "leave_one_out",

@@ -1,1 +1,1 @@
-"""A prepared dataset opened for training and evaluation: random access, windows, targets, batches."""
+"""Reads a prepared dataset for training and evaluation: random access, windows, targets, batches."""

@@ -1,7 +1,7 @@
-"""A prepared dataset: random access to users, with the schema and the manifest.
+"""Opens a prepared dataset: random access to users, with the schema and the manifest.
 
-A dataset directory holds a TFDS dataset in ArrayRecord (one record a user, no TensorFlow needed), the fitted encoders
-and `manifest.json`, which is written last: a directory without it is not a dataset.
+A dataset directory holds a TFDS dataset in ArrayRecord (one record per user, no TensorFlow needed), the fitted encoders
+and `manifest.json`. The manifest is written last: a directory without it is not a dataset.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ except ImportError:  # Windows has no such limit
 
 FORMAT_VERSION = 4
 
-USERS = "users.parquet"  # which user each record is of
+USERS = "users.parquet"  # the table with the user of each record
 
-# Decoded records, and the aggregates of their snapshots, are kept up to this many bytes of arrays: the two made most of
-# what a training row costs, and a small dataset shows its records many times. Beyond it they are made again.
+# The cache of decoded records and of their snapshots' aggregates holds this many bytes of arrays. The two were most of
+# the cost of a training row, and a small dataset shows its records many times. What does not fit is made again.
 KEPT_BYTES = 512 * 2**20
 
-# All snapshots of a user cost little more than a few, unless they are this many times as many.
+# Aggregates of all of a user's snapshots cost little more than of a few, unless there are this many times more.
 MANY_SNAPSHOTS = 16
 
-# Threads that read all records, and how many each reads at a time.
+# Threads that read all records, and the number of records that each reads at a time.
 READERS = 4
 READ_AT_ONCE = 256
 
-# Files that a process has open besides a dataset's shards, of which each stays open once it was read.
+# Open files of a process in addition to a dataset's shards; a shard stays open once it was read.
 OTHER_FILES = 256
 
 
@@ -78,47 +78,57 @@ class Dataset:
     try:
       files = [str(self.path / shard_files.DIRECTORY / name) for name in self.manifest["shards"]]
       self._source = ArrayRecordDataSource(files)
-    except RuntimeError as error:  # ArrayRecord's, of the end of a file, where it says how many records there are
+    except RuntimeError as error:  # ArrayRecord's error about a file's end, which holds the number of records
       raise DataError(f"a shard of {self.path} is damaged ({error}); prepare the dataset again.") from error
     self._kept = _BoundedCache(KEPT_BYTES)
-    # The place of each user's record; None: the records are the users in order, as they are until some are appended.
+    # The place of each user's record in the shards; None: users and records have one order, as before any append.
     self.places: np.ndarray | None = None
     if self.manifest.get("appends"):
       self.places = read_users(self.path, ["record"])["record"].to_numpy()
     held = len(self._source) if self.places is None else len(self.places)
     if held != self.manifest["users"]:
       raise DataError(f"{self.path} holds {held} users, its manifest says {self.manifest['users']}; prepare again.")
-    # Found now, for an append may put another table of users in the place.
+    # Found now, because an append may replace the table of users.
     self._training_users = self._held_in() if self.config.data.split.mode == "user" else None
+
+  def __repr__(self) -> str:
+    manifest, known = self.manifest, self.manifest["labels"]
+    lines = [
+      f"Dataset({str(self.path)!r}: {manifest['users']:,} users, {manifest['events']:,} events from "
+      f"{manifest['log']['first']} to {manifest['log']['last']})"
+    ]
+    for name, splits in known.items():
+      lines.append(f"  {name}: " + ", ".join(f"{n['known']:,} labels in {split}" for split, n in splits.items()))
+    return "\n".join(lines)
 
   @property
   def training_users(self) -> np.ndarray:
-    """The users that training may look at, ascending: all of them, but for those that the split `user` holds out."""
+    """Returns the users that training may read, ascending: all users that the split `user` does not hold out."""
     return np.arange(len(self)) if self._training_users is None else self._training_users
 
   @functools.cached_property
   def schema(self) -> Schema:
-    """The sizes that a model is built from."""
+    """Returns the schema, the sizes that a model is built from."""
     return make_schema(self.config, self.encoders)
 
   @functools.cached_property
   def hidden_codes(self) -> tuple[int, ...]:
-    """The columns of the codes that the model must not see."""
+    """Returns the columns of the codes that the model must not see."""
     columns = [*self.schema.categorical, *self.schema.extra_columns]
     return tuple(i for i, n in enumerate(columns) if n not in self.schema.inputs)
 
   @functools.cached_property
   def hidden_numeric(self) -> tuple[int, ...]:
-    """The columns of the numbers that the model must not see."""
+    """Returns the columns of the numbers that the model must not see."""
     return tuple(i for i in range(len(self.schema.numeric)) if i not in self.schema.numeric_inputs)
 
   def check_matches(self, wanted: config.Config, *, appended: bool = True) -> None:
     """Raises DataError if the dataset was prepared from another data section or other task labels.
 
-    With `appended` False, `wanted` need not name the files that 'supermoe append' was told of by name: what was trained
-    before is of use after.
+    With `appended` False, `wanted` may lack the files that were given to 'supermoe append' by name. So a model that was
+    trained before an append is of use after it.
     """
-    # Not the hashes: a setting that the code has got since has its default in both.
+    # Hashes would differ for a setting that is new in the code; here it has its default on both sides.
     before, now = dataset_identity(self.manifest, wanted.data_identity(), appended), wanted.data_identity()
     if before != now:
       changed = config.differences(before, now)
@@ -128,7 +138,7 @@ class Dataset:
       )
 
   def check_files(self) -> None:
-    """Raises DataError if a file that the dataset was prepared from has changed since, or is not there."""
+    """Raises DataError if a file that the dataset was prepared from has changed or is missing, or a file is new."""
     then, now = self.manifest["files"], input_files(self.config)
     if then != now:
       file = min(f for f in then.keys() | now.keys() if then.get(f) != now.get(f))
@@ -143,7 +153,7 @@ class Dataset:
     return self.manifest["users"]
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns a user's record; `records.tfds_features` lists its parts, arrays that cannot be written to.
+    """Returns a user's record; `records.tfds_features` lists its parts, whose arrays are read-only.
 
     Raises:
       DataError: the record's shard is damaged.
@@ -159,18 +169,18 @@ class Dataset:
 
   @property
   def records(self) -> int:
-    """How many records the shards hold, those that others have taken the place of included."""
+    """Returns the number of records in the shards, including records that an append has replaced."""
     return len(self._source)
 
   def contents(self, places: Sequence[int]) -> list[bytes]:
-    """The bytes of the records at these places among all that the shards hold.
+    """Returns the bytes of the records at these places among all records of the shards.
 
     Raises:
-      DataError: the shard is damaged.
+      DataError: the shard is damaged, or the process may not open all shards.
     """
     try:
       return self._source.__getitems__(list(places))
-    except RuntimeError as error:  # ArrayRecord's, of a checksum that does not fit
+    except RuntimeError as error:  # ArrayRecord's error about a wrong checksum
       if os.strerror(errno.EMFILE) in str(error):
         n = len(self.manifest["shards"])
         raise DataError(
@@ -180,10 +190,10 @@ class Dataset:
       raise DataError(f"{which} of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
   def decode(self, content: bytes, parts: Mapping[str, RecordArray] | None = None) -> dict[str, Any]:
-    """The record in its bytes, or some parts of it.
+    """Returns the record encoded in `content`, or some parts of it.
 
     Raises:
-      DataError: they are no record of this dataset.
+      DataError: the bytes are no record of this dataset.
     """
     try:
       return records.decode_record(content, self._parts if parts is None else parts)
@@ -191,13 +201,16 @@ class Dataset:
       raise DataError(f"a record of {self.path} is damaged ({error}); prepare the dataset again.") from error
 
   def _held_in(self) -> np.ndarray:
-    """The training users of the split `user`."""
+    """Returns the training users of the split `user`."""
     users = read_users(self.path, ["user"])["user"].to_pylist()
     return np.flatnonzero([user_split(user, self.config.data.split) == TRAIN for user in users])
 
   @functools.cached_property
   def training_sizes(self) -> np.ndarray:
-    """Of each user the training events and the training snapshots that see one: int32 `[N, 2]`; reads every record."""
+    """Returns each user's numbers of training events and of training snapshots that see an event: int32 `[N, 2]`.
+
+    The first access reads every record.
+    """
     sizes = np.zeros((len(self), 2), np.int32)
 
     def read(start: int) -> None:
@@ -211,7 +224,7 @@ class Dataset:
     return sizes
 
   def history(self, record: Mapping[str, Any]) -> UserHistory:
-    """The events of a record."""
+    """Returns the events of a record."""
     n = len(record["time"])
     none = np.zeros((n, 0))
     return UserHistory(
@@ -224,7 +237,7 @@ class Dataset:
     )
 
   def histories(self, users: np.ndarray) -> UserBlock:
-    """The histories of the users with the indices `users [U]`, read in one go; nothing is kept of them.
+    """Returns the histories of the users with the indices `users [U]`, read in one go and not cached.
 
     Raises:
       DataError: a shard is damaged.
@@ -236,7 +249,7 @@ class Dataset:
   def snapshot_aggregates(
     self, index: int, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray
   ) -> np.ndarray:
-    """Standardised aggregates `[S, A]` at the snapshots `chosen [S]` of the user with this index."""
+    """Returns the standardised aggregates `[S, A]` at the snapshots `chosen [S]` of the user with this index."""
     time, n_events = record["snapshot_time"], record["snapshot_events"]
     kept = self._kept.get(("aggregates", int(index)))
     if kept is None:
@@ -248,17 +261,19 @@ class Dataset:
     return kept[chosen]
 
   def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`; A is
-    0 when the config has none."""
+    """Returns standardised aggregates `[S, A]` at snapshots of a block's users; A is 0 if the config has none.
+
+    Snapshot s is that of the user `user[s]` at `time[s]`, and sees `n_events[s]` events.
+    """
     if self.aggregator is None:
       return np.zeros((len(time), 0), np.float32)
     return (self.aggregator(block, user, time, n_events) - self.aggregate_mean) / self.aggregate_scale
 
 
 def dataset_identity(manifest: Mapping[str, Any], wanted: Mapping[str, Any], appended: bool) -> dict[str, Any]:
-  """What a dataset was prepared from, to be compared with the `config.Config.data_identity` that is `wanted`.
+  """Returns the settings that a dataset was prepared from, for comparison with `wanted`, a `Config.data_identity`.
 
-  Unless `appended`, without the files that were appended by name and that this one does not name.
+  Without `appended`, files that were appended by name are left out unless `wanted` names them too.
   """
   found = config.resolve(manifest["config"]).data_identity()
   for name, source in found["data"]["sources"].items() if not appended else ():
@@ -269,7 +284,7 @@ def dataset_identity(manifest: Mapping[str, Any], wanted: Mapping[str, Any], app
 
 
 def _allow_files(count: int) -> None:
-  """Lets this process have so many files open, as far as it may: the limit is often 1024, where 65,536 are allowed."""
+  """Raises the limit of open files to `count` where the system permits: it is often 1024, where 65,536 are allowed."""
   if resource is None:
     return
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -280,7 +295,7 @@ def _allow_files(count: int) -> None:
 
 
 def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record", "last_event")) -> pa.Table:
-  """The users in the order of the dataset: `user`, `record`, its place in the shards, and `last_event`, microseconds.
+  """Returns the table of users in the dataset's order: `user`; `record`, its place in the shards; `last_event` (µs).
 
   Raises:
     DataError: the table is damaged.
@@ -292,7 +307,7 @@ def read_users(path: pathlib.Path, columns: Sequence[str] = ("user", "record", "
 
 
 def read_user_rows(path: pathlib.Path, start: int, stop: int) -> pa.Table:
-  """Some users, from `start` to before `stop`: `user` and `record`; see `read_users`.
+  """Returns `user` and `record` of the users from `start` to before `stop`; see `read_users`.
 
   Raises:
     DataError: the table is damaged.
@@ -304,7 +319,7 @@ def read_user_rows(path: pathlib.Path, start: int, stop: int) -> pa.Table:
 
 
 def rows_between(file: pathlib.Path, columns: Sequence[str] | None, start: int, stop: int) -> pa.Table:
-  """Some rows of a Parquet file, of which only the row groups that hold them are read."""
+  """Returns the rows from `start` to before `stop` of a Parquet file; reads only the row groups that hold them."""
   with pq.ParquetFile(file) as parquet:
     groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     ends = np.cumsum(groups)
@@ -315,10 +330,9 @@ def rows_between(file: pathlib.Path, columns: Sequence[str] | None, start: int, 
 
 
 class _BoundedCache:
-  """What was made and is kept as long as there is room; threads may share it.
+  """A cache that keeps values as long as there is room; threads may share it.
 
-  Nothing gives way for another: epochs go through all records in turn, so the one used last is the last to be used
-  again.
+  It never evicts a value: epochs go through all records in turn, so the value used last is the last to be used again.
   """
 
   def __init__(self, room: int):
@@ -328,7 +342,7 @@ class _BoundedCache:
     self.get = self._kept.get
 
   def __reduce__(self) -> tuple[type[_BoundedCache], tuple[int]]:
-    return _BoundedCache, (KEPT_BYTES,)  # another process keeps its own
+    return _BoundedCache, (KEPT_BYTES,)  # another process has a cache of its own
 
   def offer(self, key: Hashable, value: Any, size: int) -> None:
     """Keeps the value of `size` bytes if there is room."""
@@ -339,7 +353,7 @@ class _BoundedCache:
 
 
 def input_files(cfg: config.Config) -> dict[str, list[int]]:
-  """Size in bytes and time of change of every file that the config reads; see `paths.file_stamps`."""
+  """Returns the size in bytes and the time of change of every file that the config reads; see `paths.file_stamps`."""
   patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
   patterns += cfg.data.users.files if cfg.data.users else ()
   return paths.file_stamps(patterns)

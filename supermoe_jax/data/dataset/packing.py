@@ -1,8 +1,8 @@
-"""Which users share a row of L events, so that few of its positions are padding.
+"""Plans which users share a row of L events, so that few positions are padding.
 
-The plan is made once, of how many events each user has: rows are filled by best fit, the longest histories first. It
-depends on nothing but these sizes, so every host and every restart makes the same one. Each epoch, users of equal size
-change places at random; the number of rows stays, so a place in the stream of rows is a plain count.
+The plan is made once, from the number of each user's events: best fit fills the rows, the longest histories first. It
+depends on these sizes alone, so every host and every restart makes the same plan. In each epoch, users of equal size
+swap places at random. The number of rows stays the same, so a position in the stream of rows is a plain count.
 
 Shapes: N users, n of them with training events, R rows.
 """
@@ -16,16 +16,16 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 
-# Epochs whose order is kept: batches are made ahead, and may span two.
+# Number of epochs whose order is cached: batches are made ahead, and may span two epochs.
 EPOCHS_KEPT = 2
 
 
 class RowSizes(NamedTuple):
-  """What rows are filled with; int32 `[N]` each.
+  """The sizes by which users fill rows, int32 `[N]` each.
 
   Attributes:
-    events: events of a user's training window, at most L.
-    snapshots: training snapshots that see an event of it, at most S.
+    events: the number of events in a user's training window, at most L.
+    snapshots: the number of training snapshots that see an event of it, at most S.
   """
 
   events: np.ndarray
@@ -33,20 +33,20 @@ class RowSizes(NamedTuple):
 
 
 def row_sizes(dataset: Dataset, cfg: config.Config) -> RowSizes:
-  """The sizes of a dataset's users in rows of a config; the first call reads every record."""
+  """Returns the sizes of a dataset's users in rows of a config; the first call reads every record."""
   events, snapshots = dataset.training_sizes.T
   return RowSizes(np.minimum(events, cfg.model.max_events), np.minimum(snapshots, cfg.train.snapshots_per_row))
 
 
 class PackingPlan:
-  """The rows of an epoch and who lies in them.
+  """The rows of an epoch and their users.
 
-  A row holds at most L events of at most S users, so that each has a snapshot if there is any of them. A user without
-  training events has no place: there is nothing to learn from. Users whose history fills a row have it to themselves.
+  A row holds at most L events of at most S users, so that each user gets a snapshot if it has any. A user without
+  training events has no place, because there is nothing to learn from. A user whose history fills a row has it alone.
   """
 
   def __init__(self, sizes: RowSizes, cfg: config.Config, seed: int):
-    """Fills the rows; `seed` is that of the users' places in each epoch.
+    """Fills the rows; `seed` draws the users' places in each epoch.
 
     Raises:
       ValueError: no user has training events.
@@ -64,25 +64,25 @@ class PackingPlan:
     self._orders: dict[int, np.ndarray] = {}
 
   def __len__(self) -> int:
-    """R, the rows of an epoch."""
+    """Returns R, the number of rows of an epoch."""
     return len(self._first) - 1
 
   def users(self, epoch: int, row: int) -> np.ndarray:
-    """The indices of the users who lie in a row in an epoch, those with more events first."""
+    """Returns the indices of the users in a row of an epoch, longer histories first."""
     return self._order(epoch)[self._places[self._first[row] : self._first[row + 1]]]
 
   def _order(self, epoch: int) -> np.ndarray:
-    """The users by size, those of equal size in the epoch's own order: `[n]`."""
+    """Returns the users by size, users of equal size in the epoch's own order: `[n]`."""
     order = self._orders.get(epoch)
     if order is None:
       draw = np.random.default_rng((self._seed, epoch)).random(len(self._users))
       order = self._users[np.lexsort((draw, -self._of_size))]
-      # Threads may make one order twice, which harms nobody: it is the same.
+      # Two threads may make an order twice, which does no harm: both are equal.
       self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) < EPOCHS_KEPT} | {epoch: order}
     return order
 
   def describe(self) -> str:
-    """Says what packing brings, and what it costs in snapshots."""
+    """Returns a sentence on what packing saves in padding, and what it costs in snapshots."""
     events, users = int(self._of_size.sum()), len(self._users)
     alone, packed = (1 - events / (rows * self._room) for rows in (len(self._sizes.events), len(self)))
     wanted = int(self._sizes.snapshots.sum())
@@ -103,18 +103,18 @@ class PackingPlan:
 
 
 def fill_rows(sizes: np.ndarray, room: int, most: int) -> np.ndarray:
-  """Puts items into rows: each into the fullest row that it still fits, into a new one if there is none.
+  """Returns the row of each item, by best fit: an item goes into the fullest row with room for it, or into a new row.
 
   Args:
     sizes: int `[n]`, from the largest to the smallest; 1 ≤ size ≤ `room`.
-    room: what a row holds.
-    most: the most items of a row.
+    room: the total size that a row holds.
+    most: the largest number of items in a row.
 
-  Returns: int32 `[n]`, the row of each item; rows are numbered from 0 without gaps.
+  Returns: int32 `[n]`; rows are numbered from 0 without gaps.
   """
   row_of = np.empty(len(sizes), np.int32)
-  held = np.zeros(len(sizes), np.int32)  # items of each row
-  open_rows = [np.empty(0, np.int32) for _ in range(room + 1)]  # by how much room they have left
+  held = np.zeros(len(sizes), np.int32)  # number of items in each row
+  open_rows = [np.empty(0, np.int32) for _ in range(room + 1)]  # rows by the room that is left in them
   rows = done = 0
   values, counts = np.unique(sizes, return_counts=True)
   for size, left in zip(values[::-1].tolist(), counts[::-1].tolist()):
@@ -124,7 +124,7 @@ def fill_rows(sizes: np.ndarray, room: int, most: int) -> np.ndarray:
         more = -(-left // min(room // size, most))
         open_rows[room] = np.arange(rows, rows + more, dtype=np.int32)
         rows, free = rows + more, room
-      # Row by row, each gets as many as it has room for: then it is the fullest, so these are single steps at once.
+      # A row that got an item is the fullest and gets the next one, until it is full. So each takes all it can at once.
       takes = np.minimum(free // size, most - held[open_rows[free]])
       in_all = np.cumsum(takes)
       n = min(int(np.searchsorted(in_all, left)) + 1, len(takes))
@@ -144,7 +144,7 @@ def fill_rows(sizes: np.ndarray, room: int, most: int) -> np.ndarray:
 def share_snapshots(wanted: np.ndarray, room: int, rng: np.random.Generator) -> np.ndarray:
   """Shares `room` snapshots among users who want `wanted [u]` of them, one each in turn: int `[u]`.
 
-  Who gets one of the last, when they do not go round, is drawn.
+  When the last round does not suffice for all, a random draw decides who gets one.
   """
   given = np.zeros_like(wanted)
   while room and len(short := np.flatnonzero(given < wanted)):

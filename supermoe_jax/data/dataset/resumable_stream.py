@@ -1,15 +1,15 @@
-"""An endless stream of batches with a position that can be saved, and restored on any number of hosts.
+"""Provides an endless stream of batches, whose position can be saved and restored on any number of hosts.
 
-All batches are elements of one sequence that is the same on every host: element i of it depends on the seed and on i
-only. A batch of `batch_rows` rows is cut into as many runs of rows as there are hosts; host h of n makes the runs h,
-h + n, h + 2n, … of the sequence. So the hosts' rows side by side are the rows that one host would have made, in the
-same order, and the position of all of them is one number: the rows that all hosts together have handed out. Nothing
-needs to be exchanged to save it. Stopped after any batch, a run goes on at that row on 1, 2 or 4 hosts, and every row
-of an epoch is handed out once.
+All batches are elements of one sequence that is the same on every host: element i depends on the seed and on i only. A
+batch of `batch_rows` rows is cut into one run of rows per host; host h of n makes the runs h, h + n, h + 2n, … of the
+sequence. So the hosts' rows side by side are the rows that a single host would have made, in the same order. The
+position of all hosts is one number: the rows that they have handed out together. Saving it needs no exchange between
+hosts. A run that stopped after any batch goes on at that row on 1, 2 or 4 hosts, and hands out every row of an epoch
+once.
 
 Packing does not change this: before the first row is made, `packing.PackingPlan` decides for the whole epoch which
-users share a row, by the same rule on every host. A plan that grew while rows are made would put hosts out of step: of
-equally many users one host makes more rows than another.
+users share a row, by the same rule on every host. A plan that grew while rows are made would put hosts out of step:
+from equally many users one host makes more rows than another.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A stream is endless for all purposes; Grain overflows where it has truly no end.
+# Rows of a stream, endless for all purposes; Grain overflows on a truly endless one.
 MOST_ROWS = 2**48
 
 
-# Workers of a run that may die before it ends.
+# Number of worker deaths that a run survives.
 MOST_DEATHS = 3
 
-# What Grain says of one.
+# Part of Grain's message about a dead worker.
 _DIED = "terminated unexpectedly"
 
 
 def _in_a_worker(index: int, count: int) -> None:
-  """Lets a worker leave Ctrl-C to the process that it works for, and end with it."""
+  """Makes a worker ignore Ctrl-C, which its parent process handles, and end when its parent ends."""
   del index, count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
@@ -59,7 +59,7 @@ def _end_with(sentinel: int) -> None:
 
 
 class BatchStream(Generic[T]):
-  """The batches of one host; each `iter` starts at the first."""
+  """The batches of one host; each `iter` starts at the first batch."""
 
   def __init__(
     self,
@@ -73,12 +73,12 @@ class BatchStream(Generic[T]):
     """Makes the stream of a host.
 
     Args:
-      runs: all hosts' runs of `batch_rows / count` rows.
-      identity: what the rows depend on, by name, as numbers or strings; a position of another stream is refused by it.
-      batch_rows: rows of a batch of all hosts.
+      runs: the runs of all hosts, of `batch_rows / count` rows each.
+      identity: the settings that the rows depend on, as numbers or strings by name; `batch` refuses another's position.
+      batch_rows: the number of rows of a batch over all hosts.
       shard: the host's `(index, count)`.
-      workers: processes that make the batches; 0: two threads of this one.
-      description: a sentence about the rows that a user should read; "" if there is none.
+      workers: the number of processes that make the batches; 0 for two threads of this process.
+      description: a sentence about the rows for the user to read; "" for none.
     """
     self._runs, self._identity, self._rows, self._shard, self.workers = runs, identity, batch_rows, shard, workers
     self.description = description
@@ -87,25 +87,25 @@ class BatchStream(Generic[T]):
     return StreamPosition(self)
 
   def start(self, batch: int, workers: int) -> Iterator[T]:
-    """The host's batches from number `batch` on, made by so many processes."""
+    """Returns the host's batches from number `batch` on, made by `workers` processes."""
     index, count = self._shard
     rest = self._runs[index::count][batch:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if workers:
-      if not flags.FLAGS.is_parsed():  # Grain's processes read its flags, which only a main program of absl's parses
+      if not flags.FLAGS.is_parsed():  # Grain's processes read its flags, which only an absl main program parses
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
       rest = rest.mp_prefetch(options, worker_init_fn=_in_a_worker)
     return iter(rest)
 
   def state(self, batch: int) -> dict[str, Any]:
-    """The position before batch number `batch`."""
+    """Returns the position before batch number `batch`."""
     return {"rows": batch * self._rows, **self._identity}
 
   def batch(self, state: dict[str, Any]) -> int:
-    """The number of the batch that comes next at a position.
+    """Returns the number of the batch that comes next at a position.
 
     Raises:
-      DataError: it is a position of another stream, or lies within a batch.
+      DataError: the position is of another stream, or lies within a batch.
     """
     expected = set(self._identity) | {"rows"}
     if set(state) != expected:
@@ -128,12 +128,12 @@ class BatchStream(Generic[T]):
 
 
 class StreamPosition(Generic[T]):
-  """Where a host stands in its stream: an iterator with `get_state` and `set_state`."""
+  """A host's position in its stream: an iterator with `get_state` and `set_state`."""
 
   def __init__(self, stream: BatchStream[T]):
     self._stream, self._batch = stream, 0
     self._died = 0
-    self._rest: Iterator[T] | None = None  # started when it is asked for, at the right place
+    self._rest: Iterator[T] | None = None  # started at the first `next`, at the position by then
 
   def __iter__(self) -> StreamPosition[T]:
     return self
@@ -151,7 +151,7 @@ class StreamPosition(Generic[T]):
     return found
 
   def _again(self, error: RuntimeError) -> T:
-    """Starts workers anew where one of them died: a batch depends on its number alone, so none is lost or repeated."""
+    """Starts new workers after a worker died; a batch depends on its number alone, so none is lost or repeated."""
     self._died += 1
     reason = str(error).splitlines()[0].rstrip(".")
     if self._died > MOST_DEATHS:
@@ -164,20 +164,24 @@ class StreamPosition(Generic[T]):
     return next(self)
 
   def again(self, batch: int) -> T:
-    """Makes the batch of that number once more; the position stays."""
+    """Makes the batch with this number once more; the position stays."""
     return next(self._stream.start(batch, 0))
 
   def close(self) -> None:
-    """Ends the worker processes, if there are any; the position stays, and `next` starts others."""
+    """Ends the worker processes, if there are any; the position stays, and `next` starts new workers."""
     if self._rest is not None and hasattr(self._rest, "close"):
       self._rest.close()
     self._rest = None
 
   def get_state(self) -> dict[str, Any]:
-    """The position, the same on all hosts that have made equally many steps; a small dict for JSON."""
+    """Returns the position as a small dict for JSON; it is the same on all hosts after the same number of steps."""
     return self._stream.state(self._batch)
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes on at a position, of this number of hosts and of workers or another; see `Stream.batch` for errors."""
+    """Moves to a saved position, which may come from another number of hosts or workers.
+
+    Raises:
+      DataError: see `BatchStream.batch`.
+    """
     self._batch = self._stream.batch(state)
     self.close()

@@ -1,11 +1,11 @@
-"""Questions to a trained model: one user at one moment each, read from a dataset in blocks of users.
+"""Makes batches for evaluation and embedding: rows of one user at one moment, read from a dataset in blocks of users.
 
-Rows of histories of similar length share a batch, where a caller names several lengths: a batch holds as many events,
-whatever their length, and few of them are padding. The rows of a batch are the same whenever the same users are asked
-about: nothing depends on how fast they are read.
+Where a caller names several row lengths, rows of histories of similar length share a batch. All batches hold equally
+many events, whatever their length, and few of them are padding. The same users always give the same batches: nothing
+depends on how fast they are read.
 
-Shapes: B rows, R rows of a block of U users, L events, m events that a snapshot of an event label asks about, G fields
-given of them.
+Shapes: B rows, R rows of a block of U users, L events, m events that a snapshot of an event label asks about, G given
+fields of these events.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from supermoe_jax.data.dataset.windows import BlockWindows, blank, pad
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.tasks.labels import Labels
 
-# Users read at a time. Their features are made by a few array operations, and a block of long histories stays small.
+# Users read at a time. A few array operations make their features, and a block of long histories stays small.
 BLOCK_USERS = 256
-# Blocks that are made ahead, and the threads that make them: one more than is being waited for.
+# Blocks that are made ahead, and the threads that make them: one more than the block that is waited for.
 BLOCKS_AHEAD = 4
 READERS = 2
 
-# A program for one more length must spare so many events of padding: about what the time of compiling it would do.
+# Least padding, in events, that one more row length must save: about what the time of compiling its program would do.
 PROGRAM_EVENTS = 500_000
-SAMPLED_USERS = 1024  # whose histories tell which lengths are worth their programs
+SAMPLED_USERS = 1024  # users whose histories show which lengths are worth a program
 
-SHORTEST = 16  # a shorter row would save little: the snapshot is one more token, and each length is a program
+SHORTEST = 16  # shorter rows save little: the snapshot is one more token, and each length is a program
 
 
 class Query(NamedTuple):
@@ -46,9 +46,9 @@ class Query(NamedTuple):
   Attributes:
     user: index of the user in the dataset.
     user_id: the user's id.
-    snapshot: index of the snapshot in the user's record; -1 when it is not one of the dataset's.
+    snapshot: index of the snapshot in the user's record; -1 for a time that is no snapshot of the dataset.
     time: τ in microseconds.
-    n_events: events before τ.
+    n_events: number of events before τ.
     last_event: time of the last event before τ, microseconds.
   """
 
@@ -61,7 +61,7 @@ class Query(NamedTuple):
 
 
 class UserWithoutEvents(NamedTuple):
-  """A user without an event before a time: nothing is known of them yet.
+  """A user without an event before a time; nothing is known about the user yet.
 
   Attributes:
     user: index of the user in the dataset.
@@ -80,13 +80,13 @@ class QueryBatch(NamedTuple):
   """Rows of one snapshot each, ready for the encoder.
 
   Attributes:
-    features: B rows; what is not filled are rows of padding.
-    questions: what the real rows are about.
-    labels: for each active task with labels, `Labels(value, known)` of the n real rows, `[n]`, `[n, values]` or, of an
+    features: B rows, the n real ones first, followed by rows of padding.
+    questions: the user and moment of each real row.
+    labels: for each active task with labels, `Labels(value, known)` of the n real rows: `[n]`, `[n, values]` or, for an
       event label, `[n, m]`; known within the task's sample space. Empty for embedding.
     seen: for each task that excludes seen values, the codes in each real row's whole history.
-    given: for each active event label int32 `[B, m, G]`, what it may see of the events asked about; 0 in rows of
-      padding. Empty for embedding.
+    given: for each active event label, int32 `[B, m, G]`, the given fields' codes of the events asked about; 0 in rows
+      of padding. Empty for embedding.
   """
 
   features: Features
@@ -97,7 +97,7 @@ class QueryBatch(NamedTuple):
 
 
 class _QueryRows(NamedTuple):
-  """R questions with their features, their targets and, of fields whose seen values are excluded, the values seen."""
+  """R questions with their features, their targets and, for tasks that exclude seen values, the values seen."""
 
   questions: list[Query]
   features: Features
@@ -114,7 +114,7 @@ class _QueryRows(NamedTuple):
 
 
 def row_lengths(max_events: int) -> tuple[int, ...]:
-  """The lengths that rows may have, ascending to `max_events`: its halves, and three quarters of each."""
+  """Returns the possible row lengths, ascending to `max_events`: its repeated halves, and three quarters of each."""
   found, length = {max_events}, max_events
   while length // 2 >= SHORTEST:
     found |= {length * 3 // 4, length // 2}
@@ -123,9 +123,9 @@ def row_lengths(max_events: int) -> tuple[int, ...]:
 
 
 def worthwhile_lengths(dataset: Dataset, max_events: int, times: Sequence[int | None]) -> tuple[int, ...]:
-  """Those of `lengths` that spare more than their compilation costs when all users are asked about at `times`.
+  """Returns the `row_lengths` that save more than their compilation costs when all users are asked about at `times`.
 
-  Judged by the histories of the first users, who are a sample: records are shuffled.
+  The histories of the first users decide; they are a sample, because records are shuffled.
   """
   users = np.arange(min(len(dataset), SAMPLED_USERS))
   if not len(users):
@@ -137,12 +137,12 @@ def worthwhile_lengths(dataset: Dataset, max_events: int, times: Sequence[int | 
 
 
 def chosen_lengths(shown: np.ndarray, among: Sequence[int], times: float) -> tuple[int, ...]:
-  """Picks lengths one after the other, each the one that spares most, until none spares `PROGRAM_EVENTS`.
+  """Returns lengths picked one by one, each the one that saves most, until none saves `PROGRAM_EVENTS`.
 
   Args:
-    shown: int `[n]`, the events of a sample of rows.
-    among: what may be picked, ascending; the last one always is.
-    times: how many rows each of the sample stands for.
+    shown: int `[n]`, the numbers of events of a sample of rows.
+    among: the lengths to choose from, ascending; the last one is always picked.
+    times: the number of rows that each row of the sample stands for.
   """
   picked = [among[-1]]
 
@@ -161,7 +161,7 @@ def chosen_lengths(shown: np.ndarray, among: Sequence[int], times: float) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class _BlockRows(grain.transforms.Map):
-  """Lays out the snapshots of some users of one split, or at given times, each as a row that sees its last L events."""
+  """A transform that lays out users' snapshots, of a split or at given times, as rows with their last L events."""
 
   dataset: Dataset
   cfg: config.Config
@@ -174,7 +174,7 @@ class _BlockRows(grain.transforms.Map):
     return Supervision(self.dataset, self.cfg, training=False)
 
   def map(self, users: np.ndarray) -> tuple[dict[int, list[_QueryRows]], list[UserWithoutEvents]]:
-    """Of the users with these indices: the rows of each length, and who has no event yet."""
+    """Returns the rows of each length for the users with these indices, and the users without an event yet."""
     rows, absent = self._at_times(users) if self.split is None else (list(self._of_split(users)), [])
     out: dict[int, list[_QueryRows]] = {}
     for length, part in rows:
@@ -182,7 +182,7 @@ class _BlockRows(grain.transforms.Map):
     return out, absent
 
   def _of_split(self, users: np.ndarray) -> Iterator[tuple[int, _QueryRows]]:
-    """What is asked of a split, user by user: labels are made so, and evaluation is not bound by it."""
+    """Yields the rows of a split user by user, because labels are made per user; this does not slow evaluation down."""
     for user in users.tolist():
       record = self.dataset[user]
       history = self.dataset.history(record)
@@ -207,7 +207,7 @@ class _BlockRows(grain.transforms.Map):
         )
 
   def _at_times(self, users: np.ndarray) -> tuple[list[tuple[int, _QueryRows]], list[UserWithoutEvents]]:
-    """What is asked at times: of all users in one go."""
+    """Returns the rows at the given times, for all users in one go."""
     rows: list[tuple[int, _QueryRows]] = []
     absent: list[UserWithoutEvents] = []
     done = 0
@@ -230,8 +230,11 @@ class _BlockRows(grain.transforms.Map):
   def _rows(
     self, users: np.ndarray, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray
   ) -> Iterator[tuple[int, np.ndarray, _QueryRows]]:
-    """The rows of each length, with their places among all: of the users `user [R]` of a block, whose indices in the
-    dataset are `users [U]`, at `time [R]` with `n_events [R]` before it."""
+    """Yields, for each length, the length, the indices of its rows among all R, and the rows.
+
+    Row r is about the user `user[r]` of a block at `time[r]`, with `n_events[r]` events before it; `users [U]` are the
+    indices of the block's users in the dataset.
+    """
     windows = BlockWindows(self.dataset, block)
     last = block.time[block.offsets[user] + n_events - 1]
     of_length = np.searchsorted(self.lengths, np.minimum(n_events, self.lengths[-1]))
@@ -247,13 +250,13 @@ class _BlockRows(grain.transforms.Map):
 
 
 class QueryReader:
-  """Rows of users as they are read, until they make up batches.
+  """A reader that collects rows of users until they make up batches.
 
   Attributes:
-    lengths: of the rows of a batch, ascending.
-    absent: those found so far to have no event before a time.
-    read: users read so far.
-    ended: whether all are read.
+    lengths: the row lengths of batches, ascending.
+    absent: the users found so far without an event before a time.
+    read: the number of users read so far.
+    ended: whether all users are read.
   """
 
   def __init__(
@@ -270,13 +273,16 @@ class QueryReader:
     """Asks about the users with the indices `users`, at every snapshot of `split` or at `times`.
 
     Args:
-      dataset: the users.
-      cfg: the run.
+      dataset: the dataset of the users.
+      cfg: the config of the run.
       users: indices of users, each once.
-      split: see above.
-      times: microseconds; None is just after the last event of each user.
-      row_lengths: see `lengths`; none: `cfg.model.max_events` alone.
-      most: rows; 0: all.
+      split: the split whose snapshots are asked about; None for `times`.
+      times: microseconds; None stands for just after the last event of each user.
+      row_lengths: the lengths of rows, such as `worthwhile_lengths` returns; empty: `cfg.model.max_events` alone.
+      most: the largest number of rows; 0 for all.
+
+    Raises:
+      ValueError: neither or both of `split` and `times` are given.
     """
     if (split is None) == (not times):
       raise ValueError("name either a split or times")
@@ -294,11 +300,11 @@ class QueryReader:
     self._blocks = iter(made.to_iter_dataset(ahead))
 
   def waiting(self) -> np.ndarray:
-    """How many batches of each length the rows that wait would fill: float64 `[lengths]`."""
+    """Returns the number of batches of each length that the waiting rows would fill: float64 `[lengths]`."""
     return np.array([sum(len(r.questions) for r in self._waiting[n]) / self._rows[n] for n in self.lengths])
 
   def fill(self) -> None:
-    """Reads until there is a full batch, or all is read."""
+    """Reads until a batch is full, or all users are read."""
     while not self.ended and self.waiting().max() < 1:
       block = next(self._blocks, None) if self._room else None
       if block is None:
@@ -314,7 +320,7 @@ class QueryReader:
           self._waiting[length].append(part)
 
   def take(self, length: int) -> QueryBatch:
-    """The next batch of rows of a length, with rows of padding behind them; once all is read, shorter ones fill it."""
+    """Returns the next batch of rows of a length, padded; once all users are read, shorter rows fill it up."""
     size, parts, n = self._rows[length], [], 0
     for each in [x for x in reversed(self.lengths) if x <= length] if self.ended else [length]:
       waiting = self._waiting[each]
@@ -329,7 +335,7 @@ class QueryReader:
 
 
 def _batch(features: Features, parts: Sequence[_QueryRows]) -> QueryBatch:
-  """Fills rows of padding with those of `parts`, which may be shorter."""
+  """Fills rows of padding with the rows of `parts`, which may be shorter, and returns the batch."""
   place = 0
   for part in parts:
     rows = slice(place, place + len(part.questions))
@@ -348,10 +354,11 @@ def _batch(features: Features, parts: Sequence[_QueryRows]) -> QueryBatch:
 
 
 def next_length(lengths: Sequence[int], waiting: np.ndarray) -> int | None:
-  """The length of the next batch of H readers: of those that one could fill that of which most waits; else, as all have
-  ended, the longest that is left; None when nothing is.
+  """Returns the length of the next batch of H readers; None when no rows are left.
 
-  `waiting [H, lengths]` is what each has waiting after `Reader.fill`, in batches.
+  Among the lengths with a full batch in some reader, it is the one with the most rows waiting over all readers. With no
+  full batch, all readers have ended, and it is the longest length left. `waiting [H, lengths]` holds each reader's
+  `QueryReader.waiting` after `QueryReader.fill`, in batches.
   """
   full = waiting.max(axis=0) >= 1
   if full.any():
@@ -370,8 +377,8 @@ def query_batches(
 ) -> Iterator[QueryBatch]:
   """Yields every snapshot of `split` with the labels of the active tasks, or every user at `times` without labels.
 
-  Users with no event before a time have no row for it. `most` bounds the rows, to those of users that are drawn by
-  `cfg.train.seed`; 0: all, in the order of the users.
+  A user with no event before a time has no row for it. With `most`, at most this many rows come, from users drawn by
+  `cfg.train.seed`. With 0 all users come, in order.
   """
   users = grain.MapDataset.range(len(dataset))
   reader = QueryReader(

@@ -1,9 +1,10 @@
-"""The targets of the active tasks in a row: labels, masks and weights, within the tasks' sample spaces.
+"""Makes the targets of the active tasks in a row: labels, masks and weights, within the tasks' sample spaces.
 
-A task asks at *sites*: at S snapshots; next-event and event-label tasks at the L events of a training row before them.
+A task asks at *sites*: at S snapshots. Next-event and event-label tasks also ask at the L events of a training row,
+which come before the snapshots.
 
-Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G fields given of them,
-N events of a user.
+Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G given fields of these
+events, N events of a user.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from supermoe_jax.data.tasks import TaskKind, bind
 from supermoe_jax.data.tasks.labels import Labels, at_events, next_carrier
 from supermoe_jax.data.tasks.sample_space import supervision
 
-# Users whose labels are counted to tell how large a sample space is; a few milliseconds each.
+# Users whose labels are counted to estimate the size of a sample space; a few milliseconds each.
 SPACE_USERS = 1000
 
 
 class Supervision:
-  """The targets of the active tasks, read from users' records."""
+  """A maker of the active tasks' targets from users' records."""
 
   def __init__(self, dataset: Dataset, cfg: config.Config, *, training: bool):
     """Binds the active tasks to a dataset.
 
-    With `training`, unknown labels are treated as `cfg.train.missing` says, samples outside a sample space count as the
-    task says, and a label that training cannot use is unknown. Without, metrics are about the sample space itself.
+    With `training`, `cfg.train.missing` decides how unknown labels are treated, samples outside a sample space get the
+    task's `out_space_weight`, and a label that training cannot use is unknown. Without, samples outside the sample
+    space are left out, because metrics are about the sample space itself.
     """
     labelled = cfg.labelled_tasks
     self.tasks = {n: labelled[n] for n in cfg.active_tasks if n in labelled}
@@ -51,7 +53,7 @@ class Supervision:
   def at_snapshots(self, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray) -> dict[str, Targets]:
     """Returns each task's targets at the snapshots with the indices `chosen [S]`, without a batch dimension.
 
-    The parts of an event label are `[S, m]`, `given` `[S, m, G]`.
+    The arrays of an event label are `[S, m]`, its `given` is `[S, m, G]`.
     """
     labels = _EventLabels(self._kinds, history)
     out = {}
@@ -78,7 +80,7 @@ class Supervision:
     return out
 
   def _of_record(self, name: str, record: Mapping[str, Any], chosen: np.ndarray) -> Labels:
-    """Returns a task's labels at snapshots; unknown ones are taken for 0 where the config asks for that."""
+    """Returns a task's labels at snapshots; with `cfg.train.missing="negative"` unknown labels count as 0."""
     kind = self._kinds[name]
     value, known = kind.of_record(record, chosen)
     return Labels(value, np.ones_like(known) if self._fill and not kind.task.asks_at_events else known)
@@ -114,9 +116,9 @@ class Supervision:
 
 
 class UserTargets(NamedTuple):
-  """A task's targets of one user, without padding: at n events, None where the task asks at none, and at s snapshots.
+  """A task's targets of one user, without padding: at n events (None where the task asks at none) and at s snapshots.
 
-  Those of an event label at snapshots are `[s, m]`, `given` `[s, m, G]`.
+  At snapshots the arrays of an event label are `[s, m]`, its `given` is `[s, m, G]`.
   """
 
   events: Targets | None
@@ -124,7 +126,7 @@ class UserTargets(NamedTuple):
 
 
 def join_targets(parts: Sequence[UserTargets], max_events: int, n_snapshots: int) -> Targets:
-  """Lays the targets of one or more users out as one row; the users stand as in `windows.join_features`."""
+  """Returns the targets of one or more users as one row, with the users in the order of `windows.join_features`."""
   snapshots = [pad(column, n_snapshots) for column in zip(*(p.snapshots for p in parts))]
   if snapshots[1].ndim > 1:  # of an event label
     snapshots = [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in snapshots]
@@ -136,9 +138,9 @@ def join_targets(parts: Sequence[UserTargets], max_events: int, n_snapshots: int
 
 
 class SpaceCount(NamedTuple):
-  """How the labels of the training snapshots of `users` users lie to a task's sample space.
+  """The numbers of training snapshots' labels of `users` users inside and outside a task's sample space.
 
-  `labels = inside + outside + unknown`; unknown are those where the label that is compared is not known.
+  `labels = inside + outside + unknown`. For `unknown` labels, the compared task's label is not known.
   """
 
   users: int
@@ -149,8 +151,10 @@ class SpaceCount(NamedTuple):
 
 
 def count_spaces(dataset: Dataset, cfg: config.Config, users: int = SPACE_USERS) -> dict[str, SpaceCount]:
-  """Counts, for each active task with a sample space, where the labels of the first `users` users lie (in any order:
-  records are shuffled)."""
+  """Returns, for each active task with a sample space, how many labels of the first users lie inside and outside it.
+
+  The first `users` users are a sample, because records are shuffled.
+  """
   names = [n for n, t in cfg.active_views.items() if t.sample_space]
   if not names:
     return {}
@@ -175,7 +179,7 @@ def count_spaces(dataset: Dataset, cfg: config.Config, users: int = SPACE_USERS)
 
 
 class _EventLabels:
-  """The labels of each event of one user, by task; computed when they are first asked for."""
+  """The labels of each event of one user, by task; computed at their first use."""
 
   def __init__(self, kinds: Mapping[str, TaskKind], history: UserHistory):
     self._of = functools.cache(lambda name: kinds[name].event_labels(history))
@@ -185,6 +189,6 @@ class _EventLabels:
 
 
 def _following(carried: np.ndarray, start: int, stop: int, limit: int) -> np.ndarray:
-  """Returns, for each event in [start, stop), the next one before `limit` that carries the field; -1 none."""
+  """Returns, for each event in [start, stop), the next event before `limit` that carries the field; -1 for none."""
   event = next_carrier(carried)[start + 1 : stop + 1]
   return np.where(event < limit, event, -1)

@@ -1,9 +1,10 @@
-"""From a dataset to training batches: windows of histories with several snapshots each.
+"""Makes training batches from a dataset: windows of histories with several snapshots each.
 
-The pipeline is Grain's: deterministic by seed, randomly accessible, and its position can be saved and restored. In
-training, several users may share a row; see `packing`.
+The pipeline is Grain's. It is deterministic by seed and randomly accessible, and its position can be saved and
+restored. In training, several users may share a row; see `packing`.
 
-Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G fields given of them.
+Shapes: B rows, L events, S snapshots, m events that a snapshot of an event label asks about, G given fields of these
+events.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from supermoe_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class _UserWindow:
-  """What one user brings to a row: its record, the window [start, stop), and the snapshots that see enough of it."""
+  """One user's part of a row: the record, the window [start, stop), and the snapshots that see enough of the window."""
 
   user: int
   record: Mapping[str, Any]
@@ -42,18 +43,18 @@ class _UserWindow:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingRow(grain.transforms.RandomMap):
-  """Cuts a random window out of each user's training period and picks up to S of their snapshots.
+  """A transform that cuts a random window out of each user's training period and picks up to S of the user's snapshots.
 
   Several users share a row's S snapshots (`packing.share_snapshots`). For each contrast task a row has one pair of
-  slices, of one user drawn among those with a long enough history. So neither the cost of a contrast nor the number of
-  pairs in a batch depends on packing.
+  slices, from one user drawn among those with a long enough history. So neither the cost of a contrast nor the number
+  of pairs in a batch depends on packing.
   """
 
   dataset: Dataset
   cfg: config.Config
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"dataset": self.dataset, "cfg": self.cfg}  # what is cached below is made again in each process
+    return {"dataset": self.dataset, "cfg": self.cfg}  # each process makes the cached properties below again
 
   @functools.cached_property
   def _supervision(self) -> Supervision:
@@ -64,7 +65,7 @@ class _TrainingRow(grain.transforms.RandomMap):
     return {n: cast(config.Contrast, t) for n, t in self.cfg.active_tasks.items() if not t.has_labels}
 
   def random_map(self, users: int | np.ndarray, rng: np.random.Generator) -> Batch:
-    """Makes the row of one user, or of several; without a batch dimension."""
+    """Returns the row of one user, or of several, without a batch dimension."""
     size = self.cfg.model.max_events, self.cfg.train.snapshots_per_row
     parts = [self._part(int(user), rng) for user in np.atleast_1d(users)]
     features, targets = [], []
@@ -82,14 +83,14 @@ class _TrainingRow(grain.transforms.RandomMap):
     seen = record["snapshot_events"][train]
     start, stop = self._cut(history.n_train, seen, rng)
     visible = seen - start
-    # A snapshot near the window's start would see less than it does in evaluation; it must see all there is, or a
-    # quarter.
+    # A snapshot near the window's start would see less than in evaluation. It must see its whole history, or a
+    # quarter of L events.
     least = np.minimum(seen, self.cfg.model.max_events // 4)
     enough = (seen <= stop) & (visible >= least) & (visible > 0)
     return _UserWindow(user, record, history, start, stop, train[enough])
 
   def _cut(self, n_train: int, seen: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-    """Chooses the window [start, stop): it ends at a random snapshot, and holds all of a history that fits."""
+    """Returns the window [start, stop): the whole history if it fits, otherwise L events up to a random snapshot."""
     max_events = self.cfg.model.max_events
     if n_train <= max_events or not len(seen):
       return max(0, n_train - max_events), n_train
@@ -112,9 +113,9 @@ class _TrainingRow(grain.transforms.RandomMap):
 
 
 def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: np.random.Generator) -> Slices:
-  """Draws two slices of the training events, of random lengths at random places; they may overlap.
+  """Draws two slices of the training events, of random lengths at random positions; they may overlap.
 
-  A slice is a history of its own: nothing of its features tells what came before or after it.
+  A slice is a history of its own: its features hold nothing about the events before or after it.
   Source: random slices of CoLES, arXiv 2002.08232.
   """
   n, pair = history.n_train, []
@@ -131,8 +132,8 @@ def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: 
       history.numeric[start:stop],
       length,
     )
-    time = part.time[-1:] + 1  # the first moment from which the whole slice is past
-    aggregates = np.zeros((len(time), dataset.schema.aggregates), np.float32)  # their means, as they are standardised
+    time = part.time[-1:] + 1  # the first moment that sees the whole slice
+    aggregates = np.zeros((len(time), dataset.schema.aggregates), np.float32)  # the means of standardised aggregates
     seen = np.full(len(time), length, np.int32)
     pair.append(window(dataset, part, 0, length, time, seen, task.slice_events, 1, aggregates))
   return Slices(stack(pair), np.bool_(known))
@@ -140,7 +141,7 @@ def _slices(dataset: Dataset, history: UserHistory, task: config.Contrast, rng: 
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingUser(grain.transforms.Map):
-  """The user of a place among those that train."""
+  """A transform from a place among the training users to the user's index in the dataset."""
 
   users: np.ndarray
 
@@ -150,7 +151,7 @@ class _TrainingUser(grain.transforms.Map):
 
 @dataclasses.dataclass(frozen=True)
 class _PackedUsers(grain.transforms.MapWithIndex):
-  """The users of a row of an epoch; rows are numbered through all epochs."""
+  """A transform from a row of an epoch to the row's users; `index` numbers the rows through all epochs."""
 
   plan: packing.PackingPlan
 
@@ -168,15 +169,15 @@ def training_batches(
 ) -> BatchStream[Batch]:
   """Returns an endless stream of training `Batch`es, shuffled anew each epoch.
 
-  With `cfg.train.packing` rows hold several users. Without, a user without training events gives a row of padding; the
-  manifest counts them. Users whom the split `user` holds out are not among the rows.
+  With `cfg.train.packing` rows hold several users. Without it, a user without training events gives a row of padding;
+  the manifest counts these users. The users that the split `user` holds out have no rows.
 
   Args:
-    dataset: the users.
-    cfg: the run.
-    seed: of the order and all draws; None: `cfg.train.seed`.
-    shard: `(index, count)` of this host; each makes `batch_rows / count` rows of every batch. See `resumable_stream`.
-    workers: processes that make the batches, which are the same with any number; 0: threads of this process.
+    dataset: the dataset of the users.
+    cfg: the config of the run.
+    seed: the seed of the order and all draws; None for `cfg.train.seed`.
+    shard: `(index, count)` of this host, which makes `batch_rows / count` rows of every batch. See `resumable_stream`.
+    workers: the number of processes that make the batches, which does not change them; 0 for threads of this process.
 
   Raises:
     ConfigError: a batch does not divide over the hosts.

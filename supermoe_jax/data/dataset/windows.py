@@ -1,4 +1,4 @@
-"""Windows of histories with snapshots of them, laid out as the encoder reads them: a user a row, or several.
+"""Lays out windows of histories and their snapshots as the encoder reads them: one user per row, or several.
 
 Shapes: B rows, L events, S snapshots, F categorical and G numeric fields, A aggregates.
 """
@@ -21,34 +21,34 @@ MICROSECONDS_PER_HOUR = MICROSECONDS_PER_DAY // 24
 
 
 class Encoding(Protocol):
-  """What is known of how events are encoded: a dataset is one, and so is what an exported encoder reads events with."""
+  """The part of a dataset that windows need: hidden columns and aggregates. Exported encoders have it too."""
 
   @property
   def hidden_codes(self) -> tuple[int, ...]:
-    """The columns of the codes that the model must not see."""
+    """Returns the columns of the codes that the model must not see."""
 
   @property
   def hidden_numeric(self) -> tuple[int, ...]:
-    """The columns of the numbers that the model must not see."""
+    """Returns the columns of the numbers that the model must not see."""
 
   def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
-    """Standardised aggregates `[S, A]` at snapshots of the users `user [S]` of a block, which see `n_events [S]`."""
+    """Returns standardised aggregates `[S, A]` at snapshots of a block's users; see `Dataset.aggregates`."""
 
 
 def calendar_phases(time: np.ndarray) -> np.ndarray:
-  """Sine and cosine of the phase of the day, the week and the year: float32 `[…, 6]` of microseconds `[…]`."""
+  """Returns sine and cosine of the phases of day, week and year: microseconds `[…]` → float32 `[…, 6]`."""
   periods = np.array([1.0, 7.0, 365.2425]) * MICROSECONDS_PER_DAY
   angle = 2 * np.pi * ((time[..., None] % periods) / periods)
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
 
 def hours(microseconds: np.ndarray) -> np.ndarray:
-  """Microseconds as float32 hours."""
+  """Returns microseconds as float32 hours."""
   return (microseconds / MICROSECONDS_PER_HOUR).astype(np.float32)
 
 
 class _EventFeatures(NamedTuple):
-  """What features say of each of N events, wherever a window of them begins; shapes as in `Features`."""
+  """The features of N events that do not depend on where a window begins; shapes as in `Features`."""
 
   codes: np.ndarray
   source: np.ndarray
@@ -60,7 +60,10 @@ class _EventFeatures(NamedTuple):
 def _events(
   dataset: Encoding, time: np.ndarray, previous: np.ndarray, source: np.ndarray, codes: np.ndarray, numeric: np.ndarray
 ) -> _EventFeatures:
-  """Of N events, the times of their users' `previous [N]` events with them; what the model must not see is hidden."""
+  """Returns the features of N events; `previous [N]` are the times of their users' previous events.
+
+  Columns that the model must not see are hidden.
+  """
   codes, numeric = codes.astype(np.int32), numeric.astype(np.float32)
   codes[:, list(dataset.hidden_codes)] = 0
   numeric[:, list(dataset.hidden_numeric)] = np.nan
@@ -76,10 +79,10 @@ def window_features(
   snapshot_events: np.ndarray,
   aggregates: np.ndarray | None = None,
 ) -> Features:
-  """The events [start, stop) of a history and snapshots of it, without a batch dimension and without padding.
+  """Returns the events [start, stop) of a history and its snapshots, without a batch dimension and without padding.
 
-  Snapshots see the events [start, snapshot_events); their aggregates, where none are given, see the whole history
-  before τ.
+  A snapshot sees the events [start, snapshot_events). Without given `aggregates`, they are computed from the whole
+  history before τ.
   """
   n, s = stop - start, len(snapshot_time)
   time = history.time[start:stop]
@@ -104,10 +107,10 @@ def window_features(
 
 
 class BlockWindows:
-  """Windows of a block's users with one snapshot each, many at a time: the same numbers as `window`, row by row."""
+  """A maker of windows with one snapshot each for a block's users, many at a time; `window` gives the same rows."""
 
   def __init__(self, dataset: Encoding, block: UserBlock):
-    """Works out what does not depend on the windows."""
+    """Computes the features that do not depend on the windows."""
     previous = np.append(block.time[:1], block.time[:-1])
     first = block.offsets[:-1][block.lengths > 0]
     previous[first] = block.time[first]
@@ -115,9 +118,9 @@ class BlockWindows:
     self._events = _events(dataset, block.time, previous, block.source, block.codes, block.numeric)
 
   def __call__(self, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, length: int) -> Features:
-    """R rows of `length` events: the last ones of the users `user [R]` of the block before `time [R]` (microseconds).
+    """Returns R rows of `length` events: the last events of the users `user [R]` of the block before `time [R]` (µs).
 
-    `n_events [R]`, at least one, are those before τ; aggregates see all of them.
+    `n_events [R]`, at least one, is the number of events before τ; aggregates see all of them.
     """
     block, first = self._block, self._block.offsets[user]
     shown = np.minimum(n_events, length)
@@ -151,7 +154,7 @@ class BlockWindows:
 
 
 def blank(dataset: Dataset, rows: int, length: int) -> Features:
-  """Rows of padding, of `length` events and one snapshot each."""
+  """Returns rows of padding, with `length` events and one snapshot each."""
   schema = dataset.schema
   columns = {"codes": len(schema.categorical) + len(schema.extra_columns), "numeric": len(schema.numeric)}
   columns |= {"calendar": CALENDAR, "query_calendar": CALENDAR, "query_aggregates": schema.aggregates}
@@ -168,7 +171,7 @@ def blank(dataset: Dataset, rows: int, length: int) -> Features:
 
 
 def join_features(parts: Sequence[Features], max_events: int, n_snapshots: int) -> Features:
-  """Lays the parts of one or more users out as one row, one user behind the other and padding at the end.
+  """Returns the parts of one or more users as one row, one user after the other and padding at the end.
 
   Raises:
     ValueError: there are more events than `max_events`, or more snapshots than `n_snapshots`.
@@ -188,7 +191,7 @@ def join_features(parts: Sequence[Features], max_events: int, n_snapshots: int) 
 
 
 def pad(columns: Sequence[np.ndarray], size: int) -> np.ndarray:
-  """One array behind the other, `[size, …]`, and 0 behind them."""
+  """Returns the arrays one after the other, with zeros at the end: `[size, …]`."""
   out = np.zeros((size, *columns[0].shape[1:]), columns[0].dtype)
   place = 0
   for x in columns:
@@ -208,13 +211,13 @@ def window(
   n_snapshots: int,
   aggregates: np.ndarray | None = None,
 ) -> Features:
-  """Lays out one user as one row, padded; see `part` and `join`."""
+  """Returns one user as one padded row; see `window_features` and `join_features`."""
   whole = window_features(dataset, history, start, stop, snapshot_time, snapshot_events, aggregates)
   return join_features([whole], max_events, n_snapshots)
 
 
 def stack(rows: Sequence[Any]) -> Any:
-  """Stacks rows of equal structure into a batch."""
+  """Returns a batch of rows of equal structure."""
   first = rows[0]
   if isinstance(first, dict):
     return {k: stack([r[k] for r in rows]) for k in first}

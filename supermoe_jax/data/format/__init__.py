@@ -1,1 +1,1 @@
-"""A dataset's files: records, shards, schema and integrity."""
+"""Defines the files of a dataset: records, shards, schema and integrity."""

@@ -1,8 +1,8 @@
-"""Whether a dataset directory is the one that was written: nothing of it may change without being noticed.
+"""Checks that a dataset directory is as it was written, so that no change goes unnoticed.
 
-What guards what: the manifest holds a digest of itself, a digest of every small file, and the size of every large one:
-the shards, and the table of users. The content of a shard is guarded by the checksums of ArrayRecord, which are looked
-at whenever a record is read, that of the table by those of Parquet's pages.
+The manifest holds a digest of itself, a digest of every small file, and the size of every large file: the shards and
+the table of users. ArrayRecord's checksums guard the content of a shard and are checked whenever a record is read. The
+checksums of Parquet pages guard the table of users.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from supermoe_jax.errors import DataError
 
 MANIFEST = "manifest.json"
-# Too large to be read whole at every start: shards, by a part of their names, and the table of users.
+# Files too large to read whole at every start: shards, by a part of their names, and the table of users.
 SHARD, USERS = ".array_record-", "users.parquet"
 
 
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes the manifest of a finished directory, with what later shows whether it is intact, and returns it."""
+  """Writes the manifest of a finished directory, with the sizes and digests that later checks need, and returns it."""
   contents = {}
   for file in sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / MANIFEST):
     large = SHARD in file.name or file == directory / USERS
@@ -36,10 +36,10 @@ def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> dict
 
 
 def read_manifest(directory: pathlib.Path, format: int) -> dict[str, Any]:
-  """Reads the manifest and looks whether the directory still holds what it says.
+  """Reads the manifest and checks that the directory still holds the files that it lists.
 
   Raises:
-    DataError: there is no manifest, it is of another format, or it or a file of the directory was changed.
+    DataError: there is no manifest, it has another format, or it or a file of the directory was changed.
   """
   file = directory / MANIFEST
   if not file.is_file():
@@ -50,7 +50,7 @@ def read_manifest(directory: pathlib.Path, format: int) -> dict[str, Any]:
     raise DataError(f"{file} is damaged ({error}); prepare the dataset again.") from None
   if not isinstance(manifest, dict):
     raise DataError(f"{file} is damaged (it holds no object); prepare the dataset again.")
-  # An older version's manifest has no digest to be compared with.
+  # The manifest of an older version has no digest to compare with.
   if manifest.get("format") != format and ("digest" not in manifest or manifest["digest"] == _own_digest(manifest)):
     raise DataError(f"{file} has format {manifest.get('format')!r}, this version reads {format}; prepare again.")
   if manifest.get("digest") != _own_digest(manifest):
@@ -76,6 +76,6 @@ def _checksum(content: bytes) -> str:
 
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
-  """The digest of everything else that a manifest says."""
+  """Returns the digest of a manifest's content, without its own digest."""
   rest = {k: v for k, v in manifest.items() if k != "digest"}
   return _checksum(json.dumps(rest, sort_keys=True).encode())

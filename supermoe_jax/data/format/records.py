@@ -1,7 +1,7 @@
-"""A user's record: its parts, how they are made from histories, and how they become bytes and come back.
+"""Defines a user's record: its arrays, how they are made from histories, and how they are encoded and decoded.
 
-A record is a `tf.Example`, as TensorFlow Datasets writes it: each array is one value of bytes, little-endian and in C
-order, which is read without looking at its elements.
+A record is a `tf.Example`, as TensorFlow Datasets writes it. Each array is one bytes value, little-endian and in C
+order, so that decoding does not touch its elements.
 
 Shapes: N events of the user, S snapshots, m events that a snapshot of an event label asks about; U users of a block.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-# The parts that make up the history.
+# The arrays that make up the history.
 EVENTS = ("time", "source", "codes", "numeric")
 
-USER, N_TRAIN, USER_SPLIT = "user", "n_train", "user_split"  # the parts that are no arrays
+USER, N_TRAIN, USER_SPLIT = "user", "n_train", "user_split"  # the parts of a record that are no arrays
 
 
 def record_arrays(schema: Schema, tasks: Mapping[str, config.LabelledTask]) -> dict[str, RecordArray]:
-  """The arrays of a user's record; besides, it has `user`, `n_train` and `user_split`."""
+  """Returns the arrays of a user's record; a record also has `user`, `n_train` and `user_split`."""
   out = {
     "time": RecordArray(np.int64, of_events=True),
     "source": RecordArray(np.int32, of_events=True),
@@ -51,8 +51,8 @@ def record_arrays(schema: Schema, tasks: Mapping[str, config.LabelledTask]) -> d
 
 
 def tfds_features(parts: Mapping[str, RecordArray]) -> tfds.features.FeaturesDict:
-  """The same, as TFDS features."""
-  import tensorflow_datasets as tfds  # takes a second, which a process that only writes records does not need
+  """Returns a record's parts as TFDS features."""
+  import tensorflow_datasets as tfds  # takes a second; a process that only writes records does without
 
   encoding = tfds.features.Encoding.BYTES
   arrays = {n: tfds.features.Tensor(shape=(None, *p.row), dtype=p.dtype, encoding=encoding) for n, p in parts.items()}
@@ -66,7 +66,7 @@ def encode_records(
   owner: np.ndarray,
   parts: Mapping[str, RecordArray],
 ) -> Iterator[bytes]:
-  """Yields the record of each user of a block; `owner [U]` are the splits that the users belong to for user labels."""
+  """Yields the record of each user of a block; `owner [U]` holds each user's split for user labels."""
   arrays = {
     "time": block.time,
     "source": block.source,
@@ -95,14 +95,14 @@ def encode_records(
     feature[USER_SPLIT].int64_list.value.append(split)
     for name, content, width, offsets in columns:
       feature[name].bytes_list.value.append(content[offsets[i] * width : offsets[i + 1] * width])
-    yield example.SerializeToString(deterministic=True)  # else the order of the parts is any
+    yield example.SerializeToString(deterministic=True)  # otherwise the order of the parts varies
 
 
 def decode_record(content: bytes, parts: Mapping[str, RecordArray]) -> Record:
-  """The record in the bytes that `encode` made; its arrays cannot be written to.
+  """Returns the record encoded in bytes that `encode_records` made; its arrays are read-only.
 
   Raises:
-    ValueError: these are no such bytes.
+    ValueError: the bytes are no such record.
   """
   try:
     feature = tf_example_pb2.Example.FromString(content).features.feature

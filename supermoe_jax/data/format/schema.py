@@ -1,4 +1,4 @@
-"""The schema of a dataset, derived from its config and the sizes of its fields, and what else rests on its encoders."""
+"""Derives a dataset's schema, aggregates and sample spaces from its config and encoders."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def schema_of_sizes(
   aggregates: int,
   tasks: Mapping[str, config.LabelledTask] | None = None,
 ) -> Schema:
-  """Returns the schema of a config from the sizes of what its data hold.
+  """Returns the schema of a config from the sizes of its fields, labels and aggregates.
 
   Args:
     cfg: the config.
     codes: the number of codes of each categorical field, in the order of their columns.
     classes: the number of classes of each multi-class label.
     aggregates: A, the length of a snapshot's aggregates.
-    tasks: the tasks that have outputs; None: all with labels.
+    tasks: the tasks that have outputs; None for all tasks with labels.
 
   Raises:
     ConfigError: a task is multi-class, and `classes` lacks it.
@@ -63,7 +63,7 @@ def schema_of_sizes(
 
 
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
-  """Returns the aggregates of a config, over the events' input fields only; None when they are switched off."""
+  """Returns the aggregator of a config, over the events' input fields only; None when aggregates are switched off."""
   if not data.aggregates.enabled:
     return None
   columns = list(encoders.categorical)
@@ -72,7 +72,7 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
     encoder = encoders.categorical[name]
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
     counted[name] = (columns.index(name), tuple(encoder.values[: data.aggregates.top_values]))
-  # The mean of a user's own number is that number.
+  # Numbers of the table of users are left out: the mean of a user's own number is that number.
   own = {n for n, f in data.fields.items() if f.input and f.table == "events"}
   numeric = {n: i for i, n in enumerate(encoders.numeric) if n in own}
   return Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, counted)
@@ -81,11 +81,11 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
 def make_comparison(
   tasks: Mapping[str, config.LabelledTask], kinds: Mapping[str, TaskKind], name: str
 ) -> Comparison | None:
-  """Returns the sample space of a task; its number is encoded as the labels of the compared task are.
+  """Returns the sample space of a task, or None; its number is in the units of the compared task's labels.
 
   Args:
     tasks: all tasks with labels.
-    kinds: the compared task, bound to its encoders, at least.
+    kinds: bound tasks, which must include the compared task.
     name: the task with the sample space.
 
   Raises:

@@ -1,7 +1,7 @@
-"""Shards of a dataset: the events of some users become records in a file, in as many processes as there are cores.
+"""Writes and finds the shards of a dataset: ArrayRecord files with the records of some users each.
 
-A shard is written under another name and renamed when it is whole; then a note beside it says what it holds. A
-preparation that was cut finds by these notes which shards it need not make again.
+A shard is written under a temporary name and renamed when it is whole. A note file next to it then records its
+content. An interrupted preparation finds by these notes which shards it need not make again.
 
 Files: `event_log/1.0.0/event_log-users.array_record-00000-of-00012`, ArrayRecord, as TensorFlow Datasets names them.
 """
@@ -22,15 +22,15 @@ from supermoe_jax.data.format import records
 
 TFDS_NAME, TFDS_VERSION, TFDS_SPLIT = "event_log", "1.0.0", "users"
 
-# TensorFlow Datasets stores a module's name with a dataset and never imports it. It stays as earlier versions wrote it.
+# TensorFlow Datasets stores a module's name with a dataset and never imports it. The name is that of earlier versions.
 MODULE_NAME = "supermoe_jax.data.records"
 
-DIRECTORY = f"{TFDS_NAME}/{TFDS_VERSION}"  # of the shards, in that of the dataset
+DIRECTORY = f"{TFDS_NAME}/{TFDS_VERSION}"  # the shards' directory within the dataset's directory
 
-SHARD_EVENTS = 250_000  # of which there are as many shards as this gives
+SHARD_EVENTS = 250_000  # events per shard, about
 MOST_SHARDS = 4096
 
-# Each record is compressed alone, for records are read in any order.
+# Each record is compressed alone, because records are read in any order.
 WRITER_OPTIONS = "group_size:1,snappy"
 
 
@@ -40,9 +40,9 @@ class Shard:
 
   Attributes:
     file: its name.
-    users: how many records it has.
-    bytes: how many bytes they have before compression.
-    tally: the state of their `Tally`.
+    users: the number of records, one for each user.
+    bytes: the size of the records before compression.
+    tally: the state of their `RecordCounts`.
   """
 
   file: str
@@ -52,26 +52,26 @@ class Shard:
 
   @property
   def events(self) -> int:
-    """How many events its users have."""
+    """Returns the number of its users' events."""
     return sum(int(n) * count for n, count in self.tally["lengths"].items())
 
 
 def count_shards(events: int, users: int) -> int:
-  """How many shards a dataset gets; it depends on the data alone."""
+  """Returns the number of shards of a dataset, which depends on the data alone."""
   return max(1, min(-(-events // SHARD_EVENTS), MOST_SHARDS, users))
 
 
 def shard_name(index: int, count: int, split: str = TFDS_SPLIT) -> str:
-  """The file of a shard, as TensorFlow Datasets names it."""
+  """Returns the file name of a shard, as TensorFlow Datasets names it."""
   return f"{TFDS_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 class ShardFile:
-  """A file of records that is being written.
+  """A file of records during its writing.
 
   Attributes:
-    records: how many it has.
-    bytes: how many bytes they have before compression.
+    records: the number of records written so far.
+    bytes: their size before compression.
   """
 
   def __init__(self, writer: ArrayRecordWriter):
@@ -87,7 +87,7 @@ class ShardFile:
 
 @contextlib.contextmanager
 def writing_shard(file: pathlib.Path) -> Iterator[ShardFile]:
-  """Gives a file of records to be written, which has its name when the block ends without an error."""
+  """Yields a file of records to write to, which gets its name when the block ends without an error."""
   with replacing_file(file) as part:
     writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
     try:
@@ -98,12 +98,12 @@ def writing_shard(file: pathlib.Path) -> Iterator[ShardFile]:
 
 def move_shard(file: pathlib.Path, directory: pathlib.Path) -> None:
   """Moves a shard and its note into a directory of the same file system."""
-  for moved in (file, note_file(file)):  # a note stands beside a whole shard only
+  for moved in (file, note_file(file)):  # only a whole shard has a note
     moved.replace(directory / moved.name)
 
 
 def finished_shards(directory: pathlib.Path, count: int) -> dict[int, Shard]:
-  """The shards of `count` that an earlier preparation finished in the directory, by their index."""
+  """Returns the shards, of `count` in all, that an earlier preparation finished in the directory, by their index."""
   out = {}
   for index in range(count):
     file = directory / shard_name(index, count)
@@ -115,12 +115,12 @@ def finished_shards(directory: pathlib.Path, count: int) -> dict[int, Shard]:
 def write_info(
   directory: pathlib.Path, arrays: Mapping[str, records.RecordArray], splits: Mapping[str, tuple[Sequence[int], int]]
 ) -> None:
-  """Writes what TensorFlow Datasets needs to read the shards: `dataset_info.json` and `vectors.json`.
+  """Writes the files that TensorFlow Datasets needs to read the shards: `dataset_info.json` and `features.json`.
 
   Args:
-    directory: of the shards.
-    arrays: of their records, by name.
-    splits: of each split how many records each of its shards has, and their bytes before compression.
+    directory: the directory of the shards.
+    arrays: the arrays of their records, by name.
+    splits: for each split, the number of records of each shard, and the size of all records before compression.
   """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import dataset_info, naming
@@ -147,17 +147,17 @@ def write_info(
 
 
 def read_info(directory: pathlib.Path) -> dict[str, tuple[list[int], int]]:
-  """The splits that `write_info` named in a directory."""
+  """Returns the splits that `write_info` wrote in a directory."""
   info = json.loads((directory / "dataset_info.json").read_text())
   return {s["name"]: ([int(n) for n in s["shardLengths"]], int(s["numBytes"])) for s in info["splits"]}
 
 
 def remove_notes(directory: pathlib.Path) -> None:
-  """Removes what only an unfinished preparation needs."""
+  """Removes the notes, which only an unfinished preparation needs."""
   for file in directory.glob("*.note"):
     file.unlink()
 
 
 def note_file(file: pathlib.Path) -> pathlib.Path:
-  """Returns the path of the note beside a shard."""
+  """Returns the path of a shard's note."""
   return file.with_name(file.name + ".note")

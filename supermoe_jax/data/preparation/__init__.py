@@ -1,1 +1,1 @@
-"""From an event log to a dataset directory."""
+"""Prepares a dataset directory from an event log."""

@@ -1,4 +1,4 @@
-"""Event logs: read, checked and ordered in DuckDB, then handed out one shard of users at a time.
+"""Reads, checks and orders event logs in DuckDB, then hands them out one shard of users at a time.
 
 Every event has its place in the log, `ord`: files in the order listed, rows in the order of their file. Events of a
 user at equal times stay in that order. Ties are never broken by a value, which would leak it into the sequence.
@@ -32,14 +32,14 @@ TIE = 'hash("user", time)'
 class EventLog(LogDatabase):
   """All events of a config, checked, in a DuckDB database on disk; use it as a context manager.
 
-  Besides `ordered_users` the database has the relation `events` of `EventTables`.
+  The database has the relations `events` and `ordered_users` of `EventTables`.
 
   Attributes:
     columns: the column of each field in `events`.
   """
 
   def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
-    """Reads the sources, as `Log` says."""
+    """Reads the sources; see `LogDatabase`."""
     self.columns = field_columns(data)
     super().__init__(data, scratch, part=part)
 
@@ -54,7 +54,7 @@ class EventLog(LogDatabase):
     return EventTables(self._con, self.data)
 
   def values_sql(self, name: str) -> str:
-    """See `Log.values_sql`."""
+    """See `LogDatabase.values_sql`."""
     return self._tables.values_sql(name)
 
   def shards(
@@ -67,11 +67,11 @@ class EventLog(LogDatabase):
 class EventTables:
   """The events of whole users in a DuckDB database: the relations `events` and `ordered_users`.
 
-  `events` has a row an event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER, `ord`
-  BIGINT, `training` BOOLEAN, and for each field the column that `field_columns` names: VARCHAR for categorical fields,
-  VARCHAR[] for those of many values, all of them, DOUBLE (log1p already taken where configured) for numeric ones, NULL
-  where absent. `ordered_users` has a row a user: `user`, `uid`, from 0 in the order of the hashes of the
-  ids, and `last_event`, the time of the user's last one.
+  `events` has a row per event: `user` VARCHAR, `time` BIGINT microseconds since 1970 UTC, `source` INTEGER, `ord`
+  BIGINT, `training` BOOLEAN, and for each field the column that `field_columns` names. Its type is VARCHAR for
+  categorical fields, VARCHAR[] with all values for fields of lists, and DOUBLE (after log1p where configured) for
+  numeric fields; NULL where absent. `ordered_users` has a row per user: `user`, `uid`, from 0 in the order of the ids'
+  hashes, and `last_event`, the time of the user's last event.
   """
 
   def __init__(self, con: duckdb.DuckDBPyConnection, data: config.Data):
@@ -82,19 +82,19 @@ class EventTables:
     return self._con.execute(sql).fetchall()
 
   def values_sql(self, name: str) -> str:
-    """A query of the values of a field; see `Log.values_sql`."""
+    """Returns a query of the values of a field; see `LogDatabase.values_sql`."""
     column, field = self._columns[name], self._data.fields[name]
     if field.many:
       values = f"SELECT unnest({column}[:{field.many}]) AS value, training FROM events"
     else:
-      value = f"{column} + 0" if field.kind == "numeric" else column  # of the zeros, -0.0 becomes the other one
+      value = f"{column} + 0" if field.kind == "numeric" else column  # turns -0.0 into 0.0
       values = f"SELECT {value} AS value, training FROM events WHERE {column} IS NOT NULL"
     return f"SELECT value, training, count(*) AS n FROM ({values}) GROUP BY value, training"
 
   # ------------------------------------------------------------------------------------------------ from rows to events
 
   def settle(self) -> LogStatistics:
-    """Makes the relations from the table `rows`, all rows of which can be used, and says what they hold."""
+    """Makes the relations from the table `rows`, which holds usable rows only, and returns their statistics."""
     self._find_ties()
     duplicates = self._find_duplicates()
     self._mark_training()
@@ -102,14 +102,17 @@ class EventTables:
     return self._statistics(duplicates)
 
   def _find_ties(self) -> None:
-    """Creates `tied`, the hashes of user and time that several rows have: only such rows can be tied, or duplicates.
+    """Creates `tied`, the hashes of user and time that several rows share.
 
-    Comparing columns is slow; it is kept to these rows.
+    Only these rows can be tied or duplicates. Comparing columns is slow, so it is limited to them.
     """
     self._con.execute(f"CREATE TEMP TABLE tied AS SELECT {TIE} AS tie FROM rows GROUP BY tie HAVING count(*) > 1")
 
   def _find_duplicates(self) -> int:
-    """Counts rows that repeat an earlier one in user, time, source and every field; removes them if so configured."""
+    """Returns the number of rows that repeat an earlier one in user, time, source and every field.
+
+    Removes these rows if so configured.
+    """
     equal = ['"user"', "time", "source", *self._columns.values()]
     columns = ", ".join(equal)
     self._con.execute(
@@ -124,7 +127,7 @@ class EventTables:
     return repeats
 
   def number_users(self) -> None:
-    """Creates `ordered_users` from `events`, in the order in which records stand."""
+    """Creates `ordered_users` from `events`, in the order of the records."""
     hashed = user_hash_sql('"user"')
     self._con.execute(
       'CREATE TABLE ordered_users AS SELECT "user", last_event, '
@@ -133,7 +136,7 @@ class EventTables:
     )
 
   def _mark_training(self) -> None:
-    """Creates `events`: the rows, and whether each lies in the training period, or is of a training user."""
+    """Creates `events`: the rows, and whether each lies in the training period or belongs to a training user."""
     split = self._data.split
     columns = ", ".join(['"user"', "time", "source", "ord", *self._columns.values()])
     if split.mode == "temporal":
@@ -169,14 +172,14 @@ class EventTables:
       tied=self._count_tied(),
       duplicates=duplicates,
       kept=[kept.get(i, 0) for i in range(len(names))],
-      # What is not there to be summed up is NULL.
+      # A statistic of no values is NULL.
       fields={
         n: FieldStatistics(**{k: v for k, v in of.items() if v is not None}) for n, of in zip(self._columns, found)
       },
     )
 
   def _facts_sql(self, name: str) -> str:
-    """The SQL of a struct of a field's facts."""
+    """Returns the SQL of a struct of a field's statistics."""
     names, column, field = list(self._data.sources), self._columns[name], self._data.fields[name]
     carriers = [names.index(s) for s in field.sources] or range(len(names))
     facts = {
@@ -204,15 +207,15 @@ class EventTables:
   def shards(
     self, encoders: Encoders, n_shards: int, done: Collection[int] = ()
   ) -> Iterator[tuple[int, list[str], pa.Table]]:
-    """Yields the encoded events of the users of each of `n_shards` shards that is not `done`; holds one at a time.
+    """Yields the encoded events of each of `n_shards` shards that is not in `done`; holds one shard at a time.
 
     Users are ordered by a hash of their ids, and each shard has the next n-th of them.
 
-    Returns: of each shard with users its index, the users' ids, and their events sorted by user, time and place in the
-      log, as `histories.read_block` reads them: `uid`, the user's number in that order, `time`, `source`, `training`,
-      the codes, the numbers.
+    Yields: for each shard with users, its index, the users' ids, and their events sorted by user, time and place in the
+      log. The events have the columns that `histories.read_block` reads: `uid`, the user's number in the order of
+      users, `time`, `source`, `training`, the codes, the numbers.
     """
-    # Connections of their own: queries elsewhere must not end this stream.
+    # Separate connections, because queries elsewhere must not end this stream.
     with contextlib.closing(self._con.cursor()) as con, contextlib.closing(self._con.cursor()) as ids:
       joins, codes = [], []
       place: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Encoders fitted on an event log, on the training period (or the training users) only, and how well they cover it."""
+"""Fits encoders on the training part of an event log, and reports how well they cover the log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from supermoe_jax.errors import DataError
 
 
 def fit_encoders(log: LogDatabase, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:
-  """Fits the encoders of all fields on the events of the training period; those of user labels are given.
+  """Returns encoders fitted on the events of training; `labels` are the encoders of user labels.
 
   Raises:
-    DataError: a field has no value in the training period, or none that is frequent enough.
+    DataError: a field has no value in training, or none that is frequent enough.
   """
   categorical: dict[str, Categorical] = {}
   numeric: dict[str, NumberEncoder] = {}
@@ -51,7 +51,10 @@ def _fit_vocabulary(log: LogDatabase, name: str, field: config.Field) -> Vocabul
 
 
 def _fit_quantile(log: LogDatabase, name: str) -> Quantile:
-  """Takes the first number of each of equally large shares of the ranks as a knot, and the last number of all."""
+  """Returns a quantile encoder, fitted on training.
+
+  Its knots are the first number of each of equal shares of the ranks, and the last number.
+  """
   shares = MAX_KNOTS - 1
   values = f"SELECT value, n FROM ({log.values_sql(name)}) WHERE training"
   ranked = f"SELECT value, (sum(n) OVER (ORDER BY value) - n / 2) / sum(n) OVER () AS rank FROM ({values})"
@@ -76,14 +79,14 @@ def _no_value(data: config.Data, name: str, facts: FieldStatistics) -> DataError
 
 
 def coverage_of(log: LogDatabase, encoders: Encoders) -> dict[str, dict[str, Any]]:
-  """Reports how well the encoders cover the log: of each categorical field, what training could not teach.
+  """Returns a report on how well the encoders cover the log, for each categorical field.
 
-  Returns: of each field its `kind`, `codes`, and `oov_training` and `oov_after`, the shares of the values present that
-  are out of vocabulary (None without values), those in buckets included; of a vocabulary also `values_training` and
-  `values_after`, how many values are present, and `outside_training` and `outside_after`, how many of them are out of
-  it. Where values are hashed `values`, the distinct ones in training that are, and `colliding`, the share of them whose
-  code is not theirs alone (None without any). Of a field of many `values_cut`, the values of lists that are longer than
-  the field keeps.
+  Returns: for each field `kind`, `codes`, and the shares `oov_training` and `oov_after` of the present values that are
+    out of vocabulary, values in buckets included (None without values). A vocabulary also has `values_training` and
+    `values_after`, the numbers of present values, and `outside_training` and `outside_after`, the numbers out of
+    vocabulary. A field with hashed values has `values`, the number of distinct ones in training, and `colliding`, the
+    share of them that share their code (None without any). A field of lists has `values_cut`, the number of values
+    beyond the length that the field keeps.
   """
   report: dict[str, dict[str, Any]] = {}
   for name, encoder in encoders.categorical.items():
@@ -109,13 +112,15 @@ def coverage_of(log: LogDatabase, encoders: Encoders) -> dict[str, dict[str, Any
 
 
 def share_outside(when: str, values: int, outside: int) -> dict[str, Any]:
-  """What the report says of the values present in training, or after it, and of those out of vocabulary."""
+  """Returns the report's entries on the values present in training, or after it, and on those out of vocabulary."""
   return {f"oov_{when}": outside / values if values else None, f"values_{when}": values, f"outside_{when}": outside}
 
 
 def _hashed(log: LogDatabase, encoder: Categorical, values: str) -> dict[str, Any]:
-  """How many distinct values of `values`, a query as `Log.values_sql` gives it, are hashed in training, and the share
-  of them that share a code."""
+  """Returns the number of distinct values that are hashed in training, and the share of them that share a code.
+
+  `values` is a query as `LogDatabase.values_sql` returns it.
+  """
   known = encoder.table()
   join, tables = ("", {}) if known is None else ("ANTI JOIN known USING (value)", {"known": known})
   ((distinct, colliding),) = log.query(

@@ -1,4 +1,4 @@
-"""An event log that was read, whoever read it: what the encoders of its fields are fitted on, and its users."""
+"""Keeps an event log in a DuckDB database after reading, so that encoders can be fitted and users listed."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ BATCH_ROWS = 1 << 17  # handed from DuckDB to NumPy at a time
 
 
 class LogDatabase(abc.ABC):
-  """What is known of an event log, in a DuckDB database on disk; use it as a context manager.
+  """An event log in a DuckDB database on disk; use it as a context manager.
 
-  Its table `ordered_users` has a row a user: `user`, `uid`, from 0 in the order of the hashes of the ids, so that any
-  stretch of users is a sample, and `last_event`, the time of the user's last event.
+  The table `ordered_users` has a row per user: `user`; `uid`, from 0 in the order of the ids' hashes, so that any
+  stretch of users is a sample; and `last_event`, the time of the user's last event.
 
   Attributes:
-    data: the config that it was read from.
-    facts: what its events hold.
-    counts: what was read, kept, dropped and found, ready for JSON.
+    data: the config that the log was read with.
+    facts: statistics of the events.
+    counts: numbers of rows read, kept and dropped, and further findings, ready for JSON.
     start: the first event's time, microseconds since 1970 UTC.
     end: the last event's time.
     user_type: the DuckDB type of the user column in the first source's first file.
-    resumed: whether it was read before.
+    resumed: whether an earlier preparation had read the log.
   """
 
   facts: LogStatistics
 
   def __init__(self, data: config.Data, scratch: pathlib.Path, *, part: bool = False):
-    """Reads the log into a database in `scratch`, an existing directory; sorts beyond the memory spill there too.
+    """Reads the log into a database in `scratch`, an existing directory; sorts larger than the memory spill there too.
 
-    With `part` it is a part of a log, which may have no event in training, and sources without files.
-
-    A database of the same data that stands there already is taken, if it was read to its end.
+    With `part` it is a part of a log, which may have no event in training, and sources without files. A finished
+    database of the same data in `scratch` is used again.
 
     Raises:
-      DataError: a file or a value cannot be used; `data.on_bad_rows` says whether such rows may be dropped instead.
+      DataError: a file or a value cannot be used; `data.on_bad_rows` decides whether such rows may be dropped instead.
     """
     self.data = data
     self.start = self.end = 0
@@ -55,12 +54,12 @@ class LogDatabase(abc.ABC):
     self.counts: dict[str, Any] = {}
     self.resumed = False
     self._database, self._known = scratch / "log.duckdb", scratch / "log.json"
-    if not (self._known.is_file() and self._database.is_file()):  # one alone: the other was being made, or removed
+    if not (self._known.is_file() and self._database.is_file()):  # interrupted between the two
       self._known.unlink(missing_ok=True)
       for file in scratch.glob(self._database.name + "*"):
         file.unlink()
     self._con = readers.connect(self._database, memory=data.memory, spill=scratch / "spill")
-    # To look for the best compression of each column took half of the time of reading, for files that are soon removed.
+    # Searching the best compression of each column took half of the reading time, for files that are soon removed.
     self._con.execute("SET force_compression = 'dictionary'")
     try:
       if self._known.is_file():
@@ -91,7 +90,7 @@ class LogDatabase(abc.ABC):
     """Reads the log into the database."""
 
   def _remember(self) -> None:
-    """Puts the database on disk, and beside it what is known of it."""
+    """Writes the database to disk, and a file with its counts and statistics."""
     self._con.execute("CHECKPOINT")
     known = {"counts": self.counts, "user_type": self.user_type, "facts": dataclasses.asdict(self.facts)}
     with replacing_file(self._known) as part:
@@ -118,23 +117,25 @@ class LogDatabase(abc.ABC):
 
   @abc.abstractmethod
   def values_sql(self, name: str) -> str:
-    """A query of the values that events hold of a field, those that are kept: `value`, `training`, and `n`, how often
-    it occurs in training, or after it. Numbers are counted where the field's encoding needs it."""
+    """Returns a query of the kept values of a field: `value`, `training`, and `n`, its count in training or after it.
+
+    Numbers are counted where the field's encoding needs it.
+    """
 
   @contextlib.contextmanager
   def row_batches(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
-    """Gives the rows of a query, as `query` does, a batch at a time."""
-    with contextlib.closing(self._con.cursor()) as con:  # its own: queries elsewhere must not end the stream
+    """Yields a reader of the rows of a query, a batch at a time; arguments as in `query`."""
+    with contextlib.closing(self._con.cursor()) as con:  # a separate one: queries elsewhere must not end the stream
       for name, table in tables.items():
         con.register(name, table)
       yield con.sql(sql).to_arrow_reader(BATCH_ROWS)
 
   def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
-    """Every user, as `dataset.read_users` has them: the record is the user's number in the order of the hashes."""
+    """Returns all users as `dataset.read_users` does; the record is the user's number in the order of the hashes."""
     return self.row_batches('SELECT "user", uid AS record, last_event FROM ordered_users ORDER BY uid')
 
   def count_users(self, named: Iterable[str]) -> int:
-    """How many of the users named have an event."""
+    """Returns how many of the named users have an event."""
     table = pa.table({"user": pa.array(named, pa.string())})
     ((count,),) = self.query('SELECT count(*) FROM ordered_users SEMI JOIN named USING ("user")', named=table)
     return count

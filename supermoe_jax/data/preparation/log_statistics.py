@@ -1,6 +1,6 @@
-"""What is known of an event log as a whole, put together from what is known of parts of it.
+"""Computes statistics of a whole event log, and merges the statistics of its parts.
 
-Of counts the sum is taken. Users are in one part only, with all of their events.
+Counts add up, because each user is in one part only, with all events.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from supermoe_jax.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class FieldStatistics:
-  """What events hold of a field.
+  """Statistics of a field's values in events.
 
   Attributes:
-    absent: how many events of the sources that carry it have no value.
-    present: how many events have one.
-    training: how many of them lie in training.
-    cut: how many values lists have beyond those that the field keeps.
-    sum: the sum of the numbers in training; 0.0 of other kinds of fields.
+    absent: the number of events without a value, of sources that carry the field.
+    present: the number of events with a value.
+    training: the number of events with a value in training.
+    cut: the number of values in lists beyond the length that the field keeps.
+    sum: the sum of the numbers in training; 0.0 for other kinds of fields.
     deviation: their standard deviation.
     low: the least of them.
-    high: the greatest.
+    high: the greatest of them.
   """
 
   absent: int = 0
@@ -44,40 +44,40 @@ class FieldStatistics:
 
   @property
   def mean(self) -> float:
-    """The mean of the numbers in training, of which there is one at least."""
+    """Returns the mean of the numbers in training; there must be at least one."""
     return self.sum / self.training
 
   @classmethod
   def merge(cls, parts: Sequence[FieldStatistics]) -> FieldStatistics:
-    """The facts of all parts together."""
+    """Returns the statistics of all parts together."""
     counts = {name: sum(getattr(p, name) for p in parts) for name in ("absent", "present", "training", "cut")}
     trained = [p for p in parts if p.training]
     if len(trained) < 2:
       return dataclasses.replace(trained[0] if trained else cls(), **counts)
     low, high = min(p.low for p in trained), max(p.high for p in trained)
     n, means, deviations = (np.array([getattr(p, k) for p in trained]) for k in ("training", "mean", "deviation"))
-    with np.errstate(over="ignore", invalid="ignore"):  # of numbers beyond all measure
+    with np.errstate(over="ignore", invalid="ignore"):  # for numbers that overflow
       total = float(np.sum([p.sum for p in trained]))
       squares = n * (np.square(deviations) + np.square(means - total / n.sum()))
-      # Of a constant the means may differ in their last bits, which would be taken for a deviation.
+      # The parts' means of a constant may differ in their last bits, which would look like a deviation.
       deviation = 0.0 if low == high else float(np.sqrt(np.sum(squares) / n.sum()))
     return cls(**counts, sum=total, deviation=deviation, low=low, high=high)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogStatistics:
-  """What is known of events that were read.
+  """Statistics of the events of a log, or of a part of it.
 
   Attributes:
-    events: how many are kept.
-    users: of how many users.
-    training: how many events lie in training.
-    first: the first one's time, microseconds since 1970 UTC; None without events.
-    last: the last one's time.
-    tied: how many share user and time with another.
-    duplicates: how many rows repeat an earlier one, whether they are kept or not.
-    kept: of each source how many events are kept.
-    fields: what is known of each field.
+    events: the number of kept events.
+    users: the number of users who have them.
+    training: the number of events in training.
+    first: the first event's time, microseconds since 1970 UTC; None without events.
+    last: the last event's time.
+    tied: the number of events that share user and time with another event.
+    duplicates: the number of rows that repeat an earlier one, whether they are kept or not.
+    kept: the number of kept events of each source.
+    fields: the statistics of each field.
   """
 
   events: int
@@ -92,7 +92,7 @@ class LogStatistics:
 
   @classmethod
   def merge(cls, parts: Sequence[LogStatistics], data: config.Data) -> LogStatistics:
-    """The facts of all parts of a log together."""
+    """Returns the statistics of all parts of a log together."""
     events, users, training, tied, duplicates = (
       sum(getattr(p, name) for p in parts) for name in ("events", "users", "training", "tied", "duplicates")
     )
@@ -104,15 +104,15 @@ class LogStatistics:
 
   @classmethod
   def of_json(cls, saved: Mapping[str, Any]) -> LogStatistics:
-    """The facts of what `dataclasses.asdict` made of some, by way of JSON."""
+    """Returns the statistics that were saved as JSON of `dataclasses.asdict`."""
     return cls(**{**saved, "fields": {name: FieldStatistics(**field) for name, field in saved["fields"].items()}})
 
 
 def log_counts(data: config.Data, reading: Reading, facts: LogStatistics, *, part: bool = False) -> dict[str, Any]:
-  """What was read of a log, kept, dropped and found, ready for JSON.
+  """Returns the numbers of rows read, kept and dropped, and further findings of a log, ready for JSON.
 
   Raises:
-    DataError: no event is left, or none in training, unless it is a `part` of a log.
+    DataError: no event is left; or none is left in training, unless it is a `part` of a log.
   """
   dropped = reading.dropped
   if not facts.events:

@@ -1,4 +1,4 @@
-"""The manifest of a dataset: what was read, how it was encoded, and what the records hold."""
+"""Makes the manifest of a dataset: its config, counts of the log, encoders' coverage, and statistics of the records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
-# DuckDB's types of user ids that are written as integers again, if every id is one that 64 bits hold.
+# DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64 bits.
 INTEGER_TYPES = (
   "TINYINT",
   "SMALLINT",
@@ -31,18 +31,18 @@ INTEGER_TYPES = (
   "DOUBLE",
 )
 
-# What the manifest calls such a directory.
+# The manifest's name for this kind of directory.
 KIND = "dataset"
 
 
 class LogSummary(NamedTuple):
-  """What is known of the event log as a whole.
+  """A summary of the event log as a whole.
 
   Attributes:
-    counts: what was read, kept, dropped and found; see `EventLog`.
+    counts: numbers of rows read, kept and dropped, and further findings; see `LogDatabase.counts`.
     first: the first event's time, microseconds since 1970 UTC.
-    last: the last event's.
-    observed_until: up to when the log is complete.
+    last: the last event's time.
+    observed_until: the time up to which the log is complete.
     user_type: the DuckDB type of the user column.
   """
 
@@ -67,20 +67,20 @@ def make_manifest(
   seconds: float,
   aggregates: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Returns the manifest, but for what `integrity.write_manifest` adds.
+  """Returns the manifest, without the entries that `integrity.write_manifest` adds.
 
   Args:
-    cfg: the run.
-    log: what was read.
-    encoders: they are saved in the directory `encoder_path`.
+    cfg: the config of the run.
+    log: the summary of the log.
+    encoders: the encoders, saved in the directory `encoder_path`.
     encoder_path: see `encoders`.
-    tally: of all records.
+    tally: the counts of all records.
     files: the stamps of the files that were read.
-    shards: of all records, in order.
+    shards: the shards of all records, in order.
     fields: how well the encoders cover the log; see `fitting.coverage_of`.
     user_table: see `user_table.UserLabels.counts`.
-    seconds: that it took.
-    aggregates: the statistics that aggregates are standardised by; None: those of the tally.
+    seconds: the duration of the preparation.
+    aggregates: the statistics that standardise aggregates; None for the statistics of the tally.
   """
   state = tally.state
   if aggregates is None:
@@ -125,8 +125,10 @@ def make_manifest(
 
 
 def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
-  """Identifies how events and snapshots become numbers; parameters trained with one encoding mean nothing in
-  another."""
+  """Returns a hash that identifies how events and snapshots become numbers.
+
+  Parameters trained with one encoding mean nothing in another.
+  """
   digest = hashlib.sha256(json.dumps(aggregates).encode())
   digest.update((encoders / "encoders.json").read_bytes())
   for file in sorted(encoders.glob("*.parquet")):

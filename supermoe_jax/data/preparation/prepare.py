@@ -1,8 +1,8 @@
-"""Preparation: from event files to a dataset directory.
+"""Prepares a dataset directory from event files.
 
-Everything is written into a directory of another name, the manifest last, and then renamed: a directory under the
-dataset's own name is whole, and a run that is cut leaves the one before untouched. What it had done stays under the
-other name, and the same command goes on from there.
+Everything is written into a directory with a temporary name, the manifest last, and then renamed. So a directory under
+the dataset's own name is whole, and an interrupted run leaves the earlier dataset untouched. Its finished work stays
+under the temporary name, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from supermoe_jax.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
-STATE = "preparation.json"  # in an unfinished directory: what it is prepared from
+STATE = "preparation.json"  # in an unfinished directory: the identity of the preparation
 
 
 class PreparationPlan(NamedTuple):
-  """What records are made by.
+  """The parts of a preparation from which an engine makes records.
 
   Attributes:
-    cfg: the run.
-    encoders: of the events' fields and of the labels.
-    encoder_path: where they are saved.
-    times: None for leave one out.
-    maker: of the records.
-    user_labels: the labels of users, of each task.
+    cfg: the config of the run.
+    encoders: the encoders of the events' fields and of the labels.
+    encoder_path: the directory of the saved encoders.
+    times: the calendar; None for leave one out.
+    maker: the maker of the records.
+    user_labels: for each task, the labels of users by id.
   """
 
   cfg: config.Config
@@ -66,29 +66,29 @@ class PreparationPlan(NamedTuple):
 
 
 class Engine(Protocol):
-  """Who reads a log and writes its records; all of them come to the same dataset, but for where shards begin.
+  """A reader of logs and writer of records; all engines make the same dataset, apart from the boundaries of shards.
 
   Attributes:
-    name: what it is; one does not go on with what another has begun.
+    name: its name; an engine does not go on with the work of another.
   """
 
   name: str
 
   def open(self, cfg: config.Config, scratch: pathlib.Path) -> LogDatabase:
-    """Reads the log, or finds that it was read; its work files go to `scratch`."""
+    """Reads the log, or finds that it was read already; work files go to `scratch`."""
 
   def write(self, log: LogDatabase, plan: PreparationPlan, directory: pathlib.Path) -> list[Shard]:
-    """Writes the shards that are not there yet, and returns all of them in order; `log` is what `open` gave."""
+    """Writes the missing shards, and returns all shards in order; `log` is the result of `open`."""
 
 
 def prepare(cfg: config.Config, *, overwrite: bool = False, engine: Engine | None = None) -> dict[str, Any]:
-  """Prepares the dataset at `cfg.data.path` and returns its manifest; one prepared from the same config is kept.
+  """Prepares the dataset at `cfg.data.path` and returns its manifest; keeps a dataset prepared from the same config.
 
-  A preparation that was cut, by the user, the machine or a full disk, is taken up where it stopped: neither reading nor
-  the shards that were finished are done again. `engine` is who does it; None is this machine.
+  A preparation that the user, the machine or a full disk interrupted goes on where it stopped: it repeats neither the
+  reading nor the finished shards. `engine` does the work; None stands for this machine.
 
   Raises:
-    DataError: the data cannot be used, the disk is full, or another dataset is in the place.
+    DataError: the data cannot be used, the disk is full, or another dataset has this path.
     ConfigError: the split does not fit the log.
   """
   path, engine = pathlib.Path(cfg.data.path), engine or ThisMachine()
@@ -193,7 +193,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
 
 
 def read_user_labels(cfg: config.Config) -> user_table.UserLabels:
-  """The labels of users, where the config has any; see `user_table`."""
+  """Returns the labels of users, empty where the config has none; see `user_table`."""
   tasks = {n: cast(config.UserLabel, t) for n, t in cfg.tasks.items() if t.user_column}
   if cfg.data.users is None or not tasks:
     return user_table.UserLabels({}, {}, {})
@@ -203,7 +203,7 @@ def read_user_labels(cfg: config.Config) -> user_table.UserLabels:
 def _encoders(
   log: LogDatabase, cfg: config.Config, labels: Mapping[str, vocabulary.LabelEncoder], path: pathlib.Path
 ) -> vocabulary.Encoders:
-  """Fits the encoders and saves them; where shards may have been written with them, those that were saved."""
+  """Returns the saved encoders if there are any, because shards may have used them; otherwise fits and saves some."""
   if path.is_dir():
     return vocabulary.Encoders.load(path)
   encoders = fitting.fit_encoders(log, cfg.data, labels)
@@ -215,7 +215,7 @@ def _encoders(
 
 
 def check_answerable(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
-  """Raises ConfigError if a task, or its sample space, asks what data with these encoders cannot answer."""
+  """Raises ConfigError if data with these encoders cannot answer a task or its sample space."""
   tasks = cfg.labelled_tasks
   kinds = bind(tasks, cfg.data, encoders)
   for kind in kinds.values():
@@ -225,7 +225,7 @@ def check_answerable(cfg: config.Config, encoders: vocabulary.Encoders) -> None:
 
 
 class ThisMachine:
-  """Reads a log with DuckDB, and writes its records in as many processes as there are cores; see `Engine`."""
+  """An engine that reads a log with DuckDB and writes its records with a process per core; see `Engine`."""
 
   name = "this machine"
 
@@ -261,12 +261,12 @@ def _write(maker: RecordMaker, task: tuple[pathlib.Path, ShardRows]) -> Shard:
 
 
 def of_users(known: Mapping[str, float], users: Sequence[str]) -> np.ndarray:
-  """The labels of users, float64 `[U]`; NaN of those that have none."""
+  """Returns the labels of users: float64 `[U]`, NaN for users without a label."""
   return np.array([known.get(user, np.nan) for user in users], np.float64)
 
 
 def write_users(batches: pa.RecordBatchReader, file: pathlib.Path) -> None:
-  """Writes which user each record is of; see `dataset.read_users`."""
+  """Writes the table with the user of each record; see `dataset.read_users`."""
   with pq.ParquetWriter(file, batches.schema, write_page_checksum=True) as writer:
     for batch in batches:
       writer.write_batch(batch)

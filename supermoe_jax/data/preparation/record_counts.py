@@ -1,7 +1,7 @@
-"""What the manifest says of the records, counted shard by shard.
+"""Counts the manifest's statistics of the records, shard by shard.
 
-Every count is an integer, sums of numbers too (in units of 2⁻³⁶): they come out the same in whatever order users are
-counted, on however many machines, and what a user added can be taken away again.
+Every count is an integer, and so are sums of numbers (in units of 2⁻³⁶). So the counts do not depend on the order of
+users or on the number of machines, and the counts of a user can be subtracted again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from supermoe_jax.data.encoding.vocabulary import Classes, Encoders
 from supermoe_jax.data.preparation.snapshots import LeftOut
 from supermoe_jax.data.tasks.labels import Labels, Snapshots
 
-# Aggregates are divided by their standard deviation, but never by less: a count that is nearly always 0 would otherwise
-# become huge when it is 1.
+# Aggregates are divided by their standard deviation, but at least by this: a count that is nearly always 0 would
+# otherwise become huge when it is 1.
 SMALLEST_SCALE = 0.25
 
-# Standardised numbers that deviate by less are all the same but for rounding.
+# Standardised numbers with a smaller deviation are all equal, apart from rounding.
 SMALLEST_DEVIATION = 1e-4
 
-UNIT = 2.0**36  # of sums, a number's share of 1
+UNIT = 2.0**36  # units of a sum in the number 1
 
-_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that 64 bits hold, written as integers are
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that is a 64-bit integer in its usual form
 
 
 def exact_sums(values: np.ndarray, starts: np.ndarray) -> list[int]:
-  """Sums of `values [N, X]` in units of 2⁻³⁶, from the sums of each user, whose rows begin at `starts [U]`, ascending.
+  """Returns the sums of `values [N, X]` in units of 2⁻³⁶, added up from each user's sum.
 
-  A user's sum is rounded on its own, and integers have no order: the result does not depend on the users around.
+  `starts [U]`, ascending, are the first rows of the users. Each user's sum is rounded to an integer on its own, so the
+  result does not depend on the order or grouping of users.
   """
   if not len(values):
     return [0] * values.shape[1]
@@ -46,11 +47,11 @@ def exact_sums(values: np.ndarray, starts: np.ndarray) -> list[int]:
 
 
 class RecordCounts:
-  """Counts users, their snapshots and their labels; `state` is all that it knows, ready for JSON.
+  """Counts of users, their snapshots and their labels; `state` holds all of them, ready for JSON.
 
-  Of `state["totals"][task][split]` the first list has the sums of the label's outputs (of a catalogue how many values
-  training could not teach, of classes how many labels each has), the second those of their squares; of a regression
-  both are in units of 2⁻³⁶.
+  `state["totals"][task][split]` holds two lists. The first has the sums of the label's outputs: for a catalogue the
+  number of values unseen in training, for classes the number of labels of each. The second has the sums of the outputs'
+  squares. For a regression both are in units of 2⁻³⁶.
   """
 
   def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask]):
@@ -58,8 +59,8 @@ class RecordCounts:
     self._outputs = schema.outputs
     shape = {n: 1 if a == "catalogue" else schema.outputs[n] for n, a in self._answers.items()}
     self.state: dict[str, Any] = {
-      "lengths": {},  # how many users have so many events
-      "text_users": 0,  # users whose ids are no integers
+      "lengths": {},  # the number of users by their number of events
+      "text_users": 0,  # users with ids that are no integers
       "without_training": 0,
       "without_snapshot": 0,
       "too_early": 0,
@@ -73,7 +74,7 @@ class RecordCounts:
     }
 
   def merge(self, state: Mapping[str, Any], sign: int = 1) -> Self:
-    """Adds what another tally of the same tasks counted; with `sign` -1 takes it away."""
+    """Adds the counts of another tally of the same tasks; with `sign` -1 subtracts them."""
     lengths = _merged_lengths(self.state["lengths"], state["lengths"], sign)
     rest = _merged({**self.state, "lengths": 0}, {**state, "lengths": 0}, sign)
     self.state = {**rest, "lengths": lengths}
@@ -87,7 +88,7 @@ class RecordCounts:
     left_out: LeftOut,
     last_use: int | None,
   ) -> None:
-    """Counts users; events at or after `last_use` (microseconds) lie in no label window and before no snapshot."""
+    """Counts a block's users; events at or after `last_use` (µs) lie in no label window and before no snapshot."""
     state, users, lengths = self.state, len(block.users), block.lengths
     counted = dict(zip(*(x.tolist() for x in np.unique(lengths, return_counts=True))))
     state["lengths"] = _merged_lengths(state["lengths"], {str(n): count for n, count in counted.items()})
@@ -129,7 +130,7 @@ class RecordCounts:
     return counts.tolist(), counts.tolist()
 
   def add_aggregates(self, aggregates: np.ndarray, user: np.ndarray) -> None:
-    """Takes training snapshots' aggregates `[S, A]` of the users `[S]`, ascending, into the statistics."""
+    """Adds training snapshots' aggregates `[S, A]` to the statistics; `user [S]` are their users, ascending."""
     counted = self.state["aggregates"]
     starts = np.flatnonzero(np.diff(user, prepend=-1))
     counted["rows"] += len(aggregates)
@@ -139,25 +140,26 @@ class RecordCounts:
 
   @property
   def users(self) -> int:
-    """How many were counted."""
+    """Returns the number of users counted."""
     return sum(self.state["lengths"].values())
 
   @property
   def events(self) -> int:
-    """How many they have."""
+    """Returns the number of events of all users counted."""
     return sum(int(n) * count for n, count in self.state["lengths"].items())
 
   def length_percentiles(self) -> dict[str, float]:
-    """How many events users have, as percentiles."""
+    """Returns percentiles of the number of events of a user."""
     lengths = sorted((int(n), count) for n, count in self.state["lengths"].items())
     number = np.repeat([n for n, _ in lengths], [c for _, c in lengths])
     return {f"p{q}": float(np.percentile(number, q)) for q in (0, 10, 25, 50, 75, 90, 99, 100)}
 
   def labels(self, encoders: Encoders) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each task and split the labels known, and what they say.
+    """Returns, for each task and split, the number of known labels and a summary of them.
 
-    That is `positive`, how many are; `classes`, how many labels each has; `mean` and `std` of standardised numbers; of
-    a catalogue `unseen_value`, how many values training could not teach. Sample spaces are not applied.
+    The summary is `positive`, the number of positive labels; `classes`, the number of labels of each class; `mean` and
+    `std` of standardised numbers; or, for a catalogue, `unseen_value`, the number of labels with a value unseen in
+    training. Sample spaces are not applied.
     """
     return {n: {s: self._count(n, s, encoders) for s in SPLITS} for n in self._answers}
 
@@ -174,8 +176,10 @@ class RecordCounts:
     return {"known": known, "unseen_value" if answer == "catalogue" else "positive": sum(total)}
 
   def label_rates(self) -> dict[str, list[float]]:
-    """The best constant answers to the training labels of each task but next event: of each output the share of
-    positives or of the class, or the mean of the standardised numbers."""
+    """Returns the best constant answers to the training labels of each task other than next event, one for each output.
+
+    It is the share of positives or of the class, or the mean of the standardised numbers.
+    """
     rates = {}
     for name, answer in self._answers.items():
       known, (total, squares) = self.state["known"][name]["train"], self.state["totals"][name]["train"]
@@ -186,17 +190,17 @@ class RecordCounts:
     return rates
 
   def aggregate_statistics(self) -> dict[str, list[float]]:
-    """Mean and scale of each aggregate over the training snapshots."""
+    """Returns the mean and scale of each aggregate over the training snapshots."""
     counted = self.state["aggregates"]
     moments = _moments(counted["rows"], counted["sums"], counted["squares"])
-    # An aggregate that training never varies teaches nothing; divided by this it stays 0 whatever it is later.
+    # An aggregate that is constant in training teaches nothing. Divided by 1e30 it stays 0, whatever its later values.
     return {
       "mean": [mean for mean, _ in moments],
       "scale": [max(deviation, SMALLEST_SCALE) if deviation > 1e-4 else 1e30 for _, deviation in moments],
     }
 
   def warnings(self, encoders: Encoders) -> list[str]:
-    """What a user should know before training on these labels."""
+    """Returns warnings that a user should read before training on these labels."""
     out = []
     for task, splits in self.labels(encoders).items():
       for split, count in splits.items():
@@ -213,7 +217,7 @@ class RecordCounts:
 
 
 def _moments(n: int, sums: Sequence[int], squares: Sequence[int]) -> list[tuple[float, float]]:
-  """Mean and standard deviation of n numbers from their exact sums; the variance too is worked out in integers."""
+  """Returns the mean and standard deviation of n numbers from their exact sums; computes the variance in integers."""
   n, unit = max(n, 1), int(UNIT)
   return [
     (total / unit / n, float(np.sqrt(max(n * square * unit - total * total, 0) / (n * unit) ** 2)))

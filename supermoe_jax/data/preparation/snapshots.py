@@ -1,6 +1,6 @@
-"""The snapshots of users: at the times of a split's calendar, or at moments of each user's own history.
+"""Finds the snapshots of users: at the times of a split's calendar, or at moments of each user's own history.
 
-Shapes: U users of a block, N events of all of them, S snapshots of all of them.
+Shapes: U users of a block, with N events and S snapshots in total.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from supermoe_jax.data.tasks.labels import Snapshots
 
 
 class LeftOut(NamedTuple):
-  """Snapshots of users that there are not.
+  """The numbers of snapshots that were left out.
 
   Attributes:
-    too_early: how many have fewer than `min_events` events before them.
-    repeated: how many are at the moment of another, as events at equal times give them.
+    too_early: snapshots with fewer than `min_events` events before them.
+    repeated: snapshots at the moment of another, which events at equal times cause.
   """
 
   too_early: int
@@ -31,7 +31,10 @@ class LeftOut(NamedTuple):
 def user_snapshots(
   split: config.Split, block: UserBlock, times: Calendar | None, owner: np.ndarray
 ) -> tuple[Snapshots, LeftOut]:
-  """Returns the snapshots of users who belong to the splits `owner [U]`; `times` is None for leave one out."""
+  """Returns the snapshots of a block's users, and the numbers left out; `times` is None for leave one out.
+
+  `owner [U]` holds the split of each user.
+  """
   if times is None:
     found, too_early = leave_one_out_snapshots(block, split.min_events)
     return found, LeftOut(too_early, 0)
@@ -39,7 +42,7 @@ def user_snapshots(
   if split.snapshots != "calendar":
     own, repeated = _own_moments(split, block, times)
     both = Snapshots(*(np.concatenate(parts) for parts in zip(own, found)))
-    order = np.argsort(both.user, kind="stable")  # of each user first the own moments
+    order = np.argsort(both.user, kind="stable")  # each user's own moments come first
     found = Snapshots(*(part[order] for part in both))
   enough = found.n_events >= split.min_events
   too_early = int(np.sum(~enough))
@@ -50,18 +53,18 @@ def user_snapshots(
 
 
 def temporal_snapshots(block: UserBlock, times: Calendar) -> Snapshots:
-  """Returns the calendar's snapshots of every user, including those that see no event."""
+  """Returns the calendar's snapshots of every user, also snapshots that see no event."""
   users, n = len(block.users), len(times.snapshots)
   user, time = np.repeat(np.arange(users), n), np.tile(times.snapshots, users)
   return Snapshots(user, time, block.before(user, time).astype(np.int32), np.tile(times.split, users))
 
 
 def leave_one_out_snapshots(block: UserBlock, min_events: int) -> tuple[Snapshots, int]:
-  """Returns a snapshot before each event (the last is for test, the last but one for validation), and how many are left
-  out for fewer than `min_events` events before them.
+  """Returns a snapshot before each event, and how many are left out for fewer than `min_events` events before them.
 
-  A snapshot's τ is the time of the last event it sees, so that not even the time of the next event is known. Users with
-  fewer than three events have training snapshots only.
+  The snapshot before a user's last event is for test, the one before the last but one for validation. A snapshot's τ is
+  the time of the last event it sees, so that not even the time of the next event is known. Users with fewer than three
+  events have training snapshots only.
   """
   lengths = block.lengths
   n_events = np.arange(len(block.time)) - block.offsets[block.owner]
@@ -74,14 +77,14 @@ def leave_one_out_snapshots(block: UserBlock, min_events: int) -> tuple[Snapshot
 
 
 def _own_moments(split: config.Split, block: UserBlock, times: Calendar) -> tuple[Snapshots, int]:
-  """Moments just after events of the training period (with mode `user`: of the log), ascending.
+  """Returns snapshots just after events of the training period (mode `user`: of the log), and how many repeat a moment.
 
-  A snapshot sees the events strictly before it, so a moment is one microsecond after its event, and sees all events at
-  that event's time or none. Also returns how many moments there are more than once.
+  The snapshots ascend. A snapshot sees the events strictly before it, so its moment is one microsecond after its event:
+  it sees all events at that event's time or none.
   """
   n = block.before(np.arange(len(block.users)), times.observed_until[TRAIN])
   place = np.arange(len(block.time)) - block.offsets[block.owner]
-  left = n[block.owner] - place  # events of the training period from this one on
+  left = n[block.owner] - place  # number of training events from this one on
   chosen = (
     left == 1 if split.snapshots == "end" else (place % split.every_events == split.every_events - 1) & (left > 0)
   )

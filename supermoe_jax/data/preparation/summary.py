@@ -1,15 +1,15 @@
-"""What preparation tells of a dataset, from its manifest."""
+"""Describes a dataset in a few lines of text, from its manifest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-SHOWN_CLASSES = 5  # of a task
+SHOWN_CLASSES = 5  # number of classes shown for a task
 
 
 def dataset_summary(manifest: Mapping[str, Any]) -> str:
-  """Says in a few lines what was prepared and what to know about it."""
+  """Returns a few lines on the content of a prepared dataset and its peculiarities."""
   lengths, reading = manifest["lengths"], manifest["reading"]
   by_user = manifest["config"]["data"]["split"]["mode"] == "user"
   lines = [
@@ -54,7 +54,7 @@ def _label_text(split: str, count: Mapping[str, Any]) -> str:
 
 
 def append_summary(manifest: Mapping[str, Any]) -> str:
-  """Says in a few lines what the last append brought."""
+  """Returns a few lines on the changes of the last append."""
   last, reading = manifest["appends"][-1], manifest["reading"]
   held = sum(manifest["shards"].values())
   touched, others = last["users_with_new_events"], last["users_with_other_labels"]

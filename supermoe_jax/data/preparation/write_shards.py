@@ -1,4 +1,4 @@
-"""Writes a dataset's shards: the events of some users become records, in as many processes as there are cores."""
+"""Writes a dataset's shards: turns the events of some users into records, with a process per core."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from supermoe_jax.data.tasks import bind
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.data.tasks.labels import Snapshots, TaskLabels
 
-SNAPSHOT_NUMBERS = 256  # labels and aggregates of snapshots that take as much memory as a block may for an event
+SNAPSHOT_NUMBERS = 256  # numbers of labels and aggregates that take the memory of one event
 
 
 class RecordMaker:
-  """Makes the records of blocks of users, and counts them. Small enough to be sent to other processes."""
+  """A maker of the records of blocks of users, which also counts them; small enough to send to other processes."""
 
   def __init__(self, cfg: config.Config, encoders: Encoders, times: Calendar | None):
-    """`times` is None for leave one out.
+    """Prepares making records; `times` is None for leave one out.
 
     Raises:
       DataError: a positive value of an event label is not in the field's vocabulary.
@@ -51,23 +51,26 @@ class RecordMaker:
     self._kinds = bind(self.tasks, cfg.data, encoders)
     self._aggregator = make_aggregator(cfg.data, encoders)
     self._last_use = _last_use(self.tasks, times)
-    # Of all users of a block labels and aggregates are worked out together: wide ones want fewer users.
+    # Labels and aggregates of all users of a block are computed together: if they are wide, a block needs fewer users.
     labels = sum(task.asked_events * task.asked_values for task in self.tasks.values())
     width = (labels + self.schema.aggregates) / SNAPSHOT_NUMBERS
     own = times is None or cfg.data.split.snapshots != "calendar"
     self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
 
   def new_counts(self) -> RecordCounts:
-    """One that has counted nothing yet."""
+    """Returns counts that have counted nothing yet."""
     return RecordCounts(self.schema, self.tasks)
 
   def __call__(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts) -> Iterator[bytes]:
-    """Yields the record of each user, in order; `user_labels [U]` of each such task are NaN where unknown."""
+    """Yields the record of each user, in order, and counts the users.
+
+    `user_labels` holds float64 `[U]` of each task about the table of users; NaN where unknown.
+    """
     for made in self._made(users, user_labels, tally):
       yield from records.encode_records(*made, self.parts)
 
   def count(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts) -> None:
-    """Counts the users as if their records were made."""
+    """Counts the users without making their records."""
     for _ in self._made(users, user_labels, tally):
       pass
 
@@ -97,23 +100,23 @@ class RecordMaker:
 
 
 def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) -> int | None:
-  """The microsecond from which on events lie in no label window and before no snapshot; None: there is none."""
+  """Returns the microsecond from which events lie in no label window and before no snapshot; None if there is none."""
   if times is None or any(t.asks_at_events for t in tasks.values()):
     return None
   horizons = [t.horizon for t in tasks.values() if t.horizon is not None]
-  # Where all snapshots are the users' own, any event of the log may lie before one.
+  # Where all snapshots are the users' own, any event of the log may lie before a snapshot.
   last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[TEST]
   return int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardRows:
-  """What a shard is made from; see `EventLog.shards`.
+  """The input of a shard; see `EventLog.shards`.
 
   Attributes:
     users: the ids of U users.
     rows: their sorted events.
-    labels: float64 `[U]` of each user label, NaN unknown.
+    labels: for each user label, float64 `[U]`; NaN where unknown.
   """
 
   users: Sequence[str]
@@ -122,7 +125,7 @@ class ShardRows:
 
 
 def write_shard(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> Shard:
-  """Writes a shard and its note."""
+  """Writes a shard and its note, and returns the shard."""
   tally = maker.new_counts()
   block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
   with writing_shard(file) as out:
@@ -137,7 +140,7 @@ def write_shard(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> Shar
 
 
 def count_writers(count: int) -> int:
-  """How many processes write `count` shards: one a core that this process may use."""
+  """Returns the number of processes that write `count` shards: one per core that this process may use."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return min(cores, count)
 
@@ -146,11 +149,11 @@ class ShardWriters:
   """Processes that write shards, or this process where one is enough; use it as a context manager."""
 
   def __init__(self, count: int):
-    """Starts them, for `count` shards; they get ready while the rows are sorted."""
+    """Starts the processes for `count` shards; they start up while the rows are sorted."""
     self._pool: concurrent.futures.ProcessPoolExecutor | None = None
     self._most = count_writers(count)
     if self._most > 1:
-      # Not forked: threads of DuckDB and JAX do not live on in a fork.
+      # Not forked, because threads of DuckDB and JAX do not survive a fork.
       context = multiprocessing.get_context("spawn")
       self._pool = concurrent.futures.ProcessPoolExecutor(self._most, context, _begin)
       for _ in range(self._most):
@@ -164,7 +167,7 @@ class ShardWriters:
       self._pool.shutdown(wait=True, cancel_futures=True)
 
   def run(self, write: Callable[[Any], Shard], tasks: Iterable[Any]) -> Iterator[Shard]:
-    """Yields what `write` returns of every task, as they end; takes a new task only when a process is free for it."""
+    """Yields the result of `write` for every task as they end; takes a new task only when a process is free for it."""
     if self._pool is None:
       yield from map(write, tasks)
       return
@@ -179,7 +182,7 @@ class ShardWriters:
 
 
 def _begin() -> None:
-  """In each process that writes: it ends with the one that started it, which alone minds interrupts."""
+  """Makes a writing process end with its parent and ignore interrupts, which only the parent handles."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -188,4 +191,4 @@ def _end_with_parent() -> None:
   parent = multiprocessing.parent_process()
   assert parent is not None
   parent.join()
-  os._exit(1)  # it was killed; else a shard would be written beside the next command's, and the process stay for ever
+  os._exit(1)  # the parent was killed; this process would write next to the next command's, and stay for ever

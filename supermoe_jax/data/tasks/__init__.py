@@ -1,4 +1,4 @@
-"""The kinds of tasks as the data sees them, a file each, and their registry.
+"""Makes the labels of tasks: a file for each kind, and the registry of kinds.
 
 Each class makes the labels of the kind of the same name in `supermoe_jax.config.tasks`.
 """
@@ -17,7 +17,7 @@ from supermoe_jax.data.tasks.kind import TaskKind
 from supermoe_jax.data.tasks.next_event import NextEventKind
 from supermoe_jax.data.tasks.user_label import UserLabelKind
 
-# The class of each kind with labels, by `config.Task.kind`.
+# The classes of the kinds with labels, by `config.Task.kind`.
 KINDS: dict[str, type[TaskKind[Any]]] = {
   config.NextEvent.kind: NextEventKind,
   config.EventLabel.kind: EventLabelKind,
@@ -31,13 +31,13 @@ def bind(tasks: Mapping[str, config.LabelledTask], data: config.Data, encoders: 
   """Returns each task bound to the encoders of its dataset.
 
   Raises:
-    DataError: a value that a task names is not in the data.
+    DataError: a task names a value that is not in the data.
   """
   return {name: KINDS[task.kind](name, task, data, encoders) for name, task in tasks.items()}
 
 
 def question(task: config.Task) -> str:
-  """Returns what a task asks, in words."""
+  """Returns a task's question in words."""
   if task.has_labels:
     return KINDS[task.kind].question(task)
   return CONTRAST_QUESTION.format(task=task)

@@ -1,4 +1,4 @@
-"""The calendar of a split: when users are looked at, and until when labels may look.
+"""Makes the calendar of a split: the times of the snapshots, and the ends of the periods that label windows lie in.
 
 Training snapshots lie in the training period, and no label looks beyond the period of its snapshot's split.
 """
@@ -17,11 +17,11 @@ from supermoe_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
-  """The times of a temporal split or of one by users, in microseconds since 1970 UTC.
+  """The times of a temporal split or of a split by users, in microseconds since 1970 UTC.
 
   Attributes:
-    snapshots: τ of each snapshot that all users share, ascending; `snapshots.user_snapshots` adds those of their own.
-    split: the split of each; of a split by users TRAIN, in whose place every user's own comes.
+    snapshots: τ of each snapshot that all users share, ascending; `snapshots.user_snapshots` adds each user's own.
+    split: the split of each shared snapshot. In a split by users it is TRAIN, which each user's own split replaces.
     observed_until: for each split, the end of the period that its label windows must lie in.
   """
 
@@ -31,12 +31,12 @@ class Calendar:
 
 
 def make_calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
-  """Lays out a temporal split, or one by users, over a log that starts and ends (exclusively) at these microseconds.
+  """Returns the calendar of a temporal split or a split by users.
 
-  Training snapshots lie `every_days` apart, counted back from the end of the training period, which is the end of the
-  log where users are divided. With another policy than `calendar` they are each user's own and not among these.
-  Validation windows end `gap_days` before the first test snapshot, so that choosing a model by validation uses nothing
-  of the test period.
+  `log_start` and `log_end` (exclusive) are microseconds since 1970 UTC. Training snapshots lie `every_days` apart,
+  counted back from the end of the training period; in a split by users that is the end of the log. With a policy other
+  than `calendar` the training snapshots are each user's own, and this calendar lacks them. Validation windows end
+  `gap_days` before the first test snapshot, so choosing a model by validation uses nothing of the test period.
 
   Raises:
     ConfigError: a snapshot lies outside the log, or there is no room for a training snapshot.
@@ -65,9 +65,9 @@ def make_calendar(split: config.Split, log_start: int, log_end: int) -> Calendar
 
 
 def log_end(split: config.Split, last: int) -> int:
-  """Returns the microsecond up to which a log is complete whose last event is at `last`.
+  """Returns the microsecond up to which a log is complete, given the time `last` of its last event.
 
-  In a split by users it lies just after that event, where a user's own snapshot may.
+  In a split by users it lies just after that event, where a user's own snapshot may lie.
   """
   if split.log_end:
     return config.parse_time(split.log_end, "config.data.split.log_end")
@@ -75,7 +75,7 @@ def log_end(split: config.Split, last: int) -> int:
 
 
 def _regular(split: config.Split, log_start: int, end: int, end_text: str) -> np.ndarray:
-  """Returns the snapshots `every_days` apart, back from `end`; none for another policy than `calendar`."""
+  """Returns the snapshots `every_days` apart, counted back from `end`; none for a policy other than `calendar`."""
   if split.snapshots != "calendar":
     return np.zeros(0, np.int64)
   step = int(split.every_days * MICROSECONDS_PER_DAY)

@@ -1,4 +1,4 @@
-"""Labels of the task kind `event_label`."""
+"""Makes the labels of the task kind `event_label`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EventAnswer:
   """The label of single events: yes or no, or the standardised number.
 
   Attributes:
-    column: the field's column, among the codes if `positive` is given, else among the numbers.
+    column: the field's column, among the codes if `positive` is given, otherwise among the numbers.
     positive: bool `[codes]`, the codes of the field that count as positive.
     at_least: the smallest standardised number that counts as positive.
   """
@@ -64,7 +64,7 @@ def following_events(
 
   Without a calendar (leave one out) only the very next event counts.
 
-  Shapes: `carried [N]` → int64 `[S, per_snapshot]`, places in the block; -1 none.
+  Shapes: `carried [N]` → int64 `[S, per_snapshot]`, positions in the block; -1 for none.
   """
   n = len(block.time)
   start, limit = first_unseen(block, snapshots), last_answer(block, snapshots, times)
@@ -85,7 +85,7 @@ class EventLabelKind(TaskKind[config.EventLabel]):
     """See `TaskKind`.
 
     Raises:
-      DataError: a positive value is not in the field's vocabulary: it is most likely misspelt.
+      DataError: a positive value is not in the field's vocabulary; most likely it is misspelt.
     """
     super().__init__(name, task, data, encoders)
     columns = list(encoders.categorical)

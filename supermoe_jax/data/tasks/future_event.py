@@ -1,4 +1,4 @@
-"""Labels of the task kind `future_event`."""
+"""Makes the labels of the task kind `future_event`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, future
 def label_future_event(
   block: UserBlock, snapshots: Snapshots, times: Calendar, source: int, days: float, negate: bool
 ) -> Labels:
-  """Returns whether an event of `source` happens in [τ, τ + days); with `negate`, whether none does."""
+  """Returns whether an event of `source` happens in [τ, τ + days); with `negate`, whether none happens."""
   start, stop, known = future_window(block, snapshots, times, days)
   count = np.append(0, np.cumsum(block.source == source))
   happens = count[stop] > count[start]

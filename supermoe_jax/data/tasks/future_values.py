@@ -1,4 +1,4 @@
-"""Labels of the task kind `future_values`."""
+"""Makes the labels of the task kind `future_values`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from supermoe_jax.errors import ConfigError
 def label_future_values(
   block: UserBlock, snapshots: Snapshots, times: Calendar, field: int, top: int, days: float
 ) -> Labels:
-  """Returns which of the `top` most frequent values of the field (codes 2 … top + 1) occur in [τ, τ + days)."""
+  """Returns whether each of the field's `top` most frequent values (codes 2 … top + 1) occurs in [τ, τ + days)."""
   start, stop, known = future_window(block, snapshots, times, days)
   before = counts_before(block.codes[:, field], top, np.stack([start, stop]))
   return Labels((before[1] > before[0]).astype(np.float32), known)

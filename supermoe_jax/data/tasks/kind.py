@@ -1,4 +1,4 @@
-"""The class of a kind of task: how its labels are made, stored and read."""
+"""Defines the base class of task kinds: how a task's labels are made, stored and read."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T", bound=config.LabelledTask)
 
 
 class TaskKind(Generic[T]):
-  """A task over encoded data; a subclass is a kind, and the defaults are those of one label a snapshot.
+  """A task bound to encoded data; each kind is a subclass, and the defaults suit one label per snapshot.
 
-  The class methods need the task's settings alone, for models and plans before there is a dataset.
+  The class methods need the task's settings only, so models and plans can call them before there is a dataset.
   """
 
   def __init__(self, name: str, task: T, data: config.Data, encoders: Encoders):
     """Binds a task to the encoders of its dataset.
 
     Raises:
-      DataError: a value that the task names is not in the data.
+      DataError: the task names a value that is not in the data.
     """
     self.name, self.task, self.data, self.encoders = name, task, data, encoders
 
@@ -50,7 +50,7 @@ class TaskKind(Generic[T]):
 
   @classmethod
   def label_dtype(cls, task: T) -> type:
-    """Returns the type in which records hold the label."""
+    """Returns the dtype of the label in records."""
     return {"catalogue": np.int32, "multiclass": np.int32, "regression": np.float32}.get(task.answer, np.uint8)
 
   @classmethod
@@ -61,13 +61,13 @@ class TaskKind(Generic[T]):
 
   @classmethod
   def question(cls, task: T) -> str:
-    """Returns what the task asks, in words."""
+    """Returns the task's question in words."""
     raise NotImplementedError
 
   # --------------------------------------------------------------------------------------------------------- labels
 
   def check(self) -> None:
-    """Raises ConfigError if the task asks what the data cannot answer."""
+    """Raises ConfigError if the data cannot answer the task."""
 
   def label(
     self,
@@ -81,31 +81,31 @@ class TaskKind(Generic[T]):
 
     Args:
       block: the users' histories.
-      snapshots: when they are asked.
+      snapshots: the users' snapshots.
       times: the calendar; None for leave one out.
       owner: the split of each user, `[U]`.
-      user_labels: float64 `[U]` of each task about the table of users; NaN where unknown.
+      user_labels: for each task about the table of users, float64 `[U]`; NaN where unknown.
     """
     raise NotImplementedError
 
   # ---------------------------------------------------------------------------------------------------- supervision
 
   def of_record(self, record: Mapping[str, Any], chosen: np.ndarray) -> Labels:
-    """Returns the labels that a user's record holds at the snapshots `chosen`; 0 where unknown."""
+    """Returns the labels of a user's record at the snapshots `chosen`; 0 where unknown."""
     value, known = record[f"label_{self.name}"][chosen], record[f"known_{self.name}"][chosen].astype(bool)
     value[~known] = 0
     return Labels(value, known)
 
   def asked_events(self, record: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
-    """Returns the events that the snapshots `chosen` ask about, int32 `[S, m]`; -1 none. Kinds about events only."""
+    """Returns the events that the snapshots `chosen` ask about: int32 `[S, m]`, -1 for none. For kinds about events."""
     raise NotImplementedError
 
   def event_labels(self, history: UserHistory | UserBlock) -> Labels:
-    """Returns the label of each event, `[N]`. Kinds that ask at events only."""
+    """Returns the label of each event, `[N]`. For kinds that ask at events."""
     raise NotImplementedError
 
   def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
-    """Returns whether each event has the field that is asked for: bool `[N]`. Kinds that ask at events only."""
+    """Returns whether each event has the field that the task asks about: bool `[N]`. For kinds that ask at events."""
     raise NotImplementedError
 
   def teachable(self, labels: Labels) -> np.ndarray:
@@ -113,16 +113,16 @@ class TaskKind(Generic[T]):
     return labels.known
 
   def given(self, history: UserHistory, event: np.ndarray) -> np.ndarray:
-    """Returns the codes that an answer may depend on, int32 `[..., G]` of the events `[...]`; G is 0 by default."""
+    """Returns the codes that answers about the events `[...]` may depend on: int32 `[..., G]`; G is 0 by default."""
     del history
     return np.zeros((*event.shape, 0), np.int32)
 
   # --------------------------------------------------------------------------------------------------- sample space
 
   def encoded(self, number: float) -> float:
-    """Returns a number that a sample space compares the label with, in the units of the label."""
+    """Returns a sample space's number in the units of this task's label."""
     return number
 
   def class_values(self) -> tuple[str, ...] | None:
-    """Returns the values of a multi-class label, by class; None for other labels."""
+    """Returns the values of a multi-class label, in the order of the classes; None for other labels."""
     return None

@@ -1,10 +1,10 @@
-"""Labels at snapshots, and the arithmetic that all kinds of tasks share.
+"""Defines labels at snapshots, and the functions that all kinds of tasks share.
 
-Everything here is a pure function of the users' histories, computed for a block of users at once, and strictly point in
+Every function here is a pure function of the users' histories, for a block of users at once, and strictly point in
 time. A snapshot sees only the events before it. Its label looks at [τ, τ + horizon) or at the events that follow. A
 label that is not wholly observed within the period of its snapshot's split is masked, not guessed.
 
-Shapes: U users, N events of all of them, S snapshots of all of them, m events that a snapshot asks about.
+Shapes: U users, their N events and S snapshots in total, m events that a snapshot asks about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Snapshots(NamedTuple):
   Attributes:
     user: int64 `[S]`, the index of the user in the block, ascending.
     time: int64 `[S]`, τ in microseconds since 1970 UTC.
-    n_events: int32 `[S]`, how many of the user's events are visible.
+    n_events: int32 `[S]`, the number of the user's visible events.
     split: int32 `[S]`, TRAIN, VALIDATION or TEST.
   """
 
@@ -37,12 +37,12 @@ class Snapshots(NamedTuple):
 
 
 class Labels(NamedTuple):
-  """A task's answers at S snapshots.
+  """A task's labels at S snapshots.
 
   Attributes:
-    value: float32 `[S]` of 0 and 1 or standardised numbers, `[S, values]` of 0 and 1, or int32 `[S]` codes of a next
-      event or indices of classes.
-    known: bool `[S]`: there is a label, and it may be used in the snapshot's split.
+    value: float32 `[S]` of 0 and 1 or of standardised numbers; `[S, values]` of 0 and 1; or int32 `[S]`, codes of the
+      next event or indices of classes.
+    known: bool `[S]`: there is a label, and the snapshot's split may use it.
   """
 
   value: np.ndarray
@@ -53,8 +53,8 @@ class TaskLabels(NamedTuple):
   """A task's labels at the snapshots of a block of users.
 
   Attributes:
-    labels: `[S]`, `[S, values]`, or `[S, m]` of an event label.
-    event: int32 `[S, m]`, the events of the user that an event label asks about; -1 none. None for other kinds.
+    labels: `[S]` or `[S, values]`; for an event label `[S, m]`.
+    event: int32 `[S, m]`, the user's events that an event label asks about, -1 for none; None for other kinds.
   """
 
   labels: Labels
@@ -63,7 +63,7 @@ class TaskLabels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RecordArray:
-  """An array of a user's record: its type, the shape of a row, and whether it has a row an event, or one a snapshot."""
+  """An array of a user's record: its dtype, the shape of a row, and whether it has a row per event or per snapshot."""
 
   dtype: type
   row: tuple[int, ...] = ()
@@ -81,9 +81,9 @@ def next_carrier(carried: np.ndarray) -> np.ndarray:
 
 
 def last_answer(block: UserBlock, snapshots: Snapshots, times: Calendar | None) -> np.ndarray:
-  """Returns the place in the block before which the answers of each snapshot must lie: int64 `[S]`.
+  """Returns the position in the block before which each snapshot's answers must lie: int64 `[S]`.
 
-  An answer must itself lie in the period of the snapshot's split: of training in the training period, of validation
+  An answer must itself lie in the period of the snapshot's split: for training in the training period, for validation
   before the first test snapshot.
   """
   user = snapshots.user
@@ -95,14 +95,14 @@ def last_answer(block: UserBlock, snapshots: Snapshots, times: Calendar | None) 
 
 
 def first_unseen(block: UserBlock, snapshots: Snapshots) -> np.ndarray:
-  """Returns the place in the block of the first event that each snapshot does not see: int64 `[S]`."""
+  """Returns the position in the block of the first event that each snapshot does not see: int64 `[S]`."""
   return block.offsets[snapshots.user] + snapshots.n_events
 
 
 def future_window(
   block: UserBlock, snapshots: Snapshots, times: Calendar, days: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns where [τ, τ + days) starts and stops in the block, and whether it is wholly observed: each `[S]`."""
+  """Returns the start and stop of [τ, τ + days) in the block, and whether it is wholly observed: `[S]` each."""
   end = snapshots.time + int(days * MICROSECONDS_PER_DAY)
   known = end <= np.array(times.observed_until)[snapshots.split]
   stop = block.offsets[snapshots.user] + block.before(snapshots.user, end)
@@ -110,6 +110,6 @@ def future_window(
 
 
 def at_events(labels: Labels, event: np.ndarray) -> Labels:
-  """Returns the labels `[N]` of events at the indices `event [...]`; -1 is unknown."""
+  """Returns the labels of the events at the indices `event [...]`, given all events' labels `[N]`; -1 is unknown."""
   known = (event >= 0) & labels.known[np.maximum(event, 0)]
   return Labels(np.where(known, labels.value[np.maximum(event, 0)], 0), known)

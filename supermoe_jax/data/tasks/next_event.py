@@ -1,4 +1,4 @@
-"""Labels of the task kind `next_event`."""
+"""Makes the labels of the task kind `next_event`."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ class NextEventKind(TaskKind[config.NextEvent]):
     return history.codes[:, self._column] > ABSENT
 
   def teachable(self, labels: Labels) -> np.ndarray:
-    """See `TaskKind`; a value out of vocabulary has no row in the catalogue."""
+    """Returns whether training can use each label; an out-of-vocabulary value has no row in the catalogue."""
     return labels.known & (labels.value > UNKNOWN)

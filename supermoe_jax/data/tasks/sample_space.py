@@ -1,4 +1,4 @@
-"""Sample spaces: which samples of a task count, by another task's label."""
+"""Applies sample spaces: another task's label decides which samples of a task count."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Comparison(NamedTuple):
   Attributes:
     task: the task whose label is compared.
     operator: one of `==`, `!=`, `<`, `<=`, `>`, `>=`.
-    number: what the label is compared with.
-    classes: float32 `[classes]`, the number that each class stands for; None where the label is compared itself.
+    number: the number that the label is compared with.
+    classes: float32 `[classes]`, the number of each class; None where the label itself is compared.
   """
 
   task: str
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
   classes: np.ndarray | None = None
 
   def __call__(self, other: Labels) -> Labels:
-    """Returns whether samples lie in the space, bool, from the compared task's labels at the same samples."""
+    """Returns whether samples lie in the space, as bool labels, from the compared task's labels at the same samples."""
     value = other.value if self.classes is None else self.classes[other.value.astype(np.int64)]
     return Labels(_OPERATORS[self.operator](value, np.float32(self.number)), other.known)
 
@@ -46,7 +46,7 @@ def supervision(
 
   Args:
     known: whether there is a label.
-    inside: whether the sample lies in the task's sample space, where that is known; None without a space.
+    inside: whether the sample lies in the task's sample space, and whether this is known; None without a space.
     weights: the weights of samples inside and outside. A sample with weight 0, or of unknown membership, is left out.
   """
   if inside is None:

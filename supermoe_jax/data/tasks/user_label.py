@@ -1,4 +1,4 @@
-"""Labels of the task kind `user_label`."""
+"""Makes the labels of the task kind `user_label`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from supermoe_jax.errors import ConfigError
 
 
 def label_user(value: np.ndarray, snapshots: Snapshots, split_of_user: np.ndarray) -> Labels:
-  """Returns the labels of users, float `[U]` with NaN unknown, at the snapshots of each user's own split `[U]`."""
+  """Returns users' labels at the snapshots of each user's own split.
+
+  Shapes: `value [U]` float, NaN where unknown; `split_of_user [U]` → `[S]`.
+  """
   of_user = value[snapshots.user]
   known = (snapshots.split == split_of_user[snapshots.user]) & ~np.isnan(of_user)
   return Labels(np.nan_to_num(of_user).astype(np.float32), known)
@@ -63,7 +66,7 @@ class UserLabelKind(TaskKind[config.UserLabel]):
     if self.task.type != "regression":
       return number
     statistics = self.encoders.labels[self.name]
-    assert isinstance(statistics, Numeric)  # that is how `reading.user_table` encodes a number
+    assert isinstance(statistics, Numeric)  # `reading.user_table` encodes numbers so
     return float(statistics.encode(number))
 
   def class_values(self) -> tuple[str, ...] | None:
@@ -71,5 +74,5 @@ class UserLabelKind(TaskKind[config.UserLabel]):
     if self.task.type != "multiclass":
       return None
     classes = self.encoders.labels[self.name]
-    assert isinstance(classes, Classes)  # that is how `reading.user_table` encodes a multi-class label
+    assert isinstance(classes, Classes)  # `reading.user_table` encodes multi-class labels so
     return tuple(classes.values)
