@@ -139,7 +139,7 @@ def compiled(size: int, n: int) -> tuple[str, int]:
     rows = table_steps.shapes(size, mesh)
     layout, where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "rows")), sharding.batch_sharding(mesh)
     on = lambda shapes, lies: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=lies), shapes)  # noqa: E731
-    rows, slots = on((rows, jax.eval_shape(optimizer.slots, rows)), layout)
+    rows, slots = on((rows, jax.eval_shape(optimizer.initial_state, rows)), layout)
     codes, targets = on((np.zeros((8, n), np.int32), np.zeros((8, n, WIDTH), np.float32)), where)
     step = table_steps.stepper(mesh, size, optimizer, 2.0)
     program = step.lower(rows, slots, codes, targets, 0).compile()
