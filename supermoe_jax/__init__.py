@@ -23,10 +23,9 @@ from typing import Any
 _PUBLIC = {
   **dict.fromkeys(("load_config", "inspect", "prepare"), "supermoe_jax.api.data"),
   **dict.fromkeys(("Evaluation", "Run", "train"), "supermoe_jax.api.runs"),
-  **dict.fromkeys(
-    ("Embeddings", "ProbeReport", "neighbors", "probe", "read_embeddings"), "supermoe_jax.api.embeddings"
-  ),
+  **dict.fromkeys(("Embeddings", "ProbeReport", "neighbors", "probe"), "supermoe_jax.api.embeddings"),
   "load_encoder": "supermoe_jax.serving.loader",
+  "read_embeddings": "supermoe_jax.embeddings.embedding_files",
   **dict.fromkeys(
     ("ConfigError", "DataError", "RunError", "SimulationError", "Stopped", "StudyError", "SupermoeError"),
     "supermoe_jax.errors",

@@ -51,6 +51,9 @@ class Embeddings:
     """Gives the rows to any library that reads Arrow, as in `polars.DataFrame(embeddings)`."""
     return self.to_table().__arrow_c_stream__(requested_schema)
 
+  def __fspath__(self) -> str:
+    return str(self.path)
+
   def __len__(self) -> int:
     return int(self.manifest["rows"])
 
@@ -59,17 +62,8 @@ class Embeddings:
     return f"Embeddings({str(self.path)!r}: {len(self):,} rows of width {self.manifest['width']}, as of {times})"
 
 
-def read_embeddings(path: str | os.PathLike[str] | Embeddings, columns: Sequence[str] | None = None) -> pa.Table:
-  """Returns the rows of an embedding directory, with `columns` or all of them.
-
-  Raises:
-    DataError: `path` holds no complete set of embeddings.
-  """
-  return (path if isinstance(path, Embeddings) else Embeddings(path)).to_table(columns)
-
-
 def neighbors(
-  embeddings: str | os.PathLike[str] | Embeddings,
+  embeddings: str | os.PathLike[str],
   users: Sequence[Any] | None = None,
   k: int = 10,
   *,
@@ -95,7 +89,7 @@ def neighbors(
   """
   with progress_lib.shown(progress):
     search = neighbors_lib.open_search(
-      _folder(embeddings), metric=metric, as_of=as_of, index=None if index is None else pathlib.Path(index)
+      pathlib.Path(embeddings), metric=metric, as_of=as_of, index=None if index is None else pathlib.Path(index)
     )
     if users is None:
       return pa.concat_tables(search.of_all(k))
@@ -123,10 +117,10 @@ class ProbeReport:
 
 
 def probe(
-  embeddings: str | os.PathLike[str] | Embeddings,
+  embeddings: str | os.PathLike[str],
   labels: Any,
   *,
-  others: Mapping[str, str | os.PathLike[str] | Embeddings] | None = None,
+  others: Mapping[str, str | os.PathLike[str]] | None = None,
   user: str = "user_id",
   time: str | None = None,
   columns: Sequence[str] = (),
@@ -157,7 +151,10 @@ def probe(
     DataError: labels and embeddings share no user, or no label can be measured.
     ConfigError: a model is unknown or not installed.
   """
-  named = {"embeddings": _folder(embeddings), **{name: _folder(other) for name, other in (others or {}).items()}}
+  named = {
+    "embeddings": pathlib.Path(embeddings),
+    **{name: pathlib.Path(other) for name, other in (others or {}).items()},
+  }
   times = [as_of] if isinstance(as_of, str) else list(as_of)
   options = probe_lib.ProbeOptions(
     models=tuple(models),
@@ -169,10 +166,6 @@ def probe(
     path = _labels(labels, pathlib.Path(folder))
     table, (judged, *rest) = probe_lib.read_inputs(path, named, user=user, time=time, wanted=columns, kinds=kinds)
     return ProbeReport(probe_lib.probe(table, judged, rest, options))
-
-
-def _folder(embeddings: str | os.PathLike[str] | Embeddings) -> pathlib.Path:
-  return embeddings.path if isinstance(embeddings, Embeddings) else pathlib.Path(embeddings)
 
 
 def _labels(labels: Any, folder: pathlib.Path) -> pathlib.Path:

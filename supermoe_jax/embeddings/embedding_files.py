@@ -6,6 +6,7 @@ Shapes: n rows, D the width of an embedding.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -57,13 +58,13 @@ def absent_files(path: pathlib.Path) -> list[pathlib.Path]:
   return sorted(path.glob("absent-*.parquet"))
 
 
-def read_embeddings(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:
-  """Reads the rows of an embedding directory as of all its times, with `columns` or all columns.
+def read_embeddings(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
+  """Returns the rows of an embedding directory as of all its times, with `columns` or all columns.
 
   Raises:
     DataError: `path` holds no whole set of embeddings, or a part is damaged.
   """
-  return pa.concat_tables([read_embedding_file(file, columns) for file in part_paths(path)])
+  return pa.concat_tables([read_embedding_file(file, columns) for file in part_paths(pathlib.Path(path))])
 
 
 def read_embedding_file(file: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -33,11 +33,11 @@ SLOWLY = """
 import pathlib, sys, time
 from supermoe_jax import config
 from supermoe_jax.training import loop
-place = loop.place_batch
+place = loop.place_on_mesh
 def slow(*a, **n):
   time.sleep(0.4)
   return place(*a, **n)
-loop.place_batch = slow
+loop.place_on_mesh = slow
 loop.train(config.load_json(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))
 """
 

@@ -37,12 +37,13 @@ SHARD_EVENTS = 100
 DYING = """
 import json, os, signal, sys
 from supermoe_jax import config
-from supermoe_jax.data import prepare, shards
+from supermoe_jax.data.format import shard_files
+from supermoe_jax.data.preparation import prepare, write_shards
 
 raw, left = json.loads(sys.argv[1]), int(sys.argv[2])
-shards.SHARD_EVENTS = {events}
-shards.processes = lambda count: 1
-write = shards.write
+shard_files.SHARD_EVENTS = {events}
+write_shards.count_writers = lambda count: 1
+write = write_shards.write_shard
 
 def dying(*arguments):
   global left
@@ -51,18 +52,18 @@ def dying(*arguments):
   left -= 1
   return write(*arguments)
 
-shards.write = dying
+write_shards.write_shard = dying
 prepare.prepare(config.resolve(raw))
 """
 
 # Starts processes that write shards, and dies by a signal.
 ORPHANING = """
 import os, signal
-from supermoe_jax.data import shards
+from supermoe_jax.data.preparation import write_shards
 
 if __name__ == "__main__":
-  shards.processes = lambda count: count
-  with shards.Writers(2) as writers:
+  write_shards.count_writers = lambda count: count
+  with write_shards.ShardWriters(2) as writers:
     assert list(writers.run(abs, [-1, -2, -3])) != []
     print("begun", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
