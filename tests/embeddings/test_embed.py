@@ -129,7 +129,7 @@ def test_what_is_cut_off_goes_on_and_ends_as_if_nothing_had_been(
   def killed(features: object) -> None:
     raise KeyboardInterrupt
 
-  for name, fault, error in (("encode", killed, KeyboardInterrupt), ("write", full, DataError)) * 2:
+  for name, fault, error in (("encode", killed, KeyboardInterrupt), ("write_part", full, DataError)) * 2:
     with monkeypatch.context() as patched, pytest.raises(error):
       patched.setattr(run if name == "encode" else part_files, name, fault)
       embed.embed(run, DAYS, out, rows_per_part=50)
