@@ -25,9 +25,10 @@ from supermoe_jax import config
 from supermoe_jax.evaluation.intervals import LEVEL, Bounds
 
 METHOD = (
-  "95 % intervals by the influence of each label on the metric, summed by user (of an area under the curve DeLong's), "
-  "with Student's t over users; on the logit scale for what lies between 0 and 1, on the logarithm for errors. "
-  "Differences are paired by label. They hold the chance of which users were met, not that of training."
+  "95 % intervals from the influence of each label on the metric, summed by user, with Student's t over users. An area "
+  "under the curve has DeLong's influence. Metrics between 0 and 1 are computed on the logit scale, errors on the "
+  "logarithmic scale. Differences are paired by label. An interval covers variation between samples of users; it does "
+  "not cover variation between training runs."
 )
 
 

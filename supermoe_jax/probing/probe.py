@@ -79,8 +79,8 @@ def probe(
   if not len(usable):
     missing = [f"{n} {c:,}" for n, c in counts["label_rows_without"].items() if c]
     raise DataError(
-      f"there is no user whom everything that is compared knows; of those in {judged.name} are without a row: "
-      f"{', '.join(missing)}."
+      f"no labelled row of {judged.name} has a row in everything compared with it. Labelled rows that lack one: "
+      f"{', '.join(missing)}. Compare vectors of the same users and times, or leave out those that share none."
     )
   rows = choice[usable]
   _, number = np.unique(user[usable], return_inverse=True)

@@ -28,8 +28,8 @@ def views_sentence(model: config.Model) -> str:
   if model.conditioning == "none":
     return "Every task reads the same user representation."
   if model.conditioning == "token":
-    told = "its task" if model.task_ids == "true" else "another task, drawn at random (a control)"
-    return f"Each task has a token of its own beside each user representation, and the routers are told {told}."
+    seen = "the token's task" if model.task_ids == "true" else "a random task instead of the token's (a control)"
+    return f"Each task adds a token of its own after each snapshot. The routers see {seen}."
   if model.conditioning == "gate":
     return "Each task has a gate of its own over the experts of the last layer that has them."
   name = {"mmoe": "MMoE", "ple": "PLE"}[model.conditioning]

@@ -111,7 +111,7 @@ def warnings(found: Report) -> list[str]:
   if few:
     out.append(
       f"Few test labels: {', '.join(f'{t} has {n:,}' for t, n in few.items())}. All seeds are scored on the same "
-      "labels, so an interval over seeds does not hold the chance that lies in them."
+      "labels, so an interval over seeds does not cover variation between samples of labels."
     )
   if found["missing"]:
     out.append(

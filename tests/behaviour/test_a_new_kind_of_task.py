@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -10,12 +9,10 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TEST
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.data.tasks import KINDS, TaskKind, question
-from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, future_window
+from supermoe_jax.data.tasks.labels import LabelInputs, Labels, TaskLabels, future_window
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
@@ -46,16 +43,9 @@ class BusyDaysKind(TaskKind[BusyDays]):
   def question(cls, task: BusyDays) -> str:
     return f"at least {task.events} events within {task.horizon_days:g} days"
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
-    assert times is not None
-    start, stop, known = future_window(block, snapshots, times, self.task.horizon_days)
+  def label(self, inputs: LabelInputs) -> TaskLabels:
+    assert inputs.times is not None
+    start, stop, known = future_window(inputs.block, inputs.snapshots, inputs.times, self.task.horizon_days)
     return TaskLabels(Labels((stop - start >= self.task.events).astype(np.float32), known))
 
 

@@ -219,9 +219,9 @@ def test_what_is_compared_must_know_the_same_users(
   assert probe("--embeddings", strangers, "--labels", labels, *QUICK) == ExitCode.ERROR
   assert "labels and embeddings share no user: the first are 10, 11, 12 and x, y" in capsys.readouterr().err
   assert probe("--embeddings", vectors, "--other", f"s={strangers}", "--labels", labels, *QUICK) == ExitCode.ERROR
-  assert "no user whom everything that is compared knows; of those in embeddings are without a row: s 110" in (
-    capsys.readouterr().err
-  )
+  error = capsys.readouterr().err
+  assert "no labelled row of embeddings has a row in everything compared with it." in error
+  assert "Labelled rows that lack one: s 110." in error
 
 
 def test_there_must_be_something_to_probe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from supermoe_jax.config.tasks.task import (
   require_following_events,
   require_no_buckets,
   require_single_values,
+  require_vocabulary_field,
   require_window,
 )
 from supermoe_jax.errors import nearest
@@ -48,13 +49,7 @@ class NextEvent(LabelledTask):
   def check(self, path: str, config: Config) -> None:
     """See `Task`."""
     data = config.data
-    vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
-    require_single_values(path, self.field, data)
-    require_event_field(path, self.field, data)
-    require(
-      self.field in vocabularies,
-      f"{path}.field={self.field!r} is not a vocabulary field{nearest(self.field, vocabularies)}",
-    )
+    require_vocabulary_field(path, self.field, data)
     require_no_buckets(path, self.field, data)
     require(data.fields[self.field].input, f"{path}.field={self.field!r} is no input, so it has no embeddings to rank.")
     require(self.negatives > 0, f"{path}.negatives={self.negatives} must be positive.")
@@ -175,13 +170,7 @@ class FutureValues(LabelledTask):
   def check(self, path: str, config: Config) -> None:
     """See `Task`."""
     data = config.data
-    vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
-    require_single_values(path, self.field, data)
-    require_event_field(path, self.field, data)
-    require(
-      self.field in vocabularies,
-      f"{path}.field={self.field!r} is not a vocabulary field{nearest(self.field, vocabularies)}",
-    )
+    require_vocabulary_field(path, self.field, data)
     require_window(path, self.horizon_days, data)
     require_no_buckets(path, self.field, data, " with input=False")
     require(self.top > 0, f"{path}.top={self.top} must be positive.")

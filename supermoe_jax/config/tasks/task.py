@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from supermoe_jax.errors import ConfigError
+from supermoe_jax.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
   from supermoe_jax.config.schema import Config, Data
@@ -31,7 +32,7 @@ NOT_PREPARED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(abc.ABC):
   """A task: its settings, and the properties of its kind that the rest of the package reads.
 
   Each kind is a subclass, whose docstring describes the label. The class of the same kind in `supermoe_jax.data.tasks`
@@ -46,9 +47,9 @@ class Task:
   weight: float = 1.0  # prior π of the weighting; `static` uses it unchanged
 
   @property
+  @abc.abstractmethod
   def answer(self) -> Answer:
     """Returns the form of the answer."""
-    raise NotImplementedError
 
   @property
   def given_fields(self) -> tuple[str, ...]:
@@ -80,7 +81,7 @@ class Task:
     """Returns whether evaluation leaves out values that the user's history already has."""
     return False
 
-  def check(self, path: str, config: Config) -> None:
+  def check(self, path: str, config: Config) -> None:  # noqa: B027 - a kind may have nothing to check
     """Raises ConfigError, with the key `path` in its message, for settings that can never work."""
 
 
@@ -137,6 +138,14 @@ def require_event_field(path: str, field: str, data: Data) -> None:
     f"{path}.field={field!r} is of the table of users (config.data.fields.{field}.table), the same at every event; ask "
     "about its column by a task of kind 'user_label'.",
   )
+
+
+def require_vocabulary_field(path: str, field: str, data: Data) -> None:
+  """Raises ConfigError unless `field` is a vocabulary field of events with single values."""
+  require_single_values(path, field, data)
+  require_event_field(path, field, data)
+  vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
+  require(field in vocabularies, f"{path}.field={field!r} is not a vocabulary field{nearest(field, vocabularies)}")
 
 
 def require_no_buckets(path: str, field: str, data: Data, settings: str = "") -> None:

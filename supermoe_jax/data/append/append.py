@@ -121,9 +121,11 @@ class _Append:
       old = RecordMaker(self._dataset.config, before, then)
       new = RecordMaker(cfg, extension.encoders, now)
       covered = merge_histories.CodeCounts(extension.encoders, self._extra_columns)
-      whom = changed_labels.users_with_changed_labels(cfg.data.split, cfg.labelled_tasks, then, now)
+      changed = changed_labels.users_with_changed_labels(cfg.data.split, cfg.labelled_tasks, then, now)
       tally = new.new_counts()
-      if not whom.everyone:  # else every record is counted anew: new snapshots may change counts, but not the record
+      # New snapshots may change the counts of a user whose record stays the same. So if everyone's labels may have
+      # changed, all records are counted again, from zero.
+      if not changed.everyone:
         tally.merge(self._dataset.manifest["tally"])
       with RewrittenShards(self._work / shard_files.DIRECTORY, self._dataset.records) as written:
         for file in merged:
@@ -132,11 +134,11 @@ class _Append:
           covered.add(block)
           if earlier is not None:
             covered.add(earlier, sign=-1)
-            if not whom.everyone:
+            if not changed.everyone:
               self._forget(old, earlier, tally)
           written.add(block, new(block, self._labels(block.users), tally))
         touched = len(written.users)
-        self._look_at_others(whom, old, new, tally, written)
+        self._look_at_others(changed, old, new, tally, written)
         appended = self._describe(log, extension, touched, written)
         written.finish(f"appended_{appended['number']}")
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
@@ -204,19 +206,19 @@ class _Append:
 
   def _look_at_others(
     self,
-    whom: changed_labels.ChangedUsers,
+    changed: changed_labels.ChangedUsers,
     old: RecordMaker,
     new: RecordMaker,
     tally: RecordCounts,
     written: RewrittenShards,
   ) -> None:
     """Recounts users without new events whose labels may have changed, and rewrites the records that differ."""
-    if not whom.everyone and whom.since is None:
+    if not changed.everyone and changed.since is None:
       return
     known = read_users(self._dataset.path)
     left = ~pc.is_in(known["user"], pa.array(written.users, pa.string())).to_numpy()
-    if not whom.everyone:
-      left &= known["last_event"].to_numpy() >= whom.since
+    if not changed.everyone:
+      left &= known["last_event"].to_numpy() >= changed.since
     places = known["record"].to_numpy()[left]
     bar = ProgressBar(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1)
     with bar:
@@ -224,13 +226,13 @@ class _Append:
         here = places[start : start + LOOKED_AT]
         contents = self._dataset.contents(here.tolist())
         block = self._histories(contents)
-        if not whom.everyone:
+        if not changed.everyone:
           self._forget(old, block, tally)
         again = list(new(block, self._labels(block.users), tally))
         differ = [i for i, (was, now) in enumerate(zip(contents, again, strict=True)) if was != now]
         if differ:
-          changed = histories.end_to_end([block.history(i) for i in differ])
-          written.add(changed, (again[i] for i in differ))
+          differing = histories.end_to_end([block.history(i) for i in differ])
+          written.add(differing, (again[i] for i in differ))
         bar.update(len(here))
 
   def _describe(

@@ -16,9 +16,9 @@ class ChangedUsers(NamedTuple):
   """Users without new events whose labels may have changed.
 
   Attributes:
-    everyone: whether these are all users without new events.
-    since: else, the microsecond where an observed period ended before: these are the users with an event at or after
-      it; None: no user.
+    everyone: the labels of all users without new events may have changed.
+    since: if not everyone's: the labels of users with an event at or after this microsecond may have changed. An
+      observed period of the earlier calendar ended there. None if no user's labels can have changed.
   """
 
   everyone: bool

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from supermoe_jax.data.dataset.windows import pad
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.splits import TRAIN
 from supermoe_jax.data.format.schema import make_comparison
-from supermoe_jax.data.tasks import TaskKind, bind
+from supermoe_jax.data.tasks import TaskKindAtEvents, bind
 from supermoe_jax.data.tasks.labels import Labels, at_events, next_carrier
 from supermoe_jax.data.tasks.sample_space import supervision
 
@@ -48,6 +48,9 @@ class Supervision:
     named = (config.parse_sample_space(t.sample_space) for t in self.tasks.values())
     compared = {space.task: labelled[space.task] for space in named if space is not None}
     self._kinds = bind({**compared, **self.tasks}, cfg.data, dataset.encoders)
+    self._kinds_at_events = {
+      n: cast(TaskKindAtEvents[Any], kind) for n, kind in self._kinds.items() if kind.task.asks_at_events
+    }
     self._spaces = {n: make_comparison(labelled, self._kinds, n) for n in self.tasks}
 
   def at_snapshots(self, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray) -> dict[str, Targets]:
@@ -55,7 +58,7 @@ class Supervision:
 
     The arrays of an event label are `[S, m]`, its `given` is `[S, m, G]`.
     """
-    labels = _EventLabels(self._kinds, history)
+    labels = _EventLabels(self._kinds_at_events, history)
     out = {}
     for name, task in self.tasks.items():
       if task.about_events:
@@ -71,11 +74,11 @@ class Supervision:
 
     Event l asks about the next training event after it that carries the field.
     """
-    labels = _EventLabels(self._kinds, history)
+    labels = _EventLabels(self._kinds_at_events, history)
     out = {}
-    for name, task in self.tasks.items():
-      if task.asks_at_events:
-        event = _following(self._kinds[name].carried(history), start, stop, history.n_train)
+    for name in self.tasks:
+      if name in self._kinds_at_events:
+        event = _following(self._kinds_at_events[name].carried(history), start, stop, history.n_train)
         out[name] = self._event_targets(name, at_events(labels[name], event), event, history, labels)
     return out
 
@@ -181,7 +184,7 @@ def count_spaces(dataset: Dataset, cfg: config.Config, users: int = SPACE_USERS)
 class _EventLabels:
   """The labels of each event of one user, by task; computed at their first use."""
 
-  def __init__(self, kinds: Mapping[str, TaskKind], history: UserHistory):
+  def __init__(self, kinds: Mapping[str, TaskKindAtEvents[Any]], history: UserHistory):
     self._of = functools.cache(lambda name: kinds[name].event_labels(history))
 
   def __getitem__(self, name: str) -> Labels:

@@ -28,7 +28,7 @@ from supermoe_jax.data.preparation import snapshots
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.tasks import bind
 from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.labels import Snapshots, TaskLabels
+from supermoe_jax.data.tasks.labels import LabelInputs, Snapshots, TaskLabels
 
 SNAPSHOT_NUMBERS = 256  # numbers of labels and aggregates that take the memory of one event
 
@@ -89,7 +89,8 @@ class RecordMaker:
   ) -> tuple[UserBlock, Snapshots, dict[str, TaskLabels], np.ndarray]:
     owner = np.array([user_split(user, self._split) for user in block.users], np.int32)
     found, left_out = snapshots.user_snapshots(self._split, block, self._times, owner)
-    labels = {n: kind.label(block, found, self._times, owner, user_labels) for n, kind in self._kinds.items()}
+    inputs = LabelInputs(block, found, self._times, owner, user_labels)
+    labels = {name: kind.label(inputs) for name, kind in self._kinds.items()}
     tally.add(block, found, {n: of_task.labels for n, of_task in labels.items()}, left_out, self._last_use)
     if self._aggregator is not None:
       user, time, n_events, split = found

@@ -13,7 +13,7 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.tasks.event_label import EventLabelKind
 from supermoe_jax.data.tasks.future_event import FutureEventKind
 from supermoe_jax.data.tasks.future_values import FutureValuesKind
-from supermoe_jax.data.tasks.kind import TaskKind
+from supermoe_jax.data.tasks.kind import TaskKind, TaskKindAtEvents
 from supermoe_jax.data.tasks.next_event import NextEventKind
 from supermoe_jax.data.tasks.user_label import UserLabelKind
 
@@ -47,4 +47,4 @@ CONTRAST_QUESTION = (
   "whether two slices of up to {task.slice_events} events are of one user; trained by contrast, without a metric"
 )
 
-__all__ = ["KINDS", "TaskKind", "bind", "question"]
+__all__ = ["KINDS", "TaskKind", "TaskKindAtEvents", "bind", "question"]

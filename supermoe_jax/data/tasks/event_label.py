@@ -13,8 +13,9 @@ from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.kind import TaskKind
+from supermoe_jax.data.tasks.kind import TaskKindAtEvents
 from supermoe_jax.data.tasks.labels import (
+  LabelInputs,
   Labels,
   RecordArray,
   Snapshots,
@@ -78,7 +79,7 @@ def following_events(
   return np.where(event < limit[:, None], event, -1)
 
 
-class EventLabelKind(TaskKind[config.EventLabel]):
+class EventLabelKind(TaskKindAtEvents[config.EventLabel]):
   """See `config.EventLabel`."""
 
   def __init__(self, name: str, task: config.EventLabel, data: config.Data, encoders: Encoders):
@@ -144,16 +145,10 @@ class EventLabelKind(TaskKind[config.EventLabel]):
       asked += f", given its {', '.join(task.given)}"
     return asked + f"; asked of the {task.per_snapshot} events after a snapshot"
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
+  def label(self, inputs: LabelInputs) -> TaskLabels:
     """See `TaskKind`."""
-    event = following_events(self.carried(block), block, snapshots, self.task.per_snapshot, times)
+    block, snapshots = inputs.block, inputs.snapshots
+    event = following_events(self.carried(block), block, snapshots, self.task.per_snapshot, inputs.times)
     of_user = np.where(event < 0, -1, event - block.offsets[snapshots.user][:, None])
     return TaskLabels(at_events(self.event_labels(block), event), of_user.astype(np.int32))
 
@@ -161,17 +156,12 @@ class EventLabelKind(TaskKind[config.EventLabel]):
     """See `TaskKind`."""
     return Labels(record[f"label_{self.name}"][chosen], record[f"known_{self.name}"][chosen].astype(bool))
 
-  def asked_events(self, record: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
-    """See `TaskKind`."""
-    found: np.ndarray = record[f"event_{self.name}"][chosen]
-    return found
-
   def event_labels(self, history: UserHistory | UserBlock) -> Labels:
-    """See `TaskKind`."""
+    """See `TaskKindAtEvents`."""
     return self._answer(history)
 
   def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
-    """See `TaskKind`."""
+    """See `TaskKindAtEvents`."""
     return self._answer.carried(history)
 
   def given(self, history: UserHistory, event: np.ndarray) -> np.ndarray:

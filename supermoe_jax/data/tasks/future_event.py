@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.data.tasks.kind import TaskKind
-from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, future_window
+from supermoe_jax.data.tasks.labels import LabelInputs, Labels, Snapshots, TaskLabels, future_window
 
 
 def label_future_event(
@@ -31,15 +29,9 @@ class FutureEventKind(TaskKind[config.FutureEvent]):
     """See `TaskKind`."""
     return f"{'no' if task.negate else 'any'} event of {task.source} within {task.horizon_days:g} days"
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
+  def label(self, inputs: LabelInputs) -> TaskLabels:
     """See `TaskKind`."""
+    block, snapshots, times, task = inputs.block, inputs.snapshots, inputs.times, self.task
     assert times is not None  # config.resolve rejects tasks about the future without a calendar
-    source = list(self.data.sources).index(self.task.source)
-    return TaskLabels(label_future_event(block, snapshots, times, source, self.task.horizon_days, self.task.negate))
+    source = list(self.data.sources).index(task.source)
+    return TaskLabels(label_future_event(block, snapshots, times, source, task.horizon_days, task.negate))

@@ -11,7 +11,7 @@ from supermoe_jax.batch import FIRST_VALUE
 from supermoe_jax.data.encoding.histories import UserBlock, counts_before
 from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.data.tasks.kind import TaskKind
-from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, future_window
+from supermoe_jax.data.tasks.labels import LabelInputs, Labels, Snapshots, TaskLabels, future_window
 from supermoe_jax.errors import ConfigError
 
 
@@ -45,15 +45,9 @@ class FutureValuesKind(TaskKind[config.FutureValues]):
         f"config.tasks.{self.name}.top={self.task.top}, but {self.task.field} has only {values} values in training."
       )
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
+  def label(self, inputs: LabelInputs) -> TaskLabels:
     """See `TaskKind`."""
+    block, snapshots, times, task = inputs.block, inputs.snapshots, inputs.times, self.task
     assert times is not None  # config.resolve rejects tasks about the future without a calendar
-    column = list(self.encoders.categorical).index(self.task.field)
-    return TaskLabels(label_future_values(block, snapshots, times, column, self.task.top, self.task.horizon_days))
+    column = list(self.encoders.categorical).index(task.field)
+    return TaskLabels(label_future_values(block, snapshots, times, column, task.top, task.horizon_days))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -10,13 +11,12 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.vocabulary import Encoders
-from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.labels import Labels, RecordArray, Snapshots, TaskLabels
+from supermoe_jax.data.tasks.labels import LabelInputs, Labels, RecordArray, TaskLabels
 
 T = TypeVar("T", bound=config.LabelledTask)
 
 
-class TaskKind(Generic[T]):
+class TaskKind(abc.ABC, Generic[T]):
   """A task bound to encoded data; each kind is a subclass, and the defaults suit one label per snapshot.
 
   The class methods need the task's settings only, so models and plans can call them before there is a dataset.
@@ -60,33 +60,18 @@ class TaskKind(Generic[T]):
     return {f"known_{name}": RecordArray(np.uint8), f"label_{name}": RecordArray(cls.label_dtype(task), row)}
 
   @classmethod
+  @abc.abstractmethod
   def question(cls, task: T) -> str:
     """Returns the task's question in words."""
-    raise NotImplementedError
 
   # --------------------------------------------------------------------------------------------------------- labels
 
   def check(self) -> None:
     """Raises ConfigError if the data cannot answer the task."""
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
-    """Returns the labels at the snapshots of a block of users.
-
-    Args:
-      block: the users' histories.
-      snapshots: the users' snapshots.
-      times: the calendar; None for leave one out.
-      owner: the split of each user, `[U]`.
-      user_labels: for each task about the table of users, float64 `[U]`; NaN where unknown.
-    """
-    raise NotImplementedError
+  @abc.abstractmethod
+  def label(self, inputs: LabelInputs) -> TaskLabels:
+    """Returns the labels at the snapshots of a block of users."""
 
   # ---------------------------------------------------------------------------------------------------- supervision
 
@@ -97,16 +82,12 @@ class TaskKind(Generic[T]):
     return Labels(value, known)
 
   def asked_events(self, record: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
-    """Returns the events that the snapshots `chosen` ask about: int32 `[S, m]`, -1 for none. For kinds about events."""
-    raise NotImplementedError
+    """Returns the events that the snapshots `chosen` ask about: int32 `[S, m]`, -1 for none.
 
-  def event_labels(self, history: UserHistory | UserBlock) -> Labels:
-    """Returns the label of each event, `[N]`. For kinds that ask at events."""
-    raise NotImplementedError
-
-  def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
-    """Returns whether each event has the field that the task asks about: bool `[N]`. For kinds that ask at events."""
-    raise NotImplementedError
+    The record of a task about events holds them (`config.Task.about_events`); that of another task does not.
+    """
+    found: np.ndarray = record[f"event_{self.name}"][chosen]
+    return found
 
   def teachable(self, labels: Labels) -> np.ndarray:
     """Returns whether training can use each label."""
@@ -126,3 +107,15 @@ class TaskKind(Generic[T]):
   def class_values(self) -> tuple[str, ...] | None:
     """Returns the values of a multi-class label, in the order of the classes; None for other labels."""
     return None
+
+
+class TaskKindAtEvents(TaskKind[T]):
+  """A kind that also asks at every event of a training row (`config.Task.asks_at_events`)."""
+
+  @abc.abstractmethod
+  def event_labels(self, history: UserHistory | UserBlock) -> Labels:
+    """Returns the label of each event, `[N]`."""
+
+  @abc.abstractmethod
+  def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
+    """Returns whether each event has the field that the task asks about: bool `[N]`."""

@@ -10,6 +10,7 @@ Shapes: U users, their N events and S snapshots in total, m events that a snapsh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,24 @@ class TaskLabels(NamedTuple):
 
   labels: Labels
   event: np.ndarray | None = None
+
+
+class LabelInputs(NamedTuple):
+  """What the labels of a block of users are made from.
+
+  Attributes:
+    block: the users' histories.
+    snapshots: the users' snapshots.
+    times: the calendar; None for leave one out.
+    split_of_user: int32 `[U]`, the split of each user.
+    user_labels: for each task about the table of users, float64 `[U]`; NaN where unknown.
+  """
+
+  block: UserBlock
+  snapshots: Snapshots
+  times: Calendar | None
+  split_of_user: np.ndarray
+  user_labels: Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

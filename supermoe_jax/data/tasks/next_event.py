@@ -11,8 +11,16 @@ from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.kind import TaskKind
-from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels, first_unseen, last_answer, next_carrier
+from supermoe_jax.data.tasks.kind import TaskKindAtEvents
+from supermoe_jax.data.tasks.labels import (
+  LabelInputs,
+  Labels,
+  Snapshots,
+  TaskLabels,
+  first_unseen,
+  last_answer,
+  next_carrier,
+)
 
 
 def label_next_event(block: UserBlock, snapshots: Snapshots, field: int, times: Calendar | None) -> Labels:
@@ -29,7 +37,7 @@ def label_next_event(block: UserBlock, snapshots: Snapshots, field: int, times: 
   return Labels(value.astype(np.int32), known & (value > 0))
 
 
-class NextEventKind(TaskKind[config.NextEvent]):
+class NextEventKind(TaskKindAtEvents[config.NextEvent]):
   """See `config.NextEvent`."""
 
   def __init__(self, name: str, task: config.NextEvent, data: config.Data, encoders: Encoders):
@@ -48,24 +56,17 @@ class NextEventKind(TaskKind[config.NextEvent]):
     seen = ", those already in the history left out" if task.exclude_seen else ""
     return f"which {task.field} comes next, ranked among all{seen}"
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
+  def label(self, inputs: LabelInputs) -> TaskLabels:
     """See `TaskKind`."""
-    return TaskLabels(label_next_event(block, snapshots, self._column, times))
+    return TaskLabels(label_next_event(inputs.block, inputs.snapshots, self._column, inputs.times))
 
   def event_labels(self, history: UserHistory | UserBlock) -> Labels:
-    """See `TaskKind`."""
+    """See `TaskKindAtEvents`."""
     codes = history.codes[:, self._column]
     return Labels(codes, codes > ABSENT)
 
   def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
-    """See `TaskKind`."""
+    """See `TaskKindAtEvents`."""
     return history.codes[:, self._column] > ABSENT
 
   def teachable(self, labels: Labels) -> np.ndarray:

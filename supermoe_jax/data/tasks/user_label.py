@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.vocabulary import Classes, Numeric
-from supermoe_jax.data.tasks.calendar import Calendar
 from supermoe_jax.data.tasks.kind import TaskKind
-from supermoe_jax.data.tasks.labels import Labels, Snapshots, TaskLabels
+from supermoe_jax.data.tasks.labels import LabelInputs, Labels, Snapshots, TaskLabels
 from supermoe_jax.data.tasks.listing import listed
 from supermoe_jax.errors import ConfigError
 
@@ -50,16 +48,9 @@ class UserLabelKind(TaskKind[config.UserLabel]):
       return f"the number {task.column}, in standard deviations from its mean"
     return f"{task.column} is {listed(task.positive)}"
 
-  def label(
-    self,
-    block: UserBlock,
-    snapshots: Snapshots,
-    times: Calendar | None,
-    owner: np.ndarray,
-    user_labels: Mapping[str, np.ndarray],
-  ) -> TaskLabels:
+  def label(self, inputs: LabelInputs) -> TaskLabels:
     """See `TaskKind`."""
-    return TaskLabels(label_user(user_labels[self.name], snapshots, owner))
+    return TaskLabels(label_user(inputs.user_labels[self.name], inputs.snapshots, inputs.split_of_user))
 
   def encoded(self, number: float) -> float:
     """See `TaskKind`."""

@@ -17,7 +17,7 @@ from supermoe_jax.data.check.check import CheckError
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.data.tasks.future_event import FutureEventKind
-from supermoe_jax.data.tasks.labels import TaskLabels
+from supermoe_jax.data.tasks.labels import LabelInputs, TaskLabels
 from supermoe_jax.errors import DataError
 from tests.fixtures.dataset_copies import copied
 from tests.fixtures.random_logs import (
@@ -138,8 +138,8 @@ def test_a_label_that_the_labeller_gives_wrongly_is_found_in_what_it_wrote(
 ) -> None:
   right = FutureEventKind.label
 
-  def label(self: FutureEventKind, *rest: Any) -> TaskLabels:
-    found = right(self, *rest)
+  def label(self: FutureEventKind, inputs: LabelInputs) -> TaskLabels:
+    found = right(self, inputs)
     changed = found.labels._replace(value=1 - found.labels.value)
     return found._replace(labels=changed) if self.name == "quiet" else found
 
