@@ -15,7 +15,6 @@ types.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 from typing import Any
 
@@ -39,7 +38,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library speak
 
 def __getattr__(name: str) -> Any:
   if name == "__version__":
-    return importlib.metadata.version(__name__)
+    return importlib.import_module("importlib.metadata").version(__name__)
   if name not in _PUBLIC:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   return getattr(importlib.import_module(_PUBLIC[name]), name)
