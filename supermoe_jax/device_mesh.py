@@ -65,7 +65,7 @@ def make_mesh(
   if len({d.process_index for d in used}) < len({d.process_index for d in devices}):
     raise ConfigError(
       f"config.train.mesh has {'×'.join(map(str, shape))} = {needed} devices, but {len(devices)} belong to the "
-      "processes of this run; let the mesh have them all, or start fewer processes."
+      "processes of this run; let the mesh use all of them, or start fewer processes."
     )
   found = slices(used)
   if found != sizes.slices:
@@ -120,7 +120,7 @@ def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
   different = sorted({tuple(sorted(p)) for p in parts.values()})
   if sum(map(len, different)) != ways_ or len(set(map(len, different))) > 1:
     raise ConfigError(
-      f"config.train.mesh={dict(mesh.shape)} spreads rows over the processes so that some share a part of theirs; let "
-      "the devices of each process be a multiple, or a part, of expert × tensor."
+      f"config.train.mesh={dict(mesh.shape)} gives processes rows that overlap in part; the number of devices of each "
+      "process must be a multiple or a divisor of expert × tensor."
     )
   return different.index(tuple(sorted(parts[jax.process_index()]))), len(different)

@@ -52,7 +52,7 @@ def _raw(source: str | os.PathLike[str] | Mapping[str, Any] | Inspection) -> dic
     return config.to_dict(source)
   if isinstance(source, Inspection):
     if not source.config:
-      raise ConfigError("nothing was proposed: no table has a user, a time and a field.")
+      raise ConfigError("no config is proposed: no table has a user, a time and a field.")
     with tempfile.TemporaryDirectory() as folder:
       file = pathlib.Path(folder) / "proposed.py"
       file.write_text(source.config)
@@ -65,7 +65,7 @@ def _use_tables(raw: dict[str, Any], tables: Tables) -> None:
   data = raw.get("data", {})
   sources, path = data.get("sources", {}), data.get("path", "")
   if not path:
-    raise ConfigError("config.data.path is empty: name the directory that the prepared dataset is written to.")
+    raise ConfigError("config.data.path is empty: name the directory to write the dataset to.")
   known = {**sources, **({"users": data["users"]} if data.get("users") is not None else {})}
   for name in tables:
     if name not in known:

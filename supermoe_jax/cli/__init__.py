@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from supermoe_jax import progress
 from supermoe_jax.cli import console, data, embeddings, probing, search, serving, training
 from supermoe_jax.errors import ExitCode, Stopped, SupermoeError
 
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     One of `errors.ExitCode`.
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
-  with console.printed_messages(), progress.shown():
+  with console.printed_messages():
     code = _main(arguments)
   if code and _watched():
     # A process that fails must not wait at its exit for other processes, which may be gone or hang.
@@ -48,7 +47,10 @@ def _main(arguments: Sequence[str]) -> int:
     )
     return ExitCode.USAGE
   try:
-    return args.run(args) or ExitCode.OK
+    from supermoe_jax import progress
+
+    with progress.shown():
+      return args.run(args) or ExitCode.OK
   except KeyboardInterrupt:
     print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
     return ExitCode.INTERRUPTED
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="supermoe",
     description="Learns universal user representations from an event log.",
-    epilog="Any key of the config can be set with --config.key=value, for example --config.train.steps=100.",
+    epilog="--config.key=value sets any key of the config, for example --config.train.steps=100.",
   )
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
   data.add_data_verbs(verbs)

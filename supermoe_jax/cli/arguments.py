@@ -33,16 +33,20 @@ def add_checkpoint(verb: argparse.ArgumentParser) -> None:
     "--checkpoint",
     default="newest",
     metavar="WHICH",
-    help="newest; best, of those that were validated (config.train.validate); or a step. Default: newest",
+    help="checkpoint to read: newest, best (by validation, see config.train.validate) or a step; default: newest",
   )
 
 
 def add_processes(verb: argparse.ArgumentParser) -> None:
   """Adds --coordinator, --processes and --process; see `processes.find_place`."""
-  several = verb.add_argument_group("several processes", "found by themselves on TPU pods, GKE, JobSet, SLURM and MPI")
-  several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, as the others reach it")
-  several.add_argument("--processes", type=int, metavar="N", help="how many there are")
-  several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+  several = verb.add_argument_group(
+    "several processes", "JAX finds these values itself on TPU pods, GKE, JobSet, SLURM and MPI"
+  )
+  several.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="address of the first process, as the others reach it"
+  )
+  several.add_argument("--processes", type=int, metavar="N", help="number of processes")
+  several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
 def open_run(args: argparse.Namespace) -> Run:

@@ -21,7 +21,7 @@ def add_data_verbs(verbs: Verbs) -> None:
   verb.add_argument(
     "--format",
     default="auto",
-    help="parquet, csv, jsonl, json_object, atomic or sequences; default: by the file's ending",
+    help="parquet, csv, jsonl, json_object, atomic or sequences; default: chosen by the file's ending",
   )
   verb.add_argument("--out", type=pathlib.Path, help="also save the proposed config here")
   verb.set_defaults(run=_inspect)
@@ -29,10 +29,12 @@ def add_data_verbs(verbs: Verbs) -> None:
   verb = verbs.add_parser("prepare", help="turn the event log into a dataset directory")
   add_config(verb)
   verb.add_argument("--overwrite", action="store_true", help="prepare again even if a dataset is there")
-  verb.add_argument("--memory", metavar="SIZE", help="DuckDB's budget, such as 4GB; short for --config.data.memory")
+  verb.add_argument(
+    "--memory", metavar="SIZE", help="memory limit of DuckDB, such as 4GB; short for --config.data.memory"
+  )
   verb.add_argument("--runner", metavar="NAME", help="prepare on Apache Beam with this runner, such as DirectRunner")
   verb.add_argument(
-    "--beam", action="append", default=[], metavar="KEY=VALUE", help="an option of Beam's; may be given several times"
+    "--beam", action="append", default=[], metavar="KEY=VALUE", help="an option of Apache Beam; repeat it for several"
   )
   verb.set_defaults(run=_prepare)
 
@@ -42,17 +44,21 @@ def add_data_verbs(verbs: Verbs) -> None:
     "files",
     nargs="*",
     metavar="SOURCE=FILE",
-    help="new files, paths or globs; of a dataset with one source FILE alone; none: the files that the patterns of its "
-    "config match by now and that it does not hold yet",
+    help="new files, as paths or globs. A dataset with one source takes FILE alone. Without files the command adds all "
+    "files that match the patterns of the dataset's config and that the dataset does not hold yet",
   )
-  verb.add_argument("--keep-vocabularies", action="store_true", help="give no new value a code of its own")
-  verb.add_argument("--memory", metavar="SIZE", default="", help="DuckDB's budget, such as 4GB; default: the config's")
+  verb.add_argument(
+    "--keep-vocabularies", action="store_true", help="keep new values out of vocabulary instead of giving them codes"
+  )
+  verb.add_argument(
+    "--memory", metavar="SIZE", default="", help="memory limit of DuckDB, such as 4GB; default: the config's"
+  )
   verb.set_defaults(run=_append)
 
-  verb = verbs.add_parser("check", help="derive labels of a prepared dataset again, straight from the raw files")
+  verb = verbs.add_parser("check", help="derive labels again from the raw files and compare them with a dataset")
   verb.add_argument("--data", required=True, type=pathlib.Path, help="dataset directory")
-  verb.add_argument("--sample", type=int, default=200, help="users to check; default: 200")
-  verb.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
+  verb.add_argument("--sample", type=int, default=200, help="number of users to check; default: 200")
+  verb.add_argument("--seed", type=int, default=0, help="random seed of the sample; default: 0")
   verb.set_defaults(run=_check)
 
 
@@ -63,7 +69,7 @@ def _inspect(args: argparse.Namespace) -> None:
   print(found.render())
   if args.out is not None:
     if not found.config:
-      raise ConfigError(f"no config can be proposed, so {args.out} is not written.")
+      raise ConfigError(f"{args.out} is not written, because no config can be proposed.")
     if args.out.exists():
       raise ConfigError(f"{args.out} exists and is not overwritten; name another --out.")
     args.out.write_text(found.config)

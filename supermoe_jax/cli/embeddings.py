@@ -8,7 +8,7 @@ import pathlib
 from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_processes, add_workdir, open_run
 
 # Phrases for the manifest's counts of users that were not computed.
-_SPARED = {"kept": "taken over from --since", "done_before": "done before this command went on"}
+_SPARED = {"kept": "reused from --since", "done_before": "computed before this command resumed"}
 
 
 def add_embedding_verbs(verbs: Verbs) -> None:
@@ -21,21 +21,21 @@ def add_embedding_verbs(verbs: Verbs) -> None:
     nargs="+",
     required=True,
     metavar="TIME",
-    help="times such as 2017-11-01, UTC; now, the end of the log; or last, each user just after their own last event",
+    help="times such as 2017-11-01 (UTC); 'now', the end of the log; or 'last', just after each user's own last event",
   )
   verb.add_argument("--out", type=pathlib.Path, help="directory to write; default: WORKDIR/embeddings")
-  verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
+  verb.add_argument("--overwrite", action="store_true", help="replace existing embeddings")
   verb.add_argument(
     "--since",
     type=pathlib.Path,
     metavar="DIR",
-    help="embeddings of this run, or a run directory that holds them, made before 'supermoe append': only users with "
-    "new events before a time are computed",
+    help="embeddings of this run from before 'supermoe append', or a run directory that holds them; the command "
+    "computes only users with new events before a time and reuses the others",
   )
+  verb.add_argument("--columns", nargs="+", default=(), metavar="COLUMN", help="columns of the user table to copy")
   verb.add_argument(
-    "--columns", nargs="+", default=(), metavar="COLUMN", help="columns of the table of users to carry along"
+    "--dtype", default="float32", choices=("float32", "float16"), help="number type of the vectors in the files"
   )
-  verb.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="of the vectors in the files")
   add_processes(verb)
   verb.set_defaults(run=_embed)
 

@@ -17,37 +17,50 @@ def add_probing_verbs(verbs: Verbs) -> None:
   """Adds the verb probe."""
   verb = verbs.add_parser(
     "probe",
-    help="how much embeddings say about labels, beside hand-made aggregates, an untrained encoder or other systems",
-    description="Fits frozen probes on embeddings and says how well they answer a label table, with 95 % intervals and "
-    "paired differences to what stands beside them.",
+    help="measure how well embeddings predict labels, and compare them with hand-made aggregates, an untrained encoder "
+    "or other systems",
+    description="Fits probes on frozen embeddings and measures how well they predict the labels of a table. Each score "
+    "has a 95 % interval, and so has each paired difference to the compared vectors.",
   )
   verb.add_argument(
-    "--embeddings", type=pathlib.Path, metavar="PATH", help="directory of 'supermoe embed', or a file as for --other"
+    "--embeddings",
+    type=pathlib.Path,
+    metavar="PATH",
+    help="directory that 'supermoe embed' wrote, or a file as for --other",
   )
   verb.add_argument(
     "--other",
     action="append",
     default=[],
     metavar="NAME=PATH",
-    help="embeddings of another system or run to stand beside; a Parquet or CSV file with a column of users and one of "
-    "lists or many of numbers, or an embedding directory. Several allowed; without --embeddings the first is judged",
+    help="embeddings of another system or run to compare with: an embedding directory, or a Parquet or CSV file with a "
+    "column of users and either one column of lists or columns of numbers. Repeat it for several. Without --embeddings "
+    "the others are compared with the first",
   )
   verb.add_argument("--labels", required=True, type=pathlib.Path, help="label table: Parquet, CSV, JSON lines")
   verb.add_argument(
-    "--label", nargs="+", default=(), metavar="COLUMN", help="columns of labels; a glob also gives their mean"
+    "--label",
+    nargs="+",
+    default=(),
+    metavar="COLUMN",
+    help="columns of labels; a glob also gives the mean over its columns",
   )
   verb.add_argument("--user", default="user_id", metavar="COLUMN", help="column of users; default: user_id")
-  verb.add_argument("--time", metavar="COLUMN", help="column of times: a label then belongs to (user, as_of)")
-  verb.add_argument("--as-of", nargs="+", default=(), metavar="TIME", help="the times to take; default: all")
+  verb.add_argument("--time", metavar="COLUMN", help="column of times; each label then belongs to a user and a time")
+  verb.add_argument("--as-of", nargs="+", default=(), metavar="TIME", help="times to probe at; default: all")
   verb.add_argument(
     "--kind",
     action="append",
     default=[],
     metavar="COLUMN=KIND",
-    help="binary, multiclass or regression; default: as the values look",
+    help="kind of a label: binary, multiclass or regression; default: guessed from its values",
   )
   verb.add_argument(
-    "--models", nargs="+", default=("logistic", "lightgbm"), metavar="MODEL", help="logistic, lightgbm, mlp"
+    "--models",
+    nargs="+",
+    default=("logistic", "lightgbm"),
+    metavar="MODEL",
+    help="probes to fit: logistic, lightgbm, mlp; default: logistic lightgbm",
   )
   verb.add_argument(
     "--mlp-size", nargs=2, type=int, metavar=("THIN", "WIDE"), help="widths of the MLP; default: 128 256"
@@ -56,24 +69,31 @@ def add_probing_verbs(verbs: Verbs) -> None:
     "--beside",
     nargs="+",
     metavar="WHAT",
-    help="aggregates, untrained, or none; default: aggregates where the run of the embeddings is at hand",
+    help="vectors to compare with: aggregates, untrained or none; default: aggregates if the embeddings' run is found",
   )
-  verb.add_argument("--workdir", type=pathlib.Path, help="run of the embeddings; default: the one their manifest names")
-  verb.add_argument("--temporal", action="store_true", help="fit on earlier times, ask about the last; needs --time")
-  verb.add_argument("--folds", type=int, default=5, help="default: 5")
-  verb.add_argument("--repeats", type=int, default=3, help="of the folds; default: 3")
-  verb.add_argument("--resamples", type=int, default=1000, help="of users, with --temporal; default: 1000")
-  verb.add_argument("--seed", type=int, default=0, help="of folds, models and resamples; default: 0")
-  verb.add_argument("--threads", type=int, help="fits side by side; default: as many as there are cores, at most 8")
+  verb.add_argument("--workdir", type=pathlib.Path, help="run of the embeddings; default: the run in their manifest")
+  verb.add_argument("--temporal", action="store_true", help="fit on earlier times and score the last; needs --time")
+  verb.add_argument("--folds", type=int, default=5, help="number of folds; default: 5")
+  verb.add_argument("--repeats", type=int, default=3, help="number of repeats of the folds; default: 3")
+  verb.add_argument(
+    "--resamples", type=int, default=1000, help="number of resamples of users, with --temporal; default: 1000"
+  )
+  verb.add_argument("--seed", type=int, default=0, help="random seed of folds, models and resamples; default: 0")
+  verb.add_argument("--threads", type=int, help="number of parallel fits; default: the number of cores, at most 8")
   verb.add_argument(
     "--require",
     action="append",
     default=[],
     metavar="WHAT",
-    help="such as 'auc>=0.8', 'churn.auc>=0.8', 'auc>=aggregates', 'mean(cat_*).auc>=0.8': exit code 1 if it does not "
-    "hold. Several allowed; of several models the best one counts",
+    help="a condition such as 'auc>=0.8', 'churn.auc>=0.8', 'auc>=aggregates', 'mean(cat_*).auc>=0.8'; the exit code "
+    "is 1 if it fails. Repeat it for several. With several models the best one counts",
   )
-  verb.add_argument("--out", type=pathlib.Path, metavar="FILE", help="default: PATH.probe.json, beside the embeddings")
+  verb.add_argument(
+    "--out",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="JSON file to write; default: PATH.probe.json, next to the embeddings",
+  )
   verb.set_defaults(run=_probe)
 
 
@@ -138,10 +158,10 @@ def _named(args: argparse.Namespace) -> dict[str, pathlib.Path]:
     if not (name and sign and path):
       raise ValueError(f"--other {text!r} must be NAME=PATH")
     if name in named or name in ("aggregates", "untrained", "best"):
-      raise ValueError(f"--other {text!r}: there is something else of the name {name!r}")
+      raise ValueError(f"--other {text!r}: the name {name!r} is taken; choose another")
     named[name] = pathlib.Path(path)
   if not named:
-    raise ValueError("name what is to be probed, with --embeddings PATH or --other NAME=PATH")
+    raise ValueError("name the embeddings to probe, with --embeddings PATH or --other NAME=PATH")
   return named
 
 
@@ -164,9 +184,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
   if args.mlp_size is not None and min(args.mlp_size) < 1:
     raise ValueError("--mlp-size takes two widths of at least 1")
   if args.temporal and not args.time:
-    raise ValueError("--temporal needs the labels' column of times, --time")
+    raise ValueError("--temporal needs --time, the labels' column of times")
   if args.beside and "none" in args.beside and len(args.beside) > 1:
-    raise ValueError("--beside none stands alone")
+    raise ValueError("--beside none takes no other value")
 
 
 def _out(out: pathlib.Path | None, judged: pathlib.Path) -> pathlib.Path:
@@ -182,5 +202,5 @@ def _out(out: pathlib.Path | None, judged: pathlib.Path) -> pathlib.Path:
   if out.is_dir():
     raise ConfigError(f"--out {out} is a directory; name a file.")
   if (out.absolute().parent / "manifest.json").is_file():
-    raise ConfigError(f"--out {out} lies in a directory that is replaced as a whole; name another place.")
+    raise ConfigError(f"--out {out} lies in a directory that is replaced as a whole; name a file outside it.")
   return out

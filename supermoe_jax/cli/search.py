@@ -11,55 +11,66 @@ from supermoe_jax.errors import ConfigError
 
 def add_search_verbs(verbs: Verbs) -> None:
   """Adds the verbs neighbors, audience and align."""
-  verb = verbs.add_parser("neighbors", help="the users that are nearest to some, or to each")
+  verb = verbs.add_parser("neighbors", help="find the users nearest to given users, or to every user")
   _add_embeddings(verb)
   who = verb.add_mutually_exclusive_group(required=True)
-  who.add_argument("--user", action="append", metavar="ID", help="a user; may be given several times")
-  who.add_argument("--all", action="store_true", help="of everyone, to --out")
-  verb.add_argument("--k", type=int, default=10, help="how many; default: 10")
-  verb.add_argument("--metric", default="cosine", help="cosine, dot or euclidean; default: cosine")
+  who.add_argument("--user", action="append", metavar="ID", help="a user; repeat it for several")
+  who.add_argument("--all", action="store_true", help="find the neighbours of every user and write them to --out")
+  verb.add_argument("--k", type=int, default=10, help="number of neighbours of a user; default: 10")
+  verb.add_argument("--metric", default="cosine", help="measure of nearness: cosine, dot or euclidean; default: cosine")
   how = verb.add_mutually_exclusive_group()
-  how.add_argument("--exact", action="store_true", help="score everyone; the default")
+  how.add_argument("--exact", action="store_true", help="score every user; the default")
   how.add_argument(
-    "--index", type=pathlib.Path, metavar="FILE", help="an index for millions of users, built there when it is missing"
+    "--index",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="an index for millions of users; the command builds it if the file is missing",
   )
-  verb.add_argument("--recall", type=float, metavar="R", help="recall@10 that a new index must have; default: 0.98")
-  verb.add_argument("--rebuild", action="store_true", help="build the index again though it is there")
-  verb.add_argument("--out", type=pathlib.Path, metavar="FILE", help="Parquet: user_id, rank, neighbor_id, score")
+  verb.add_argument("--recall", type=float, metavar="R", help="recall@10 that a new index must reach; default: 0.98")
+  verb.add_argument("--rebuild", action="store_true", help="build the index again even if the file exists")
+  verb.add_argument(
+    "--out", type=pathlib.Path, metavar="FILE", help="Parquet file to write: user_id, rank, neighbor_id, score"
+  )
   verb.set_defaults(run=_neighbors)
 
-  verb = verbs.add_parser("audience", help="the users that are most like a list of seeds")
+  verb = verbs.add_parser("audience", help="find the users most like a list of seeds")
   _add_embeddings(verb)
   verb.add_argument(
     "--seeds",
     required=True,
     type=pathlib.Path,
     metavar="FILE",
-    help=".parquet or .csv with a column user_id, or .txt with an id a line",
+    help="seeds: .parquet or .csv with a column user_id, or .txt with one id per line",
   )
-  verb.add_argument("--size", required=True, type=int, metavar="N", help="users of the audience, seeds not among them")
-  verb.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="Parquet: user_id, score, rank")
-  verb.add_argument("--method", default="logistic", help="logistic or centroid; default: logistic")
+  verb.add_argument(
+    "--size", required=True, type=int, metavar="N", help="number of users in the audience, without the seeds"
+  )
+  verb.add_argument(
+    "--out", required=True, type=pathlib.Path, metavar="FILE", help="Parquet file to write: user_id, score, rank"
+  )
+  verb.add_argument("--method", default="logistic", help="how to score users: logistic or centroid; default: logistic")
   verb.set_defaults(run=_audience)
 
-  verb = verbs.add_parser("align", help="turn the embeddings of a retrained model into the space of the ones before")
-  verb.add_argument("--embeddings", required=True, type=pathlib.Path, metavar="NEW", help="directory of embeddings")
-  verb.add_argument("--to", required=True, type=pathlib.Path, metavar="OLD", help="directory of the previous ones")
+  verb = verbs.add_parser("align", help="turn the embeddings of a retrained model into the space of earlier ones")
+  verb.add_argument(
+    "--embeddings", required=True, type=pathlib.Path, metavar="NEW", help="directory of the new embeddings"
+  )
+  verb.add_argument("--to", required=True, type=pathlib.Path, metavar="OLD", help="directory of the earlier embeddings")
   verb.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="directory to write")
   verb.add_argument(
     "--max-drift",
     type=float,
     default=0.5,
     metavar="X",
-    help="write nothing above it: 1 − mean cosine around the mean, after the alignment. Default: 0.5",
+    help="largest drift at which the command writes: 1 − mean cosine around the mean, after alignment; default: 0.5",
   )
-  verb.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
+  verb.add_argument("--overwrite", action="store_true", help="replace existing embeddings")
   verb.set_defaults(run=_align)
 
 
 def _add_embeddings(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--embeddings", required=True, type=pathlib.Path, metavar="DIR", help="directory of embeddings")
-  verb.add_argument("--as-of", metavar="TIME", help="of those embeddings; default: each user's latest")
+  verb.add_argument("--as-of", metavar="TIME", help="time of the embeddings to search; default: each user's latest")
 
 
 def _neighbors(args: argparse.Namespace) -> None:
@@ -68,7 +79,7 @@ def _neighbors(args: argparse.Namespace) -> None:
   if args.index is None and (args.rebuild or args.recall is not None):
     raise ConfigError("--rebuild and --recall have no effect without --index.")
   if args.all and args.out is None:
-    raise ConfigError("--all writes neighbours of everyone; name a Parquet file with --out.")
+    raise ConfigError("--all writes the neighbours of every user; name a Parquet file with --out.")
   if args.out is not None and not args.out.parent.is_dir():
     raise ConfigError(f"{args.out}: there is no directory {args.out.parent}; make it first.")
   from supermoe_jax.embeddings import neighbors

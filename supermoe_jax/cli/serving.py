@@ -11,12 +11,12 @@ from supermoe_jax.errors import ConfigError
 
 def add_serving_verbs(verbs: Verbs) -> None:
   """Adds the verbs export and serve."""
-  verb = verbs.add_parser("export", help="write the encoder with its preprocessing, for use with JAX and NumPy alone")
+  verb = verbs.add_parser("export", help="write the encoder with its preprocessing, for JAX and NumPy alone")
   add_workdir(verb)
   add_checkpoint(verb)
   verb.add_argument("--out", type=pathlib.Path, help="directory to write; default: WORKDIR/encoder")
   verb.add_argument(
-    "--batch-sizes", type=int, nargs="+", metavar="B", help="rows of the programs; default: 1 8 64", default=()
+    "--batch-sizes", type=int, nargs="+", metavar="B", help="batch sizes of the programs; default: 1 8 64", default=()
   )
   verb.add_argument(
     "--lengths",
@@ -24,19 +24,31 @@ def add_serving_verbs(verbs: Verbs) -> None:
     nargs="+",
     metavar="L",
     default=(),
-    help="events of the programs, besides model.max_events; default: powers of two from 32",
+    help="history lengths of the programs, in addition to model.max_events; default: powers of two from 32",
   )
-  verb.add_argument("--overwrite", action="store_true", help="replace an encoder that is there")
+  verb.add_argument("--overwrite", action="store_true", help="replace an existing encoder")
   verb.set_defaults(run=_export)
   verb = verbs.add_parser("serve", help="answer HTTP requests for embeddings with an exported encoder")
   verb.add_argument("--model", type=pathlib.Path, required=True, help="directory that 'supermoe export' wrote")
   verb.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
-  verb.add_argument("--port", type=int, default=8000, help="default: 8000")
-  verb.add_argument("--wait-ms", type=float, default=4.0, help="how long a user waits for others to share a batch")
-  verb.add_argument("--most-users", type=int, default=64, help="users of one request")
-  verb.add_argument("--most-events", type=int, default=10_000, help="events of one user")
-  verb.add_argument("--most-bytes", type=int, default=8 * 2**20, help="bytes of one request's body")
-  verb.add_argument("--most-waiting", type=int, default=512, help="users that may wait; beyond them 429 is answered")
+  verb.add_argument("--port", type=int, default=8000, help="port to listen on; default: 8000")
+  verb.add_argument(
+    "--wait-ms",
+    type=float,
+    default=4.0,
+    help="longest wait of a user for others to share a batch, in milliseconds; default: 4",
+  )
+  verb.add_argument("--most-users", type=int, default=64, help="most users of one request; default: 64")
+  verb.add_argument("--most-events", type=int, default=10_000, help="most events of one user; default: 10000")
+  verb.add_argument(
+    "--most-bytes", type=int, default=8 * 2**20, help="most bytes of one request's body; default: 8 MiB"
+  )
+  verb.add_argument(
+    "--most-waiting",
+    type=int,
+    default=512,
+    help="most users that wait; the service answers further requests with 429; default: 512",
+  )
   verb.set_defaults(run=_serve)
 
 

@@ -15,55 +15,59 @@ from supermoe_jax.errors import ConfigError, ExitCode
 
 def add_training_verbs(verbs: Verbs) -> None:
   """Adds the verbs plan, train, evaluate, seesaw and report."""
-  verb = verbs.add_parser(
-    "plan", help="what a training step takes on a pod: memory, traffic, time; compiled, not guessed"
-  )
+  verb = verbs.add_parser("plan", help="compile a training step for a pod and print its memory, traffic and time")
   add_config(verb)
   verb.add_argument(
     "--topology",
     required=True,
     nargs="+",
     metavar="NAME",
-    help="v5e:16x16, v5p:4x4x8, v6e:4x4 …; h100:8x8 (nodes x GPUs) and cpu:8 by arithmetic and XLA:CPU. Several with "
-    "--sweep",
+    help="v5e:16x16, v5p:4x4x8, v6e:4x4 …; h100:8x8 (nodes x GPUs) and cpu:8 are estimates by XLA:CPU. Name several "
+    "with --sweep",
   )
-  verb.add_argument("--slices", type=int, default=1, help="TPU slices of that topology; default: 1")
+  verb.add_argument("--slices", type=int, default=1, help="number of TPU slices of that topology; default: 1")
   verb.add_argument(
     "--effort",
     type=float,
     default=-1.0,
     metavar="E",
-    help="XLA:TPU's, from -1 to 1, to make the program quick; a run has 0, which takes long. Default: -1",
+    help="XLA:TPU's effort to make the program fast, from -1 to 1; a run uses 0, which compiles slowly. Default: -1",
   )
   verb.add_argument(
     "--sweep",
     nargs="?",
     const="weak",
     choices=("weak", "strong"),
-    help="compare topologies, with the config's batch a device on each (weak, the default) or its whole batch (strong)",
+    help="compare topologies with the config's batch per device (weak, the default) or its whole batch (strong)",
   )
-  verb.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
-  verb.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="--sweep: draw it, as .svg or .png")
+  verb.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the results to this JSON file")
+  verb.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw the --sweep to this .svg or .png file")
   verb.set_defaults(run=_plan)
 
-  verb = verbs.add_parser("train", help="train; the same command again resumes")
+  verb = verbs.add_parser("train", help="train a model; the same command resumes the run")
   add_config(verb)
   add_workdir(verb)
-  verb.add_argument("--dry-run", action="store_true", help="say what the run would be, its memory included; do nothing")
+  verb.add_argument("--dry-run", action="store_true", help="describe the run and its memory; train and write nothing")
   verb.add_argument("--profile", action="store_true", help="write a trace of a few steps to WORKDIR/profile")
   add_processes(verb)
   verb.set_defaults(run=_train)
 
-  verb = verbs.add_parser("evaluate", help="metrics of every task on validation and test snapshots")
+  verb = verbs.add_parser("evaluate", help="measure every task on validation and test snapshots")
   add_workdir(verb)
   add_checkpoint(verb)
   verb.set_defaults(run=_evaluate)
 
-  verb = verbs.add_parser("seesaw", help="what each task gains or loses beside the others: single tasks and variants")
+  verb = verbs.add_parser(
+    "seesaw", help="train single tasks and variants, and measure what each task gains or loses in a shared model"
+  )
   add_config(verb)
-  verb.add_argument("--workdir", required=True, type=pathlib.Path, help="directory of the study; runs in it are kept")
-  verb.add_argument("--jobs", type=int, default=1, help="processes that train side by side; default: 1")
-  verb.add_argument("--only", nargs="+", default=(), metavar="VARIANT", help="names or globs of the variants to run")
+  verb.add_argument(
+    "--workdir", required=True, type=pathlib.Path, help="directory of the study; the study keeps finished runs in it"
+  )
+  verb.add_argument("--jobs", type=int, default=1, help="number of processes that train in parallel; default: 1")
+  verb.add_argument(
+    "--only", nargs="+", default=(), metavar="VARIANT", help="names or globs of the variants to run; default: all"
+  )
   verb.set_defaults(run=_seesaw)
 
   verb = verbs.add_parser("report", help="write one HTML page about a run")
@@ -74,9 +78,9 @@ def add_training_verbs(verbs: Verbs) -> None:
 def _plan(args: argparse.Namespace) -> None:
   cfg = config.load(args.config, args.overrides)
   if len(args.topology) > 1 and not args.sweep:
-    raise ConfigError("several topologies are compared with --sweep; without it name one.")
+    raise ConfigError("several topologies need --sweep; add it, or name one topology.")
   if args.figure and not args.sweep:
-    raise ConfigError("--figure draws a --sweep.")
+    raise ConfigError("--figure draws a sweep; add --sweep.")
   if not -1 <= args.effort <= 1:
     raise ConfigError(f"--effort={args.effort:g} must lie in [-1, 1].")
   for file in filter(None, (args.json, args.figure)):
@@ -128,7 +132,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   run = open_run(args)
   result = evaluate.evaluate(run)
   print(evaluate.aligned_table(evaluate.results_table(result)))
-  print(f"of step {run.step}; all metrics, validation too: {args.workdir / 'evaluation.json'}")
+  print(f"scores at step {run.step}; all metrics, also on validation: {args.workdir / 'evaluation.json'}")
 
 
 def _seesaw(args: argparse.Namespace) -> None:

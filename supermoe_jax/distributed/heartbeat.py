@@ -4,6 +4,9 @@ Processes meet through these files before they join each other through JAX. When
 process, it ends the waiting one without naming the missing one. The files also keep two runs out of one directory, and
 show a supervisor (see `supervisor`) which process is gone. They lie in the run directory, next to the checkpoints,
 which all hosts must reach anyway.
+
+On entry a process compares its config, dataset and versions with those of the others. If a step takes longer than
+`hang_seconds`, the heartbeat writes the stacks of all threads to a file and ends the process.
 """
 
 from __future__ import annotations
@@ -133,12 +136,12 @@ class Heartbeat:
           self._compare(found)
           there[i] = found
       if self._stop():
-        raise Stopped(f"{self._stop()} before {self._workdir} was begun; the same command begins it")
+        raise Stopped(f"{self._stop()} before training began in {self._workdir}; the same command starts it")
       missing = [i for i in others if i not in there]
       if missing and time.monotonic() > end:
         raise RunError(
           f"{self._workdir}: of {self._of} processes {_names(missing, first)} did not start within {self._wait:.0f} s. "
-          "Give the same command on all hosts, with the same --workdir, one that all of them reach."
+          "Run the same command on all hosts, with one --workdir that all of them reach."
         )
       if missing and time.monotonic() > told:
         told = time.monotonic() + 30
@@ -149,13 +152,14 @@ class Heartbeat:
     mine, theirs = self._facts, other["facts"]
     if other["of"] != self._of:
       raise RunError(
-        f"{process_name(other)} is one of {other['of']} processes, this one of {self._of}; name the same number."
+        f"{process_name(other)} is one of {other['of']} processes, this process one of {self._of}; start all with the "
+        "same number."
       )
     for kind in mine:
       if mine[kind] != theirs.get(kind):
         changed = "; ".join(config.differences(theirs.get(kind), mine[kind], kind)[:4])
         raise RunError(
-          f"{process_name(other)} runs with another {kind} than this process ({changed}); all must have the same."
+          f"{process_name(other)} runs with another {kind} than this process ({changed}); all processes need the same."
         )
 
   def _write(self) -> None:
@@ -195,9 +199,9 @@ class Heartbeat:
     with file.open("w") as out:
       faulthandler.dump_traceback(out, all_threads=True)
     print(
-      f"supermoe train: nothing was done for {waited:.0f} s after step {self._step}, longer than "
-      f"config.train.hang_seconds={self._hang:g}; where every thread stands is written to {file}. The same command "
-      "goes on from the newest checkpoint.",
+      f"supermoe train: no step ended in the {waited:.0f} s after step {self._step}, longer than "
+      f"config.train.hang_seconds={self._hang:g}; the stacks of all threads are in {file}. The same command resumes "
+      "from the newest checkpoint.",
       file=sys.stderr,
       flush=True,
     )

@@ -41,11 +41,11 @@ def find_place(
   told = (coordinator, processes, process)
   if any(t is not None for t in told):
     if coordinator is None or processes is None or process is None:
-      raise ConfigError("--coordinator HOST:PORT, --processes N and --process I belong together; name all three.")
+      raise ConfigError("--coordinator HOST:PORT, --processes N and --process I belong together; set all three.")
     if not 0 <= process < processes:
-      raise ConfigError(f"--process={process} must lie between 0 and --processes={processes} less one.")
+      raise ConfigError(f"--process={process} must be at least 0 and less than --processes={processes}.")
     if not coordinator.rpartition(":")[2].isdigit():
-      raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as all processes reach the first one.")
+      raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, the address of the first process.")
     return Place(coordinator, processes, process) if processes > 1 else None
   from jax._src import clusters  # JAX has no public way to detect a cluster without joining it
 
@@ -54,8 +54,8 @@ def find_place(
     coordinator, processes, process, _ = detect(None, None, None, None, None, _DETECTION_SECONDS)
   except RuntimeError as error:
     raise ConfigError(
-      f"JAX finds a cluster, and not this process' place in it ({error}); say it by --coordinator HOST:PORT, "
-      "--processes N and --process I (--processes 1 where this process is alone)."
+      f"JAX finds a cluster, but not this process' place in it ({error}); set --coordinator HOST:PORT, --processes N "
+      "and --process I (--processes 1 if this process is alone)."
     ) from error
   if coordinator is None or processes is None or process is None or processes == 1:
     return None

@@ -70,7 +70,7 @@ def watch(arguments: Sequence[str], place: Place, workdir: pathlib.Path) -> int:
     time.sleep(0.2)
   what = f"signal {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"code {child.returncode}"
   hint = "; the system may have been out of memory" if child.returncode == -signal.SIGKILL else ""
-  print(f"supermoe train: process {place.process} was ended by {what}{hint}; all others live.", file=sys.stderr)
+  print(f"supermoe train: process {place.process} was ended by {what}{hint}; all other processes run.", file=sys.stderr)
   return ExitCode.CRASHED
 
 
@@ -98,10 +98,10 @@ class _OtherProcesses:
 
 
 def _lost(gone: list[str], ended: bool = False) -> int:
-  mine = "has ended too, with what stands above" if ended else "ends too"
+  mine = "has ended too, with the error above" if ended else "ends too"
   print(
-    f"supermoe train: {' and '.join(gone)}: no sign of life for {heartbeat.DEAD:.0f} s; this process {mine}. Give the "
-    "same command on all hosts again: the run goes on from its newest checkpoint.",
+    f"supermoe train: {' and '.join(gone)}: no sign of life for {heartbeat.DEAD:.0f} s; this process {mine}. Run the "
+    "same command on all hosts again: it resumes from the newest checkpoint.",
     file=sys.stderr,
     flush=True,
   )

@@ -87,7 +87,7 @@ def align_embeddings(
     DataError: a directory is damaged, the two share too few users, or `out` cannot be replaced or written.
   """
   if out.resolve() in (new.resolve(), old.resolve()):
-    raise ConfigError(f"--out {out} is what the embeddings are read from; name another directory.")
+    raise ConfigError(f"--out {out} is one of the directories to read; name another directory.")
   if not 0 <= max_drift <= 2:
     raise ConfigError(f"--max-drift={max_drift:g} must lie in [0, 2].")
   atomic_files.check_replaceable(out, embedding_files.KIND, part_files.NAMES)
@@ -100,7 +100,7 @@ def align_embeddings(
     raise DriftError(
       f"{new} moved by {drift['drift']:.3f} from {old} (1 − mean cosine around the mean, after the alignment, on "
       f"{drift['users']:,} users that it was not fitted on), more than --max-drift={max_drift:g}; nothing was written. "
-      "If both are of the same users and tasks, look at what changed in the data or the config before you raise it."
+      "If both have the same users and tasks, look for a change in the data or the config before you raise it."
     )
   manifest = embedding_files.read_embedding_manifest(new)
   before = embedding_files.read_embedding_manifest(old)
@@ -151,7 +151,7 @@ def shared_users(new: pathlib.Path, old: pathlib.Path, seed: int = 0) -> Pairs:
   here = np.flatnonzero(ours >= 0)
   if len(here) < LEAST:
     raise DataError(
-      f"{new} and {old} share {shared} users; at least {LEAST} are needed. Are both of the same kind of user?"
+      f"{new} and {old} share {shared} users; at least {LEAST} are needed. Name directories of one kind of user."
     )
   rng = np.random.default_rng(seed)
   if len(here) > MOST:
@@ -250,7 +250,7 @@ def alignment_summary(manifest: dict[str, Any]) -> list[str]:
   lines = [
     f"{to['shared_users']:,} users in both versions, matched by {to['matched_by']}; {to['users_only_new']:,} only in "
     f"the new one, {to['users_only_old']:,} only in the old one",
-    f"fitted on {to['fitted_users']:,} of them, judged on {to['users']:,} others:",
+    f"fitted on {to['fitted_users']:,} of them, measured on {to['users']:,} others:",
   ]
   for name in ("before", "after"):
     it = to[name]
@@ -265,6 +265,6 @@ def alignment_summary(manifest: dict[str, Any]) -> list[str]:
   lines.append(f"drift {to['drift']:.4f}, at most {to['max_drift']:g} allowed")
   if to["fitted_users"] < manifest["width"]:
     lines.append(
-      f"note: fitted on fewer users than a vector has numbers ({manifest['width']}); the map is not determined by them"
+      f"note: the fit has fewer users than a vector has numbers ({manifest['width']}), so it does not determine the map"
     )
   return lines

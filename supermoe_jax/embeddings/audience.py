@@ -71,8 +71,8 @@ def read_seeds(file: pathlib.Path, users: pa.Array) -> Seeds:
   if len(rows) < LEAST:
     some = f" (unknown: {', '.join(unknown[: selection_lib.NAMED])} …)" if unknown else ""
     raise DataError(
-      f"{file} names {len(rows)} users that have an embedding, of {len(distinct):,} ids{some}; at least {LEAST} are "
-      "needed to look for others like them and to measure it."
+      f"{file} names {len(rows)} users that have an embedding, of {len(distinct):,} ids{some}; the search and its "
+      f"measurement need at least {LEAST}."
     )
   return Seeds(
     rows, len(there), len(text) - len(there), len(there) - len(distinct), len(unknown), unknown[: selection_lib.NAMED]

@@ -126,7 +126,7 @@ def embed(
       return job.finish(work, job.write(work))
   except OSError as error:
     raise DataError(
-      f"writing embeddings to {out} failed: {error}; finished parts are kept, the same command goes on from there."
+      f"writing embeddings to {out} failed: {error}; finished parts are kept, and the same command resumes from them."
     ) from error
 
 
@@ -172,9 +172,9 @@ class _EmbeddingJob:
         self._earlier = earlier
       else:
         logger.info(
-          f"--since {since} holds embeddings as of {', '.join(there)}, not {', '.join(self._times)}: how long ago the "
-          "last event was is part of an embedding, so all users are computed. Those of the same day, or of --as-of "
-          "last, spare users without new events."
+          f"--since {since} holds embeddings as of {', '.join(there)}, not {', '.join(self._times)}. An embedding "
+          "depends on the time since the last event, so all users are computed. To reuse users without new events, "
+          "name embeddings as of the same times, or use --as-of last for both."
         )
     self._since = str(since) if self._earlier else None
     # Which rows of a batch this process holds. The first of the processes that hold the same rows writes them.
@@ -291,7 +291,7 @@ class _EmbeddingJob:
       largest = float(np.abs(z[bad[0]]).max())
       raise RunError(
         f"the embedding of user {found[bad[0]].user_id!r} is not finite as {self._style.dtype} (largest absolute value "
-        f"{largest:g}; {len(bad)} such rows). Take --dtype float32, or another --checkpoint if it is so there too."
+        f"{largest:g}; {len(bad)} such rows). Use --dtype float32, or another --checkpoint if float32 does not help."
       )
 
   def _encoded(self, reader: QueryReader, bar: ProgressBar) -> Iterator[tuple[QueryBatch, np.ndarray]]:

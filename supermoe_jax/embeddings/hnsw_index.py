@@ -166,11 +166,11 @@ def build_index(
   """
   faiss = _faiss()
   if not 0 < recall < 1:
-    raise ConfigError(f"--recall={recall:g} must lie in (0, 1); --exact finds all.")
+    raise ConfigError(f"--recall={recall:g} must lie in (0, 1); --exact finds all neighbours.")
   rows, width = space.shaped.shape
   sample = min(sample, rows // 10)
   if sample < NEAREST:
-    raise DataError(f"{rows} vectors are too few for an index, which exact search does not need; leave --index out.")
+    raise DataError(f"{rows} vectors are too few for an index; leave --index out to search exactly.")
   places = insertion_order(rows, seed)
   by = graph_scale(space)
   graph = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_fp16, links, _metric(space))
@@ -277,7 +277,7 @@ def read_index(file: pathlib.Path, space: VectorSpace, fingerprint: str) -> Hnsw
         )
       if header.fingerprint != fingerprint or (header.rows, header.width) != space.shaped.shape:
         raise DataError(
-          f"{file} is stale: it was built of other embeddings, or as of another time, than those that were asked for "
+          f"{file} is stale: it was built from other embeddings, or for another time, than this search "
           f"({header.rows:,} vectors of width {header.width}; now {len(space.shaped):,} of {space.shaped.shape[1]}). "
           "Build it again with --rebuild, or name another --index."
         )
@@ -298,14 +298,14 @@ def read_index(file: pathlib.Path, space: VectorSpace, fingerprint: str) -> Hnsw
 def index_summary(header: IndexHeader) -> str:
   """Returns a line about the measured recall and speed of an index."""
   text = (
-    f"recall@{NEAREST} {header.recall:.4f} (95 %: at least {header.recall_low:.4f}; {header.target:g} asked for) with "
-    f"ef {header.ef} on {header.sample:,} vectors that it did not hold; {header.per_second:,.0f} queries a second, "
-    f"exact search {header.exact_per_second:,.0f}"
+    f"recall@{NEAREST} {header.recall:.4f} (95 %: at least {header.recall_low:.4f}; {header.target:g} required) with "
+    f"ef {header.ef} on {header.sample:,} vectors that were not yet in the index; {header.per_second:,.0f} queries a "
+    f"second, exact search {header.exact_per_second:,.0f}"
   )
   if header.recall_low < header.target:
-    return f"{text}. The recall was not reached before exact search was faster: exact search is used."
+    return f"{text}. Exact search became faster before the index reached this recall, so exact search is used."
   if not header.faster():
-    return f"{text}. Exact search is faster, and is used."
+    return f"{text}. Exact search is faster, so it is used."
   return text
 
 

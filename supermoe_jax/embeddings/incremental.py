@@ -65,11 +65,11 @@ class EarlierEmbeddings:
     if "aligned_to" in self.manifest:
       raise ConfigError(
         f"--since {path} was turned by 'supermoe align' into the space of {self.manifest['aligned_to']['embeddings']}; "
-        "vectors of two spaces do not belong in one table. Name the embeddings that it was made of, and align again."
+        "vectors of two spaces do not belong in one table. Name the embeddings before alignment, and align again."
       )
     if "dataset" not in self.manifest:
       raise DataError(
-        f"{path} was written by an earlier version, which did not note its dataset; embed without --since once."
+        f"{path} was written by an earlier version, which did not record its dataset; embed without --since once."
       )
     for key, name in SAME.items():
       if self.manifest.get(key) != manifest[key]:
@@ -100,8 +100,8 @@ class EarlierEmbeddings:
     answered[compute - start] = len(times)
     for i in np.flatnonzero(answered != len(times))[:1].tolist():
       raise DataError(
-        f"{self._path} does not say one thing of user {names[i]!r} for each time, though there is no news of them; "
-        "embed without --since."
+        f"{self._path} must hold one row of user {names[i]!r} for each time, since this user has no new events, but "
+        "does not; embed without --since."
       )
     return ReusedRows(table, user, absent, missing, compute)
 
@@ -150,8 +150,8 @@ def _news(path: pathlib.Path, then: Mapping[str, Any], dataset: Dataset) -> tupl
       grown = any(v["added"] for a in appends[i:] for v in a["vocabularies"].values())
       return append["records_before"], grown
   raise DataError(
-    f"{path} was made from another dataset than {dataset.path} or what 'supermoe append' made of it; leave out --since "
-    "to embed all users."
+    f"{path} was made neither from {dataset.path} nor from an earlier state of it before 'supermoe append'; leave out "
+    "--since to embed all users."
   )
 
 

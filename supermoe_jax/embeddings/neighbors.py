@@ -87,7 +87,7 @@ def open_search(
   """
   if index is not None and path.resolve() in index.resolve().parents:
     raise ConfigError(
-      f"--index {index} lies inside {path}, which is replaced as a whole when users are embedded again; keep it beside."
+      f"--index {index} lies inside {path}, which 'supermoe embed' replaces as a whole; name a file outside it."
     )
   if index is not None and not index.parent.is_dir():
     raise ConfigError(f"{index}: there is no directory {index.parent}; make it first.")
@@ -95,7 +95,7 @@ def open_search(
   space = VectorSpace.of(selection.all_vectors(), metric)
   said = [f"{len(selection):,} users, {selection.time()}"]
   if space.zeros:
-    said.append(f"{space.zeros:,} vectors are 0 throughout: their cosine with everyone counts as 0")
+    said.append(f"{space.zeros:,} vectors hold only zeros: their cosine with every user counts as 0")
   if index is None:
     return Search(selection, space, ExactSearch(space), said)
   fingerprint = selection_lib.selection_fingerprint(selection)
@@ -109,7 +109,7 @@ def open_search(
   found = hnsw_index.build_index(space, fingerprint, recall=recall, exact=exact)
   said.append(f"index built in {found.header.build_seconds:,.0f} s: {hnsw_index.index_summary(found.header)}")
   if not found.header.faster():
-    said.append(f"{index} is not written; leave --index out the next time.")
+    said.append(f"{index} is not written; leave --index out next time.")
     return Search(selection, space, exact, said)
   found.write(index)
   said.append(f"written: {index} ({index.stat().st_size / 2**20:,.1f} MiB)")

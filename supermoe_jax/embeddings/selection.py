@@ -69,7 +69,7 @@ class RowSelection:
       DataError: as `vectors`, or there are no rows, or parts differ in their width.
     """
     if not len(self):
-      raise DataError(f"{self.path} has no embeddings of any user; embed as of a time that has events before it.")
+      raise DataError(f"{self.path} holds no embeddings; embed as of a time that has events before it.")
     out: np.ndarray | None = None
     first = 0
     for part in range(len(self.files)):
@@ -78,7 +78,7 @@ class RowSelection:
         out = np.empty((len(self), found.shape[1]), np.float32)
       if found.shape[1] != out.shape[1]:
         raise DataError(
-          f"{self.files[part]}: embeddings of width {found.shape[1]}, those before have {out.shape[1]}; embed again."
+          f"{self.files[part]}: embeddings of width {found.shape[1]}, earlier parts have {out.shape[1]}; embed again."
         )
       out[first : first + len(found)] = found
       first += len(found)
@@ -140,8 +140,8 @@ def select_rows(path: pathlib.Path, as_of: str | None = None) -> RowSelection:
     there = np.unique(keys.times)
     named = ", ".join(format_time(t) for t in there[-NAMED:])
     raise DataError(
-      f"{path} holds no embeddings as of {format_time(wanted)}, but of {len(there)} time(s) such as {named or 'none'}; "
-      "name one of those, or embed as of that time."
+      f"{path} holds no embeddings as of {format_time(wanted)}; it has {len(there)} time(s), such as "
+      f"{named or 'none'}. Name one of them, or embed as of that time."
     )
   return keys.choose(keys.latest(chosen))
 
@@ -259,8 +259,8 @@ class UserFinder:
     if row < 0:
       near = ", ".join(map(str, self.nearest(user)))
       raise DataError(
-        f"user {user!r} has no embedding among {len(self._users):,}; ids that come near: {near}. Users without an "
-        "event before the time of the embeddings have none."
+        f"user {user!r} has no embedding among {len(self._users):,}; similar ids: {near}. Users without an event "
+        "before the time of the embeddings have none."
       )
     return row
 

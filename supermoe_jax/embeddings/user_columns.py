@@ -58,7 +58,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
     con.execute(f"CREATE TEMP VIEW known AS {' UNION ALL BY NAME '.join(parts)}")
     twice = con.execute('SELECT "user" FROM known GROUP BY 1 HAVING count(*) > 1 ORDER BY 1 LIMIT 1').fetchone()
     if twice:
-      raise DataError(f"{users.user}={twice[0]!r} stands in several rows of {key}; keep one row a user.")
+      raise DataError(f"{users.user}={twice[0]!r} has several rows in {key}; keep one row a user.")
     source = readers.literal(str(dataset.path / dataset_lib.USERS))
     places = f'SELECT "user", file_row_number AS place FROM read_parquet({source}, file_row_number = true)'
     con.execute(

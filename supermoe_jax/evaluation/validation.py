@@ -142,8 +142,7 @@ def best_checkpoint(workdir: pathlib.Path) -> int:
   found = [step for step in _ordered(validation_rows(workdir)) if step in there]
   if not found:
     raise RunError(
-      f"{workdir} has no checkpoint that was validated while it trained; train with config.train.validate.every, or "
-      "name --checkpoint newest."
+      f"{workdir} has no validated checkpoint; train with config.train.validate.every, or name --checkpoint newest."
     )
   return found[0]
 

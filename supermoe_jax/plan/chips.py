@@ -100,5 +100,5 @@ def topology(text: str, slices: int = 1) -> Topology:
     raise ConfigError(f"--topology={text}: write the sizes of {name} as {name}:{example}.")
   found = Topology(name, tuple(int(n) for n in sizes.split("x")), slices)
   if slices < 1 or (slices > 1 and not found.tpu):
-    raise ConfigError(f"--slices={slices}: slices are of TPUs, at least 1; the nodes of GPUs stand in --topology.")
+    raise ConfigError(f"--slices={slices}: only TPUs have slices, and at least 1; write nodes of GPUs in --topology.")
   return found

@@ -116,7 +116,7 @@ def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     return _connected([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
   if "replica_groups={}" in text:
     return (tuple(range(devices)),)
-  raise ValueError(f"this JAX writes groups of devices in a form that is not known here: {text[:200]}")
+  raise ValueError(f"this version of JAX writes groups of devices in an unknown form: {text[:200]}")
 
 
 def _iota(dims: str | None, order: str | None, count: int) -> np.ndarray:

@@ -32,8 +32,8 @@ def describe_run(cfg: config.Config) -> list[str]:
   found = program.compile_step(cfg, dataset.schema, mesh)
   if found.module is None:
     raise ConfigError(
-      f"the step needs {bytes_text(found.needed)} of each device's memory, which is more than there is; 'supermoe "
-      "plan' says what takes it."
+      f"the step needs {bytes_text(found.needed)} of each device's memory, which is more than it has; 'supermoe "
+      "plan' shows what takes the memory."
     )
   count = parameters.count_parameters(found.state.model, cfg.model.experts_per_token / cfg.model.experts)
   rows, epoch, devices = train.batch_rows, stream.state(0)["rows_of_an_epoch"], mesh.devices.size
@@ -41,9 +41,9 @@ def describe_run(cfg: config.Config) -> list[str]:
   lines = [
     f"mesh: {' × '.join(f'{n} {s}' for n, s in mesh.shape.items())}; {devices} of {jax.device_count()} devices "
     f"({mesh.devices.flat[0].device_kind}), {jax.process_count()} process(es)",
-    f"parameters: {count.total:,}, of which {count.tables:,} in tables; {count.active:,} are at work on a token",
+    f"parameters: {count.total:,}, of which {count.tables:,} in tables; a token uses {count.active:,}",
     *(f"  table {line}" for line in _tables(found.state.model)),
-    f"state (parameters, moments, what rows keep): {bytes_text(sum(map(_bytes, leaves)))}, "
+    f"state (parameters and optimizer state): {bytes_text(sum(map(_bytes, leaves)))}, "
     f"{bytes_text(sum(map(program.shard_bytes, leaves)))} a device; "
     f"{train.checkpoints_kept + (train.validate.checkpoints_kept if train.validate.every else 0)} checkpoints of that "
     f"size are kept, one every {train.checkpoint_every:,} steps",
@@ -55,17 +55,17 @@ def describe_run(cfg: config.Config) -> list[str]:
     *_compiled(found),
   ]
   replicated = sharding.replicated(mesh, found.state.model)
-  return lines + [f"warning: {n} ({bytes_text(s)}) lies whole on every device" for n, s in replicated.items()]
+  return lines + [f"warning: {n} ({bytes_text(s)}) is replicated on every device" for n, s in replicated.items()]
 
 
 def _compiled(found: program.CompiledStep) -> list[str]:
   memory = found.executable.memory_analysis()
   flops = found.flops / found.mesh.size
   return [
-    f"memory of the compiled program a device: {bytes_text(memory.argument_size_in_bytes)} of state and batch, which "
-    f"its results take the place of ({bytes_text(memory.alias_size_in_bytes)}), and "
-    f"{bytes_text(memory.temp_size_in_bytes)} besides",
-    f"products of a step a device: {flops / 1e9:,.2f} GFLOP",
+    f"memory of the compiled program a device: {bytes_text(memory.argument_size_in_bytes)} of state and batch, of "
+    f"which the results reuse {bytes_text(memory.alias_size_in_bytes)}, and {bytes_text(memory.temp_size_in_bytes)} of "
+    "temporaries",
+    f"matrix products of a step a device: {flops / 1e9:,.2f} GFLOP",
   ]
 
 

@@ -57,7 +57,9 @@ def plan_step(cfg: config.Config, topology: Topology, effort: float = program.LE
   if not topology.tpu:
     notes.append(_ESTIMATED)
   elif effort:
-    notes.append(f"compiled with effort {effort:g} of -1 to 1; a run has 0, which may move and keep less (--effort 0)")
+    notes.append(
+      f"compiled with effort {effort:g} from -1 to 1; a run uses 0, which may need less traffic and memory (--effort 0)"
+    )
   count = parameters.count_parameters(compiled.state.model, cfg.model.experts_per_token / cfg.model.experts)
   memory = _memory(compiled)
   tokens = _tokens(cfg)

@@ -101,19 +101,19 @@ def fitted_config(cfg: config.Config, topology: Topology) -> tuple[config.Config
   fixed = mesh.expert * mesh.tensor
   if topology.devices % fixed or (topology.devices // fixed) % topology.slices:
     raise ConfigError(
-      f"--topology={topology}: config.train.mesh has expert × tensor = {fixed}, of which {topology.devices} devices in "
-      f"{topology.slices} slice(s) hold no whole number; name others by --config.train.mesh.expert and .tensor."
+      f"--topology={topology}: config.train.mesh has expert × tensor = {fixed}, which does not divide the devices of a "
+      f"slice ({topology.devices} devices, {topology.slices} slice(s)); set --config.train.mesh.expert and .tensor."
     )
   data = topology.devices // fixed
   wanted = dataclasses.replace(mesh, data=data, slices=topology.slices)
   if wanted != mesh:
-    said.append(f"config.train.mesh.data={mesh.data} became {data}, to take all {topology.devices} devices")
+    said.append(f"config.train.mesh.data={mesh.data} became {data}, to use all {topology.devices} devices")
   ways = data * mesh.expert
   for name, rows in (("train", cfg.train.batch_rows), ("evaluate", cfg.evaluate.batch_rows)):
     if rows % (ways * (cfg.train.accumulate if name == "train" else 1)):
       raise ConfigError(
         f"--topology={topology}: config.{name}.batch_rows={rows} must divide over the {ways} devices that share a "
-        f"batch; name another by --config.{name}.batch_rows={max(1, round(rows / ways)) * ways}."
+        f"batch; set --config.{name}.batch_rows={max(1, round(rows / ways)) * ways}."
       )
   return config.override(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, mesh=wanted)), ()), said
 
@@ -130,7 +130,7 @@ def compile_devices(topology: Topology) -> Sequence[jax.Device]:
     found = jax.devices("cpu")
     if len(found) < topology.devices:
       raise ConfigError(
-        f"--topology={topology}: JAX began with {len(found)} CPU devices; set "
+        f"--topology={topology}: JAX started with {len(found)} CPU devices; set "
         f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices}."
       )
     return found[: topology.devices]
@@ -142,7 +142,7 @@ def compile_devices(topology: Topology) -> Sequence[jax.Device]:
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
   except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-    raise ConfigError(f"--topology={topology}: XLA's compiler for TPUs refuses it: {error}") from error
+    raise ConfigError(f"--topology={topology}: XLA's compiler for TPUs rejects it: {error}") from error
 
 
 # File that `pip install --target` installs the compiler to in this project; see the Makefile.
@@ -163,7 +163,7 @@ def _point_to_libtpu() -> None:
   if not _BESIDE.is_file():
     wanted = next(r.partition(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu"))
     raise ConfigError(
-      "XLA's compiler for TPUs is missing. Install it beside the environment: pip install --no-deps --target "
+      "XLA's compiler for TPUs is missing. Install it next to the environment: pip install --no-deps --target "
       f"{_BESIDE.parent.parent} '{wanted}'; or name its libtpu.so in TPU_LIBRARY_PATH."
     )
   os.environ["TPU_LIBRARY_PATH"] = str(_BESIDE)

@@ -38,7 +38,7 @@ def remedies(cfg: config.Config, found: Mapping[str, Any], topology: Topology) -
   kept = sum(parts.values())
   temporary = max(found["memory"]["total"] - kept, 0)
   return [
-    f"{what}: may spare about {spared / GIB:.1f} GiB" if spared else what
+    f"{what}: may save about {spared / GIB:.1f} GiB" if spared else what
     for what, spared in sorted(_changes(cfg, parts, temporary), key=lambda change: -change[1])
   ] + list(_larger(cfg, found, topology, temporary))
 

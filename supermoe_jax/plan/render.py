@@ -7,7 +7,7 @@ from typing import Any
 
 _PARTS = {
   "tables": "tables' rows",
-  "optimizer of tables": "what rows keep",
+  "optimizer of tables": "their optimizer state",
   "experts": "experts",
   "optimizer of experts": "their moments",
   "dense": "other parameters",
@@ -30,13 +30,13 @@ def plan_text(plan: Mapping[str, Any]) -> list[str]:
     "",
     f"parameters  {parameters['total']:>22,}",
     *(f"  {name:<10}{parameters[name]:>22,}" for name in ("tables", "experts", "dense")),
-    f"  {'at work':<10}{parameters['active']:>22,}  on a token",
+    f"  {'active':<10}{parameters['active']:>22,}  on a token",
     "",
     "memory of a device",
     *(f"  {_PARTS[name]:<22}{bytes_text(n):>12}" for name, n in _in_order(memory["parts"])),
   ]
   if memory["temporary"] is None:
-    out.append(f"  {'whole, as XLA says':<22}{bytes_text(memory['total']):>12}")
+    out.append(f"  {'total, by XLA':<22}{bytes_text(memory['total']):>12}")
   else:
     rows = {
       "padding to tiles": memory["padding"],
@@ -46,7 +46,7 @@ def plan_text(plan: Mapping[str, Any]) -> list[str]:
       "the program": memory["program"],
     }
     out += [f"  {name:<22}{bytes_text(n):>12}" for name, n in rows.items() if n]
-    out.append(f"  {'whole':<22}{bytes_text(memory['total']):>12}")
+    out.append(f"  {'total':<22}{bytes_text(memory['total']):>12}")
     out += [
       f"    {name}: {bytes_text(n)} of padding"
       for name, n in memory["padded_most"].items()
@@ -59,7 +59,7 @@ def plan_text(plan: Mapping[str, Any]) -> list[str]:
     out += [f"  try {line}" for line in plan["remedies"]]
   if "collectives" in plan:
     out += ["", *_work(plan)]
-  out += [f"warning: {name} ({bytes_text(n)}) lies whole on every device" for name, n in plan["replicated"].items()]
+  out += [f"warning: {name} ({bytes_text(n)}) is replicated on every device" for name, n in plan["replicated"].items()]
   return [*out, f"compiled in {plan['compile_seconds']:.0f} s"]
 
 
@@ -69,7 +69,7 @@ def _in_order(parts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 def _work(plan: Mapping[str, Any]) -> list[str]:
   out = [
-    f"a step of {plan['tokens']:,} tokens, on a device: {plan['flops'] / 1e12:,.3f} TFLOP of products, "
+    f"a step of {plan['tokens']:,} tokens, on a device: {plan['flops'] / 1e12:,.3f} TFLOP of matrix products, "
     f"{bytes_text(plan['memory_traffic'])} to and from memory",
     f"  {'collective':<22}{'along':<26}{'times':>6}{'bytes':>12}{'largest':>12}{'sent':>12}{'ms':>9}",
   ]
@@ -81,14 +81,14 @@ def _work(plan: Mapping[str, Any]) -> list[str]:
       f"{bytes_text(row['sent']):>12}" + (f"{time:>9.3f}" if plan["chip"] else f"{'–':>9}")
     )
   if plan["loops_of_unknown_length"]:
-    out.append(f"  {plan['loops_of_unknown_length']} loops end by what they find (rounds of an exchange): counted once")
+    out.append(f"  {plan['loops_of_unknown_length']} loops of unknown length (rounds of an exchange) count once")
   if "seconds" in plan:
     s = plan["seconds"]
     each = ", ".join(f"{_BOUNDS[n]} {1e3 * s[n]:.2f} ms" for n in _BOUNDS)
     out += [
       "",
       f"estimate by published rates: {each}",
-      f"  bound by {_BOUNDS[s['bound']]}: {1e3 * s['step']:.2f} ms a step if all else goes on beside it "
+      f"  bound by {_BOUNDS[s['bound']]}: {1e3 * s['step']:.2f} ms a step if everything overlaps "
       f"({1e3 * s['alone']:.2f} ms if nothing does), {plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}",
     ]
   return out

@@ -71,8 +71,8 @@ def find_origin(about: dict[str, Any], workdir: pathlib.Path | None) -> Origin:
   dataset.check_matches(cfg, appended=False)
   if about.get("dataset") and about["dataset"]["digest"] != dataset.manifest["digest"]:
     raise DataError(
-      f"{dataset.path} was appended to or prepared again since {directory} was made, and its aggregates may know other "
-      "events; embed again ('supermoe embed --since' spares users without news)."
+      f"{dataset.path} has changed since {directory} was made (by 'supermoe append' or 'prepare'), so its aggregates "
+      "may include other events; embed again ('supermoe embed --since' reuses users without new events)."
     )
   return Origin(found, cfg, dataset)
 
@@ -110,7 +110,7 @@ def aggregate_vectors(origin: Origin, user: np.ndarray, time: np.ndarray) -> Use
         asked.append(row[seen])
       bar.update(len(some))
   if not parts:
-    raise DataError(f"no user with a label has an event in {origin.dataset.path} before the times asked about.")
+    raise DataError(f"no user with a label has an event in {origin.dataset.path} before the times to probe at.")
   about = {"dataset": str(origin.dataset.path), "of_the_config": own, "width": len(aggregator.names)}
   found = np.concatenate(asked)
   return UserVectors("aggregates", user[found], time[found], np.concatenate(parts), about)
@@ -142,6 +142,6 @@ def untrained_vectors(origin: Origin, time: np.ndarray, seed: int) -> UserVector
       at += [q.time for q in batch.questions]
       bar.update(n)
   if not parts:
-    raise DataError(f"no user has an event in {origin.dataset.path} before the times asked about.")
+    raise DataError(f"no user has an event in {origin.dataset.path} before the times to probe at.")
   about = {"run": str(origin.workdir), "seed": seed, "config": json.loads(json.dumps(config.to_dict(cfg.model)))}
   return UserVectors("untrained", np.array(ids, object), np.array(at, np.int64), np.concatenate(parts), about)

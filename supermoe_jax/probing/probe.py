@@ -72,14 +72,14 @@ def probe(
   beside, notes = _comparisons(judged, user, time, options)
   every = {f.name: f for f in (judged, *others, *beside)}
   if len(every) < 1 + len(others) + len(beside):
-    raise ConfigError(f"two of {', '.join(f.name for f in (judged, *others, *beside))} are of one name.")
+    raise ConfigError(f"two of {', '.join(f.name for f in (judged, *others, *beside))} have one name; rename one.")
   found = {n: f.find(user, time) for n, f in every.items()}
   counts = _counts(table, judged, user, choice, found)
   usable = np.flatnonzero(np.all([r >= 0 for r in found.values()], axis=0))
   if not len(usable):
     missing = [f"{n} {c:,}" for n, c in counts["label_rows_without"].items() if c]
     raise DataError(
-      f"no labelled row of {judged.name} has a row in everything compared with it. Labelled rows that lack one: "
+      f"no labelled row of {judged.name} has a row in all vectors compared with it. Labelled rows that lack one: "
       f"{', '.join(missing)}. Compare vectors of the same users and times, or leave out those that share none."
     )
   rows = choice[usable]
@@ -100,7 +100,7 @@ def probe(
       then = None if whose.time is None else whose.time[known]
       try:
         if not len(known):
-          raise UnmeasurableLabel("no user with a label of it has an embedding")
+          raise UnmeasurableLabel("no user with this label has an embedding")
         asked[label.name] = protocol_lib.predict_all(
           x, own, ProbeRows(whose.user[known], then), chosen, options.protocol, options.threads, lambda: bar.update(1)
         )
@@ -142,8 +142,8 @@ def _keys(
     return table.users, np.array([own.get(u, 0) for u in table.users], np.int64), everything
   if len(times) > 1:
     raise DataError(
-      f"the labels have no time, and {judged.name} are of {', '.join(map(format_time, times))}: name one with --as-of, "
-      "or the labels' column of times with --time."
+      f"the labels have no time, and {judged.name} have the times {', '.join(map(format_time, times))}: name one with "
+      "--as-of, or the labels' column of times with --time."
     )
   return table.users, np.full(len(everything), times[0]) if times else None, everything
 
@@ -159,14 +159,14 @@ def _comparisons(
 
   for name in wanted:
     if name not in comparisons.COMPARISONS:
-      raise ConfigError(f"--beside {name}: valid are {', '.join(comparisons.COMPARISONS)}.")
+      raise ConfigError(f"--beside {name} is unknown; valid: {', '.join(comparisons.COMPARISONS)}.")
   try:
     origin = comparisons.find_origin(judged.about, options.workdir)
     if time is None:
       raise DataError("the labels have no time; name it with --as-of.")
   except (DataError, ConfigError) as error:
     if options.beside is None and options.workdir is None:
-      return [], [f"no aggregates stand beside: {error}"]
+      return [], [f"not compared with aggregates: {error}"]
     raise DataError(f"--beside {' '.join(wanted)}: {error}") from error
   out = []
   for name in wanted:
@@ -177,7 +177,9 @@ def _comparisons(
   taught = [t.user_column for t in origin.cfg.active_tasks.values() if t.user_column]
   if taught and "directory" in judged.about:
     columns = ", ".join(dict.fromkeys(taught))
-    return out, [f"the encoder was trained on labels of users ({columns}): what is derived from them flatters it"]
+    return out, [
+      f"the encoder was trained on labels of users ({columns}): scores on labels that derive from these are too high"
+    ]
   return out, []
 
 
@@ -203,11 +205,12 @@ def _nothing_shared(table: LabelTable, judged: UserVectors, time: np.ndarray | N
   if time is not None and judged.times and not np.isin(time, judged.times).any():
     own = ", ".join(format_time(t) for t in np.unique(time)[:6]) or "no time that --as-of names"
     return (
-      f"the labels are of {own}, {judged.name} of {', '.join(map(format_time, judged.times[:6]))}: they share no time."
+      f"labels and {judged.name} share no time: the labels have {own}, {judged.name} has "
+      f"{', '.join(map(format_time, judged.times[:6]))}."
     )
   return (
     f"labels and {judged.name} share no user: the first are {', '.join(table.users[:3])} and "
-    f"{', '.join(judged.user[:3])}; is the column of users the right one (--user)?"
+    f"{', '.join(judged.user[:3])}; check that --user names the column of users."
   )
 
 

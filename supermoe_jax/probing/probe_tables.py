@@ -78,7 +78,7 @@ def probe_notes(result: Mapping[str, Any]) -> list[str]:
   """Returns the lines below the table: the protocol, kinds of labels, and the users and rows that were left out."""
   protocol, counts, judged = result["protocol"], result["counts"], result["judged"]
   if protocol["temporal"]:
-    how = f"fitted on all times but the last, which is asked about; {protocol['resamples']:,} resamples"
+    how = f"fitted on all times but the last and scored on the last; {protocol['resamples']:,} resamples"
   else:
     how = f"{protocol['repeats']} x {protocol['folds']} folds of users"
   out = [f"{how}; intervals: {protocol['interval']}; seed {protocol['seed']}"]
@@ -96,19 +96,19 @@ def probe_notes(result: Mapping[str, Any]) -> list[str]:
     out.append(f"  {name}: not measured, {why}")
   out.append(
     f"{counts['users_probed']:,} users, {counts['rows_probed']:,} labels a column; of {counts['labelled_users']:,} "
-    f"labelled users {counts['labelled_users_without_embedding']:,} have no row in {judged}, of "
-    f"{counts['embedded_users']:,} there {counts['embedded_users_without_label']:,} have no label"
+    f"labelled users {counts['labelled_users_without_embedding']:,} have no row in {judged}, and of "
+    f"{counts['embedded_users']:,} users there {counts['embedded_users_without_label']:,} have no label"
   )
   for words, key in (
-    ("rows of labels say what another row says", "label_rows_repeated"),
-    ("rows of labels are of other times than --as-of", "label_rows_of_other_times"),
-    (f"rows of labels have no row in {judged} of their user and time", "label_rows_without_embedding"),
+    ("rows of labels repeat another row", "label_rows_repeated"),
+    ("rows of labels have other times than --as-of", "label_rows_of_other_times"),
+    (f"rows of labels have no row in {judged} for their user and time", "label_rows_without_embedding"),
   ):
     if counts[key]:
       out.append(f"  {counts[key]:,} {words}")
   for name, count in counts["label_rows_without"].items():
     if count:
-      out.append(f"  {count:,} more are left out since {name} has no row for them")
+      out.append(f"  {count:,} more are left out because {name} has no row for them")
   for name, about in result["features"].items():
     if about.get("columns_left_out"):
       out.append(f"  {name}: columns left out: {', '.join(about['columns_left_out'])}")

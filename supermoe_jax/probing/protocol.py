@@ -124,7 +124,7 @@ def make_folds(label: Label, rows: ProbeRows, protocol: Protocol) -> list[Fold]:
   if label.kind == "binary" and (rarest < protocol.folds or np.sum(counts > 0) < 2):
     few = int(np.argmin(counts)) if np.sum(counts > 0) > 1 else 1 - int(stratum[0])
     users_of_it = counts[few] if few < len(counts) else 0
-    raise UnmeasurableLabel(f"{users_of_it} users are of {label.classes[few]!r}, fewer than {protocol.folds} folds")
+    raise UnmeasurableLabel(f"{users_of_it} users have class {label.classes[few]!r}, fewer than {protocol.folds} folds")
   out = []
   for repeat in range(protocol.repeats):
     seed = protocol.seed + repeat
@@ -156,13 +156,13 @@ def _strata(label: Label, owner: np.ndarray, users: int) -> np.ndarray:
 def _temporal(label: Label, rows: ProbeRows) -> Fold:
   times = np.zeros(0) if rows.time is None else np.unique(rows.time)
   if rows.time is None or len(times) < 2:
-    raise UnmeasurableLabel("its labels are of one time; a temporal split needs two or more")
+    raise UnmeasurableLabel("its labels have only one time; a temporal split needs two or more")
   last = rows.time == times[-1]
   if label.kind != "regression":
     for part, what in ((~last, "earlier times"), (last, "the last time")):
       found = np.unique(label.value[part])
       if len(found) < 2:
-        raise UnmeasurableLabel(f"all its labels of {what} are {label.classes[int(found[0])]!r}")
+        raise UnmeasurableLabel(f"all its labels at {what} are {label.classes[int(found[0])]!r}")
   return Fold(np.flatnonzero(~last), np.flatnonzero(last))
 
 

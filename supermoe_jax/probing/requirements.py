@@ -52,7 +52,7 @@ def parse_requirement(text: str) -> Requirement:
     raise ValueError(f"{text!r} is no requirement; {_EXAMPLES}")
   metric = found["metric"]
   if metric not in METRICS:
-    raise ValueError(f"{text!r} names the metric {metric!r}, which there is not{nearest(metric, METRICS)}")
+    raise ValueError(f"{text!r} names the unknown metric {metric!r}{nearest(metric, METRICS)}")
   target: float | str = found["target"]
   if re.match(r"[-+.]?\d", found["target"]):
     try:
@@ -66,9 +66,9 @@ def check_names(required: Collection[Requirement], beside: Collection[str], labe
   """Raises ValueError for a requirement whose comparison is not in `beside`, or whose label is not in `labels`."""
   for r in required:
     if isinstance(r.target, str) and r.target not in beside:
-      raise ValueError(f"{r.text!r}: {r.target!r} is not among what is compared{nearest(r.target, beside)}")
+      raise ValueError(f"{r.text!r}: {r.target!r} is not compared here{nearest(r.target, beside)}")
     if r.label is not None and not _matching(r.label, labels):
-      raise ValueError(f"{r.text!r} names the label {r.label!r}, which is not asked for{nearest(r.label, labels)}")
+      raise ValueError(f"{r.text!r} names the label {r.label!r}, which is not probed{nearest(r.label, labels)}")
 
 
 def _matching(pattern: str, labels: Collection[str]) -> list[str]:

@@ -64,7 +64,7 @@ class UserVectors:
       asked: Any = user
     else:
       if time is None:
-        raise DataError(f"{self.name} are of {_listed(self.times)}; name one with --as-of.")
+        raise DataError(f"{self.name} have several times, {_listed(self.times)}; name one with --as-of.")
       asked = zip(user, time.tolist())
     return np.fromiter((self._rows.get(key, -1) for key in asked), np.int64, len(user))
 
@@ -92,7 +92,7 @@ def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | No
   elif path.is_file():
     files = [path]
   else:
-    raise DataError(f"there are no embeddings {path}.")
+    raise DataError(f"there are no embeddings at {path}.")
   table = pa.concat_tables([_table(f, user) for f in files], promote_options="default")
   if not table.num_rows:
     raise DataError(f"{path} holds no row.")
@@ -173,10 +173,10 @@ def _vectors(path: pathlib.Path, table: pa.Table, users: np.ndarray) -> tuple[np
   lists = [f.name for f in table.schema if any(t(f.type) for t in listing) and _is_number(f.type.value_type)]
   numbers = [f.name for f in table.schema if _is_number(f.type)]
   if len(lists) > 1:
-    raise DataError(f"{path} has several columns of lists, {', '.join(lists)}; leave one.")
+    raise DataError(f"{path} has several columns of lists, {', '.join(lists)}; keep one of them.")
   used = lists or numbers
   if not used:
-    raise DataError(f"{path} has neither a column of lists nor columns of numbers beside the users.")
+    raise DataError(f"{path} has neither a column of lists nor columns of numbers besides the users.")
   if lists:
     column = table[lists[0]].combine_chunks()
     length = pc.list_value_length(column)
@@ -185,7 +185,7 @@ def _vectors(path: pathlib.Path, table: pa.Table, users: np.ndarray) -> tuple[np
       row = int(wrong[0])
       raise DataError(
         f"{path}: row {row + 1}, user {users[row]}, has {length[row].as_py() or 'no'} numbers in {lists[0]!r}, the "
-        f"first row {length[0].as_py() or 'none'}; all must have as many."
+        f"first row {length[0].as_py() or 'none'}; all rows must have the same number."
       )
     flat = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
     x = flat.reshape(len(users), -1)

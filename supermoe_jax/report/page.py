@@ -92,7 +92,7 @@ def _notes(run: RunFiles) -> Iterator[str]:
   if run.manifest is not None and not run.same_data:
     yield (
       f"The dataset at {run.cfg.data.path} was prepared with another configuration than this run's; the data facts "
-      "below describe what lies there now, not what the run was trained on."
+      "below describe the present dataset, not the one that the run was trained on."
     )
   parts = (
     ("The evaluation shown here was", run.evaluation, "evaluate"),

@@ -28,9 +28,9 @@ def find_study(run: RunFiles) -> dict[str, Any] | None:
       continue
     out: dict[str, Any] = {"file": str(file), "page": str(file.with_suffix(".html")), "report": None}
     if set(report["tasks"]) != set(run.cfg.active_views):
-      return {**out, "reason": f"it is of other tasks ({', '.join(report['tasks'])})"}
+      return {**out, "reason": f"it has other tasks ({', '.join(report['tasks'])})"}
     if report.get("data_hash") not in (None, run.cfg.data_hash()):
-      return {**out, "reason": "it is of data that were prepared with another configuration"}
+      return {**out, "reason": "its data were prepared with another configuration"}
     drawn = any(v["tasks"][t]["gain"]["seeds"] for v in report["variants"].values() for t in report["tasks"])
     return {
       **out,

@@ -138,7 +138,7 @@ class _Study:
     except ConfigError as error:
       raise ConfigError(f"{path}: {error}") from None
     if varied.data_hash() != cfg.data_hash() or varied.data.path != cfg.data.path:
-      raise ConfigError(f"{path} changes what is prepared; a study has one dataset.")
+      raise ConfigError(f"{path} changes the prepared data; a study has one dataset.")
     return dataclasses.replace(varied, seesaw=config.Seesaw())
 
   def _single(self, path: str, task: str, overrides: Sequence[str]) -> config.Config:

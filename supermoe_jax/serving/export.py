@@ -85,7 +85,7 @@ def export_encoder(
   sizes = sorted(set(batch_sizes)), sorted({*(events or program_lengths(longest)), longest})
   if not sizes[0] or sizes[0][0] < 1 or sizes[1][0] < 1 or sizes[1][-1] > longest:
     raise ConfigError(
-      f"batch sizes {sizes[0]} and lengths {sizes[1]}: both at least 1, and lengths at most "
+      f"batch sizes {sizes[0]} and lengths {sizes[1]} must be at least 1, and lengths at most "
       f"config.model.max_events={longest}."
     )
   atomic_files.check_replaceable(

@@ -112,7 +112,7 @@ def _text(value: Any) -> str | None:
     return "true" if value else "false"
   if isinstance(value, int) and abs(value) < LARGEST_INTEGER:
     return str(value)
-  raise _wrong(value, "text (write a fraction or a large number as a string, as it stands in the event files)")
+  raise _wrong(value, "text (write a fraction or a large number as a string, as in the event files)")
 
 
 def _json_text(value: Any) -> str | None:

@@ -149,7 +149,7 @@ class ExportedEncoder:
     """
     time = parse_moment(as_of)
     if not isinstance(user, Mapping):
-      raise InputError(place, "an object is wanted, such as {'events': {…}}")
+      raise InputError(place, "it must be an object, such as {'events': {…}}")
     try:
       history, counts = self.preprocessing.history(user, time)
     except InputError as error:

@@ -191,7 +191,7 @@ class Preprocessing:
     if given is None:
       return []
     if not isinstance(given, list | tuple):
-      raise InputError([EVENTS, name], "a list of events is wanted")
+      raise InputError([EVENTS, name], "it must be a list of events")
     source, readers, allowed, found = self.spec.sources[name], self._readers[name], self._allowed[name], []
     blank: list[Any] = [math.nan if f.numeric else None for f in self.spec.fields.values()]
     for field, value in known.items():
@@ -200,7 +200,7 @@ class Preprocessing:
     for i, event in enumerate(given):
       place: tuple[str | int, ...] = (EVENTS, name, i)
       if type(event) is not dict and not isinstance(event, Mapping):
-        raise InputError(place, "an object of columns and values is wanted")
+        raise InputError(place, "it must be an object of columns and values")
       if not event.keys() <= allowed:
         extra = next(k for k in event if k not in allowed)
         raise InputError(place, f"unknown column {extra!r}{nearest(str(extra), allowed)}")
@@ -341,7 +341,7 @@ class Preprocessing:
 
 def _mapping(value: Any, place: Sequence[str | int]) -> Mapping[str, Any]:
   if not isinstance(value, Mapping):
-    raise InputError(place, "an object is wanted" + (", with the events of each source" if place == [EVENTS] else ""))
+    raise InputError(place, "it must be an object" + (", with the events of each source" if place == [EVENTS] else ""))
   return typing.cast(Mapping[str, Any], value)
 
 

@@ -43,7 +43,7 @@ def parse_body(body: bytes) -> Any:
   except json.JSONDecodeError as error:
     raise MalformedJson(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
   except RecursionError:
-    raise MalformedJson("the body is nested too deeply; users, events and their values are all there is") from None
+    raise MalformedJson("the body is nested too deeply; it may hold only users, events and their values") from None
   if _HALF_PAIR.search(text):  # a pair is one character; half of a pair is no text
     try:
       json.dumps(found, ensure_ascii=False).encode()
@@ -56,12 +56,12 @@ def parse_body(body: bytes) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(pairs) > MOST_KEYS:
-    raise MalformedJson(f"an object of {len(pairs)} keys; at most {MOST_KEYS} are taken")
+    raise MalformedJson(f"an object of {len(pairs)} keys; at most {MOST_KEYS} are allowed")
   found = dict(pairs)
   if len(found) < len(pairs):
     seen: set[str] = set()
     twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-    raise MalformedJson(f"the key {json_values.described(twice)} stands twice in one object; keep one of them")
+    raise MalformedJson(f"the key {json_values.described(twice)} appears twice in one object; keep one of them")
   return found
 
 
@@ -71,7 +71,7 @@ def _constant(name: str) -> Any:
 
 def _integer(digits: str) -> int:
   if len(digits) > MOST_DIGITS:
-    raise MalformedJson(f"a whole number of {len(digits)} digits; at most {MOST_DIGITS} are taken")
+    raise MalformedJson(f"a whole number of {len(digits)} digits; at most {MOST_DIGITS} are allowed")
   return int(digits)
 
 
@@ -101,10 +101,10 @@ class UserAnswer(pydantic.BaseModel):
   embedding: list[float] | None
   used: int = pydantic.Field(description="events before as_of")
   ignored: int = pydantic.Field(description="events at or after as_of, which the embedding must not see")
-  duplicates: int = pydantic.Field(description="events that repeat another, left out")
-  items_missing: int = pydantic.Field(description="events whose item the table of items does not hold")
-  unknown: dict[str, int] = pydantic.Field(description="of each field with any, values out of vocabulary")
-  cut: dict[str, int] = pydantic.Field(description="of each field of many with any, values beyond those it keeps")
+  duplicates: int = pydantic.Field(description="events that repeat another event and are left out")
+  items_missing: int = pydantic.Field(description="events whose item is missing in the table of items")
+  unknown: dict[str, int] = pydantic.Field(description="values out of vocabulary, for each field that has any")
+  cut: dict[str, int] = pydantic.Field(description="values cut off, for each field of lists that has any")
 
 
 class Answer(pydantic.BaseModel):
@@ -119,7 +119,7 @@ class Answer(pydantic.BaseModel):
 class Problem(pydantic.BaseModel):
   """One error in a request."""
 
-  place: list[str | int] = pydantic.Field(description="the keys and indices that lead to it")
+  place: list[str | int] = pydantic.Field(description="the keys and indices that lead to the error")
   problem: str
 
 
@@ -148,7 +148,7 @@ def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.Bas
         continue
       taken = json_types(source.columns[column], numeric=described["numeric"], many=described["many"] > 0)
       fields = ", ".join(described["fields"]) or "the key of its table of items"
-      held = "; taken from the table of items where it is left out" if described["from_items"] else ""
+      held = "; taken from the table of items if it is missing" if described["from_items"] else ""
       told = f"{source.columns[column].name}: {fields}{held}"
       event[f"c{j}"] = (taken | None, pydantic.Field(None, alias=column, description=told))
     model = pydantic.create_model(f"Event{i}", __base__=Strict, __doc__=f"An event of {name}.", **event)
@@ -162,7 +162,7 @@ def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.Bas
       for i, (column, kind) in enumerate(spec.user_columns.items())
     }
     user["user"] = (
-      pydantic.create_model("Known", __base__=Strict, __doc__="What the table of users holds.", **known) | None,
+      pydantic.create_model("Known", __base__=Strict, __doc__="Columns of the table of users.", **known) | None,
       None,
     )
   one = pydantic.create_model("User", __base__=Strict, __doc__="A user.", **user)
@@ -172,7 +172,7 @@ def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.Bas
   return pydantic.create_model(
     "Request",
     __base__=Strict,
-    __doc__="Users, and the time they are embedded as of.",
+    __doc__="Users, and the time of their embeddings.",
     as_of=(as_of, ...),
     users=(many, ...),
   )

@@ -94,9 +94,9 @@ class _Service:
       try:
         body = await asyncio.wait_for(self._body(request), self.settings.upload_seconds)
       except ClientDisconnect:
-        raise _refused(400, "the body broke off") from None
+        raise _refused(400, "the body ended early") from None
       except TimeoutError:
-        raise _refused(408, f"the body did not come within {self.settings.upload_seconds:g} s") from None
+        raise _refused(408, f"the body did not arrive within {self.settings.upload_seconds:g} s") from None
       try:
         async with asyncio.timeout(self.settings.answer_seconds):
           return await self._answer(body)
@@ -192,11 +192,11 @@ def make_app(encoder: ExportedEncoder, settings: ServiceSettings | None = None) 
     code: {"model": Problems, "description": described}
     for code, described in {
       400: "no JSON",
-      408: "the body came too slowly",
+      408: "the body arrived too slowly",
       413: "the body is too large",
-      415: "the body is of another type",
+      415: "the body has another type",
       422: "a value cannot be used",
-      429: "too much is asked; Retry-After says when to come again",
+      429: "the service is busy; Retry-After names the seconds to wait",
     }.items()
   }
 

@@ -281,7 +281,7 @@ def _check(simulation: Simulation) -> None:
     "0 < train_start ≤ train_end - every_days < train_end ≤ validation < test < days must hold.",
   )
   names = [t.name for t in s.tasks]
-  require(len(set(names)) == len(names), f"tasks: a name stands twice in {names}.")
+  require(len(set(names)) == len(names), f"tasks: a name appears twice in {names}.")
   for task in s.tasks:
     require(
       task.name.isidentifier() and task.name not in (NEXT_ITEM, "user", "split", "bits"),

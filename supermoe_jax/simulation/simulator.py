@@ -95,7 +95,7 @@ def bayes_scores(
   scores = {}
   asked = np.flatnonzero((visible > 0) & (population.split == SPLITS[split]))
   if simulation.tasks and not len(asked):
-    raise SimulationError(f"no user is asked for labels in {split}; simulate more users.")
+    raise SimulationError(f"no {split} user has an event before the snapshot; simulate more users.")
   for task in simulation.tasks:
     told = (population.split == TRAIN) & population.known[task.name]
     label, best = population.label[task.name], belief[asked] @ world.answer[task.name]

@@ -146,7 +146,7 @@ def test_neither_reading_nor_finished_shards_are_done_again(
   monkeypatch.setattr(prepare.fitting, "fit_encoders", lambda *unused: pytest.fail("the encoders were fitted again"))
   with messages() as said:
     prepare.prepare(cfg)
-  assert "going on in" in said[0] and any("2 of" in s for s in said)
+  assert "resuming in" in said[0] and any("2 of" in s for s in said)
   assert_as_if_nothing_had_happened(cfg)
   now = {f.name: f.stat().st_ino for f in pathlib.Path(cfg.data.path).rglob("*.array_record-*")}
   assert finished.items() <= now.items() and not left.exists()

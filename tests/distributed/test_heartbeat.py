@@ -99,7 +99,7 @@ def test_processes_that_differ_say_in_what(tmp_path: pathlib.Path, facts: dict[s
 
 def test_another_number_of_processes_is_an_error(tmp_path: pathlib.Path) -> None:
   mine, _ = together(enter(tmp_path, 0), enter(tmp_path, 1, of=3, wait=0.5))
-  with pytest.raises(RunError, match="is one of 3 processes, this one of 2"):
+  with pytest.raises(RunError, match="is one of 3 processes, this process one of 2"):
     raise mine or AssertionError
 
 
@@ -136,7 +136,7 @@ def test_what_a_dead_process_left_is_no_one_in_use(tmp_path: pathlib.Path) -> No
 
 def test_a_signal_ends_a_wait_for_others(tmp_path: pathlib.Path) -> None:
   waiting = Heartbeat(tmp_path, Place("localhost:1", 2, 0), FACTS, stop=lambda: "SIGTERM")
-  with pytest.raises(Stopped, match=r"SIGTERM before .* was begun"):
+  with pytest.raises(Stopped, match=r"SIGTERM before .* began in"):
     waiting.__enter__()
 
 
@@ -255,7 +255,7 @@ def test_a_child_that_dies_alone_is_told_so(
 ) -> None:
   body = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
   assert watched(tmp_path, body, monkeypatch, 60) == ExitCode.CRASHED
-  assert "was ended by signal SIGKILL; the system may have been out of memory; all others live" in (
+  assert "was ended by signal SIGKILL; the system may have been out of memory; all other processes run" in (
     capsys.readouterr().err
   )
 
@@ -290,7 +290,7 @@ def test_a_place_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
   ("told", "message"),
   [
     (("a:1", None, 0), "belong together"),
-    (("a:1", 2, 2), "--process=2 must lie between 0 and --processes=2"),
+    (("a:1", 2, 2), "--process=2 must be at least 0 and less than --processes=2"),
     (("a", 2, 0), "--coordinator=a must be HOST:PORT"),
   ],
 )

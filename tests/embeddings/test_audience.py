@@ -90,7 +90,12 @@ def test_an_audience_leaves_the_seeds_out_and_is_sorted(
 @pytest.mark.parametrize(
   ("name", "content", "more", "message"),
   [
-    ("a.txt", "1\n2\n9999\n", [], "names 2 users that have an embedding, of 3 ids (unknown: 9999 …); at least 10"),
+    (
+      "a.txt",
+      "1\n2\n9999\n",
+      [],
+      "2 users that have an embedding, of 3 ids (unknown: 9999 …); the search and its measurement need at least 10",
+    ),
     ("a.txt", "", [], "names 0 users"),
     ("a.csv", "user,score\n1,2\n", [], "has no column 'user_id'; did you mean 'user'?"),
     ("a.xlsx", "1", [], "seeds are read from .parquet, .csv or .txt"),

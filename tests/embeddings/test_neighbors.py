@@ -151,9 +151,9 @@ def test_ids_of_text_are_found_and_mistakes_name_what_comes_near(tmp_path: pathl
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--user", "400"], "user '400' has no embedding among 120; ids that come near: 117, 118, 119"),
+    (["--user", "400"], "user '400' has no embedding among 120; similar ids: 117, 118, 119"),
     (["--user", "bob"], "user 'bob' has no embedding"),
-    (["--user", "3", "--as-of", "2024-06-01"], "2 time(s) such as 2024-04-01T00:00:00, 2024-05-01T00:00:00"),
+    (["--user", "3", "--as-of", "2024-06-01"], "2 time(s), such as 2024-04-01T00:00:00, 2024-05-01T00:00:00"),
     (["--user", "3", "--metric", "cosin"], "did you mean 'cosine'"),
     (["--user", "3", "--k", "0"], "--k=0 must be at least 1"),
     (["--user", "3", "--recall", "0.9"], "no effect without --index"),
@@ -189,5 +189,5 @@ def test_vectors_of_length_zero_are_counted(folder: pathlib.Path, tmp_path: path
   x = rows_with_ties(30)  # its last row is 0
   x[4] = 0
   search = neighbors_lib.open_search(embedding_folder.write(tmp_path / "e", x))
-  assert any("2 vectors are 0 throughout" in line for line in search.said)
+  assert any("2 vectors hold only zeros" in line for line in search.said)
   assert set(search.of(["4"], 5)["score"].to_pylist()) == {0.0}

@@ -83,7 +83,7 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(
   assert validation.best_checkpoint(folder) == 4
   assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "best"]) == 0
   assert json.loads((folder / "evaluation.json").read_text())["step"] == 4
-  assert "of step 4;" in capsys.readouterr().out
+  assert "scores at step 4;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cut", quick_few(["within"], ["before", "within"]))
@@ -124,7 +124,7 @@ def test_what_cannot_be_opened_says_what_is_there(
   folder, _ = validated
   with pytest.raises(RunError, match=r"holds no checkpoint 8; there are 12, 4\."):
     Run(folder, 8)
-  with pytest.raises(RunError, match=r"no checkpoint that was validated.*config\.train\.validate\.every"):
+  with pytest.raises(RunError, match=r"no validated checkpoint.*config\.train\.validate\.every"):
     validation.best_checkpoint(workdir)
   assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "first"]) == 1
   assert "--checkpoint=first must be newest, best or a step" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_sequences_and_items_of_a_table_are_the_same(tmp_path: pathlib.Path) -> 
   assert one.manifest["reading"]["sources"]["log"]["items_missing"] > 0
   (tmp_path / "3.txt").write_text("u3 1 2 3\n")
   cfgs = [moved(config.resolve(raw), name) for name in ("a", "b")]
-  assert "stands in 2 lines" in message(locally, cfgs[0])
+  assert "has 2 lines" in message(locally, cfgs[0])
   assert message(locally, cfgs[0]) == message(on_beam, cfgs[1])
 
 
@@ -240,7 +240,7 @@ def test_machines_that_cannot_reach_the_folder_are_noticed(
 ) -> None:
   cfg = written(tmp_path, random_case(9, 30, 8))
   monkeypatch.setattr(event_parts, "settle_part", lambda *unused: None)
-  with pytest.raises(DataError, match="all machines must reach it"):
+  with pytest.raises(DataError, match="all machines must reach this directory"):
     on_beam(cfg)
 
 
@@ -263,7 +263,7 @@ def failed(cfg: config.Config, prepare: Callable[[config.Config], Any], after: i
   """Lets a preparation fail after so many shards."""
   with pytest.MonkeyPatch.context() as patch:
     fail_after(after, patch)
-    with pytest.raises(DataError, match=r"the disk is on fire .*the same command goes on"):
+    with pytest.raises(DataError, match=r"the disk is on fire .*the same command resumes"):
       prepare(cfg)
 
 

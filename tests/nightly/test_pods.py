@@ -99,5 +99,5 @@ def test_what_does_not_fit_is_told_with_what_would_spare_most(file: pathlib.Path
   assert plan["fits"] is False and plan["memory"]["parts"]["tables"] == pytest.approx(rows, rel=0.01)
   assert plan["memory"]["total"] > rows
   assert "does not fit" in out.stdout
-  assert plan["remedies"][0].startswith("--config.train.tables.dtype=bfloat16: may spare about 14.9 GiB")
+  assert plan["remedies"][0].startswith("--config.train.tables.dtype=bfloat16: may save about 14.9 GiB")
   assert "try --topology=v5e:4x8: about 15.3 GiB" in out.stdout and "try --topology=v5p:2x2x2" in out.stdout

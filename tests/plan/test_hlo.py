@@ -74,7 +74,7 @@ def test_groups_in_a_form_that_is_not_known_are_an_error() -> None:
   text = (
     "ENTRY %main (p: f32[8]) -> f32[8] {\n  %x = f32[8]{0} all-reduce(%y), replica_groups=everyone, to_apply=%a\n}\n"
   )
-  with pytest.raises(ValueError, match="in a form that is not known here"):
+  with pytest.raises(ValueError, match="in an unknown form"):
     collectives.read_collectives(hlo.parse_module(HEAD + text), 8)
 
 

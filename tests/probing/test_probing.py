@@ -187,12 +187,12 @@ def test_a_temporal_split_fits_on_earlier_times_and_asks_about_the_last() -> Non
 @pytest.mark.parametrize(
   ("value", "rows", "protocol", "message"),
   [
-    ([1, 0, 0, 0, 0, 0, 0, 0], None, ONCE, "1 users are of 'yes', fewer than 5 folds"),
-    ([1, 1, 1, 1, 1, 1, 1, 1], None, ONCE, "0 users are of 'no'"),
+    ([1, 0, 0, 0, 0, 0, 0, 0], None, ONCE, "1 users have class 'yes', fewer than 5 folds"),
+    ([1, 1, 1, 1, 1, 1, 1, 1], None, ONCE, "0 users have class 'no'"),
     ([1, 0, 1], None, ONCE, "3 users have a label, fewer than 5 folds"),
-    ([1, 0, 1], None, Protocol(temporal=True), "of one time"),
-    ([1, 0, 1, 1], [1, 1, 2, 2], Protocol(temporal=True), "all its labels of the last time are 'yes'"),
-    ([0, 0, 1, 0], [1, 1, 2, 2], Protocol(temporal=True), "all its labels of earlier times are 'no'"),
+    ([1, 0, 1], None, Protocol(temporal=True), "only one time"),
+    ([1, 0, 1, 1], [1, 1, 2, 2], Protocol(temporal=True), "all its labels at the last time are 'yes'"),
+    ([0, 0, 1, 0], [1, 1, 2, 2], Protocol(temporal=True), "all its labels at earlier times are 'no'"),
   ],
 )
 def test_a_label_that_cannot_be_measured_says_why(

@@ -51,8 +51,8 @@ def test_a_file_alone_is_probed_and_everyone_is_counted(
   vectors, labels = other
   assert probe("--other", f"mine={vectors}", "--labels", labels, *QUICK) == ExitCode.OK
   said = capsys.readouterr().out
-  assert "of 120 labelled users 10 have no row in mine, of 120 there 10 have no label" in said
-  assert "no aggregates stand beside" in said
+  assert "of 120 labelled users 10 have no row in mine, and of 120 users there 10 have no label" in said
+  assert "not compared with aggregates" in said
   found = json.loads((vectors.parent / "vectors.parquet.probe.json").read_text())
   assert found["judged"] == "mine" and found["counts"]["rows_probed"] == 110
   assert found["labels"]["good"]["scores"]["mine"]["logistic"]["auc"]["low"] > 0.85
@@ -134,9 +134,9 @@ def test_embeddings_of_each_users_last_moment_need_no_time(run: Run, tmp_path: p
     (["accuracy>0.1"], ExitCode.ERROR, "no label has accuracy"),
     (["auc>>0.8"], ExitCode.USAGE, "'auc>>0.8' is no requirement; write it as 'auc>=0.8'"),
     (["auc>=0.8x"], ExitCode.USAGE, "'0.8x' is no number"),
-    (["acu>=0.8"], ExitCode.USAGE, "names the metric 'acu', which there is not; did you mean 'auc'"),
-    (["god.auc>=0.8"], ExitCode.USAGE, "names the label 'god', which is not asked for; did you mean 'good'"),
-    (["auc>=nose"], ExitCode.USAGE, "'nose' is not among what is compared; did you mean 'noise'"),
+    (["acu>=0.8"], ExitCode.USAGE, "names the unknown metric 'acu'; did you mean 'auc'"),
+    (["god.auc>=0.8"], ExitCode.USAGE, "names the label 'god', which is not probed; did you mean 'good'"),
+    (["auc>=nose"], ExitCode.USAGE, "'nose' is not compared here; did you mean 'noise'"),
   ],
 )
 def test_requirements_decide_the_exit_code(
@@ -166,13 +166,13 @@ def test_a_requirement_of_a_label_that_cannot_be_measured_is_not_met() -> None:
 @pytest.mark.parametrize(
   ("more", "code", "message"),
   [
-    ([], ExitCode.ERROR, "are of 2024-04-01T00:00:00, 2024-05-20T00:00:00: name one with --as-of"),
+    ([], ExitCode.ERROR, "have the times 2024-04-01T00:00:00, 2024-05-20T00:00:00: name one with --as-of"),
     (["--as-of", "2024-01-01"], ExitCode.ERROR, "share no time"),
     (["--as-of", DAYS[1], "--user", "late"], ExitCode.ERROR, "has no column|share no user|two labels"),
     (["--as-of", DAYS[1], "--models", "tree"], ExitCode.ERROR, "there is no model 'tree'; valid: logistic"),
-    (["--as-of", DAYS[1], "--beside", "all"], ExitCode.ERROR, "--beside all: valid are aggregates, untrained"),
+    (["--as-of", DAYS[1], "--beside", "all"], ExitCode.ERROR, "--beside all is unknown; valid: aggregates, untrained"),
     (["--as-of", DAYS[1], "--workdir", "gone"], ExitCode.ERROR, "there is no run at gone"),
-    (["--temporal"], ExitCode.USAGE, "--temporal needs the labels' column of times"),
+    (["--temporal"], ExitCode.USAGE, "--temporal needs --time, the labels' column of times"),
     (["--folds", "1"], ExitCode.USAGE, "--folds 1 must be at least 2"),
     (["--kind", "late=number"], ExitCode.USAGE, "must be COLUMN=binary"),
     (["--other", "x"], ExitCode.USAGE, "must be NAME=PATH"),
@@ -206,7 +206,7 @@ def test_aggregates_of_a_dataset_that_has_grown_since_do_not_stand_beside(
   pq.write_table(pa.table({"user_id": users, "late": users % 3 == 0}), tmp_path / "labels.parquet")
   arguments = ["--labels", tmp_path / "labels.parquet", "--as-of", DAYS[1], "--beside", "aggregates", *QUICK]
   assert probe("--embeddings", tmp_path / "earlier", *arguments) == ExitCode.ERROR
-  assert "was appended to or prepared again since" in capsys.readouterr().err
+  assert "has changed since" in capsys.readouterr().err
   assert probe("--embeddings", written, *arguments) == ExitCode.OK
 
 
@@ -220,13 +220,13 @@ def test_what_is_compared_must_know_the_same_users(
   assert "labels and embeddings share no user: the first are 10, 11, 12 and x, y" in capsys.readouterr().err
   assert probe("--embeddings", vectors, "--other", f"s={strangers}", "--labels", labels, *QUICK) == ExitCode.ERROR
   error = capsys.readouterr().err
-  assert "no labelled row of embeddings has a row in everything compared with it." in error
+  assert "no labelled row of embeddings has a row in all vectors compared with it." in error
   assert "Labelled rows that lack one: s 110." in error
 
 
 def test_there_must_be_something_to_probe(capsys: pytest.CaptureFixture[str]) -> None:
   assert probe("--labels", "labels.parquet") == ExitCode.USAGE
-  assert "name what is to be probed" in capsys.readouterr().err
+  assert "name the embeddings to probe" in capsys.readouterr().err
 
 
 def test_without_lightgbm_an_error_says_what_to_install(

@@ -336,7 +336,7 @@ def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
 ) -> None:
   for overrides, message in (
     (["model.moe_evry=0"], r"config\.seesaw\.variants\.bad: .*has no key 'moe_evry'.*did you mean 'moe_every'"),
-    (["data.split.every_days=9.0"], r"variants\.bad changes what is prepared"),
+    (["data.split.every_days=9.0"], r"variants\.bad changes the prepared data"),
   ):
     raw = config.to_dict(planned)
     raw["seesaw"]["variants"]["bad"] = overrides

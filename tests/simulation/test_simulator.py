@@ -315,7 +315,7 @@ def test_the_config_of_a_simulation_is_valid_and_splits_users_alike(tmp_path: pa
     ({"groups": (7, 6)}, "13 bits"),
     ({"events": (0, 5)}, r"events=\(0, 5\)"),
     ({"test": 100}, "train_start"),
-    ({"tasks": (TASKS[0], TASKS[0])}, "stands twice"),
+    ({"tasks": (TASKS[0], TASKS[0])}, "appears twice"),
     ({"tasks": (SimulatedTask("next_item"),)}, "next_item"),
     ({"tasks": (SimulatedTask("a", group=2),)}, "group=2"),
     ({"tasks": (SimulatedTask("a", label_rate=0.0),)}, "label_rate=0"),

@@ -81,7 +81,7 @@ def append(
       dataset = Dataset(path)  # opened again: from here on no other process can replace it
       cfg, part = new_files.append_configs(dataset, files, memory)
       for file in (items := new_files.changed_items(dataset, part)):
-        logger.info(f"{file} has changed: new events are joined to it as it is now, earlier ones keep what they had")
+        logger.info(f"{file} has changed: new events get its present values, earlier events keep their own")
       return _Append(dataset, cfg, part, keep_vocabularies, work, items).run()
   except (OSError, duckdb.Error) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -220,7 +220,7 @@ class _Append:
     if not changed.everyone:
       left &= known["last_event"].to_numpy() >= changed.since
     places = known["record"].to_numpy()[left]
-    bar = ProgressBar(total=len(places), unit=" records", unit_scale=True, desc="looking at labels", mininterval=1)
+    bar = ProgressBar(total=len(places), unit=" records", unit_scale=True, desc="checking labels", mininterval=1)
     with bar:
       for start in range(0, len(places), LOOKED_AT):
         here = places[start : start + LOOKED_AT]

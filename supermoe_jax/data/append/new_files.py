@@ -25,7 +25,9 @@ def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[
     if len(sources) == 1 and source != sources[0]:
       source, equals, file = sources[0], "=", argument
     if not equals:
-      raise ConfigError(f"{argument!r} names no source; write SOURCE=FILE, SOURCE one of {', '.join(sources)}.")
+      raise ConfigError(
+        f"{argument!r} names no source; write SOURCE=FILE, where SOURCE is one of {', '.join(sources)}."
+      )
     out.setdefault(source, []).append(file)
   return out
 
@@ -52,7 +54,7 @@ def append_configs(
     new = {n: tuple(f for f in files if paths.file_identity(f) not in read) for n, files in found.items()}
     if not any(new.values()):
       raise DataError(
-        f"{dataset.path}: no file is new of those that config.data.sources names; name files: "
+        f"{dataset.path} already holds all files that config.data.sources names; name new files: "
         f"supermoe append --data {dataset.path} {next(iter(known))}=FILE"
       )
   else:
@@ -64,7 +66,7 @@ def append_configs(
         if paths.file_identity(file) in read:
           raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
     if not any(new.values()):
-      raise DataError(f"no file is named to be appended to {dataset.path}.")
+      raise DataError(f"no file to append to {dataset.path} is named; name at least one.")
   for name, source in cfg.data.sources.items():
     if new.get(name) and source.format == "sequences":
       raise ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")

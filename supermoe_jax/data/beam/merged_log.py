@@ -93,4 +93,4 @@ def count_parts(data: config.Data) -> int:
 
 def missing_file(folder: pathlib.Path) -> OSError:
   """Returns the error for a result that a worker wrote but that cannot be found."""
-  return OSError(f"{folder} lacks what was written there: all machines must reach it, under this path")
+  return OSError(f"{folder} lacks a file that a worker wrote: all machines must reach this directory, under this path")

@@ -99,7 +99,7 @@ class Beam:
     count = len(settled)
     done = shard_files.finished_shards(directory, count)
     if done:
-      logger.info(f"{len(done)} of {count} shards are there already")
+      logger.info(f"{len(done)} of {count} shards are finished already")
     todo = [(part, shard_files.shard_name(i, count)) for i, part in enumerate(settled) if i not in done]
     if todo:
       logger.info(f"{len(todo)} shard{'s' if len(todo) > 1 else ''}, with {self._name}")

@@ -1,8 +1,8 @@
-"""Checks a prepared dataset: derives the labels of a sample of users again from the raw files and compares them.
+"""Checks a prepared dataset: derives snapshots, splits and labels of some users again from the raw files.
 
-The derivation is separate SQL over the files as `raw_events` reads them. It shares no code with `data.tasks`, so that a
-fault in either shows as a difference. From preparation it takes only the vocabularies and the statistics that
-standardise numbers.
+It compares them with the records, and raises an error at the first difference. The derivation is separate SQL over the
+files as `raw_events` reads them. It shares no code with `data.tasks`, so that a fault in either shows as a difference.
+From preparation it takes only the vocabularies and the statistics that standardise numbers.
 """
 
 from __future__ import annotations
@@ -337,5 +337,5 @@ def _shown(value: object) -> str:
 
 def check_summary(compared: Mapping[str, ComparedLabels]) -> str:
   """Returns a text with the numbers of compared labels."""
-  lines = [f"  {name}: {n.labels:,} labels, {n.unknown:,} left unknown by both" for name, n in compared.items()]
-  return "\n".join(["every answer of the sample follows from the raw files:", *lines])
+  lines = [f"  {name}: {n.labels:,} labels agree, {n.unknown:,} are unknown to both" for name, n in compared.items()]
+  return "\n".join(["all labels of the sample agree with the raw files:", *lines])

@@ -49,12 +49,12 @@ def read_manifest(directory: pathlib.Path, format: int) -> dict[str, Any]:
   except ValueError as error:  # JSON or UTF-8
     raise DataError(f"{file} is damaged ({error}); prepare the dataset again.") from None
   if not isinstance(manifest, dict):
-    raise DataError(f"{file} is damaged (it holds no object); prepare the dataset again.")
+    raise DataError(f"{file} is damaged (it holds no JSON object); prepare the dataset again.")
   # The manifest of an older version has no digest to compare with.
   if manifest.get("format") != format and ("digest" not in manifest or manifest["digest"] == _own_digest(manifest)):
     raise DataError(f"{file} has format {manifest.get('format')!r}, this version reads {format}; prepare again.")
   if manifest.get("digest") != _own_digest(manifest):
-    raise DataError(f"{file} is damaged (its content does not have its digest); prepare the dataset again.")
+    raise DataError(f"{file} is damaged (its content does not match its digest); prepare the dataset again.")
   for name, written in manifest["contents"].items():
     _check(directory / name, written)
   return manifest

@@ -239,16 +239,16 @@ def field_role(column: ColumnStatistics, *, timed: bool = True, one_user_each: b
   if likely and likely[0] >= 2:
     return ColumnRole("ignore", "another time")
   if timed and column.named(CALENDAR_WORDS) is not None and column.numeric:
-    return ColumnRole("ignore", "calendar: the time says it")
+    return ColumnRole("ignore", "calendar: the time holds it already")
   if _is_quantity(column):
     assert column.high is not None and column.low is not None and column.size is not None
     skewed = max(abs(column.high), abs(column.low)) > SKEW * column.size
-    bad = f", but for {column.present - column.numbers:,} values" if column.numbers < column.present else ""
+    bad = f", except {column.present - column.numbers:,} values" if column.numbers < column.present else ""
     return ColumnRole("numeric", ("skewed" if skewed else "a quantity") + bad, {"encoding": "log1p"} if skewed else {})
   if column.rows > FEW_VALUES and column.distinct >= MOSTLY * column.present:
-    return ColumnRole("ignore", "a value of its own for each row")
+    return ColumnRole("ignore", "a different value in each row")
   if one_user_each:
-    return ColumnRole("ignore", "each value has one user: it says who, not what")
+    return ColumnRole("ignore", "each value belongs to one user: it identifies users")
   if column.length > LONG_TEXT:
     return ColumnRole("ignore", "long text")
   if column.distinct > VOCABULARY_LIMIT:

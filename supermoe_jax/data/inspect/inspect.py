@@ -114,7 +114,7 @@ class Inspection:
     """Returns the findings as aligned text for a terminal, followed by the proposed config file."""
     parts = [_render_table(table) for table in self.tables]
     if self.empty_files:
-      parts.append("Without a row: " + ", ".join(str(f) for f in self.empty_files))
+      parts.append("Files without a row: " + ", ".join(str(f) for f in self.empty_files))
     if self.suspects:
       parts.append("Suspicious columns:\n" + "\n".join(f"  {suspect}" for suspect in self.suspects))
     if self.config:
@@ -158,7 +158,7 @@ def _group(
       continue
     groups.setdefault((table.format, *sorted(table.columns)), []).append(table)
   if not groups:
-    raise DataError(f"supermoe inspect: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+    raise DataError(f"supermoe inspect: none of the {len(found)} files holds a row; the first is {found[0].path}.")
   for group in groups.values():
     sequence_files.check_sequences(con, group)
   return list(groups.values()), empty
@@ -281,7 +281,7 @@ def _column_roles(
   if user is None:
     return found
   found[user] = ColumnRole(
-    "user", "by its name" if columns[user].named(column_roles.USER_WORDS) is not None else "ids that come back"
+    "user", "by its name" if columns[user].named(column_roles.USER_WORDS) is not None else "ids that repeat"
   )
   # Only a column with more values than users is checked: fewer values cannot identify all users.
   asked = [
@@ -336,7 +336,7 @@ def _render_table(table: InspectedTable) -> str:
     )
   lines += _aligned(rows, right={2, 3})
   if table.format == "sequences" and table.events:
-    lines += ["", f"  time      none, only an order: places up to {table.events.last // 1_000_000 + 1:,}"]
+    lines += ["", f"  time      none, only an order: positions up to {table.events.last // 1_000_000 + 1:,}"]
   elif table.events:
     days = (table.events.last - table.events.first) / 86_400e6
     lines += [

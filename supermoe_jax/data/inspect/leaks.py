@@ -43,7 +43,7 @@ class LeakSuspect:
 
   def __str__(self) -> str:
     return (
-      f"{self.table}.{self.column} tells {self.label} in {self.right:.1%} of the rows, the commonest value "
+      f"{self.table}.{self.column} predicts {self.label} in {self.right:.1%} of the rows, the commonest value in "
       f"{self.commonest:.1%}: if it is known only with the label, leave it out of the fields, or set input=False"
     )
 

@@ -123,8 +123,8 @@ def log_counts(data: config.Data, reading: Reading, facts: LogStatistics, *, par
     dropped["duplicate"] = facts.duplicates
   if not facts.training and not part and data.split.mode == "user":
     raise DataError(
-      f"None of the {facts.users} users has an event in training: by their hash all belong to validation or test, or "
-      "their events lie after config.data.split.log_end. Lower user_validation and user_test, or bring more users."
+      f"None of the {facts.users} users has an event in training: their hashes put all of them into validation or "
+      "test, or their events lie after config.data.split.log_end. Lower user_validation and user_test, or add users."
     )
   if not facts.training and not part:
     raise DataError(

@@ -102,7 +102,7 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, engine: Engine | Non
 
   def resume(work: pathlib.Path) -> bool:
     same = _state(work) == identity
-    logger.info(f"going on in {work}" if same else f"removing {work}, left by another preparation that did not finish")
+    logger.info(f"resuming in {work}" if same else f"removing {work}, left by another preparation that did not finish")
     return same
 
   try:
@@ -111,9 +111,9 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, engine: Engine | Non
       return _prepare_into(cfg, work, engine)
   except concurrent.futures.process.BrokenProcessPool as error:
     raise DataError(
-      "a process that writes shards ended before its time, most likely for want of memory: lower config.data.memory. "
-      "(A script that calls prepare() must do so under `if __name__ == '__main__':`.) What was done is kept; the same "
-      "command goes on from there."
+      "a process that writes shards ended early, most likely because memory ran out: lower config.data.memory. "
+      "(A script that calls prepare() must do so under `if __name__ == '__main__':`.) Finished work is kept; the same "
+      "command resumes from there."
     ) from error
   except (OSError, duckdb.Error) as error:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -123,8 +123,8 @@ def prepare(cfg: config.Config, *, overwrite: bool = False, engine: Engine | Non
       "Free space or set config.data.path to another disk" if full else "Check config.data.path and config.data.memory"
     )
     raise DataError(
-      f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; the same command goes on with "
-      f"what was done, which is kept in {path}.incomplete."
+      f"preparing {path} failed: {reason} ({free:.1f} GiB free). {remedy}; then the same command resumes: "
+      f"finished work is kept in {path}.incomplete."
     ) from error
 
 
@@ -239,7 +239,7 @@ class ThisMachine:
     count = shard_files.count_shards(log.counts["events"], log.counts["users"])
     done = shard_files.finished_shards(directory, count)
     if done:
-      logger.info(f"{len(done)} of {count} shards are there already")
+      logger.info(f"{len(done)} of {count} shards are finished already")
 
     def tasks() -> Iterator[tuple[pathlib.Path, ShardRows]]:
       for index, users, rows in log.shards(plan.encoders, count, done):

@@ -19,7 +19,7 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
     "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
   ]
   if repeated := manifest.get("repeated_snapshots"):
-    lines.append(f"  {repeated:,} at the moment of another (events at equal times) were left out")
+    lines.append(f"  {repeated:,} snapshots at the time of another one (events of equal time) were left out")
   for task, splits in manifest["labels"].items():
     lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
   for task, count in manifest["user_table"].get("user_labels", {}).items():
@@ -29,8 +29,8 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
       lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
   for name, field in manifest["fields"].items():
     if field["oov_after"]:
-      where = "of users outside training were unseen" if by_user else "after the training period were unseen"
-      lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where} in it")
+      where = "of other users were unseen in training" if by_user else "after the training period were unseen in it"
+      lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where}")
     if field.get("colliding"):
       lines.append(
         f"field {name}: {field['colliding']:.2%} of the {field['values']:,} hashed values share their code with others"
@@ -59,23 +59,23 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
   held = sum(manifest["shards"].values())
   touched, others = last["users_with_new_events"], last["users_with_other_labels"]
   lines = [
-    f"{last['events']:,} events appended: {touched:,} users written anew, {last['new_users']:,} of them new; "
-    f"{manifest['users'] - touched - others:,} left as they were"
+    f"{last['events']:,} events appended: {touched:,} users rewritten, {last['new_users']:,} of them new; "
+    f"{manifest['users'] - touched - others:,} left unchanged"
   ]
   if others:
-    lines.append(f"{others:,} users without new events were written anew, as more of their labels is observed now")
+    lines.append(f"{others:,} users without new events were rewritten, because more of their labels are known now")
   if repeats := last["repeats_of_earlier_events"]:
     dropped = "and were left out" if "duplicate" in reading["dropped"] else "and were kept (config.data.duplicates)"
     lines.append(f"{repeats:,} events repeat earlier ones {dropped}")
   for name, files in last["beyond_patterns"].items():
     if files:
       lines.append(
-        f"config.data.sources.{name}.files must match {', '.join(files)} too, for train to take this dataset"
+        f"config.data.sources.{name}.files must also match {', '.join(files)}; otherwise train refuses this dataset"
       )
   for name, values in last["vocabularies"].items():
     if values["added"]:
       shown = ", ".join(map(repr, values["first"][:SHOWN_CLASSES])) + (", …" if values["added"] > SHOWN_CLASSES else "")
-      lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); train models anew")
+      lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); retrain models for them")
     if values["left_out"]:
       lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
   if held > 2 * manifest["users"]:

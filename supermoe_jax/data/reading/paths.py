@@ -70,7 +70,7 @@ def open_files(
         raise DataError(f"{error} Remove it from {key}.files.") from None
       opened.empty.append(file.path)
   if not opened.tables:
-    raise DataError(f"{key}.files: none of the {len(found)} files holds a row, the first of them {found[0].path}.")
+    raise DataError(f"{key}.files: none of the {len(found)} files holds a row; the first is {found[0].path}.")
   return opened
 
 

@@ -314,7 +314,7 @@ def _attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
   ).fetchall()
   names = [name for name, _ in found]
   if KEY in names:
-    raise DataError(f"{path} holds an attribute {KEY!r}, which is what the objects' ids are called; rename it.")
+    raise DataError(f"{path} holds an attribute {KEY!r}, which is the name of the objects' ids; rename the attribute.")
   return [KEY, *names]
 
 

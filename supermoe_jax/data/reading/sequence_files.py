@@ -48,4 +48,4 @@ def _check_users(con: duckdb.DuckDBPyConnection, files: Sequence[TableFile]) -> 
   ).fetchall()
   for user, places, n in twice:
     where = " and ".join(f"{files[file].path} line {line}" for file, line in places)
-    raise DataError(f"{where}: the user {user!r} stands in {n} lines; join them, oldest item first.")
+    raise DataError(f"{where}: the user {user!r} has {n} lines; join them, oldest item first.")

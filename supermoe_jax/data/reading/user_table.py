@@ -108,7 +108,7 @@ def _check_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, files:
   ).fetchall()
   for user, places, n in twice:
     where = " and ".join(f"{files[file].path} row {row + 1}" for file, row in places)
-    raise DataError(f"{where}: {users.user}={user!r} stands in {n} rows of config.data.users; keep one row a user.")
+    raise DataError(f"{where}: {users.user}={user!r} has {n} rows in config.data.users; keep one row a user.")
 
 
 def _check_positive(con: duckdb.DuckDBPyConnection, key: str, task: config.UserLabel, column: str) -> None:

@@ -60,7 +60,7 @@ def draw_scores(name: str, rows: Sequence[ScoreRow]) -> Markup:
   groups = [g for g in (areas, [r for r in rows if r not in areas and r not in errors], errors) if g]
   names = list(dict.fromkeys(b for r in rows for b in r.baselines))
   heights = [_height(g) for g in groups]
-  label = "This run's main metric beside its baselines, one row a task; the table holds the same numbers."
+  label = "This run's main metric and its baselines, one row a task; the table holds the same numbers."
   with drawing(name, label, 430, sum(heights) + 44 * len(groups) + 16 * math.ceil((len(names) + 1) / 2)) as canvas:
     panels = list(canvas.figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0])
     for axes, group in zip(panels, groups):

@@ -68,6 +68,6 @@ def test_what_stops_duckdb_is_told_in_one_line(appendable: config.Config, tmp_pa
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"] * 200_000)
   with pytest.raises(DataError, match=r"appending to .*dataset failed: Out of Memory.*; the dataset is as it was"):
     append.append(path, {"visits": [file]}, memory="1MB")
-  with pytest.raises(DataError, match="no file is named to be appended"):
+  with pytest.raises(DataError, match="no file to append to"):
     append.append(path, {"visits": []})
   assert "appends" not in Dataset(path).manifest

@@ -27,7 +27,7 @@ def test_a_file_is_not_appended_twice(appendable: config.Config, tmp_path: pathl
   append.append(path, {"visits": [file]})
   with pytest.raises(DataError, match=r"day.parquet is part of .* already; its rows would count twice"):
     append.append(path, {"visits": [file]})
-  with pytest.raises(DataError, match="no file is new"):
+  with pytest.raises(DataError, match="already holds all files"):
     append.append(path)
   with pytest.raises(ConfigError, match="has no source 'visit'; did you mean 'visits'"):
     append.append(path, {"visit": [file]})
@@ -108,11 +108,11 @@ def test_the_command_names_sources_and_tells_what_came(
 ) -> None:
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
   assert cli.main(["append", "--data", appendable.data.path, file]) == 1
-  assert "names no source; write SOURCE=FILE, SOURCE one of visits, buys" in capsys.readouterr().err
+  assert "names no source; write SOURCE=FILE, where SOURCE is one of visits, buys" in capsys.readouterr().err
   assert cli.main(["append", "--data", appendable.data.path, f"visits={file}"]) == 0
   said = capsys.readouterr().out
-  assert f"config.data.sources.visits.files must match {file} too" in said
-  assert "1 events appended: 1 users written anew, 0 of them new; 11 left as they were" in said
+  assert f"config.data.sources.visits.files must also match {file}; otherwise" in said
+  assert "1 events appended: 1 users rewritten, 0 of them new; 11 left unchanged" in said
 
 
 def test_a_table_of_items_is_read_as_it_is_now_and_that_is_said(tmp_path: pathlib.Path) -> None:

@@ -99,7 +99,7 @@ def test_a_manifest_that_was_edited_is_noticed(copy: pathlib.Path) -> None:
   file = copy / "manifest.json"
   manifest = json.loads(file.read_text())
   file.write_text(json.dumps({**manifest, "users": manifest["users"] + 1}))
-  with pytest.raises(DataError, match="its content does not have its digest"):
+  with pytest.raises(DataError, match="its content does not match its digest"):
     Dataset(copy)
   file.write_text(json.dumps(manifest))  # laid out otherwise, and the same content
   assert Dataset(copy).manifest == manifest

@@ -177,8 +177,8 @@ def test_columns_that_say_nothing_of_behaviour_are_left_out(found):
   columns = {
     "no value": pa.array([None] * N, pa.string()),
     "one value only": [7] * N,
-    "a value of its own for each row": [f"event {i}" for i in range(N)],
-    "each value has one user: it says who, not what": [f"basket {i % 20} {i // 40}" for i in range(N)],
+    "a different value in each row": [f"event {i}" for i in range(N)],
+    "each value belongs to one user: it identifies users": [f"basket {i % 20} {i // 40}" for i in range(N)],
     "long text": [f"{i % 30} " + "words " * 20 for i in range(N)],
     "nested values": [[[1, 2]]] * (N - 1) + [[[3]]],
   }
@@ -330,13 +330,13 @@ def test_text_that_looks_like_a_list_is_one_value_where_it_is_read_so(found):
 
 def test_lines_of_sequences_that_cannot_be_used_are_named(tmp_path):
   (tmp_path / "log.txt").write_text("u1 x\nu1 y\n")
-  with pytest.raises(DataError, match=r"log\.txt line 1 and .*log\.txt line 2: the user 'u1' stands in 2 lines"):
+  with pytest.raises(DataError, match=r"log\.txt line 1 and .*log\.txt line 2: the user 'u1' has 2 lines"):
     inspect([str(tmp_path / "log.txt")])
 
 
 def test_sequences_are_rendered_without_a_calendar(tmp_path):
   (tmp_path / "log.txt").write_text("u1 x y z\nu2 x\n")
-  assert "time      none, only an order: places up to 3" in inspect([str(tmp_path / "log.txt")]).render()
+  assert "time      none, only an order: positions up to 3" in inspect([str(tmp_path / "log.txt")]).render()
 
 
 def test_two_sources_share_fields_of_the_same_column(write, load):

@@ -93,5 +93,5 @@ def test_a_sample_of_the_users_is_enough(monkeypatch, suspects):
 
 def test_a_suspect_is_rendered_with_the_remedy(write):
   text = inspect([str(write("log.parquet", events(hint=LEAKS["a copy under another name"])))]).render()
-  assert "Suspicious columns:\n  log.hint tells log.clicked in 100.0% of the rows, the commonest value 7" in text
+  assert "Suspicious columns:\n  log.hint predicts log.clicked in 100.0% of the rows, the commonest value in 7" in text
   assert "input=False" in text

@@ -82,7 +82,7 @@ def test_a_preparation_that_fails_keeps_the_dataset_before_it(
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   monkeypatch.setattr(prepare.vocabulary.Encoders, "save", full)
-  with pytest.raises(DataError, match=r"the disk is full .*the same command goes on"):
+  with pytest.raises(DataError, match=r"the disk is full .*the same command resumes"):
     prepare.prepare(appendable, overwrite=True)
   path = pathlib.Path(appendable.data.path)
   assert (path / "manifest.json").read_text() == before

@@ -58,8 +58,8 @@ def test_repeated_snapshots_and_a_split_of_users_are_said() -> None:
   by_user = manifest(repeated_snapshots=5)
   by_user["config"]["data"]["split"]["mode"] = "user"
   lines = summary.dataset_summary(by_user).splitlines()
-  assert "  5 at the moment of another (events at equal times) were left out" in lines
-  assert "field page: 1.23% of the values of users outside training were unseen in it" in lines
+  assert "  5 snapshots at the time of another one (events of equal time) were left out" in lines
+  assert "field page: 1.23% of the values of other users were unseen in training" in lines
 
 
 def test_the_summary_of_an_append_says_what_came() -> None:
@@ -74,17 +74,17 @@ def test_the_summary_of_an_append_says_what_came() -> None:
   }
   counted = manifest(appends=[{"events": 1}, append], shards={"one": 1200, "two": 1207})
   assert summary.append_summary(counted).splitlines() == [
-    "5,000 events appended: 300 users written anew, 20 of them new; 893 left as they were",
-    "7 users without new events were written anew, as more of their labels is observed now",
-    "config.data.sources.visits.files must match day.parquet too, for train to take this dataset",
-    "field page: 6 new values have a code now ('a', 'b', 'c', 'd', 'e', …); train models anew",
+    "5,000 events appended: 300 users rewritten, 20 of them new; 893 left unchanged",
+    "7 users without new events were rewritten, because more of their labels are known now",
+    "config.data.sources.visits.files must also match day.parquet; otherwise train refuses this dataset",
+    "field page: 6 new values have a code now ('a', 'b', 'c', 'd', 'e', …); retrain models for them",
     "field page: 2 new values of training stay out of vocabulary",
     "of 2,407 records 1,207 are out of date; preparing again frees their space",
     "1,200 users, 34,567 events up to 2024-05-29T21:42:19; appended in 7 s",
   ]
   repeated = append | {"users_with_other_labels": 0, "repeats_of_earlier_events": 9, "vocabularies": {}}
   kept = summary.append_summary(counted | {"appends": [repeated], "shards": {"one": 2400}}).splitlines()
-  assert kept[0].endswith("900 left as they were") and "out of date" not in "".join(kept)
+  assert kept[0].endswith("900 left unchanged") and "out of date" not in "".join(kept)
   assert kept[1] == "9 events repeat earlier ones and were kept (config.data.duplicates)"
   dropped = counted | {"appends": [repeated], "reading": {"dropped": {"duplicate": 9}}}
   assert "9 events repeat earlier ones and were left out" in summary.append_summary(dropped)

@@ -94,7 +94,7 @@ def test_a_unit_that_is_left_out_is_asked_for(sequences, values):
     ("1 x\n\n2\n", r"e\.txt: line 2 is empty \(2 lines without an item\)"),
     ("1 x\n\n", r"e\.txt: line 2 is empty"),
     ("\n1 x\n", r"e\.txt: line 1 is empty"),
-    ("1 x\n2 y\n1 z\n2 z\n", r"e\.txt line 1 and .*e\.txt line 3: the user '1' stands in 2 lines; join them"),
+    ("1 x\n2 y\n1 z\n2 z\n", r"e\.txt line 1 and .*e\.txt line 3: the user '1' has 2 lines; join them"),
     (b"1 x\n2 \xff\n", r"e\.txt cannot be read as sequences: .*Line: 2.*not utf-8"),
     ("1 x\r\n2 y\n", r"e\.txt cannot be read as sequences"),  # line ends of two kinds
     ("", r"e\.txt is empty"),
@@ -107,7 +107,7 @@ def test_a_line_that_cannot_be_used_is_named(text, says, sequences, values):
 
 def test_a_user_of_two_files_is_named_with_both_lines(sequences, values):
   files = sequences("1 x\n2 y\n", "1.txt"), sequences("3 x\n2 z\n", "2.txt")
-  with pytest.raises(DataError, match=r"1\.txt line 2 and .*2\.txt line 2: the user '2' stands in 2 lines"):
+  with pytest.raises(DataError, match=r"1\.txt line 2 and .*2\.txt line 2: the user '2' has 2 lines"):
     values(*files)
 
 

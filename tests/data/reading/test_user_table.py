@@ -77,7 +77,7 @@ def test_a_missing_column_is_named_with_the_nearest(name, labels):
 
 
 def test_a_user_with_two_rows_is_named(name, labels):
-  with pytest.raises(DataError, match=rf"{name} row 1 and .*{name} row 3: user='1' stands in 2 rows"):
+  with pytest.raises(DataError, match=rf"{name} row 1 and .*{name} row 3: user='1' has 2 rows"):
     labels(people(user=["1", "2", "1"]), name)
 
 
