@@ -154,8 +154,8 @@ def test_many_values_are_measured_value_by_value_and_recalled_user_by_user() -> 
   label = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], float)
   probability = np.array([[0.9, 0.1, 0.3, 0.8], [0.2, 0.6, 0.7, 0.1], [0.5, 0.5, 0.1, 0.1], [0.3, 0.2, 0.8, 0.7]])
   out = metrics.multi_label_metrics(label, probability, k=2)
-  # Of the first user one of three is found, where two could be; of the second all; the third wants none.
-  assert out["recall@2"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+  # Of the first user one of three is found; of the second all; the third wants none.
+  assert out["recall@2"] == pytest.approx((1 / 3 + 1 + 0) / 3)
   areas = [sk.roc_auc_score(label[:, v], probability[:, v]) for v in range(3)]
   assert out["mean_auc"] == pytest.approx(np.mean(areas)) and out["values_without_auc"] == 1
   own = np.where(label > 0, probability, 1 - probability)

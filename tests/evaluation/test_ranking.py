@@ -70,6 +70,28 @@ def test_equal_scores_count_against_the_target() -> None:
   assert ranks(np.ones((N, D), np.float32), np.ones((ITEMS, D), np.float32), [3, 0, ITEMS - 1]) == [ITEMS] * 3
 
 
+@pytest.mark.parametrize("chunk", [CHUNK, 100])
+def test_rows_that_are_equal_score_alike_whether_seen_or_asked_for(chunk: int) -> None:
+  """Whether a row was seen, or is the target, must not change the last bits of its score."""
+  rng = np.random.default_rng(0)
+  state, row = rng.normal(size=(512, 64)).astype(np.float32), rng.normal(size=(1, 64)).astype(np.float32)
+  rows, seen = np.repeat(row, ITEMS, axis=0), [rng.choice(ITEMS, 20, replace=False) for _ in range(512)]
+  target = np.array([next(i for i in range(ITEMS) if i not in s) for s in seen])
+  assert set(target_ranks(state, target, seen, Catalogue.of(rows), chunk)) == {ITEMS - 20}
+  twice = [np.concatenate([s, s]) for s in seen]
+  assert set(target_ranks(state, target, twice, Catalogue.of(rows), chunk)) == {ITEMS - 20}
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_model_without_finite_scores_ranks_every_target_last(broken: float) -> None:
+  state, rows = np.full((N, D), broken, np.float32), np.random.default_rng(0).normal(size=(ITEMS, D)) + 0.0
+  rows[:, :2] = [1, -1]  # so that infinite states give scores of inf - inf
+  assert set(ranks(state, rows.astype(np.float32), [0, 3, ITEMS - 1])) == {ITEMS}
+  one = np.ones((ITEMS, D), np.float32)
+  one[5] = np.nan
+  assert ranks(np.ones((N, D), np.float32), one, [5, 0]) == [ITEMS, ITEMS]
+
+
 def test_padding_of_the_last_chunk_is_never_ranked() -> None:
   rows = np.ones((ITEMS, D), np.float32)
   rows[2] = 0.5
