@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.evaluation import influence, intervals
+from supermoe_jax.evaluation import influence, intervals, metrics
 from supermoe_jax.evaluation.influence import Influence, Scored
 from supermoe_jax.evaluation.intervals import Bounds
 
 # The shortest history of each group of histories; each is four times the one before.
 LENGTHS = tuple(4**i for i in range(13))
-
-BINS = 10  # of a reliability diagram, equally filled as in `metrics.expected_calibration_error`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +88,12 @@ class ScoredAnswers:
     if self.form not in ("binary", "multilabel"):
       return None
     label, probability = self.value.reshape(-1).astype(np.float64), self.run.reshape(-1)
-    order = np.argsort(probability, kind="stable")
-    bins, apart = [], 0.0
-    for part in (p for p in np.array_split(order, BINS) if len(p)):
-      hits, predicted = float(label[part].sum()), float(probability[part].mean())
-      apart += abs(len(part) * predicted - hits)
-      bins.append(
-        {
-          "labels": len(part),
-          "least": float(probability[part[0]]),
-          "most": float(probability[part[-1]]),
-          "predicted": predicted,
-          "observed": hits / len(part),
-          "interval": _listed(intervals.wilson(hits, len(part))),
-        }
-      )
-    return {"pooled": self.value.ndim > 1, "labels": len(label), "ece": apart / len(label), "bins": bins}
+    bins = [
+      {**b._asdict(), "interval": _listed(intervals.wilson(b.observed * b.labels, b.labels))}
+      for b in metrics.calibration_bins(label, probability)
+    ]
+    error = metrics.expected_calibration_error(label, probability)
+    return {"pooled": self.value.ndim > 1, "labels": len(label), "ece": error, "bins": bins}
 
 
 def _listed(found: Bounds | None) -> list[float] | None:

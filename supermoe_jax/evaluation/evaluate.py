@@ -15,7 +15,7 @@ from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.data.tasks.labels import Labels
-from supermoe_jax.errors import ConfigError
+from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking
 from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
@@ -83,6 +83,7 @@ def evaluate(
 
   Raises:
     ConfigError: a split has no snapshot.
+    RunError: answers of the run are not finite numbers.
     ValueError: the file is to be written, but `splits` does not name both splits.
   """
   if write and set(splits) != set(EVALUATED_SPLITS):
@@ -200,6 +201,11 @@ def _task(
   if not len(known[0]):
     return None
   asked = _TaskAnswers(label.value[known], collected.answers[name][known], known[0])
+  if bad := np.count_nonzero(~np.isfinite(asked.answer).reshape(len(asked.answer), -1).all(axis=1)):
+    raise RunError(
+      f"{run.workdir}, step {run.step}: {bad} of {len(asked.answer)} answers of task {name} are not finite numbers, so "
+      "the checkpoint cannot be measured; evaluate an earlier one with --checkpoint."
+    )
   if task.answer == "catalogue":
     return _ranking(run, name, cast(config.NextEvent, task), asked, collected, compare)
   users = np.array([q.user for q in collected.questions])[asked.question]

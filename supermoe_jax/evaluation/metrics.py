@@ -1,11 +1,13 @@
 """Computes the metrics of every form of answer: yes or no, one of several classes, several values, a number, a ranking.
 
-Shapes: n labels, C classes. The `…_metrics` functions raise a ValueError if there is no label to measure against.
+Shapes: n labels, C classes. The `…_metrics` functions raise a ValueError if there is no label to measure against, or if
+a label or an answer is not a finite number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from sklearn import metrics as sk
@@ -36,7 +38,7 @@ def binary_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
 
   AUC and average precision are None when only one class is present.
   """
-  _require_labels(label)
+  _require_numbers(label, probability)
   both = 0 < label.sum() < len(label)
   return {
     "auc": float(sk.roc_auc_score(label, probability)) if both else None,
@@ -54,9 +56,10 @@ def event_binary_metrics(label: np.ndarray, probability: np.ndarray, user: np.nd
   Shapes: `label, probability, user [n]`.
   Source: GAUC, "Optimized Cost per Click in Taobao Display Advertising", arXiv 1703.02091.
   """
+  whole = binary_metrics(label, probability)
   area, count = _area_of_each_user(label, probability, user)
   mean = float(np.average(area, weights=count)) if len(area) else None
-  return {**binary_metrics(label, probability), "gauc": mean, "gauc_users": float(len(area))}
+  return {**whole, "gauc": mean, "gauc_users": float(len(area))}
 
 
 def _area_of_each_user(label: np.ndarray, probability: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,11 +80,35 @@ def _area_of_each_user(label: np.ndarray, probability: np.ndarray, user: np.ndar
   return above[both] / pairs[both], count[both]
 
 
+class CalibrationBin(NamedTuple):
+  """A bin of answers with similar probabilities: their number, range, and mean, and the mean of their labels."""
+
+  labels: int
+  least: float
+  most: float
+  predicted: float
+  observed: float
+
+
+def calibration_bins(label: np.ndarray, probability: np.ndarray, bins: int = 10) -> list[CalibrationBin]:
+  """Returns at most `bins` equally filled bins of `probability [n]`, in ascending order.
+
+  Each of the labels with equal probabilities counts as their mean. So the order of the labels has no effect, even where
+  a bin ends among them.
+  """
+  value, group, count = np.unique(probability, return_inverse=True, return_counts=True)
+  predicted, observed = (np.repeat(x, count) for x in (value, np.bincount(group, label) / count))
+  parts = (p for p in np.array_split(np.arange(len(label)), bins) if len(p))
+  return [
+    CalibrationBin(len(p), *map(float, (predicted[p[0]], predicted[p[-1]], predicted[p].mean(), observed[p].mean())))
+    for p in parts
+  ]
+
+
 def expected_calibration_error(label: np.ndarray, probability: np.ndarray, bins: int = 10) -> float:
-  """Returns the mean distance of predicted and observed rate over equally filled bins (arXiv 1909.10155)."""
-  order = np.argsort(probability, kind="stable")
-  parts = [p for p in np.array_split(order, bins) if len(p)]
-  return float(sum(len(p) * abs(probability[p].mean() - label[p].mean()) for p in parts) / len(label))
+  """Returns the mean distance of predicted and observed rate over `calibration_bins` (arXiv 1909.10155)."""
+  found = calibration_bins(label, probability, bins)
+  return sum(b.labels * abs(b.predicted - b.observed) for b in found) / len(label)
 
 
 def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
@@ -92,7 +119,7 @@ def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
   all labels have; `classes_without_auc` counts the other classes. `ece` compares how often the likeliest class is right
   with its probability.
   """
-  _require_labels(label)
+  _require_numbers(label, probability)
   answer = np.argmax(probability, axis=1)
   usable = [c for c in range(probability.shape[1]) if 0 < np.sum(label == c) < len(label)]
   areas = [sk.roc_auc_score(label == c, probability[:, c]) for c in usable]
@@ -110,10 +137,12 @@ def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
 def multi_label_metrics(label: np.ndarray, probability: np.ndarray, k: int = 10) -> Metrics:
   """Returns mean AUC over the values that occur, recall in the k likeliest, and log loss.
 
+  `recall@k` is the share of a sample's values that are among its k likeliest (of equally likely ones the first), in
+  the mean over the samples that have a value.
   `values_without_auc` counts the values left out of the mean because all samples or none have them.
   Shapes: `label, probability [n, values]`.
   """
-  _require_labels(label)
+  _require_numbers(label, probability)
   usable = [v for v in range(label.shape[1]) if 0 < label[:, v].sum() < len(label)]
   areas = [sk.roc_auc_score(label[:, v], probability[:, v]) for v in usable]
   top = np.argsort(-probability, axis=1, kind="stable")[:, :k]
@@ -122,7 +151,7 @@ def multi_label_metrics(label: np.ndarray, probability: np.ndarray, k: int = 10)
   clipped = np.clip(probability, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
   return {
     "mean_auc": float(np.mean(areas)) if areas else None,
-    f"recall@{k}": float(np.mean(hits[some] / np.minimum(wanted[some], k))) if some.any() else None,
+    f"recall@{k}": float(np.mean(hits[some] / wanted[some])) if some.any() else None,
     "log_loss": float(-np.mean(label * np.log(clipped) + (1 - label) * np.log(1 - clipped))),
     "values_without_auc": float(label.shape[1] - len(usable)),
   }
@@ -133,7 +162,7 @@ def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
 
   R² compares with the mean of these same labels; it is None when they are all equal.
   """
-  _require_labels(label)
+  _require_numbers(label, prediction)
   label, error = label.astype(np.float64), prediction.astype(np.float64) - label
   spread = np.mean(np.square(label - label.mean()))
   squared = np.mean(np.square(error))
@@ -146,7 +175,7 @@ def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
 
 def ranking_metrics(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
   """Returns HR@k, NDCG@k and MRR@k of one relevant item a question, at `rank [n]` (1 is best; infinite: not ranked)."""
-  _require_labels(rank)
+  _require_numbers(np.zeros(len(rank)), np.where(rank == np.inf, 0.0, rank))
   out: Metrics = {}
   for k in cutoffs:
     hit = rank <= k
@@ -156,6 +185,9 @@ def ranking_metrics(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
   return out
 
 
-def _require_labels(label: np.ndarray) -> None:
+def _require_numbers(label: np.ndarray, answer: np.ndarray) -> None:
   if not len(label):
     raise ValueError("there is no label to measure against")
+  for name, values in (("labels", label), ("answers", answer)):
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+      raise ValueError(f"{bad} of {values.size} {name} are not finite numbers: there is nothing to measure")

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from supermoe_jax import sharding
 from supermoe_jax.distributed import processes
-from supermoe_jax.layers import catalogue as catalogue_lib
+from supermoe_jax.layers import catalogue
 from supermoe_jax.layers.catalogue import Catalogue
 
 
@@ -19,14 +18,7 @@ from supermoe_jax.layers.catalogue import Catalogue
 def _rank(
   state: jax.Array, target: jax.Array, seen: jax.Array, rows: jax.Array, bias: jax.Array, size: int, chunk: int
 ) -> jax.Array:
-  """Returns the ranks of the codes `target [n]`; `seen [n, m]` holds codes to leave out, 0 for none."""
-  items = Catalogue(rows, bias, size)
-  mine = catalogue_lib.score_codes(state, target[:, None], items)
-  better = catalogue_lib.count_at_least(state, mine[:, 0], target, items, chunk)
-  counted = (seen > 0) & (seen != target[:, None])
-  return (
-    1 + better - jnp.sum(counted & (catalogue_lib.score_codes(state, seen, items) >= mine), axis=1, dtype=jnp.int32)
-  )
+  return catalogue.rank_codes(state, target, seen, Catalogue(rows, bias, size), chunk)
 
 
 def target_ranks(
@@ -36,7 +28,9 @@ def target_ranks(
   items: Catalogue,
   chunk: int,
 ) -> np.ndarray:
-  """Returns the rank of each target among all items by `state · row + bias`; equal scores count against the target.
+  """Returns the rank of each target among all items by `state · row + bias`.
+
+  Equal scores count against the target, and so do scores that are not numbers: a broken model ranks it last.
 
   Args:
     state: float32 `[n, D]`.
@@ -49,12 +43,13 @@ def target_ranks(
   Returns: float `[n]`; 1 is best.
   """
   lost = target < 0
-  width = max((len(s) for s in seen), default=0) if seen is not None else 0
+  hidden = [np.unique(s) for s in seen or ()]
+  width = max(map(len, hidden), default=0)
   width = 1 << max(width - 1, 0).bit_length()  # a power of two: few sizes, few compilations
   n = len(target)
   room = -(-n // sharding.ways("rows")) * sharding.ways("rows")
   codes = np.zeros((room, width), np.int32)
-  for i, some in enumerate(seen or ()):
+  for i, some in enumerate(hidden):
     codes[i, : len(some)] = some + 2
     lost[i] |= bool(np.any(some == target[i]))
   asked = np.zeros(room, np.int32)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
-from supermoe_jax.layers import exchange, table
+from supermoe_jax.layers import exchange
 
 # Rows scored at a time, on all devices together.
 CHUNK = 8192
@@ -191,34 +191,42 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 # ------------------------------------------------------------------------------------------------------------- ranking
 
 
-def score_codes(state: jax.Array, codes: jax.Array, catalogue: Catalogue) -> jax.Array:
-  """Returns the scores `[n, m]` of codes `[n, m]` against `state [n, D]`; n must divide over the batch's devices."""
-  extent = exchange.Extent(catalogue.size, catalogue.bias.shape[1])
-  asked, _ = table.distinct_codes(codes, extent)
-  found = table.look_up(table.fetch(catalogue.rows, asked, extent), codes, extent)
-  bias = table.look_up(table.fetch(catalogue.bias[..., None], asked, extent), codes, extent)
-  return jnp.einsum("nd,nmd->nm", state, found) + bias[..., 0]
-
-
-def count_at_least(
-  state: jax.Array, least: jax.Array, but: jax.Array, catalogue: Catalogue, chunk: int = CHUNK
+def rank_codes(
+  state: jax.Array, target: jax.Array, seen: jax.Array, catalogue: Catalogue, chunk: int = CHUNK
 ) -> jax.Array:
-  """Returns the number of items, other than the code `but [n]`, that score at least `least [n]`: int32 `[n]`.
+  """Returns the rank of the code `target [n]` among all items but the codes `seen [n, m]`: int32 `[n]`, 1 is best.
 
-  The scores are against `state [n, D]`; n must divide over all devices.
+  The scores are against `state [n, D]`; n must divide over all devices. Every item that does not score less counts
+  against the target: one with an equal score, and one whose score is not a number. `seen` holds each code once, and 0
+  for none.
+
+  One product scores all items. So rows that are equal score alike, whether or not one is the target or was seen. A
+  first pass over the chunks finds the target's score, a second one compares; a single chunk needs one pass.
   """
   _, step, parts = _chunk_sizes(catalogue, chunk)
-  m = catalogue.bias.shape[1]
+  m, passes = catalogue.bias.shape[1], min(parts, 2)
 
-  def local(state: jax.Array, least: jax.Array, but: jax.Array, rows: jax.Array, bias: jax.Array) -> jax.Array:
+  def local(state: jax.Array, target: jax.Array, seen: jax.Array, rows: jax.Array, bias: jax.Array) -> jax.Array:
     rows, bias = _flat(rows, bias)
+    stripes = m // sharding.ways("rows")
+    index = seen // m * stripes + seen % stripes  # of the row on its device
+    owner = seen % m // stripes
 
-    def add(i: jax.Array, found: jax.Array) -> jax.Array:
-      part = _row_chunk(rows, bias, i, catalogue.size, m, step)
-      above = (_scores(state, part) >= least[:, None]) & (part.code != but[:, None]) & (part.code > 0)
-      return found + jnp.sum(above, axis=1, dtype=jnp.int32)
+    def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      own, better = sums
+      part = _row_chunk(rows, bias, i % parts, catalogue.size, m, step)
+      scores = _scores(state, part)
+      mine = (part.code == target[:, None]) & (part.code > 0)
+      own = jnp.where(i < parts, own + jnp.sum(jnp.where(mine, scores, 0.0), axis=1), own)
+      ahead = ~(scores < own[:, None]) & ~mine & (part.code > 0)
+      place = index - _first(i % parts, len(bias), step)
+      there = (place >= 0) & (place < step) & (seen > 0)
+      hidden = jnp.take_along_axis(ahead, jnp.where(there, owner * step + place, 0), axis=1) & there
+      count = jnp.sum(ahead, axis=1, dtype=jnp.int32) - jnp.sum(hidden, axis=1, dtype=jnp.int32)
+      return own, better + jnp.where(i >= (passes - 1) * parts, count, 0)
 
-    return jax.lax.fori_loop(0, parts, add, jnp.zeros_like(but))
+    # A sum of each row starts at zeros that vary over devices as the states do.
+    return jax.lax.fori_loop(0, passes * parts, add, (state[:, 0] * 0, jnp.ones_like(target)))[1]
 
-  names = ("rows", None), ("rows",), ("rows",), _ROWS, _BIAS
-  return sharding.on_shards(local, names, ("rows",), state, least, but, catalogue.rows, catalogue.bias)
+  names = ("rows", None), ("rows",), ("rows", None), _ROWS, _BIAS
+  return sharding.on_shards(local, names, ("rows",), state, target, seen, catalogue.rows, catalogue.bias)
