@@ -254,8 +254,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_parts_of_a_batch_one_after_the_other_are_the_batch(cfg: config.Config, dataset: Dataset) -> None:
-  # What is not linear in the rows is off: the balance of loads and the mean of z-losses are those of a part.
-  off = ("model.dropout", "train.balance_weight", "train.z_weight", "train.balance_rate")
+  off = ("model.dropout",)  # which each part draws with a key of its own
   linear = config.override(
     cfg,
     [
@@ -264,6 +263,8 @@ def test_parts_of_a_batch_one_after_the_other_are_the_batch(cfg: config.Config, 
       "--config.model.capacity_factor=2.0",
       *(f"--config.{name}=0.0" for name in off),
       "--config.train.weighting.method=famo",
+      "--config.train.balance_weight=1.0",
+      "--config.train.balance_rate=0.01",
     ],
   )
   whole = trained(linear, dataset, (1, 1, 1))
@@ -271,7 +272,7 @@ def test_parts_of_a_batch_one_after_the_other_are_the_batch(cfg: config.Config, 
   for mine, wanted in zip(parts.metrics, whole.metrics, strict=True):
     np.testing.assert_allclose(mine.loss, wanted.loss, rtol=1e-5)
     np.testing.assert_allclose(mine.gradient_norm, wanted.gradient_norm, rtol=1e-4)
-    for name in ("tasks", "weights", "routed", "events", "tables"):
+    for name in ("tasks", "weights", "routed", "events", "tables", "balance_loss", "z_loss", "load", "entropy"):
       for a, b in alike(getattr(mine, name), getattr(wanted, name)):
         np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=name)
   for a, b in alike(parts.states[-1].model, whole.states[-1].model):

@@ -1,4 +1,4 @@
-"""Every metric equals a plain reference, by scikit-learn or by its definition in a loop, on random answers with ties."""
+"""Every metric equals a plain reference, scikit-learn's or its definition in a loop, on random answers with ties."""
 
 from collections.abc import Callable
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from supermoe_jax.layers import attention
-from supermoe_jax.layers.attention import Attention, Visibility, gap_bias, rotate, visibility, with_task_tokens
+from supermoe_jax.layers.attention import Attention, GapBias, Visibility, rotate, visibility, with_task_tokens
 from tests.fixtures.small_model import noise
 
 L, S, D = 150, 3, 8  # more than one block of queries
@@ -71,7 +71,7 @@ def plain(layer: Attention, x: jax.Array, position: jax.Array, time: jax.Array, 
   """The same by `jax.nn.dot_product_attention`, with every score at once."""
   b, t, d = x.shape
   q, k, v = jnp.moveaxis(layer.qkv(x).reshape(b, t, layer.heads, 3, d // layer.heads), 3, 0)
-  bias = gap_bias(layer.gap.get_value()[None], time, time)
+  bias = GapBias(layer.gap.get_value()[None], layer.time_unit)(time, time)
   mask = jnp.asarray(as_mask(visible))[:, None]
   mixed = jax.nn.dot_product_attention(rotate(q, position), rotate(k, position), v, bias=bias, mask=mask)
   return layer.out(mixed.reshape(b, t, d))
@@ -245,13 +245,24 @@ def test_rotary_scores_depend_on_distance_only() -> None:
   assert score[0] != pytest.approx(score[2], rel=1e-2)
 
 
-def test_the_gap_bias_is_piecewise_linear_in_log_time(layer: Attention) -> None:
-  time = np.array([[0.0, 0.5, 30.0, 900.0]], np.float32)
-  weight = np.asarray(layer.gap.get_value())
-  bias = jax.jit(gap_bias)(weight[None], time, time)[0]
-  gap = np.log1p(np.abs(np.subtract.outer(time[0], time[0])))
-  wanted = sum(weight[i][:, None, None] * np.maximum(gap - knot, 0) for i, knot in enumerate(attention.GAP_KNOTS))
-  np.testing.assert_allclose(bias, wanted, atol=1e-5)
+@pytest.mark.parametrize(
+  ("unit", "per_hour", "knots"), [("seconds", 3600, (0, 1, 24, 672)), ("hours", 1, (0, 24, 672))]
+)
+def test_the_gap_bias_is_piecewise_linear_in_log_time(unit: str, per_hour: int, knots: tuple[int, ...]) -> None:
+  time = np.array([[0.0, 0.001, 0.5, 30.0, 900.0]], np.float32)
+  weight = np.random.default_rng(0).normal(size=(len(knots), 2)).astype(np.float32)
+  bias = GapBias(jnp.asarray(weight)[None], unit)(time, time)[0]
+  gap = np.log1p(np.abs(np.subtract.outer(time[0], time[0])) * per_hour)
+  log_knots = np.log1p(np.array(knots) * per_hour)
+  wanted = sum(weight[i][:, None, None] * np.maximum(gap - knot, 0) for i, knot in enumerate(log_knots))
+  np.testing.assert_allclose(bias, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_seconds_of_a_session_and_places_in_an_order_are_told_apart(layer: Attention) -> None:
+  """In hours, gaps of five seconds and of a minute are both 0: a bias of any usual size moved nothing."""
+  assert layer.time_unit == "seconds"
+  bias = GapBias(jnp.ones((1, 4, 1)), layer.time_unit)(np.zeros((1, 1)), np.array([[1, 5, 60]]) / 3600)[0, 0, 0]
+  assert (np.diff(bias) > 1).all()
 
 
 def test_a_width_that_cannot_be_rotated_is_an_error() -> None:

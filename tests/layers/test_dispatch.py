@@ -105,33 +105,41 @@ def test_the_exchange_of_ragged_equals_dense(sizes: tuple[int, int, int], monkey
 
 @pytest.mark.parametrize("factor", grids.quick_few([0.5], [0.5, 1.0]))
 def test_ragged_drops_what_finds_no_room_and_tells(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The last experts of the last senders find none; the rest is what dense gives when those choices weigh nothing."""
+  """Each sender keeps the same share of its choices of each expert, those that are served first.
+
+  The rest is what dense gives when the other choices weigh nothing.
+  """
   monkeypatch.setattr(dispatch, "_ragged_all_to_all", gathered_ragged_all_to_all)
   weights, names = oracle.weights(), ("batch", None)
   ways, here = 4, N // 4
 
-  def run(x, expert, weight, valid, weights):
-    out = dispatch.ragged(dispatch.Tokens(x, expert, weight, valid), Experts(weights, oracle.E), factor)
+  def run(x, expert, weight, valid, urgent, weights):
+    out = dispatch.ragged(dispatch.Tokens(x, expert, weight, valid, urgent), Experts(weights, oracle.E), factor)
     return jax.lax.psum(out.y, sharding.axes("mlp")), out.kept
 
-  x, weight, expert, valid = example(11, "all to two", 80)
+  x, weight, expert, valid, urgent = example(11, "all to two", 80)
   with jax.set_mesh(device_mesh.make_mesh(config.Mesh(expert=ways))):
     y, kept = jax.jit(
       lambda *a: sharding.on_shards(
-        run, (*(names,) * 3, ("batch",), {n: experts.NAMES[n] for n in weights}), (names, names), *a
+        run, (*(names,) * 3, *(("batch",),) * 2, {n: experts.NAMES[n] for n in weights}), (names, names), *a
       )
-    )(x, expert, weight, valid, weights)
-  wanted = np.zeros((N, oracle.K), bool)
-  room = [math.ceil(factor * oracle.K * here)] * ways  # of each device
-  for sender in range(ways):
-    rows = [(n, k) for n in range(sender * here, (sender + 1) * here) for k in range(oracle.K) if valid[n]]
-    for n, k in sorted(rows, key=lambda row: expert[row]):  # stable: an expert's rows stay in order
-      device = expert[n, k] // (oracle.E // ways)
-      wanted[n, k] = room[device] > 0
-      room[device] -= 1
+    )(x, expert, weight, valid, urgent, weights)
+  room = math.ceil(factor * oracle.K * here)  # of each device
+  asked = np.array([np.bincount(expert[s][valid[s]].reshape(-1), minlength=oracle.E) for s in senders(ways, here)])
+  arriving = np.repeat(asked.sum(0).reshape(ways, -1).sum(1), oracle.E // ways)
+  sent = np.where(arriving <= room, asked, np.floor(asked * (room / np.maximum(arriving, 1)) * (1 - 1e-6))).astype(int)
+  wanted = np.concatenate(
+    [oracle.first_served(expert[s], valid[s], urgent[s], sent[i]) for i, s in enumerate(senders(ways, here))]
+  )
+  assert (arriving > room).any() and sent.sum(0).reshape(ways, -1).sum(1).max() <= room
   assert 0 < wanted.sum() < oracle.K * 80
   np.testing.assert_array_equal(kept, wanted)
-  np.testing.assert_allclose(y, strategy("dense", None)(x, weight * wanted, expert, valid).y, atol=1e-5)
+  np.testing.assert_allclose(y, strategy("dense", None)(x, weight * wanted, expert, valid, urgent).y, atol=1e-5)
+
+
+def senders(ways: int, here: int) -> list[slice]:
+  """The tokens of each device."""
+  return [slice(i * here, (i + 1) * here) for i in range(ways)]
 
 
 def test_what_a_grouped_product_leaves_undefined_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +189,9 @@ N = 96
 def strategy(name: str, capacity_factor: float | None):
   """The jitted strategy on one device."""
 
-  def run(x, weight, expert, valid):
+  def run(x, weight, expert, valid, urgent):
     held = Experts(oracle.weights(), oracle.E)
-    return dispatch.STRATEGIES[name](dispatch.Tokens(x, expert, weight, valid), held, capacity_factor)
+    return dispatch.STRATEGIES[name](dispatch.Tokens(x, expert, weight, valid, urgent), held, capacity_factor)
 
   return jax.jit(run)
 
@@ -196,18 +204,18 @@ def example(seed: int, skew: str = "random", n_valid: int = N) -> tuple[np.ndarr
     expert[:] = [1, 3]
   weight = rng.dirichlet(np.ones(oracle.K), N).astype(np.float32)
   valid = rng.permutation(np.arange(N) < n_valid)
-  return x, weight, expert, valid
+  return x, weight, expert, valid, rng.random(N) < 0.2
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["random", "all to two"]), st.integers(0, N))
 def test_what_exceeds_the_capacity_is_dropped_and_told(seed: int, skew: str, n_valid: int) -> None:
   factor = 0.5
-  x, weight, expert, valid = example(seed, skew, n_valid)
-  out = strategy("sorted", factor)(x, weight, expert, valid)
-  kept = oracle.first_come(expert, valid, math.ceil(factor * oracle.K * N / oracle.E))
+  x, weight, expert, valid, urgent = example(seed, skew, n_valid)
+  out = strategy("sorted", factor)(x, weight, expert, valid, urgent)
+  kept = oracle.first_served(expert, valid, urgent, math.ceil(factor * oracle.K * N / oracle.E))
   np.testing.assert_array_equal(out.kept, kept)
-  wanted = strategy("dense", None)(x, weight * kept, expert, valid)
+  wanted = strategy("dense", None)(x, weight * kept, expert, valid, urgent)
   np.testing.assert_allclose(out.y, wanted.y, atol=1e-5)
 
 
@@ -222,11 +230,11 @@ def test_without_a_capacity_nothing_drops_and_the_result_is_dense(seed: int, ske
 
 
 def test_dropless_gives_a_token_the_same_result_whoever_shares_the_batch() -> None:
-  x, weight, expert, valid = example(7)
+  x, weight, expert, valid, urgent = example(7)
   run = strategy("sorted", None)
-  alone = run(x, weight, expert, np.arange(N) < 8)
-  together = run(x, weight, expert, valid)
-  other_experts = run(x, weight, np.where((np.arange(N) < 8)[:, None], expert, 0), valid)
+  alone = run(x, weight, expert, np.arange(N) < 8, urgent)
+  together = run(x, weight, expert, valid, ~urgent)
+  other_experts = run(x, weight, np.where((np.arange(N) < 8)[:, None], expert, 0), valid, urgent)
   np.testing.assert_array_equal(alone.y[:8], together.y[:8])
   np.testing.assert_array_equal(alone.y[:8], other_experts.y[:8])
 
@@ -243,22 +251,48 @@ def test_on_a_mesh_a_group_of_tokens_fills_an_experts_capacity_and_the_rest_is_d
   task = np.broadcast_to(np.arange(oracle.L) % 4 - 1, valid.shape)
   state = oracle.with_kernel(state, kernel)
   with jax.set_mesh(mesh):
-    out = jax.jit(lambda s, x, v, t: nnx.merge(graph, s)(x, v, t))(state, x, valid, task)
+    urgent = np.random.default_rng(1).random(valid.shape) < 0.2
+    out = jax.jit(lambda s, x, v, t, u: nnx.merge(graph, s)(x, v, t, urgent=u))(state, x, valid, task, urgent)
 
   logits = x @ kernel + (task >= 0)[..., None] * np.asarray(state["router"]["task_kernel"].get_value())[task]
   expert = np.argsort(-logits, axis=-1, kind="stable")[..., : oracle.K].reshape(-1, oracle.K)
   weight = np.array(jax.nn.softmax(-np.sort(-logits, axis=-1)[..., : oracle.K], axis=-1)).reshape(-1, oracle.K)
-  groups = zip(np.split(expert, oracle.B // group), np.split(valid.reshape(-1), oracle.B // group))
+  groups = zip(*(np.split(part, oracle.B // group) for part in (expert, valid.reshape(-1), urgent.reshape(-1))))
   capacity = math.ceil(factor * oracle.K * group * oracle.L / oracle.E)
-  kept = np.concatenate([oracle.first_come(e, v, capacity) for e, v in groups])
+  kept = np.concatenate([oracle.first_served(e, v, u, capacity) for e, v, u in groups])
   dropped = valid.reshape(-1, 1) & ~kept
   np.testing.assert_array_equal(out.stats.expert.reshape(expert.shape)[valid.reshape(-1)], expert[valid.reshape(-1)])
   assert int(out.stats.dropped) == dropped.sum() > 0
   assert int(out.stats.routed) == kept.sum() > 0
   of_task = [dropped[task.reshape(-1) == t].sum() for t in range(3)]
   np.testing.assert_array_equal(out.stats.task_dropped, of_task)
-  wanted = strategy("dense", None)(x.reshape(-1, oracle.D), weight * kept, expert, valid.reshape(-1)).y
+  flat = x.reshape(-1, oracle.D), weight * kept, expert, valid.reshape(-1), urgent.reshape(-1)
+  wanted = strategy("dense", None)(*flat).y
   np.testing.assert_allclose(out.y.reshape(-1, oracle.D), wanted, atol=1e-5)
+
+
+def test_drops_are_fair_to_rows_and_spare_first_choices_and_snapshots() -> None:
+  """A model of 32 rows of 72 places, of which the last 8 are snapshots; experts are filled by chance."""
+  rows, places, rng = 32, 72, np.random.default_rng(0)
+  moe = oracle.make("sorted", {"capacity_factor": 0.9})
+  graph, state = nnx.split(moe)
+  x = rng.normal(size=(rows, places, oracle.D)).astype(np.float32)
+  urgent = np.broadcast_to(np.arange(places) >= places - 8, (rows, places))
+
+  def drops(urgent: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Returns by how much each token's output lacks what it would be without a capacity, and the number of drops."""
+    layer, valid = nnx.merge(graph, state), np.ones((rows, places), bool)
+    out = layer(x, valid, urgent=urgent)
+    return np.linalg.norm(np.asarray(layer(x, valid, dropless=True).y) - out.y, axis=-1) > 1e-4, int(out.stats.dropped)
+
+  for first in (None, urgent):
+    lost, dropped = drops(first)
+    assert dropped > 0.09 * oracle.K * rows * places
+    quarters = lost.reshape(4, -1).mean(axis=1)
+    assert quarters.max() < 1.25 * quarters.min()  # was 0, 0, 0 and .7
+    thirds = lost[:, : places - 8].reshape(rows, 4, -1).mean(axis=(0, 2))
+    assert thirds.max() < 1.3 * thirds.min()
+  assert not lost[urgent].any()
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def test_what_exceeds_the_capacity_is_counted_as_dropped_and_the_rest_as_routed(
   valid = np.arange(L) < np.array(lengths)[:, None]
   stats = apply(x, valid, capacity_factor=factor).stats
   capacity = min(int(np.ceil(factor * K * B * L / E)), B * L)
-  kept = oracle.first_come(stats.expert.reshape(-1, K), valid.reshape(-1), capacity, E)
+  flat = valid.reshape(-1)
+  kept = oracle.first_served(stats.expert.reshape(-1, K), flat, flat, capacity, E)
   assert int(stats.routed) == kept.sum()
   assert int(stats.dropped) == K * sum(lengths) - kept.sum()
   assert int(stats.dropped) == 0 or factor < 2.0

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supermoe_jax.layers.routing import BalanceBias, Router, balance_loss, mutual_information, rebalanced
+from supermoe_jax.layers.routing import BalanceBias, Router, auxiliary, count_tokens, rebalanced
 from tests.fixtures.small_model import noise
 
 N, D, E, T = 32, 8, 4, 3
@@ -110,11 +110,21 @@ def test_what_padding_holds_changes_nothing_nor_any_gradient(valid: list[bool], 
 
 
 def test_balance_is_one_at_uniform_routing_and_e_at_collapse() -> None:
-  one_hot, balance = np.eye(E, dtype=np.float32), jax.jit(balance_loss)
-  uniform = balance(np.full((N, E), 1 / E, np.float32), one_hot[np.arange(N) % E], ALL)
+  one_hot = np.eye(E, dtype=np.float32)
+  balance = jax.jit(lambda logits, chosen: auxiliary(count_tokens(logits, chosen, ALL)).balance_loss)
+  assert float(balance(np.zeros((N, E), np.float32), one_hot[np.arange(N) % E])) == pytest.approx(1)
   one = np.broadcast_to(one_hot[0], (N, E))
-  assert float(uniform[1]) == pytest.approx(1)
-  assert float(balance(one, one, ALL)[1]) == pytest.approx(E)
+  assert float(balance(100 * one, one)) == pytest.approx(E)
+
+
+def test_the_sums_of_parts_of_a_batch_give_the_terms_of_the_batch() -> None:
+  rng = np.random.default_rng(0)
+  logits, valid = rng.normal(size=(N, E)).astype(np.float32), rng.random(N) < 0.7
+  chosen, task = np.eye(E, dtype=np.float32)[rng.integers(0, E, N)], np.eye(T + 1, T)[rng.integers(0, T + 1, N)]
+  first = np.arange(N) < 5
+  whole, *parts = (count_tokens(logits, chosen, valid & some, task) for some in (ALL, first, ~first))
+  for mine, wanted in zip(auxiliary(jax.tree.map(np.add, *parts)), auxiliary(whole), strict=True):
+    np.testing.assert_allclose(mine, wanted, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -130,7 +140,13 @@ def test_the_load_counts_valid_tokens_only_and_sums_to_one(valid: list[bool], se
   assert 0 <= float(routing.entropy) <= np.log(E) + 1e-5
 
 
-informed, softmax = jax.jit(mutual_information), jax.jit(functools.partial(jax.nn.softmax, axis=-1))
+@jax.jit
+def informed(probability: jax.Array, task: jax.Array, valid: jax.Array) -> jax.Array:
+  sums = count_tokens(jnp.log(probability), jnp.zeros_like(probability), valid, task)
+  return auxiliary(sums).mutual_information
+
+
+softmax = jax.jit(functools.partial(jax.nn.softmax, axis=-1))
 
 
 @settings(max_examples=25, deadline=None)

@@ -111,7 +111,7 @@ def test_a_recurrent_encoder_has_no_experts(gru: GRUEncoder) -> None:
   encoded = jax.eval_shape(lambda f: gru(f, dropless=False), random_features())
   assert encoded.views is None
   assert encoded.gates is None
-  assert encoded.experts.aux.balance_loss.shape == (0,)
+  assert encoded.experts.sums.chosen.shape == (0, MODEL.experts)
   assert encoded.experts.stats.load.shape == (0, MODEL.experts)
   assert encoded.experts.stats.expert.shape == (0, B, S, MODEL.experts_per_token)
   assert {type(v) for _, v in nnx.to_flat_state(nnx.state(gru))} == {nnx.Param, TableRows}

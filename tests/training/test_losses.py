@@ -15,6 +15,7 @@ from supermoe_jax import config, device_mesh
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.layers.routing import auxiliary
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, task_statistics, weighting
 from supermoe_jax.training.sampled_softmax import drawing_rows
@@ -154,7 +155,7 @@ def test_weights_are_positive_sum_to_the_tasks_and_multiply_the_losses(
     w[i] * float(out.tasks[n].total) / (measured[n].rate * rows * measured[n].constant_loss)
     for i, n in enumerate(few.active_tasks)
   ]
-  aux = out.encoded.experts.aux
+  aux = jax.vmap(auxiliary)(out.encoded.experts.sums)
   regularisers = few.train.balance_weight * aux.balance_loss.sum() + few.train.z_weight * aux.z_loss.sum()
   informed = few.train.task_information * aux.mutual_information.sum()
   assert informed > 0.01  # at the start tasks are hardly told apart: hence the large factor
@@ -186,6 +187,37 @@ def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, every
       moved = any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
       assert moved == (head == task), (task, head)
     assert any(np.asarray(g).any() for g in jax.tree.leaves(by_task[task]["encoder"])), task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", quick_few(["gate"], ["none", "token", "gate", "mmoe", "ple"]))
+def test_every_task_trains_the_representation_that_is_exported(
+  every_task: config.Config,
+  every_task_dataset: Dataset,
+  measured: dict[str, TaskStatistics],
+  batch: Batch,
+  conditioning: str,
+) -> None:
+  """z of each snapshot that has a label of a task has a gradient of the task's loss, and of no other snapshot."""
+  cfg = config.override(every_task, [*ONE_BLOCK, f"--config.model.conditioning={conditioning}"])
+  graph, variables = nnx.split(model_constructor(cfg, every_task_dataset.schema)())
+  variables = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), variables)
+
+  def losses_of(z: jax.Array | None) -> dict[str, losses.TaskLoss]:
+    model = nnx.merge(graph, variables, copy=True)
+    encoded = model.encoder(batch.features, dropless=True)
+    encoded = model.share(encoded if z is None else encoded._replace(z=z))
+    drawn = losses.drawn_codes(model, batch, KEY)
+    labelled = {n: t for n, t in model.tasks.items() if t.has_labels}
+    return {n: losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in labelled}
+
+  z = jax.jit(lambda: nnx.merge(graph, variables, copy=True).encoder(batch.features, dropless=True).z)()
+  moved = jax.jit(jax.jacrev(lambda z: {n: loss.total for n, loss in losses_of(z).items()}))(z)
+  for name, gradient in moved.items():
+    task, known = every_task.active_tasks[name], np.asarray(batch.targets[name].known)
+    known = known[:, known.shape[1] - z.shape[1] * task.asked_events :]
+    asked = known.reshape(*z.shape[:2], -1).any(axis=-1)
+    np.testing.assert_array_equal(np.asarray(gradient).any(axis=-1), asked, err_msg=name)
 
 
 @pytest.mark.slow
