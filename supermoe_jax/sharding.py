@@ -192,6 +192,12 @@ def linear(
   )
 
 
+def set_bias(layer: nnx.Linear, value: jax.Array) -> None:
+  """Sets the bias of a linear map to `value [n_out]`."""
+  assert layer.bias is not None
+  layer.bias[...] = value
+
+
 def stacked(state: nnx.State) -> nnx.State:
   """Returns `state` with one more logical name in front of each variable's names, for a dimension of layers."""
 

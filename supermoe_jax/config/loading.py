@@ -188,4 +188,6 @@ def load_json(path: pathlib.Path) -> Config:
       f"{path.parent} is not a run directory: it holds no {path.name}. "
       f"Run 'supermoe train --config … --workdir {path.parent}' first."
     )
-  return resolve(json.loads(path.read_text()))
+  raw = json.loads(path.read_text())
+  raw["model"].setdefault("time_unit", "hours")  # version 0.1.0 had no other, and did not name it
+  return resolve(raw)

@@ -187,6 +187,7 @@ class Model:
   dtype: Literal["float32", "bfloat16"] = "float32"  # type of matrix products; parameters, router and sums stay float32
   remat: Literal["none", "dots", "full"] = "none"  # recomputed in the backward pass; dots: all but products
   max_events: int = 256
+  time_unit: Literal["seconds", "hours"] = "seconds"  # unit u of log(1 + gap / u) in all encodings of time gaps
   dropout: float = 0.1
   encoder: Literal["transformer", "gru"] = "transformer"  # gru: `layers` recurrent layers instead of blocks, no experts
   # Input of a task's head. none: the representation z. token: a token for each task and snapshot. gate: a gate for each
@@ -270,7 +271,7 @@ class Train:
   final_learning_rate: float = 0.02  # end of the cosine schedule, as a share of the peak
   weight_decay: float = 0.01
   tables: Tables = Tables()
-  clip_norm: float = 1.0  # bound on the norm of all gradients, touched table rows included
+  clip_norm: float = 1.0  # bound on the norm of all gradients, touched table rows included, for each active task
   balance_weight: float = 0.01
   z_weight: float = 1e-3
   task_information: float = 0.0  # γ: rewards mutual information of task and expert (conditioning="token")

@@ -6,18 +6,17 @@ bias makes the scores depend on time gaps.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
+from supermoe_jax.layers import time_gaps
 from supermoe_jax.sharding import linear
-
-# Knots of the learned bias on time gaps, as log1p of hours: 0, a day, four weeks. Each costs a pass over all pairs.
-GAP_KNOTS = np.log1p(np.array([0.0, 24.0, 672.0]))
 
 # Queries per block. No position sees a later one, so a block of queries needs only the keys up to its own end: half the
 # work. Times here are forward + backward in float32 on 2 CPU cores. B 32, T 264, H 2, d 32 takes 27 ms in blocks, 36 ms
@@ -121,8 +120,16 @@ class Attention(nnx.Module):
   Projections and weighted sums are computed in `dtype`, scores and softmax in float32.
   """
 
-  def __init__(self, d_model: int, heads: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
-    """Creates the layer. Without `dtype` it computes in the dtype of its input.
+  def __init__(
+    self,
+    d_model: int,
+    heads: int,
+    *,
+    time_unit: time_gaps.Unit = "seconds",
+    dtype: jnp.dtype | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the layer. Without `dtype` it computes in the dtype of its input. `time_unit` is that of the bias.
 
     Raises:
       ValueError: `d_model` is not a multiple of `2 · heads`; rotary positions rotate pairs of channels.
@@ -133,7 +140,8 @@ class Attention(nnx.Module):
     self.dtype = dtype
     self.qkv = linear(d_model, 3 * d_model, names=("embed", "heads"), bias=False, dtype=dtype, rngs=rngs)
     self.out = linear(d_model, d_model, names=("heads", "embed"), bias=False, dtype=dtype, rngs=rngs)
-    self.gap = sharding.param(jnp.zeros((len(GAP_KNOTS), heads)), None, "heads")
+    self.time_unit = time_unit
+    self.gap = sharding.param(jnp.zeros((len(time_gaps.ATTENTION_KNOTS[time_unit]), heads)), None, "heads")
 
   def __call__(self, x: jax.Array, position: jax.Array, time: jax.Array, visible: Visibility) -> jax.Array:
     """Attends within rows.
@@ -154,7 +162,7 @@ class Attention(nnx.Module):
     keys = Keys(rotate(k, position), v, time)
     # One copy per row: where rows are sharded, the gradient is then summed over devices once, not in every loop step.
     gap = jnp.broadcast_to(self.gap.get_value(), (b, *self.gap.shape))
-    attended = (_attend_in_blocks if t <= LONG else _attend_in_loops)(queries, keys, gap)
+    attended = (_attend_in_blocks if t <= LONG else _attend_in_loops)(queries, keys, GapBias(gap, self.time_unit))
     return self.out(attended.reshape(b, t, d)).astype(x.dtype)
 
 
@@ -178,15 +186,24 @@ class Keys(NamedTuple):
 _Tree = TypeVar("_Tree", Queries, Keys)
 
 
-def gap_bias(weight: jax.Array, time: jax.Array, past: jax.Array) -> jax.Array:
-  """Returns the bias `[B, H, t, T]` for gaps between times `time [B, t]` and `past [B, T]`; `weight [B, knots, H]`."""
-  gap = jnp.log1p(jnp.abs(time[:, :, None] - past[:, None, :]))
-  bends = (weight[:, i, :, None, None] * jax.nn.relu(gap - knot)[:, None] for i, knot in enumerate(GAP_KNOTS))
-  return sum(bends, jnp.zeros(()))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["unit"])
+@dataclasses.dataclass(frozen=True)
+class GapBias:
+  """Bias of the scores, piecewise linear in the logarithm of the time gap; `weight [B, knots, H]`."""
+
+  weight: jax.Array
+  unit: time_gaps.Unit
+
+  def __call__(self, time: jax.Array, past: jax.Array) -> jax.Array:
+    """Returns the bias `[B, H, t, T]` for gaps between times `time [B, t]` and `past [B, T]`, in hours."""
+    gap = time_gaps.log_gap(jnp.abs(time[:, :, None] - past[:, None, :]), self.unit)
+    knots = time_gaps.log_knots(time_gaps.ATTENTION_KNOTS[self.unit], self.unit)
+    bends = (self.weight[:, i, :, None, None] * jax.nn.relu(gap - knot)[:, None] for i, knot in enumerate(knots))
+    return sum(bends, jnp.zeros(()))
 
 
-def _attend(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
-  """Returns softmax attention of t queries over T keys, `[B, t, H, d]`; `gap [B, knots, H]` weighs the time gaps."""
+def _attend(queries: Queries, keys: Keys, gap: GapBias) -> jax.Array:
+  """Returns softmax attention of t queries over T keys, `[B, t, H, d]`."""
   q, k, v = queries.q, keys.k, keys.v
   score = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   key = jnp.arange(k.shape[1], dtype=jnp.int32)
@@ -194,14 +211,14 @@ def _attend(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
   visible = ((start[:, :, None] <= key) & (key < end[:, :, None])) | (key == queries.place[:, :, None])
   if also is not None:
     visible |= key == also[:, :, None]
-  score = jnp.where(visible[:, None], score + gap_bias(gap, queries.time, keys.time), HIDDEN)
+  score = jnp.where(visible[:, None], score + gap(queries.time, keys.time), HIDDEN)
   weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
   total = jnp.sum(weight, axis=-1).swapaxes(1, 2)[..., None]
   mixed = jnp.einsum("bhts,bshd->bthd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return (mixed / total).astype(v.dtype)
 
 
-def _attend_in_blocks(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+def _attend_in_blocks(queries: Queries, keys: Keys, gap: GapBias) -> jax.Array:
   """Returns `_attend` of a whole row, computed block by block."""
   blocks = []
   for start in range(0, queries.q.shape[1], QUERY_BLOCK):
@@ -210,7 +227,7 @@ def _attend_in_blocks(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array
   return jnp.concatenate(blocks, axis=1)
 
 
-def _attend_in_loops(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+def _attend_in_loops(queries: Queries, keys: Keys, gap: GapBias) -> jax.Array:
   """Returns `_attend` of a whole row, with one block of scores in memory at a time, forward and backward."""
   t = queries.q.shape[1]
   group = -(-t // (LONG_BLOCK * LONG_GROUPS)) * LONG_BLOCK
@@ -221,7 +238,7 @@ def _attend_in_loops(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
   return jnp.concatenate(groups, axis=1)
 
 
-def _attend_in_loop(queries: Queries, keys: Keys, gap: jax.Array) -> jax.Array:
+def _attend_in_loop(queries: Queries, keys: Keys, gap: GapBias) -> jax.Array:
   """Returns `_attend`, computed in a loop over blocks of queries. Results that pad the last block are dropped."""
   t = queries.q.shape[1]
   n_blocks = -(-t // LONG_BLOCK)

@@ -36,12 +36,16 @@ BLOCK = 64
 
 
 class Tokens(NamedTuple):
-  """The n tokens of this device: `x [n, D]`, their choices `expert, weight [n, K]`, and which are `valid [n]`."""
+  """The n tokens of this device: `x [n, D]`, their choices `expert, weight [n, K]`, and which are `valid [n]`.
+
+  Where experts are full, `urgent [n]` tokens are served first; see `expert_buffer.rank_choices`.
+  """
 
   x: jax.Array
   expert: jax.Array
   weight: jax.Array
   valid: jax.Array
+  urgent: jax.Array
 
 
 class Dispatched(NamedTuple):
@@ -77,11 +81,10 @@ def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> 
   experts = experts.whole()
   if capacity_factor is None:
     return (_in_groups if sharding.platform() == "tpu" else _in_blocks)(tokens, experts)
-  x, expert, weight, valid = tokens
+  x, expert, weight, valid, urgent = tokens
   capacity = _capacity(capacity_factor, expert, experts.total)
-  slot, kept, n_slots = _cells(
-    expert, expert_buffer.rank_choices(expert, valid, experts.total), capacity, experts.total
-  )
+  ranked = expert_buffer.rank_choices(expert, valid, experts.total, urgent)
+  slot, kept, n_slots = _cells(expert, ranked, capacity, experts.total)
   y = expert_buffer.run_through_buffer(
     x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.total, capacity, -1)))
   )
@@ -90,7 +93,7 @@ def sorted_(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> 
 
 def _in_blocks(tokens: Tokens, experts: Experts) -> Dispatched:
   """Runs each expert on its own blocks of rows, at most `K·n / rows + E` blocks however the choices fall."""
-  x, expert, weight, valid = tokens
+  x, expert, weight, valid, _ = tokens
   rows = max(BLOCK, expert.size // (4 * experts.total))  # at most 5 E blocks, which each fetch their expert's weights
   blocks = expert.size // rows + experts.total
   ranked = expert_buffer.rank_choices(expert, valid, experts.total)
@@ -106,7 +109,7 @@ def _in_blocks(tokens: Tokens, experts: Experts) -> Dispatched:
 
 def _in_groups(tokens: Tokens, experts: Experts) -> Dispatched:
   """Sorts the choices by expert and runs one grouped product over groups of any size."""
-  x, expert, weight, valid = tokens
+  x, expert, weight, valid, _ = tokens
   ranked = expert_buffer.rank_choices(expert, valid, experts.total)
   slot = jnp.where(ranked.sent, expert_buffer.sorted_places(expert, ranked), expert.size)
   return Dispatched(
@@ -125,11 +128,10 @@ def all_to_all(tokens: Tokens, experts: Experts, capacity_factor: float | None) 
   ways = sharding.ways("expert")
   if capacity_factor is None or ways == 1:
     return sorted_(tokens, experts, capacity_factor)
-  x, expert, weight, valid = tokens
+  x, expert, weight, valid, urgent = tokens
   capacity = _capacity(capacity_factor, expert, experts.total)
-  slot, kept, n_slots = _cells(
-    expert, expert_buffer.rank_choices(expert, valid, experts.total), capacity, experts.total
-  )
+  ranked = expert_buffer.rank_choices(expert, valid, experts.total, urgent)
+  slot, kept, n_slots = _cells(expert, ranked, capacity, experts.total)
 
   def run(buffer: jax.Array) -> jax.Array:
     axis = sharding.axes("expert")
@@ -145,10 +147,10 @@ def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
   if capacity_factor is None or sharding.ways("expert") == 1:
     return sorted_(tokens, experts, capacity_factor)
   axis = sharding.axes("expert")
-  x, expert, weight, valid = (jax.lax.all_gather(part, axis, tiled=True) for part in tokens)
+  x, expert, weight, valid, urgent = (jax.lax.all_gather(part, axis, tiled=True) for part in tokens)
   capacity = _capacity(capacity_factor, expert, experts.total)
   here = expert - experts.held * sharding.index("expert")
-  ranked = expert_buffer.rank_choices(here, valid, experts.held)
+  ranked = expert_buffer.rank_choices(here, valid, experts.held, urgent)
   slot, kept, n_slots = _cells(here, ranked, capacity, experts.held)
   y = expert_buffer.run_through_buffer(
     x, weight, slot, n_slots, lambda b: _flat(experts(b.reshape(experts.held, capacity, -1)))
@@ -160,20 +162,20 @@ def gather(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> D
 def ragged(tokens: Tokens, experts: Experts, capacity_factor: float | None) -> Dispatched:
   """Sorts choices by expert and multiplies groups of any size; over several devices it sends choices without padding.
 
-  Over several devices, a device receives at most `capacity_factor · K · n` choices, or all without a capacity. On one
-  device nothing is dropped. XLA:CPU has no ragged all-to-all, and its grouped product costs E times the work.
+  Over several devices, a device receives at most `capacity_factor · K · n` choices, or all without a capacity. If more
+  are sent to it, each sender keeps the same share of its choices of each expert. On one device nothing is dropped.
+  XLA:CPU has no ragged all-to-all, and its grouped product costs E times the work.
   """
   ways = sharding.ways("expert")
   if ways == 1:
     return _in_groups(tokens, experts)
-  x, expert, weight, valid = tokens
-  ranked = expert_buffer.rank_choices(expert, valid, experts.total)
+  x, expert, weight, valid, urgent = tokens
+  ranked = expert_buffer.rank_choices(expert, valid, experts.total, None if capacity_factor is None else urgent)
   most = ways * expert.size
   room = most if capacity_factor is None else min(most, math.ceil(capacity_factor * expert.size))
-  plan = _exchange_plan(ranked.load, ways, room)
-  device, place = expert // experts.held, expert_buffer.sorted_places(expert, ranked)
-  kept = ranked.sent & (place - plan.send_start[device] < plan.sent[device])
-  slot = jnp.where(kept, place, expert.size)
+  plan, load = _exchange_plan(ranked.load, ways, room)
+  kept = ranked.sent & (ranked.rank < load[expert])
+  slot = jnp.where(kept, expert_buffer.sorted_places(expert, ranked._replace(load=load)), expert.size)
   y = expert_buffer.run_through_buffer(x, weight, slot, expert.size, lambda rows: _exchange(rows, experts, plan, room))
   return Dispatched(y, kept)
 
@@ -197,18 +199,21 @@ class _ExchangePlan(NamedTuple):
   group: jax.Array
 
 
-def _exchange_plan(load: jax.Array, ways: int, room: int) -> _ExchangePlan:
-  """Returns the plan for `load [E]` choices of each expert here and `room` rows in a device's buffer."""
+def _exchange_plan(load: jax.Array, ways: int, room: int) -> tuple[_ExchangePlan, jax.Array]:
+  """Returns the plan for `load [E]` choices of each expert here and `room` rows in a device's buffer.
+
+  It also returns how many choices of each expert are sent from here, int32 `[E]`: all, or the share that finds room.
+  """
   axis, me = sharding.axes("expert"), sharding.index("expert")
-  counts = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # sender, receiver, expert of the receiver
-  wanted = jnp.sum(counts, axis=2)
-  before = jnp.cumsum(wanted, axis=0) - wanted
-  sent = jnp.clip(room - before, 0, wanted)  # rows without room are dropped, last senders and last experts first
-  start = jnp.cumsum(wanted, axis=1) - wanted
+  wanted = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # sender, receiver, expert of the receiver
+  arriving = jnp.sum(wanted, axis=(0, 2), keepdims=True)
+  share = room / jnp.maximum(arriving, 1) * (1 - 1e-6)  # rounding must not make a row more than there is room for
+  counts = jnp.where(arriving <= room, wanted, jnp.floor(wanted * share).astype(jnp.int32))
+  sent = jnp.sum(counts, axis=2)
+  start = jnp.cumsum(sent, axis=1) - sent
   arrive = jnp.cumsum(sent, axis=0) - sent
-  until = jnp.minimum(jnp.cumsum(counts[:, me], axis=1), sent[:, me][:, None])
-  group = jnp.diff(until, axis=1, prepend=0)
-  return _ExchangePlan(start[me], sent[me], arrive[me], sent[:, me], start[:, me], group)
+  plan = _ExchangePlan(start[me], sent[me], arrive[me], sent[:, me], start[:, me], counts[:, me])
+  return plan, counts[me].reshape(-1)
 
 
 def _exchange(rows: jax.Array, experts: Experts, plan: _ExchangePlan, room: int) -> jax.Array:

@@ -10,20 +10,13 @@ import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
+from supermoe_jax.layers import time_gaps
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
-from supermoe_jax.sharding import linear
-
-# Knots of the encoding of an event's or a snapshot's time gap, as log1p of hours.
-GAP_KNOTS = np.log1p(np.array([0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0]))
+from supermoe_jax.sharding import linear, set_bias
 
 # Knots of numeric fields, in standard deviations, since these fields are standardised.
 NUMERIC_KNOTS = np.array([-1.0, 0.0, 1.0, 2.0])
-
-
-def bends(x: jax.Array, knots: np.ndarray) -> jax.Array:
-  """Returns the basis of the piecewise linear functions with these knots: `[…] → […, 1 + knots]`."""
-  return jnp.concatenate([x[..., None], jax.nn.relu(x[..., None] - knots.astype(x.dtype))], axis=-1)
 
 
 class EventEmbedding(nnx.Module):
@@ -38,6 +31,7 @@ class EventEmbedding(nnx.Module):
     numeric_inputs: Sequence[int],
     calendar: int,
     *,
+    time_unit: time_gaps.Unit = "seconds",
     extra_columns: Sequence[str] = (),
     shares: Mapping[str, str] | None = None,
     layout: Layout = ONE_DEVICE,
@@ -52,6 +46,7 @@ class EventEmbedding(nnx.Module):
       inputs: the categorical fields that the model may see.
       numeric_inputs: the columns of the numeric fields that the model may see.
       calendar: number of values that describe an event's place in the calendar.
+      time_unit: the unit of the encoding of time gaps.
       extra_columns: the field of each further column of the codes, whose values share the field's table.
       shares: the owner of the table of each field that uses another field's table; both have the owner's codes.
       layout: layout of the fields' tables.
@@ -74,7 +69,8 @@ class EventEmbedding(nnx.Module):
     )
     self.numeric_columns = tuple(numeric_inputs)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), rngs=rngs)
-    self.gap = linear(1 + len(GAP_KNOTS), d_model, names=(None, "embed"), bias=False, rngs=rngs)
+    self.time_unit = time_unit
+    self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, rngs=rngs)
     self.numeric = (
       linear(len(numeric_inputs) * (2 + len(NUMERIC_KNOTS)), d_model, names=(None, "embed"), bias=False, rngs=rngs)
       if self.numeric_columns
@@ -90,13 +86,13 @@ class EventEmbedding(nnx.Module):
     """
     kinds = self.source.get_value()
     x = jax.nn.one_hot(source, len(kinds)) @ kinds  # few rows: a product is faster than a gather and its transpose
-    x = x + self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
+    x = x + self.calendar(calendar) + self.gap(time_gaps.gap_basis(gap, self.time_unit))
     for name, asked in self.asked(codes).items():
       x = x + jnp.sum(self.tables[name](asked), axis=-2)
     if self.numeric is not None:
       numeric = numeric[..., np.array(self.numeric_columns)]
       present = jnp.isfinite(numeric)
-      parts = bends(jnp.where(present, numeric, 0.0), NUMERIC_KNOTS) * present[..., None]
+      parts = time_gaps.bends(jnp.where(present, numeric, 0.0), NUMERIC_KNOTS) * present[..., None]
       parts = jnp.concatenate([parts, present[..., None].astype(parts.dtype)], axis=-1)
       x = x + self.numeric(parts.reshape(*parts.shape[:-2], -1))
     return x
@@ -130,17 +126,25 @@ class EventEmbedding(nnx.Module):
 
 
 class QueryEmbedding(nnx.Module):
-  """Embedding of a snapshot: of the gap to its last event, the calendar of its time τ and, if any, its aggregates."""
+  """Embedding of a snapshot: of the gap to its last event, the calendar of its time τ and, if any, its aggregates.
 
-  def __init__(self, d_model: int, calendar: int, aggregates: int, *, rngs: nnx.Rngs):
+  Calendar and gap count for nothing at first. A random vector stands for all snapshots, as for all events of a type:
+  a norm multiplies the gradients of a vector of zeros by a thousand.
+  """
+
+  def __init__(
+    self, d_model: int, calendar: int, aggregates: int, *, time_unit: time_gaps.Unit = "seconds", rngs: nnx.Rngs
+  ):
+    self.time_unit = time_unit
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
-    self.gap = linear(1 + len(GAP_KNOTS), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
+    set_bias(self.calendar, jax.random.normal(rngs.params(), (d_model,)) * d_model**-0.5)
+    self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
     self.aggregates = linear(aggregates, d_model, names=(None, "embed"), rngs=rngs) if aggregates else None
     self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if aggregates else None
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""
-    x = self.calendar(calendar) + self.gap(bends(jnp.log1p(gap), GAP_KNOTS))
+    x = self.calendar(calendar) + self.gap(time_gaps.gap_basis(gap, self.time_unit))
     if self.aggregates is not None and self.mlp is not None:
       hidden = self.aggregates(aggregates)
       x = x + hidden + self.mlp(hidden)

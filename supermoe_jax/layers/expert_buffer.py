@@ -8,6 +8,7 @@ is many times slower on CPU and serialises on TPU. The price is that only revers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class RankedChoices(NamedTuple):
 
   Attributes:
     sent: bool `[n, K]`, whether the choice is for one of these experts; False for tokens that are not valid.
-    rank: int32 `[n, K]`, position among the choices of the same expert; earlier tokens come first.
+    rank: int32 `[n, K]`, position among the choices of the same expert; see `rank_choices`.
     load: int32 `[E]`, number of choices of each expert.
   """
 
@@ -52,16 +53,36 @@ class RankedChoices(NamedTuple):
   load: jax.Array
 
 
-def rank_choices(expert: jax.Array, valid: jax.Array, experts: int) -> RankedChoices:
-  """Ranks the choices `expert [n, K]` of `valid [n]` tokens; choices outside [0, experts) are not sent."""
+def rank_choices(expert: jax.Array, valid: jax.Array, experts: int, urgent: jax.Array | None = None) -> RankedChoices:
+  """Ranks the choices `expert [n, K]` of `valid [n]` tokens; choices outside [0, experts) are not sent.
+
+  Without `urgent` earlier tokens come first. With `urgent [n]`, where experts may be full, those come first that would
+  be missed most: first choices before second ones, and among these the choices of urgent tokens. Equals are served in
+  strides over all tokens, so that no row and no part of a row is always last.
+  """
   n, k = expert.shape
   sent = valid[:, None] & (expert >= 0) & (expert < experts)
   flat = jnp.where(sent, expert, experts).reshape(-1)
-  in_order = grouping_order(flat, experts + 1)
+  if urgent is None:
+    in_order = grouping_order(flat, experts + 1)
+  else:
+    level = 2 * jnp.arange(k, dtype=jnp.int32) + ~urgent[:, None]
+    group = jnp.where(sent, expert * 2 * k + level, experts * 2 * k).reshape(-1)
+    in_order = _in_strides(group, experts * 2 * k + 1)
   start = jnp.searchsorted(flat[in_order], jnp.arange(experts + 1))
   rank_sorted = jnp.arange(n * k) - start[flat[in_order]]
   rank = jnp.zeros(n * k, jnp.int32).at[in_order].set(rank_sorted.astype(jnp.int32), unique_indices=True)
   return RankedChoices(sent, rank.reshape(n, k), jnp.diff(start).astype(jnp.int32))
+
+
+def _in_strides(group: jax.Array, groups: int) -> jax.Array:
+  """Returns the permutation that sorts `group [n]` as `grouping_order` does; equals lie in strides of about √n."""
+  n = len(group)
+  stride = math.isqrt(n) | 1  # odd: a row's length is often a multiple of a power of two
+  rounds = -(-n // stride)
+  filled = jnp.pad(group, (0, rounds * stride - n), constant_values=groups)  # sorts behind all others
+  order = grouping_order(filled.reshape(rounds, stride).T.reshape(-1), groups + 1)[:n]
+  return order % rounds * stride + order // rounds
 
 
 def sorted_places(expert: jax.Array, ranked: RankedChoices) -> jax.Array:

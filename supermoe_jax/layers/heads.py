@@ -8,7 +8,7 @@ from flax import nnx
 
 from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.layers.table import EmbeddingTable
-from supermoe_jax.sharding import linear
+from supermoe_jax.sharding import linear, set_bias
 
 
 class LinearHead(nnx.Module):
@@ -22,6 +22,10 @@ class LinearHead(nnx.Module):
     """Maps `z [..., D]` to `[...]`, or to `[..., outputs]`, which keeps its last dimension when `outputs` is 1."""
     answers = self.linear(z)
     return answers[..., 0] if self.single else answers
+
+  def start_at(self, answer: jax.Array) -> None:
+    """Sets the biases to a constant answer `[outputs]`, the mean of the first answers to many states."""
+    set_bias(self.linear, answer)
 
 
 class EventLabelHead(nnx.Module):
@@ -41,6 +45,10 @@ class EventLabelHead(nnx.Module):
     x = jnp.concatenate([h, g, h * g], axis=-1)
     return (self.linear(x) + self.down(jax.nn.gelu(self.up(x))))[..., 0]
 
+  def start_at(self, answer: jax.Array) -> None:
+    """Makes all first answers the constant `answer [1]`."""
+    set_bias(self.linear, answer)
+
 
 class NextValueHead(nnx.Module):
   """Head that scores a field's values against a state, with the field's own embeddings as output weights (tied).
@@ -55,6 +63,12 @@ class NextValueHead(nnx.Module):
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
     zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
+
+  def start_at(self, answer: jax.Array) -> None:
+    """Sets the values' own scores to `answer [values]`; a head without a bias stays as it is."""
+    if self.bias is not None:
+      rows = self.bias.get_value()
+      self.bias[...] = jnp.pad(answer, (2, rows.size - 2 - len(answer))).reshape(rows.shape)
 
   def state(self, h: jax.Array) -> jax.Array:
     """Returns the vectors `[..., D]` that are compared with the catalogue."""

@@ -11,7 +11,7 @@ from flax import nnx
 
 from supermoe_jax import sharding
 from supermoe_jax.layers import dispatch, experts
-from supermoe_jax.layers.routing import Aux, Router
+from supermoe_jax.layers.routing import Aux, Router, RoutingSums
 from supermoe_jax.sharding import linear
 
 
@@ -36,10 +36,11 @@ class Stats(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-  """Output of an MoE layer: `y [B, L, D]`, 0 for padding; terms for the loss; and routing statistics."""
+  """Output of an MoE layer: `y [B, L, D]`, 0 for padding; terms for the loss, and the sums behind them; statistics."""
 
   y: jax.Array
   aux: Aux
+  sums: RoutingSums
   stats: Stats
 
 
@@ -98,9 +99,10 @@ class MoE(nnx.Module):
       loss += 0.01 * out.aux.balance_loss + 1e-3 * out.aux.z_loss
 
   In training each expert takes `⌈capacity_factor · K · n / E⌉` rows for the n tokens of a device; choices beyond that
-  are dropped and counted. With `dropless=True` (evaluation, export) nothing is dropped: among batches of one shape, a
-  token's result is bit for bit the same whatever else is in the batch. Dropless, tokens stay on their device and all
-  experts' weights of the layer come to them, unless `dispatch="ragged"`.
+  are dropped and counted, second choices first, and those of urgent tokens last. With `dropless=True` (evaluation,
+  export) nothing is dropped: among batches of one shape, a token's result is bit for bit the same whatever else is in
+  the batch. Dropless, tokens stay on their device and all experts' weights of the layer come to them, unless
+  `dispatch="ragged"`.
 
   On the mesh in use (`jax.set_mesh`) experts are spread over its `expert` axis, their hidden units over `tensor`, and
   the batch over `data` and `expert`. Without a mesh everything is on one device. Create large layers in place with
@@ -204,6 +206,7 @@ class MoE(nnx.Module):
     valid: jax.Array,
     task: jax.Array | None = None,
     *,
+    urgent: jax.Array | None = None,
     dropless: bool = False,
     rngs: nnx.Rngs | None = None,
   ) -> MoEOutput:
@@ -213,6 +216,7 @@ class MoE(nnx.Module):
       x: `[B, L, D]`, tokens; the layer does not normalise them.
       valid: bool `[B, L]`; False is padding, which is never routed or counted and affects no result.
       task: int32 `[B, L]`, see `Router`.
+      urgent: bool `[B, L]`, the tokens that are served first where an expert is full; None: all tokens are alike.
       dropless: as in evaluation: no capacity, no dependence on the other tokens.
       rngs: if given, jitter is on.
 
@@ -229,11 +233,16 @@ class MoE(nnx.Module):
     shared = {n: w[None] for n, w in self.shared.weights().items()} if self.shared is not None else {}
     y, kept = sharding.on_shards(
       functools.partial(_on_device, strategy=strategy, total=self.experts, capacity_factor=factor),
-      (*(("batch", None, None),) * 3, ("batch", None), self.names, {n: (None, *self.names[n][1:]) for n in shared}),
+      (
+        *(("batch", None, None),) * 3,
+        *(("batch", None),) * 2,
+        self.names,
+        {n: (None, *self.names[n][1:]) for n in shared},
+      ),
       (("batch", None, None), ("batch", None, None)),
-      *(x.astype(dtype), routing.expert, routing.weight, valid, weights, shared),
+      *(x.astype(dtype), routing.expert, routing.weight, valid, valid if urgent is None else urgent, weights, shared),
     )
-    return MoEOutput(y.astype(x.dtype), routing.aux, self._stats(routing, kept, valid, task))
+    return MoEOutput(y.astype(x.dtype), routing.aux, routing.sums, self._stats(routing, kept, valid, task))
 
   def every(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Runs every expert on `x [B, S, D]` without routing, for few tokens whose caller weighs the outputs.
@@ -310,6 +319,7 @@ def _on_device(
   expert: jax.Array,
   weight: jax.Array,
   valid: jax.Array,
+  urgent: jax.Array,
   weights: dict[str, jax.Array],
   shared: dict[str, jax.Array],
   *,
@@ -321,7 +331,8 @@ def _on_device(
   if not x.size:
     return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(expert, bool)
   k = expert.shape[-1]
-  tokens = dispatch.Tokens(x.reshape(-1, x.shape[-1]), expert.reshape(-1, k), weight.reshape(-1, k), valid.reshape(-1))
+  flat = x.reshape(-1, x.shape[-1]), expert.reshape(-1, k), weight.reshape(-1, k), valid.reshape(-1), urgent.reshape(-1)
+  tokens = dispatch.Tokens(*flat)
   y, kept = strategy(tokens, experts.Experts(weights, total), capacity_factor)
   if shared:
     every = experts.Experts(shared, 1)(tokens.x[None])[0]

@@ -31,6 +31,36 @@ class Aux(NamedTuple):
   mutual_information: jax.Array
 
 
+class RoutingSums(NamedTuple):
+  """Sums over the valid tokens of a batch on every device, float32; the sums of parts of a batch add up.
+
+  Attributes:
+    tokens: the number of tokens.
+    probability: `[E]`, Σ p.
+    chosen: `[E]`, the choices of each expert; no gradient.
+    log_partition: Σ of the squared log-partition of the logits.
+    entropy: Σ of the entropy of p, in nats; no gradient.
+    joint: `[T, E]`, Σ p over the tokens of each task; `[0, E]` without tasks.
+  """
+
+  tokens: jax.Array
+  probability: jax.Array
+  chosen: jax.Array
+  log_partition: jax.Array
+  entropy: jax.Array
+  joint: jax.Array
+
+  @property
+  def load(self) -> jax.Array:
+    """Returns each expert's share of the choices, `[..., E]`; sums to 1 (0 without tokens)."""
+    return self.chosen / jnp.maximum(jnp.sum(self.chosen, axis=-1, keepdims=True), 1.0)
+
+  @property
+  def mean_entropy(self) -> jax.Array:
+    """Returns the mean entropy of a token's probabilities; log E when all experts are equally probable."""
+    return self.entropy / jnp.maximum(self.tokens, 1.0)
+
+
 class Routing(NamedTuple):
   """Decisions of a router for tokens `[...]`.
 
@@ -38,16 +68,23 @@ class Routing(NamedTuple):
     expert: int32 `[..., K]`, the chosen experts, all different.
     weight: float32 `[..., K]`, the weights that combine their outputs.
     aux: see `Aux`.
-    load: float32 `[E]`, each expert's share of the choices; sums to 1 (0 without valid tokens).
-    entropy: float32, mean entropy of a valid token's probabilities, in nats; log E when all experts are equally
-      probable.
+    sums: see `RoutingSums`.
   """
 
   expert: jax.Array
   weight: jax.Array
   aux: Aux
-  load: jax.Array
-  entropy: jax.Array
+  sums: RoutingSums
+
+  @property
+  def load(self) -> jax.Array:
+    """Returns each expert's share of the choices, `[E]`."""
+    return self.sums.load
+
+  @property
+  def entropy(self) -> jax.Array:
+    """Returns the mean entropy of a valid token's probabilities, in nats."""
+    return self.sums.mean_entropy
 
 
 class Router(nnx.Module):
@@ -134,14 +171,8 @@ class Router(nnx.Module):
     weight = jax.nn.softmax(chosen_logits, axis=-1)
     if not self.renormalise:
       weight = jnp.sum(chosen * probability[..., None, :], axis=-1)
-    load, balance = balance_loss(probability, jnp.sum(chosen, axis=-2), valid)
-    entropy = -jnp.sum(probability * jax.nn.log_softmax(logits, axis=-1), axis=-1)
-    aux = Aux(
-      balance,
-      _mean(jax.nn.logsumexp(logits, axis=-1) ** 2, valid),
-      mutual_information(probability, c, valid) if c is not None else jnp.zeros(()),
-    )
-    return Routing(expert, weight, aux, load, jax.lax.stop_gradient(_mean(entropy, valid)))
+    sums = count_tokens(logits, jnp.sum(chosen, axis=-2), valid, c)
+    return Routing(expert, weight, auxiliary(sums), sums)
 
   def _choose(self, score: jax.Array) -> jax.Array:
     """Returns the K best of `score [..., E]`, device by device: XLA would gather all tokens on some devices to sort."""
@@ -154,37 +185,40 @@ def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return jnp.matmul(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def _mean(value: jax.Array, valid: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.where(valid, value, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+def count_tokens(logits: jax.Array, chosen: jax.Array, valid: jax.Array, task: jax.Array | None = None) -> RoutingSums:
+  """Returns the sums of `RoutingSums` over the valid tokens of the whole (global) batch.
 
-
-def balance_loss(probability: jax.Array, chosen: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the load `[E]` and `E · Σ_e stop_grad(load_e) · mean probability_e` over the valid tokens.
-
-  Shapes: `probability [..., E]`, `chosen [..., E]` (1 for each of a token's K experts, else 0), `valid [...]`. Sums run
-  over the whole (global) batch: experts may specialise within a device as long as the batch uses them equally.
+  Shapes: `logits [..., E]`, `chosen [..., E]` (1 for each of a token's K experts, else 0), `valid [...]`,
+  `task [..., T]` one-hot (all 0, or None: no task).
   """
-  tokens = tuple(range(probability.ndim - 1))
-  count = jnp.sum(jnp.where(valid[..., None], chosen, 0.0), axis=tokens)
-  load = jax.lax.stop_gradient(count / jnp.maximum(jnp.sum(count), 1.0))
-  mean = jnp.sum(jnp.where(valid[..., None], probability, 0.0), axis=tokens) / jnp.maximum(jnp.sum(valid), 1)
-  return load, probability.shape[-1] * jnp.sum(load * mean)
+  tokens = tuple(range(valid.ndim))
+  there = valid[..., None]
+  probability = jnp.where(there, jax.nn.softmax(logits, axis=-1), 0.0)
+  entropy = -jnp.sum(probability * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+  c = jnp.zeros((*valid.shape, 0)) if task is None else jnp.where(there, task, 0.0)
+  return RoutingSums(
+    tokens=jnp.sum(valid, dtype=jnp.float32),
+    probability=jnp.sum(probability, axis=tokens),
+    chosen=jax.lax.stop_gradient(jnp.sum(jnp.where(there, chosen, 0.0), axis=tokens)),
+    log_partition=jnp.sum(jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0)),
+    entropy=jax.lax.stop_gradient(jnp.sum(jnp.where(valid, entropy, 0.0))),
+    joint=jnp.sum(c[..., :, None] * probability[..., None, :], axis=tokens),
+  )
 
 
-def mutual_information(probability: jax.Array, task: jax.Array, valid: jax.Array) -> jax.Array:
-  """Returns `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`, in nats: the information that an expert gives about the task.
+def auxiliary(sums: RoutingSums) -> Aux:
+  """Returns the terms for the loss of one layer, from its sums.
 
-  Shapes: `probability [..., E]`, `task [..., T]` one-hot (all 0: no task), `valid [...]`. π_t is the share of task t
-  among the valid tokens that have a task, P_t their mean probability.
+  The balance term is `E · Σ_e load_e · mean probability_e`: experts may specialise within a device as long as the batch
+  uses them equally. The information is `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`, where π_t is the share of task t among the
+  tokens that have a task, and P_t their mean probability.
   """
-  c = jnp.where(valid[..., None], task, 0.0)
-  tokens = tuple(range(c.ndim - 1))
-  count = jnp.sum(c, axis=tokens)
-  total = jnp.maximum(jnp.sum(count), 1.0)
-  joint = jnp.sum(c[..., :, None] * probability[..., None, :], axis=tokens) / total
-  independent = (count / total)[:, None] * jnp.sum(joint, axis=0)
+  some = jnp.maximum(sums.tokens, 1.0)
+  balance = sums.probability.shape[-1] * jnp.sum(sums.load * sums.probability) / some
+  joint = sums.joint / jnp.maximum(jax.lax.stop_gradient(jnp.sum(sums.joint)), 1.0)
+  independent = jnp.sum(joint, axis=1, keepdims=True) * jnp.sum(joint, axis=0)
   ratio = jnp.where(joint > 0, joint, 1.0) / jnp.where(joint > 0, independent, 1.0)
-  return jnp.sum(joint * jnp.log(ratio))
+  return Aux(balance, sums.log_partition / some, jnp.sum(joint * jnp.log(ratio)))
 
 
 def rebalanced(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import sharding
+from supermoe_jax.layers import time_gaps
 from supermoe_jax.layers.attention import Attention, Visibility
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput
 
@@ -26,6 +27,7 @@ class Context(NamedTuple):
     visible: the positions that each position sees.
     valid: bool `[B, T]`; False is padding.
     task: int32 `[B, T]`, the task of a task token, -1 elsewhere; None where there are no task tokens.
+    urgent: bool `[B, T]`, the positions that full experts serve first; None: all positions are alike.
   """
 
   position: jax.Array
@@ -33,6 +35,7 @@ class Context(NamedTuple):
   visible: Visibility
   valid: jax.Array
   task: jax.Array | None = None
+  urgent: jax.Array | None = None
 
 
 class Block(nnx.Module):
@@ -44,13 +47,14 @@ class Block(nnx.Module):
     heads: int,
     feed_forward: Mlp | MoE,
     *,
+    time_unit: time_gaps.Unit = "seconds",
     dropout: float = 0.0,
     dtype: jnp.dtype | None = None,
     rngs: nnx.Rngs,
   ):
     """Creates the block; `dtype` is for the attention's products (None: dtype of x), `feed_forward` has its own."""
     self.attention_norm = nnx.RMSNorm(d_model, rngs=rngs)
-    self.attention = Attention(d_model, heads, dtype=dtype, rngs=rngs)
+    self.attention = Attention(d_model, heads, time_unit=time_unit, dtype=dtype, rngs=rngs)
     self.feed_forward_norm = nnx.RMSNorm(d_model, rngs=rngs)
     self.feed_forward = feed_forward
     self.dropout = nnx.Dropout(dropout)
@@ -74,7 +78,7 @@ class Block(nnx.Module):
     """Returns the second half, `h + mlp(norm h)` for h from `attended`, and the experts' `MoEOutput`, if any."""
     normed = self.feed_forward_norm(h)
     if isinstance(self.feed_forward, MoE):
-      out = self.feed_forward(normed, context.valid, context.task, dropless=dropless, rngs=rngs)
+      out = self.feed_forward(normed, context.valid, context.task, urgent=context.urgent, dropless=dropless, rngs=rngs)
       return h + self.drop(out.y, rngs), out
     return h + self.drop(self.feed_forward(normed), rngs), None
 

@@ -15,7 +15,7 @@ from supermoe_jax.batch import CALENDAR, Features, Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.moe import Mlp, MoE, Stats, TaskGates
-from supermoe_jax.layers.routing import Aux
+from supermoe_jax.layers.routing import RoutingSums
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.layers.transformer import Block, Context, Stack, StackOutput
 
@@ -24,13 +24,13 @@ class ExpertRecord(NamedTuple):
   """Record of the MoE layers' routing; every array has a leading dimension of M layers (M = 0 without any).
 
   Attributes:
-    aux: terms for the loss, `[M]` each.
+    sums: the sums from which `layers.routing.auxiliary` makes the terms for the loss.
     stats: see `layers.moe.Stats`; its `expert [M, B, S, K]` covers the snapshots' tokens only.
     task_expert: int32 `[M, B, S, T, K]`, the experts of the task tokens; None without task tokens.
     event_expert: int32 `[M, B, L, K]`, the experts of the events; a program that does not use it does not keep it.
   """
 
-  aux: Aux
+  sums: RoutingSums
   stats: Stats
   task_expert: jax.Array | None
   event_expert: jax.Array
@@ -70,12 +70,13 @@ def make_embeddings(
     len(schema.sources),
     *fields,
     CALENDAR,
+    time_unit=model.time_unit,
     extra_columns=schema.extra_columns,
     shares=schema.shares,
     layout=layout,
     rngs=rngs,
   )
-  return events, QueryEmbedding(d, CALENDAR, schema.aggregates, rngs=rngs)
+  return events, QueryEmbedding(d, CALENDAR, schema.aggregates, time_unit=model.time_unit, rngs=rngs)
 
 
 def embed_rows(
@@ -149,6 +150,8 @@ class Encoder(nnx.Module):
       tokens = queries[:, :, None] + self.task_vectors.get_value()
       x = jnp.concatenate([x, tokens.reshape(batch, snapshots * self.tokens, d)], axis=1)
       context = self._with_task_tokens(context, features)
+    # A dropped event is one of many; a dropped snapshot is a user that nothing is learned from.
+    context = context._replace(urgent=jnp.broadcast_to(jnp.arange(x.shape[1]) >= length, x.shape[:2]))
     x = sharding.constrain(x, "batch", None, None)
     x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
 
@@ -199,7 +202,7 @@ class Encoder(nnx.Module):
       chosen = stats.expert[:, :, end:]
       task_expert = chosen.reshape(len(chosen), batch, snapshots, self.tokens, self.k)
     events, own = stats.expert[:, :, :length], stats.expert[:, :, length:end]
-    return ExpertRecord(out.experts.aux, stats._replace(expert=own), task_expert, events)
+    return ExpertRecord(out.experts.sums, stats._replace(expert=own), task_expert, events)
 
 
 def shift(features: Features, tasks: int) -> jax.Array:
@@ -221,9 +224,11 @@ def no_experts(experts: int, k: int, batch: int, length: int, snapshots: int, to
   """Returns the record of an encoder without MoE layers; its arrays are empty, M = 0."""
   none, counts = jnp.zeros(0), jnp.zeros(0, jnp.int32)
   expert = jnp.zeros((0, batch, snapshots, k), jnp.int32)
-  stats = Stats(jnp.zeros((0, experts)), counts, counts, jnp.zeros((0, tokens), jnp.int32), none, expert)
+  by_expert = jnp.zeros((0, experts))
+  sums = RoutingSums(none, by_expert, by_expert, none, none, jnp.zeros((0, tokens, experts)))
+  stats = Stats(by_expert, counts, counts, jnp.zeros((0, tokens), jnp.int32), none, expert)
   task_expert = jnp.zeros((0, batch, snapshots, tokens, k), jnp.int32) if tokens else None
-  return ExpertRecord(Aux(none, none, none), stats, task_expert, jnp.zeros((0, batch, length, k), jnp.int32))
+  return ExpertRecord(sums, stats, task_expert, jnp.zeros((0, batch, length, k), jnp.int32))
 
 
 def _make_block(model: config.Model, balance_bias: bool, tokens: int) -> Callable[[int, nnx.Rngs], Block]:
@@ -250,6 +255,6 @@ def _make_block(model: config.Model, balance_bias: bool, tokens: int) -> Callabl
       )
     else:
       feed_forward = Mlp(d, model.d_hidden, activation=model.activation, dtype=dtype, rngs=rngs)
-    return Block(d, model.heads, feed_forward, dropout=model.dropout, dtype=dtype, rngs=rngs)
+    return Block(d, model.heads, feed_forward, time_unit=model.time_unit, dropout=model.dropout, dtype=dtype, rngs=rngs)
 
   return make

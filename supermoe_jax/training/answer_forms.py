@@ -28,6 +28,13 @@ class AnswerForm:
     columns = value.reshape(len(value), outputs).astype(np.float64)
     return weight @ columns, weight @ columns**2
 
+  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+    """Returns the best constant answer `[outputs]`, as a head gives it; half a label of each kind is added.
+
+    So the answer is finite where all labels are alike, and 0 (undecided) without a label.
+    """
+    return np.log(first + 0.5) - np.log(np.maximum(weight - first, 0.0) + 0.5)
+
   def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
     """Returns the mean loss of the best constant answer, from the labels' moments and their Σ ω `weight`."""
     del second
@@ -58,6 +65,10 @@ class OneOfClasses(AnswerForm):
     counts = np.bincount(value - self.first_code, weights=weight, minlength=outputs)
     return counts, np.zeros(outputs)
 
+  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+    """See `AnswerForm`: the logarithms of the classes' shares."""
+    return np.log((first + 0.5) / (weight + 0.5 * len(first)))
+
   def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
     """See `AnswerForm`: the entropy of the classes."""
     share = first / max(weight, 1e-12)
@@ -76,6 +87,10 @@ class Number(AnswerForm):
   def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
     """See `AnswerForm`."""
     return jnp.square(logits - value)
+
+  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+    """See `AnswerForm`: the mean."""
+    return first / max(weight, 1.0)
 
   def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
     """See `AnswerForm`: the variance."""

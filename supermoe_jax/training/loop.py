@@ -34,7 +34,7 @@ from supermoe_jax.training.monitoring.profiler import Profiler
 from supermoe_jax.training.run_directory import check_encoding, claim_directory
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.stopping import Signals, save_batch
-from supermoe_jax.training.task_statistics import TaskStatistics
+from supermoe_jax.training.task_statistics import Measured, TaskStatistics
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 
@@ -172,8 +172,8 @@ def _train(
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
     step, waiting = 0, list[Any]()
     if found is None:
-      _, state = create_state(cfg, dataset.schema, mesh)
-      statistics = _measure(dataset, cfg)
+      statistics, answers = _measure(dataset, cfg)
+      _, state = create_state(cfg, dataset.schema, mesh, answers)
     else:
       state, position, statistics, waiting, before = found
       step = int(state.step)
@@ -279,7 +279,7 @@ def _check_finite(state: TrainState, workdir: pathlib.Path, step: int) -> None:
     )
 
 
-def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
+def _measure(dataset: Dataset, cfg: config.Config) -> Measured:
   """Measures the tasks' constants on rows drawn as in training, with another seed; reads more rows for rare labels.
 
   Raises:
@@ -291,7 +291,8 @@ def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
   stream = training_batches.training_batches(dataset, cfg, seed=cfg.train.seed + 1)
   n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
   wanted = {n: min(count["known"], MEASURED_LABELS) for n, count in known.items()}
-  statistics = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
+  measured = task_statistics.measure_tasks(cfg.active_tasks, dataset.schema.outputs, stream, n_batches, wanted)
+  statistics = measured.statistics
   for name, found in count_spaces(dataset, cfg).items():
     space = cfg.active_views[name].sample_space
     logger.info(
@@ -308,4 +309,4 @@ def _measure(dataset: Dataset, cfg: config.Config) -> dict[str, TaskStatistics]:
   for name in cfg.active_tasks.keys() - known.keys():
     if not statistics[name].rate:
       logger.warning(f"no user has a history that is long enough for task {name}; it contributes nothing")
-  return statistics
+  return measured

@@ -26,6 +26,7 @@ from supermoe_jax import config, sharding
 from supermoe_jax.batch import Batch, Slices, Targets
 from supermoe_jax.layers import catalogue
 from supermoe_jax.layers.heads import NextValueHead
+from supermoe_jax.layers.routing import RoutingSums, auxiliary
 from supermoe_jax.models.encoder import Encoded
 from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training import weighting
@@ -111,16 +112,40 @@ def labelled_loss(
   statistics: TaskStatistics,
   drawn: Mapping[str, jax.Array],
 ) -> TaskLoss:
-  """Returns the sums of one task with labels, from encoded states; `drawn` holds the sampled softmaxes' codes."""
-  task = model.tasks[name]
-  value = safe_value(targets)
-  given = targets.given if task.about_events else None
-  answers = model.answers(name, encoded, events=True, given=given)
+  """Returns the sums of one task with labels, from encoded states; `drawn` holds the sampled softmaxes' codes.
+
+  If the encoder makes the tasks' views beside z (`conditioning` is "token" or "gate"), the head answers at the
+  snapshots from the view and from z, and each answer has half of the weight: z is what is exported.
+  """
+  task, sites = model.tasks[name], targets.known.shape[1]
+  events = encoded.events.shape[1] if task.asks_at_events else 0
+  weight = jnp.broadcast_to(snapshot_weight(task, statistics, events, sites), (sites,))
+  if encoded.views is None or model.sharing is not None:
+    return _loss_of_answers(model, name, encoded, targets, weight, drawn)
+  half = jnp.where(jnp.arange(sites) < events, 1.0, 0.5) * weight
+  by_view = _loss_of_answers(model, name, encoded, targets, half, drawn)
+  at_snapshots = jax.tree.map(lambda x: x[:, events:], targets)
+  by_z = _loss_of_answers(model, name, encoded._replace(views=None), at_snapshots, half[events:], drawn, events=False)
+  return jax.tree.map(jnp.add, by_view, by_z)
+
+
+def _loss_of_answers(
+  model: SuperMoE,
+  name: str,
+  encoded: Encoded,
+  targets: Targets,
+  weight: jax.Array,
+  drawn: Mapping[str, jax.Array],
+  *,
+  events: bool = True,
+) -> TaskLoss:
+  """Returns the sums of a task with weights `weight [sites]`; without `events` the sites are the snapshots' only."""
+  task, value = model.tasks[name], safe_value(targets)
+  answers = model.answers(name, encoded, events=events, given=targets.given if task.about_events else None)
   if task.answer == "catalogue":
     loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, value, drawn)
   else:
     loss = FORMS[task.answer].loss(answers, value)
-  weight = snapshot_weight(task, statistics, encoded.events.shape[1], targets.known.shape[1])
   return task_loss(targets, loss, weight)
 
 
@@ -200,9 +225,11 @@ def total_loss(
   *,
   key: jax.Array,
   drawn: Mapping[str, jax.Array] | None = None,
+  routing: RoutingSums | None = None,
+  parts: int = 1,
   training: bool = True,
 ) -> Loss:
-  """Encodes a batch and returns its loss.
+  """Encodes a batch, or a part of one, and returns its loss.
 
   Args:
     model: the model.
@@ -213,13 +240,14 @@ def total_loss(
     state: the weigher's state before this batch.
     key: the key of dropout, jitter, sampled softmaxes and random orders.
     drawn: the codes of the sampled softmaxes; None: `key` draws them.
+    routing: for a part of a batch, the sums of the whole batch, see `routing_sums`; None: the batch is whole.
+    parts: the number of parts of the batch, whose losses' mean is the loss of the whole batch.
     training: whether dropout and jitter are on.
   """
-  rngs = nnx.Rngs(key) if training else None
   if drawn is None:
     drawn = drawn_codes(model, batch, key)
   order = jax.random.fold_in(key, 1)
-  encoded = model.encode(batch.features, dropless=False, rngs=rngs)
+  encoded, rngs = _encode(model, batch, key, training)
   tasks: dict[str, TaskLoss] = {}
   slices = (jnp.int32(0), jnp.int32(0))
   for name, task in model.tasks.items():
@@ -234,10 +262,37 @@ def total_loss(
     gram = gradient_products(model, encoded, batch, statistics, train.norm, drawn)
   weights = jax.lax.stop_gradient(weigher.weights(state, weighting.WeightInputs(met.present, gram, order)))
   total = combine(tasks, statistics, weights, len(batch.features.length), train.norm)
-  aux = encoded.experts.aux
-  total += train.balance_weight * jnp.sum(aux.balance_loss) + train.z_weight * jnp.sum(aux.z_loss)
-  total -= train.task_information * jnp.sum(aux.mutual_information)
+  own = encoded.experts.sums
+  total += regularisers(own, train) if routing is None else _part_of_regularisers(own, routing, parts, train)
   return Loss(total, tasks, met, weights, encoded, slices)
+
+
+def _encode(model: SuperMoE, batch: Batch, key: jax.Array, training: bool) -> tuple[Encoded, nnx.Rngs | None]:
+  rngs = nnx.Rngs(key) if training else None
+  return model.encode(batch.features, dropless=False, rngs=rngs), rngs
+
+
+def routing_sums(model: SuperMoE, batch: Batch, key: jax.Array) -> RoutingSums:
+  """Returns the sums of the MoE layers' routing in the pass of `total_loss` with the same arguments: `[M, …]` each."""
+  return jax.lax.stop_gradient(_encode(model, batch, key, True)[0].experts.sums)
+
+
+def regularisers(routing: RoutingSums, train: config.Train) -> jax.Array:
+  """Returns the regularisers `α · balance + β · z-loss − γ · information`, summed over the MoE layers."""
+  aux = jax.vmap(auxiliary)(routing)
+  total = train.balance_weight * jnp.sum(aux.balance_loss) + train.z_weight * jnp.sum(aux.z_loss)
+  return total - train.task_information * jnp.sum(aux.mutual_information)
+
+
+def _part_of_regularisers(part: RoutingSums, whole: RoutingSums, parts: int, train: config.Train) -> jax.Array:
+  """Returns a term whose mean over all parts of a batch has value and gradient of `regularisers(whole)`.
+
+  The regularisers depend on sums over the whole batch, and each part adds to these sums. So its gradient is the slope
+  at the whole batch's sums times the gradient of its own.
+  """
+  value, slope = jax.value_and_grad(regularisers)(whole, train)
+  along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, part)), jnp.zeros(()))
+  return value + parts * (along - jax.lax.stop_gradient(along))
 
 
 def gradient_products(

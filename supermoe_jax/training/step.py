@@ -94,11 +94,16 @@ def abstract_model(cfg: config.Config, schema: Schema, platform: str | None = No
   return nnx.split(nnx.eval_shape(model_constructor(cfg, schema, platform)))
 
 
-def create_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
-  """Returns the model's structure and a new state, created in its place on the mesh; no host ever holds all of it."""
+def create_state(
+  cfg: config.Config, schema: Schema, mesh: Mesh, answers: Mapping[str, np.ndarray] | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+  """Returns the model's structure and a new state, created in its place on the mesh; no host ever holds all of it.
+
+  The heads of the tasks in `answers` start at these constant answers `[outputs]`, see `task_statistics.Measured`.
+  """
   program = compiled_program(cfg, schema, mesh)
   with jax.set_mesh(mesh):
-    state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed))
+    state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed), dict(answers or {}))
   everywhere = NamedSharding(mesh, PartitionSpec())
   return program.graph, state._replace(weighting=jax.device_put(initial_weights(cfg), everywhere))
 
@@ -107,7 +112,7 @@ def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState
   """Returns the shapes and layouts of the state, without allocating it; a checkpoint is restored into them."""
   program, seed = compiled_program(cfg, schema, mesh), cfg.train.seed
   with jax.set_mesh(mesh):  # the keys are made inside `eval_shape`, since the mesh's devices may not exist
-    shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed)))
+    shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed), {}))
   return jax.tree.map(
     lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, program.layouts
   )
@@ -126,13 +131,13 @@ class StepProgram(NamedTuple):
   Attributes:
     graph: the model's structure.
     layouts: a `TrainState` of layouts.
-    initial: `(key of the parameters, key of the training) → TrainState`.
+    initial: `(key of the parameters, key of the training, the heads' first answers) → TrainState`.
     step: see `make_step`.
   """
 
   graph: nnx.GraphDef
   layouts: TrainState
-  initial: Callable[[jax.Array, jax.Array], TrainState]
+  initial: Callable[[jax.Array, jax.Array, dict[str, np.ndarray]], TrainState]
   step: Step
 
 
@@ -167,8 +172,11 @@ def _program(key: _ProgramKey) -> StepProgram:
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make_row_optimizer(cfg.train.tables)
   weigher = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks)
 
-  def initial(parameters: jax.Array, training: jax.Array) -> TrainState:
-    model = nnx.state(model_constructor(cfg, schema, platform)(parameters))
+  def initial(parameters: jax.Array, training: jax.Array, answers: Mapping[str, jax.Array]) -> TrainState:
+    made = model_constructor(cfg, schema, platform)(parameters)
+    for name, answer in answers.items():
+      made.heads[name].start_at(answer)
+    model = nnx.state(made)
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
     slots = {n: table_step.row_state(mover, v, cfg.model.d_model) for n, v in table_step.table_values(model).items()}
     return TrainState(jnp.int32(0), jnp.int32(0), model, moments, slots, weigher.initial(), training)
@@ -210,6 +218,9 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make_row_optimizer(cfg.train.tables)
   rate, kept = schedule(cfg.train), cfg.train.tables
   names = tuple(cfg.active_tasks)
+  regularised = cfg.model.moe_every > 0 and any(
+    (cfg.train.balance_weight, cfg.train.z_weight, cfg.train.task_information)
+  )
   weigher = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks)
 
   def step(state: TrainState, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> tuple[TrainState, StepMetrics]:
@@ -218,11 +229,31 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     plan = table_step.plan_tables(graph, state.model, batch, key)
     found = plan.fetch(table_step.table_values(rows))
 
+    def merged(params: nnx.State, found: dict[str, jax.Array]) -> SuperMoE:
+      return nnx.merge(graph, table_step.with_table_values(rows, plan.readable(found)), params, biases, copy=True)
+
+    routing = None  # of the whole batch, which the regularisers of its parts depend on
+    if cfg.train.accumulate > 1 and regularised:
+      whole = merged(params, found)
+      routing = step_metrics.sum_over_parts(
+        lambda part, key: losses.routing_sums(whole, part, key), batch, key, cfg.train.accumulate
+      )
+
     def objective(
       params: nnx.State, found: dict[str, jax.Array], part: Batch, key: jax.Array
     ) -> tuple[jax.Array, step_metrics.PassReport]:
-      model = nnx.merge(graph, table_step.with_table_values(rows, plan.readable(found)), params, biases, copy=True)
-      out = losses.total_loss(model, part, statistics, cfg.train, weigher, state.weighting, key=key, drawn=plan.drawn)
+      out = losses.total_loss(
+        merged(params, found),
+        part,
+        statistics,
+        cfg.train,
+        weigher,
+        state.weighting,
+        key=key,
+        drawn=plan.drawn,
+        routing=routing,
+        parts=cfg.train.accumulate,
+      )
       return out.total, step_metrics.pass_report(out)
 
     def differentiated(part: Batch, key: jax.Array) -> tuple[Any, step_metrics.PassReport]:
@@ -232,7 +263,8 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     (gradient, by_rows), told = step_metrics.accumulate_over_parts(differentiated, batch, key, cfg.train.accumulate)
     touched = plan.collect(table_step.table_values(rows), by_rows)
     norm = jnp.sqrt(jnp.square(optax.global_norm(gradient)) + table_step.square_norm(touched))
-    scale = jnp.where(norm > cfg.train.clip_norm, cfg.train.clip_norm / norm, 1.0)
+    most = cfg.train.clip_norm * len(names)  # the weights of the tasks sum to their number
+    scale = jnp.where(norm > most, most / norm, 1.0)
 
     finite = jnp.isfinite(told.means.loss) & jnp.isfinite(norm)
 
@@ -257,7 +289,7 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
       seen = seen._replace(after=losses.observed_losses(then.sums.tasks, statistics).mean)
     weights = kept_if_finite(weigher.update(state.weighting, seen), state.weighting)
     # Only the scanned MoE layers have biases: one variable [M, E], or none.
-    balanced = jax.tree.map(lambda bias: rebalanced(bias, told.means.load, cfg.train.balance_rate), biases)
+    balanced = jax.tree.map(lambda bias: rebalanced(bias, told.sums.routing.load, cfg.train.balance_rate), biases)
     model = nnx.merge_state(moved, table_step.with_table_values(rows, after), kept_if_finite(balanced, biases))
     skipped = (~finite).astype(jnp.int32)
     metrics = step_metrics.make_step_metrics(

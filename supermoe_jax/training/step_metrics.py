@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from supermoe_jax import sharding
 from supermoe_jax.batch import Batch
+from supermoe_jax.layers.routing import RoutingSums, auxiliary
 from supermoe_jax.training import losses, table_step
 from supermoe_jax.training.losses import TaskLoss
 
@@ -63,6 +64,7 @@ class PassSums(NamedTuple):
   """The quantities of a pass over some rows that are summed over micro-batches; see `StepMetrics`."""
 
   tasks: dict[str, TaskLoss]
+  routing: RoutingSums
   routed: jax.Array
   dropped: jax.Array
   task_dropped: jax.Array
@@ -75,10 +77,6 @@ class PassMeans(NamedTuple):
 
   loss: jax.Array
   weights: jax.Array
-  balance_loss: jax.Array
-  z_loss: jax.Array
-  load: jax.Array
-  entropy: jax.Array
 
 
 class PassReport(NamedTuple):
@@ -90,25 +88,18 @@ class PassReport(NamedTuple):
 
 def pass_report(out: losses.Loss) -> PassReport:
   """Returns the report of a pass, from its loss."""
-  aux, stats = out.encoded.experts.aux, out.encoded.experts.stats
-  layers = max(len(stats.load), 1)
+  routing, stats = out.encoded.experts.sums, out.encoded.experts.stats
   by_task = jnp.sum(stats.task_dropped, axis=0)
-  sums = PassSums(out.tasks, stats.routed, stats.dropped, by_task, *out.slices)
-  balance, z = jnp.sum(aux.balance_loss) / layers, jnp.sum(aux.z_loss) / layers
-  return PassReport(sums, PassMeans(out.total, out.weights, balance, z, stats.load, stats.entropy))
+  sums = PassSums(out.tasks, routing, stats.routed, stats.dropped, by_task, *out.slices)
+  return PassReport(sums, PassMeans(out.total, out.weights))
 
 
-def accumulate_over_parts(
-  function: Callable[[Batch, jax.Array], tuple[T, PassReport]], batch: Batch, key: jax.Array, parts: int
-) -> tuple[T, PassReport]:
-  """Calls `function(rows, key)` on `parts` equal micro-batches, one after the other, so that only one is in memory.
+def sum_over_parts(function: Callable[[Batch, jax.Array], T], batch: Batch, key: jax.Array, parts: int) -> T:
+  """Returns the sum of `function(rows, key)` over `parts` equal micro-batches.
 
-  Each device deals its rows out to the micro-batches in turn, so that no row moves between devices.
-
-  Returns: the mean of the function's results, a tree of float arrays, and the report of all micro-batches together.
+  They are computed one after the other, so that only one is in memory. Each device deals its rows out to the
+  micro-batches in turn, so that no row moves between devices.
   """
-  if parts == 1:
-    return function(batch, key)
 
   def split(x: jax.Array) -> jax.Array:
     x = jnp.swapaxes(jnp.asarray(x).reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1)
@@ -119,10 +110,22 @@ def accumulate_over_parts(
   one = jax.tree.map(lambda x: x[0], (rows, keys))
   nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *one))
 
-  def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+  def add(total: T, part: tuple[Batch, jax.Array]) -> tuple[T, None]:
     return jax.tree.map(jnp.add, total, function(*part)), None
 
-  (value, total), _ = jax.lax.scan(add, nothing, (rows, keys))
+  return jax.lax.scan(add, nothing, (rows, keys))[0]
+
+
+def accumulate_over_parts(
+  function: Callable[[Batch, jax.Array], tuple[T, PassReport]], batch: Batch, key: jax.Array, parts: int
+) -> tuple[T, PassReport]:
+  """Calls `function(rows, key)` on `parts` micro-batches; see `sum_over_parts`.
+
+  Returns: the mean of the function's results, a tree of float arrays, and the report of all micro-batches together.
+  """
+  if parts == 1:
+    return function(batch, key)
+  value, total = sum_over_parts(function, batch, key, parts)
   value, means = jax.tree.map(lambda x: x / parts, (value, total.means))
   return value, PassReport(total.sums, means)
 
@@ -143,14 +146,15 @@ def make_step_metrics(
   A model without such tokens has no `task_dropped`.
   """
   sums, means = of
+  aux, layers = jax.vmap(auxiliary)(sums.routing), max(len(sums.routed), 1)
   return StepMetrics(
     loss=means.loss,
     tasks=sums.tasks,
     weights=dict(zip(names, means.weights)),
-    balance_loss=means.balance_loss,
-    z_loss=means.z_loss,
-    load=means.load,
-    entropy=means.entropy,
+    balance_loss=jnp.sum(aux.balance_loss) / layers,
+    z_loss=jnp.sum(aux.z_loss) / layers,
+    load=sums.routing.load,
+    entropy=sums.routing.mean_entropy,
     routed=sums.routed,
     dropped=sums.dropped,
     task_dropped=dict(zip(views, sums.task_dropped)) if sums.task_dropped.size else {},

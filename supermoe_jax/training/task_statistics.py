@@ -1,4 +1,4 @@
-"""Measures constants of the tasks on training rows before the first step: label rates and constant losses."""
+"""Measures the tasks on training rows before the first step: label rates, and the best constant answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import Batch
 from supermoe_jax.training.answer_forms import FORMS
 
-# `measure_statistics` reads at most this many times `n_batches` while it waits for rare labels.
+# `measure_tasks` reads at most this many times `n_batches` while it waits for rare labels.
 LONGEST = 16
 
 
@@ -32,6 +32,17 @@ class TaskStatistics(NamedTuple):
   snapshot_weight: Any = 1.0
 
 
+class Measured(NamedTuple):
+  """The measures of the tasks: `statistics` of each task, and `answers` of each task with labels.
+
+  An answer is float32 `[outputs]`, the constant that fits the training labels best, such as the logit of their rate;
+  the task's head starts there.
+  """
+
+  statistics: dict[str, TaskStatistics]
+  answers: dict[str, np.ndarray]
+
+
 class _LabelSums:
   """Sums over a task's labels so far: their number, Σω at events and at snapshots, and moments of the labels."""
 
@@ -39,6 +50,11 @@ class _LabelSums:
     self.labels = 0
     self.at_events = self.at_snapshots = 0.0
     self.first, self.second = np.zeros(outputs), np.zeros(outputs)
+
+  @property
+  def weight(self) -> float:
+    """Returns Σω."""
+    return self.at_events + self.at_snapshots
 
 
 def measure_statistics(
@@ -48,7 +64,18 @@ def measure_statistics(
   n_batches: int,
   wanted: Mapping[str, int] | None = None,
 ) -> dict[str, TaskStatistics]:
-  """Measures each task's label rate and constant loss over `n_batches` training batches.
+  """Returns the statistics of `measure_tasks`."""
+  return measure_tasks(tasks, outputs, batches, n_batches, wanted).statistics
+
+
+def measure_tasks(
+  tasks: Mapping[str, config.Task],
+  outputs: Mapping[str, int],
+  batches: Iterable[Batch],
+  n_batches: int,
+  wanted: Mapping[str, int] | None = None,
+) -> Measured:
+  """Measures each task's label rate, constant loss and constant answer over `n_batches` training batches.
 
   Reads more batches, up to `LONGEST` times as many, while a task has met fewer labels than its number in `wanted`.
   """
@@ -62,7 +89,12 @@ def measure_statistics(
     rows += size
     for name, task in tasks.items():
       _add(sums[name], name, task, batch)
-  return {n: _statistics(tasks[n], sums[n], rows, size) for n in tasks}
+  answers = {
+    n: FORMS[t.answer].constant_answer(sums[n].first, sums[n].weight).astype(np.float32)
+    for n, t in tasks.items()
+    if t.has_labels
+  }
+  return Measured({n: _statistics(tasks[n], sums[n], rows, size) for n in tasks}, answers)
 
 
 def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
@@ -84,7 +116,7 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
 
 
 def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> TaskStatistics:
-  weight = sums.at_events + sums.at_snapshots
+  weight = sums.weight
   if not task.has_labels:
     slices = weight / max(rows, 1) * size
     return TaskStatistics(weight / max(rows, 1), math.log(slices - 1) if slices > 3 else 1.0)
