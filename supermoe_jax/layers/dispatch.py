@@ -200,10 +200,7 @@ class _ExchangePlan(NamedTuple):
 
 
 def _exchange_plan(load: jax.Array, ways: int, room: int) -> tuple[_ExchangePlan, jax.Array]:
-  """Returns the plan for `load [E]` choices of each expert here and `room` rows in a device's buffer.
-
-  It also returns how many choices of each expert are sent from here, int32 `[E]`: all, or the share that finds room.
-  """
+  """Returns the plan for `load [E]` choices here and `room` rows in a device's buffer, and the choices sent, `[E]`."""
   axis, me = sharding.axes("expert"), sharding.index("expert")
   wanted = jax.lax.all_gather(load, axis).reshape(ways, ways, -1)  # sender, receiver, expert of the receiver
   arriving = jnp.sum(wanted, axis=(0, 2), keepdims=True)

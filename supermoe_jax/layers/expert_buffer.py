@@ -56,9 +56,8 @@ class RankedChoices(NamedTuple):
 def rank_choices(expert: jax.Array, valid: jax.Array, experts: int, urgent: jax.Array | None = None) -> RankedChoices:
   """Ranks the choices `expert [n, K]` of `valid [n]` tokens; choices outside [0, experts) are not sent.
 
-  Without `urgent` earlier tokens come first. With `urgent [n]`, where experts may be full, those come first that would
-  be missed most: first choices before second ones, and among these the choices of urgent tokens. Equals are served in
-  strides over all tokens, so that no row and no part of a row is always last.
+  Without `urgent` earlier tokens come first. With `urgent [n]`, where experts may be full, first choices come before
+  second ones, urgent tokens before others, and equals in strides over all tokens: no row is always last.
   """
   n, k = expert.shape
   sent = valid[:, None] & (expert >= 0) & (expert < experts)
@@ -76,7 +75,7 @@ def rank_choices(expert: jax.Array, valid: jax.Array, experts: int, urgent: jax.
 
 
 def _in_strides(group: jax.Array, groups: int) -> jax.Array:
-  """Returns the permutation that sorts `group [n]` as `grouping_order` does; equals lie in strides of about √n."""
+  """Returns the permutation that sorts `group [n]` as `grouping_order` does; equals come in strides of about √n."""
   n = len(group)
   stride = math.isqrt(n) | 1  # odd: a row's length is often a multiple of a power of two
   rounds = -(-n // stride)

@@ -1,4 +1,4 @@
-"""Implements the sparse Mixture-of-Experts layer, its dense counterpart, and gates of tasks over experts."""
+"""Implements the sparse Mixture-of-Experts layer, and its dense counterpart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stats(NamedTuple):
     routed: int32, choices that reached an expert.
     dropped: int32, choices that exceeded a capacity; `routed + dropped = K · valid tokens`.
     task_dropped: int32 `[T]`, dropped choices of the tokens of each task; `[0]` without tasks.
-    entropy: float32, see `routing.Routing`.
+    entropy: float32, see `routing.RoutingSums`.
     expert: int32 `[B, L, K]`, the chosen experts.
   """
 
@@ -36,7 +36,7 @@ class Stats(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-  """Output of an MoE layer: `y [B, L, D]`, 0 for padding; terms for the loss, and the sums behind them; statistics."""
+  """Output of an MoE layer: `y [B, L, D]`, 0 for padding; terms for the loss, the sums behind them, and statistics."""
 
   y: jax.Array
   aux: Aux
@@ -259,7 +259,8 @@ class MoE(nnx.Module):
     if task is not None:
       c = jax.nn.one_hot(task, self.router.tasks, dtype=jnp.int32)
       by_task = jnp.sum(c * jnp.sum(dropped, axis=-1)[..., None], axis=(0, 1))
-    return Stats(routing.load, jnp.sum(kept), jnp.sum(dropped), by_task, routing.entropy, routing.expert)
+    load, entropy = routing.sums.load, routing.sums.mean_entropy
+    return Stats(load, jnp.sum(kept), jnp.sum(dropped), by_task, entropy, routing.expert)
 
 
 def every_expert(weights: dict[str, jax.Array], x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -285,22 +286,6 @@ def every_expert(weights: dict[str, jax.Array], x: jax.Array, dtype: jnp.dtype |
   if "down_bias" in w:
     out = out + w["down_bias"]
   return sharding.constrain(out, "batch", None, None, None).astype(x.dtype)
-
-
-class TaskGates(nnx.Module):
-  """Softmax over experts for each task, in float32; all experts weigh alike at first.
-
-  Source: multi-gate mixture-of-experts, https://doi.org/10.1145/3219819.3220007.
-  """
-
-  def __init__(self, d_model: int, experts: int, tasks: int):
-    self.kernel = sharding.param(jnp.zeros((tasks, d_model, experts)), None, "embed", None)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `x [B, S, D]` to gates, float32 `[B, S, T, E]`, which sum to 1 over E."""
-    kernel = self.kernel.get_value().astype(jnp.float32)
-    logits = jnp.einsum("bsd,tde->bste", x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
-    return jax.nn.softmax(logits, axis=-1)
 
 
 def _check(activation: str, strategy: str, capacity_factor: float | None) -> None:

@@ -76,16 +76,6 @@ class Routing(NamedTuple):
   aux: Aux
   sums: RoutingSums
 
-  @property
-  def load(self) -> jax.Array:
-    """Returns each expert's share of the choices, `[E]`."""
-    return self.sums.load
-
-  @property
-  def entropy(self) -> jax.Array:
-    """Returns the mean entropy of a valid token's probabilities, in nats."""
-    return self.sums.mean_entropy
-
 
 class Router(nnx.Module):
   """Router that chooses K of E experts for each token by the top-K of a softmax. All arithmetic is float32.
@@ -188,8 +178,7 @@ def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def count_tokens(logits: jax.Array, chosen: jax.Array, valid: jax.Array, task: jax.Array | None = None) -> RoutingSums:
   """Returns the sums of `RoutingSums` over the valid tokens of the whole (global) batch.
 
-  Shapes: `logits [..., E]`, `chosen [..., E]` (1 for each of a token's K experts, else 0), `valid [...]`,
-  `task [..., T]` one-hot (all 0, or None: no task).
+  Shapes: `logits, chosen [..., E]` (1 for a token's K experts), `valid [...]`, `task [..., T]` one-hot (0: no task).
   """
   tokens = tuple(range(valid.ndim))
   there = valid[..., None]
@@ -209,9 +198,9 @@ def count_tokens(logits: jax.Array, chosen: jax.Array, valid: jax.Array, task: j
 def auxiliary(sums: RoutingSums) -> Aux:
   """Returns the terms for the loss of one layer, from its sums.
 
-  The balance term is `E · Σ_e load_e · mean probability_e`: experts may specialise within a device as long as the batch
-  uses them equally. The information is `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`, where π_t is the share of task t among the
-  tokens that have a task, and P_t their mean probability.
+  The balance term is `E · Σ_e load_e · mean probability_e`, over the batch: within a device experts may specialise. The
+  information is `Σ_t π_t KL(P_t ‖ Σ_s π_s P_s)`: of the tokens with a task, π_t is the share of task t, and P_t their
+  mean probability.
   """
   some = jnp.maximum(sums.tokens, 1.0)
   balance = sums.probability.shape[-1] * jnp.sum(sums.load * sums.probability) / some

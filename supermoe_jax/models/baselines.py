@@ -12,8 +12,9 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Features, Schema
 from supermoe_jax.layers.attention import visibility
-from supermoe_jax.layers.moe import Mlp, TaskGates, every_expert
+from supermoe_jax.layers.moe import Mlp, every_expert
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
+from supermoe_jax.layers.task_gates import TaskGates
 from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no_experts
 
 

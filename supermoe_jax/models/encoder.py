@@ -14,9 +14,10 @@ from supermoe_jax import config, sharding
 from supermoe_jax.batch import CALENDAR, Features, Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
-from supermoe_jax.layers.moe import Mlp, MoE, Stats, TaskGates
+from supermoe_jax.layers.moe import Mlp, MoE, Stats
 from supermoe_jax.layers.routing import RoutingSums
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
+from supermoe_jax.layers.task_gates import TaskGates
 from supermoe_jax.layers.transformer import Block, Context, Stack, StackOutput
 
 

@@ -91,9 +91,10 @@ def test_source_calendar_and_gap_are_read() -> None:
   wanted = np.asarray(embedding.calendar.kernel.get_value()).sum(axis=0)
   np.testing.assert_allclose(other - one, np.broadcast_to(wanted, one.shape), atol=1e-5)
   other = embed(codes, source, numeric, calendar, gap + 1.0)
-  weight, knots = np.asarray(embedding.gap.kernel.get_value()), np.log1p([0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0])
-  hours = [np.concatenate([[g], np.maximum(g - knots, 0)]) for g in np.log1p([1.0, 2.0])]
-  np.testing.assert_allclose(other - one, np.broadcast_to((hours[1] - hours[0]) @ weight, one.shape), atol=1e-5)
+  weight, hours = np.asarray(embedding.gap.kernel.get_value()), [1 / 360, 0.05, 1.0, 24.0, 72.0, 168.0, 336.0, 672.0]
+  knots = np.log1p(np.array(hours) * 3600)
+  basis = [np.concatenate([[g], np.maximum(g - knots, 0)]) for g in np.log1p([3600.0, 7200.0])]
+  np.testing.assert_allclose(other - one, np.broadcast_to((basis[1] - basis[0]) @ weight, one.shape), atol=1e-4)
 
 
 def test_values_are_the_sum_of_their_rows() -> None:

@@ -94,7 +94,7 @@ def gradient_of_everything():
   def loss(state: nnx.State, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple]:
     out = run(state, x, mask)
     kept = jnp.sum(jnp.where(mask[:, None], out.weight, 0) ** 2)
-    return out.aux.balance_loss + out.aux.z_loss + kept, (out.aux, out.load, out.entropy)
+    return out.aux.balance_loss + out.aux.z_loss + kept, (out.aux, out.sums.load, out.sums.mean_entropy)
 
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
@@ -135,9 +135,9 @@ def test_the_load_counts_valid_tokens_only_and_sums_to_one(valid: list[bool], se
   routing = run(state, x, np.array(valid))
   chosen = np.asarray(routing.expert)[np.array(valid)]
   np.testing.assert_allclose(
-    routing.load, np.bincount(chosen.reshape(-1), minlength=E) / max(chosen.size, 1), atol=1e-6
+    routing.sums.load, np.bincount(chosen.reshape(-1), minlength=E) / max(chosen.size, 1), atol=1e-6
   )
-  assert 0 <= float(routing.entropy) <= np.log(E) + 1e-5
+  assert 0 <= float(routing.sums.mean_entropy) <= np.log(E) + 1e-5
 
 
 @jax.jit
@@ -244,7 +244,7 @@ def test_rebalancing_evens_out_a_lopsided_router(x: jax.Array) -> None:
   x[:, 0] += 3.0  # the first expert is everyone's favourite
   loads, move = [], jax.jit(functools.partial(rebalanced, rate=0.005))
   for _ in range(200):
-    load = run(state, x, ALL).load
+    load = run(state, x, ALL).sums.load
     loads.append(float(load.max()))
     state = with_value(state, "balance_bias", move(state["balance_bias"].get_value(), load))
   assert loads[0] > 0.45

