@@ -4,9 +4,9 @@ supermoe prepare --config experiments/complete_journey.py
 supermoe train --config experiments/complete_journey.py --workdir runs/complete_journey
 supermoe evaluate --workdir runs/complete_journey
 
-On 2 cores of an Intel Xeon 4.4 minutes with installation, embedding and report (`make quickstart`). Test: churn AUC
-.857, 60 categories mean AUC .808, coupon AUC .895, next category NDCG@10 .189. A linear probe on the frozen embeddings:
-churn .851, categories .804 (`benchmarks/probe_complete_journey.py`). By the seesaw study of
+On 2 cores of an Intel Xeon 6.5 minutes with installation, embedding and report (`make quickstart`). Test: churn AUC
+.858, 60 categories mean AUC .808, coupon AUC .896, next category NDCG@10 .189. A linear probe on the frozen embeddings:
+churn .856, categories .804 (`benchmarks/probe_complete_journey.py`). By the seesaw study of
 `seesaw_complete_journey.py` no task is significantly below a model of its own.
 """
 
