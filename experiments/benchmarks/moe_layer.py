@@ -142,8 +142,9 @@ def case(variant: str, size: Size, mesh: jax.sharding.Mesh, activation: str = "g
     module: Any = nnx.merge(graph, state)
     if variant == "mlp":
       return module(x), 0.0, 0.0
-    y, aux, stats = module(x, valid, dropless="dropless" in variant)
-    return y, 0.01 * aux.balance_loss + 1e-3 * aux.z_loss, stats.dropped / (stats.dropped + stats.routed)
+    out = module(x, valid, dropless="dropless" in variant)
+    regularisers = 0.01 * out.aux.balance_loss + 1e-3 * out.aux.z_loss
+    return out.y, regularisers, out.stats.dropped / (out.stats.dropped + out.stats.routed)
 
   def train(state: nnx.State, x: jax.Array, valid: jax.Array, cotangent: jax.Array) -> Any:
     def loss(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
