@@ -123,7 +123,7 @@ def ranking(rng: np.random.Generator) -> Case:
 KINDS = (binary, of_events, multi_class, multi_label, regression, ranking)
 
 
-@pytest.mark.parametrize("cases", quick_few([50], [50, 1000]))
+@pytest.mark.parametrize("cases", quick_few([25], [25, 1000]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_metrics_equal_a_plain_reference(kind: Callable[[np.random.Generator], Case], cases: int) -> None:
   for seed in range(cases):

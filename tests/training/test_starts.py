@@ -50,6 +50,8 @@ def test_without_a_label_the_constant_answer_is_undecided(answer: str) -> None:
   np.testing.assert_allclose(constant, np.full(3, np.log(1 / 3) if answer in ("multiclass", "catalogue") else 0.0))
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_first_answers_are_the_base_rates(every_task: config.Config, every_task_dataset: Dataset) -> None:
   """The mean loss of a model whose states say nothing is that of the best constant."""
   cfg = config.override(every_task, ONE_BLOCK)
@@ -93,6 +95,8 @@ def test_no_snapshot_starts_at_zero_before_a_norm(aggregates: int) -> None:
   assert 0.5 < np.linalg.norm(z[0, 0]) < 2
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_first_gradient_is_spread_over_the_model(every_task: config.Config, every_task_dataset: Dataset) -> None:
   """A snapshot that started at 0 had nearly all of the first squared gradient in its calendar's few parameters."""
   cfg = config.override(every_task, [*ONE_BLOCK, "--config.exclude_tasks=('alike',)"])
