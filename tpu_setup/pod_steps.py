@@ -237,7 +237,9 @@ class Training:
       stream = iter(training_batches.training_batches(dataset, self._cfg, shard=shard))
       self._batches = [next(stream), next(stream)]
       drawn = training_batches.training_batches(dataset, self._cfg)
-      self._measured = task_statistics.measure_statistics(self._cfg.active_tasks, dataset.schema.outputs, drawn, 4)
+      self._measured = task_statistics.measure_tasks(
+        self._cfg.active_tasks, dataset.schema.outputs, drawn, 4
+      ).statistics
       stream.close()
 
   def run(self) -> dict[str, Any]:

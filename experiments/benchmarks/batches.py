@@ -78,7 +78,7 @@ def _rate(stream: Any, n: int) -> float:
 def _step(cfg: config.Config, dataset: Dataset, made: list[Batch], steps: int) -> dict[str, Any]:
   """The median of the training step's time on one batch."""
   mesh = device_mesh.make_mesh(cfg.train.mesh)
-  measured = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, made, len(made))
+  measured = task_statistics.measure_tasks(cfg.active_tasks, dataset.schema.outputs, made, len(made)).statistics
   constants = jax.device_put(measured, NamedSharding(mesh, PartitionSpec()))
   _, state = create_state(cfg, dataset.schema, mesh)
   step, seconds = compiled_program(cfg, dataset.schema, mesh).step, []

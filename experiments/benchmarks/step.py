@@ -56,7 +56,7 @@ class Program:
   def __init__(self, cfg: config.Config, dataset: Dataset, taken: list[Any]):
     self._mesh = device_mesh.make_mesh(cfg.train.mesh)
     _, self._state = create_state(cfg, dataset.schema, self._mesh)
-    measured = task_statistics.measure_statistics(cfg.active_tasks, dataset.schema.outputs, taken, len(taken))
+    measured = task_statistics.measure_tasks(cfg.active_tasks, dataset.schema.outputs, taken, len(taken)).statistics
     self._constants = jax.tree.map(jnp.float32, measured)
     self._batches = [place_on_mesh(batch, self._mesh) for batch in taken]
     with jax.set_mesh(self._mesh):

@@ -41,7 +41,7 @@ def describe_run(cfg: config.Config) -> list[str]:
   lines = [
     f"mesh: {' × '.join(f'{n} {s}' for n, s in mesh.shape.items())}; {devices} of {jax.device_count()} devices "
     f"({mesh.devices.flat[0].device_kind}), {jax.process_count()} process(es)",
-    f"parameters: {count.total:,}, of which {count.tables:,} in tables; a token uses {count.active:,}",
+    f"parameters: {count.total:,}, {count.tables:,} of them in tables; a token uses {count.active:,}",
     *(f"  table {line}" for line in _tables(found.state.model)),
     f"state (parameters and optimizer state): {bytes_text(sum(map(_bytes, leaves)))}, "
     f"{bytes_text(sum(map(program.shard_bytes, leaves)))} a device; "

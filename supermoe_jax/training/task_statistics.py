@@ -57,17 +57,6 @@ class _LabelSums:
     return self.at_events + self.at_snapshots
 
 
-def measure_statistics(
-  tasks: Mapping[str, config.Task],
-  outputs: Mapping[str, int],
-  batches: Iterable[Batch],
-  n_batches: int,
-  wanted: Mapping[str, int] | None = None,
-) -> dict[str, TaskStatistics]:
-  """Returns the statistics of `measure_tasks`."""
-  return measure_tasks(tasks, outputs, batches, n_batches, wanted).statistics
-
-
 def measure_tasks(
   tasks: Mapping[str, config.Task],
   outputs: Mapping[str, int],

@@ -92,9 +92,9 @@ def trained(
     assert found is not None
     state = found.state
   done = int(state.step)
-  measured = task_statistics.measure_statistics(
+  measured = task_statistics.measure_tasks(
     cfg.active_tasks, dataset.schema.outputs, training_batches.training_batches(dataset, cfg), 8
-  )
+  ).statistics
   everywhere = NamedSharding(mesh, PartitionSpec())
   constants = jax.device_put(jax.tree.map(np.float32, measured), everywhere)  # as in a run, whose program is this one
   states, metrics = [jax.device_get(state)], []
@@ -230,7 +230,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
   mesh = device_mesh.make_mesh(few.train.mesh)
   program = compiled_program(few, every_task_dataset.schema, mesh)
   stream = iter(training_batches.training_batches(every_task_dataset, few))
-  measured = task_statistics.measure_statistics(few.active_tasks, every_task_dataset.schema.outputs, stream, 8)
+  measured = task_statistics.measure_tasks(few.active_tasks, every_task_dataset.schema.outputs, stream, 8).statistics
   constants = jax.device_put(jax.tree.map(np.float32, measured), NamedSharding(mesh, PartitionSpec()))
   before = on_one_device.states[-1]
   with jax.set_mesh(mesh):

@@ -13,7 +13,7 @@ Case = tuple[metrics.Metrics, dict[str, float | None]]
 
 
 def answers(rng: np.random.Generator, *shape: int) -> np.ndarray:
-  """Probabilities of which many are equal, or none, or all."""
+  """Returns random probabilities; all are equal, or many, or none."""
   levels = rng.choice([1, 2, 5, 10**6])
   return (rng.integers(0, levels, shape) + 0.5) / levels
 

@@ -272,7 +272,7 @@ def test_on_a_mesh_a_group_of_tokens_fills_an_experts_capacity_and_the_rest_is_d
 
 
 def test_drops_are_fair_to_rows_and_spare_first_choices_and_snapshots() -> None:
-  """A model of 32 rows of 72 places, of which the last 8 are snapshots; experts are filled by chance."""
+  """The batch has 32 rows of 64 events and 8 snapshots, and random tokens."""
   rows, places, rng = 32, 72, np.random.default_rng(0)
   moe = oracle.make("sorted", {"capacity_factor": 0.9})
   graph, state = nnx.split(moe)

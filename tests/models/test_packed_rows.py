@@ -53,7 +53,7 @@ def test_the_loss_of_packed_rows_is_the_sum_of_the_users_alone(
   rich: config.Config, every_task_dataset: Dataset
 ) -> None:
   stream = training_batches.training_batches(every_task_dataset, rich)
-  measured = task_statistics.measure_statistics(rich.active_tasks, every_task_dataset.schema.outputs, stream, 10)
+  measured = task_statistics.measure_tasks(rich.active_tasks, every_task_dataset.schema.outputs, stream, 10).statistics
   graph, state = nnx.split(noise(model_constructor(rich, every_task_dataset.schema)))
 
   @jax.jit
@@ -86,13 +86,15 @@ def test_label_rates_of_packed_rows_are_those_of_their_users(rich: config.Config
   stream = training_batches.training_batches(every_task_dataset, one_row)
   rows = iter(stream).get_state()["rows_of_an_epoch"]
   assert rows < 0.8 * len(every_task_dataset)
-  measured = task_statistics.measure_statistics(rich.active_tasks, every_task_dataset.schema.outputs, stream, rows)
+  measured = task_statistics.measure_tasks(
+    rich.active_tasks, every_task_dataset.schema.outputs, stream, rows
+  ).statistics
   whole = dataclasses.replace(one_row, train=dataclasses.replace(one_row.train, packing=False))
-  alone_rates = task_statistics.measure_statistics(
+  alone_rates = task_statistics.measure_tasks(
     rich.active_tasks,
     every_task_dataset.schema.outputs,
     training_batches.training_batches(every_task_dataset, whole),
     len(every_task_dataset),
-  )
+  ).statistics
   assert measured["next_page"].rate * rows == pytest.approx(alone_rates["next_page"].rate * len(every_task_dataset))
   assert measured["next_page"].constant_loss == pytest.approx(alone_rates["next_page"].constant_loss, rel=0.05)

@@ -169,9 +169,9 @@ def test_constant_losses_are_those_of_the_best_constant() -> None:
     "number": (config.UserLabel(column="c", type="regression"), np.float32([[2, 0], [1, 0], [2, -1], [9, 9]])),
   }
   asked = {n: targets(value, known) for n, (_, value) in kinds.items()}
-  found = task_statistics.measure_statistics(
+  found = task_statistics.measure_tasks(
     {n: t for n, (t, _) in kinds.items()}, {"binary": 1, "classes": 3, "number": 1}, [Batch(_Length(4), asked, {})], 1
-  )
+  ).statistics
   share = 3 / 5
   assert (found["binary"].rate, found["binary"].snapshot_weight) == (pytest.approx(5 / 4), 1.0)
   assert found["binary"].constant_loss == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
@@ -182,6 +182,6 @@ def test_constant_losses_are_those_of_the_best_constant() -> None:
 
 def test_a_task_without_any_label_contributes_nothing_and_stays_finite() -> None:
   none = targets(np.zeros((2, 1), np.float32), np.zeros((2, 1), bool))
-  measured = task_statistics.measure_statistics({"t": BINARY}, {"t": 1}, [Batch(_Length(2), {"t": none}, {})], 1)
+  measured = task_statistics.measure_tasks({"t": BINARY}, {"t": 1}, [Batch(_Length(2), {"t": none}, {})], 1).statistics
   total = losses.combine({"t": TaskLoss(jnp.float32(0), jnp.float32(0))}, measured, jnp.ones(1), 2)
   assert float(total) == 0.0

@@ -41,7 +41,9 @@ def batch(every_task: config.Config, every_task_dataset: Dataset) -> Batch:
 @pytest.fixture(scope="module")
 def measured(every_task: config.Config, every_task_dataset: Dataset) -> dict[str, TaskStatistics]:
   stream = training_batches.training_batches(every_task_dataset, every_task)
-  return task_statistics.measure_statistics(every_task.active_tasks, every_task_dataset.schema.outputs, stream, 30)
+  return task_statistics.measure_tasks(
+    every_task.active_tasks, every_task_dataset.schema.outputs, stream, 30
+  ).statistics
 
 
 def few_of(every_task: config.Config, method: str) -> config.Config:

@@ -40,7 +40,7 @@ def test_clipped_gradients_of_parameters_and_of_rows_have_the_norm_that_is_set_t
   _, state = create_state(clipped, dataset.schema, mesh)
   before = jax.device_get(table_step.table_values(state.model))
   batch = next(iter(training_batches.training_batches(dataset, clipped)))
-  measured = task_statistics.measure_statistics(clipped.active_tasks, dataset.schema.outputs, [batch], 1)
+  measured = task_statistics.measure_tasks(clipped.active_tasks, dataset.schema.outputs, [batch], 1).statistics
   state, metrics = compiled_program(clipped, dataset.schema, mesh).step(state, place_on_mesh(batch, mesh), measured)
   tasks = len(clipped.active_tasks)
   assert metrics.gradient_norm > 2 * 0.05 * tasks

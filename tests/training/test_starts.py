@@ -103,7 +103,7 @@ def test_the_first_gradient_is_spread_over_the_model(every_task: config.Config, 
   schema = every_task_dataset.schema.__class__(**{**vars(every_task_dataset.schema), "aggregates": 0})
   batch = next(iter(training_batches.training_batches(every_task_dataset, cfg)))
   batch = batch._replace(features=batch.features._replace(query_aggregates=batch.features.query_aggregates[..., :0]))
-  measured = task_statistics.measure_statistics(cfg.active_tasks, schema.outputs, [batch], 1)
+  measured = task_statistics.measure_tasks(cfg.active_tasks, schema.outputs, [batch], 1).statistics
   graph, variables = nnx.split(model_constructor(cfg, schema)())
 
   def total(variables: nnx.State) -> jax.Array:
