@@ -13,11 +13,10 @@ from supermoe_jax.batch import CALENDAR
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.event_embedding import QueryEmbedding
-from supermoe_jax.training import loop, losses, step, task_statistics
+from supermoe_jax.training import losses, step, task_statistics
 from supermoe_jax.training.answer_forms import FORMS
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import create_state, model_constructor
-from tests.fixtures import short_runs
 from tests.fixtures.short_runs import ONE_BLOCK
 
 LABELS = {
@@ -75,17 +74,16 @@ def test_the_first_answers_are_the_base_rates(every_task: config.Config, every_t
       assert total / labels == pytest.approx(statistics.constant_loss, rel=0.05), name
 
 
-def test_a_run_starts_at_the_base_rates(cfg: config.Config, dataset: Dataset, tmp_path) -> None:
-  lengths = {"steps": 1, "warmup_steps": 0, "checkpoint_every": 1, "learning_rate": 1e-9}
-  settings = [f"--config.train.{k}={v}" for k, v in lengths.items()]
-  short = config.override(short_runs.short(cfg), [*settings, "--config.train.tables.learning_rate=1e-9"])
-  loop.train(short, tmp_path)
-  run = Run(tmp_path)
+def test_a_run_starts_at_the_base_rates(run: Run) -> None:
+  """Twelve steps move a bias by no more than the rates of these steps."""
   model = nnx.merge(run.graph, run.variables)
-  rate = float(dataset.manifest["label_rates"]["quiet"][0])
-  assert float(model.heads["quiet"].linear.bias[0]) == pytest.approx(np.log(rate / (1 - rate)), abs=0.3) != 0
+  moved = run.cfg.train.steps * run.cfg.train.learning_rate
+  share = run.dataset.manifest["label_rates"]["quiet"][0]
+  rate = float(np.log(share / (1 - share)))
+  assert float(model.heads["quiet"].linear.bias[0]) == pytest.approx(rate, abs=0.3 + moved)
+  assert abs(rate) > 0.5 + moved  # so that a start at 0 is found
   scores = model.heads["next_page"].bias.get_value().reshape(-1)[2 : model.encoder.event_embedding.table("page").size]
-  assert float(jnp.exp(scores).sum()) == pytest.approx(1, rel=1e-3)
+  assert float(jnp.exp(scores).sum()) == pytest.approx(1, rel=2 * moved)
 
 
 @pytest.mark.parametrize("aggregates", [0, 3])
