@@ -20,3 +20,13 @@ class OneUser:
 def test_own_frequency_does_not_count_the_event_that_is_asked_about() -> None:
   after_one_event = Query(0, "u", 0, 0, 1, 0)
   assert baselines.personal_ranks(OneUser(), "item", [after_one_event], np.array([4])).tolist() == [3]
+
+
+def test_the_best_value_of_a_moment_is_ranked_without_the_others() -> None:
+  after_both = Query(0, "u", 0, 0, 2, 0)
+  several = np.array([[5, 4, 2], [5, 0, 3], [1, 0, 0]])
+  # Own items 2 and 4 stand first, then 3, 5 and 6 by popularity.
+  assert baselines.personal_ranks(OneUser(), "item", [after_both] * 3, several).tolist() == [1, 3, np.inf]
+  assert baselines.popularity_ranks(several, None).tolist() == [1, 2, np.inf]
+  seen = [np.array([2, 4]), np.array([3, 2]), np.array([], int)]
+  assert baselines.popularity_ranks(several, seen).tolist() == [2, 2, np.inf]

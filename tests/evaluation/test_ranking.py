@@ -54,6 +54,25 @@ def test_full_ranking_in_chunks_is_that_of_all_scores(chunk: int, exclude: bool,
   assert rank.tolist() == [slow_rank(scores[i], target[i], seen[i] if seen else ()) for i in range(N)]
 
 
+@pytest.mark.parametrize("chunk", [CHUNK, 100])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 9999))
+def test_the_best_of_several_targets_is_ranked_without_the_others(chunk: int, seed: int) -> None:
+  rng = np.random.default_rng(seed)
+  state, rows = (small_numbers(rng, *s) for s in ((N, D), (ITEMS, D)))
+  target = rng.integers(0, ITEMS, (N, 3)) * (rng.random((N, 3)) < 0.7)
+  target[target == 0] = -1
+  seen = [rng.choice(ITEMS, 5, replace=False) for _ in range(N)]
+  scores = state @ rows.T
+  wanted = []
+  for i in range(N):
+    right = [t for t in target[i] if t >= 0 and t not in seen[i]]
+    wanted.append(
+      min((slow_rank(scores[i], t, (*seen[i], *(r for r in right if r != t))) for t in right), default=np.inf)
+    )
+  assert target_ranks(state, target, seen, Catalogue.of(rows), chunk).tolist() == wanted
+
+
 @pytest.mark.parametrize("sizes", quick_few([((2, 2, 2),)], [((8, 1, 1),), ((2, 2, 2),)]), ids=str)
 def test_ranks_on_a_mesh_are_those_of_all_scores(sizes: tuple[int, int, int]) -> None:
   rng = np.random.default_rng(0)

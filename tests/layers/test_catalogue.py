@@ -1,6 +1,7 @@
 """Full softmax in parts: the numbers and gradients of a plain one, on every mesh, without ever holding all scores."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -68,6 +69,39 @@ def test_the_softmax_in_parts_is_the_plain_one_on_every_mesh(
   np.testing.assert_allclose(rows[2 : ITEMS + 2], by[1], atol=1e-5)
   np.testing.assert_allclose(biases[2 : ITEMS + 2], by[2], atol=1e-5)
   assert not rows[:2].any() and not rows[ITEMS + 2 :].any()  # no items, and what only fills the stripes
+
+
+@pytest.mark.parametrize(
+  ("sizes", "chunk"),
+  grids.quick_few([((1, 1, 1), 8), ((2, 2, 2), 1000)], itertools.product([(1, 1, 1), (2, 2, 2)], [8, 1000])),
+  ids=str,
+)
+def test_any_of_several_targets_is_right(sizes: tuple[int, int, int], chunk: int) -> None:
+  """The loss is −log of the sum of the targets' probabilities; 0 is no target, and a code counts once."""
+  state, vectors, bias, _, weight = arrays()
+  rng = np.random.default_rng(1)
+  targets = rng.integers(0, ITEMS + 2, (*state.shape[:-1], 5)) * (rng.random((*state.shape[:-1], 5)) < 0.7)
+  targets[..., 4] = targets[..., 0]
+
+  def plain_loss(state, vectors, bias):
+    logits = state @ vectors.T + bias
+    right = (targets[..., None] == np.arange(2, ITEMS + 2)).any(axis=-2)
+    every = jax.nn.logsumexp(logits, axis=-1)
+    own = jax.nn.logsumexp(jnp.where(right, logits, -1e30), axis=-1)
+    return jnp.sum(weight * (every - jnp.where(right.any(axis=-1), own, 0.0)))
+
+  def loss(state, rows, bias):
+    return jnp.sum(weight * catalogue.cross_entropy(state, targets, Catalogue(rows, bias, ITEMS + 2), chunk))
+
+  total, by = jax.value_and_grad(plain_loss, argnums=(0, 1, 2))(state, vectors, bias)
+  made = Catalogue.of(vectors, bias, 8)
+  with jax.set_mesh(device_mesh.make_mesh(config.Mesh(*sizes))):
+    rows = np.asarray(made.rows), np.asarray(made.bias)
+    found, mine = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(state, *rows)
+  np.testing.assert_allclose(found, total, rtol=1e-5)
+  np.testing.assert_allclose(mine[0], by[0], atol=1e-5)
+  np.testing.assert_allclose(np.asarray(mine[1]).reshape(-1, D)[2 : ITEMS + 2], by[1], atol=1e-5)
+  np.testing.assert_allclose(np.asarray(mine[2]).reshape(-1)[2 : ITEMS + 2], by[2], atol=1e-5)
 
 
 def test_scores_beyond_floats_are_summed_all_the_same() -> None:
