@@ -80,12 +80,15 @@ class Targets(NamedTuple):
     known: bool `[B, sites]`, the supervision indicator δ: there is a label, and the sample space counts the site.
     weight: float32 `[B, sites]`, the sample weight ω; 0 where no label is known.
     given: int32 `[B, sites, G]`, codes that an event label may see of the event asked about; G is 0 for other kinds.
+    also: int32 `[B, sites, A]`, codes that are as right as `value`, 0 for none: the other values of the moment that a
+      next event lies in. A is 0 for other kinds, and where the order of simultaneous events counts.
   """
 
   value: Array
   known: Array
   weight: Array
   given: Array
+  also: Array
 
 
 class Slices(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from supermoe_jax import atomic_files
 from supermoe_jax.config.checks import check_config
 from supermoe_jax.config.schema import Config, to_dict
-from supermoe_jax.config.tasks import TASK_KINDS, Task
+from supermoe_jax.config.tasks import TASK_KINDS, NextEvent, Task
 from supermoe_jax.errors import ConfigError, nearest
 
 if TYPE_CHECKING:  # code that reads no config file, such as the exported encoder's loader, needs no ml_collections
@@ -189,5 +189,9 @@ def load_json(path: pathlib.Path) -> Config:
       f"Run 'supermoe train --config … --workdir {path.parent}' first."
     )
   raw = json.loads(path.read_text())
-  raw["model"].setdefault("time_unit", "hours")  # version 0.1.0 had no other, and did not name it
+  # Version 0.1.0 had no other, and did not name it.
+  raw["model"].setdefault("time_unit", "hours")
+  for task in raw["tasks"].values():
+    if task["kind"] == NextEvent.kind:
+      task.setdefault("ties", "order")
   return resolve(raw)

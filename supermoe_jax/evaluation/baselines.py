@@ -27,28 +27,35 @@ AT_ONCE = 1024  # questions whose aggregates are computed at a time
 def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
   """Returns the ranks of targets by frequency in the training period; codes follow that order, from 2.
 
-  Shapes: `target [n]` codes (1: unseen in training, rank infinite); `seen`: for each target, the codes that cannot be
-  recommended.
+  Shapes: `target [n, t]` codes, of which the best is ranked (below 2: unseen in training, or none; without any other
+  the rank is infinite); `seen`: for each question, the codes that cannot be recommended.
   """
-  rank = np.where(target >= 2, target - 1.0, np.inf)
-  for i, codes in enumerate(seen or ()):
-    rank[i] = np.inf if target[i] in codes else rank[i] - np.sum((codes >= 2) & (codes < target[i]))
+  rank = np.full(len(target), np.inf)
+  for i, codes in enumerate(target.reshape(len(target), -1)):
+    hidden = seen[i] if seen is not None else np.zeros(0, np.int32)
+    right = codes[(codes >= 2) & ~np.isin(codes, hidden)]
+    if len(right):
+      rank[i] = right.min() - 1 - np.sum((hidden >= 2) & (hidden < right.min()))
   return rank
 
 
 def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Query], target: np.ndarray) -> np.ndarray:
-  """Returns the ranks of targets by frequency in the user's own history, then by frequency in the training period."""
+  """Returns the ranks of targets by frequency in the user's own history, then by frequency in the training period.
+
+  `target [n, t]` is as in `popularity_ranks`.
+  """
   column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
-  rank = np.full(len(target), np.inf)
+  rank, target = np.full(len(target), np.inf), target.reshape(len(target), -1)
   user, codes = -1, np.zeros(0, np.int32)
   for i, question in enumerate(questions):
     if question.user != user:
       user, codes = question.user, dataset[question.user]["codes"][:, column]
-    if target[i] < 2:
+    right = target[i][target[i] >= 2] - 2
+    if not len(right):
       continue
     count = np.bincount(codes[: question.n_events], minlength=n_codes)[2:]
-    mine, item = count[target[i] - 2], target[i] - 2
-    rank[i] = 1 + np.sum(count > mine) + np.sum(count[:item] == mine)
+    item = min(right, key=lambda r: (-count[r], r))
+    rank[i] = 1 + np.sum(count > count[item]) + np.sum(count[:item] == count[item])
   return rank
 
 

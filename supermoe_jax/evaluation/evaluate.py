@@ -36,6 +36,7 @@ class _Collected(NamedTuple):
     answers: the answers for each task, `[n, …]`, as in `Answered`.
     labels: the labels of each task, `[n, …]`.
     seen: for each task that excludes seen values, the codes seen before each question.
+    also: for each next-event task, int32 `[n, A]`, codes that are as right as the label.
     expert: int32 `[M, n, K]`, the experts of the snapshots' own tokens.
     task_expert: int32 `[M, n, T, K]`, the experts of the tasks' tokens; None without such tokens.
     gate: float32 `[n, T, E]`, the tasks' gates over experts; None without gates.
@@ -45,6 +46,7 @@ class _Collected(NamedTuple):
   answers: dict[str, np.ndarray]
   labels: dict[str, Labels]
   seen: dict[str, list[np.ndarray]]
+  also: dict[str, np.ndarray]
   expert: np.ndarray
   task_expert: np.ndarray | None
   gate: np.ndarray | None
@@ -152,6 +154,7 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
   answers: dict[str, list[np.ndarray]] = {n: [] for n in tasks}
   labels: dict[str, list[Labels]] = {n: [] for n in tasks}
   seen: dict[str, list[np.ndarray]] = {}
+  also: dict[str, list[np.ndarray]] = {}
   expert: list[np.ndarray] = []
   task_expert: list[np.ndarray] = []
   gate: list[np.ndarray] = []
@@ -173,6 +176,8 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
         labels[name].append(batch.labels[name])
       for name, values in batch.seen.items():
         seen.setdefault(name, []).extend(values)
+      for name, codes in batch.also.items():
+        also.setdefault(name, []).append(codes)
       bar.update(n)
   if not asked:
     raise ConfigError(f"there is no {split} snapshot to evaluate; see 'snapshots' in {run.dataset.path}/manifest.json.")
@@ -181,6 +186,7 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
     {n: np.concatenate(parts) for n, parts in answers.items()},
     {n: Labels(*(np.concatenate(part) for part in zip(*parts))) for n, parts in labels.items()},
     seen,
+    {n: np.concatenate(parts) for n, parts in also.items()},
     np.concatenate(expert, axis=1),
     np.concatenate(task_expert, axis=1) if task_expert else None,
     np.concatenate(gate) if gate else None,
@@ -244,6 +250,7 @@ def _ranking(
   run: Run, name: str, task: config.NextEvent, asked: _TaskAnswers, collected: _Collected, compare: bool
 ) -> tuple[dict[str, Any], ScoredAnswers]:
   value, state = asked.value, asked.answer
+  right = np.concatenate([value[:, None], collected.also[name][asked.question]], axis=1)
   seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
   items, chunk = run.catalogue(name), run.cfg.evaluate.catalogue_chunk
   ranks = []
@@ -251,21 +258,23 @@ def _ranking(
     for at in range(0, len(value), RANKED_AT_ONCE):
       part = slice(at, at + RANKED_AT_ONCE)
       excluded = [s[s >= 2] - 2 for s in seen[part]] if seen is not None else None
-      ranks.append(ranking.target_ranks(state[part], value[part] - 2, excluded, items, chunk))
+      ranks.append(ranking.target_ranks(state[part], right[part] - 2, excluded, items, chunk))
   cutoffs = run.cfg.evaluate.cutoffs
   others: dict[str, np.ndarray] = {}
   if compare:
-    others["most popular"] = baselines.popularity_ranks(value, seen)
+    others["most popular"] = baselines.popularity_ranks(right, seen)
   if compare and not task.exclude_seen:
     questions = [collected.questions[i] for i in asked.question]
-    others["own most frequent"] = baselines.personal_ranks(run.dataset, task.field, questions, value)
+    others["own most frequent"] = baselines.personal_ranks(run.dataset, task.field, questions, right)
   own = np.concatenate(ranks)
   out = {
     "labels": len(value),
-    "unseen_in_training": int(np.sum(value < 2)),
+    "unseen_in_training": int(np.sum((right < 2).all(axis=1))),
     "metrics": metrics.ranking_metrics(own, cutoffs),
     "baselines": {b: metrics.ranking_metrics(rank, cutoffs) for b, rank in others.items()},
   }
+  if right.shape[1] > 1:
+    out["right_values"] = float(np.mean((right > 0).sum(axis=1)))  # a question, the best of which is ranked
   return out, _answers(run, "catalogue", asked, own, others, collected)
 
 

@@ -34,15 +34,16 @@ def target_ranks(
 
   Args:
     state: float32 `[n, D]`.
-    target: int `[n]`, item indices; a negative index is unknown to the catalogue and ranks at infinity.
-    seen: for each question, the indices of items that cannot be recommended; None: no item is left out. A target
-      among them ranks at infinity.
+    target: int `[n]` or `[n, t]`, item indices of which any is right; negative ones are unknown to the catalogue. The
+      best one is ranked, among all items but the other ones; without one the rank is infinite.
+    seen: for each question, the indices of items that cannot be recommended, even if they are right; None: no item is
+      left out.
     items: the catalogue, on the mesh in use.
     chunk: items scored at a time.
 
   Returns: float `[n]`; 1 is best.
   """
-  lost = target < 0
+  target = target.reshape(len(target), -1)
   hidden = [np.unique(s) for s in seen or ()]
   width = max(map(len, hidden), default=0)
   width = 1 << max(width - 1, 0).bit_length()  # a power of two: few sizes, few compilations
@@ -51,10 +52,11 @@ def target_ranks(
   codes = np.zeros((room, width), np.int32)
   for i, some in enumerate(hidden):
     codes[i, : len(some)] = some + 2
-    lost[i] |= bool(np.any(some == target[i]))
-  asked = np.zeros(room, np.int32)
-  asked[:n] = np.maximum(target, 0) + 2
+  asked = np.zeros((room, target.shape[1]), np.int32)
+  asked[:n] = np.where(target < 0, 0, target + 2)
+  for i, some in enumerate(hidden):
+    asked[i][np.isin(target[i], some)] = 0
   padded = np.zeros((room, np.shape(state)[1]), np.float32)
   padded[:n] = state
   rank = _rank(padded, asked, codes, items.rows, items.bias, items.size, chunk)
-  return np.where(lost, np.inf, processes.whole(rank)[:n])
+  return np.where(asked[:n].any(axis=1), processes.whole(rank)[:n], np.inf)

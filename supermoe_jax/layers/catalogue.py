@@ -8,7 +8,7 @@ The table travels once per pass, whatever the number of states. Gradients of row
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,14 @@ def _scores(state: jax.Array, part: _RowChunk) -> jax.Array:
   return jnp.where(part.code > 0, state @ part.rows.T + part.bias, -jnp.inf)
 
 
+def _among(part: _RowChunk, codes: jax.Array) -> jax.Array:
+  """Returns whether each row of a chunk is one of the n states' `codes [n, m]`: bool `[n, chunk]`."""
+  found = jnp.zeros((len(codes), len(part.code)), bool)
+  for i in range(codes.shape[1]):  # a loop, so that no array is m times as large
+    found |= part.code == codes[:, i, None]
+  return found & (part.code > 0)
+
+
 def _flat(rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
   return rows.reshape(-1, rows.shape[-1]), bias.reshape(-1)
 
@@ -92,21 +100,23 @@ def _flat(rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def cross_entropy(state: jax.Array, target: jax.Array, catalogue: Catalogue, chunk: int = CHUNK) -> jax.Array:
-  """Returns `logsumexp over items − score of the target`, float32 `[B, ...]`.
+  """Returns `logsumexp over items − logsumexp over the targets`, float32 `[B, ...]`: −log P(any of the targets).
 
-  `state` is `[B, ..., D]`, and `target [B, ...]` holds codes. Where the target is no item, the result is the logsumexp.
-  The gradient with respect to the rows is as large as the rows.
+  `state` is `[B, ..., D]`, and `target [B, ..., m]`, or `[B, ...]` for one each, holds codes, 0 for none; a code that
+  occurs twice counts once. Where no target is an item, the result is the logsumexp over items. The gradient with
+  respect to the rows is as large as the rows.
   """
-  shape = target.shape
-  state, target = state.reshape(shape[0], -1, state.shape[-1]), target.reshape(shape[0], -1)
+  target = target if target.ndim == state.ndim else target[..., None]
+  shape, m = target.shape[:-1], target.shape[-1]
+  state, target = state.reshape(shape[0], -1, state.shape[-1]), target.reshape(shape[0], -1, m)
   # Pads the sites of a row, so that devices that share rows of the batch can divide the sites evenly.
   missing = -target.shape[1] % (sharding.ways("rows") // sharding.ways("batch"))
   state = jnp.pad(state, ((0, 0), (0, missing), (0, 0)))
-  target = jnp.pad(target, ((0, 0), (0, missing)))
-  flat = state.reshape(-1, state.shape[-1]), target.reshape(-1)
+  target = jnp.pad(target, ((0, 0), (0, missing), (0, 0)))
+  flat = state.reshape(-1, state.shape[-1]), target.reshape(-1, m)
   loss = _cross_entropy(*flat, catalogue.rows, catalogue.bias, catalogue.size, chunk)
-  loss = sharding.constrain(loss, "batch").reshape(target.shape)
-  return loss[:, : target.shape[1] - missing].reshape(shape)
+  loss = sharding.constrain(loss, "batch").reshape(target.shape[:-1])
+  return loss[:, : loss.shape[1] - missing].reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -122,38 +132,46 @@ def _cross_entropy_forward(
   _, step, parts = _chunk_sizes(Catalogue(rows, bias, size), chunk)
   m = bias.shape[1]
 
-  def local(state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def local(state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
     rows, bias = _flat(rows, bias)
 
-    def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      top, total, own = sums
-      part = _row_chunk(rows, bias, i, size, m, step)
-      scores = _scores(state, part)
+    def more(sums: tuple[jax.Array, jax.Array], scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+      top, total = sums
       higher = jnp.maximum(top, jnp.max(scores, axis=1))
       safe = jnp.where(jnp.isfinite(higher), higher, 0.0)
-      total = total * jnp.exp(top - safe) + jnp.sum(jnp.exp(scores - safe[:, None]), axis=1)
-      mine = (part.code == target[:, None]) & (part.code > 0)
-      return higher, total, own + jnp.sum(jnp.where(mine, scores, 0.0), axis=1)
+      return higher, total * jnp.exp(top - safe) + jnp.sum(jnp.exp(scores - safe[:, None]), axis=1)
+
+    def add(i: jax.Array, sums: tuple[Any, Any]) -> tuple[Any, Any]:
+      part = _row_chunk(rows, bias, i, size, m, step)
+      scores = _scores(state, part)
+      return more(sums[0], scores), more(sums[1], jnp.where(_among(part, target), scores, -jnp.inf))
 
     none = jnp.sum(state * 0, axis=1)  # zeros that vary over devices as the states do
-    top, total, own = jax.lax.fori_loop(0, parts, add, (none - jnp.inf, none, none))
-    lse = top + jnp.log(total)
-    return lse - own, lse
+    every, mine = jax.lax.fori_loop(0, parts, add, ((none - jnp.inf, none), (none - jnp.inf, none)))
+    lse = every[0] + jnp.log(every[1])
+    own = jnp.where(mine[1] > 0, mine[0] + jnp.log(jnp.where(mine[1] > 0, mine[1], 1.0)), -jnp.inf)
+    return lse - jnp.where(mine[1] > 0, own, 0.0), lse, own
 
-  names = ("rows", None), ("rows",), _ROWS, _BIAS
-  loss, lse = sharding.on_shards(local, names, (("rows",), ("rows",)), state, target, rows, bias)
-  return loss, (state, target, rows, bias, lse)
+  names, outputs = (("rows", None), ("rows", None), _ROWS, _BIAS), (("rows",),) * 3
+  loss, lse, own = sharding.on_shards(local, names, outputs, state, target, rows, bias)
+  return loss, (state, target, rows, bias, lse, own)
 
 
 def _cross_entropy_backward(
   size: int, chunk: int, saved: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
-  state, target, rows, bias, lse = saved
+  state, target, rows, bias, lse, own = saved
   _, step, parts = _chunk_sizes(Catalogue(rows, bias, size), chunk)
   m = bias.shape[1]
 
   def local(
-    state: jax.Array, target: jax.Array, rows: jax.Array, bias: jax.Array, lse: jax.Array, gradient: jax.Array
+    state: jax.Array,
+    target: jax.Array,
+    rows: jax.Array,
+    bias: jax.Array,
+    lse: jax.Array,
+    own: jax.Array,
+    gradient: jax.Array,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     shape, (flat, flat_bias) = rows.shape, _flat(rows, bias)
 
@@ -163,9 +181,10 @@ def _cross_entropy_backward(
     def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       by_state, by_rows, by_bias = sums
       part = _row_chunk(flat, flat_bias, i, size, m, step)
-      p = jnp.exp(_scores(state, part) - lse[:, None])
-      mine = (part.code == target[:, None]) & (part.code > 0)
-      by_score = gradient[:, None] * (p - mine)
+      scores = _scores(state, part)
+      there = _among(part, target)
+      mine = jnp.where(there, jnp.exp(jnp.where(there, scores - own[:, None], 0.0)), 0.0)
+      by_score = gradient[:, None] * (jnp.exp(scores - lse[:, None]) - mine)
       first = _first(i, len(flat_bias), step)
       per_line = len(flat_bias) // len(flat)
       line = first // per_line
@@ -179,9 +198,9 @@ def _cross_entropy_backward(
     by_state, by_rows, by_bias = jax.lax.fori_loop(0, parts, add, (state * 0, flat * 0, flat_bias * 0))
     return by_state, by_rows.reshape(shape), by_bias.reshape(bias.shape)
 
-  names = ("rows", None), ("rows",), _ROWS, _BIAS, ("rows",), ("rows",)
+  names = ("rows", None), ("rows", None), _ROWS, _BIAS, ("rows",), ("rows",), ("rows",)
   outputs = (("rows", None), _ROWS, _BIAS)
-  by_state, by_rows, by_bias = sharding.on_shards(local, names, outputs, state, target, rows, bias, lse, gradient)
+  by_state, by_rows, by_bias = sharding.on_shards(local, names, outputs, state, target, rows, bias, lse, own, gradient)
   return by_state, None, by_rows, by_bias
 
 
@@ -194,11 +213,12 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def rank_codes(
   state: jax.Array, target: jax.Array, seen: jax.Array, catalogue: Catalogue, chunk: int = CHUNK
 ) -> jax.Array:
-  """Returns the rank of the code `target [n]` among all items but the codes `seen [n, m]`: int32 `[n]`, 1 is best.
+  """Returns the rank of the best of the codes `target [n, t]` among all items but the other targets and the codes
+  `seen [n, m]`: int32 `[n]`, 1 is best.
 
   The scores are against `state [n, D]`; n must divide over all devices. Every item that does not score less counts
-  against the target: one with an equal score, and one whose score is not a number. `seen` holds each code once, and 0
-  for none.
+  against the target: one with an equal score, and one whose score is not a number. `seen` holds each code once and no
+  target; 0 stands for none in both.
 
   One product scores all items. So rows that are equal score alike, whether or not one is the target or was seen. A
   first pass over the chunks finds the target's score, a second one compares; a single chunk needs one pass.
@@ -216,8 +236,9 @@ def rank_codes(
       own, better = sums
       part = _row_chunk(rows, bias, i % parts, catalogue.size, m, step)
       scores = _scores(state, part)
-      mine = (part.code == target[:, None]) & (part.code > 0)
-      own = jnp.where(i < parts, own + jnp.sum(jnp.where(mine, scores, 0.0), axis=1), own)
+      mine = _among(part, target)
+      best = jnp.max(jnp.where(mine, scores, -jnp.inf), axis=1)  # not a number if one of the scores is none
+      own = jnp.where(i < parts, jnp.maximum(own, best), own)
       ahead = ~(scores < own[:, None]) & ~mine & (part.code > 0)
       place = index - _first(i % parts, len(bias), step)
       there = (place >= 0) & (place < step) & (seen > 0)
@@ -225,8 +246,8 @@ def rank_codes(
       count = jnp.sum(ahead, axis=1, dtype=jnp.int32) - jnp.sum(hidden, axis=1, dtype=jnp.int32)
       return own, better + jnp.where(i >= (passes - 1) * parts, count, 0)
 
-    # A sum of each row starts at zeros that vary over devices as the states do.
-    return jax.lax.fori_loop(0, passes * parts, add, (state[:, 0] * 0, jnp.ones_like(target)))[1]
+    # What the loop carries varies over devices as the states do.
+    return jax.lax.fori_loop(0, passes * parts, add, (state[:, 0] * 0 - jnp.inf, jnp.ones_like(target[:, 0])))[1]
 
-  names = ("rows", None), ("rows",), ("rows", None), _ROWS, _BIAS
+  names = ("rows", None), ("rows", None), ("rows", None), _ROWS, _BIAS
   return sharding.on_shards(local, names, ("rows",), state, target, seen, catalogue.rows, catalogue.bias)

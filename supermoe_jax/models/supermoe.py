@@ -83,7 +83,8 @@ class SuperMoE(nnx.Module):
         parts += [{events.owner[field]: given[..., i]} for i, field in enumerate(task.given_fields)]
       elif name in negatives:
         field = events.owner[cast(config.NextEvent, task).field]
-        parts += [{field: safe_value(batch.targets[name])}, {field: negatives[name]}]
+        right = safe_value(batch.targets[name]), batch.targets[name].also, negatives[name]
+        parts += [{field: codes} for codes in right]
     return {
       field: jnp.concatenate([p[field].reshape(rows, -1) for p in parts if field in p], axis=1)
       for field in events.tables

@@ -29,7 +29,7 @@ def describe_run(cfg: config.Config) -> list[str]:
   dataset.check_matches(cfg)
   train, mesh = cfg.train, device_mesh.make_mesh(cfg.train.mesh)
   stream = training_batches.training_batches(dataset, cfg)
-  found = program.compile_step(cfg, dataset.schema, mesh)
+  found = program.compile_step(cfg, dataset.schema, mesh, tie_rate=dataset.tie_rate)
   if found.module is None:
     raise ConfigError(
       f"the step needs {bytes_text(found.needed)} of each device's memory, which is more than it has; 'supermoe "

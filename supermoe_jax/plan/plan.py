@@ -23,8 +23,10 @@ from supermoe_jax.training.monitoring import utilisation
 _ESTIMATED = "XLA:CPU stands in for the compiler of these devices: arguments are exact, all else is an estimate"
 
 
-def schema_of(cfg: config.Config) -> tuple[Schema, str]:
-  """Returns the schema of the config's dataset, or the largest that the config allows; and a note on which it is.
+def schema_of(cfg: config.Config) -> tuple[Schema, float, str]:
+  """Returns the schema of the config's dataset, or the largest that the config allows; its `tie_rate`; and a note.
+
+  Without a dataset the tie rate is 0, so that `ties="auto"` is planned as one value a question.
 
   Raises:
     DataError: there is a dataset, and it was prepared from another config.
@@ -33,8 +35,8 @@ def schema_of(cfg: config.Config) -> tuple[Schema, str]:
   if (path / MANIFEST).is_file():
     dataset = Dataset(path)
     dataset.check_matches(cfg)
-    return dataset.schema, f"sizes are those of the dataset {path}"
-  return shapes.largest_schema(cfg), f"{path} holds no dataset yet: sizes are the largest that the config allows"
+    return dataset.schema, dataset.tie_rate, f"sizes are those of the dataset {path}"
+  return shapes.largest_schema(cfg), 0.0, f"{path} holds no dataset yet: sizes are the largest that the config allows"
 
 
 def plan_step(cfg: config.Config, topology: Topology, effort: float = program.LEAST_EFFORT) -> dict[str, Any]:
@@ -48,10 +50,10 @@ def plan_step(cfg: config.Config, topology: Topology, effort: float = program.LE
     DataError: the dataset was prepared from another config.
   """
   cfg, notes = program.fitted_config(cfg, topology)
-  schema, about = schema_of(cfg)
+  schema, tie_rate, about = schema_of(cfg)
   mesh = device_mesh.make_mesh(cfg.train.mesh, program.compile_devices(topology))
   effort = effort if topology.tpu else 0.0  # other backends compile quickly
-  compiled = program.compile_step(cfg, schema, mesh, effort)
+  compiled = program.compile_step(cfg, schema, mesh, effort, tie_rate)
   chip = topology.chip
   notes = [about, *notes]
   if not topology.tpu:

@@ -56,13 +56,19 @@ class CompiledStep(NamedTuple):
 LEAST_EFFORT = -1.0
 
 
-def compile_step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> CompiledStep:
-  """Compiles the training step of a config for the devices of a mesh, with the given `effort` of XLA."""
+def compile_step(
+  cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0, tie_rate: float = 0.0
+) -> CompiledStep:
+  """Compiles the training step of a config for the devices of a mesh, with the given `effort` of XLA.
+
+  `tie_rate` is the dataset's, on which the number of values that answer a question about the next event can depend.
+  """
   state = abstract_state(cfg, schema, mesh)
   several = (cfg.train.steps_per_call,) if cfg.train.steps_per_call > 1 else ()
   layout = sharding.batch_sharding(mesh, stacked=bool(several))
   batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype, sharding=layout), shapes.batch_shapes(cfg, schema)
+    lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype, sharding=layout),
+    shapes.batch_shapes(cfg, schema, tie_rate),
   )
   number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
   statistics = {name: TaskStatistics(number, number, number) for name in cfg.active_tasks}

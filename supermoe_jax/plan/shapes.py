@@ -37,11 +37,17 @@ def _aggregates(data: config.Data) -> int:
   return len(Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, values).names)
 
 
-def batch_shapes(cfg: config.Config, schema: Schema) -> Batch:
-  """Returns the shapes and dtypes of a batch of all hosts, as `dataset.training_batches.training_batches` makes it."""
+def batch_shapes(cfg: config.Config, schema: Schema, tie_rate: float = 0.0) -> Batch:
+  """Returns the shapes and dtypes of a batch of all hosts, as `dataset.training_batches.training_batches` makes it.
+
+  `tie_rate` is the dataset's.
+  """
   rows, events, snapshots = cfg.train.batch_rows, cfg.model.max_events, cfg.train.snapshots_per_row
   tasks = cfg.active_tasks
-  targets = {n: _targets(t, schema.outputs[n], (rows, events, snapshots)) for n, t in cfg.active_views.items()}
+  of_moments = {n: t.values_of_a_moment(tie_rate, cfg.data.split.mode) for n, t in cfg.active_views.items()}
+  targets = {
+    n: _targets(t, schema.outputs[n], of_moments[n], (rows, events, snapshots)) for n, t in cfg.active_views.items()
+  }
   slices = {
     n: Slices(_features(schema, (rows, 2), cast(config.Contrast, t).slice_events, 1), _array(bool, rows))
     for n, t in tasks.items()
@@ -80,7 +86,7 @@ def _features(schema: Schema, rows: tuple[int, ...], events: int, snapshots: int
   )
 
 
-def _targets(task: config.LabelledTask, outputs: int, sizes: tuple[int, int, int]) -> Targets:
+def _targets(task: config.LabelledTask, outputs: int, of_moment: int, sizes: tuple[int, int, int]) -> Targets:
   rows, events, snapshots = sizes
   sites, given = snapshots * task.asked_events, len(task.given_fields)
   if task.asks_at_events:
@@ -89,4 +95,5 @@ def _targets(task: config.LabelledTask, outputs: int, sizes: tuple[int, int, int
   several = (outputs,) if form == "multilabel" else ()
   value = _array(np.int32 if form in ("catalogue", "multiclass") else np.float32, rows, sites, *several)
   of_site = _array(bool, rows, sites), _array(np.float32, rows, sites)
-  return Targets(value, *of_site, _array(np.int32, rows, sites, given))
+  also = max(of_moment - 1, 0)
+  return Targets(value, *of_site, _array(np.int32, rows, sites, given), _array(np.int32, rows, sites, also))

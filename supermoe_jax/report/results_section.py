@@ -95,6 +95,8 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
         about += f" of {task['classes']:,} class{'es' if task['classes'] != 1 else ''}"
       if task.get("unseen_in_training"):
         about += f", {task['unseen_in_training']:,} of them unseen in training"
+      if "right_values" in task:
+        about += f"; any value of the next moment is right, {task['right_values']:.1f} a question"
       values = [(m, [v, *(task["baselines"].get(b, {}).get(m) for b in baselines)]) for m, v in task["metrics"].items()]
       rows.append({"task": name, "about": about, "metrics": values})
     out.append({"split": split, "baselines": baselines, "tasks": rows})

@@ -172,7 +172,7 @@ def _train(
     found = checkpoints.restore(abstract_state(cfg, dataset.schema, mesh))
     step, waiting = 0, list[Any]()
     if found is None:
-      statistics, answers = _measure(dataset, cfg)
+      statistics, answers, _ = _measure(dataset, cfg)
       _, state = create_state(cfg, dataset.schema, mesh, answers)
     else:
       state, position, statistics, waiting, before = found
@@ -299,6 +299,13 @@ def _measure(dataset: Dataset, cfg: config.Config) -> Measured:
       f"task {name}: of {found.labels:,} labels at the training snapshots of {found.users:,} users "
       f"{found.inside:,} lie in its sample space {space!r}, {found.outside:,} outside; where that is not known, "
       f"{found.unknown:,}, they are left out"
+    )
+  for name, share in measured.full_moments.items():
+    most = cfg.active_views[name].values_of_a_moment(dataset.tie_rate, cfg.data.split.mode)
+    logger.info(
+      f"task {name}: any value of the next moment is right ({dataset.tie_rate:.1%} of the events share user and time "
+      f"with another); {share:.1%} of its moments have {most} values (most_values) or more, and further ones are left "
+      "out"
     )
   for name, count in known.items():
     if not count["known"]:

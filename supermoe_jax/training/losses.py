@@ -143,7 +143,9 @@ def _loss_of_answers(
   task, value = model.tasks[name], safe_value(targets)
   answers = model.answers(name, encoded, events=events, given=targets.given if task.about_events else None)
   if task.answer == "catalogue":
-    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, value, drawn)
+    also = jnp.where(jnp.asarray(targets.known)[..., None], targets.also, 0)
+    right = jnp.concatenate([value[..., None], also], axis=-1)
+    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, right, drawn)
   else:
     loss = FORMS[task.answer].loss(answers, value)
   return task_loss(targets, loss, weight)
@@ -154,14 +156,14 @@ def _next_value_loss(
   name: str,
   task: config.NextEvent,
   state: jax.Array,
-  value: jax.Array,
+  right: jax.Array,
   drawn: Mapping[str, jax.Array],
 ) -> jax.Array:
-  """Returns the softmax loss `[B, sites]` of codes `value [B, sites]`, full or sampled."""
+  """Returns the softmax loss `[B, sites]`, full or sampled, of any of the codes `right [B, sites, m]`; 0: none."""
   table, head = model.encoder.event_embedding.table(task.field), model.heads[name]
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
-    return catalogue.cross_entropy(state, value, head.catalogue(table))
+    return catalogue.cross_entropy(state, right, head.catalogue(table))
   every = drawing_rows(len(drawn[name]), task.negatives)
   # Look all rows up before some are left out, since the remaining rows may not divide over the batch's devices.
   codes, vectors = drawn[name][::every].reshape(-1), table(drawn[name])[::every]
@@ -169,7 +171,7 @@ def _next_value_loss(
   others = sharding.constrain(vectors.reshape(codes.size, -1), None, None)
   flat = sharding.constrain(codes, None)
   log_count = log_expected_count(task.sampling, flat - 2, table.size - 2, codes.size)
-  return sampled_softmax(state, table(value), value, others, flat, log_count)
+  return sampled_softmax(state, table(right), right, others, flat, log_count)
 
 
 def _contrast(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import cast
 
@@ -70,18 +71,21 @@ def sampled_softmax(
   drawn: jax.Array,
   log_count: jax.Array,
 ) -> jax.Array:
-  """Returns the cross-entropy of each site's target against N shared values, an estimate of the full softmax's loss.
+  """Returns −log P(any of a site's targets), by N shared values: an estimate of the full softmax's loss.
 
   Σ exp(score) over all other values is estimated from the drawn values, each divided by its expected count (log-Q
-  correction). A drawn value that is a site's own target does not count against it. So the loss and its gradient
+  correction). A drawn value that is one of a site's own targets does not count against it. So the loss and its gradient
   converge to the full softmax's as N grows.
 
-  Shapes: `state, own [..., D]`, `target [...]`, `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` holds the rows
-  of `target`, and `others` the rows of `drawn`.
+  Shapes: `state [..., D]`, `own [..., m, D]`, `target [..., m]` (different codes, 0 for none but the first),
+  `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` holds the rows of `target`, and `others` the rows of `drawn`.
 
   Source: importance sampling of a softmax, https://doi.org/10.1109/TNN.2007.912312; log-Q correction for retrieval,
   https://doi.org/10.1145/3298689.3346996.
   """
-  mine = jnp.sum(state * own, axis=-1)
-  scores = jnp.where(drawn == target[..., None], -jnp.inf, state @ others.T - log_count)
-  return jax.nn.logsumexp(jnp.concatenate([mine[..., None], scores], axis=-1), axis=-1) - mine
+  there = (target > 0) | (jnp.arange(target.shape[-1]) == 0)  # a site without a target has the row of code 0
+  mine = jnp.where(there, jnp.einsum("...d,...md->...m", state, own), -jnp.inf)
+  among = functools.reduce(jnp.logical_or, (drawn == target[..., i, None] for i in range(target.shape[-1])))
+  scores = jnp.where(among, -jnp.inf, state @ others.T - log_count)
+  every = jax.nn.logsumexp(jnp.concatenate([mine, scores], axis=-1), axis=-1)
+  return every - jax.nn.logsumexp(mine, axis=-1)

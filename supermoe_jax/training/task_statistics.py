@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import Batch
+from supermoe_jax.batch import FIRST_VALUE, Batch
 from supermoe_jax.training.answer_forms import FORMS
 
 # `measure_tasks` reads at most this many times `n_batches` while it waits for rare labels.
@@ -36,11 +36,13 @@ class Measured(NamedTuple):
   """The measures of the tasks: `statistics` of each task, and `answers` of each task with labels.
 
   An answer is float32 `[outputs]`, the constant that fits the training labels best, such as the logit of their rate;
-  the task's head starts there.
+  the task's head starts there. `full_moments` is the share of a task's labels whose moment has as many values as count,
+  or more, for tasks about moments.
   """
 
   statistics: dict[str, TaskStatistics]
   answers: dict[str, np.ndarray]
+  full_moments: dict[str, float]
 
 
 class _LabelSums:
@@ -50,6 +52,7 @@ class _LabelSums:
     self.labels = 0
     self.at_events = self.at_snapshots = 0.0
     self.first, self.second = np.zeros(outputs), np.zeros(outputs)
+    self.sets: list[tuple[np.ndarray, np.ndarray]] = []  # the codes of moments of several values, and their weights
 
   @property
   def weight(self) -> float:
@@ -83,7 +86,8 @@ def measure_tasks(
     for n, t in tasks.items()
     if t.has_labels
   }
-  return Measured({n: _statistics(tasks[n], sums[n], rows, size) for n in tasks}, answers)
+  full = {n: float(np.mean([(c > 0).all(axis=1).mean() for c, _ in s.sets])) for n, s in sums.items() if s.sets}
+  return Measured({n: _statistics(tasks[n], sums[n], rows, size) for n in tasks}, answers, full)
 
 
 def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
@@ -99,6 +103,11 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
   sums.at_events += float(targets.weight[:, :events].sum())
   sums.at_snapshots += float(targets.weight[:, events:].sum())
   value, weight = targets.value[known], targets.weight[known].astype(np.float64)
+  if targets.also.shape[-1]:
+    codes = np.concatenate([value[:, None], targets.also[known]], axis=1)
+    sums.sets.append((codes, weight))
+    there = codes > 0
+    value, weight = codes[there], np.repeat(weight / there.sum(axis=1), there.sum(axis=1))
   first, second = FORMS[task.answer].moments(value, weight, len(sums.first))
   sums.first += first
   sums.second += second
@@ -118,4 +127,9 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
 def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:
   """Returns the mean loss of the best constant answer; 1 if that is 0 (there is no label, or all labels are alike)."""
   loss = FORMS[task.answer].constant_loss(sums.first, sums.second, weight)
+  if sums.sets:  # the loss of an answer by frequency, where any of a moment's values is right
+    share = np.append(sums.first / max(weight, 1e-12), 0.0)
+    codes, weights = (np.concatenate(part) for part in zip(*sums.sets))
+    any_right = share[np.where(codes > 0, codes - FIRST_VALUE, -1)].sum(axis=1)
+    loss = float(np.average(-np.log(any_right), weights=weights))
   return loss if loss > 1e-6 else 1.0

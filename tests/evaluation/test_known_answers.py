@@ -137,6 +137,7 @@ class FakeRun:
     sizes = {"next_page": (n, 4), "click": (n, m), "dwell": (n, m), "pages": (n, 2), "plan": (n, CLASSES)}
     self.answers = {name: rng.normal(size=sizes.get(name, (n,))).astype(np.float32) for name in tasks}
     self.given = {name: rng.integers(0, 9, (n, m, 1)).astype(np.int32) for name in ("click", "dwell")}
+    self.also = rng.integers(0, ITEMS + 2, (n, 2)).astype(np.int32) * (rng.random((n, 2)) < 0.4)
     self.seen = [np.unique(rng.integers(0, ITEMS + 2, rng.integers(0, 5))) for _ in range(n)]
     self.expert = rng.integers(0, EXPERTS, (2, n, 2)).astype(np.int32)
     self.task_expert = rng.integers(0, EXPERTS, (2, n, t, 2)).astype(np.int32) if tokens else None
@@ -152,7 +153,8 @@ class FakeRun:
       asked = [Query(i // 2, str(i // 2), 0, 5, 2, 3) for i in range(part.start, part.stop)]
       labels = {n: Labels(v.value[part], v.known[part]) for n, v in self.labels.items()}
       seen = {"next_page": self.seen[part]} if cfg.tasks["next_page"].exclude_seen else {}
-      yield QueryBatch(start, asked, labels, seen, {n: self.padded(g, start) for n, g in self.given.items()})
+      also = {"next_page": self.also[part]}
+      yield QueryBatch(start, asked, labels, seen, {n: self.padded(g, start) for n, g in self.given.items()}, also)
 
   @staticmethod
   def padded(x: np.ndarray, start: int, axis: int = 0) -> np.ndarray:
@@ -218,9 +220,11 @@ def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
     found = task["metrics"]
     assert task["labels"] == len(value)
     if name == "next_page":
-      rank = target_ranks(answer.astype(np.float32), value - 2, None, run.items, 4)
+      right = np.concatenate([value[:, None], run.also[run.labels[name].known]], axis=1)
+      rank = target_ranks(answer.astype(np.float32), right - 2, None, run.items, 4)
       assert found["hr@5"] == pytest.approx(np.mean(rank <= 5))
-      assert task["unseen_in_training"] == np.sum(value < 2) > 0
+      assert task["unseen_in_training"] == np.sum((right < 2).all(axis=1)) > 0
+      assert task["right_values"] == pytest.approx(np.mean((right > 0).sum(axis=1)))
     elif name in ("dwell", "age"):
       assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(value, answer))
       assert "positive" not in task
@@ -238,18 +242,20 @@ def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
 
 
 def test_a_value_seen_before_is_neither_recommended_nor_counted_as_better(make_run, monkeypatch) -> None:
+  """Of several values that are right, the best one is ranked without the others."""
   monkeypatch.setattr(evaluate, "RANKED_AT_ONCE", 24)  # so that it takes several parts
   run = make_run(exclude_seen=True)
   task = evaluate.evaluate(run, progress=False, write=False)["splits"]["test"]["next_page"]
   label, rows = run.labels["next_page"], np.asarray(run.items.rows).reshape(-1, 4)[2 : 2 + ITEMS]
   rank, popular = [], []
   for i in np.flatnonzero(label.known):
-    code, seen = label.value[i], run.seen[i]
-    scores = rows @ run.answers["next_page"][i]
-    better = np.flatnonzero(scores > scores[code - 2]) + 2
-    excluded = code < 2 or code in seen
-    rank.append(np.inf if excluded else 1 + len(set(better) - set(seen)))
-    popular.append(np.inf if excluded else 1 + len(set(range(2, code)) - set(seen)))
+    codes, seen = {int(label.value[i]), *run.also[i].tolist()}, set(run.seen[i].tolist())
+    right, scores = {c for c in codes if c >= 2} - seen, rows @ run.answers["next_page"][i]
+    others = set(range(2, ITEMS + 2)) - seen - right
+    best = max((scores[c - 2] for c in right), default=None)
+    rank.append(np.inf if best is None else 1 + sum(scores[c - 2] > best for c in others))
+    popular.append(np.inf if best is None else 1 + sum(c < min(right) for c in others))
+  assert task["unseen_in_training"] == np.sum((label.value[label.known] < 2) & (run.also[label.known] < 2).all(axis=1))
   assert task["metrics"] == pytest.approx(metrics.ranking_metrics(np.array(rank), (2, 5)))
   assert task["baselines"] == {"most popular": pytest.approx(metrics.ranking_metrics(np.array(popular), (2, 5)))}
 

@@ -28,10 +28,10 @@ def compiled_once() -> Iterator[None]:
   """Plans that compile the same step for the same devices share the program."""
   real, kept = program.compile_step, {}
 
-  def step(cfg: config.Config, schema: Schema, mesh: Mesh, effort: float = 0.0) -> program.CompiledStep:
-    key = repr(dataclasses.replace(cfg, evaluate=config.Evaluate())), mesh, effort  # a step evaluates nothing
+  def step(cfg: config.Config, schema: Schema, mesh: Mesh, *how: float) -> program.CompiledStep:
+    key = repr(dataclasses.replace(cfg, evaluate=config.Evaluate())), mesh, how  # a step evaluates nothing
     if key not in kept:
-      kept[key] = real(cfg, schema, mesh, effort)
+      kept[key] = real(cfg, schema, mesh, *how)
     return kept[key]
 
   with pytest.MonkeyPatch.context() as patch:

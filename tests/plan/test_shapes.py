@@ -16,7 +16,7 @@ from supermoe_jax.plan import shapes
 
 def test_a_batch_has_the_shapes_that_are_planned_for(every_task: config.Config, every_task_dataset: Dataset) -> None:
   real = next(iter(training_batches.training_batches(every_task_dataset, every_task)))
-  planned = shapes.batch_shapes(every_task, every_task_dataset.schema)
+  planned = shapes.batch_shapes(every_task, every_task_dataset.schema, every_task_dataset.tie_rate)
   assert jax.tree.structure(real) == jax.tree.structure(planned)
   for wanted, found in zip(jax.tree.leaves(real), jax.tree.leaves(planned), strict=True):
     assert (np.shape(wanted), np.asarray(wanted).dtype) == (found.shape, found.dtype)

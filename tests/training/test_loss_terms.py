@@ -23,7 +23,8 @@ BINARY = config.FutureEvent(source="visits")
 
 
 def targets(value: np.ndarray, known: np.ndarray) -> Targets:
-  return Targets(value, known, known.astype(np.float32), np.zeros((*known.shape, 0), np.int32))
+  none = np.zeros((*known.shape, 0), np.int32)
+  return Targets(value, known, known.astype(np.float32), none, none)
 
 
 @settings(max_examples=50, deadline=None)
@@ -102,11 +103,13 @@ def test_the_gradient_of_a_sampled_softmax_converges_to_that_of_the_full_one(how
   items, sites, d = 30, 5, 4
   rows = jnp.asarray(rng.normal(size=(items, d)), jnp.float32)
   state = jnp.asarray(rng.normal(size=(sites, d)), jnp.float32)
-  target = jnp.asarray([0, 3, 3, 17, 29])
+  target = jnp.asarray([[1, 0], [3, 4], [3, 0], [17, 29], [29, 2]])  # 0: no second one
 
   def full(state: jax.Array, rows: jax.Array) -> jax.Array:
     logits = state @ rows.T
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(sites), target])
+    own = jnp.take_along_axis(logits, target, axis=1)
+    own = jax.nn.logsumexp(jnp.where(target > 0, own, -jnp.inf), axis=-1)
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - own)
 
   def sampled(state: jax.Array, rows: jax.Array, key: jax.Array, draws: int) -> jax.Array:
     drawn = draw_items(how, items, (draws,), key)
@@ -178,6 +181,21 @@ def test_constant_losses_are_those_of_the_best_constant() -> None:
   shares = np.array([2, 1, 2]) / 5
   assert found["classes"].constant_loss == pytest.approx(-np.sum(shares * np.log(shares)))
   assert found["number"].constant_loss == pytest.approx(np.var([2, 0, 1, 2, -1]))
+
+
+def test_the_constant_loss_of_moments_is_that_of_the_head_at_its_start() -> None:
+  """Any value of a moment is right: the constant answer's probabilities of its values are summed."""
+  task, known = config.NextEvent(field="item", ties="set"), np.array([[1, 1, 0], [1, 1, 1]], bool)
+  value = np.int32([[2, 4, 3], [3, 2, 5]])
+  also = np.int32([[[3, 0], [0, 0], [5, 0]], [[0, 0], [4, 5], [0, 0]]])
+  many = targets(value, known)._replace(also=also, weight=1e5 * known)
+  batch = Batch(_Length(2), {"t": many}, {})
+  measured = task_statistics.measure_tasks({"t": task}, {"t": 4}, [batch], 1)
+  share = np.exp(measured.answers["t"])
+  np.testing.assert_allclose(share, np.array([1 / 2 + 1 / 3, 1 / 2 + 1, 1 + 1 / 3, 1 / 3 + 1]) / 5, rtol=1e-3)
+  sets = [share[[0, 1]].sum(), share[2], share[1], share[[0, 2, 3]].sum(), share[3]]
+  assert measured.statistics["t"].constant_loss == pytest.approx(-np.mean(np.log(sets)), rel=1e-3)
+  assert measured.full_moments == {"t": pytest.approx(1 / 5)}
 
 
 def test_a_task_without_any_label_contributes_nothing_and_stays_finite() -> None:

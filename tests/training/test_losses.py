@@ -276,10 +276,10 @@ def test_rows_that_draw_need_not_divide_over_the_devices(
   task = every_task.tasks["sampled"]
   drawn = {"sampled": np.asarray(losses.drawn_codes(sampling, batch, KEY)["sampled"])}
   state = jax.random.normal(KEY, (24, 5, every_task.model.d_model))
-  value = jax.random.randint(KEY, (24, 5), 2, 9)
+  right = jax.random.randint(KEY, (24, 5, 2), 2, 9).at[:, ::2, 1].set(0)
 
   def loss(state: jax.Array) -> jax.Array:
-    return losses._next_value_loss(sampling, "sampled", task, state, value, drawn)
+    return losses._next_value_loss(sampling, "sampled", task, state, right, drawn)
 
   wanted = jax.jit(loss)(state)
   with jax.set_mesh(device_mesh.make_mesh(config.Mesh(8))):

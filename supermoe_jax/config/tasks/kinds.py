@@ -23,9 +23,20 @@ if TYPE_CHECKING:
   from supermoe_jax.config.schema import Config
 
 
+# The share of events that share user and time with another from which ties="auto" is "set".
+TIES_ARE_COMMON = 0.1
+
+
 @dataclasses.dataclass(frozen=True)
 class NextEvent(LabelledTask):
-  """The value of `field` in the next event that has one: a softmax over its vocabulary, ranked in full."""
+  """The value of `field` in the next event that has one: a softmax over its vocabulary, ranked in full.
+
+  With `ties="set"` the events of one moment are a set. The question, at the end of each moment, is about the next
+  moment that has a value, and any of its values is right: the loss is −log of the sum of their probabilities, and the
+  best of them is ranked, without the others. With "order" it is about the very next event, in the order of the files.
+  "auto" is "set" where simultaneous events are common in the log (`TIES_ARE_COMMON`), except for a leave-one-out split,
+  whose held-out questions are about one event each.
+  """
 
   kind: ClassVar[str] = "next_event"
   asks_at_events: ClassVar[bool] = True
@@ -35,6 +46,8 @@ class NextEvent(LabelledTask):
   softmax: Literal["full", "sampled"] = "full"  # form of the training loss; sampled has a log-Q correction
   negatives: int = 1024  # sampled: values drawn per batch (up to twice this number), shared by all its sites
   sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the frequency rank, or evenly
+  ties: Literal["auto", "set", "order"] = "auto"  # simultaneous events
+  most_values: int = 32  # set: values of a moment that count; more are left out, the first of the files stay
 
   @property
   def answer(self) -> Answer:
@@ -46,6 +59,11 @@ class NextEvent(LabelledTask):
     """See `Task`."""
     return self.exclude_seen
 
+  def values_of_a_moment(self, tie_rate: float, split_mode: str) -> int:
+    """See `Task`."""
+    common = tie_rate >= TIES_ARE_COMMON and split_mode != "leave_one_out"
+    return self.most_values if self.ties == "set" or (self.ties == "auto" and common) else 0
+
   def check(self, path: str, config: Config) -> None:
     """See `Task`."""
     data = config.data
@@ -53,6 +71,7 @@ class NextEvent(LabelledTask):
     require_no_buckets(path, self.field, data)
     require(data.fields[self.field].input, f"{path}.field={self.field!r} is no input, so it has no embeddings to rank.")
     require(self.negatives > 0, f"{path}.negatives={self.negatives} must be positive.")
+    require(self.most_values > 0, f"{path}.most_values={self.most_values} must be positive.")
     require_following_events(path, data)
 
 

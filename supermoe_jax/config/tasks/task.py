@@ -24,6 +24,8 @@ NOT_PREPARED = (
   "softmax",
   "negatives",
   "sampling",
+  "ties",
+  "most_values",
   "sample_space",
   "in_space_weight",
   "out_space_weight",
@@ -80,6 +82,15 @@ class Task(abc.ABC):
   def excludes_seen(self) -> bool:
     """Returns whether evaluation leaves out values that the user's history already has."""
     return False
+
+  def values_of_a_moment(self, tie_rate: float, split_mode: str) -> int:
+    """Returns the most values of one moment that all count as right; 0 where the order of simultaneous events counts.
+
+    `tie_rate` is the share of the log's events that share user and time with another event; `split_mode` is
+    `data.split.mode`.
+    """
+    del tie_rate, split_mode
+    return 0
 
   def check(self, path: str, config: Config) -> None:  # noqa: B027 - a kind may have nothing to check
     """Raises ConfigError, with the key `path` in its message, for settings that can never work."""

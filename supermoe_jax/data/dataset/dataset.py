@@ -111,6 +111,11 @@ class Dataset:
     """Returns the schema, the sizes that a model is built from."""
     return make_schema(self.config, self.encoders)
 
+  @property
+  def tie_rate(self) -> float:
+    """Returns the share of the log's events that share user and time with another event."""
+    return float(self.manifest["reading"]["tie_rate"])
+
   @functools.cached_property
   def hidden_codes(self) -> tuple[int, ...]:
     """Returns the columns of the codes that the model must not see."""

@@ -87,6 +87,7 @@ class QueryBatch(NamedTuple):
     seen: for each task that excludes seen values, the codes in each real row's whole history.
     given: for each active event label, int32 `[B, m, G]`, the given fields' codes of the events asked about; 0 in rows
       of padding. Empty for embedding.
+    also: for each active next-event task, int32 `[n, A]`, codes that are as right as the label; see `batch.Targets`.
   """
 
   features: Features
@@ -94,6 +95,7 @@ class QueryBatch(NamedTuple):
   labels: dict[str, Labels]
   seen: dict[str, list[np.ndarray]]
   given: dict[str, np.ndarray]
+  also: dict[str, np.ndarray]
 
 
 class _QueryRows(NamedTuple):
@@ -343,14 +345,16 @@ def _batch(features: Features, parts: Sequence[_QueryRows]) -> QueryBatch:
     for into, values in zip(features, part.features):
       into[rows, : values.shape[1]] = values
     place = rows.stop
-  labels, given = {}, {}
+  labels, given, also = {}, {}, {}
   for name in parts[0].targets if parts else ():
     of_parts = [p.targets[name] for p in parts]
     labels[name] = Labels(*(np.concatenate([getattr(t, k) for t in of_parts]) for k in Labels._fields))
     if of_parts[0].given.ndim > 2:  # of an event label
       given[name] = pad([t.given for t in of_parts], len(features.segment))
+    elif of_parts[0].value.ndim == 1:
+      also[name] = np.concatenate([t.also for t in of_parts])
   seen = {n: [v for p in parts for v in p.seen[n]] for n in (parts[0].seen if parts else ())}
-  return QueryBatch(features, [q for p in parts for q in p.questions], labels, seen, given)
+  return QueryBatch(features, [q for p in parts for q in p.questions], labels, seen, given, also)
 
 
 def next_length(lengths: Sequence[int], waiting: np.ndarray) -> int | None:

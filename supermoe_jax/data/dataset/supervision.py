@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.splits import TRAIN
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import TaskKindAtEvents, bind
-from supermoe_jax.data.tasks.labels import Labels, at_events, next_carrier
+from supermoe_jax.data.tasks.labels import Labels, at_events, next_carrier, values_of_moments
 from supermoe_jax.data.tasks.sample_space import supervision
 
 # Users whose labels are counted to estimate the size of a sample space; a few milliseconds each.
@@ -52,6 +52,10 @@ class Supervision:
       n: cast(TaskKindAtEvents[Any], kind) for n, kind in self._kinds.items() if kind.task.asks_at_events
     }
     self._spaces = {n: make_comparison(labelled, self._kinds, n) for n in self.tasks}
+    split_mode = cfg.data.split.mode
+    asked = {n: t.values_of_a_moment(dataset.tie_rate, split_mode) for n, t in self.tasks.items()}
+    self._moments = {n: most for n, most in asked.items() if most}
+    self._one_event = split_mode == "leave_one_out"
 
   def at_snapshots(self, record: Mapping[str, Any], history: UserHistory, chosen: np.ndarray) -> dict[str, Targets]:
     """Returns each task's targets at the snapshots with the indices `chosen [S]`, without a batch dimension.
@@ -64,9 +68,18 @@ class Supervision:
       if task.about_events:
         kind = self._kinds[name]
         event = kind.asked_events(record, chosen)
-        out[name] = self._event_targets(name, kind.of_record(record, chosen), event, history, labels)
-      else:
-        out[name] = self._targets(name, self._of_record(name, record, chosen), self._inside(name, record, chosen))
+        found = kind.of_record(record, chosen)
+        out[name] = self._event_targets(name, found, event=event, history=history, labels=labels)
+        continue
+      values = None
+      if name in self._moments:
+        seen = record["snapshot_events"][chosen].astype(np.int64)
+        event = next_carrier(self._kinds_at_events[name].carried(history))[seen]
+        event = np.where(event < len(history.time), event, -1)
+        # No period ends within a moment. A leave-one-out snapshot asks about one event, within a moment or not.
+        values = self._values(name, history, event, seen + 1 if self._one_event else len(history.time))
+      made = functools.partial(self._targets, name, inside=self._inside(name, record, chosen))
+      out[name] = _with_moments(self._of_record(name, record, chosen), values, made)
     return out
 
   def at_events(self, history: UserHistory, start: int, stop: int) -> dict[str, Targets]:
@@ -79,8 +92,18 @@ class Supervision:
     for name in self.tasks:
       if name in self._kinds_at_events:
         event = _following(self._kinds_at_events[name].carried(history), start, stop, history.n_train)
-        out[name] = self._event_targets(name, at_events(labels[name], event), event, history, labels)
+        values = None
+        if name in self._moments:  # a moment that is not over asks nothing: only the files order what it still holds
+          event = np.where(history.time[np.maximum(event, 0)] > history.time[start:stop], event, -1)
+          values = self._values(name, history, event, history.n_train)
+        found = at_events(labels[name], event)
+        made = functools.partial(self._event_targets, name, event=event, history=history, labels=labels)
+        out[name] = _with_moments(found, values, made)
     return out
+
+  def _values(self, name: str, history: UserHistory, event: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
+    codes = self._kinds_at_events[name].event_labels(history).value
+    return values_of_moments(codes, history.time, event, limit, self._moments[name])
 
   def _of_record(self, name: str, record: Mapping[str, Any], chosen: np.ndarray) -> Labels:
     """Returns a task's labels at snapshots; with `cfg.train.missing="negative"` unknown labels count as 0."""
@@ -93,7 +116,7 @@ class Supervision:
     return None if space is None else space(self._of_record(space.task, record, chosen))
 
   def _event_targets(
-    self, name: str, found: Labels, event: np.ndarray, history: UserHistory, labels: _EventLabels
+    self, name: str, found: Labels, *, event: np.ndarray, history: UserHistory, labels: _EventLabels
   ) -> Targets:
     space = self._spaces[name]
     inside = None if space is None else space(at_events(labels[space.task], event))
@@ -105,9 +128,8 @@ class Supervision:
     outside = task.out_space_weight if self._training else 0.0
     known, weight = supervision(known, inside, (task.in_space_weight, outside))
     codes = task.answer in ("catalogue", "multiclass")
-    return Targets(
-      value.astype(np.int32 if codes else np.float32), known, weight, np.zeros((*known.shape, 0), np.int32)
-    )
+    none = np.zeros((*known.shape, 0), np.int32)
+    return Targets(value.astype(np.int32 if codes else np.float32), known, weight, none, none)
 
   def part(
     self, record: Mapping[str, Any], history: UserHistory, start: int, stop: int, chosen: np.ndarray
@@ -189,6 +211,14 @@ class _EventLabels:
 
   def __getitem__(self, name: str) -> Labels:
     return self._of(name)
+
+
+def _with_moments(found: Labels, values: np.ndarray | None, make: Callable[[Labels], Targets]) -> Targets:
+  """Returns the targets that `make` makes of labels; if the `values [..., m]` of moments are given, any is right."""
+  if values is None:
+    return make(found)
+  targets = make(found._replace(value=np.where(values[..., 0] > 0, values[..., 0], found.value)))
+  return targets._replace(also=np.where(targets.known[..., None], values[..., 1:], 0))
 
 
 def _following(carried: np.ndarray, start: int, stop: int, limit: int) -> np.ndarray:

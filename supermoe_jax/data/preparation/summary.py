@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from supermoe_jax import config
+
 SHOWN_CLASSES = 5  # number of classes shown for a task
 
 
@@ -22,6 +24,11 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
     lines.append(f"  {repeated:,} snapshots at the time of another one (events of equal time) were left out")
   for task, splits in manifest["labels"].items():
     lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
+  for task in _tasks_about_moments(manifest):
+    lines.append(
+      f"  {task}: any value of the next moment is right ({reading['tie_rate']:.1%} of the events share user and time "
+      "with another)"
+    )
   for task, count in manifest["user_table"].get("user_labels", {}).items():
     if unseen := count.get("unseen_class"):
       lines.append(f"  {task}: {unseen:,} users have a class that no training user has; they have no label")
@@ -41,6 +48,14 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)
+
+
+def _tasks_about_moments(manifest: Mapping[str, Any]) -> list[str]:
+  """Returns the names of the tasks for which simultaneous events are a set."""
+  rate, split_mode = manifest["reading"]["tie_rate"], manifest["config"]["data"]["split"]["mode"]
+  tasks = {n: t for n, t in manifest["config"]["tasks"].items() if t["kind"] == config.NextEvent.kind}
+  asked = {n: config.NextEvent(field=t["field"], ties=t.get("ties", "order")) for n, t in tasks.items()}
+  return [n for n, task in asked.items() if task.values_of_a_moment(rate, split_mode)]
 
 
 def _label_text(split: str, count: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from supermoe_jax.batch import UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN
@@ -97,6 +98,30 @@ def next_carrier(carried: np.ndarray) -> np.ndarray:
   n = len(carried)
   index = np.where(carried, np.arange(n), n)
   return np.append(np.minimum.accumulate(index[::-1])[::-1], n)
+
+
+def values_of_moments(
+  codes: np.ndarray, time: np.ndarray, event: np.ndarray, limit: np.ndarray | int, most: int
+) -> np.ndarray:
+  """Returns the distinct known values of the moments of events: int32 `[..., most]`, first of the files first, 0: none.
+
+  Args:
+    codes: int32 `[N]`, a field's codes of a user's events.
+    time: int64 `[N]`, ascending.
+    event: int `[...]`, the first event that counts of each moment; -1 for none.
+    limit: int `[...]`, the events before it count.
+    most: the most values of a moment that are returned.
+  """
+  out = np.zeros((*event.shape, most), np.int32)
+  limits = np.broadcast_to(limit, event.shape)
+  for first, last in {(e, stop) for e, stop in zip(event.ravel().tolist(), limits.ravel().tolist()) if e >= 0}:
+    stop = min(int(np.searchsorted(time, time[first], side="right")), last)
+    values = codes[first:stop]
+    values = values[values > UNKNOWN]
+    _, places = np.unique(values, return_index=True)
+    distinct = values[np.sort(places)][:most]
+    out[(event == first) & (limits == last), : len(distinct)] = distinct
+  return out
 
 
 def last_answer(block: UserBlock, snapshots: Snapshots, times: Calendar | None) -> np.ndarray:

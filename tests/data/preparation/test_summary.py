@@ -9,6 +9,14 @@ from supermoe_jax.data.preparation import summary
 
 def manifest(**changes: Any) -> dict[str, Any]:
   data = {"path": "runs/x", "split": {"mode": "temporal"}, "fields": {"tags": {"many": 2}}}
+  following = {"kind": "next_event", "field": "page"}
+  tasks = {
+    "quiet": {"kind": "future_event"},
+    "next": following,
+    "old": following,
+    "one": {**following, "ties": "order"},
+  }
+  tasks["next"] = {**following, "ties": "auto"}  # "old" is of a version that knew no other than the order of the files
   return {
     "users": 1200,
     "events": 34_567,
@@ -30,7 +38,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     },
     "warnings": ["task quiet has no label in validation"],
     "seconds": 7.4,
-    "config": {"data": data},
+    "config": {"data": data, "tasks": tasks},
     **changes,
   }
 
@@ -44,6 +52,7 @@ def test_the_summary_says_what_the_manifest_counts() -> None:
     "  next: train 1 known (1 unseen value)",
     "  age: train 77 known (mean 0.5, deviation 1.25, standardised), test 0 known",
     "  tier: train 21 known (6 a, 5 b, 4 c, 3 d, 2 e)",
+    "  next: any value of the next moment is right (12.5% of the events share user and time with another)",
     "  tier: 3 users have a class that no training user has; they have no label",
     "  age: 4 users' values are no numbers; they have no label",
     "field page: 1.23% of the values after the training period were unseen in it",
