@@ -89,7 +89,6 @@ def get_config() -> ml_collections.ConfigDict:
     "experts": 8,
     "d_expert": 128,
     "max_events": 256,
-    "conditioning": "gate",  # best on validation in the study of seesaw_complete_journey.py
   }
   train = {
     "steps": 300,

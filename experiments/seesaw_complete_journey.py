@@ -18,7 +18,6 @@ from supermoe_jax.config import read_config
 def get_config() -> ml_collections.ConfigDict:
   config = read_config(str(pathlib.Path(__file__).with_name("complete_journey.py")))
   config.model.max_events = 32
-  config.model.conditioning = "none"
   config.train.steps = 320
   config.train.checkpoint_every = 320
   # K = 2 experts of d_expert 128 are as many active parameters as a dense block of d_hidden 256 (and a router).
@@ -37,7 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
       "tuned_static": (),
       "seesaw": ("train.weighting.method=seesaw",),
       "token": ("model.conditioning=token",),
-      "gate": ("model.conditioning=gate",),  # as complete_journey.py has it
     },
     "static_candidates": 5,
   }

@@ -64,7 +64,6 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
     "moe_equal": (),
     "tuned_static": (),
     "uncertainty": ("train.weighting.method=uncertainty",),
-    "dwa": ("train.weighting.method=dwa",),
     "famo": ("train.weighting.method=famo",),
     # mu = 1: fixed weights, one over what each task's loss is alone.
     "seesaw": ("train.weighting.method=seesaw", "train.weighting.mu=1.0"),
@@ -73,7 +72,6 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
     "pcgrad": ("train.weighting.method=pcgrad",),
     "cagrad": ("train.weighting.method=cagrad",),
     "token": (token,),
-    "gate": ("model.conditioning=gate",),
     "token_shuffled": (token, "model.task_ids=shuffled"),
     "missing_negative": ("train.missing=negative",),
     "token_seesaw": (token, "train.weighting.method=seesaw", "train.weighting.mu=1.0"),

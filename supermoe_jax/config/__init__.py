@@ -51,7 +51,9 @@ from supermoe_jax.config.tasks import (
 
 # Functions imported at their first use, with their modules.
 _LATER = {
-  **dict.fromkeys(("differences", "load", "load_json", "override", "read_config", "resolve", "save"), "loading"),
+  **dict.fromkeys(
+    ("differences", "load", "load_json", "override", "read_config", "resolve", "resolve_prepared", "save"), "loading"
+  ),
   "hash_fields": "hashing",
 }
 
@@ -94,6 +96,7 @@ __all__ = [
   "parse_time",
   "read_config",
   "resolve",
+  "resolve_prepared",
   "save",
   "to_dict",
 ]

@@ -5,6 +5,7 @@ from supermoe_jax.config.loading import load_json as load_json
 from supermoe_jax.config.loading import override as override
 from supermoe_jax.config.loading import read_config as read_config
 from supermoe_jax.config.loading import resolve as resolve
+from supermoe_jax.config.loading import resolve_prepared as resolve_prepared
 from supermoe_jax.config.loading import save as save
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY as MICROSECONDS_PER_DAY
 from supermoe_jax.config.schema import Aggregates as Aggregates

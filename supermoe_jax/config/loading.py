@@ -40,6 +40,19 @@ def resolve(raw: Mapping[str, Any]) -> Config:
   return config
 
 
+# Choices that version 0.1.0 had.
+_REMOVED = {
+  ("config.model.conditioning", "gate"): (
+    "version 0.2.0 has no gates over the last experts, since they were worth no more than z itself. Set 'none', or "
+    "read a run that has them with version 0.1.0."
+  ),
+  ("config.train.weighting.method", "dwa"): (
+    "version 0.2.0 has no dynamic weight average, since its weights stayed within 4 % of equal ones. Set 'equal', or "
+    "read a run that has it with version 0.1.0."
+  ),
+}
+
+
 def _build(kind: Any, raw: Any, path: str) -> Any:
   origin = typing.get_origin(kind)
   if kind == Task:
@@ -66,6 +79,8 @@ def _build(kind: Any, raw: Any, path: str) -> Any:
     return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{i}]") for i, v in enumerate(raw))
   if origin is Literal:
     if raw not in typing.get_args(kind):
+      if why := _REMOVED.get((path, str(raw))):
+        raise ConfigError(f"{path}={raw!r}: {why}")
       raise ConfigError(f"{path}={raw!r} is not a choice{nearest(str(raw), typing.get_args(kind))}")
     return raw
   if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
@@ -194,4 +209,14 @@ def load_json(path: pathlib.Path) -> Config:
   for task in raw["tasks"].values():
     if task["kind"] == NextEvent.kind:
       task.setdefault("ties", "order")
+  for key in ("window", "temperature"):  # of a method that version 0.1.0 had
+    raw["train"]["weighting"].pop(key, None)
   return resolve(raw)
+
+
+def resolve_prepared(raw: Mapping[str, Any]) -> Config:
+  """Resolves the config in a dataset's manifest; of the model and its training, which change no dataset, the defaults.
+
+  So a dataset of an earlier version is read whatever models that version had.
+  """
+  return resolve({k: v for k, v in raw.items() if k not in ("model", "train", "seesaw")})

@@ -190,9 +190,9 @@ class Model:
   time_unit: Literal["seconds", "hours"] = "seconds"  # unit u of log(1 + gap / u) in all encodings of time gaps
   dropout: float = 0.1
   encoder: Literal["transformer", "gru"] = "transformer"  # gru: `layers` recurrent layers instead of blocks, no experts
-  # Input of a task's head. none: the representation z. token: a token for each task and snapshot. gate: a gate for each
-  # task over the last MoE layer's experts. mmoe, ple: the layers of these models over z, with experts of their own.
-  conditioning: Literal["none", "token", "gate", "mmoe", "ple"] = "none"
+  # Input of a task's head. none: the representation z. token: a token for each task and snapshot. mmoe, ple: the layers
+  # of these models over z, with experts of their own.
+  conditioning: Literal["none", "token", "mmoe", "ple"] = "none"
   task_ids: Literal["true", "shuffled"] = "true"  # token: the task that the router sees; shuffled is a control
   view_experts: int = 4  # mmoe, ple: experts that the tasks share
   task_experts: int = 1  # ple: each task's own
@@ -214,17 +214,14 @@ class Mesh:
 class Weighting:
   """The method that weights the tasks' losses; weights sum to the number of tasks. See `training/weighting.py`.
 
-  `equal`: equal weights. `static`: the tasks' `weight`s. `uncertainty`: learned precisions. `dwa`: more weight to
-  losses that fall slowly. `famo`: weights that make all log losses fall at the same rate. `seesaw`: most weight to the
-  task furthest behind its single-task loss. `pcgrad`, `cagrad`: weights from the tasks' gradients at the
-  representation, an approximation of those methods.
+  `equal`: equal weights. `static`: the tasks' `weight`s. `uncertainty`: learned precisions. `famo`: weights that make
+  all log losses fall at the same rate. `seesaw`: most weight to the task furthest behind its single-task loss.
+  `pcgrad`, `cagrad`: weights from the tasks' gradients at the representation, an approximation of those methods.
   """
 
-  method: Literal["equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad"] = "static"
+  method: Literal["equal", "static", "uncertainty", "famo", "seesaw", "pcgrad", "cagrad"] = "static"
   learning_rate: float = 0.025  # uncertainty, famo: Adam's rate for the log weights
   weight_decay: float = 1e-3  # famo: decay of the log weights
-  window: int = 20  # dwa: number of steps in the average of a loss
-  temperature: float = 2.0  # dwa
   decay: float = 0.98  # seesaw: decay per step of the moving average of a loss
   mu: float = 1.0  # seesaw: large is plain log-loss balancing, 1 fixed weights π/R, small serves the worst task only
   warmup_steps: int = 50  # seesaw: losses after these steps are the references of tasks without one

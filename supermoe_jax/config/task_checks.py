@@ -71,7 +71,7 @@ def check_weighting(config: Config) -> None:
   for name in weighting.references:
     require(name in config.tasks, f"{path}.references: {name!r} is not a task{nearest(name, config.tasks)}")
     require(weighting.references[name] > 0, f"{path}.references.{name} must be positive.")
-  for key in ("learning_rate", "window", "temperature", "mu", "c", "warmup_steps"):
+  for key in ("learning_rate", "mu", "c", "warmup_steps"):
     require(getattr(weighting, key) > 0, f"{path}.{key}={getattr(weighting, key)} must be positive.")
   require(0 < weighting.decay < 1, f"{path}.decay={weighting.decay} must be in (0, 1).")
   if weighting.method in ("pcgrad", "cagrad"):
@@ -85,8 +85,6 @@ def check_weighting(config: Config) -> None:
       model.conditioning in ("none", "mmoe", "ple"),
       f"config.model.conditioning={model.conditioning!r} needs encoder='transformer'.",
     )
-  if model.conditioning == "gate":
-    require(model.moe_every > 0, "config.model.conditioning='gate' needs experts: set model.moe_every.")
   require(
     model.task_ids == "true" or model.conditioning == "token",
     "config.model.task_ids='shuffled' has no meaning without conditioning='token'.",

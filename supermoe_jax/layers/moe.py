@@ -244,15 +244,6 @@ class MoE(nnx.Module):
     )
     return MoEOutput(y.astype(x.dtype), routing.aux, routing.sums, self._stats(routing, kept, valid, task))
 
-  def every(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Runs every expert on `x [B, S, D]` without routing, for few tokens whose caller weighs the outputs.
-
-    Returns: `[B, S, E, D]`, and the shared experts' sum `[B, S, D]` (None without any), in the dtype of x.
-    """
-    weights = {n: getattr(self, n).get_value() for n in self.names}
-    shared = self.shared(x) if self.shared is not None else None
-    return every_expert(weights, x, self.dtype), shared
-
   def _stats(self, routing: Any, kept: jax.Array, valid: jax.Array, task: jax.Array | None) -> Stats:
     dropped = valid[..., None] & ~kept
     by_task = jnp.zeros(self.router.tasks, jnp.int32)
@@ -261,31 +252,6 @@ class MoE(nnx.Module):
       by_task = jnp.sum(c * jnp.sum(dropped, axis=-1)[..., None], axis=(0, 1))
     load, entropy = routing.sums.load, routing.sums.mean_entropy
     return Stats(load, jnp.sum(kept), jnp.sum(dropped), by_task, entropy, routing.expert)
-
-
-def every_expert(weights: dict[str, jax.Array], x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-  """Runs every expert on every token of `x [B, S, D]`: `[B, S, E, D]`, in the dtype of x.
-
-  Args:
-    weights: weights of E experts, by name as in `experts.NAMES`; products are computed in `dtype` (None: dtype of x)
-      and accumulate in float32.
-    x: tokens; they stay on their device, and all experts' weights (its share of their hidden units) come to them.
-    dtype: dtype of the products.
-  """
-  to = dtype or x.dtype
-  # Weights are gathered before they are cast, so that devices add up their gradients in float32.
-  w = {n: sharding.constrain(v, None, *experts.NAMES[n][1:]).astype(to) for n, v in weights.items()}
-  rows = x.astype(to)
-  up = jnp.einsum("bsd,edh->bseh", rows, w["up"], preferred_element_type=jnp.float32)
-  if "gate" in w:
-    hidden = jax.nn.silu(jnp.einsum("bsd,edh->bseh", rows, w["gate"], preferred_element_type=jnp.float32)) * up
-  else:
-    hidden = jax.nn.gelu(up + w["up_bias"])
-  hidden = sharding.constrain(hidden.astype(to), "batch", None, None, "mlp")
-  out = jnp.einsum("bseh,ehd->bsed", hidden, w["down"], preferred_element_type=jnp.float32)
-  if "down_bias" in w:
-    out = out + w["down_bias"]
-  return sharding.constrain(out, "batch", None, None, None).astype(x.dtype)
 
 
 def _check(activation: str, strategy: str, capacity_factor: float | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,41 +66,15 @@ class Block(nnx.Module):
 
     Returns: x, and the experts' `MoEOutput`; None for a block without experts.
     """
-    return self.fed(self.attended(x, context, rngs=rngs), context, dropless=dropless, rngs=rngs)
-
-  def attended(self, x: jax.Array, context: Context, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Returns the first half of the block, `x + attention(norm x)`."""
-    return x + self.drop(self.attention(self.attention_norm(x), context.position, context.time, context.visible), rngs)
-
-  def fed(
-    self, h: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
-  ) -> tuple[jax.Array, MoEOutput | None]:
-    """Returns the second half, `h + mlp(norm h)` for h from `attended`, and the experts' `MoEOutput`, if any."""
+    h = x + self._drop(self.attention(self.attention_norm(x), context.position, context.time, context.visible), rngs)
     normed = self.feed_forward_norm(h)
     if isinstance(self.feed_forward, MoE):
       out = self.feed_forward(normed, context.valid, context.task, urgent=context.urgent, dropless=dropless, rngs=rngs)
-      return h + self.drop(out.y, rngs), out
-    return h + self.drop(self.feed_forward(normed), rngs), None
+      return h + self._drop(out.y, rngs), out
+    return h + self._drop(self.feed_forward(normed), rngs), None
 
-  def drop(self, y: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-    """Applies dropout, which is on with `rngs`."""
+  def _drop(self, y: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
     return self.dropout(y, deterministic=rngs is None, rngs=rngs)
-
-
-class StackOutput(NamedTuple):
-  """Output of a stack of blocks.
-
-  Attributes:
-    x: `[B, T, D]`.
-    experts: the record of the M layers that hold experts, in order: a `MoEOutput` whose `y` is empty and whose arrays
-      have a leading dimension of M; None without such layers.
-    before: `[B, n, D]`, the state before the feed-forward part of the last layer that holds experts, at the requested
-      positions; None when none were requested.
-  """
-
-  x: jax.Array
-  experts: MoEOutput | None
-  before: jax.Array | None
 
 
 class _Group(nnx.Module):
@@ -115,13 +89,11 @@ class _Group(nnx.Module):
 
   def __call__(
     self, x: jax.Array, context: Context, *, dropless: bool, rngs: nnx.Rngs | None
-  ) -> tuple[jax.Array, jax.Array, MoEOutput | None]:
-    """Returns x, the state before the last block's feed-forward part, and its experts' `MoEOutput`, if any."""
+  ) -> tuple[jax.Array, MoEOutput | None]:
+    """Returns x, and the `MoEOutput` of the last block's experts, if any."""
     for block in self.blocks[:-1]:
       x, _ = block(x, context, dropless=dropless, rngs=rngs)
-    before = self.blocks[-1].attended(x, context, rngs=rngs)
-    x, out = self.blocks[-1].fed(before, context, dropless=dropless, rngs=rngs)
-    return x, before, out
+    return self.blocks[-1](x, context, dropless=dropless, rngs=rngs)
 
 
 class Stack(nnx.Module):
@@ -164,67 +136,35 @@ class Stack(nnx.Module):
       raise ValueError("a block after the last whole group holds experts: what they do would be lost; set moe_every")
 
   def __call__(
-    self,
-    x: jax.Array,
-    context: Context,
-    *,
-    dropless: bool = False,
-    before_experts: slice | None = None,
-    rngs: nnx.Rngs | None = None,
-  ) -> StackOutput:
+    self, x: jax.Array, context: Context, *, dropless: bool = False, rngs: nnx.Rngs | None = None
+  ) -> tuple[jax.Array, MoEOutput | None]:
     """Applies the blocks to `x [B, T, D]`; with `rngs`, dropout and jitter are on.
 
-    `before_experts` selects the positions whose state before the last experts is returned too.
-
-    Raises:
-      ValueError: `before_experts` of a stack without experts.
+    Returns: x, and the record of the M layers that hold experts, in order: a `MoEOutput` whose `y` is empty and whose
+    arrays have a leading dimension of M; None without such layers.
     """
-    if before_experts is not None and not self.holds_experts:
-      raise ValueError("no block of this stack holds experts, so there is no state before them; set moe_every")
-    record, before = None, None
+    record = None
     if self.scanned is not None:
       graph, state = nnx.split(self.scanned)
       keys = None if rngs is None else jax.random.split(rngs.dropout(), self.groups)
-      # Each group replaces this part of the carry, so that only the last group's state is kept.
-      before = jnp.zeros_like(x[:, before_experts]) if before_experts is not None else None
-
       # The backward pass of a loop is a separate loop, so nothing needs prevent_cse.
-      body = self._body(graph, context, dropless, before_experts, prevent_cse=False)
-      (x, before), record = jax.lax.scan(body, (x, before), (state, keys))
+      x, record = jax.lax.scan(self._body(graph, context, dropless, prevent_cse=False), x, (state, keys))
     for group in self.rest:
       graph, state = nnx.split(group)
       key = None if rngs is None else rngs.dropout()
-      body = self._body(graph, context, dropless, None, prevent_cse=True)
-      (x, _), _ = body((x, None), (state, key))
-    return StackOutput(x, record, before)
-
-  @property
-  def holds_experts(self) -> bool:
-    """Returns whether any block holds experts."""
-    return self.scanned is not None and isinstance(self.scanned.blocks[-1].feed_forward, MoE)
-
-  def last_expert_block(self) -> Block:
-    """Returns the last block that holds experts, with its parameters from the stack.
-
-    Raises:
-      ValueError: no block holds experts.
-    """
-    if self.scanned is None or not self.holds_experts:
-      raise ValueError("no block of this stack holds experts; set moe_every")
-    graph, state = nnx.split(self.scanned.blocks[-1])
-    return nnx.merge(graph, jax.tree.map(lambda a: a[-1], state))
+      x, _ = self._body(graph, context, dropless, prevent_cse=True)(x, (state, key))
+    return x, record
 
   def _body(
-    self, graph: nnx.GraphDef, context: Context, dropless: bool, before_experts: slice | None, *, prevent_cse: bool
-  ) -> Callable[..., Any]:
-    """Returns one group as a function `((x, before), (variables, key)) → ((x, before), record)`."""
+    self, graph: nnx.GraphDef, context: Context, dropless: bool, *, prevent_cse: bool
+  ) -> Callable[..., tuple[jax.Array, MoEOutput | None]]:
+    """Returns one group as a function `(x, (variables, key)) → (x, record)`."""
 
-    def body(carry: Any, layer: tuple[nnx.State, jax.Array | None]) -> tuple[Any, MoEOutput | None]:
+    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, MoEOutput | None]:
       state, key = layer
       rngs = None if key is None else nnx.Rngs(key)
-      x, before, out = nnx.merge(graph, state)(carry[0], context, dropless=dropless, rngs=rngs)
-      before = before[:, before_experts] if before_experts is not None else None
-      return (x, before), None if out is None else out._replace(y=jnp.zeros(0))
+      x, out = nnx.merge(graph, state)(x, context, dropless=dropless, rngs=rngs)
+      return x, None if out is None else out._replace(y=jnp.zeros(0))
 
     if self.remat == "none":
       return body

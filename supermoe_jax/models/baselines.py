@@ -12,9 +12,8 @@ from flax import nnx
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Features, Schema
 from supermoe_jax.layers.attention import visibility
-from supermoe_jax.layers.moe import Mlp, every_expert
+from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
-from supermoe_jax.layers.task_gates import TaskGates
 from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no_experts
 
 
@@ -31,9 +30,28 @@ class ExpertMlps(nnx.Module):
     self.down_bias = sharding.param(jnp.zeros((experts, d_model)), None, "embed")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Runs every MLP on every token of `x [B, S, D]`."""
-    parts = {"up": self.up, "up_bias": self.up_bias, "down": self.down, "down_bias": self.down_bias}
-    return every_expert({n: p.get_value() for n, p in parts.items()}, x)
+    """Runs every MLP on every token of `x [B, S, D]`; products accumulate in float32."""
+    up, down = (sharding.constrain(p.get_value(), None, None, None).astype(x.dtype) for p in (self.up, self.down))
+    hidden = jnp.einsum("bsd,edh->bseh", x, up, preferred_element_type=jnp.float32) + self.up_bias.get_value()
+    hidden = sharding.constrain(jax.nn.gelu(hidden).astype(x.dtype), "batch", None, None, "mlp")
+    out = jnp.einsum("bseh,ehd->bsed", hidden, down, preferred_element_type=jnp.float32) + self.down_bias.get_value()
+    return sharding.constrain(out, "batch", None, None, None).astype(x.dtype)
+
+
+class TaskGates(nnx.Module):
+  """Softmax over experts for each task, in float32; all experts weigh alike at first.
+
+  Source: multi-gate mixture-of-experts, https://doi.org/10.1145/3219819.3220007.
+  """
+
+  def __init__(self, d_model: int, experts: int, tasks: int):
+    self.kernel = sharding.param(jnp.zeros((tasks, d_model, experts)), None, "embed", None)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `x [B, S, D]` to gates, float32 `[B, S, T, E]`, which sum to 1 over E."""
+    kernel = self.kernel.get_value().astype(jnp.float32)
+    logits = jnp.einsum("bsd,tde->bste", x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _mix(gates: jax.Array, outputs: jax.Array) -> jax.Array:

@@ -14,11 +14,10 @@ from supermoe_jax import config, sharding
 from supermoe_jax.batch import CALENDAR, Features, Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
-from supermoe_jax.layers.moe import Mlp, MoE, Stats
+from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput, Stats
 from supermoe_jax.layers.routing import RoutingSums
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
-from supermoe_jax.layers.task_gates import TaskGates
-from supermoe_jax.layers.transformer import Block, Context, Stack, StackOutput
+from supermoe_jax.layers.transformer import Block, Context, Stack
 
 
 class ExpertRecord(NamedTuple):
@@ -92,17 +91,11 @@ class Encoder(nnx.Module):
   """Encoder that turns a row of L events and S snapshots into one user representation per snapshot, in one pass.
 
   A snapshot's z depends on the events it sees and on nothing else: not on later events, other snapshots, padding, the
-  tasks, other users of the row, or, when nothing is dropped, other rows. The tasks' views depend on the same events
-  only:
+  tasks, other users of the row, or, when nothing is dropped, other rows.
 
-  - `conditioning="token"`: each snapshot gets T task tokens, the snapshot's embedding plus a learned vector of the
-    task. A task token sees its snapshot, and what the snapshot sees. The routers see the task.
-  - `conditioning="gate"`: with h a snapshot's state before the last experts F and n its norm, the view of task t is
-    `norm(h + Σ_e softmax(W_t n)_e F_e(n))`, over all experts (shared experts are added). Blocks after those experts are
-    not part of a view. Without such blocks (`layers` a multiple of `moe_every`), z and the views differ only in the
-    weights of the experts.
-
-  Source: gates of tasks over shared experts, https://doi.org/10.1145/3219819.3220007.
+  With `conditioning="token"` each snapshot gets T task tokens, the snapshot's embedding plus a learned vector of the
+  task. A task token sees its snapshot, and what the snapshot sees. The routers see the task. The states of the task
+  tokens are the tasks' views, which depend on the same events only.
   """
 
   def __init__(
@@ -133,7 +126,6 @@ class Encoder(nnx.Module):
     key = rngs.params()
     vectors = [jax.random.normal(task_key(key, name), (d,)) * d**-0.5 for name in tasks]
     self.task_vectors = sharding.param(jnp.stack(vectors), None, "embed") if self.tokens else None
-    self.gates = TaskGates(d, model.experts, len(tasks)) if tasks and model.conditioning == "gate" else None
 
   def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
     """Encodes a batch; with `rngs`, dropout is on."""
@@ -157,15 +149,12 @@ class Encoder(nnx.Module):
     x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
 
     end = length + snapshots
-    before = slice(length, end) if self.gates is not None else None
-    out = self.stack(x, context, dropless=dropless, before_experts=before, rngs=rngs)
-    x = self.norm(out.x)
-    views, gates = None, None
+    x, experts = self.stack(x, context, dropless=dropless, rngs=rngs)
+    x = self.norm(x)
+    views = None
     if self.task_vectors is not None:
       views = x[:, end:].reshape(batch, snapshots, self.tokens, d)
-    if self.gates is not None and out.before is not None:
-      views, gates = self._gated(self.gates, out.before, rngs)
-    return Encoded(x[:, :length], x[:, length:end], views, gates, self._record(out, batch, length, snapshots))
+    return Encoded(x[:, :length], x[:, length:end], views, None, self._record(experts, batch, length, snapshots))
 
   def _with_task_tokens(self, context: Context, features: Features) -> Context:
     batch, snapshots = features.query_valid.shape
@@ -182,28 +171,16 @@ class Encoder(nnx.Module):
       task=jnp.concatenate([none, task.reshape(batch, -1)], axis=1),
     )
 
-  def _gated(self, gates: TaskGates, h: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
-    """Returns the tasks' views `[B, S, T, D]` and gates `[B, S, T, E]` for states `h [B, S, D]` before the experts."""
-    block = self.stack.last_expert_block()
-    assert isinstance(block.feed_forward, MoE)
-    n = block.feed_forward_norm(h)
-    every, shared = block.feed_forward.every(n)
-    weight = gates(n)
-    mixed = jnp.einsum("bste,bsed->bstd", weight, every, preferred_element_type=jnp.float32).astype(h.dtype)
-    if shared is not None:
-      mixed = mixed + shared[:, :, None]
-    return self.norm(h[:, :, None] + block.drop(mixed, rngs)), weight
-
-  def _record(self, out: StackOutput, batch: int, length: int, snapshots: int) -> ExpertRecord:
-    if out.experts is None:
+  def _record(self, out: MoEOutput | None, batch: int, length: int, snapshots: int) -> ExpertRecord:
+    if out is None:
       return no_experts(self.experts, self.k, batch, length, snapshots, self.tokens)
-    stats, end = out.experts.stats, length + snapshots
+    stats, end = out.stats, length + snapshots
     task_expert = None
     if self.tokens:
       chosen = stats.expert[:, :, end:]
       task_expert = chosen.reshape(len(chosen), batch, snapshots, self.tokens, self.k)
     events, own = stats.expert[:, :, :length], stats.expert[:, :, length:end]
-    return ExpertRecord(out.experts.sums, stats._replace(expert=own), task_expert, events)
+    return ExpertRecord(out.sums, stats._replace(expert=own), task_expert, events)
 
 
 def shift(features: Features, tasks: int) -> jax.Array:

@@ -30,8 +30,6 @@ def views_sentence(model: config.Model) -> str:
   if model.conditioning == "token":
     seen = "the token's task" if model.task_ids == "true" else "a random task instead of the token's (a control)"
     return f"Each task adds a token of its own after each snapshot. The routers see {seen}."
-  if model.conditioning == "gate":
-    return "Each task has a gate of its own over the experts of the last layer that has them."
   name = {"mmoe": "MMoE", "ple": "PLE"}[model.conditioning]
   return f"Each task reads a view of the user representation that an {name} layer makes."
 

@@ -27,8 +27,8 @@ class RunResult:
 
   `tasks[task][split][metric]` are its scores. `losses[task]` are training losses over the loss of the best constant
   prediction, `constants[task]`. `weights` has `step` and each task's weights at these steps; `cosine` has the `matrix`
-  of gradient cosines in the order of its `tasks`; `expert_load[task]` has the `load [M, E]` of the MoE layers and, with
-  conditioning by gate, a `gate [E]`.
+  of gradient cosines in the order of its `tasks`; `expert_load[task]` has the `load [M, E]` of the MoE layers and, if
+  gates mix the tasks' views, a `gate [E]`.
   """
 
   variant: str

@@ -28,9 +28,9 @@ def gradient_cosines(run: Run, n_batches: int = BATCHES) -> dict[str, Any] | Non
   """Returns the mean cosine between each two tasks' gradients at the shared representation, dropout off.
 
   Returns: `tasks` and `matrix [T][T]`, whose entry is None if no training batch had labels of both tasks. None instead
-    if tasks share no representation (`conditioning` token or gate), or no task has labels.
+    if tasks share no representation (`conditioning` token), or no task has labels.
   """
-  if run.cfg.model.conditioning in ("token", "gate") or not run.cfg.active_views:
+  if run.cfg.model.conditioning == "token" or not run.cfg.active_views:
     return None
   names = list(run.cfg.active_views)
   place_of = [list(run.cfg.active_tasks).index(n) for n in names]

@@ -114,7 +114,7 @@ def labelled_loss(
 ) -> TaskLoss:
   """Returns the sums of one task with labels, from encoded states; `drawn` holds the sampled softmaxes' codes.
 
-  If the encoder makes the tasks' views beside z (`conditioning` is "token" or "gate"), the head answers at the
+  If the encoder makes the tasks' views beside z (`conditioning` is "token"), the head answers at the
   snapshots from the view and from z, and each answer has half of the weight: z is what is exported.
   """
   task, sites = model.tasks[name], targets.known.shape[1]

@@ -163,48 +163,6 @@ class Famo(_Learned):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dwa(Weigher):
-  """A weigher with weights `softmax(ratio / temperature)`, where ratio is a task's last mean loss over the one before.
-
-  The means are taken over windows. A loss that falls slowly gets more weight.
-
-  A window holds `window` steps in which the task was present.
-  Source: dynamic weight average, arXiv 1803.10704, which averages over epochs.
-  """
-
-  window: int = 20
-  temperature: float = 2.0
-
-  def initial(self) -> State:
-    """Returns the state before the first step."""
-    zero = jnp.zeros(len(self.prior))
-    moving = dict.fromkeys(("steps", "total", "count", "last", "before"), zero)
-    return {**super().initial(), **moving}
-
-  def weights(self, state: State, observed: WeightInputs) -> jax.Array:
-    """Returns w `[T]`."""
-    del observed
-    known = state["before"] > 0
-    ratio = jnp.where(known, state["last"] / jnp.where(known, state["before"], 1.0), 1.0)
-    return _sum_to_tasks(jax.nn.softmax(ratio / self.temperature))
-
-  def update(self, state: State, seen: ObservedLosses) -> State:
-    """Returns the state after a step."""
-    steps = state["steps"] + seen.present
-    total = state["total"] + jnp.where(seen.present, seen.total, 0.0)
-    count = state["count"] + jnp.where(seen.present, seen.labels, 0.0)
-    full = steps >= self.window
-    return {
-      **state,
-      "steps": jnp.where(full, 0.0, steps),
-      "total": jnp.where(full, 0.0, total),
-      "count": jnp.where(full, 0.0, count),
-      "last": jnp.where(full, total / jnp.where(full, count, 1.0), state["last"]),
-      "before": jnp.where(full, state["last"], state["before"]),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
 class SeesawWeights(Weigher):
   """A weigher that gives most to the task furthest behind the loss that it could reach alone.
 
@@ -353,8 +311,6 @@ def make_weigher(settings: config.Weighting, tasks: Mapping[str, config.Task]) -
     return Uncertainty(equal, settings.learning_rate)
   if settings.method == "famo":
     return Famo(equal, settings.learning_rate, settings.weight_decay)
-  if settings.method == "dwa":
-    return Dwa(equal, settings.window, settings.temperature)
   if settings.method == "seesaw":
     references = tuple(settings.references.get(n, 0.0) for n in tasks)
     return SeesawWeights(prior, references, settings.decay, settings.mu, settings.warmup_steps)

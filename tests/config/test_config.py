@@ -68,6 +68,8 @@ def changed(raw: dict, key: str, value: object) -> dict:
     ("data.split", {"mode": "user", "snapshots": "end"}, r"no event follows a snapshot|nothing follows a training"),
     ("data.split.snapshots", "end", r"tasks\.\w+: with .*snapshots='end' nothing follows a training snapshot"),
     ("data.split.snapshots", "each_event", r"'each_event' is not a choice; did you mean 'every_events'"),
+    ("model.conditioning", "gate", r"conditioning='gate': version 0.2.0 has no gates.*Set 'none', or read"),
+    ("train.weighting.method", "dwa", r"method='dwa': version 0.2.0 has no dynamic weight average.*Set 'equal'"),
     ("data.split.every_events", 0, r"every_events=0 must be positive"),
     ("data.split.mode", "leave_one_out", r"needs config\.data\.split\.mode='temporal'|no meaning with mode"),
     ("data.aggregates.fields", ["device"], r"'device' is not a vocabulary field"),
@@ -234,3 +236,10 @@ def test_the_order_of_keys_changes_no_hash(raw: dict) -> None:
 )
 def test_a_time_is_utc_unless_it_carries_an_offset(text: str, seconds: int) -> None:
   assert config.parse_time(text, "key") == seconds * 1_000_000
+
+
+def test_a_dataset_is_read_whatever_models_its_version_had(cfg: config.Config) -> None:
+  raw = config.to_dict(cfg)
+  raw["model"]["conditioning"], raw["train"]["weighting"]["window"] = "gate", 20
+  found = config.resolve_prepared(raw)
+  assert found.data_identity() == cfg.data_identity() and found.data.path == cfg.data.path

@@ -185,7 +185,7 @@ class FakeRun:
 def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
   def make(**options) -> FakeRun:
     model = (
-      {"conditioning": "token"} if options.get("tokens") else {"conditioning": "gate"} if options.get("gate") else {}
+      {"conditioning": "token"} if options.get("tokens") else {"conditioning": "mmoe"} if options.get("gate") else {}
     )
     run = FakeRun(tmp_path, make_config(options.pop("exclude_seen", False), **model), **options)
     monkeypatch.setattr(snapshot_batches, "query_batches", run.questions)

@@ -46,16 +46,12 @@ def x() -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, context: Context, key: jax.Array | None = None):
-  """What a stack returns, with the state of the last two positions before the last experts."""
-  stack = nnx.merge(graph, state)
-  snapshots = slice(T - 2, T) if stack.holds_experts else None
-  return stack(x, context, before_experts=snapshots, rngs=None if key is None else nnx.Rngs(key))
+  return nnx.merge(graph, state)(x, context, rngs=None if key is None else nnx.Rngs(key))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def block(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, context: Context):
-  """What a block returns, and the state after its attention."""
-  return nnx.merge(graph, state)(x, context), nnx.merge(graph, state).attended(x, context)
+  return nnx.merge(graph, state)(x, context)
 
 
 STACKS = [(5, 2), (2, 0), (4, 2), (3, 1), (1, 2)]
@@ -64,43 +60,24 @@ STACKS = [(5, 2), (2, 0), (4, 2), (3, 1), (1, 2)]
 @pytest.mark.parametrize(("layers", "moe_every"), grids.quick_few(STACKS[:2], STACKS))
 def test_a_stack_equals_its_blocks_one_by_one(layers: int, moe_every: int, x: np.ndarray, context: Context) -> None:
   stack = make_stack(layers, moe_every)
-  y, record, before = run(*nnx.split(stack), x, context)
-  wanted, wanted_before, records = x, None, []
+  y, record = run(*nnx.split(stack), x, context)
+  wanted, records = x, []
   size = moe_every or 1
   for i in range(layers // size):
     for each in stack.scanned.blocks:
       graph, state = nnx.split(each)
-      (wanted, out), h = block(graph, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], state), wanted, context)
-      wanted_before = h if out is not None else wanted_before
+      wanted, out = block(graph, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], state), wanted, context)
       records += [out] if out is not None else []
   for rest in stack.rest:
     for each in rest.blocks:
-      (wanted, out), _ = block(*nnx.split(each), wanted, context)
+      wanted, out = block(*nnx.split(each), wanted, context)
       assert out is None
   np.testing.assert_allclose(y, wanted, atol=2e-5 * np.abs(wanted).max())
-  assert (record is None) == (before is None) == (not records)
-  if before is not None:
-    np.testing.assert_allclose(before, wanted_before[:, -2:], atol=2e-5 * np.abs(wanted_before).max())
+  assert (record is None) == (not records)
   for i, out in enumerate(records):
     np.testing.assert_allclose(record.stats.load[i], out.stats.load, atol=1e-6)
     np.testing.assert_array_equal(record.stats.expert[i], out.stats.expert)
     np.testing.assert_allclose(record.aux.balance_loss[i], out.aux.balance_loss, rtol=1e-5)
-
-
-def test_the_last_block_with_experts_is_that_of_the_last_group() -> None:
-  stack = make_stack(5, 2)
-  last = jax.jit(lambda: nnx.state(stack.last_expert_block()))()
-  scanned = nnx.state(stack.scanned.blocks[1])
-  assert len(jax.tree.leaves(last)) > 8
-  jax.tree.map(lambda mine, all_: np.testing.assert_array_equal(mine, np.asarray(all_)[1]), last, scanned)
-
-
-def test_a_stack_without_experts_has_no_state_before_them(x: np.ndarray, context: Context) -> None:
-  stack = make_stack(2, 0)
-  with pytest.raises(ValueError, match="no block of this stack holds experts"):
-    stack(x, context, before_experts=slice(0, 1))
-  with pytest.raises(ValueError, match="no block of this stack holds experts"):
-    stack.last_expert_block()
 
 
 def test_layers_start_different() -> None:
@@ -119,8 +96,8 @@ def learned(x: np.ndarray, context: Context):
     graph, state = nnx.split(make_stack(12, 2, remat=remat))
 
     def loss(state: nnx.State, x: jax.Array):
-      out = nnx.merge(graph, state)(x, context, before_experts=slice(T - 2, T))
-      return jnp.mean(jnp.sin(out.x)) + jnp.mean(jnp.cos(out.before)), (out.x, out.before)
+      y, _ = nnx.merge(graph, state)(x, context)
+      return jnp.mean(jnp.sin(y)), y
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(state, x).compile()
     return program(state, x), program.memory_analysis().temp_size_in_bytes
@@ -154,12 +131,12 @@ def test_dropout_follows_the_seed_and_differs_between_layers(x: np.ndarray, cont
   for path, variable in nnx.to_flat_state(state):
     if path[-2:] in (("out", "kernel"), ("down", "kernel"), ("down", "bias")):
       variable.set_value(np.full(variable.shape, float(path[-1] == "bias"), np.float32))
-  one, same, other = (run(graph, state, x, context, jax.random.key(seed)).x - x for seed in (1, 1, 2))
+  one, same, other = (run(graph, state, x, context, jax.random.key(seed))[0] - x for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
   assert not np.array_equal(one, other)
   share = np.bincount(np.rint(one).astype(int).reshape(-1), minlength=5) / one.size
   np.testing.assert_allclose(share, [0.25, 0, 0.5, 0, 0.25], atol=0.1)
-  np.testing.assert_allclose(run(graph, state, x, context).x - x, 2.0, atol=1e-5)  # without a seed it is off
+  np.testing.assert_allclose(run(graph, state, x, context)[0] - x, 2.0, atol=1e-5)  # without a seed it is off
 
 
 def test_experts_whose_record_would_be_lost_are_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Shapes of a model's answers, what it refuses, how its tasks begin and learn, and what gates and shifts are."""
+"""Shapes of a model's answers, what it refuses, how its tasks begin and learn, and what shifts are."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_codes_given_to_another_task_are_an_error() -> None:
 
 
 # What is left out is not compiled.
-STARTS = [("token", "heads"), *((kind, "") for kind in ("none", "token", "gate", "mmoe"))]
+STARTS = [("token", "heads"), *((kind, "") for kind in ("none", "token", "mmoe"))]
 
 
 @pytest.mark.parametrize(("kind", "part"), grids.quick_few(STARTS[:1], STARTS))
@@ -104,9 +104,8 @@ def test_a_task_starts_the_same_whatever_others_there_are(kind: str, part: str) 
 
 
 @pytest.mark.nightly  # in the quick tier: the parameters of a task change no other answer
-@pytest.mark.parametrize("kind", ["token", "gate"])
-def test_the_loss_of_a_task_moves_no_other_head_or_vector(kind: str) -> None:
-  graph, state = nnx.split(model(kind))
+def test_the_loss_of_a_task_moves_no_other_head_or_vector() -> None:
+  graph, state = nnx.split(model("token"))
 
   @jax.jit
   def gradient(state: nnx.State, weight: dict[str, jax.Array]) -> nnx.State:
@@ -122,8 +121,7 @@ def test_the_loss_of_a_task_moves_no_other_head_or_vector(kind: str) -> None:
     for other in LABELLED:
       total = sum(g.sum() for path, g in moved.items() if path[:2] == ("heads", other))
       assert (total > 0) == (name == other), (name, other)
-    per_task = {"token": ("encoder", "task_vectors"), "gate": ("encoder", "gates", "kernel")}[kind]
-    rows = moved[per_task].reshape(T, -1).sum(axis=1)
+    rows = moved["encoder", "task_vectors"].reshape(T, -1).sum(axis=1)
     assert (rows > 0).tolist() == [s == t for s in range(T)]
 
 
@@ -140,25 +138,3 @@ def test_shifts_depend_on_the_snapshot_alone_and_take_every_value() -> None:
   assert np.abs(share - 1 / T).max() < 0.03
   turned = Features(*(part[::-1] for part in many))
   np.testing.assert_array_equal(np.asarray(shift(turned, T))[::-1], shifts)
-
-
-@pytest.mark.parametrize(
-  "settings",
-  [
-    pytest.param({"experts": 1, "experts_per_token": 1}, marks=pytest.mark.nightly),
-    {"experts": 3, "experts_per_token": 3, "shared_experts": 1, "activation": "swiglu", "moe_every": 2},
-  ],
-)
-def test_a_gate_that_is_the_router_sees_z(settings) -> None:
-  gated = filled({n: TASKS[n] for n in LABELLED if n != "next"}, conditioning="gate", **settings)
-  router = gated.encoder.stack.scanned.blocks[-1].feed_forward.router
-  gates, kernel = np.array(gated.encoder.gates.kernel.get_value()), np.asarray(router.kernel.get_value())[-1]
-  gates[0], gates[1] = kernel, 2 * kernel
-  gated.encoder.gates.kernel.set_value(gates)
-  graph, state = nnx.split(gated)
-  run = jax.jit(lambda s, f: nnx.merge(graph, s, copy=True).encode(f, dropless=True))
-  out = jax.tree.map(np.asarray, run(state, FEATURES))
-  np.testing.assert_allclose(out.views[REAL][:, 0], out.z[REAL], atol=1e-5)
-  if settings["experts"] > 1:
-    assert np.abs(out.views[REAL][:, 1] - out.z[REAL]).max() > 1e-3
-  np.testing.assert_allclose(out.gates.sum(-1), 1, rtol=1e-6)

@@ -169,7 +169,7 @@ EVERY_KIND = {
 
 def test_a_run_of_the_other_kinds(tmp_path):
   """Weights over time, gates, errors of which less is better, and labels of classes and numbers."""
-  cfg = make_config(tmp_path, tasks=EVERY_KIND, conditioning="gate")
+  cfg = make_config(tmp_path, tasks=EVERY_KIND, conditioning="mmoe")
   run = tmp_path / "run"
   run.mkdir()
   config.save(cfg, run / "config.json")
@@ -203,7 +203,7 @@ def test_a_run_of_the_other_kinds(tmp_path):
   assert re.search(r'class="better">−0\.2500', text)  # the error fell by that
   assert re.search(r'class="worse">−0\.2500', text)  # the area of "cheap"
   assert "Trained without labels, and so without a metric: alike" in page.text
-  assert "Each task has a gate of its own over the experts" in page.text
+  assert "Each task reads a view of the user representation that an MMoE layer makes" in page.text
   assert "2 classes, 75% free" in page.text and "−0.125 ± 1.5" in page.text
   assert "600 labels of 3 classes" in page.text
   assert "Weight of age" in page.text

@@ -24,7 +24,7 @@ from supermoe_jax.training.task_statistics import TaskStatistics
 from tests.fixtures.grids import quick_few
 from tests.fixtures.short_runs import ONE_BLOCK, only
 
-METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
+METHODS = ("equal", "static", "uncertainty", "famo", "seesaw", "pcgrad", "cagrad")
 # One whose weights come from the losses of the past, one that asks for the tasks' gradients. The weights of all methods
 # are in `test_weighting.py`.
 FEW = ("seesaw", "pcgrad")
@@ -192,7 +192,7 @@ def test_the_loss_of_a_task_has_no_gradient_at_another_tasks_head(by_task, every
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conditioning", quick_few(["gate"], ["none", "token", "gate", "mmoe", "ple"]))
+@pytest.mark.parametrize("conditioning", quick_few(["token"], ["none", "token", "mmoe", "ple"]))
 def test_every_task_trains_the_representation_that_is_exported(
   every_task: config.Config,
   every_task_dataset: Dataset,

@@ -13,10 +13,10 @@ from supermoe_jax import config
 from supermoe_jax.training import weighting
 from supermoe_jax.training.weighting import ObservedLosses, Weigher, WeightInputs
 
-METHODS = ("equal", "static", "uncertainty", "dwa", "famo", "seesaw", "pcgrad", "cagrad")
+METHODS = ("equal", "static", "uncertainty", "famo", "seesaw", "pcgrad", "cagrad")
 GRADIENT = ("pcgrad", "cagrad")
 NAMES = ("a", "b", "c")
-SETTINGS = {"window": 3, "warmup_steps": 4, "mu": 0.7}
+SETTINGS = {"warmup_steps": 4, "mu": 0.7}
 
 
 def make(method: str, names: tuple[str, ...] = NAMES) -> Weigher:
@@ -138,12 +138,6 @@ def after_steps(method: str, losses: list[list[float]], afters: list[list[float]
 def test_uncertainty_gives_less_to_the_larger_loss_and_settles_at_its_inverse() -> None:
   w = after_steps("uncertainty", [[2.0, 1.0, 0.5]] * 400)
   np.testing.assert_allclose(w / w[0], [1, 2, 4], rtol=0.02)
-
-
-def test_dwa_gives_more_to_the_loss_that_falls_slowly() -> None:
-  losses = [[1.0, 1.0, 1.0]] * 3 + [[0.5, 1.0, 1.5]] * 3
-  ratio = np.array([0.5, 1.0, 1.5]) / 2
-  np.testing.assert_allclose(after_steps("dwa", losses), 3 * np.exp(ratio) / np.exp(ratio).sum(), rtol=1e-5)
 
 
 def test_famo_gives_more_to_the_task_whose_log_loss_falls_least() -> None:

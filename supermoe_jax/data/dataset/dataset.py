@@ -67,7 +67,7 @@ class Dataset:
     """
     self.path = pathlib.Path(path)
     self.manifest: dict[str, Any] = integrity.read_manifest(self.path, FORMAT_VERSION)
-    self.config = config.resolve(self.manifest["config"])
+    self.config = config.resolve_prepared(self.manifest["config"])
     self.encoders = Encoders.load(self.path / "encoders")
     self.aggregator = make_aggregator(self.config.data, self.encoders)
     statistics = self.manifest["aggregates"]
@@ -280,7 +280,7 @@ def dataset_identity(manifest: Mapping[str, Any], wanted: Mapping[str, Any], app
 
   Without `appended`, files that were appended by name are left out unless `wanted` names them too.
   """
-  found = config.resolve(manifest["config"]).data_identity()
+  found = config.resolve_prepared(manifest["config"]).data_identity()
   for name, source in found["data"]["sources"].items() if not appended else ():
     named = wanted["data"]["sources"].get(name, source)["files"]
     beyond = {f for a in manifest.get("appends", ()) for f in a["beyond_patterns"].get(name, ())} - set(named)
