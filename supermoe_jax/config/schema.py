@@ -247,7 +247,7 @@ class Validate:
 
   every: int = 0  # steps between validations, a multiple of `train.checkpoint_every`; also at the last step; 0: never
   snapshots: int = 0  # largest number of snapshots, the same ones each time; 0: all
-  metric: str = ""  # metric of the best checkpoint, "task/metric"; empty: mean of all main metrics (R² for RMSE)
+  metric: str = ""  # metric of the best checkpoint, "task/metric"; empty: mean of the main metrics by √labels
   checkpoints_kept: int = 1  # number of best checkpoints, kept in addition to the newest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import pathlib
 import sys
 import time as clock
@@ -80,7 +81,7 @@ class Validation:
       run, compare=False, progress=self._progress, splits=("validation",), write=False, most=most
     )
     tasks = {n: t["metrics"] for n, t in found["splits"]["validation"].items()}
-    reached = validation_score(self._cfg, tasks)
+    reached = validation_score(self._cfg, found["splits"]["validation"])
     row = {"step": step, "score": reached, "tasks": tasks, SPEED: {"seconds": round(clock.monotonic() - begun, 1)}}
     self._rows.append(row)
     if processes.is_first():
@@ -96,21 +97,28 @@ class Validation:
     return _ordered(self._rows)[: self._cfg.train.validate.checkpoints_kept]
 
 
-def validation_score(cfg: config.Config, tasks: Mapping[str, metrics.Metrics]) -> float | None:
-  """Returns the score of a checkpoint: `config.train.validate.metric`, or the mean of the tasks' main metrics.
+def validation_score(cfg: config.Config, tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+  """Returns the score of a checkpoint: `config.train.validate.metric`, or the weighted mean of the main metrics.
 
-  More is better. For tasks that predict a number, R² replaces the root mean square error, which has a unit. Tasks
-  without a value do not count; the score is None if no task has one.
+  More is better. `tasks` are the results of `evaluate`. For tasks that predict a number, R² replaces the root mean
+  square error, which has a unit. A task weighs √n, as in Stouffer's sum of tests, where n is the number of its labels,
+  for yes and no the size 4·n·p·(1 − p) of a balanced sample that says as much: the noise of a task with few labels must
+  not choose. Tasks without a value do not count; the score is None if no task has one.
   """
   asked = cfg.train.validate.metric
   if asked:
     name, metric = asked.split("/")
-    value = tasks.get(name, {}).get(metric)
+    value = tasks[name]["metrics"].get(metric) if name in tasks else None
     return None if value is None else metrics.improvement(metric, value, 0.0)
-  main = {n: evaluate.main_metric(cfg, t) for n, t in cfg.active_views.items()}
-  values = [found.get("r2" if main[n] == "rmse" else main[n]) for n, found in tasks.items()]
-  known = [v for v in values if v is not None]
-  return sum(known) / len(known) if known else None
+  total = weights = 0.0
+  for name, found in tasks.items():
+    main = evaluate.main_metric(cfg, cfg.active_views[name])
+    value = found["metrics"].get("r2" if main == "rmse" else main)
+    if value is not None:
+      positive = found.get("positive", 0.5)
+      weight = math.sqrt(4 * found["labels"] * positive * (1 - positive))
+      total, weights = total + weight * value, weights + weight
+  return total / weights if weights else None
 
 
 def validation_of(cfg: config.Config) -> type[Validation]:

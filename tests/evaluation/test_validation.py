@@ -13,7 +13,6 @@ from supermoe_jax import cli, config, device_mesh
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, validation
-from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
@@ -162,10 +161,16 @@ def test_a_run_is_validated_every_so_many_steps_and_at_its_end(
 
 def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path: pathlib.Path) -> None:
   cfg = config.resolve(every_task_config(tmp_path))
-  tasks: dict[str, Metrics] = {"bought": {"auc": 0.75, "log_loss": 0.5}, "age": {"rmse": 12.0, "r2": 0.25}}
+  tasks: dict[str, Any] = {
+    "bought": {"labels": 300, "positive": 0.25, "metrics": {"auc": 0.75, "log_loss": 0.5}},
+    "age": {"labels": 25, "metrics": {"rmse": 12.0, "r2": 0.25}},
+  }
   assert {evaluate.main_metric(cfg, cfg.active_views[name]) for name in tasks} == {"auc", "rmse"}
-  assert validation.validation_score(cfg, tasks) == 0.5
-  unknown: dict[str, Metrics] = {"bought": {"auc": None}}
+  balanced = 4 * 300 * 0.25 * 0.75
+  assert validation.validation_score(cfg, tasks) == pytest.approx(
+    (balanced**0.5 * 0.75 + 5 * 0.25) / (balanced**0.5 + 5)
+  )
+  unknown: dict[str, Any] = {"bought": {"labels": 3, "positive": 0.0, "metrics": {"auc": None}}}
   assert validation.validation_score(cfg, tasks | unknown) == 0.25
   assert validation.validation_score(cfg, unknown) is None
   named = config.override(cfg, ["--config.train.validate.metric=bought/log_loss"])
