@@ -84,12 +84,26 @@ def _scores(state: jax.Array, part: _RowChunk) -> jax.Array:
   return jnp.where(part.code > 0, state @ part.rows.T + part.bias, -jnp.inf)
 
 
-def _among(part: _RowChunk, codes: jax.Array) -> jax.Array:
-  """Returns whether each row of a chunk is one of the n states' `codes [n, m]`: bool `[n, chunk]`."""
-  found = jnp.zeros((len(codes), len(part.code)), bool)
-  for i in range(codes.shape[1]):  # a loop, so that no array is m times as large
-    found |= part.code == codes[:, i, None]
-  return found & (part.code > 0)
+def _places(codes: jax.Array, i: jax.Array, here: int, m: int, step: int) -> tuple[jax.Array, jax.Array]:
+  """Returns where codes lie in the i-th chunk of all devices, and whether they lie there; code 0 lies nowhere."""
+  stripes = m // sharding.ways("rows")
+  place = codes // m * stripes + codes % stripes - _first(i, here, step)  # on the owner of the row
+  there = (place >= 0) & (place < step) & (codes > 0)
+  return jnp.where(there, codes % m // stripes * step + place, 0), there
+
+
+def _among(part: _RowChunk, codes: jax.Array, i: jax.Array, here: int, m: int, step: int) -> jax.Array:
+  """Returns whether each row of the i-th chunk is one of the n states' `codes [n, k]`: bool `[n, chunk]`."""
+  place, there = _places(codes, i, here, m, step)
+  # As bits of words: an array of n·chunk flags is made once, not k times.
+  flag = jnp.where(there, jnp.uint32(1) << (place % 32).astype(jnp.uint32), jnp.uint32(0))
+  lane = jnp.arange(-(-len(part.code) // 32))
+  words = jnp.zeros((len(codes), len(lane)), jnp.uint32)
+  for k in range(codes.shape[1]):
+    words |= jnp.where(place[:, k, None] // 32 == lane, flag[:, k, None], jnp.uint32(0))
+  words = jax.lax.optimization_barrier(words)  # else XLA fuses, and makes a word anew for each of its bits
+  bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+  return (bits.reshape(len(codes), -1)[:, : len(part.code)] > 0) & (part.code > 0)
 
 
 def _flat(rows: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -144,7 +158,8 @@ def _cross_entropy_forward(
     def add(i: jax.Array, sums: tuple[Any, Any]) -> tuple[Any, Any]:
       part = _row_chunk(rows, bias, i, size, m, step)
       scores = _scores(state, part)
-      return more(sums[0], scores), more(sums[1], jnp.where(_among(part, target), scores, -jnp.inf))
+      right = _among(part, target, i, len(bias), m, step)
+      return more(sums[0], scores), more(sums[1], jnp.where(right, scores, -jnp.inf))
 
     none = jnp.sum(state * 0, axis=1)  # zeros that vary over devices as the states do
     every, mine = jax.lax.fori_loop(0, parts, add, ((none - jnp.inf, none), (none - jnp.inf, none)))
@@ -182,7 +197,7 @@ def _cross_entropy_backward(
       by_state, by_rows, by_bias = sums
       part = _row_chunk(flat, flat_bias, i, size, m, step)
       scores = _scores(state, part)
-      there = _among(part, target)
+      there = _among(part, target, i, len(flat_bias), m, step)
       mine = jnp.where(there, jnp.exp(jnp.where(there, scores - own[:, None], 0.0)), 0.0)
       by_score = gradient[:, None] * (jnp.exp(scores - lse[:, None]) - mine)
       first = _first(i, len(flat_bias), step)
@@ -228,21 +243,17 @@ def rank_codes(
 
   def local(state: jax.Array, target: jax.Array, seen: jax.Array, rows: jax.Array, bias: jax.Array) -> jax.Array:
     rows, bias = _flat(rows, bias)
-    stripes = m // sharding.ways("rows")
-    index = seen // m * stripes + seen % stripes  # of the row on its device
-    owner = seen % m // stripes
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
       own, better = sums
       part = _row_chunk(rows, bias, i % parts, catalogue.size, m, step)
       scores = _scores(state, part)
-      mine = _among(part, target)
+      mine = _among(part, target, i % parts, len(bias), m, step)
       best = jnp.max(jnp.where(mine, scores, -jnp.inf), axis=1)  # not a number if one of the scores is none
       own = jnp.where(i < parts, jnp.maximum(own, best), own)
       ahead = ~(scores < own[:, None]) & ~mine & (part.code > 0)
-      place = index - _first(i % parts, len(bias), step)
-      there = (place >= 0) & (place < step) & (seen > 0)
-      hidden = jnp.take_along_axis(ahead, jnp.where(there, owner * step + place, 0), axis=1) & there
+      place, there = _places(seen, i % parts, len(bias), m, step)
+      hidden = jnp.take_along_axis(ahead, place, axis=1) & there
       count = jnp.sum(ahead, axis=1, dtype=jnp.int32) - jnp.sum(hidden, axis=1, dtype=jnp.int32)
       return own, better + jnp.where(i >= (passes - 1) * parts, count, 0)
 
