@@ -88,10 +88,10 @@ def get_config() -> ml_collections.ConfigDict:
     "moe_every": 2,
     "experts": 8,
     "d_expert": 128,
-    "max_events": 256,
+    "max_events": 192,
   }
   train = {
-    "steps": 300,
+    "steps": 400,
     "batch_rows": 32,
     "snapshots_per_row": 8,
     "learning_rate": 4e-3,
