@@ -66,7 +66,7 @@ def weighed(every_task: config.Config, every_task_dataset: Dataset, measured: di
   def get(method: str):
     few = few_of(every_task, method)
     graph, model = nnx.split(model_constructor(few, every_task_dataset.schema)())
-    weigher = weighting.make_weigher(config.Weighting(method=method, window=1, warmup_steps=1), few.active_tasks)
+    weigher = weighting.make_weigher(config.Weighting(method=method, warmup_steps=1), few.active_tasks)
     state = weigher.initial()
     if method in ("uncertainty", "famo"):
       state["log"] = jnp.linspace(-0.5, 0.5, len(few.active_tasks))
