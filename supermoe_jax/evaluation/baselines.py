@@ -27,8 +27,15 @@ AT_ONCE = 1024  # questions whose aggregates are computed at a time
 def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
   """Returns the ranks of targets by frequency in the training period; codes follow that order, from 2.
 
-  Shapes: `target [n, t]` codes, of which the best is ranked (below 2: unseen in training, or none; without any other
-  the rank is infinite); `seen`: for each question, the codes that cannot be recommended.
+  A question can have several targets. The rank is that of the most frequent one that can be recommended, and the other
+  targets do not count against it. A question without such a target has an infinite rank.
+
+  Args:
+    target: int `[n, t]` or `[n]`, the codes of each question's targets. A code below 2 is no target: the value was
+      unseen in training, or the question has fewer targets than t.
+    seen: for each question, the codes that cannot be recommended; None: every code can.
+
+  Returns: float `[n]`; 1 is best.
   """
   rank = np.full(len(target), np.inf)
   for i, codes in enumerate(target.reshape(len(target), -1)):

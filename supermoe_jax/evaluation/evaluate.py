@@ -274,7 +274,7 @@ def _ranking(
     "baselines": {b: metrics.ranking_metrics(rank, cutoffs) for b, rank in others.items()},
   }
   if right.shape[1] > 1:
-    out["right_values"] = float(np.mean((right > 0).sum(axis=1)))  # a question, the best of which is ranked
+    out["right_values"] = float(np.mean((right > 0).sum(axis=1)))  # mean number of right values of a question
   return out, _answers(run, "catalogue", asked, own, others, collected)
 
 

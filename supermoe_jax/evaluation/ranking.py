@@ -28,16 +28,17 @@ def target_ranks(
   items: Catalogue,
   chunk: int,
 ) -> np.ndarray:
-  """Returns the rank of each target among all items by `state · row + bias`.
+  """Returns the rank of each question's best target among all items, by `state · row + bias`.
 
-  Equal scores count against the target, and so do scores that are not numbers: a broken model ranks it last.
+  A question can have several targets. The rank is that of the target with the highest score, and the other targets do
+  not count against it. Equal scores count against it, and so do scores that are not numbers: a broken model ranks it
+  last. A question without a target that can be recommended has an infinite rank.
 
   Args:
     state: float32 `[n, D]`.
-    target: int `[n]` or `[n, t]`, item indices of which any is right; negative ones are unknown to the catalogue. The
-      best one is ranked, among all items but the other ones; without one the rank is infinite.
-    seen: for each question, the indices of items that cannot be recommended, even if they are right; None: no item is
-      left out.
+    target: int `[n, t]` or `[n]`, the item indices of each question's targets. A negative index is no target: the
+      catalogue does not know the item, or the question has fewer targets than t.
+    seen: for each question, the indices of items that cannot be recommended, targets included; None: every item can.
     items: the catalogue, on the mesh in use.
     chunk: items scored at a time.
 
