@@ -228,10 +228,10 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def rank_codes(
   state: jax.Array, target: jax.Array, seen: jax.Array, catalogue: Catalogue, chunk: int = CHUNK
 ) -> jax.Array:
-  """Returns the rank of the best of the codes `target [n, t]` among all items but the other targets and the codes
-  `seen [n, m]`: int32 `[n]`, 1 is best.
+  """Returns the rank of each state's best target among all items, int32 `[n]`; 1 is best.
 
-  The scores are against `state [n, D]`; n must divide over all devices. Every item that does not score less counts
+  A state has the targets `target [n, t]`, codes. The rank is that of the target with the highest score. Neither the
+  other targets nor the codes `seen [n, m]` count against it. The scores are against `state [n, D]`; n must divide over all devices. Every item that does not score less counts
   against the target: one with an equal score, and one whose score is not a number. `seen` holds each code once and no
   target; 0 stands for none in both.
 
