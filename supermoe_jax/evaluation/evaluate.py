@@ -275,6 +275,7 @@ def _ranking(
   }
   if right.shape[1] > 1:
     out["right_values"] = float(np.mean((right > 0).sum(axis=1)))  # mean number of right values of a question
+    out["full_moments"] = float(np.mean((right > 0).all(axis=1)))  # share of questions that `most_values` may have cut
   return out, _answers(run, "catalogue", asked, own, others, collected)
 
 

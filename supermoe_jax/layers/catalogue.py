@@ -231,9 +231,9 @@ def rank_codes(
   """Returns the rank of each state's best target among all items, int32 `[n]`; 1 is best.
 
   A state has the targets `target [n, t]`, codes. The rank is that of the target with the highest score. Neither the
-  other targets nor the codes `seen [n, m]` count against it. The scores are against `state [n, D]`; n must divide over all devices. Every item that does not score less counts
-  against the target: one with an equal score, and one whose score is not a number. `seen` holds each code once and no
-  target; 0 stands for none in both.
+  other targets nor the codes `seen [n, m]` count against it. Every other item that does not score less does: one with
+  an equal score, and one whose score is not a number. `seen` holds each code once and no target; 0 stands for none in
+  both. Scores are products with `state [n, D]`; n must divide over all devices.
 
   One product scores all items. So rows that are equal score alike, whether or not one is the target or was seen. A
   first pass over the chunks finds the target's score, a second one compares; a single chunk needs one pass.

@@ -97,6 +97,8 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
         about += f", {task['unseen_in_training']:,} of them unseen in training"
       if "right_values" in task:
         about += f"; any value of the next moment is right, {task['right_values']:.1f} a question"
+      if task.get("full_moments"):
+        about += f" ({percent(task['full_moments'])} of the questions have most_values of them, and more may be cut)"
       values = [(m, [v, *(task["baselines"].get(b, {}).get(m) for b in baselines)]) for m, v in task["metrics"].items()]
       rows.append({"task": name, "about": about, "metrics": values})
     out.append({"split": split, "baselines": baselines, "tasks": rows})

@@ -225,6 +225,7 @@ def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
       assert found["hr@5"] == pytest.approx(np.mean(rank <= 5))
       assert task["unseen_in_training"] == np.sum((right < 2).all(axis=1)) > 0
       assert task["right_values"] == pytest.approx(np.mean((right > 0).sum(axis=1)))
+      assert task["full_moments"] == pytest.approx(np.mean((right > 0).all(axis=1)))
     elif name in ("dwell", "age"):
       assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(value, answer))
       assert "positive" not in task
