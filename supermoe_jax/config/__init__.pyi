@@ -31,6 +31,7 @@ from supermoe_jax.config.tasks import TASK_KINDS as TASK_KINDS
 from supermoe_jax.config.tasks import Answer as Answer
 from supermoe_jax.config.tasks import Contrast as Contrast
 from supermoe_jax.config.tasks import EventLabel as EventLabel
+from supermoe_jax.config.tasks import FutureAmount as FutureAmount
 from supermoe_jax.config.tasks import FutureEvent as FutureEvent
 from supermoe_jax.config.tasks import FutureValues as FutureValues
 from supermoe_jax.config.tasks import LabelledTask as LabelledTask

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from supermoe_jax import atomic_files
 from supermoe_jax.config.checks import check_config
-from supermoe_jax.config.schema import Config, to_dict
+from supermoe_jax.config.schema import Config, Field, to_dict
 from supermoe_jax.config.tasks import TASK_KINDS, NextEvent, Task
 from supermoe_jax.errors import ConfigError, nearest
 
@@ -35,9 +35,23 @@ def resolve(raw: Mapping[str, Any]) -> Config:
   Raises:
     ConfigError: an unknown key, a value of the wrong type, or an impossible combination.
   """
-  config = _build(Config, raw, "config")
+  config = _with_type_fields(_build(Config, raw, "config"))
   check_config(config)
   return config
+
+
+def _with_type_fields(config: Config) -> Config:
+  """Returns the config with a field for each source's column of types that no field reads."""
+  data, fields = config.data, dict(config.data.fields)
+  for name, source in data.sources.items():
+    if source.type and not data.type_field(name):
+      if source.type in fields:
+        raise ConfigError(
+          f"config.data.sources.{name}.type={source.type!r}: config.data.fields.{source.type} is another field; let a "
+          f"vocabulary field without buckets read the column, such as {source.type}_type=dict(column={source.type!r})."
+        )
+      fields[source.type] = Field(sources=(name,))
+  return dataclasses.replace(config, data=dataclasses.replace(data, fields=fields))
 
 
 # Choices that version 0.1.0 had.

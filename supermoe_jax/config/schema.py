@@ -31,7 +31,12 @@ class ItemTable:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A kind of event: files of one layout. The source's name is the event's type."""
+  """A kind of event: files of one layout. The source's name is the event's type.
+
+  With `type`, the values of this column are types too: a task's `source` may name one of them, as "buy", or as
+  "events.buy" where several sources have types. The column is an input; without a field that reads it,
+  `config.resolve` adds one of the column's name.
+  """
 
   files: tuple[str, ...] = ()  # paths or globs
   format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
@@ -39,6 +44,7 @@ class Source:
   time: str = "timestamp"
   time_unit: Literal["auto", "s", "ms", "us"] = "auto"  # unit of numeric times; auto: seconds, checked for plausibility
   time_format: str = ""  # strptime format of textual times; empty: ISO 8601, UTC where it has no offset
+  type: str = ""  # column whose values are types of events
   items: ItemTable | None = None
 
 
@@ -157,6 +163,33 @@ class Data:
   on_bad_rows: Literal["error", "drop"] = "error"  # rows without user or time, or with an unparsable value
   duplicates: Literal["keep", "drop"] = "keep"  # rows equal in user, time, source and every field
   memory: str = "2GB"  # DuckDB's memory; larger sorts spill to disk
+
+  def type_field(self, source: str) -> str:
+    """Returns the vocabulary field that reads the column `type` of a source; empty if there is none."""
+    for name, field in self.fields.items():
+      here = field.table == "events" and (not field.sources or source in field.sources)
+      if (
+        here
+        and field.kind == "vocabulary"
+        and not field.buckets
+        and (field.column or name) == self.sources[source].type
+      ):
+        return name
+    return ""
+
+  def typed(self, event_type: str) -> tuple[str, str, str]:
+    """Returns the source, the field and the value of an event type, such as "buy" or "events.buy".
+
+    Raises:
+      ConfigError: no source, or more than one, can have the type.
+    """
+    typed = [n for n, s in self.sources.items() if s.type]
+    name, dot, value = event_type.partition(".")
+    if dot and name in typed:
+      return name, self.type_field(name), value
+    if len(typed) != 1:
+      raise ConfigError(f"event type {event_type!r}: {len(typed)} sources have a column of types; write SOURCE.TYPE.")
+    return typed[0], self.type_field(typed[0]), event_type
 
   @property
   def extra_value_fields(self) -> tuple[str, ...]:

@@ -38,8 +38,7 @@ def _check_sample_space(path: str, name: str, task: LabelledTask, config: Config
   )
   if not task.sample_space:
     return
-  space = parse_sample_space(task.sample_space)
-  require(space is not None, f"{path}.sample_space={task.sample_space!r} cannot be read; write it as in 'click == 1'.")
+  space = parse_sample_space(task.sample_space, f"{path}.sample_space")
   assert space is not None
   others = [n for n, t in config.labelled_tasks.items() if n != name]
   require(

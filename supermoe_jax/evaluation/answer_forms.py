@@ -12,6 +12,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.evaluation import metrics
 from supermoe_jax.evaluation.metrics import Metrics
+from supermoe_jax.training.amount_forms import LARGEST_LOGARITHM, LEAST_DEVIATION
 
 
 class AnswerMetrics:
@@ -96,6 +97,34 @@ class NumberMetrics(AnswerMetrics):
     return metrics.regression_metrics(value, predicted)
 
 
+class AmountMetrics(AnswerMetrics):
+  """The measures of an amount; `loss` is the task's loss, on which the meaning of answers depends."""
+
+  main = "spearman"
+  aggregate_model = "aggregates + boosted trees"
+
+  def __init__(self, loss: str = "log1p"):
+    self._loss = loss
+
+  def predictions(self, answer: np.ndarray) -> np.ndarray:
+    """See `AnswerMetrics`; the expected amount, or with the loss `log1p` a typical one."""
+    answer = answer.astype(np.float64)
+    if self._loss == "zero_inflated":
+      chance, deviation = super().predictions(answer[..., 0]), np.logaddexp(0, answer[..., 2]) + LEAST_DEVIATION
+      return np.asarray(chance * np.exp(_cut(answer[..., 1] + deviation**2 / 2)))
+    if self._loss == "log1p":
+      return np.asarray(np.sign(answer) * np.expm1(np.abs(_cut(answer))))
+    return np.asarray(np.exp(_cut(answer)))
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """See `AnswerMetrics`."""
+    return metrics.amount_metrics(value, predicted)
+
+
+def _cut(logarithm: np.ndarray) -> np.ndarray:
+  return np.clip(logarithm, -LARGEST_LOGARITHM, LARGEST_LOGARITHM)
+
+
 class RankingMetrics(AnswerMetrics):
   """The measures of one of a field's values, ranked among all; a prediction is the rank of the true value."""
 
@@ -114,9 +143,12 @@ FORMS: dict[config.Answer, AnswerMetrics] = {
   "multiclass": ClassMetrics(),
   "multilabel": SeveralMetrics(),
   "regression": NumberMetrics(),
+  "amount": AmountMetrics(),
 }
 
 
 def form_of(task: config.LabelledTask) -> AnswerMetrics:
   """Returns the measures of a task's answers."""
+  if isinstance(task, config.FutureAmount):
+    return AmountMetrics(task.loss)
   return EventMetrics() if task.about_events and task.answer == "binary" else FORMS[task.answer]

@@ -1,4 +1,4 @@
-"""Computes a run's baselines: constant answers, popularity, and linear models on hand-made aggregates."""
+"""Computes a run's baselines: constant answers, popularity, last windows, and models on aggregates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.encoding.splits import TRAIN
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import bind
+from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import Comparison, supervision
 from supermoe_jax.evaluation import linear_probes
@@ -79,11 +80,26 @@ def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tu
   return np.broadcast_to(np.array(rates, np.float64) if len(shape) == 2 else rates[0], shape)
 
 
-class AggregateModels:
-  """Linear models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
+def last_window(
+  dataset: Dataset, cfg: config.Config, name: str, questions: Sequence[Query], at_once: int = AT_ONCE
+) -> np.ndarray:
+  """Returns the amount of the window before each of n questions: float64 `[n]`; `name` is a task about an amount."""
+  kind = bind({name: cfg.labelled_tasks[name]}, cfg.data, dataset.encoders)[name]
+  assert isinstance(kind, FutureAmountKind)
+  parts = [np.zeros(0)]
+  for start in range(0, len(questions), at_once):
+    part = questions[start : start + at_once]
+    users, owner = np.unique([q.user for q in part], return_inverse=True)
+    time, n_events = (np.array([getattr(q, k) for q in part], np.int64) for k in ("time", "n_events"))
+    parts.append(kind.before(dataset.histories(users), owner, time, n_events))
+  return np.concatenate(parts)
 
-  Each model is fitted on every user's last training snapshot that has a label of the task, in the task's sample space
-  if it has one.
+
+class AggregateModels:
+  """Models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
+
+  They are linear; of amounts they are boosted trees. Each model is fitted on every user's last training snapshot that
+  has a label of the task, in the task's sample space if it has one.
   """
 
   def __init__(self, dataset: Dataset, cfg: config.Config):

@@ -222,11 +222,17 @@ def _task(
     out["positive"] = float(asked.value.mean())
   elif form == "multiclass":
     out["classes"] = len(np.unique(asked.value))
+  elif form == "amount":
+    out["mean"], out["zero"] = float(asked.value.mean()), float(np.mean(asked.value == 0))
   out["metrics"] = measured.measure(asked.value, predicted, users)
   others: dict[str, np.ndarray] = {}
   if compare:
     rates = run.dataset.manifest["label_rates"].get(name)
     others["constant"] = baselines.constant(task, rates, predicted.shape)
+    if form == "amount":
+      others["last window"] = baselines.last_window(
+        run.dataset, run.cfg, name, [collected.questions[i] for i in asked.question]
+      )
   if by_aggregates is not None:
     others[measured.aggregate_model] = by_aggregates[asked.question]
   out["baselines"] = {b: measured.measure(asked.value, answer, users) for b, answer in others.items()}

@@ -26,9 +26,9 @@ from supermoe_jax.evaluation.intervals import LEVEL, Bounds
 
 METHOD = (
   "95 % intervals from the influence of each label on the metric, summed by user, with Student's t over users. An area "
-  "under the curve has DeLong's influence. Metrics between 0 and 1 are computed on the logit scale, errors on the "
-  "logarithmic scale. Differences are paired by label. An interval covers variation between samples of users; it does "
-  "not cover variation between training runs."
+  "under the curve has DeLong's influence. Metrics between 0 and 1 are computed on the logit scale, rank "
+  "correlations on Fisher's, errors on the logarithmic scale. Differences are paired by label. An interval covers "
+  "variation between samples of users; it does not cover variation between training runs."
 )
 
 
@@ -66,10 +66,41 @@ def influence(scored: Scored) -> Influence | None:
     squared = np.square(answer.astype(np.float64) - value.astype(np.float64))
     root = math.sqrt(squared.mean())
     return Influence(root, (squared - squared.mean()) / (2 * max(root, 1e-300) * len(squared)))
+  if scored.form == "amount":
+    return spearman_influence(value.astype(np.float64), answer)
   if scored.form == "binary":
     return _areas(value[:, None] > 0, answer[:, None])
   classes = answer.shape[1]
   return _areas(value > 0 if scored.form == "multilabel" else value[:, None] == np.arange(classes), answer)
+
+
+def spearman_influence(one: np.ndarray, other: np.ndarray) -> Influence | None:
+  """Returns Spearman's rank correlation of two columns `[n]`, and influences; None if a column is constant.
+
+  The correlation is that of the mid-distribution functions F and G. A point adds to their covariance by its own ranks,
+  and by the ranks that it adds to all points above it.
+  """
+  ranks = [(stats.rankdata(x) - 0.5) / len(x) for x in (one, other)]
+  # The mean over all points of F, or G, where a point lies below them; half where it is equal.
+  above = [[_mean_above(x, rank) for rank in ranks] for x in (one, other)]
+
+  def moment(i: int, j: int) -> tuple[float, np.ndarray]:
+    mean = float(np.mean(ranks[i] * ranks[j]))
+    return mean - 0.25, ranks[i] * ranks[j] + above[i][j] + above[j][i] - 3 * mean
+
+  (both, by_both), (first, by_first), (second, by_second) = moment(0, 1), moment(0, 0), moment(1, 1)
+  if first <= 1e-12 or second <= 1e-12:
+    return None
+  value = both / math.sqrt(first * second)
+  psi = by_both / math.sqrt(first * second) - value / 2 * (by_first / first + by_second / second)
+  return Influence(value, (psi - psi.mean()) / len(one))
+
+
+def _mean_above(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+  """Returns, for each point, the sum of `weight [n]` over the points above it, and half of it over its equals, by n."""
+  values, group = np.unique(x, return_inverse=True)
+  sums = np.bincount(group, weight, len(values))
+  return (((sums[::-1].cumsum()[::-1] - sums) + sums / 2) / len(x))[group]
 
 
 def _areas(positive: np.ndarray, score: np.ndarray) -> Influence | None:
@@ -109,6 +140,11 @@ def user_interval(form: config.Answer, found: Influence | None, user: np.ndarray
       return None
     by = error / value
     return value * math.exp(-by), value * math.exp(by)
+  if form == "amount":
+    if error is None or not -1 < value < 1:
+      return None
+    centre, by = math.atanh(value), error / (1 - value**2)
+    return math.tanh(centre - by), math.tanh(centre + by)
   if error is None or not 0 < value < 1:
     return None
   centre, by = math.log(value / (1 - value)), error / (value * (1 - value))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -96,6 +97,21 @@ class RegressionProbe:
     return np.asarray(self._model.predict(x))
 
 
+class AmountProbe:
+  """Boosted trees that predict an amount through sign(y)·log(1 + |y|): its tail and its zeros suit no linear model."""
+
+  def __init__(self, x: Inputs, label: np.ndarray):
+    """Fits on `x [n, D]` and `label [n]`."""
+    self._model = HistGradientBoostingRegressor(
+      learning_rate=0.05, max_iter=200, max_leaf_nodes=15, l2_regularization=1.0, random_state=0
+    ).fit(x, np.sign(label) * np.log1p(np.abs(label)))
+
+  def __call__(self, x: Inputs) -> np.ndarray:
+    """Returns amounts `[m]` for `x [m, D]`."""
+    found = self._model.predict(x)
+    return np.asarray(np.sign(found) * np.expm1(np.abs(found)))
+
+
 def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int) -> Predictor:
   """Fits the probe for a form of answer on `x [n, D]` and `label [n]` or `[n, values]`.
 
@@ -108,4 +124,6 @@ def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int)
     return MultiClassProbe(x, label.astype(np.int64), outputs)
   if answer == "regression":
     return RegressionProbe(x, label.astype(np.float64))
+  if answer == "amount":
+    return AmountProbe(x, label.astype(np.float64))
   raise ValueError(f"there is no linear probe of a {answer} answer")

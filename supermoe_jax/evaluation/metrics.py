@@ -1,4 +1,4 @@
-"""Computes the metrics of every form of answer: yes or no, one of several classes, several values, a number, a ranking.
+"""Computes the metrics of every form of answer: yes or no, classes, several values, numbers, amounts, rankings.
 
 Shapes: n labels, C classes. The `…_metrics` functions raise a ValueError if there is no label to measure against, or if
 a label or an answer is not a finite number.
@@ -6,16 +6,18 @@ a label or an answer is not a finite number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 from sklearn import metrics as sk
 
 Metrics = dict[str, float | None]
 
 # For every other metric more is better; counts such as `gauc_users` are neither better nor worse.
-LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae"})
+LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae", "decile_error"})
 
 # Probabilities are raised to at least this before their logarithm is taken: otherwise one answer that was certain and
 # wrong would make the mean infinite.
@@ -170,6 +172,32 @@ def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
     "rmse": float(np.sqrt(squared)),
     "mae": float(np.mean(np.abs(error))),
     "r2": float(1 - squared / spread) if np.ptp(label) > 0 else None,
+  }
+
+
+def amount_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
+  """Returns metrics of predicted amounts `prediction [n]` for `label [n]`.
+
+  They are Spearman's rank correlation (equal values share the mean of their ranks), the normalised Gini coefficient,
+  root mean square and mean absolute error, `decile_error`, and `mean_ratio`, the predicted sum over the sum of the
+  labels. The Gini coefficient is the covariance of the labels with the ranks of the predictions, over that with the
+  labels' own ranks: 1 for the right order, 0 for a random one. `decile_error` is the mean distance of predicted and
+  true mean over ten equally filled bins of predictions, over the mean of |label|. A metric that is not defined is None:
+  where all labels are alike, where all predictions are (`spearman`), or where labels sum to 0 (the last two).
+  """
+  _require_numbers(label, prediction)
+  label, prediction = label.astype(np.float64), prediction.astype(np.float64)
+  own, ranks = (stats.rankdata(x) - (len(label) + 1) / 2 for x in (label, prediction))
+  spread, both = float(label @ own), math.sqrt(float(own @ own) * float(ranks @ ranks))
+  size, total = float(np.abs(label).mean()), float(label.sum())
+  error = prediction - label
+  return {
+    "spearman": float(own @ ranks) / both if both > 0 else None,
+    "gini": float(label @ ranks) / spread if spread > 0 else None,
+    "rmse": math.sqrt(float(np.mean(np.square(error)))),
+    "mae": float(np.mean(np.abs(error))),
+    "decile_error": expected_calibration_error(label, prediction) / size if size > 0 else None,
+    "mean_ratio": float(prediction.sum()) / total if total > 0 else None,
   }
 
 

@@ -288,6 +288,12 @@ def _measure(dataset: Dataset, cfg: config.Config) -> Measured:
   known = {n: dataset.manifest["labels"][n]["train"] for n in cfg.active_views}
   if known and not any(count["known"] for count in known.values()):
     raise RunError(f"no active task has a training label; see 'labels' in {dataset.path}/manifest.json.")
+  for name, task in cfg.active_views.items():
+    if isinstance(task, config.FutureAmount) and task.loss != "log1p" and known[name]["negative"]:
+      raise ConfigError(
+        f"config.tasks.{name}.loss={task.loss!r}: {known[name]['negative']:,} of {known[name]['known']:,} training "
+        "labels are negative amounts; set loss='log1p', which takes them."
+      )
   stream = training_batches.training_batches(dataset, cfg, seed=cfg.train.seed + 1)
   n_batches = max(1, MEASURED_ROWS // cfg.train.batch_rows)
   wanted = {n: min(count["known"], MEASURED_LABELS) for n, count in known.items()}

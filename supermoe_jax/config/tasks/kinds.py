@@ -10,7 +10,9 @@ from supermoe_jax.config.tasks.task import (
   LabelledTask,
   Task,
   require,
+  require_condition,
   require_event_field,
+  require_event_type,
   require_following_events,
   require_no_buckets,
   require_single_values,
@@ -47,6 +49,7 @@ class NextEvent(LabelledTask):
   negatives: int = 1024  # sampled: values drawn per batch (up to twice this number), shared by all its sites
   sampling: Literal["log_uniform", "uniform"] = "log_uniform"  # sampled: by Zipf's law of the frequency rank, or evenly
   ties: Literal["auto", "set", "order"] = "auto"  # simultaneous events
+  where: str = ""  # only events that fulfil the condition are asked about; see `config.tasks.condition`
   most_values: int = 32  # set: values of a moment that count; more are left out, the first of the files stay
 
   @property
@@ -73,6 +76,7 @@ class NextEvent(LabelledTask):
     require(self.negatives > 0, f"{path}.negatives={self.negatives} must be positive.")
     require(self.most_values > 0, f"{path}.most_values={self.most_values} must be positive.")
     require_following_events(path, data)
+    require_condition(path, self.where, data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,7 @@ class EventLabel(LabelledTask):
   at_least: float | None = None
   given: tuple[str, ...] = ()  # categorical fields of the event known beforehand, such as the item shown
   per_snapshot: int = 10
+  where: str = ""  # only events that fulfil the condition are asked about
 
   @property
   def answer(self) -> Answer:
@@ -132,15 +137,21 @@ class EventLabel(LabelledTask):
       require(name != self.field, f"{path}.given holds {name!r}, the field that is asked for.")
     require(self.per_snapshot > 0, f"{path}.per_snapshot={self.per_snapshot} must be positive.")
     require_following_events(path, data)
+    require_condition(path, self.where, data)
 
 
 @dataclasses.dataclass(frozen=True)
 class FutureEvent(LabelledTask):
-  """The occurrence of any event of `source` in [τ, τ + horizon_days); `negate` asks that none occurs (churn)."""
+  """The occurrence of any event of `source` in [τ, τ + horizon_days); `negate` asks that none occurs (churn).
+
+  `source` names a source, or a value of the column `type` of a source; empty: events of any type. With `where` only
+  events that fulfil the condition count.
+  """
 
   kind: ClassVar[str] = "future_event"
 
   source: str = ""
+  where: str = ""
   horizon_days: float = 28.0
   negate: bool = False
 
@@ -157,8 +168,8 @@ class FutureEvent(LabelledTask):
   def check(self, path: str, config: Config) -> None:
     """See `Task`."""
     require_window(path, self.horizon_days, config.data)
-    sources = config.data.sources
-    require(self.source in sources, f"{path}.source={self.source!r} is not a source{nearest(self.source, sources)}")
+    require_event_type(path, self.source, config.data)
+    require_condition(path, self.where, config.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +180,7 @@ class FutureValues(LabelledTask):
 
   field: str = ""
   top: int = 50
+  where: str = ""  # only events that fulfil the condition count
   horizon_days: float = 28.0
 
   @property
@@ -193,6 +205,62 @@ class FutureValues(LabelledTask):
     require_window(path, self.horizon_days, data)
     require_no_buckets(path, self.field, data, " with input=False")
     require(self.top > 0, f"{path}.top={self.top} must be positive.")
+    require_condition(path, self.where, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class FutureAmount(LabelledTask):
+  """The amount of a numeric field in [τ, τ + horizon_days): its sum, mean or maximum over events, or their number.
+
+  `source` and `where` choose the events, as for `FutureEvent`. The sum and the number of no event are 0; their mean and
+  maximum are unknown.
+
+  `loss` is the form of the training loss. `tweedie`: the deviance of a Tweedie distribution, for amounts with many
+  zeros and a heavy tail. `poisson`: the deviance of a Poisson distribution, for counts. `zero_inflated`: a probability
+  of 0 and a log-normal amount otherwise (arXiv 1912.07753). `log1p`: the squared error of sign(y)·log(1 + |y|), which
+  also takes negative amounts, such as returns; its answers are typical amounts, lower than means.
+  """
+
+  kind: ClassVar[str] = "future_amount"
+
+  field: str = ""  # numeric; not for of="count"
+  of: Literal["sum", "mean", "max", "count"] = "sum"
+  source: str = ""
+  where: str = ""
+  horizon_days: float = 28.0
+  loss: Literal["tweedie", "poisson", "zero_inflated", "log1p"] = "tweedie"
+  power: float = 1.5  # tweedie: the power of the mean that the variance is proportional to, in (1, 2)
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "amount"
+
+  @property
+  def horizon(self) -> float | None:
+    """See `Task`."""
+    return self.horizon_days
+
+  def check(self, path: str, config: Config) -> None:
+    """See `Task`."""
+    data = config.data
+    require_window(path, self.horizon_days, data)
+    require_event_type(path, self.source, data)
+    require_condition(path, self.where, data)
+    require(1 < self.power < 2, f"{path}.power={self.power} must lie between 1 and 2.")
+    if self.of == "count":
+      require(not self.field, f"{path}.field={self.field!r} has no meaning with of='count'; remove it.")
+      return
+    numeric = [n for n, f in data.fields.items() if f.kind == "numeric"]
+    require(self.field in numeric, f"{path}.field={self.field!r} is not a numeric field{nearest(self.field, numeric)}")
+    require_event_field(path, self.field, data)
+    field = data.fields[self.field]
+    require(
+      field.encoding != "quantile",
+      f"{path}.field={self.field!r}: a quantile keeps no amounts; set config.data.fields.{self.field}.encoding="
+      f"'log1p', or name a second field, such as {self.field}_asked=dict(column={field.column or self.field!r}, "
+      "kind='numeric', input=False).",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import re
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from supermoe_jax.config.tasks.condition import OPERATORS, Comparison, comparisons, parse_condition
 from supermoe_jax.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 # The form of a task's answer decides its head, loss and metrics. `catalogue`: a ranking of a field's values; `binary`:
 # yes or no; `multilabel`: yes or no for each of several values; `multiclass`: one of several classes; `regression`: a
-# number; `contrast`: none.
-Answer = Literal["catalogue", "binary", "multilabel", "multiclass", "regression", "contrast"]
+# number; `amount`: an amount in its own unit; `contrast`: none.
+Answer = Literal["catalogue", "binary", "multilabel", "multiclass", "regression", "amount", "contrast"]
 
 # Settings that change a task's training or evaluation, but not its prepared labels.
 NOT_PREPARED = (
@@ -30,6 +30,8 @@ NOT_PREPARED = (
   "in_space_weight",
   "out_space_weight",
   "given",
+  "loss",
+  "power",
 )
 
 
@@ -119,10 +121,18 @@ class SampleSpace(NamedTuple):
   value: float
 
 
-def parse_sample_space(text: str) -> SampleSpace | None:
-  """Returns the parsed form of a text such as `click == 1`; None for text that is no comparison."""
-  found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*", text)
-  return SampleSpace(found[1], found[2], float(found[3])) if found else None
+def parse_sample_space(text: str, key: str = "sample_space") -> SampleSpace | None:
+  """Returns the parsed form of a sample space such as `click == 1`; None for an empty text.
+
+  Raises:
+    ConfigError: the text is no comparison of one task with one number; the message names `key`.
+  """
+  if not text:
+    return None
+  found = parse_condition(text, key)
+  if not isinstance(found, Comparison) or found.operator not in OPERATORS or isinstance(found.constants[0], str):
+    raise ConfigError(f"{key}={text!r} must compare one task's label with one number; write it as in 'click == 1'.")
+  return SampleSpace(found.field, found.operator, found.constants[0])
 
 
 # ------------------------------------------------------------------------------------------- checks that kinds share
@@ -193,4 +203,42 @@ def require_window(path: str, horizon_days: float, data: Data) -> None:
     data.split.snapshots != "end",
     f"{path}: with config.data.split.snapshots='end' nothing follows a training snapshot, so that every answer about "
     "the future would be the same; set snapshots='every_events' or 'calendar', or leave the task out.",
+  )
+
+
+def require_condition(path: str, where: str, data: Data) -> None:
+  """Raises ConfigError for a condition that cannot be read, or that compares what cannot be compared."""
+  if not where:
+    return
+  key = f"{path}.where"
+  for compared in comparisons(parse_condition(where, key)):
+    name = compared.field
+    require(name in data.fields, f"{key}={where!r}: {name!r} is not a field{nearest(name, data.fields)}")
+    field = data.fields[name]
+    require(not field.many, f"{key}={where!r}: {name!r} holds lists; a condition compares single values.")
+    text = any(isinstance(constant, str) for constant in compared.constants)
+    if field.kind == "numeric":
+      require(not text, f"{key}={where!r}: {name!r} is a numeric field; compare it with a number, without quotes.")
+      continue
+    require(
+      field.kind == "vocabulary" and not field.buckets,
+      f"{key}={where!r}: values of {name!r} share codes, so that a condition cannot tell them apart; name a second "
+      f"field of the same column, such as {name}_asked=dict(column={field.column or name!r}, input=False).",
+    )
+    require(
+      compared.operator in ("==", "!=", "in", "not in"),
+      f"{key}={where!r}: {name!r} is a vocabulary field, whose values have no order; compare it by ==, !=, in or not "
+      "in.",
+    )
+
+
+def require_event_type(path: str, source: str, data: Data) -> None:
+  """Raises ConfigError unless `source` names a source, may be a value of a source's column `type`, or is empty."""
+  typed = [n for n, s in data.sources.items() if s.type]
+  if not source or source in data.sources or len(typed) == 1:
+    return
+  name, dot, _ = source.partition(".")
+  several = f"; write SOURCE.TYPE, where SOURCE is one of {', '.join(typed)}" if typed else ""
+  require(
+    bool(dot) and name in typed, f"{path}.source={source!r} is not a source{nearest(source, data.sources)}{several}"
   )

@@ -20,6 +20,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
+from supermoe_jax.data.check.condition_sql import asked_sql
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.numeric import Numeric
@@ -227,6 +228,7 @@ class _Check:
       config.EventLabel.kind: self._event_label,
       config.FutureEvent.kind: self._future_event,
       config.FutureValues.kind: self._future_values,
+      config.FutureAmount.kind: self._future_amount,
       config.UserLabel.kind: self._user_label,
     }
     return derivations[task.kind](name, task, before_appends)
@@ -239,12 +241,12 @@ class _Check:
   def _future_event(self, name: str, task: config.FutureEvent, before_appends: bool) -> dict[int, Any]:
     del name, before_appends
     end, within = self._within(task.horizon_days)
-    source = list(self._cfg.data.sources).index(task.source)
+    asked = asked_sql(self._cfg.data, task.where, task.source)
     happens = "count(e.time) = 0" if task.negate else "count(e.time) > 0"
     return dict(
       self._rows(
         f"SELECT a.id, ({happens})::INTEGER::DOUBLE FROM asked a "
-        f"LEFT JOIN events e ON {within} AND e.source = {source} WHERE {end} <= a.until GROUP BY a.id"
+        f"LEFT JOIN events e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id"
       )
     )
 
@@ -253,18 +255,33 @@ class _Check:
     end, within = self._within(task.horizon_days)
     column = field_column(self._cfg.data, task.field)
     top = pa.table({"value": pa.array(self._values(task.field)[: task.top], pa.string())})
+    asked = asked_sql(self._cfg.data, task.where)
     found = self._rows(
       f"SELECT a.id, list(DISTINCT e.{column}) FILTER (e.{column} IN (SELECT value FROM top)) FROM asked a "
-      f"LEFT JOIN events e ON {within} WHERE {end} <= a.until GROUP BY a.id",
+      f"LEFT JOIN events e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id",
       top=top,
     )
     return {i: tuple(sorted(values or ())) for i, values in found}
+
+  def _future_amount(self, name: str, task: config.FutureAmount, before_appends: bool) -> dict[int, Any]:
+    del name, before_appends
+    end, within = self._within(task.horizon_days)
+    value = "e.time" if task.of == "count" else f"e.{field_column(self._cfg.data, task.field)}"
+    of = {"count": "count", "sum": "sum", "mean": "avg", "max": "max"}[task.of]
+    empty = "NULL" if task.of in ("mean", "max") else "0"
+    return dict(
+      self._rows(
+        f"SELECT a.id, coalesce({of}({value}), {empty})::DOUBLE FROM asked a LEFT JOIN events e ON {within} "
+        f"AND {asked_sql(self._cfg.data, task.where, task.source)} WHERE {end} <= a.until GROUP BY a.id"
+      )
+    )
 
   def _next_event(self, name: str, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
     column = field_column(self._cfg.data, task.field)
     found = self._rows(
       f"SELECT a.id, arg_min(e.{column}, e.position) FROM asked a JOIN events e "
-      f'ON e."user" = a."user" AND {self._next} AND e.{column} IS NOT NULL GROUP BY a.id'
+      f'ON e."user" = a."user" AND {self._next} AND e.{column} IS NOT NULL '
+      f"AND {asked_sql(self._cfg.data, task.where)} GROUP BY a.id"
     )
     known = set(self._values(task.field, before_appends))
     return {i: value if value in known else OUTSIDE for i, value in found}
@@ -283,6 +300,7 @@ class _Check:
     for i, position, answer in self._rows(
       f"SELECT a.id, e.position, {said} FROM asked a JOIN events e "
       f'ON e."user" = a."user" AND {self._next} AND {column} IS NOT NULL '
+      f"AND {asked_sql(self._cfg.data, task.where)} "
       f"QUALIFY row_number() OVER (PARTITION BY a.id ORDER BY e.position) <= {task.per_snapshot} ORDER BY 1, 2",
       **tables,
     ):

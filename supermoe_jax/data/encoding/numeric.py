@@ -45,6 +45,11 @@ class Numeric:
     """Returns numbers `[N]` of the log, after log1p where configured, standardised: float32 `[N]`; NaN stays NaN."""
     return ((values - self.mean) / self.std).astype(np.float32)
 
+  def decode_all(self, values: np.ndarray, encoding: str = "standardise") -> np.ndarray:
+    """Returns the raw numbers of standardised ones: float64 `[N]`; NaN stays NaN."""
+    numbers = values.astype(np.float64) * self.std + self.mean
+    return np.sign(numbers) * np.expm1(np.abs(numbers)) if encoding == "log1p" else numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantile:

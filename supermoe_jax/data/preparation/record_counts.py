@@ -29,6 +29,10 @@ SMALLEST_DEVIATION = 1e-4
 
 UNIT = 2.0**36  # units of a sum in the number 1
 
+# Counted columns of the labels of a form, where they are not the outputs. Of an amount: itself, and whether it is
+# negative, and 0.
+_COLUMNS = {"catalogue": 1, "regression": 1, "amount": 3}
+
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that is a 64-bit integer in its usual form
 
 
@@ -51,13 +55,13 @@ class RecordCounts:
 
   `state["totals"][task][split]` holds two lists. The first has the sums of the label's outputs: for a catalogue the
   number of values unseen in training, for classes the number of labels of each. The second has the sums of the outputs'
-  squares. For a regression both are in units of 2⁻³⁶.
+  squares. For numbers both are in units of 2⁻³⁶.
   """
 
   def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask]):
     self._answers = {n: t.answer for n, t in tasks.items()}
     self._outputs = schema.outputs
-    shape = {n: 1 if a == "catalogue" else schema.outputs[n] for n, a in self._answers.items()}
+    shape = {n: _COLUMNS.get(a, schema.outputs[n]) for n, a in self._answers.items()}
     self.state: dict[str, Any] = {
       "lengths": {},  # the number of users by their number of events
       "text_users": 0,  # users with ids that are no integers
@@ -117,9 +121,11 @@ class RecordCounts:
 
   def _total(self, task: str, value: np.ndarray, user: np.ndarray) -> tuple[Sequence[int], Sequence[int]]:
     answer, outputs = self._answers[task], self._outputs[task]
-    if answer == "regression":
+    if answer in ("regression", "amount"):
       starts = np.flatnonzero(np.diff(user, prepend=-1))
       column = value[:, None].astype(np.float64)
+      if answer == "amount":
+        column = np.concatenate([column, column < 0, column == 0], axis=1)
       return exact_sums(column, starts), exact_sums(np.square(column), starts)
     if answer == "catalogue":
       counts = np.array([np.sum(value == 1)])
@@ -158,8 +164,9 @@ class RecordCounts:
     """Returns, for each task and split, the number of known labels and a summary of them.
 
     The summary is `positive`, the number of positive labels; `classes`, the number of labels of each class; `mean` and
-    `std` of standardised numbers; or, for a catalogue, `unseen_value`, the number of labels with a value unseen in
-    training. Sample spaces are not applied.
+    `std` of standardised numbers or of amounts, and of amounts the numbers of `negative` ones and of zeros (`zero`);
+    or, for a catalogue, `unseen_value`, the number of labels with a value unseen in training. Sample spaces are not
+    applied.
     """
     return {n: {s: self._count(n, s, encoders) for s in SPLITS} for n in self._answers}
 
@@ -170,21 +177,22 @@ class RecordCounts:
       classes = encoders.labels[task]
       assert isinstance(classes, Classes)
       return {"known": known, "classes": dict(zip(classes.values, total, strict=True))}
-    if answer == "regression":
-      ((mean, deviation),) = _moments(known, total, squares)
-      return {"known": known, "mean": mean, "std": deviation}
+    if answer in ("regression", "amount"):
+      (mean, deviation), *shares = _moments(known, total, squares)
+      counts = [round(share * known) for share, _ in shares]
+      return {"known": known, "mean": mean, "std": deviation, **dict(zip(("negative", "zero"), counts))}
     return {"known": known, "unseen_value" if answer == "catalogue" else "positive": sum(total)}
 
   def label_rates(self) -> dict[str, list[float]]:
     """Returns the best constant answers to the training labels of each task other than next event, one for each output.
 
-    It is the share of positives or of the class, or the mean of the standardised numbers.
+    It is the share of positives or of the class, or the mean of the numbers.
     """
     rates = {}
     for name, answer in self._answers.items():
       known, (total, squares) = self.state["known"][name]["train"], self.state["totals"][name]["train"]
-      if answer == "regression":
-        rates[name] = [mean for mean, _ in _moments(known, total, squares)]
+      if answer in ("regression", "amount"):
+        rates[name] = [_moments(known, total, squares)[0][0]]
       elif answer != "catalogue":
         rates[name] = [n / max(known, 1) for n in total]
     return rates

@@ -11,6 +11,7 @@ from typing import Any
 from supermoe_jax import config
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.tasks.event_label import EventLabelKind
+from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.future_event import FutureEventKind
 from supermoe_jax.data.tasks.future_values import FutureValuesKind
 from supermoe_jax.data.tasks.kind import TaskKind, TaskKindAtEvents
@@ -23,6 +24,7 @@ KINDS: dict[str, type[TaskKind[Any]]] = {
   config.EventLabel.kind: EventLabelKind,
   config.FutureEvent.kind: FutureEventKind,
   config.FutureValues.kind: FutureValuesKind,
+  config.FutureAmount.kind: FutureAmountKind,
   config.UserLabel.kind: UserLabelKind,
 }
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
+from supermoe_jax.batch import ABSENT, UNKNOWN
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.calendar import Calendar
+from supermoe_jax.data.tasks.event_condition import event_condition, value_code
 from supermoe_jax.data.tasks.kind import TaskKindAtEvents
 from supermoe_jax.data.tasks.labels import (
   LabelInputs,
@@ -24,8 +25,7 @@ from supermoe_jax.data.tasks.labels import (
   first_unseen,
   last_answer,
 )
-from supermoe_jax.data.tasks.listing import SHOWN_VALUES, listed
-from supermoe_jax.errors import DataError, nearest
+from supermoe_jax.data.tasks.listing import listed, where
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,6 +92,7 @@ class EventLabelKind(TaskKindAtEvents[config.EventLabel]):
     columns = list(encoders.categorical)
     self._given = [columns.index(field) for field in task.given]
     self._answer = self._event_answer()
+    self._asked = event_condition(f"config.tasks.{name}", task.where, "", data, encoders)
 
   def _event_answer(self) -> EventAnswer:
     task, encoders = self.task, self.encoders
@@ -102,16 +103,7 @@ class EventLabelKind(TaskKindAtEvents[config.EventLabel]):
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
     positive = np.zeros(encoder.n_codes, bool)
     for value in task.positive:
-      code = encoder.code(value)
-      if code < FIRST_VALUE:
-        hint = nearest(value, encoder.values).partition("; valid")[0]
-        shown = ", ".join(repr(v) for v in encoder.values[:SHOWN_VALUES])
-        more = ", …" if len(encoder.values) > SHOWN_VALUES else ""
-        raise DataError(
-          f"config.tasks.{self.name}.positive: {value!r} never occurs in the vocabulary of field {task.field!r}, which "
-          f"is of the training period{hint} (it holds {shown}{more})."
-        )
-      positive[code] = True
+      positive[value_code(f"config.tasks.{self.name}.positive", task.field, value, encoder)] = True
     return EventAnswer(list(encoders.categorical).index(task.field), positive)
 
   def _standardised(self, number: float) -> np.float32:
@@ -141,6 +133,7 @@ class EventLabelKind(TaskKindAtEvents[config.EventLabel]):
       asked = f"whether {task.field} of the next event is at least {task.at_least:g}"
     else:
       asked = f"the number {task.field} of the next event, in standard deviations from its mean"
+    asked += where(task.where)
     if task.given:
       asked += f", given its {', '.join(task.given)}"
     return asked + f"; asked of the {task.per_snapshot} events after a snapshot"
@@ -158,11 +151,13 @@ class EventLabelKind(TaskKindAtEvents[config.EventLabel]):
 
   def event_labels(self, history: UserHistory | UserBlock) -> Labels:
     """See `TaskKindAtEvents`."""
-    return self._answer(history)
+    value, known = self._answer(history)
+    return Labels(value, known if self._asked is None else known & self._asked(history))
 
   def carried(self, history: UserHistory | UserBlock) -> np.ndarray:
     """See `TaskKindAtEvents`."""
-    return self._answer.carried(history)
+    carried = self._answer.carried(history)
+    return carried if self._asked is None else carried & self._asked(history)
 
   def given(self, history: UserHistory, event: np.ndarray) -> np.ndarray:
     """See `TaskKind`."""

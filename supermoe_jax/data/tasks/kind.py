@@ -51,7 +51,8 @@ class TaskKind(abc.ABC, Generic[T]):
   @classmethod
   def label_dtype(cls, task: T) -> type:
     """Returns the dtype of the label in records."""
-    return {"catalogue": np.int32, "multiclass": np.int32, "regression": np.float32}.get(task.answer, np.uint8)
+    dtypes = {"catalogue": np.int32, "multiclass": np.int32, "regression": np.float32, "amount": np.float32}
+    return dtypes.get(task.answer, np.uint8)
 
   @classmethod
   def record_arrays(cls, name: str, task: T, outputs: int) -> dict[str, RecordArray]:

@@ -11,3 +11,8 @@ def listed(values: Sequence[str]) -> str:
   """Returns the first few values in words, such as "one of a, b, …"; a single value stands alone."""
   text = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
   return text if len(values) == 1 else f"one of {text}"
+
+
+def where(condition: str) -> str:
+  """Returns the clause that names the condition of a task's events; empty without a condition."""
+  return f" among those where {condition}" if condition else ""

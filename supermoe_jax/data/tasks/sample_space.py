@@ -6,16 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from supermoe_jax.config.tasks.condition import OPERATORS
 from supermoe_jax.data.tasks.labels import Labels
-
-_OPERATORS = {
-  "==": np.equal,
-  "!=": np.not_equal,
-  "<": np.less,
-  "<=": np.less_equal,
-  ">": np.greater,
-  ">=": np.greater_equal,
-}
 
 
 class Comparison(NamedTuple):
@@ -36,7 +28,7 @@ class Comparison(NamedTuple):
   def __call__(self, other: Labels) -> Labels:
     """Returns whether samples lie in the space, as bool labels, from the compared task's labels at the same samples."""
     value = other.value if self.classes is None else self.classes[other.value.astype(np.int64)]
-    return Labels(_OPERATORS[self.operator](value, np.float32(self.number)), other.known)
+    return Labels(OPERATORS[self.operator](value, np.float32(self.number)), other.known)
 
 
 def supervision(

@@ -63,14 +63,14 @@ def everything(split: config.Split, block: UserBlock) -> tuple[Snapshots, list[n
   found, left_out = user_snapshots(split, block, times, owner)
   event = following_events(ANSWER.carried(block), block, found, 3, times)
   asked = [
-    label_next_event(block, found, 1, times),
+    label_next_event(block, found, block.codes[:, 1], times),
     label_user(np.where(owner == 1, np.nan, owner), found, owner),
     labels.at_events(ANSWER(block), event),
   ]
   if times is not None:
     asked += [
-      label_future_event(block, found, times, 1, 7.0, True),
-      label_future_values(block, found, times, 0, 3, 7.0),
+      label_future_event(block, found, times, block.source == 1, 7.0, True),
+      label_future_values(block, found, times, block.codes[:, 0], 3, 7.0),
     ]
   rows = [part for label in asked for part in label]
   of_user = np.where(event < 0, -1, event - block.offsets[found.user][:, None])

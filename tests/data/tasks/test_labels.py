@@ -74,10 +74,10 @@ def test_no_room_for_a_training_snapshot_is_an_error() -> None:
 def test_labels_equal_a_plain_reference(history: UserHistory, days: float) -> None:
   snapshots, left_out = user_snapshots(SPLIT, history.block, TIMES, np.array([TRAIN]))
   assert left_out.too_early + len(snapshots.time) == len(TIMES.snapshots)
-  event = label_future_event(history.block, snapshots, TIMES, 1, days, False)
-  churn = label_future_event(history.block, snapshots, TIMES, 1, days, True)
-  values = label_future_values(history.block, snapshots, TIMES, 0, 3, days)
-  following = label_next_event(history.block, snapshots, 1, TIMES)
+  event = label_future_event(history.block, snapshots, TIMES, history.source == 1, days, False)
+  churn = label_future_event(history.block, snapshots, TIMES, history.source == 1, days, True)
+  values = label_future_values(history.block, snapshots, TIMES, history.codes[:, 0], 3, days)
+  following = label_next_event(history.block, snapshots, history.codes[:, 1], TIMES)
   limits = {TRAIN: TRAIN_END, VALIDATION: FIRST_TEST, TEST: LOG_END}
   events = list(zip(history.time.tolist(), history.source.tolist(), history.codes.tolist()))
   for s, (_, time, n, split) in enumerate(zip(*snapshots)):
@@ -252,7 +252,7 @@ def test_leave_one_out_keeps_the_last_two_events_from_training(n: int) -> None:
   history = UserHistory("u", np.zeros(n, np.int64), np.zeros(n, np.int32), codes, np.zeros((n, 0), np.float32), n_train)
   snapshots, left_out = leave_one_out_snapshots(history.block, 1)
   assert left_out == 0
-  target = label_next_event(history.block, snapshots, 0, None)
+  target = label_next_event(history.block, snapshots, history.codes[:, 0], None)
   by_split = {s: target.value[(snapshots.split == s) & target.known].tolist() for s in (TRAIN, VALIDATION, TEST)}
   if n >= 3:
     assert (by_split[VALIDATION], by_split[TEST]) == ([n], [n + 1])
