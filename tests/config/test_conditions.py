@@ -95,7 +95,7 @@ def test_a_field_that_reads_the_column_of_types_is_used() -> None:
 
 
 def test_a_column_of_types_under_the_name_of_another_field_is_refused() -> None:
-  with pytest.raises(ConfigError, match="config.data.fields.action is another field"):
+  with pytest.raises(ConfigError, match=r"config\.data\.fields\.action is another field"):
     config.resolve(_raw("", action={"kind": "numeric"}))
 
 

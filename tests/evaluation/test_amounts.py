@@ -17,7 +17,9 @@ def amounts(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
   rng = np.random.default_rng(draw(st.integers(0, 10_000)))
   n = draw(st.integers(2, 60))
   label = np.round(rng.lognormal(1, 1, n) * (rng.random(n) < 0.6), draw(st.integers(0, 2)))
-  prediction = np.round(label * draw(st.sampled_from([0.0, 0.3, 1.0])) + rng.lognormal(0, 1, n), draw(st.integers(0, 2)))
+  prediction = np.round(
+    label * draw(st.sampled_from([0.0, 0.3, 1.0])) + rng.lognormal(0, 1, n), draw(st.integers(0, 2))
+  )
   return label, prediction
 
 

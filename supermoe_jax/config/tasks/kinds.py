@@ -212,8 +212,9 @@ class FutureValues(LabelledTask):
 class FutureAmount(LabelledTask):
   """The amount of a numeric field in [τ, τ + horizon_days): its sum, mean or maximum over events, or their number.
 
-  `source` and `where` choose the events, as for `FutureEvent`. The sum and the number of no event are 0; their mean and
-  maximum are unknown.
+  `source` and `where` choose the events, as for `FutureEvent`. `of="count"` is the number of events, and "moments" that
+  of different times with an event, such as orders of several products. The sum and the number of no event are 0; their
+  mean and maximum are unknown.
 
   `loss` is the form of the training loss. `tweedie`: the deviance of a Tweedie distribution, for amounts with many
   zeros and a heavy tail. `poisson`: the deviance of a Poisson distribution, for counts. `zero_inflated`: a probability
@@ -223,8 +224,8 @@ class FutureAmount(LabelledTask):
 
   kind: ClassVar[str] = "future_amount"
 
-  field: str = ""  # numeric; not for of="count"
-  of: Literal["sum", "mean", "max", "count"] = "sum"
+  field: str = ""  # numeric; not for "count" and "moments"
+  of: Literal["sum", "mean", "max", "count", "moments"] = "sum"
   source: str = ""
   where: str = ""
   horizon_days: float = 28.0
@@ -248,8 +249,8 @@ class FutureAmount(LabelledTask):
     require_event_type(path, self.source, data)
     require_condition(path, self.where, data)
     require(1 < self.power < 2, f"{path}.power={self.power} must lie between 1 and 2.")
-    if self.of == "count":
-      require(not self.field, f"{path}.field={self.field!r} has no meaning with of='count'; remove it.")
+    if self.of in ("count", "moments"):
+      require(not self.field, f"{path}.field={self.field!r} has no meaning with of={self.of!r}; remove it.")
       return
     numeric = [n for n, f in data.fields.items() if f.kind == "numeric"]
     require(self.field in numeric, f"{path}.field={self.field!r} is not a numeric field{nearest(self.field, numeric)}")

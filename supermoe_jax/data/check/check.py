@@ -266,12 +266,12 @@ class _Check:
   def _future_amount(self, name: str, task: config.FutureAmount, before_appends: bool) -> dict[int, Any]:
     del name, before_appends
     end, within = self._within(task.horizon_days)
-    value = "e.time" if task.of == "count" else f"e.{field_column(self._cfg.data, task.field)}"
-    of = {"count": "count", "sum": "sum", "mean": "avg", "max": "max"}[task.of]
+    value = f"e.{field_column(self._cfg.data, task.field)}" if task.field else "e.time"
+    function = {"count": "count(", "moments": "count(DISTINCT ", "sum": "sum(", "mean": "avg(", "max": "max("}[task.of]
     empty = "NULL" if task.of in ("mean", "max") else "0"
     return dict(
       self._rows(
-        f"SELECT a.id, coalesce({of}({value}), {empty})::DOUBLE FROM asked a LEFT JOIN events e ON {within} "
+        f"SELECT a.id, coalesce({function}{value}), {empty})::DOUBLE FROM asked a LEFT JOIN events e ON {within} "
         f"AND {asked_sql(self._cfg.data, task.where, task.source)} WHERE {end} <= a.until GROUP BY a.id"
       )
     )

@@ -62,6 +62,12 @@ def _label_text(split: str, count: Mapping[str, Any]) -> str:
   text = f"{split} {count['known']:,} known"
   if "classes" in count:
     return f"{text} ({', '.join(f'{n:,} {value}' for value, n in list(count['classes'].items())[:SHOWN_CLASSES])})"
+  if "zero" in count:
+    zero = f", {count['zero'] / count['known']:.1%} zero" if count["known"] else ""
+    negative = f", {count['negative']:,} negative" if count["negative"] else ""
+    return (
+      f"{text} (mean {count['mean']:.3g}, deviation {count['std']:.3g}{zero}{negative})" if count["known"] else text
+    )
   if "mean" in count:
     return f"{text} (mean {count['mean']:.3g}, deviation {count['std']:.3g}, standardised)" if count["known"] else text
   kind = next(k for k in count if k != "known")

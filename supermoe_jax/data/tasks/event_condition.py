@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -22,7 +23,8 @@ from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.listing import SHOWN_VALUES
 from supermoe_jax.errors import DataError, nearest
 
-# A function that returns whether each event of a history fulfils a condition: bool `[N]`.
+# A function that returns whether each event of a history fulfils a condition: bool `[N]`. It can be pickled, because
+# the processes that write a dataset receive it.
 EventCondition = Callable[[UserHistory | UserBlock], np.ndarray]
 
 
@@ -39,9 +41,7 @@ def event_condition(key: str, where: str, source: str, data: config.Data, encode
     parts.append(_of_type(f"{key}.source", source, data, encoders))
   if where:
     parts.append(_bound(f"{key}.where", parse_condition(where, f"{key}.where"), encoders, data))
-  if not parts:
-    return None
-  return lambda history: np.logical_and.reduce([part(history) for part in parts])
+  return _All(tuple(parts)) if parts else None
 
 
 def value_code(key: str, field: str, value: str, vocabulary: Vocabulary) -> int:
@@ -69,52 +69,100 @@ def constant_text(constant: Constant) -> str:
   return str(int(constant)) if constant.is_integer() else str(constant)
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfSource:
+  """Whether events are of the source with the index `source`."""
+
+  source: int
+
+  def __call__(self, history: UserHistory | UserBlock) -> np.ndarray:
+    return history.source == self.source
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OfCodes:
+  """Whether events have, in a column of codes, a code that is `wanted [codes]`."""
+
+  column: int
+  wanted: np.ndarray
+
+  def __call__(self, history: UserHistory | UserBlock) -> np.ndarray:
+    return self.wanted[history.codes[:, self.column]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfNumbers:
+  """Whether an encoded number compares so with encoded constants: every encoding keeps the order of numbers."""
+
+  column: int
+  operator: str
+  constants: tuple[np.float32, ...]
+
+  def __call__(self, history: UserHistory | UserBlock) -> np.ndarray:
+    values = history.numeric[:, self.column]
+    if self.operator in OPERATORS:
+      found = OPERATORS[self.operator](values, self.constants[0])
+    else:
+      found = np.isin(values, self.constants, invert=self.operator == "not in")
+    return np.asarray(found & np.isfinite(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class _None:
+  """Whether events do not fulfil a condition."""
+
+  part: EventCondition
+
+  def __call__(self, history: UserHistory | UserBlock) -> np.ndarray:
+    return ~self.part(history)
+
+
+@dataclasses.dataclass(frozen=True)
+class _All:
+  """Whether events fulfil all of several conditions."""
+
+  parts: tuple[EventCondition, ...]
+
+  def __call__(self, history: UserHistory | UserBlock) -> np.ndarray:
+    return np.logical_and.reduce([part(history) for part in self.parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Any:
+  """Whether events fulfil one of several conditions."""
+
+  parts: tuple[EventCondition, ...]
+
+  def __call__(self, history: UserHistory | UserBlock) -> np.ndarray:
+    return np.logical_or.reduce([part(history) for part in self.parts])
+
+
 def _of_type(key: str, name: str, data: config.Data, encoders: Encoders) -> EventCondition:
   if name in data.sources:
-    index = list(data.sources).index(name)
-    return lambda history: history.source == index
+    return _OfSource(list(data.sources).index(name))
   source, field, value = data.typed(name)
-  index = list(data.sources).index(source)
   of_value = _categorical(key, Comparison(field, "==", (value,)), encoders)
-  return lambda history: (history.source == index) & of_value(history)
+  return _All((_OfSource(list(data.sources).index(source)), of_value))
 
 
 def _bound(key: str, condition: Condition, encoders: Encoders, data: config.Data) -> EventCondition:
   if isinstance(condition, Comparison):
-    if condition.field in encoders.numeric:
-      return _numeric(condition, encoders, data)
-    return _categorical(key, condition, encoders)
+    if condition.field not in encoders.numeric:
+      return _categorical(key, condition, encoders)
+    encoder, encoding = encoders.numeric[condition.field], data.fields[condition.field].encoding
+    constants = tuple(encoder.encode(float(c), encoding) for c in condition.constants)
+    return _OfNumbers(list(encoders.numeric).index(condition.field), condition.operator, constants)
   if isinstance(condition, Negation):
-    part = _bound(key, condition.part, encoders, data)
-    return lambda history: ~part(history)
-  parts = [_bound(key, p, encoders, data) for p in condition.parts]
-  join = np.logical_and if isinstance(condition, AllOf) else np.logical_or
-  return lambda history: join.reduce([p(history) for p in parts])
-
-
-def _numeric(compared: Comparison, encoders: Encoders, data: config.Data) -> EventCondition:
-  """Compares encoded numbers: every encoding keeps the order of numbers."""
-  column = list(encoders.numeric).index(compared.field)
-  encoder, encoding = encoders.numeric[compared.field], data.fields[compared.field].encoding
-  constants = [encoder.encode(float(c), encoding) for c in compared.constants]
-
-  def holds(history: UserHistory | UserBlock) -> np.ndarray:
-    values = history.numeric[:, column]
-    if compared.operator in OPERATORS:
-      found = OPERATORS[compared.operator](values, constants[0])
-    else:
-      found = np.isin(values, constants, invert=compared.operator == "not in")
-    return np.asarray(found & np.isfinite(values))
-
-  return holds
+    return _None(_bound(key, condition.part, encoders, data))
+  parts = tuple(_bound(key, p, encoders, data) for p in condition.parts)
+  return _All(parts) if isinstance(condition, AllOf) else _Any(parts)
 
 
 def _categorical(key: str, compared: Comparison, encoders: Encoders) -> EventCondition:
   vocabulary = encoders.categorical[compared.field]
   assert isinstance(vocabulary, Vocabulary)  # config.resolve checked
-  column = list(encoders.categorical).index(compared.field)
   codes = [value_code(key, compared.field, constant_text(c), vocabulary) for c in compared.constants]
   wanted = np.full(vocabulary.n_codes, compared.operator in ("!=", "not in"))
   wanted[codes] = not wanted[codes[0]]
   wanted[ABSENT] = False
-  return lambda history: wanted[history.codes[:, column]]
+  return _OfCodes(list(encoders.categorical).index(compared.field), wanted)

@@ -15,7 +15,13 @@ from supermoe_jax.data.tasks.kind import TaskKind
 from supermoe_jax.data.tasks.labels import LabelInputs, Labels, TaskLabels, future_window
 from supermoe_jax.data.tasks.listing import where
 
-_WORDS = {"sum": "sum", "mean": "mean", "max": "maximum"}
+_WORDS = {
+  "sum": "sum of {field} over the events",
+  "mean": "mean of {field} over the events",
+  "max": "maximum of {field} over the events",
+  "count": "number of events",
+  "moments": "number of moments with events",
+}
 
 
 def amounts_between(values: np.ndarray, start: np.ndarray, stop: np.ndarray, of: str) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +32,7 @@ def amounts_between(values: np.ndarray, start: np.ndarray, stop: np.ndarray, of:
   """
   counts = np.append(0, np.cumsum(np.isfinite(values)))
   number = counts[stop] - counts[start]
-  if of == "count":
+  if of in ("count", "moments"):
     return number.astype(np.float64), number
   add = np.maximum if of == "max" else np.add
   neutral = -np.inf if of == "max" else 0.0
@@ -36,6 +42,15 @@ def amounts_between(values: np.ndarray, start: np.ndarray, stop: np.ndarray, of:
   if of == "mean":
     total = total / np.maximum(number, 1)
   return np.where(number > 0, total, 0.0), number
+
+
+def _first_of_moments(block: UserBlock, asked: np.ndarray) -> np.ndarray:
+  """Returns the first of the events `asked [N]` of each user and time: bool `[N]`."""
+  events = np.flatnonzero(asked)
+  new = (np.diff(block.time[events], prepend=-1) != 0) | (np.diff(block.owner[events], prepend=-1) != 0)
+  out = np.zeros(len(asked), bool)
+  out[events[new]] = True
+  return out
 
 
 class FutureAmountKind(TaskKind[config.FutureAmount]):
@@ -54,20 +69,23 @@ class FutureAmountKind(TaskKind[config.FutureAmount]):
   @classmethod
   def question(cls, task: config.FutureAmount) -> str:
     """See `TaskKind`."""
-    what = "the number of events" if task.of == "count" else f"the {_WORDS[task.of]} of {task.field} over the events"
+    what = _WORDS[task.of].format(field=task.field)
     of = f" of {task.source}" if task.source else ""
-    return f"{what}{of}{where(task.where)} within {task.horizon_days:g} days"
+    return f"the {what}{of}{where(task.where)} within {task.horizon_days:g} days"
 
   def values(self, block: UserBlock) -> np.ndarray:
     """Returns the number that each event counts with: float64 `[N]`, NaN for events that do not count."""
-    if self.task.of == "count":
+    asked = np.ones(len(block.time), bool) if self._asked is None else self._asked(block)
+    if self.task.of in ("count", "moments"):
       numbers = np.ones(len(block.time))
+      if self.task.of == "moments":
+        asked = _first_of_moments(block, asked)
     else:
       encoder = self.encoders.numeric[self.task.field]
       assert isinstance(encoder, Numeric)  # config.resolve checked
       column = list(self.encoders.numeric).index(self.task.field)
       numbers = encoder.decode_all(block.numeric[:, column], self.data.fields[self.task.field].encoding)
-    return numbers if self._asked is None else np.where(self._asked(block), numbers, np.nan)
+    return np.where(asked, numbers, np.nan)
 
   def label(self, inputs: LabelInputs) -> TaskLabels:
     """See `TaskKind`; the mean and the maximum of no event are unknown."""

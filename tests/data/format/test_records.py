@@ -30,12 +30,14 @@ def test_the_manifest_counts_every_kind(data: Dataset) -> None:
       assert counts[name] == {"known": len(values(name)), "positive": int(values(name).sum())}
     by_class = np.bincount(values("segment"), minlength=3).tolist()
     assert counts["segment"]["classes"] == dict(zip(data.encoders.labels["segment"].values, by_class))
-    for name in ("rating", "age"):
+    for name in ("rating", "age", "stars", "shows_soon"):
       assert counts[name]["known"] == len(values(name)) > 0
       moments = (values(name).mean(), values(name).std())
       assert (counts[name]["mean"], counts[name]["std"]) == pytest.approx(moments, rel=1e-4, abs=1e-6)
+    for name in ("stars", "shows_soon"):
+      assert (counts[name]["zero"], counts[name]["negative"]) == (int((values(name) == 0).sum()), 0)
   rates = data.manifest["label_rates"]
-  assert set(rates) == set(data.config.labelled_tasks) - {"next_item"}
+  assert set(rates) == set(data.config.labelled_tasks) - {"next_item", "next_liked"}
   assert sum(rates["segment"]) == pytest.approx(1) and len(rates["items"]) == 4
   text = summary.dataset_summary(data.manifest)
   assert "segment: train" in text and "standardised" in text

@@ -80,7 +80,9 @@ def test_validation_windows_end_a_gap_before_the_first_test_snapshot() -> None:
   at = found.split == VALIDATION
   assert label_future_event(h.block, found, times, h.block.source == 0, 6.5, False).known[at].all()
   assert not label_future_event(h.block, found, times, h.block.source == 0, 6.51, False).known[at].any()
-  assert not label_next_event(h.block, found, h.block.codes[:, 0], times).known[at].any()  # the next one lies in the gap
+  assert (
+    not label_next_event(h.block, found, h.block.codes[:, 0], times).known[at].any()
+  )  # the next one lies in the gap
   assert found.n_events[found.split == TEST].tolist() == [3]  # which test snapshots see all the same
 
 
