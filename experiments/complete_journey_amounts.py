@@ -45,5 +45,12 @@ def get_config() -> ml_collections.ConfigDict:
     "orders": {"kind": "future_amount", "of": "moments", "loss": "poisson"},
   }
   model = {"d_model": 128, "layers": 2, "heads": 4, "d_hidden": 256, "experts": 8, "d_expert": 128, "max_events": 128}
-  train = {"steps": 400, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 4e-3, "weight_decay": 1.0}
+  train = {
+    "steps": 400,
+    "batch_rows": 32,
+    "snapshots_per_row": 8,
+    "learning_rate": 4e-3,
+    "weight_decay": 1.0,
+    "balance_weight": 0.05,
+  }
   return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})

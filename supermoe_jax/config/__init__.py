@@ -44,10 +44,8 @@ from supermoe_jax.config.tasks import (
   FutureValues,
   LabelledTask,
   NextEvent,
-  SampleSpace,
   Task,
   UserLabel,
-  parse_sample_space,
 )
 
 # Functions imported at their first use, with their modules.
@@ -56,6 +54,7 @@ _LATER = {
     ("differences", "load", "load_json", "override", "read_config", "resolve", "resolve_prepared", "save"), "loading"
   ),
   "hash_fields": "hashing",
+  "parse_sample_space": "tasks.condition",
 }
 
 __all__ = [
@@ -77,7 +76,6 @@ __all__ = [
   "Mesh",
   "Model",
   "NextEvent",
-  "SampleSpace",
   "Seesaw",
   "Source",
   "Split",

@@ -36,7 +36,6 @@ from supermoe_jax.config.tasks import FutureEvent as FutureEvent
 from supermoe_jax.config.tasks import FutureValues as FutureValues
 from supermoe_jax.config.tasks import LabelledTask as LabelledTask
 from supermoe_jax.config.tasks import NextEvent as NextEvent
-from supermoe_jax.config.tasks import SampleSpace as SampleSpace
 from supermoe_jax.config.tasks import Task as Task
 from supermoe_jax.config.tasks import UserLabel as UserLabel
-from supermoe_jax.config.tasks import parse_sample_space as parse_sample_space
+from supermoe_jax.config.tasks.condition import parse_sample_space as parse_sample_space

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 
+from supermoe_jax.config.kind_checks import check_kind, require
 from supermoe_jax.config.schema import Config, Seesaw
-from supermoe_jax.config.tasks import LabelledTask, parse_sample_space
-from supermoe_jax.config.tasks.task import require
+from supermoe_jax.config.tasks import LabelledTask
+from supermoe_jax.config.tasks.condition import parse_sample_space
 from supermoe_jax.errors import nearest
 
 
@@ -25,7 +26,7 @@ def check_tasks(config: Config) -> None:
     require(
       task.weight > 0, f"{path}.weight={task.weight} must be positive; use config.exclude_tasks to leave a task out."
     )
-    task.check(path, config)
+    check_kind(task, path, config)
   for name, labelled in config.labelled_tasks.items():
     _check_sample_space(f"config.tasks.{name}", name, labelled, config)
 

@@ -12,7 +12,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.evaluation import metrics
 from supermoe_jax.evaluation.metrics import Metrics
-from supermoe_jax.training.amount_forms import LARGEST_LOGARITHM, LEAST_DEVIATION
+from supermoe_jax.training.answer_forms import LARGEST_LOGARITHM, LEAST_DEVIATION
 
 
 class AnswerMetrics:

@@ -15,7 +15,7 @@ from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import bind
 from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
-from supermoe_jax.data.tasks.sample_space import Comparison, supervision
+from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
 from supermoe_jax.evaluation import linear_probes
 
 # Users that the linear models on aggregates are fitted on. More users would not change a linear model of a few hundred
@@ -156,7 +156,9 @@ def at_questions(dataset: Dataset, questions: Sequence[Query]) -> np.ndarray:
   )
 
 
-def _known(record: Mapping[str, Any], task: config.LabelledTask, name: str, space: Comparison | None) -> np.ndarray:
+def _known(
+  record: Mapping[str, Any], task: config.LabelledTask, name: str, space: LabelComparison | None
+) -> np.ndarray:
   """Returns whether the task has a label in its sample space at each snapshot: bool `[S]`."""
   inside = space and space(Labels(record[f"label_{space.task}"], record[f"known_{space.task}"] > 0))
   return supervision(record[f"known_{name}"] > 0, inside, (task.in_space_weight, 0.0))[0]

@@ -2,10 +2,14 @@
 
 The loss of a next event (`catalogue`) is in `layers.catalogue` and `training.sampled_softmax`, and the loss of a
 contrast in `training.losses`; only a catalogue's constant loss is here.
+Amounts have deviances with a logarithmic link, a zero-inflated log-normal, or the error of a logarithm. A deviance is
+twice the log-likelihood that an answer falls short of the best one; it is 0 for a right answer.
 Shapes: n labels, C classes, outputs or values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,12 @@ import optax
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE
+
+# Logarithms of amounts are cut to ±LARGEST_LOGARITHM before their exponential, which must not overflow.
+LARGEST_LOGARITHM = 30.0
+
+# Least deviation of a log-normal's logarithm: amounts that are all alike must not make its density infinite.
+LEAST_DEVIATION = 0.05
 
 
 class AnswerForm:
@@ -98,6 +108,116 @@ class Number(AnswerForm):
     return float(np.mean(second / max(weight, 1e-12) - share**2))
 
 
+class TweedieAmount(AnswerForm):
+  """The deviance of a Tweedie distribution, whose variance is proportional to the mean to the power p in (1, 2).
+
+  The answer is the logarithm of the mean. Source: Jørgensen, "Exponential Dispersion Models", 1987.
+  """
+
+  def __init__(self, power: float):
+    self._p = power
+
+  def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
+    """See `AnswerForm`."""
+    p, log_mean = self._p, _cut(logits)
+    own = jnp.maximum(value, 0.0) ** (2 - p) / ((1 - p) * (2 - p))
+    return 2 * (own - value * jnp.exp((1 - p) * log_mean) / (1 - p) + jnp.exp((2 - p) * log_mean) / (2 - p))
+
+  def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `AnswerForm`; the second moment is Σ ω y^(2 − p)."""
+    value = value.astype(np.float64)
+    return np.array([weight @ value]), np.array([weight @ np.maximum(value, 0.0) ** (2 - self._p)])
+
+  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+    """See `AnswerForm`: the logarithm of the mean."""
+    return _log_mean(first, weight)
+
+  def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
+    """See `AnswerForm`."""
+    p, mean = self._p, max(float(first[0]), 0.0) / max(weight, 1e-12)
+    return 2 * (float(second[0]) / max(weight, 1e-12) - mean ** (2 - p)) / ((1 - p) * (2 - p))
+
+
+class PoissonAmount(AnswerForm):
+  """The deviance of a Poisson distribution, for counts; the answer is the logarithm of the mean."""
+
+  def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
+    """See `AnswerForm`."""
+    log_mean = _cut(logits)
+    own = jax.scipy.special.xlogy(value, jnp.maximum(value, 1e-30))
+    return 2 * (own - value * log_mean - value + jnp.exp(log_mean))
+
+  def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `AnswerForm`; the second moment is Σ ω y log y."""
+    value = value.astype(np.float64)
+    return np.array([weight @ value]), np.array([weight @ (value * np.log(np.maximum(value, 1e-300)))])
+
+  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+    """See `AnswerForm`: the logarithm of the mean."""
+    return _log_mean(first, weight)
+
+  def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
+    """See `AnswerForm`."""
+    mean = max(float(first[0]), 0.0) / max(weight, 1e-12)
+    return 2 * (float(second[0]) / max(weight, 1e-12) - mean * float(np.log(max(mean, 1e-300))))
+
+
+class ZeroInflatedAmount(AnswerForm):
+  """A probability that the amount is positive, and a log-normal distribution of positive amounts.
+
+  The answer `[..., 3]` holds the logit of the probability, the mean of the logarithm, and the inverse softplus of the
+  logarithm's standard deviation. The loss leaves out what no answer changes: ½ log 2π and the logarithm of the amount.
+  Source: arXiv 1912.07753.
+  """
+
+  def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
+    """See `AnswerForm`; `logits [..., 3]`, `value [...]`."""
+    positive = value > 0
+    mean, deviation = _cut(logits[..., 1]), jax.nn.softplus(logits[..., 2]) + LEAST_DEVIATION
+    error = (jnp.log(jnp.where(positive, value, 1.0)) - mean) / deviation
+    size = 0.5 * error**2 + jnp.log(deviation)
+    happens = optax.sigmoid_binary_cross_entropy(logits[..., 0], positive.astype(logits.dtype))
+    return happens + jnp.where(positive, size, 0.0)
+
+  def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `AnswerForm`; both are sums over positive amounts, of ω and ω log y, and of ω (log y)²."""
+    positive = value > 0
+    logarithm = np.log(np.where(positive, value, 1).astype(np.float64))
+    first = np.array([weight @ positive, weight @ logarithm, 0.0])
+    return first, np.array([0.0, weight @ logarithm**2, 0.0])
+
+  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+    """See `AnswerForm`; the standard deviation starts at 1."""
+    chance = super().constant_answer(first[:1], weight)[0]
+    return np.array([chance, first[1] / max(first[0], 1.0), np.log(np.expm1(1.0 - LEAST_DEVIATION))])
+
+  def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
+    """See `AnswerForm`; without the logarithm of the deviation, which depends on the amounts' unit of spread."""
+    chance = super().constant_loss(first[:1], second[:1], weight)
+    return chance + 0.5 * float(first[0]) / max(weight, 1e-12)
+
+
+class LogarithmicAmount(Number):
+  """The squared error of sign(y)·log(1 + |y|), which the answer predicts."""
+
+  def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
+    """See `AnswerForm`."""
+    return super().loss(logits, jnp.sign(value) * jnp.log1p(jnp.abs(value)))
+
+  def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `AnswerForm`; of the logarithms."""
+    value = value.astype(np.float64)
+    return super().moments(np.sign(value) * np.log1p(np.abs(value)), weight, outputs)
+
+
+def _cut(logarithm: jax.Array) -> jax.Array:
+  return jnp.clip(logarithm, -LARGEST_LOGARITHM, LARGEST_LOGARITHM)
+
+
+def _log_mean(first: np.ndarray, weight: float) -> np.ndarray:
+  return np.log(np.maximum(first / max(weight, 1.0), 1e-6))
+
+
 FORMS: dict[config.Answer, AnswerForm] = {
   "binary": AnswerForm(),
   "catalogue": OneOfCatalogue(),
@@ -105,3 +225,15 @@ FORMS: dict[config.Answer, AnswerForm] = {
   "multilabel": SeveralAnswers(),
   "regression": Number(),
 }
+
+_AMOUNT_FORMS: dict[str, Callable[[config.FutureAmount], AnswerForm]] = {
+  "tweedie": lambda task: TweedieAmount(task.power),
+  "poisson": lambda task: PoissonAmount(),
+  "zero_inflated": lambda task: ZeroInflatedAmount(),
+  "log1p": lambda task: LogarithmicAmount(),
+}
+
+
+def form_by_loss(task: config.Task) -> AnswerForm:
+  """Returns the form of a task's answers; that of an amount depends on the task's loss."""
+  return _AMOUNT_FORMS[task.loss](task) if isinstance(task, config.FutureAmount) else FORMS[task.answer]

@@ -30,7 +30,7 @@ from supermoe_jax.layers.routing import RoutingSums, auxiliary
 from supermoe_jax.models.encoder import Encoded
 from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training import weighting
-from supermoe_jax.training.amount_forms import form_of
+from supermoe_jax.training.answer_forms import form_by_loss
 from supermoe_jax.training.sampled_softmax import drawing_rows, drawn_codes, log_expected_count, sampled_softmax
 from supermoe_jax.training.task_statistics import TaskStatistics
 
@@ -147,7 +147,7 @@ def _loss_of_answers(
     right = jnp.concatenate([value[..., None], also], axis=-1)
     loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, right, drawn)
   else:
-    loss = form_of(task).loss(answers, value)
+    loss = form_by_loss(task).loss(answers, value)
   return task_loss(targets, loss, weight)
 
 

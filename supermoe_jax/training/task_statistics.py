@@ -11,7 +11,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, Batch
-from supermoe_jax.training.amount_forms import form_of
+from supermoe_jax.training.answer_forms import form_by_loss
 
 # `measure_tasks` reads at most this many times `n_batches` while it waits for rare labels.
 LONGEST = 16
@@ -82,7 +82,7 @@ def measure_tasks(
     for name, task in tasks.items():
       _add(sums[name], name, task, batch)
   answers = {
-    n: form_of(t).constant_answer(sums[n].first, sums[n].weight).astype(np.float32)
+    n: form_by_loss(t).constant_answer(sums[n].first, sums[n].weight).astype(np.float32)
     for n, t in tasks.items()
     if t.has_labels
   }
@@ -108,7 +108,7 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
     sums.sets.append((codes, weight))
     there = codes > 0
     value, weight = codes[there], np.repeat(weight / there.sum(axis=1), there.sum(axis=1))
-  first, second = form_of(task).moments(value, weight, len(sums.first))
+  first, second = form_by_loss(task).moments(value, weight, len(sums.first))
   sums.first += first
   sums.second += second
 
@@ -126,7 +126,7 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
 
 def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:
   """Returns the mean loss of the best constant answer; 1 if that is 0 (there is no label, or all labels are alike)."""
-  loss = form_of(task).constant_loss(sums.first, sums.second, weight)
+  loss = form_by_loss(task).constant_loss(sums.first, sums.second, weight)
   if sums.sets:  # the loss of an answer by frequency, where any of a moment's values is right
     share = np.append(sums.first / max(weight, 1e-12), 0.0)
     codes, weights = (np.concatenate(part) for part in zip(*sums.sets))

@@ -14,7 +14,7 @@ from supermoe_jax.config.tasks.kinds import (
   NextEvent,
   UserLabel,
 )
-from supermoe_jax.config.tasks.task import NOT_PREPARED, Answer, LabelledTask, SampleSpace, Task, parse_sample_space
+from supermoe_jax.config.tasks.task import NOT_PREPARED, Answer, LabelledTask, Task
 
 TASK_KINDS: dict[str, type[Task]] = {
   t.kind: t for t in (NextEvent, EventLabel, FutureEvent, FutureValues, FutureAmount, UserLabel, Contrast)
@@ -31,8 +31,6 @@ __all__ = [
   "FutureValues",
   "LabelledTask",
   "NextEvent",
-  "SampleSpace",
   "Task",
   "UserLabel",
-  "parse_sample_space",
 ]

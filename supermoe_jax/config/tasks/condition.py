@@ -12,7 +12,7 @@ import ast
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from supermoe_jax.errors import ConfigError
 
@@ -90,6 +90,28 @@ def parse_condition(text: str, key: str) -> Condition:
       f"{key}={text!r} cannot be read ({error.msg}){hint}; write it as in \"type == 'buy' and amount >= 50\"."
     ) from None
   return _parsed(tree, text, key)
+
+
+class SampleSpace(NamedTuple):
+  """A parsed `sample_space`: a comparison of the label of `task` with `value`."""
+
+  task: str
+  operator: str
+  value: float
+
+
+def parse_sample_space(text: str, key: str = "sample_space") -> SampleSpace | None:
+  """Returns the parsed form of a sample space such as `click == 1`; None for an empty text.
+
+  Raises:
+    ConfigError: the text is no comparison of one task with one number; the message names `key`.
+  """
+  if not text:
+    return None
+  found = parse_condition(text, key)
+  if not isinstance(found, Comparison) or found.operator not in OPERATORS or isinstance(found.constants[0], str):
+    raise ConfigError(f"{key}={text!r} must compare one task's label with one number; write it as in 'click == 1'.")
+  return SampleSpace(found.field, found.operator, found.constants[0])
 
 
 def comparisons(condition: Condition) -> list[Comparison]:

@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from supermoe_jax.config.tasks.task import (
-  Answer,
-  LabelledTask,
-  Task,
-  require,
-  require_condition,
-  require_event_field,
-  require_event_type,
-  require_following_events,
-  require_no_buckets,
-  require_single_values,
-  require_vocabulary_field,
-  require_window,
-)
-from supermoe_jax.errors import nearest
-
-if TYPE_CHECKING:
-  from supermoe_jax.config.schema import Config
-
+from supermoe_jax.config.tasks.task import Answer, LabelledTask, Task
 
 # The share of events that share user and time with another from which ties="auto" is "set".
 TIES_ARE_COMMON = 0.1
@@ -67,17 +49,6 @@ class NextEvent(LabelledTask):
     common = tie_rate >= TIES_ARE_COMMON and split_mode != "leave_one_out"
     return self.most_values if self.ties == "set" or (self.ties == "auto" and common) else 0
 
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    data = config.data
-    require_vocabulary_field(path, self.field, data)
-    require_no_buckets(path, self.field, data)
-    require(data.fields[self.field].input, f"{path}.field={self.field!r} is no input, so it has no embeddings to rank.")
-    require(self.negatives > 0, f"{path}.negatives={self.negatives} must be positive.")
-    require(self.most_values > 0, f"{path}.most_values={self.most_values} must be positive.")
-    require_following_events(path, data)
-    require_condition(path, self.where, data)
-
 
 @dataclasses.dataclass(frozen=True)
 class EventLabel(LabelledTask):
@@ -114,31 +85,6 @@ class EventLabel(LabelledTask):
     """See `Task`."""
     return self.per_snapshot
 
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    data = config.data
-    for name in (self.field, *self.given):
-      require_single_values(path, name, data)
-    require_event_field(path, self.field, data)
-    require(self.field in data.fields, f"{path}.field={self.field!r} is not a field{nearest(self.field, data.fields)}")
-    kind = data.fields[self.field].kind
-    if self.positive:
-      require(kind == "vocabulary", f"{path}.positive needs a vocabulary field; {self.field!r} is {kind}.")
-      require(self.at_least is None, f"{path}: positive and at_least exclude each other; keep one.")
-      require_no_buckets(path, self.field, data, " with input=False")
-    else:
-      require(kind == "numeric", f"{path}: name the values of {self.field!r} that are positive; it is a {kind} field.")
-    for name in self.given:
-      require(name in data.fields, f"{path}.given: {name!r} is not a field{nearest(name, data.fields)}")
-      require(
-        data.fields[name].kind != "numeric", f"{path}.given: {name!r} is numeric; only categorical fields can be."
-      )
-      require(data.fields[name].input, f"{path}.given: {name!r} is no input, so it has no embeddings.")
-      require(name != self.field, f"{path}.given holds {name!r}, the field that is asked for.")
-    require(self.per_snapshot > 0, f"{path}.per_snapshot={self.per_snapshot} must be positive.")
-    require_following_events(path, data)
-    require_condition(path, self.where, data)
-
 
 @dataclasses.dataclass(frozen=True)
 class FutureEvent(LabelledTask):
@@ -164,12 +110,6 @@ class FutureEvent(LabelledTask):
   def horizon(self) -> float | None:
     """See `Task`."""
     return self.horizon_days
-
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    require_window(path, self.horizon_days, config.data)
-    require_event_type(path, self.source, config.data)
-    require_condition(path, self.where, config.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,15 +137,6 @@ class FutureValues(LabelledTask):
   def horizon(self) -> float | None:
     """See `Task`."""
     return self.horizon_days
-
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    data = config.data
-    require_vocabulary_field(path, self.field, data)
-    require_window(path, self.horizon_days, data)
-    require_no_buckets(path, self.field, data, " with input=False")
-    require(self.top > 0, f"{path}.top={self.top} must be positive.")
-    require_condition(path, self.where, data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,27 +173,6 @@ class FutureAmount(LabelledTask):
     """See `Task`."""
     return self.horizon_days
 
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    data = config.data
-    require_window(path, self.horizon_days, data)
-    require_event_type(path, self.source, data)
-    require_condition(path, self.where, data)
-    require(1 < self.power < 2, f"{path}.power={self.power} must lie between 1 and 2.")
-    if self.of in ("count", "moments"):
-      require(not self.field, f"{path}.field={self.field!r} has no meaning with of={self.of!r}; remove it.")
-      return
-    numeric = [n for n, f in data.fields.items() if f.kind == "numeric"]
-    require(self.field in numeric, f"{path}.field={self.field!r} is not a numeric field{nearest(self.field, numeric)}")
-    require_event_field(path, self.field, data)
-    field = data.fields[self.field]
-    require(
-      field.encoding != "quantile",
-      f"{path}.field={self.field!r}: a quantile keeps no amounts; set config.data.fields.{self.field}.encoding="
-      f"'log1p', or name a second field, such as {self.field}_asked=dict(column={field.column or self.field!r}, "
-      "kind='numeric', input=False).",
-    )
-
 
 @dataclasses.dataclass(frozen=True)
 class UserLabel(LabelledTask):
@@ -288,24 +198,6 @@ class UserLabel(LabelledTask):
     """See `Task`."""
     return self.column
 
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    require(config.data.users is not None, f"{path}: a user label needs config.data.users.")
-    require(bool(self.column), f"{path}.column is empty: name the user table's column.")
-    for name, field in config.data.fields.items():
-      require(
-        field.table == "events" or not field.input or (field.column or name) != self.column,
-        f"{path}.column={self.column!r} is also the column of the input config.data.fields.{name}, which would tell "
-        f"the label; leave one of the two out, or set config.data.fields.{name}.input=False.",
-      )
-    require(
-      bool(self.positive) or self.type != "binary",
-      f"{path}.positive is empty: name the values that count as positive, or set type='multiclass' or 'regression'.",
-    )
-    require(
-      not self.positive or self.type == "binary", f"{path}.positive has no meaning with type={self.type!r}; remove it."
-    )
-
 
 @dataclasses.dataclass(frozen=True)
 class Contrast(Task):
@@ -325,12 +217,3 @@ class Contrast(Task):
   def answer(self) -> Answer:
     """See `Task`."""
     return "contrast"
-
-  def check(self, path: str, config: Config) -> None:
-    """See `Task`."""
-    require(
-      1 <= self.least_events <= self.slice_events <= config.model.max_events,
-      f"{path}: 1 ≤ least_events={self.least_events} ≤ slice_events={self.slice_events} ≤ "
-      f"model.max_events={config.model.max_events} must hold.",
-    )
-    require(self.temperature > 0, f"{path}.temperature={self.temperature} must be positive.")

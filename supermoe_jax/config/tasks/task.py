@@ -1,16 +1,10 @@
-"""Defines the settings and checks that all kinds of tasks share."""
+"""Defines the settings that all kinds of tasks share; `config.kind_checks` checks them."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
-
-from supermoe_jax.config.tasks.condition import OPERATORS, Comparison, comparisons, parse_condition
-from supermoe_jax.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-  from supermoe_jax.config.schema import Config, Data
+from typing import ClassVar, Literal
 
 # The form of a task's answer decides its head, loss and metrics. `catalogue`: a ranking of a field's values; `binary`:
 # yes or no; `multilabel`: yes or no for each of several values; `multiclass`: one of several classes; `regression`: a
@@ -94,9 +88,6 @@ class Task(abc.ABC):
     del tie_rate, split_mode
     return 0
 
-  def check(self, path: str, config: Config) -> None:  # noqa: B027 - a kind may have nothing to check
-    """Raises ConfigError, with the key `path` in its message, for settings that can never work."""
-
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTask(Task):
@@ -111,134 +102,3 @@ class LabelledTask(Task):
   sample_space: str = ""
   in_space_weight: float = 1.0
   out_space_weight: float = 0.0
-
-
-class SampleSpace(NamedTuple):
-  """A parsed `sample_space`: a comparison of the label of `task` with `value`."""
-
-  task: str
-  operator: str
-  value: float
-
-
-def parse_sample_space(text: str, key: str = "sample_space") -> SampleSpace | None:
-  """Returns the parsed form of a sample space such as `click == 1`; None for an empty text.
-
-  Raises:
-    ConfigError: the text is no comparison of one task with one number; the message names `key`.
-  """
-  if not text:
-    return None
-  found = parse_condition(text, key)
-  if not isinstance(found, Comparison) or found.operator not in OPERATORS or isinstance(found.constants[0], str):
-    raise ConfigError(f"{key}={text!r} must compare one task's label with one number; write it as in 'click == 1'.")
-  return SampleSpace(found.field, found.operator, found.constants[0])
-
-
-# ------------------------------------------------------------------------------------------- checks that kinds share
-
-
-def require(condition: bool, message: str) -> None:
-  """Raises ConfigError with the message unless the condition holds."""
-  if not condition:
-    raise ConfigError(message)
-
-
-def require_single_values(path: str, field: str, data: Data) -> None:
-  """Raises ConfigError for a field of lists."""
-  require(
-    field not in data.fields or not data.fields[field].many,
-    f"{path}: {field!r} holds lists, which are inputs only; a task needs a field of single values.",
-  )
-
-
-def require_event_field(path: str, field: str, data: Data) -> None:
-  """Raises ConfigError for a field of the table of users."""
-  require(
-    field not in data.fields or data.fields[field].table == "events",
-    f"{path}.field={field!r} is of the table of users (config.data.fields.{field}.table), the same at every event; ask "
-    "about its column by a task of kind 'user_label'.",
-  )
-
-
-def require_vocabulary_field(path: str, field: str, data: Data) -> None:
-  """Raises ConfigError unless `field` is a vocabulary field of events with single values."""
-  require_single_values(path, field, data)
-  require_event_field(path, field, data)
-  vocabularies = [n for n, f in data.fields.items() if f.kind == "vocabulary"]
-  require(field in vocabularies, f"{path}.field={field!r} is not a vocabulary field{nearest(field, vocabularies)}")
-
-
-def require_no_buckets(path: str, field: str, data: Data, settings: str = "") -> None:
-  """Raises ConfigError for a field with buckets, whose values share codes.
-
-  `settings` is text for the message: the settings of a second field that the task could ask about instead.
-  """
-  require(
-    not data.fields[field].buckets,
-    f"{path}.field={field!r}: with config.data.fields.{field}.buckets={data.fields[field].buckets} values share codes, "
-    f"so that a task cannot tell them apart; name a second field of the same column{settings} without buckets, such as "
-    f"{field}_asked=dict(column={data.fields[field].column or field!r}{', input=False' if settings else ''}).",
-  )
-
-
-def require_following_events(path: str, data: Data) -> None:
-  """Raises ConfigError where no event can follow an evaluated snapshot."""
-  require(
-    data.split.mode != "user" or data.split.snapshots != "end",
-    f"{path}: with config.data.split.snapshots='end' and mode='user' no event follows a snapshot, so nothing could "
-    "be evaluated; set snapshots='every_events' or 'calendar', or leave the task out.",
-  )
-
-
-def require_window(path: str, horizon_days: float, data: Data) -> None:
-  """Raises ConfigError where no label can have a window after a snapshot."""
-  require(horizon_days > 0, f"{path}.horizon_days={horizon_days} must be positive.")
-  require(
-    data.split.mode != "leave_one_out",
-    f"{path}: a task about the future needs config.data.split.mode='temporal' or 'user'; leave_one_out has no "
-    "calendar.",
-  )
-  require(
-    data.split.snapshots != "end",
-    f"{path}: with config.data.split.snapshots='end' nothing follows a training snapshot, so that every answer about "
-    "the future would be the same; set snapshots='every_events' or 'calendar', or leave the task out.",
-  )
-
-
-def require_condition(path: str, where: str, data: Data) -> None:
-  """Raises ConfigError for a condition that cannot be read, or that compares what cannot be compared."""
-  if not where:
-    return
-  key = f"{path}.where"
-  for compared in comparisons(parse_condition(where, key)):
-    name = compared.field
-    require(name in data.fields, f"{key}={where!r}: {name!r} is not a field{nearest(name, data.fields)}")
-    field = data.fields[name]
-    require(not field.many, f"{key}={where!r}: {name!r} holds lists; a condition compares single values.")
-    text = any(isinstance(constant, str) for constant in compared.constants)
-    if field.kind == "numeric":
-      require(not text, f"{key}={where!r}: {name!r} is a numeric field; compare it with a number, without quotes.")
-      continue
-    require(
-      field.kind == "vocabulary" and not field.buckets,
-      f"{key}={where!r}: values of {name!r} share codes, so that a condition cannot tell them apart; name a second "
-      f"field of the same column, such as {name}_asked=dict(column={field.column or name!r}, input=False).",
-    )
-    require(
-      compared.operator in ("==", "!=", "in", "not in"),
-      f"{key}={where!r}: {name!r} is a vocabulary field, whose values have no order; compare it by ==, !=, in or not "
-      "in.",
-    )
-
-
-def require_event_type(path: str, source: str, data: Data) -> None:
-  """Raises ConfigError unless `source` names a source, may be a value of a source's column `type`, or is empty."""
-  typed = [n for n, s in data.sources.items() if s.type]
-  if not source or source in data.sources or len(typed) == 1:
-    return
-  name, dot, _ = source.partition(".")
-  several = f"; write SOURCE.TYPE, where SOURCE is one of {', '.join(typed)}" if typed else ""
-  require(
-    bool(dot) and name in typed, f"{path}.source={source!r} is not a source{nearest(source, data.sources)}{several}"
-  )

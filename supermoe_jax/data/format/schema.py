@@ -12,7 +12,7 @@ from supermoe_jax.data.encoding.aggregates import Aggregator
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Vocabulary
 from supermoe_jax.data.tasks import KINDS, TaskKind
 from supermoe_jax.data.tasks.listing import SHOWN_VALUES
-from supermoe_jax.data.tasks.sample_space import Comparison
+from supermoe_jax.data.tasks.sample_space import LabelComparison
 from supermoe_jax.errors import ConfigError
 
 
@@ -80,7 +80,7 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
 
 def make_comparison(
   tasks: Mapping[str, config.LabelledTask], kinds: Mapping[str, TaskKind], name: str
-) -> Comparison | None:
+) -> LabelComparison | None:
   """Returns the sample space of a task, or None; its number is in the units of the compared task's labels.
 
   Args:
@@ -97,9 +97,9 @@ def make_comparison(
   other = kinds[space.task]
   values = other.class_values()
   if values is None:
-    return Comparison(space.task, space.operator, other.encoded(space.value))
+    return LabelComparison(space.task, space.operator, other.encoded(space.value))
   try:
-    return Comparison(*space, np.array([float(v) for v in values], np.float32))
+    return LabelComparison(*space, np.array([float(v) for v in values], np.float32))
   except ValueError:
     raise ConfigError(
       f"config.tasks.{name}.sample_space={tasks[name].sample_space!r}: the classes of {space.task} are not all numbers "

@@ -10,7 +10,7 @@ from supermoe_jax.config.tasks.condition import OPERATORS
 from supermoe_jax.data.tasks.labels import Labels
 
 
-class Comparison(NamedTuple):
+class LabelComparison(NamedTuple):
   """A sample space; its number is in the units of the compared label.
 
   Attributes:

@@ -21,7 +21,7 @@ from supermoe_jax.data.tasks.event_label import EventAnswer, following_events
 from supermoe_jax.data.tasks.future_event import label_future_event
 from supermoe_jax.data.tasks.future_values import label_future_values
 from supermoe_jax.data.tasks.next_event import label_next_event
-from supermoe_jax.data.tasks.sample_space import Comparison, supervision
+from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
 from supermoe_jax.data.tasks.user_label import label_user
 from supermoe_jax.errors import ConfigError
 
@@ -185,7 +185,7 @@ def test_sample_spaces_equal_a_plain_reference(
   samples: list[tuple[bool, bool, float]], operator: str, number: float, outside: float
 ) -> None:
   known, other_known, other = (np.array(x) for x in zip(*samples))
-  inside = Comparison("other", operator, number)(labels.Labels(other.astype(np.float32), other_known))
+  inside = LabelComparison("other", operator, number)(labels.Labels(other.astype(np.float32), other_known))
   delta, omega = supervision(known, inside, (3.0, outside))
   for i, (mine, theirs, value) in enumerate(samples):
     weight = 0.0  # without a label, or with membership unknown
