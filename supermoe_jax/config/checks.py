@@ -284,7 +284,8 @@ def _check_sizes(config: Config) -> None:
   _require(0 <= model.router_jitter < 1, f"config.model.router_jitter={model.router_jitter} must be in [0, 1).")
   _require(train.workers >= 0, f"config.train.workers={train.workers} must not be negative.")
   _require(train.balance_rate >= 0, f"config.train.balance_rate={train.balance_rate} must not be negative.")
-  _require(0 <= model.dropout < 1, f"config.model.dropout={model.dropout} must be in [0, 1).")
+  for key in ("dropout", "value_dropout"):
+    _require(0 <= getattr(model, key) < 1, f"config.model.{key}={getattr(model, key)} must be in [0, 1).")
   _require(
     train.warmup_steps < train.steps,
     f"config.train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}.",

@@ -222,6 +222,7 @@ class Model:
   max_events: int = 256
   time_unit: Literal["seconds", "hours"] = "seconds"  # unit u of log(1 + gap / u) in all encodings of time gaps
   dropout: float = 0.1
+  value_dropout: float = 0.0  # in training each categorical value of an event is absent with this probability
   encoder: Literal["transformer", "gru"] = "transformer"  # gru: `layers` recurrent layers instead of blocks, no experts
   # Input of a task's head. none: the representation z. token: a token for each task and snapshot. mmoe, ple: the layers
   # of these models over z, with experts of their own.

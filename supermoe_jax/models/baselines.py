@@ -161,7 +161,7 @@ class GRUEncoder(nnx.Module):
     self.event_embedding, self.query_embedding = make_embeddings(model, schema, layout, rngs)
     self.cells = nnx.List([nnx.GRUCell(d, d, dtype=dtype, rngs=rngs) for _ in range(model.layers)])
     self.query_mlp = Mlp(d, 2 * d, rngs=rngs)
-    self.dropout = nnx.Dropout(model.dropout)
+    self.dropout, self.value_dropout = nnx.Dropout(model.dropout), model.value_dropout
     self.norm = nnx.RMSNorm(d, rngs=rngs)
     self.experts, self.k = model.experts, model.experts_per_token
 
@@ -171,7 +171,7 @@ class GRUEncoder(nnx.Module):
     def drop(x: jax.Array) -> jax.Array:
       return self.dropout(x, deterministic=rngs is None, rngs=rngs)
 
-    events, queries = embed_rows(self.event_embedding, self.query_embedding, features)
+    events, queries = embed_rows(self.event_embedding, self.query_embedding, features, self.value_dropout, rngs)
     states = sharding.constrain(events, "batch", None, None)
     visible, position = visibility(features.segment, features.query_segment, features.query_events)
     (batch, length), snapshots = features.segment.shape, features.query_segment.shape[1]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from supermoe_jax import config, sharding
-from supermoe_jax.batch import CALENDAR, Features, Schema
+from supermoe_jax.batch import ABSENT, CALENDAR, Features, Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput, Stats
@@ -80,10 +80,22 @@ def make_embeddings(
 
 
 def embed_rows(
-  event_embedding: EventEmbedding, query_embedding: QueryEmbedding, features: Features
+  event_embedding: EventEmbedding,
+  query_embedding: QueryEmbedding,
+  features: Features,
+  value_dropout: float = 0.0,
+  rngs: nnx.Rngs | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the embeddings of a batch: of its events `[B, L, D]` and of its snapshots `[B, S, D]`."""
-  events = event_embedding(features.codes, features.source, features.numeric, features.calendar, features.gap)
+  """Returns the embeddings of a batch: of its events `[B, L, D]` and of its snapshots `[B, S, D]`.
+
+  With `rngs` each categorical value of an event is absent with the probability `value_dropout`. So no event is known by
+  one value alone, and users are not learned by heart by their rare values.
+  """
+  codes = features.codes
+  if rngs is not None and value_dropout:
+    kept = jax.random.bernoulli(rngs.dropout(), 1 - value_dropout, codes.shape)
+    codes = jnp.where(kept, codes, ABSENT)
+  events = event_embedding(codes, features.source, features.numeric, features.calendar, features.gap)
   return events, query_embedding(features.query_calendar, features.query_gap, features.query_aggregates)
 
 
@@ -117,7 +129,7 @@ class Encoder(nnx.Module):
     self.tokens = len(tasks) if model.conditioning == "token" else 0
     self.shuffled = model.task_ids == "shuffled"
     self.event_embedding, self.query_embedding = make_embeddings(model, schema, layout, rngs)
-    self.dropout = nnx.Dropout(model.dropout)
+    self.dropout, self.value_dropout = nnx.Dropout(model.dropout), model.value_dropout
     make = _make_block(model, balance_bias, self.tokens)
     self.stack = Stack(make, model.layers, model.moe_every, remat=model.remat, rngs=rngs)
     self.norm = nnx.RMSNorm(d, rngs=rngs)
@@ -129,7 +141,7 @@ class Encoder(nnx.Module):
 
   def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
     """Encodes a batch; with `rngs`, dropout is on."""
-    events, queries = embed_rows(self.event_embedding, self.query_embedding, features)
+    events, queries = embed_rows(self.event_embedding, self.query_embedding, features, self.value_dropout, rngs)
     (batch, length, d), snapshots = events.shape, queries.shape[1]
     visible, position = visibility(features.segment, features.query_segment, features.query_events)
     x = jnp.concatenate([events, queries], axis=1)
