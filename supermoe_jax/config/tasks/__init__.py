@@ -5,11 +5,12 @@ training row. A new kind is a subclass of `LabelledTask` in `TASK_KINDS`, and a 
 makes its labels.
 """
 
+from supermoe_jax.config.tasks.dated_label import DatedLabel
 from supermoe_jax.config.tasks.kinds import Contrast, EventLabel, FutureEvent, FutureValues, NextEvent, UserLabel
 from supermoe_jax.config.tasks.task import NOT_PREPARED, Answer, LabelledTask, SampleSpace, Task, parse_sample_space
 
 TASK_KINDS: dict[str, type[Task]] = {
-  t.kind: t for t in (NextEvent, EventLabel, FutureEvent, FutureValues, UserLabel, Contrast)
+  t.kind: t for t in (NextEvent, EventLabel, FutureEvent, FutureValues, UserLabel, DatedLabel, Contrast)
 }
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
   "TASK_KINDS",
   "Answer",
   "Contrast",
+  "DatedLabel",
   "EventLabel",
   "FutureEvent",
   "FutureValues",

@@ -10,6 +10,7 @@ from typing import Any
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.tasks.dated_label import DatedLabelKind
 from supermoe_jax.data.tasks.event_label import EventLabelKind
 from supermoe_jax.data.tasks.future_event import FutureEventKind
 from supermoe_jax.data.tasks.future_values import FutureValuesKind
@@ -24,6 +25,7 @@ KINDS: dict[str, type[TaskKind[Any]]] = {
   config.FutureEvent.kind: FutureEventKind,
   config.FutureValues.kind: FutureValuesKind,
   config.UserLabel.kind: UserLabelKind,
+  config.DatedLabel.kind: DatedLabelKind,
 }
 
 
