@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import USERS, Dataset
-from supermoe_jax.data.preparation.dated_labels import dated_tasks, write_dated_labels
+from supermoe_jax.data.preparation.dated_labels import DatedLabels, dated_tasks, write_dated_labels
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.reading import paths, readers
 from supermoe_jax.data.tasks.calendar import Calendar
@@ -43,7 +43,8 @@ class AppendedRows:
     Raises:
       DataError: a table cannot be used, or a file that the dataset has read is different now.
     """
-    self._old = self._new = None  # type: DatedLabels | None
+    self._old: DatedLabels | None = None
+    self._new: DatedLabels | None = None
     self.counts: Mapping[str, Any] | None = None
     self.changed = pa.array([], pa.string())
     cfg, encoders = dataset.config, dataset.encoders.labels
