@@ -53,6 +53,11 @@ class DatedLabel(LabelledTask):
     return self.type
 
   @property
+  def dated_column(self) -> str:
+    """See `Task`."""
+    return self.column
+
+  @property
   def own_files(self) -> tuple[str, ...]:
     """See `Task`."""
     return self.files

@@ -80,6 +80,11 @@ class Task(abc.ABC):
     return ""
 
   @property
+  def dated_column(self) -> str:
+    """Returns the column of a table of dated labels that holds the label; empty where something else holds it."""
+    return ""
+
+  @property
   def own_files(self) -> tuple[str, ...]:
     """Returns the patterns of the files that hold the task's labels and nothing else; empty for most kinds."""
     return ()

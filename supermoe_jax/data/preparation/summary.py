@@ -60,18 +60,16 @@ def dated_rows_text(count: Mapping[str, Any], known: int) -> list[str]:
   """
   rows, few = sum(count["files"].values()), sum(count["placed"].values()) - known
   reasons = {
-    "are unusable (" + ", ".join(f"{r.replace('_', ' ')}: {n:,}" for r, n in count["dropped"].items()) + ")": sum(
-      count["dropped"].values()
-    ),
-    "have no label": count["without_value"],
-    "are of users without events": count["of_users_without_events"],
-    "lie outside the periods of the split": count["outside_periods"],
-    "become known after the period of their time (delay_days)": count["known_too_late"],
-    "have a class that no training row has": count.get("unseen_class", 0),
-    "have too few events before them": few,
+    **{f"dropped ({reason.replace('_', ' ')})": n for reason, n in count["dropped"].items()},
+    "without a value": count["without_value"],
+    "of users without events": count["of_users_without_events"],
+    "outside the periods of the split": count["outside_periods"],
+    "known only after the period of their time (delay_days)": count["known_too_late"],
+    "with a class that no training row has": count.get("unseen_class", 0),
+    "with too few events before them": few,
   }
   said = [f"{n:,} {reason}" for reason, n in reasons.items() if n]
-  lines = [f"of {rows:,} rows {', '.join(said)}; these give no label"] if said else []
+  lines = [f"{sum(reasons.values()):,} of {rows:,} rows give no label: {', '.join(said)}"] if said else []
   if repeated := count["repeated"]:
     lines.append(
       f"{repeated:,} rows repeat the user and time of an earlier row and were left out; at {count['contradicting']:,} "
