@@ -42,7 +42,7 @@ def derive_dated_moments(
   """Returns, for each of the users, the snapshots of dated labels by time (µs), ascending.
 
   Args:
-    con: a connection with the table `events` of `raw_events.load_raw_events`.
+    con: a connection with the tables `events` and `chosen` of `raw_events.load_raw_events` for these users.
     cfg: the dataset's config.
     users: the users.
     until: for each split the end of its period (µs).
@@ -58,7 +58,7 @@ def derive_dated_moments(
   for name, task in tasks.items():
     settled = set()
     for user, time, text in _raw_rows(con, name, task):
-      if user not in found or text is None:
+      if text is None:
         continue
       value, split = _value(task, text), _split_of(cfg.data.split, user, time, until)
       if value is None or split is None:
@@ -74,10 +74,8 @@ def derive_dated_moments(
   return {user: dict(sorted(moments.items())) for user, moments in found.items()}
 
 
-def _raw_rows(
-  con: duckdb.DuckDBPyConnection, name: str, task: config.DatedLabel
-) -> list[tuple[str | None, int, str | None]]:
-  """Returns user, time and label of the rows with a time, in the order of the files."""
+def _raw_rows(con: duckdb.DuckDBPyConnection, name: str, task: config.DatedLabel) -> list[tuple[str, int, str | None]]:
+  """Returns user, time and label of the rows of the chosen users that have a time, in the order of the files."""
   rows = []
   for file in raw_events.raw_files(
     con, task.files, task.format, {task.user, task.time, task.column}, f"config.tasks.{name}"
@@ -88,8 +86,8 @@ def _raw_rows(
     user, label = (value_sql.text_sql(f'e."{a}"', file.columns[wanted[a]]) for a in ("user", "label"))
     with readers.naming(file.path, file.format):
       rows += con.execute(
-        f"SELECT {user}, {time.sql} AS micros, {label} FROM ({file.select(wanted)}) e WHERE micros IS NOT NULL "
-        "ORDER BY e.row"
+        f"SELECT {user} AS who, {time.sql} AS micros, {label} FROM ({file.select(wanted)}) e "
+        'WHERE micros IS NOT NULL AND who IN (SELECT "user" FROM chosen) ORDER BY e.row'
       ).fetchall()
   return rows
 
