@@ -259,6 +259,7 @@ class _Append:
         for name, source in self._cfg.data.sources.items()
       },
       "files": [file for source in log.counts["sources"].values() for file in source["files"]],
+      **({"label_files": self._dated.new_files} if self._dated.counts else {}),
       "changed_item_tables": list(self._changed_items),
       "events": log.counts["events"],
       "repeats_of_earlier_events": self._repeats.total,

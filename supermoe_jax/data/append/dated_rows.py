@@ -26,6 +26,7 @@ class AppendedRows:
   Attributes:
     counts: see `DatedLabels.counts`, after the append; None without such tasks.
     changed: the users whose rows differ, among them users without new events.
+    new_files: the files of labels that the dataset had not read, in order.
   """
 
   def __init__(
@@ -47,6 +48,7 @@ class AppendedRows:
     self._new: DatedLabels | None = None
     self.counts: Mapping[str, Any] | None = None
     self.changed = pa.array([], pa.string())
+    self.new_files: list[str] = []
     cfg, encoders = dataset.config, dataset.encoders.labels
     if not dated_tasks(cfg):
       return
@@ -62,6 +64,8 @@ class AppendedRows:
     )
     assert self._old is not None and self._new is not None
     self.counts = self._new.counts
+    every_file = dict.fromkeys(file for read in self.counts.values() for file in read["files"])
+    self.new_files = [file for file in every_file if file not in dataset.manifest["files"]]
     old, new = (f"SELECT * FROM read_parquet({readers.literal(str(d.file))})" for d in (self._old, self._new))
     differ = f"(({old}) EXCEPT ({new})) UNION ALL (({new}) EXCEPT ({old}))"
     self.changed = log.arrow(f'SELECT DISTINCT "user" FROM ({differ})')["user"].combine_chunks()

@@ -8,6 +8,7 @@ from typing import Any
 from supermoe_jax import config
 
 SHOWN_CLASSES = 5  # number of classes shown for a task
+SHOWN_FILES = 3  # number of new files of dated labels shown after an append
 
 
 def dataset_summary(manifest: Mapping[str, Any]) -> str:
@@ -121,6 +122,9 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
       lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); retrain models for them")
     if values["left_out"]:
       lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
+  if files := last.get("label_files"):
+    shown = ", ".join(files[:SHOWN_FILES]) + (", …" if len(files) > SHOWN_FILES else "")
+    lines.append(f"dated labels were read from {len(files):,} new file{'s' if len(files) > 1 else ''}: {shown}")
   for task, count in manifest.get("dated_labels", {}).items():
     known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
     lines += [f"{task}: {text}" for text in dated_rows_text(count, known)]

@@ -321,6 +321,9 @@ def test_an_append_reads_new_files_of_labels(write: Write, tmp_path: pathlib.Pat
   manifest = append.append(path, {"log": [str(day)]})
   assert manifest["dated_labels"]["risky"]["placed"] == {"train": 1, "validation": 2, "test": 3}
   assert known_risks(path) == {"acc1": [1], "acc2": [1, 0], "acc4": [1], "acc6": [1], "new": [0]}
+  text = summary.append_summary(manifest)
+  assert f"dated labels were read from 1 new file: {tmp_path / 'risk-2.csv'}\n" in text
+  assert "users without new events were rewritten" in text
   check.check_dataset(path)
   (tmp_path / "risk.csv").write_text((tmp_path / "risk.csv").read_text() + "acc1,2024-01-16,0\n")
   other = write("day-2.parquet", {"account": ["new"], "at": [datetime.datetime(2024, 3, 31, 12)], "shop": ["s1"]})
