@@ -5,8 +5,15 @@ training row. A new kind is a subclass of `LabelledTask` in `TASK_KINDS`, and a 
 makes its labels.
 """
 
-from supermoe_jax.config.tasks.dated_label import DatedLabel
-from supermoe_jax.config.tasks.kinds import Contrast, EventLabel, FutureEvent, FutureValues, NextEvent, UserLabel
+from supermoe_jax.config.tasks.kinds import (
+  Contrast,
+  DatedLabel,
+  EventLabel,
+  FutureEvent,
+  FutureValues,
+  NextEvent,
+  UserLabel,
+)
 from supermoe_jax.config.tasks.task import NOT_PREPARED, Answer, LabelledTask, SampleSpace, Task, parse_sample_space
 
 TASK_KINDS: dict[str, type[Task]] = {
