@@ -73,7 +73,8 @@ def dated_rows_text(count: Mapping[str, Any], known: int) -> list[str]:
   lines = [f"{sum(reasons.values()):,} of {rows:,} rows give no label: {', '.join(said)}"] if said else []
   if repeated := count["repeated"]:
     lines.append(
-      f"{repeated:,} rows repeat the user and time of an earlier row and were left out; at {count['contradicting']:,} "
+      f"{repeated:,} row{'s repeat' if repeated > 1 else ' repeats'} the user and time of an earlier row and "
+      f"{'were' if repeated > 1 else 'was'} left out; at {count['contradicting']:,} "
       "of these moments the labels differ, and the first row's label counts"
     )
   return lines
