@@ -30,6 +30,7 @@ from supermoe_jax.config.schema import to_dict as to_dict
 from supermoe_jax.config.tasks import TASK_KINDS as TASK_KINDS
 from supermoe_jax.config.tasks import Answer as Answer
 from supermoe_jax.config.tasks import Contrast as Contrast
+from supermoe_jax.config.tasks import DatedLabel as DatedLabel
 from supermoe_jax.config.tasks import EventLabel as EventLabel
 from supermoe_jax.config.tasks import FutureAmount as FutureAmount
 from supermoe_jax.config.tasks import FutureEvent as FutureEvent

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from supermoe_jax.config.tasks.condition import comparisons, parse_condition
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
+  DatedLabel,
   EventLabel,
   FutureAmount,
   FutureEvent,
@@ -117,6 +118,27 @@ def _(task: UserLabel, path: str, config: Config) -> None:
     bool(task.positive) or task.type != "binary",
     f"{path}.positive is empty: name the values that count as positive, or set type='multiclass' or 'regression'.",
   )
+  require(
+    not task.positive or task.type == "binary", f"{path}.positive has no meaning with type={task.type!r}; remove it."
+  )
+
+
+@check_kind.register(DatedLabel)
+def _(task: DatedLabel, path: str, config: Config) -> None:
+  split = config.data.split
+  require(bool(task.files), f"{path}.files is empty: name the files of the table of dated labels.")
+  for key in ("user", "time", "column"):
+    require(bool(getattr(task, key)), f"{path}.{key} is empty: name the column.")
+  require(
+    task.user != task.time and task.column not in (task.user, task.time),
+    f"{path}: user={task.user!r}, time={task.time!r} and column={task.column!r} must be three columns.",
+  )
+  require(
+    split.mode != "leave_one_out",
+    f"{path}: a dated label needs config.data.split.mode='temporal' or 'user'; leave_one_out has no periods that a "
+    "label's time could lie in.",
+  )
+  require(task.delay_days >= 0, f"{path}.delay_days={task.delay_days} must not be negative.")
   require(
     not task.positive or task.type == "binary", f"{path}.positive has no meaning with type={task.type!r}; remove it."
   )

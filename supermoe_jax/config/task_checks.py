@@ -55,6 +55,11 @@ def _check_sample_space(path: str, name: str, task: LabelledTask, config: Config
     task.about_events == other.about_events and task.answer != "catalogue",
     f"{path}.sample_space: {name} and {space.task} ask at different samples (events, or snapshots).",
   )
+  require(
+    task.asks_at_rows == other.asks_at_rows,
+    f"{path}.sample_space: a dated label is known at the times of its own rows, where no other kind of task has a "
+    f"label, so {name} and {space.task} never have a label at one snapshot; remove it.",
+  )
 
 
 def check_weighting(config: Config) -> None:

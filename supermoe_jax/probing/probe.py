@@ -174,7 +174,7 @@ def _comparisons(
       out.append(comparisons.aggregate_vectors(origin, user, time))
     else:
       out.append(comparisons.untrained_vectors(origin, time, options.protocol.seed))
-  taught = [t.user_column for t in origin.cfg.active_tasks.values() if t.user_column]
+  taught = [c for t in origin.cfg.active_tasks.values() if (c := t.user_column or t.dated_column)]
   if taught and "directory" in judged.about:
     columns = ", ".join(dict.fromkeys(taught))
     return out, [

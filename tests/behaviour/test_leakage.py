@@ -183,7 +183,7 @@ def assert_the_past_is_the_same(one: Dataset, other: Dataset, way: str, cut: int
   assert compared
 
 
-@pytest.mark.parametrize("way", ["gap", "every_events"])
+@pytest.mark.parametrize("way", ["gap", "every_events", "dated"])
 @pytest.mark.parametrize("cut", [0, 1])
 def test_rows_at_or_after_a_snapshot_change_nothing_of_it(
   tmp_path_factory: pytest.TempPathFactory, tmp_path: pathlib.Path, way: str, cut: int

@@ -334,3 +334,14 @@ def test_figures_are_well_formed_and_their_names_are_text():
 )
 def test_numbers(value, text):
   assert drawing.number(value) == text
+
+
+def test_the_rows_of_a_table_of_dated_labels_are_counted(cfg, tmp_path):
+  make_dataset(cfg)
+  file = pathlib.Path(cfg.data.path) / "manifest.json"
+  manifest = json.loads(file.read_text())
+  assert "dated labels" not in written(tmp_path / "run")[0]
+  manifest["dated_labels"] = {"churn": {"files": {"one.csv": 1000, "two.csv": 200}}}
+  file.write_text(json.dumps(manifest))
+  text, _ = written(tmp_path / "run")
+  assert "The table of dated labels of churn has 1,200 rows; 120 of them give a label." in text

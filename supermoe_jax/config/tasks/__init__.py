@@ -7,6 +7,7 @@ makes its labels.
 
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
+  DatedLabel,
   EventLabel,
   FutureAmount,
   FutureEvent,
@@ -17,7 +18,7 @@ from supermoe_jax.config.tasks.kinds import (
 from supermoe_jax.config.tasks.task import NOT_PREPARED, Answer, LabelledTask, Task
 
 TASK_KINDS: dict[str, type[Task]] = {
-  t.kind: t for t in (NextEvent, EventLabel, FutureEvent, FutureValues, FutureAmount, UserLabel, Contrast)
+  t.kind: t for t in (NextEvent, EventLabel, FutureEvent, FutureValues, FutureAmount, UserLabel, DatedLabel, Contrast)
 }
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
   "TASK_KINDS",
   "Answer",
   "Contrast",
+  "DatedLabel",
   "EventLabel",
   "FutureAmount",
   "FutureEvent",

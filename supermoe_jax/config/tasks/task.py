@@ -41,6 +41,7 @@ class Task(abc.ABC):
   has_labels: ClassVar[bool] = True
   asks_at_events: ClassVar[bool] = False  # asks at every event of a training row, not only at snapshots
   about_events: ClassVar[bool] = False  # a snapshot asks about each of several events that follow it
+  asks_at_rows: ClassVar[bool] = False  # asks at snapshots of its own, at the rows of a table of dated labels
 
   weight: float = 1.0  # prior π of the weighting; `static` uses it unchanged
 
@@ -73,6 +74,16 @@ class Task(abc.ABC):
   def user_column(self) -> str:
     """Returns the column of the table of users that holds the label; empty where events hold it."""
     return ""
+
+  @property
+  def dated_column(self) -> str:
+    """Returns the column of a table of dated labels that holds the label; empty where something else holds it."""
+    return ""
+
+  @property
+  def own_files(self) -> tuple[str, ...]:
+    """Returns the patterns of the files that hold the task's labels and nothing else; empty for most kinds."""
+    return ()
 
   @property
   def excludes_seen(self) -> bool:

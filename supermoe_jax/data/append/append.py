@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 from supermoe_jax import atomic_files, config
 from supermoe_jax.config import format_time
 from supermoe_jax.data.append import changed_labels, combined_counts, merge_histories, new_files
+from supermoe_jax.data.append.dated_rows import AppendedRows, dated_file_stamps
 from supermoe_jax.data.append.rewritten_shards import RewrittenShards
 from supermoe_jax.data.dataset.dataset import USERS, Dataset, read_users
 from supermoe_jax.data.encoding import histories
@@ -118,6 +119,7 @@ class _Append:
       merged = list(self._merge(grown, counts))
       extension = merge_histories.extend_encoders(before, grown, counts, cfg.data, keep=self._keep)
       then, now = self._calendars()
+      dated = self._dated = AppendedRows(self._dataset, log, then, now, self._scratch)
       old = RecordMaker(self._dataset.config, before, then)
       new = RecordMaker(cfg, extension.encoders, now)
       covered = merge_histories.CodeCounts(extension.encoders, self._extra_columns)
@@ -136,11 +138,12 @@ class _Append:
             covered.add(earlier, sign=-1)
             if not changed.everyone:
               self._forget(old, earlier, tally)
-          written.add(block, new(block, self._labels(block.users), tally))
+          written.add(block, new(block, self._labels(block.users), tally, dated.after(block.users)))
         touched = len(written.users)
         self._look_at_others(changed, old, new, tally, written)
         appended = self._describe(log, extension, touched, written)
         written.finish(f"appended_{appended['number']}")
+      dated.close()
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
 
   def _merge(self, grown: Encoders, counts: merge_histories.CodeCounts) -> Iterator[pathlib.Path]:
@@ -186,7 +189,7 @@ class _Append:
   def _forget(self, old: RecordMaker, earlier: UserBlock, tally: RecordCounts) -> None:
     """Subtracts the records of earlier histories from the tally."""
     gone = old.new_counts()
-    old.count(earlier, self._labels(earlier.users), gone)
+    old.count(earlier, self._labels(earlier.users), gone, self._dated.before(earlier.users))
     tally.merge(gone.state, sign=-1)
 
   def _times(self) -> tuple[int, int]:
@@ -213,12 +216,15 @@ class _Append:
     written: RewrittenShards,
   ) -> None:
     """Recounts users without new events whose labels may have changed, and rewrites the records that differ."""
-    if not changed.everyone and changed.since is None:
+    if not changed.everyone and changed.since is None and not len(self._dated.changed):
       return
     known = read_users(self._dataset.path)
     left = ~pc.is_in(known["user"], pa.array(written.users, pa.string())).to_numpy()
     if not changed.everyone:
-      left &= known["last_event"].to_numpy() >= changed.since
+      concerned = pc.is_in(known["user"], self._dated.changed).to_numpy()
+      if changed.since is not None:
+        concerned |= known["last_event"].to_numpy() >= changed.since
+      left &= concerned
     places = known["record"].to_numpy()[left]
     bar = ProgressBar(total=len(places), unit=" records", unit_scale=True, desc="checking labels", mininterval=1)
     with bar:
@@ -228,7 +234,7 @@ class _Append:
         block = self._histories(contents)
         if not changed.everyone:
           self._forget(old, block, tally)
-        again = list(new(block, self._labels(block.users), tally))
+        again = list(new(block, self._labels(block.users), tally, self._dated.after(block.users)))
         differ = [i for i, (was, now) in enumerate(zip(contents, again, strict=True)) if was != now]
         if differ:
           differing = histories.end_to_end([block.history(i) for i in differ])
@@ -253,6 +259,7 @@ class _Append:
         for name, source in self._cfg.data.sources.items()
       },
       "files": [file for source in log.counts["sources"].values() for file in source["files"]],
+      **({"label_files": self._dated.new_files} if self._dated.counts else {}),
       "changed_item_tables": list(self._changed_items),
       "events": log.counts["events"],
       "repeats_of_earlier_events": self._repeats.total,
@@ -296,12 +303,13 @@ class _Append:
       encoders,
       self._work / "encoders",
       tally,
-      files={**before["files"], **new_files.new_file_stamps(self._part)},
+      files={**before["files"], **new_files.new_file_stamps(self._part), **dated_file_stamps(cfg)},
       shards=[shard_files.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
       fields=combined_counts.combined_coverage(before["fields"], encoders, covered, log, cfg.data.fields),
       user_table={**before["user_table"], "labelled_users_without_events": len(with_labels) - with_events},
       seconds=clock.monotonic() - self._begun,
       aggregates=before["aggregates"],
+      dated=self._dated.counts,
     )
     manifest["appends"] = [*before.get("appends", ()), dict(appended)]
     shutil.rmtree(self._scratch)

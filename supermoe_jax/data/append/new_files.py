@@ -53,12 +53,23 @@ def append_configs(
     found = {n: paths.file_stamps(patterns) for n, patterns in known.items()}
     new = {n: tuple(f for f in files if paths.file_identity(f) not in read) for n, files in found.items()}
     if not any(new.values()):
+      labels = [f for task in cfg.tasks.values() for f in paths.file_stamps(task.own_files)]
+      if late := [file for file in labels if paths.file_identity(file) not in read]:
+        raise DataError(
+          f"{late[0]} is a new file of dated labels, but no file of events is new; an append of new events reads it "
+          f"too. Until then, prepare {dataset.path} again with --overwrite."
+        )
       raise DataError(
         f"{dataset.path} already holds all files that config.data.sources names; name new files: "
         f"supermoe append --data {dataset.path} {next(iter(known))}=FILE"
       )
   else:
     for name, patterns in files.items():
+      if name in cfg.tasks and cfg.tasks[name].own_files:
+        raise ConfigError(
+          f"{name!r} is no source, but a task about dated labels: put its new files where config.tasks.{name}.files "
+          f"({', '.join(cfg.tasks[name].own_files)}) matches them, and an append of new events reads them."
+        )
       if name not in known:
         raise ConfigError(f"{dataset.path} has no source {name!r}{nearest(name, known)}")
       new[name] = _named(name, patterns)

@@ -20,7 +20,8 @@ from supermoe_jax.data.beam.merged_log import MergedLog
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format import shard_files
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import prepare, write_shards
+from supermoe_jax.data.preparation import dated_labels, prepare, write_shards
+from supermoe_jax.data.preparation.dated_labels import DatedLabels
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.prepare import PreparationPlan
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows
@@ -95,6 +96,7 @@ class Beam:
     """Writes the missing shards; see `prepare.Engine.write`."""
     assert isinstance(log, MergedLog)
     directory, encoders = directory.absolute(), plan.encoder_path.absolute()
+    dated = plan.dated.file.absolute() if plan.dated else None
     settled = list(log.settled)
     count = len(settled)
     done = shard_files.finished_shards(directory, count)
@@ -109,7 +111,7 @@ class Beam:
           pipeline
           | "Parts" >> beam.Create(todo)
           | beam.Reshuffle()
-          | "Write" >> beam.ParDo(_Write(plan.cfg, encoders, plan.times, log.parts, directory))
+          | "Write" >> beam.ParDo(_Write(plan.cfg, encoders, plan.times, log.parts, directory, dated))
         ),
       )
       done = shard_files.finished_shards(directory, count)
@@ -197,10 +199,17 @@ class _Write(beam.DoFn):
   """Beam step that writes a part as a shard of records."""
 
   def __init__(
-    self, cfg: config.Config, encoders: pathlib.Path, times: Calendar | None, parts: PartFolder, directory: pathlib.Path
+    self,
+    cfg: config.Config,
+    encoders: pathlib.Path,
+    times: Calendar | None,
+    parts: PartFolder,
+    directory: pathlib.Path,
+    dated: pathlib.Path | None,
   ):
     self._cfg, self._path, self._times, self._parts, self._directory = cfg, encoders, times, parts, directory
-
+    self._dated_file = dated
+    self._dated: DatedLabels | None = None
     self._maker: RecordMaker | None = None
 
   def process(self, task: tuple[int, str]) -> None:
@@ -210,9 +219,16 @@ class _Write(beam.DoFn):
         self._encoders = Encoders.load(self._path)
         self._labels = prepare.read_user_labels(self._cfg).values
         self._maker = RecordMaker(self._cfg, self._encoders, self._times)
+        if self._dated_file is not None:
+          self._dated = DatedLabels(self._dated_file, list(dated_labels.dated_tasks(self._cfg)))
       with event_parts.open_part(self._cfg.data, self._parts, part) as tables:
         for _, users, rows in tables.shards(self._encoders, 1):
           labels = {task: prepare.of_users(known, users) for task, known in self._labels.items()}
           with self._parts.own_folder() as own:
-            write_shards.write_shard(self._maker, own / name, ShardRows(users, rows, labels))
+            dated = self._dated.of_users(users) if self._dated else None
+            write_shards.write_shard(self._maker, own / name, ShardRows(users, rows, labels, dated))
             shard_files.move_shard(own / name, self._directory)
+
+  def teardown(self) -> None:
+    if self._dated is not None:
+      self._dated.close()

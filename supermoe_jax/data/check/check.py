@@ -21,6 +21,7 @@ from supermoe_jax.batch import FIRST_VALUE, UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.condition_sql import asked_sql
+from supermoe_jax.data.check.dated_moments import derive_dated_moments
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.numeric import Numeric
@@ -54,6 +55,7 @@ class _SampledSnapshot(NamedTuple):
   n_events: int
   split: int
   until: int  # the end of the period that its answers must lie in; unused for a leave-one-out split
+  dated: int  # 1 for the snapshot of a dated label, otherwise 0
 
 
 def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> dict[str, ComparedLabels]:
@@ -93,11 +95,12 @@ class _Check:
     last = raw_events.load_raw_events(con, self._cfg.data, list(records))
     assert last is not None  # the dataset holds events, and its files are unchanged
     until = self._observed_until(last)
+    self._dated = derive_dated_moments(con, self._cfg, list(records), until, dataset.encoders.labels)
     for user, record in records.items():
-      n = len(record["snapshot_time"])
+      n, dated = len(record["snapshot_time"]), self._dated_snapshots(user, record)
       for i in np.sort(rng.choice(n, min(n, SNAPSHOTS_A_USER), replace=False)):
         time, seen, split = (int(record[f"snapshot_{k}"][i]) for k in ("time", "events", "split"))
-        self._asked.append(_SampledSnapshot(user, int(i), time, seen, split, until[split]))
+        self._asked.append(_SampledSnapshot(user, int(i), time, seen, split, until[split], int(i in dated)))
     numbers = [k for k in _SampledSnapshot._fields if k != "user"]
     columns = {k: pa.array([getattr(a, k) for a in self._asked], pa.int64()) for k in numbers}
     columns |= {"user": pa.array([a.user for a in self._asked], pa.string())}
@@ -111,6 +114,19 @@ class _Check:
     self._next = "e.time >= a.time AND e.time < a.until"
     if self._split.mode == "leave_one_out":
       self._next = "e.position = a.n_events AND (a.split > 0 OR e.total < 3 OR e.position < e.total - 2)"
+
+  def _dated_snapshots(self, user: str, record: Mapping[str, Any]) -> set[int]:
+    """Returns the indices of a user's snapshots of dated labels: the last snapshot at the time of each of them."""
+    found = set()
+    for time in self._dated[user]:
+      at = np.flatnonzero(record["snapshot_time"] == time)
+      if not len(at):
+        raise CheckError(
+          f"user {user!r}: {self._dataset.path} has no snapshot at {np.datetime64(time, 'us')}, where the raw files "
+          "hold a dated label. Do not train on it; prepare it again with --overwrite."
+        )
+      found.add(int(at[-1]))
+    return found
 
   def _observed_until(self, last: int) -> tuple[int, int, int]:
     split = self._split
@@ -166,6 +182,8 @@ class _Check:
       if asked.time != time:
         raise self._differ(asked, "its time", asked.time, time)
       allowed = self._splits_at(asked.time) if self._split.mode == "temporal" else [SPLITS[split]]
+      if asked.dated:
+        allowed = [SPLITS[self._dated[asked.user][asked.time].split]]
       if SPLITS[asked.split] not in allowed:
         raise self._differ(asked, "its split", SPLITS[asked.split], " or ".join(allowed) or "none")
 
@@ -230,8 +248,11 @@ class _Check:
       config.FutureValues.kind: self._future_values,
       config.FutureAmount.kind: self._future_amount,
       config.UserLabel.kind: self._user_label,
+      config.DatedLabel.kind: self._dated_label,
     }
-    return derivations[task.kind](name, task, before_appends)
+    found = derivations[task.kind](name, task, before_appends)
+    # The snapshot of a dated label is none of another kind of task.
+    return {i: label for i, label in found.items() if bool(self._asked[i].dated) == task.asks_at_rows}
 
   def _within(self, days: float) -> tuple[str, str]:
     """Returns the SQL of the end of a window, and of whether an event `e` lies in the window of a snapshot `a`."""
@@ -324,6 +345,11 @@ class _Check:
     scale = self._dataset.encoders.labels[name]
     assert isinstance(scale, Numeric)  # `user_table` encodes numbers this way
     return {i: (n - scale.mean) / scale.std for i, _, n in found if n is not None and math.isfinite(n)}
+
+  def _dated_label(self, name: str, task: config.DatedLabel, before_appends: bool) -> dict[int, Any]:
+    del task, before_appends
+    moments = [(i, self._dated[a.user][a.time]) for i, a in enumerate(self._asked) if a.dated]
+    return {i: moment.labels[name] for i, moment in moments if name in moment.labels}
 
   def _values(self, field: str, before_appends: bool = False) -> list[str]:
     encoder = self._dataset.encoders.categorical[field]

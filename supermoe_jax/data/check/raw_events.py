@@ -44,7 +44,7 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
     wanted = {source.user, source.time, *_columns(data, name).values()}
     if items is not None and source.items is not None:
       wanted = wanted - set(items.columns) | {source.items.key}
-    for number, file in enumerate(_opened(con, source.files, source.format, wanted, f"sources.{name}")):
+    for number, file in enumerate(raw_files(con, source.files, source.format, wanted, f"config.data.sources.{name}")):
       query = _usable(con, data, name, file, items is not None)
       with readers.naming(file.path, file.format):
         ((latest,),) = con.execute(f"SELECT max(time) FROM ({query})").fetchall()
@@ -69,17 +69,18 @@ def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, colu
   """Creates the table `users` of all rows: `user`, and the text of each of the columns as `column_0`, …"""
   names = [f"column_{i}" for i in range(len(columns))]
   con.execute(f'CREATE TABLE users ("user" VARCHAR, {", ".join(n + " VARCHAR" for n in names)})')
-  for file in _opened(con, users.files, users.format, [users.user, *columns], "users"):
+  for file in raw_files(con, users.files, users.format, [users.user, *columns], "config.data.users"):
     wanted = {"user": users.user, **dict(zip(names, columns, strict=True))}
     values = [value_sql.text_sql(f"e.{readers.identifier(a)}", file.columns[c]) for a, c in wanted.items()]
     with readers.naming(file.path, file.format):
       con.execute(f"INSERT INTO users SELECT {', '.join(values)} FROM ({file.select(wanted)}) e")
 
 
-def _opened(
+def raw_files(
   con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
 ) -> Iterator[TableFile]:
-  for file in paths.find_files(con, patterns, f"config.data.{key}.files"):
+  """Yields the opened files with rows that the patterns of the config section `key` match."""
+  for file in paths.find_files(con, patterns, f"{key}.files"):
     with contextlib.suppress(EmptyFileError):  # preparation has counted the empty file, or refused it
       yield readers.open_table(con, file.path, format, wanted)
 

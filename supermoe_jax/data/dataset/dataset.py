@@ -361,4 +361,5 @@ def input_files(cfg: config.Config) -> dict[str, list[int]]:
   """Returns the size in bytes and the time of change of every file that the config reads; see `paths.file_stamps`."""
   patterns = [p for s in cfg.data.sources.values() for p in (*s.files, *((s.items.file,) if s.items else ()))]
   patterns += cfg.data.users.files if cfg.data.users else ()
+  patterns += [p for task in cfg.tasks.values() for p in task.own_files]
   return paths.file_stamps(patterns)

@@ -21,6 +21,16 @@ def user_split(user: str, split: config.Split) -> int:
   return VALIDATION if share < split.user_test + split.user_validation else TRAIN
 
 
+def user_split_sql(column: str, split: config.Split) -> str:
+  """Returns the SQL of `user_split` of the user in `column`, by the same hash and arithmetic."""
+  share = f"md5_number_upper({column})::DOUBLE / {2.0**64!r}::DOUBLE"
+  held_out = split.user_test + split.user_validation
+  return (
+    f"CASE WHEN {share} < {split.user_test!r}::DOUBLE THEN {TEST} "
+    f"WHEN {share} < {held_out!r}::DOUBLE THEN {VALIDATION} ELSE {TRAIN} END"
+  )
+
+
 def user_hash(user: str) -> str:
   """Returns the hash that orders users in a dataset, 32 hexadecimal digits; `user_split` uses another hash.
 

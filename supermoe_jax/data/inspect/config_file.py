@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
-from supermoe_jax.data.inspect import column_roles
+from supermoe_jax.data.inspect import column_roles, label_tables
 from supermoe_jax.data.reading import paths, readers
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
@@ -42,6 +42,7 @@ def propose(tables: Sequence[InspectedTable]) -> str:
   """Returns the text of a config file for the tables that hold events; empty if none has a field to predict.
 
   Another table becomes the item table if its key is a field of the events, and the user table if its key is the user.
+  A table of dated labels becomes a task.
   """
   sources = event_tables(tables)
   others = [t for t in tables if t not in sources]
@@ -64,7 +65,13 @@ def propose(tables: Sequence[InspectedTable]) -> str:
   if (bad := sum(_bad_rows(t) for t in [*sources, *items.values()])) > 0:
     data["on_bad_rows"] = "drop"
     comments["data", "on_bad_rows"] = f"up to {bad:,} rows have no user, no time or a number that cannot be read"
-  raw = {"data": data, "tasks": {f"next_{target}": {"kind": "next_event", "field": target}}}
+  tasks: dict[str, Any] = {f"next_{target}": {"kind": "next_event", "field": target}}
+  for table in others if data["split"].get("mode") != "leave_one_out" else []:
+    if (label := label_tables.dated_label(table, tables)) is not None:
+      task = _identifier(label.name if _identifier(label.name) not in tasks else f"{table.name}_{label.name}")
+      tasks[task] = label_tables.dated_task(table, label, _patterns(table.files))
+      comments["tasks", task] = f"{table.name}: labels with times, not events; {label.distinct:,} values"
+  raw = {"data": data, "tasks": tasks}
   docstring = f'"""Events of {", ".join(t.name for t in sources)}, as proposed by `supermoe inspect`."""'
   body = "\n".join(_config_lines(raw, comments, (), "  "))
   return (
@@ -74,8 +81,11 @@ def propose(tables: Sequence[InspectedTable]) -> str:
 
 
 def _is_source(table: InspectedTable, tables: Sequence[InspectedTable]) -> bool:
-  """Returns whether a table holds events. A table with one row a user, such as sign-ups, is rather a user table."""
-  if table.events is None:
+  """Returns whether a table holds events. A table with one row a user, such as sign-ups, is rather a user table.
+
+  A table of dated labels holds no events either.
+  """
+  if table.events is None or label_tables.dated_label(table, tables) is not None:
     return False
   return table.users[0].most > 1 or not any(t.users and t.users[0].most > 1 and t.events for t in tables)
 

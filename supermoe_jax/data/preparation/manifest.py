@@ -66,6 +66,7 @@ def make_manifest(
   user_table: Mapping[str, Any],
   seconds: float,
   aggregates: Mapping[str, Any] | None = None,
+  dated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns the manifest, without the entries that `integrity.write_manifest` adds.
 
@@ -81,6 +82,7 @@ def make_manifest(
     user_table: see `user_table.UserLabels.counts`.
     seconds: the duration of the preparation.
     aggregates: the statistics that standardise aggregates; None for the statistics of the tally.
+    dated: see `DatedLabels.counts`; None if no task has a table of dated labels.
   """
   state = tally.state
   if aggregates is None:
@@ -114,6 +116,7 @@ def make_manifest(
     "users_without_training_events": state["without_training"],
     "users_without_snapshot": state["without_snapshot"],
     "user_table": dict(user_table),
+    **({"dated_labels": dict(dated)} if dated else {}),
     "labels": tally.labels(encoders),
     "aggregates": dict(aggregates),
     "label_rates": tally.label_rates(),

@@ -29,8 +29,9 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import fitting, write_shards
+from supermoe_jax.data.preparation import dated_labels, fitting, write_shards
 from supermoe_jax.data.preparation import manifest as manifest_lib
+from supermoe_jax.data.preparation.dated_labels import DatedLabels
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters
@@ -55,6 +56,7 @@ class PreparationPlan(NamedTuple):
     times: the calendar; None for leave one out.
     maker: the maker of the records.
     user_labels: for each task, the labels of users by id.
+    dated: the rows of tables of dated labels; None if no task has such a table.
   """
 
   cfg: config.Config
@@ -63,6 +65,7 @@ class PreparationPlan(NamedTuple):
   times: Calendar | None
   maker: RecordMaker
   user_labels: Mapping[str, Mapping[str, float]]
+  dated: DatedLabels | None
 
 
 class Engine(Protocol):
@@ -151,14 +154,16 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
   user_labels = read_user_labels(cfg)
   logger.info(f"reading {', '.join(cfg.data.sources)} …")
   with engine.open(cfg, scratch) as log:
-    encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
-    check_answerable(cfg, encoders)
     log_end = calendar.log_end(cfg.data.split, log.end)
     times = (
       None if cfg.data.split.mode == "leave_one_out" else calendar.make_calendar(cfg.data.split, log.start, log_end)
     )
+    dated = dated_labels.write_dated_labels(cfg, log.users, times, scratch / "dated.parquet")
+    label_encoders = {**user_labels.encoders, **(dated.encoders if dated else {})}
+    encoders = _encoders(log, cfg, label_encoders, work / "encoders")
+    check_answerable(cfg, encoders)
     maker = RecordMaker(cfg, encoders, times)
-    plan = PreparationPlan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
+    plan = PreparationPlan(cfg, encoders, work / "encoders", times, maker, user_labels.values, dated)
     (work / shard_files.DIRECTORY).mkdir(parents=True, exist_ok=True)
     written = engine.write(log, plan, work / shard_files.DIRECTORY)
     sizes = [s.users for s in written], sum(s.bytes for s in written)
@@ -170,6 +175,8 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     counts, user_type = dict(log.counts), log.user_type
     first, last = log.start, log.end
     with_events = log.count_users(with_labels)
+    if dated is not None:
+      dated.close()
   shutil.rmtree(scratch)
   shard_files.remove_notes(work / shard_files.DIRECTORY)
   (work / STATE).unlink()
@@ -188,6 +195,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     fields=unseen,
     user_table={**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
     seconds=clock.monotonic() - begun,
+    dated=dated.counts if dated else None,
   )
   return integrity.write_manifest(work, manifest)
 
@@ -244,7 +252,8 @@ class ThisMachine:
     def tasks() -> Iterator[tuple[pathlib.Path, ShardRows]]:
       for index, users, rows in log.shards(plan.encoders, count, done):
         labels = {name: of_users(known, users) for name, known in plan.user_labels.items()}
-        yield directory / shard_files.shard_name(index, count), ShardRows(users, rows, labels)
+        dated = plan.dated.of_users(users) if plan.dated else None
+        yield directory / shard_files.shard_name(index, count), ShardRows(users, rows, labels, dated)
 
     written = {shard.file: shard for shard in done.values()}
     bar = ProgressBar(total=log.counts["events"], unit=" events", unit_scale=True, desc="preparing", mininterval=1)

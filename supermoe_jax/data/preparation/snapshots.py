@@ -13,7 +13,7 @@ from supermoe_jax import config
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.labels import Snapshots
+from supermoe_jax.data.tasks.labels import DatedRows, Snapshots
 
 
 class LeftOut(NamedTuple):
@@ -50,6 +50,26 @@ def user_snapshots(
   if split.mode == "user":
     found = found._replace(split=owner[found.user].astype(np.int32))
   return found, LeftOut(too_early, repeated)
+
+
+def with_dated_rows(
+  found: Snapshots, block: UserBlock, rows: DatedRows, min_events: int
+) -> tuple[Snapshots, np.ndarray, int]:
+  """Returns snapshots with those of dated labels added, the row of each, and how many see too few events.
+
+  A row's snapshot sees the events strictly before the row's time. The snapshots of a user ascend by time; at one moment
+  the row's snapshot comes last.
+
+  Returns: the snapshots; int64 `[S]`, the index of each snapshot's row in `rows`, -1 for none; the number of rows with
+    fewer than `min_events` events before them, which are left out.
+  """
+  seen = block.before(rows.user, rows.time).astype(np.int32)
+  kept = np.flatnonzero(seen >= min_events)
+  added = Snapshots(rows.user[kept], rows.time[kept], seen[kept], rows.split[kept])
+  both = Snapshots(*(np.concatenate(parts) for parts in zip(found, added)))
+  row = np.concatenate([np.full(len(found.time), -1, np.int64), kept])
+  order = np.lexsort((row >= 0, both.time, both.user))
+  return Snapshots(*(part[order] for part in both)), row[order], len(seen) - len(kept)
 
 
 def temporal_snapshots(block: UserBlock, times: Calendar) -> Snapshots:

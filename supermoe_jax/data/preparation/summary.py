@@ -8,6 +8,7 @@ from typing import Any
 from supermoe_jax import config
 
 SHOWN_CLASSES = 5  # number of classes shown for a task
+SHOWN_FILES = 3  # number of new files of dated labels shown after an append
 
 
 def dataset_summary(manifest: Mapping[str, Any]) -> str:
@@ -34,6 +35,9 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
       lines.append(f"  {task}: {unseen:,} users have a class that no training user has; they have no label")
     if dropped := count.get("dropped"):
       lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
+  for task, count in manifest.get("dated_labels", {}).items():
+    known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
+    lines += [f"  {task}: {text}" for text in dated_rows_text(count, known)]
   for name, field in manifest["fields"].items():
     if field["oov_after"]:
       where = "of other users were unseen in training" if by_user else "after the training period were unseen in it"
@@ -48,6 +52,32 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)
+
+
+def dated_rows_text(count: Mapping[str, Any], known: int) -> list[str]:
+  """Returns lines on the rows of a table of dated labels that give none of the `known` labels; none if all rows do.
+
+  `count` is the task's entry of `DatedLabels.counts`.
+  """
+  rows, few = sum(count["files"].values()), sum(count["placed"].values()) - known
+  reasons = {
+    **{f"dropped ({reason.replace('_', ' ')})": n for reason, n in count["dropped"].items()},
+    "without a value": count["without_value"],
+    "of users without events": count["of_users_without_events"],
+    "outside the periods of the split": count["outside_periods"],
+    "known only after the period of their time (delay_days)": count["known_too_late"],
+    "with a class that no training row has": count.get("unseen_class", 0),
+    "with too few events before them": few,
+  }
+  said = [f"{n:,} {reason}" for reason, n in reasons.items() if n]
+  lines = [f"{sum(reasons.values()):,} of {rows:,} rows give no label: {', '.join(said)}"] if said else []
+  if repeated := count["repeated"]:
+    lines.append(
+      f"{repeated:,} row{'s repeat' if repeated > 1 else ' repeats'} the user and time of an earlier row and "
+      f"{'were' if repeated > 1 else 'was'} left out; at {count['contradicting']:,} "
+      "of these moments the labels differ, and the first row's label counts"
+    )
+  return lines
 
 
 def _tasks_about_moments(manifest: Mapping[str, Any]) -> list[str]:
@@ -99,6 +129,12 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
       lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); retrain models for them")
     if values["left_out"]:
       lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
+  if files := last.get("label_files"):
+    shown = ", ".join(files[:SHOWN_FILES]) + (", …" if len(files) > SHOWN_FILES else "")
+    lines.append(f"dated labels were read from {len(files):,} new file{'s' if len(files) > 1 else ''}: {shown}")
+  for task, count in manifest.get("dated_labels", {}).items():
+    known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
+    lines += [f"{task}: {text}" for text in dated_rows_text(count, known)]
   if held > 2 * manifest["users"]:
     lines.append(f"of {held:,} records {held - manifest['users']:,} are out of date; preparing again frees their space")
   lines.append(

@@ -28,7 +28,7 @@ from supermoe_jax.data.preparation import snapshots
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.tasks import bind
 from supermoe_jax.data.tasks.calendar import Calendar
-from supermoe_jax.data.tasks.labels import LabelInputs, Snapshots, TaskLabels
+from supermoe_jax.data.tasks.labels import DatedRows, LabelInputs, Snapshots, TaskLabels, without_labels
 
 SNAPSHOT_NUMBERS = 256  # numbers of labels and aggregates that take the memory of one event
 
@@ -53,7 +53,7 @@ class RecordMaker:
     self._last_use = _last_use(self.tasks, times)
     # Labels and aggregates of all users of a block are computed together: if they are wide, a block needs fewer users.
     labels = sum(task.asked_events * task.asked_values for task in self.tasks.values())
-    width = (labels + self.schema.aggregates) / SNAPSHOT_NUMBERS
+    self._width = width = (labels + self.schema.aggregates) / SNAPSHOT_NUMBERS
     own = times is None or cfg.data.split.snapshots != "calendar"
     self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
 
@@ -61,36 +61,56 @@ class RecordMaker:
     """Returns counts that have counted nothing yet."""
     return RecordCounts(self.schema, self.tasks)
 
-  def __call__(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts) -> Iterator[bytes]:
+  def __call__(
+    self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts, dated: DatedRows | None = None
+  ) -> Iterator[bytes]:
     """Yields the record of each user, in order, and counts the users.
 
-    `user_labels` holds float64 `[U]` of each task about the table of users; NaN where unknown.
+    Args:
+      users: the histories of the users.
+      user_labels: for each task about the table of users, float64 `[U]`; NaN where unknown.
+      tally: the counts that the users are added to.
+      dated: the users' rows of tables of dated labels; None if no task has such a table.
     """
-    for made in self._made(users, user_labels, tally):
+    for made in self._made(users, user_labels, tally, dated):
       yield from records.encode_records(*made, self.parts)
 
-  def count(self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts) -> None:
+  def count(
+    self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts, dated: DatedRows | None = None
+  ) -> None:
     """Counts the users without making their records."""
-    for _ in self._made(users, user_labels, tally):
+    for _ in self._made(users, user_labels, tally, dated):
       pass
 
   def _made(
-    self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts
+    self, users: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts, dated: DatedRows | None
   ) -> Iterator[tuple[UserBlock, Snapshots, dict[str, TaskLabels], np.ndarray]]:
     """Yields some of the users at a time, with their snapshots, labels and splits."""
     done = 0
-    for block in users.halves(self._event, self._user):
+    of_rows = 0.0 if dated is None else self._width * len(dated.time) / max(len(users.users), 1)
+    for block in users.halves(self._event, self._user + of_rows):
       n = len(block.users)
-      yield self._make(block, {name: values[done : done + n] for name, values in user_labels.items()}, tally)
+      of_block = {name: values[done : done + n] for name, values in user_labels.items()}
+      yield self._make(block, of_block, tally, None if dated is None else dated.between(done, done + n))
       done += n
 
   def _make(
-    self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts
+    self, block: UserBlock, user_labels: Mapping[str, np.ndarray], tally: RecordCounts, dated: DatedRows | None
   ) -> tuple[UserBlock, Snapshots, dict[str, TaskLabels], np.ndarray]:
     owner = np.array([user_split(user, self._split) for user in block.users], np.int32)
     found, left_out = snapshots.user_snapshots(self._split, block, self._times, owner)
-    inputs = LabelInputs(block, found, self._times, owner, user_labels)
+    dated_labels: dict[str, np.ndarray] = {}
+    row = np.full(len(found.time), -1, np.int64)
+    if dated is not None:
+      found, row, too_early = snapshots.with_dated_rows(found, block, dated, self._split.min_events)
+      left_out = left_out._replace(too_early=left_out.too_early + too_early)
+      dated_labels = {n: np.append(values, np.nan)[row] for n, values in dated.values.items()}
+    inputs = LabelInputs(block, found, self._times, owner, user_labels, dated_labels)
     labels = {name: kind.label(inputs) for name, kind in self._kinds.items()}
+    if (row >= 0).any():  # the snapshot of a dated label is none of another task
+      labels = {
+        n: of_task if self.tasks[n].asks_at_rows else without_labels(of_task, row >= 0) for n, of_task in labels.items()
+      }
     tally.add(block, found, {n: of_task.labels for n, of_task in labels.items()}, left_out, self._last_use)
     if self._aggregator is not None:
       user, time, n_events, split = found
@@ -107,7 +127,9 @@ def _last_use(tasks: Mapping[str, config.LabelledTask], times: Calendar | None) 
   horizons = [t.horizon for t in tasks.values() if t.horizon is not None]
   # Where all snapshots are the users' own, any event of the log may lie before a snapshot.
   last = times.snapshots[-1] if len(times.snapshots) else times.observed_until[TEST]
-  return int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
+  end = int(last) + int(max(horizons, default=0) * config.MICROSECONDS_PER_DAY)
+  # A dated label may lie at the end of the log.
+  return max(end, times.observed_until[TEST]) if any(t.asks_at_rows for t in tasks.values()) else end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +140,13 @@ class ShardRows:
     users: the ids of U users.
     rows: their sorted events.
     labels: for each user label, float64 `[U]`; NaN where unknown.
+    dated: the users' rows of tables of dated labels; None if no task has such a table.
   """
 
   users: Sequence[str]
   rows: pa.Table
   labels: Mapping[str, np.ndarray]
+  dated: DatedRows | None = None
 
 
 def write_shard(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> Shard:
@@ -130,7 +154,7 @@ def write_shard(maker: RecordMaker, file: pathlib.Path, rows: ShardRows) -> Shar
   tally = maker.new_counts()
   block = read_block(rows.rows, rows.users, maker.n_codes, maker.numbers)
   with writing_shard(file) as out:
-    out.write(maker(block, rows.labels, tally))
+    out.write(maker(block, rows.labels, tally, rows.dated))
   shard = Shard(file.name, out.records, out.bytes, tally.state)
   with replacing_file(note_file(file)) as part:
     part.write_text(json.dumps(dataclasses.asdict(shard)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.tasks.dated_label import DatedLabelKind
 from supermoe_jax.data.tasks.event_label import EventLabelKind
 from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.future_event import FutureEventKind
@@ -26,6 +27,7 @@ KINDS: dict[str, type[TaskKind[Any]]] = {
   config.FutureValues.kind: FutureValuesKind,
   config.FutureAmount.kind: FutureAmountKind,
   config.UserLabel.kind: UserLabelKind,
+  config.DatedLabel.kind: DatedLabelKind,
 }
 
 

@@ -72,6 +72,7 @@ class LabelInputs(NamedTuple):
     times: the calendar; None for leave one out.
     split_of_user: int32 `[U]`, the split of each user.
     user_labels: for each task about the table of users, float64 `[U]`; NaN where unknown.
+    dated_labels: for each task of the kind `dated_label`, float64 `[S]`; NaN where unknown.
   """
 
   block: UserBlock
@@ -79,6 +80,31 @@ class LabelInputs(NamedTuple):
   times: Calendar | None
   split_of_user: np.ndarray
   user_labels: Mapping[str, np.ndarray]
+  dated_labels: Mapping[str, np.ndarray]
+
+
+class DatedRows(NamedTuple):
+  """The rows of all tables of dated labels that belong to a block's users, in the order of users and then of time.
+
+  Rows of several tables at one time of a user are one row here.
+
+  Attributes:
+    user: int64 `[R]`, the index of the user in the block, ascending.
+    time: int64 `[R]`, τ in microseconds since 1970 UTC.
+    split: int32 `[R]`, TRAIN, VALIDATION or TEST.
+    values: for each task of the kind `dated_label`, float64 `[R]`; NaN where it has no row or no label.
+  """
+
+  user: np.ndarray
+  time: np.ndarray
+  split: np.ndarray
+  values: Mapping[str, np.ndarray]
+
+  def between(self, first: int, last: int) -> DatedRows:
+    """Returns the rows of the users `first` … `last - 1`, numbered from 0."""
+    part = slice(*np.searchsorted(self.user, (first, last)))
+    values = {name: value[part] for name, value in self.values.items()}
+    return DatedRows(self.user[part] - first, self.time[part], self.split[part], values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +177,19 @@ def future_window(
   known = end <= np.array(times.observed_until)[snapshots.split]
   stop = block.offsets[snapshots.user] + block.before(snapshots.user, end)
   return first_unseen(block, snapshots), stop, known
+
+
+def without_labels(labels: TaskLabels, where: np.ndarray) -> TaskLabels:
+  """Returns labels that are unknown at the snapshots `where [S]`, and ask about no event there."""
+
+  def cleared(values: np.ndarray, empty: int) -> np.ndarray:
+    values = values.copy()
+    values[where] = empty
+    return values
+
+  of_task, event = labels
+  known = Labels(cleared(of_task.value, 0), cleared(of_task.known, False))
+  return TaskLabels(known, None if event is None else cleared(event, -1))
 
 
 def at_events(labels: Labels, event: np.ndarray) -> Labels:

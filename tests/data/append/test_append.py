@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -22,7 +23,7 @@ from supermoe_jax.data.append import append
 from supermoe_jax.data.check import check
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.vocabulary import Encoders
-from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation import dated_labels, prepare
 from tests.fixtures.grids import quick_few
 from tests.fixtures.random_logs import (
   TEMPORAL,
@@ -106,6 +107,8 @@ def at_once(folder: pathlib.Path, case: Case, way: str, parts: list[Any], encode
   with pytest.MonkeyPatch.context() as patch:
     if encoders is not None:
       patch.setattr(prepare, "_encoders", lambda log, cfg, labels, path: saved(encoders, path))
+      write = dated_labels.write_dated_labels
+      patch.setattr(dated_labels, "write_dated_labels", functools.partial(write, encoders=encoders.labels))
     prepare.prepare(cfg)
   return Dataset(cfg.data.path)
 

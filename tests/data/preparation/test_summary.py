@@ -97,3 +97,31 @@ def test_the_summary_of_an_append_says_what_came() -> None:
   assert kept[1] == "9 events repeat earlier ones and were kept (config.data.duplicates)"
   dropped = counted | {"appends": [repeated], "reading": {"dropped": {"duplicate": 9}}}
   assert "9 events repeat earlier ones and were left out" in summary.append_summary(dropped)
+
+
+def test_rows_of_dated_labels_without_a_label_are_said_by_reason() -> None:
+  count = {
+    "files": {"a.csv": 900, "b.csv": 100},
+    "dropped": {"unparsable_time": 2},
+    "without_value": 0,
+    "of_users_without_events": 900,
+    "outside_periods": 3,
+    "known_too_late": 4,
+    "unseen_class": 0,
+    "repeated": 1,
+    "contradicting": 0,
+    "placed": {"train": 50, "validation": 5, "test": 5},
+  }
+  known = {"train": {"known": 48, "positive": 8}, "test": {"known": 5, "positive": 1}}
+  said = manifest(dated_labels={"risky": count}, labels={"risky": known})
+  assert [line for line in summary.dataset_summary(said).splitlines() if "risky" in line][1:] == [
+    "  risky: 916 of 1,000 rows give no label: 2 dropped (unparsable time), 900 of users without events, 3 outside "
+    "the periods of the split, 4 known only after the period of their time (delay_days), 7 with too few events before "
+    "them",
+    "  risky: 1 row repeats the user and time of an earlier row and was left out; at 0 of these moments the labels "
+    "differ, and the first row's label counts",
+  ]
+  assert summary.dated_rows_text({**count, **dict.fromkeys(REASONS, 0), "dropped": {}, "repeated": 0}, 60) == []
+
+
+REASONS = ("without_value", "of_users_without_events", "outside_periods", "known_too_late", "unseen_class")
