@@ -15,7 +15,7 @@ import pyarrow as pa
 from supermoe_jax import config
 from supermoe_jax.data.dataset import dataset as dataset_lib
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.reading import paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.embeddings import part_files
 from supermoe_jax.errors import ConfigError, DataError
 
@@ -52,6 +52,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
     for table in tables:
       wanted = {"user": table.require(users.user, f"{key}.user")}
       wanted |= {f"c{i}": table.require(name, "--columns") for i, name in enumerate(columns)}
+      field_sql.check_ids(con, table, users.user, f"{key}.user")
       user = value_sql.text_sql('e."user"', table.columns[wanted["user"]])
       values = ", ".join(f"e.c{i} AS {readers.identifier(name)}" for i, name in enumerate(columns))
       parts.append(f'SELECT {user} AS "user", {values} FROM ({table.select(wanted)}) e')

@@ -97,7 +97,7 @@ def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple
     alias, kind = f"e.{field_column(data, name)}", file.columns[column]
     text, field = value_sql.text_sql(alias, kind), data.fields[name]
     if field.many:
-      json = file.format in ("jsonl", "json_object")
+      json = file.format in ("jsonl", "json_object") or bool(column in file.derived and file.derived[column].path)
       values[field_column(data, name)] = value_sql.list_sql(alias, kind, field.separator, json=json)
       continue
     if field.kind != "numeric":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
 from supermoe_jax.data.inspect import column_roles
-from supermoe_jax.data.reading import paths, readers
+from supermoe_jax.data.reading import json_files, paths, readers
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
 
@@ -147,7 +147,7 @@ def _fields(
     taken = {column.name for column in table.columns}
     joined = items[table.name].having("vocabulary", "hash", "numeric") if table.name in items else []
     if table.name in items and items[table.name].format == "json_object":
-      taken.add(readers.KEY)
+      taken.add(json_files.KEY)
     for column, role in [*own, *((c, r) for c, r in joined if c.name not in taken)]:
       name = _identifier(column.name)
       settings = _field(column, role, name)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import joined_tables, paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, sequence_files, value_sql
 from supermoe_jax.data.reading.field_sql import (
   Fault,
   aliased,
@@ -199,6 +199,7 @@ class SourceReader:
     reading = value_sql.time_reading(
       self._con, file, source.time, "e.time", key, unit=source.time_unit, format=source.time_format
     )
+    field_sql.check_ids(self._con, file, source.user, f"{key}.user")
     user_type, time_type = file.columns[source.user], file.columns[source.time]
     values = {
       "user": value_sql.text_sql('e."user"', user_type),
@@ -219,6 +220,7 @@ class SourceReader:
       else:
         own[field] = file.require(column, f"config.data.fields.{field}", items.columns if items else ())
     values |= {self._columns[f]: f"u.{self._columns[f]}" for f in carried(self._data, name, "users")}
+    field_sql.check_categories(self._con, self._data, file, own)
     field_values, field_faults = read_sql(self._data, file, own)
     wanted |= {self._columns[f]: column for f, column in own.items()}
     values |= field_values
@@ -227,6 +229,7 @@ class SourceReader:
     if items:
       assert source.items is not None
       wanted["key"] = file.require(source.items.key, f"{key}.items.key")
+      field_sql.check_ids(self._con, file, source.items.key, f"{key}.items.key")
       join = f"LEFT JOIN {items.table} i ON {value_sql.text_sql('e.key', file.columns[wanted['key']])} = i.key"
     if users:
       join += f" LEFT JOIN {users.table} u ON {values['user']} = u.key"

@@ -33,6 +33,12 @@ def test_a_file_is_not_appended_twice(appendable: config.Config, tmp_path: pathl
     append.append(path, {"visit": [file]})
 
 
+def test_an_appended_id_of_64_bits_keeps_all_ids_integers(appendable: config.Config, tmp_path: pathlib.Path) -> None:
+  path = pathlib.Path(appendable.data.path)
+  manifest = append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 10**18 + 3, ["page0"])]})
+  assert manifest["user_type"] == "integer" and manifest["appends"][0]["new_users"] == 1
+
+
 def test_a_file_is_the_same_by_whatever_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.chdir(tmp_path)
   write_log(tmp_path, users=12)
