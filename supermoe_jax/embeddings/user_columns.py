@@ -40,7 +40,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
   """Writes the columns of the dataset's users, in its order, `rows` a row group; users without a row get nulls.
 
   Raises:
-    DataError: a file or a column is missing, or a user has two rows.
+    DataError: a file or a column is missing, a user has two rows, or the table holds none of the dataset's users.
   """
   users = cfg.data.users
   assert users is not None
@@ -62,6 +62,13 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
       raise DataError(f"{users.user}={twice[0]!r} has several rows in {key}; keep one row a user.")
     source = readers.literal(str(dataset.path / dataset_lib.USERS))
     places = f'SELECT "user", file_row_number AS place FROM read_parquet({source}, file_row_number = true)'
+    if not con.execute(f'SELECT 1 FROM ({places}) SEMI JOIN known USING ("user") LIMIT 1').fetchall():
+      pairs = (f'SELECT "user" FROM {table} LIMIT 3' for table in ("known", f"({places})"))
+      shown = [", ".join(repr(user) for (user,) in con.execute(query).fetchall()) for query in pairs]
+      raise DataError(
+        f"--columns: {key} holds none of the dataset's users: its column {users.user!r} holds {shown[0]}; the dataset "
+        f"holds {shown[1]}. Write the ids of both in the same way."
+      )
     con.execute(
       f'COPY (SELECT known.* EXCLUDE ("user") FROM ({places}) LEFT JOIN known USING ("user") ORDER BY place) '
       f"TO {readers.literal(str(work / FILE))} (FORMAT parquet, ROW_GROUP_SIZE {rows})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import glob
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -128,8 +129,11 @@ def _format_by_ending(file: FilePath) -> str:
 def _patterns(files: Sequence[FilePath]) -> list[str]:
   """Returns the files, or one glob that matches exactly them: a shell may have expanded the glob that was typed."""
   first = files[0]
-  if len(files) > 1 and isinstance(first, pathlib.Path):
-    pattern = f"{glob.escape(str(first.parent))}/*{''.join(first.suffixes)}"
+  local = [file for file in files if isinstance(file, pathlib.Path)]
+  if len(local) == len(files) > 1 and isinstance(first, pathlib.Path) and len({f.is_absolute() for f in local}) == 1:
+    folder = os.path.commonpath([str(file.parent) for file in local]) or "."
+    between = "" if first.parent == pathlib.Path(folder) else "**/"
+    pattern = f"{glob.escape(folder)}/{between}*{''.join(first.suffixes)}"
     if set(paths.glob_files(pattern)) == set(files):
       return [pattern]
   return [str(file) for file in files]

@@ -171,8 +171,8 @@ def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
     stem = files[0].name.partition(".")[0]
     if len(files) > 1:
       stem = re.sub(r"[\d\W_]+$", "", stem)
-    if stem.lower() in ("", "part", "data", "file"):
-      stem = (files[0].absolute() if isinstance(files[0], pathlib.Path) else files[0]).parent.name
+    if stem.lower() in ("", "part", "data", "file") or re.match(r"part-\d", stem):
+      stem = (files[0].absolute() if isinstance(files[0], pathlib.Path) else files[0]).parent.name.partition(".")[0]
     name = re.sub(r"\W+", "_", stem).strip("_").lower() or "events"
     name = name if name.isidentifier() else f"events_{name}"
     if name in names:

@@ -82,6 +82,8 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
   if repeats := last["repeats_of_earlier_events"]:
     dropped = "and were left out" if "duplicate" in reading["dropped"] else "and were kept (config.data.duplicates)"
     lines.append(f"{repeats:,} events repeat earlier ones {dropped}")
+  if empty := last.get("empty_files"):
+    lines.append(f"{len(empty):,} file{'s' if len(empty) > 1 else ''} without a row passed over, such as {empty[0]}")
   for name, files in last["beyond_patterns"].items():
     if files:
       lines.append(

@@ -29,8 +29,10 @@ from supermoe_jax.data.reading.field_sql import (
 )
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.errors import DataError
 from supermoe_jax.progress import ProgressBar
 
+SHOWN_KEYS = 3  # of each side of a join that finds nobody
 FILE_PLACES = 1 << 40  # places in the log that each file has for its rows
 
 
@@ -91,6 +93,12 @@ class Reading:
         counts[key] += missing
     counts["rows_read"] += found.rows
     counts["files"][str(file.table.path)] = found.rows
+
+  def finds_nobody(self, missing: str, *sources: str) -> bool:
+    """Returns whether the sources have usable rows, all of which are counted as `missing`."""
+    counts = [self.sources[name] for name in sources]
+    usable = sum(c["rows_read"] - sum(c["dropped"].values()) for c in counts)
+    return usable > 0 and sum(c[missing] for c in counts) == usable
 
   @property
   def rows(self) -> int:
@@ -170,11 +178,11 @@ class SourceReader:
       self._joined[source] = joined_tables.load_items(self._con, self._data, source)
     return self._joined[source]
 
-  def read(self) -> Reading:
-    """Reads every source.
+  def read(self, *, part: bool = False) -> Reading:
+    """Reads every source. Unless they are `part` of a log, each joined table has to hold a key of the events.
 
     Raises:
-      DataError: a file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
+      DataError: a file, a joined table or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
     """
     files, reading = self.open()
     with ProgressBar(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
@@ -182,7 +190,42 @@ class SourceReader:
         found = self.read_file(file)
         reading.add(file, found)
         bar.update(found.rows)
+    if not part:
+      self.check_joins(files, reading)
     return reading
+
+  def check_joins(self, files: Sequence[SourceFile], reading: Reading) -> None:
+    """Checks that each joined table with a field holds at least one item of its source, or one user of all events.
+
+    Raises:
+      DataError: the keys of a table and of the events have no value in common; the message shows some of both.
+    """
+    having_users = [name for name in reading.sources if carried(self._data, name, "users")]
+    for name, source in self._data.sources.items():
+      items = self._items(name) if name in reading.sources else None
+      if source.items and items and items.fields and reading.finds_nobody("items_missing", name):
+        key = f"config.data.sources.{name}.items.key"
+        self._raise_unjoined(files, name, source.items.key, items, key, source.items.file)
+    if having_users and reading.finds_nobody("users_missing", *having_users):
+      assert self._data.users is not None
+      user, table = self._data.sources[having_users[0]].user, self._data.users.files[0]
+      self._raise_unjoined(files, having_users[0], user, self._users(), "config.data.users.user", table)
+
+  def _raise_unjoined(
+    self, files: Sequence[SourceFile], source: str, column: str, joined: JoinedTable, key: str, table: str
+  ) -> None:
+    """Raises DataError for a table none of whose keys is in the events' column; `key` is its place in the config."""
+    file = next(f.table for f in files if f.source == source)
+    own = value_sql.text_sql("v", file.columns[column])
+    events = f"SELECT DISTINCT {own} AS key FROM ({file.select({'v': column})}) WHERE key IS NOT NULL"
+    shown = []
+    for query in (events, f"SELECT key FROM {joined.table} ORDER BY file, row"):
+      found = self._con.execute(f"{query} LIMIT {SHOWN_KEYS}").fetchall()
+      shown.append(", ".join(repr(value) for (value,) in found) or "no value")
+    raise DataError(
+      f"{key}: the table {table} holds none of the ids in the column {column!r} of the events: {file.path} holds "
+      f"{shown[0]}; the table holds {shown[1]}. Correct the key, or write the ids of both in the same way."
+    )
 
   def read_file(self, source_file: SourceFile) -> FileCounts:
     """Appends a file's rows to `rows` and counts them; the file may have been opened elsewhere.
