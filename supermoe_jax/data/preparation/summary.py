@@ -45,9 +45,23 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
     if cut := field.get("values_cut"):
       many = manifest["config"]["data"]["fields"][name]["many"]
       lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
+  lines += _missing_columns(manifest)
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)
+
+
+def _missing_columns(manifest: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each field and source with files that lack the field's column."""
+  lines = []
+  for name, source in manifest["reading"]["sources"].items():
+    for field, files in source.get("columns_missing", {}).items():
+      rows = sum(source["files"][file] for file in files)
+      lines.append(
+        f"field {field}: absent in {rows:,} of {source['rows_read']:,} rows of {name}, whose "
+        f"{f'{len(files)} files lack' if len(files) > 1 else 'file lacks'} its column, such as {files[0]}"
+      )
+  return lines
 
 
 def _tasks_about_moments(manifest: Mapping[str, Any]) -> list[str]:
@@ -95,6 +109,7 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
       lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); retrain models for them")
     if values["left_out"]:
       lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
+  lines += _missing_columns(manifest)
   if held > 2 * manifest["users"]:
     lines.append(f"of {held:,} records {held - manifest['users']:,} are out of date; preparing again frees their space")
   lines.append(

@@ -64,7 +64,8 @@ def load_user_fields(con: duckdb.DuckDBPyConnection, data: config.Data) -> Joine
   for file in files:
     file.require(users.user, f"{key}.user")
     for name, column in fields.items():
-      file.require(column, f"config.data.fields.{name}")
+      if data.fields[name].missing == "error" or not any(column in f.columns for f in files):
+        file.require(column, f"config.data.fields.{name}")
   return _load(con, data, "users", files, users.user, fields, f"a user ({key})", f"{key}.user")
 
 
@@ -89,13 +90,14 @@ def _load(
   )
   dropped = 0
   for index, file in enumerate(files):
+    own = {field: column for field, column in fields.items() if column in file.columns}
     field_sql.check_ids(con, file, there, key)
-    field_sql.check_categories(con, data, file, fields)
-    values, faults = field_sql.read_sql(data, file, fields)
+    field_sql.check_categories(con, data, file, own)
+    values, faults = field_sql.read_sql(data, file, own)
     faults = [Fault("null_key", there, "key IS NULL"), *faults]
     values["key"] = value_sql.text_sql("e.key", file.columns[there])
-    wanted = {"key": there, **{columns[f]: c for f, c in fields.items()}}
-    kept = "".join(f", {columns[f]}" for f in fields)
+    wanted = {"key": there, **{columns[f]: c for f, c in own.items()}}
+    kept = "".join(f", {columns[f] if f in own else 'NULL'}" for f in fields)
     with readers.naming(file.path, file.format):
       con.execute(
         f"INSERT INTO {table} SELECT {index}, row, {field_sql.fault_sql(faults)}, key{kept} "

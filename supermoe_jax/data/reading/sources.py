@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
@@ -59,12 +59,14 @@ class FileCounts(NamedTuple):
     dropped: reason → the number of unusable rows.
     items_missing: the number of usable rows without a row in the item table.
     users_missing: the number of usable rows without a row in the user table.
+    columns_missing: the fields whose column the file lacks, as `config.Field.missing` allows.
   """
 
   rows: int
   dropped: dict[str, int]
   items_missing: int
   users_missing: int
+  columns_missing: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,10 @@ class Reading:
   """Counts of the rows of all files of a log.
 
   Attributes:
-    sources: source → counts: `rows_read`, by file (`files`) and in all, `dropped` by reason, and `empty_files`. A
-      source with an item table also has `items_missing`, its events without a row there, and `item_rows_dropped`; a
-      source with fields of the user table has `users_missing`.
+    sources: source → counts: `rows_read`, by file (`files`) and in all, `dropped` by reason, `empty_files`, and in
+      `columns_missing` for each field the files that lack its column. A source with an item table also has
+      `items_missing`, its events without a row there, and `item_rows_dropped`; a source with fields of the user table
+      has `users_missing`.
     user_rows_dropped: the number of unusable rows of the user table, if it is joined.
     user_type: the DuckDB type of the user column in the first source's first file.
   """
@@ -91,6 +94,8 @@ class Reading:
     for key, missing in (("items_missing", found.items_missing), ("users_missing", found.users_missing)):
       if key in counts:
         counts[key] += missing
+    for field in found.columns_missing:
+      counts["columns_missing"].setdefault(field, []).append(str(file.table.path))
     counts["rows_read"] += found.rows
     counts["files"][str(file.table.path)] = found.rows
 
@@ -133,26 +138,41 @@ class SourceReader:
     self._joined: dict[str, JoinedTable] = {}
     create_rows(con, data)
 
-  def open(self) -> tuple[list[SourceFile], Reading]:
+  def open(self, *, part: bool = False) -> tuple[list[SourceFile], Reading]:
     """Returns the opened files with rows of every source, in order, and a `Reading` without counted rows.
 
     Raises:
-      DataError: a file, a joined table or a line of a sequence file cannot be used.
+      DataError: a file, a joined table or a line of a sequence file cannot be used, or no file has a field's column,
+        unless they are `part` of a log.
     """
     files: list[SourceFile] = []
     users = self._users() if any(f.table == "users" for f in self._data.fields.values()) else None
     # A source may have no files here: an append reads new files only.
     reading = {name: self._open_source(name, files) for name, source in self._data.sources.items() if source.files}
+    if not part:
+      self._check_columns(files)
     user_type = files[0].table.columns.get(self._data.sources[files[0].source].user, "")
     return files, Reading(
       reading, users.rows_dropped if users else 0, "VARCHAR" if user_type.startswith("ENUM") else user_type
     )
 
+  def _check_columns(self, files: Sequence[SourceFile]) -> None:
+    """Raises DataError if the column of a field that files may lack is in none of the files and tables."""
+    for name, field in self._data.fields.items():
+      carrying = [f for f in files if name in carried(self._data, f.source)] if field.missing == "null" else []
+      found = (name in self._fields_of_items(f.source) or (field.column or name) in f.table.columns for f in carrying)
+      if carrying and not any(found):
+        carrying[-1].table.require(field.column or name, f"config.data.fields.{name}, and no other file has it")
+
+  def _fields_of_items(self, source: str) -> Collection[str]:
+    items = self._items(source)
+    return items.fields if items else ()
+
   def _open_source(self, name: str, files: list[SourceFile]) -> dict[str, Any]:
     """Appends the opened files of a source to `files`, and returns the source's counts, without rows yet."""
     source, key = self._data.sources[name], f"config.data.sources.{name}"
     items = self._items(name)
-    counts: dict[str, Any] = {"rows_read": 0, "dropped": {}, "files": {}, "empty_files": []}
+    counts: dict[str, Any] = {"rows_read": 0, "dropped": {}, "files": {}, "empty_files": [], "columns_missing": {}}
     if items:
       counts |= {"items_missing": 0, "item_rows_dropped": items.rows_dropped}
     if carried(self._data, name, "users"):
@@ -184,7 +204,7 @@ class SourceReader:
     Raises:
       DataError: a file, a joined table or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
     """
-    files, reading = self.open()
+    files, reading = self.open(part=part)
     with ProgressBar(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
       for file in files:
         found = self.read_file(file)
@@ -256,10 +276,12 @@ class SourceReader:
       Fault("null_time", source.time, "raw_time IS NULL"),
       Fault("unparsable_time", source.time, "time IS NULL", "raw_time", "a time"),
     ]
-    own = {}
+    own, absent = {}, []
     for field, column in carried(self._data, name).items():
       if column not in file.columns and items and field in items.fields:
         values[self._columns[field]] = f"i.{self._columns[field]}"
+      elif column not in file.columns and self._data.fields[field].missing == "null":
+        absent.append(field)
       else:
         own[field] = file.require(column, f"config.data.fields.{field}", items.columns if items else ())
     values |= {self._columns[f]: f"u.{self._columns[f]}" for f in carried(self._data, name, "users")}
@@ -282,7 +304,7 @@ class SourceReader:
         f'INSERT INTO rows SELECT "user", time, {index}, {first} + row, {fault_sql(faults)}, no_item, '
         f"no_user_row, {columns} FROM (SELECT e.row, {aliased(values)} FROM ({file.select(wanted)}) e {join})"
       )
-    return self._count(name, file, first, faults, reading)
+    return self._count(name, file, first, faults, reading, absent)
 
   def _stored(self, field: str) -> str:
     """Returns the SQL of a field's value as `rows` holds it."""
@@ -291,7 +313,13 @@ class SourceReader:
     return f"sign({column}) * ln(1 + abs({column}))" if log1p else column
 
   def _count(
-    self, name: str, file: TableFile, first: int, faults: Sequence[Fault], reading: value_sql.TimeReading
+    self,
+    name: str,
+    file: TableFile,
+    first: int,
+    faults: Sequence[Fault],
+    reading: value_sql.TimeReading,
+    absent: list[str],
   ) -> FileCounts:
     """Counts the rows of a file that was just read; raises DataError if one is unusable and may not be dropped."""
     found = self._con.execute(
@@ -309,6 +337,7 @@ class SourceReader:
       {faults[fault - 1].reason: n for fault, n, *_ in bad},
       sum(no_item for *_, no_item, _ in good),
       sum(no_user_row for *_, no_user_row in good),
+      absent,
     )
 
   def _check_guess(self, name: str, file: TableFile, faults: Sequence[Fault], found: Sequence[tuple[Any, ...]]) -> None:
