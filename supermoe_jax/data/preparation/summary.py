@@ -54,7 +54,7 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
 def _missing_columns(manifest: Mapping[str, Any]) -> list[str]:
   """Returns a line for each field and source with files that lack the field's column."""
   lines = []
-  for name, source in manifest["reading"]["sources"].items():
+  for name, source in manifest["reading"].get("sources", {}).items():
     for field, files in source.get("columns_missing", {}).items():
       rows = sum(source["files"][file] for file in files)
       lines.append(

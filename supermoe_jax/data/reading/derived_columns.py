@@ -7,9 +7,10 @@ Preparation reads `sales/day=2024-01-05/part-0.csv` with the column `day`, the s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import urllib.parse
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -99,6 +100,13 @@ def with_types(file: TableFile, types: Mapping[str, str]) -> TableFile:
 
 def _with_column(file: TableFile, name: str, type: str, column: DerivedColumn) -> TableFile:
   return dataclasses.replace(file, columns={**file.columns, name: type}, derived={**file.derived, name: column})
+
+
+def with_lists(file: TableFile, names: Collection[str]) -> TableFile:
+  """Returns a file of RecBole with the columns of these names as lists, whose values a space separates."""
+  for name in names:
+    file = _with_column(file, name, "VARCHAR[]", DerivedColumn("string_split({column}, ' ')", name))
+  return file
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -225,11 +233,12 @@ def _member(type: Any, path: Sequence[str], sql: str) -> tuple[str, str] | None:
 def with_members(con: duckdb.DuckDBPyConnection, file: TableFile) -> TableFile:
   """Returns the file with the members of structs and of JSON objects as columns, in the place of the objects."""
   for name, kind in list(file.columns.items()):
-    members: list[str] = []
+    paths: Iterable[tuple[str, ...]] = ()
     if kind.startswith("STRUCT") and not kind.endswith("]"):
-      members = [".".join(path) for path in _leaves(_type(con, file, name))]
+      paths = _leaves(_type(con, file, name))
     elif kind == JSON_OBJECT:
-      members = _json_members(con, file, name)
+      paths = _json_leaves(con, file, [name])
+    members = [".".join(path) for path in itertools.islice(paths, MOST_MEMBERS + 1)]
     if not members or len(members) > MOST_MEMBERS:
       continue
     for member in members:
@@ -269,12 +278,18 @@ def _json_types(con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence
   return types
 
 
-def _json_members(con: duckdb.DuckDBPyConnection, file: TableFile, name: str) -> list[str]:
-  """Returns the members of the objects of a JSON column that its first values have, in the order of their names."""
+def _json_leaves(con: duckdb.DuckDBPyConnection, file: TableFile, path: Sequence[str]) -> Iterator[tuple[str, ...]]:
+  """Yields the paths of the members of the JSON objects at `path` that are no objects, below it, by their names."""
   records = f"{json_files.records_sql(file.path, file.format)} LIMIT {json_files.SAMPLE_ROWS}"
+  objects = (
+    f"SELECT v FROM (SELECT json_extract(json, {_pointer(path)}) AS v FROM ({records})) WHERE json_type(v) = 'OBJECT'"
+  )
   found = con.execute(
-    "SELECT DISTINCT unnest(json_keys(v)) AS member FROM "
-    f"(SELECT json_extract(json, {_pointer([name])}) AS v FROM ({records})) WHERE json_type(v) = 'OBJECT' "
-    "ORDER BY member"
+    "SELECT member, bool_or(json_type(v, '/' || replace(replace(member, '~', '~0'), '/', '~1')) = 'OBJECT') "
+    f"FROM (SELECT v, unnest(json_keys(v)) AS member FROM ({objects})) GROUP BY member ORDER BY member"
   ).fetchall()
-  return [member for (member,) in found]
+  for member, holds_objects in found[: MOST_MEMBERS + 1]:
+    if holds_objects:
+      yield from ((member, *below) for below in _json_leaves(con, file, [*path, member]))
+    else:
+      yield (member,)

@@ -126,7 +126,8 @@ class TableFile:
   @property
   def _places(self) -> dict[str, int]:
     """Returns the place of each column of the scan."""
-    return {n: i for i, n in enumerate(n for n in self.columns if self._scanned(n) == n)}
+    scanned = dict.fromkeys(map(self._scanned, self.columns))
+    return {name: i for i, name in enumerate(name for name in scanned if name)}
 
   def _sql(self, name: str, scanned: Sequence[str]) -> str:
     """Returns the SQL of a column over the scan of the columns `scanned`."""
@@ -213,8 +214,9 @@ def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, want
     elif format == "json_object":
       file = TableFile(path, format, dict.fromkeys(json_files.attributes(con, path), "VARCHAR"))
     else:
-      names, delimiter = _header(con, path, format)
+      names, delimiter, lists = _header(con, path, format)
       file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter)
+      file = derived_columns.with_lists(file, lists)
     if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
     return derived_columns.with_derived_columns(con, file, wanted)
@@ -251,13 +253,19 @@ def _whole_lines_sql(path: FilePath) -> str:
   )
 
 
-def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str]:
-  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file."""
+def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str, list[str]]:
+  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file.
+
+  Returns: the names, the delimiter, and the names of the columns of an atomic file that hold lists, as `token_seq`.
+  """
   first = _first_line_of(con, path)
   tabs = format == "atomic" or path.name.lower().endswith((".tsv", ".tsv.gz"))
   delimiter = "\t" if tabs else max(DELIMITERS, key=first.count)
+  lists: list[str] = []
   if format == "atomic":
-    names = [name.rpartition(":")[0] or name for name in first.rstrip("\r\n").split(delimiter)]
+    typed = first.rstrip("\r\n").split(delimiter)
+    names = [name.rpartition(":")[0] or name for name in typed]
+    lists = [name for name, whole in zip(names, typed, strict=True) if whole.endswith("_seq") and ":" in whole]
   else:
     names = next(csv.reader([first], delimiter=delimiter), [])
   if not any(names):
@@ -265,7 +273,7 @@ def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tupl
   for name in names:
     if names.count(name) > 1:
       raise DataError(f"{path} names the column {name!r} twice; rename one of them.")
-  return names, delimiter
+  return names, delimiter, lists
 
 
 def _first_line_of(con: duckdb.DuckDBPyConnection, path: FilePath) -> str:
