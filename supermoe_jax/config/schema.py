@@ -34,7 +34,7 @@ class ItemTable:
 class Source:
   """A kind of event: files of one layout. The source's name is the event's type."""
 
-  files: tuple[str, ...] = ()  # paths or globs
+  files: tuple[str, ...] = ()  # paths, globs or folders
   format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
   user: str = "user_id"
   time: str = "timestamp"

@@ -114,7 +114,8 @@ def with_lists(file: TableFile, names: Collection[str]) -> TableFile:
 
 def folder_values(path: remote.FilePath) -> dict[str, str | None]:
   """Returns the columns that folders of a path name, as in `day=2024-01-05`; None for an absent value."""
-  found = re.findall(r"(?:^|[/\\])([^/\\=]+)=([^/\\]*)(?=[/\\])", str(path))
+  text = str(path).partition("?")[0] if isinstance(path, remote.RemoteFile) else str(path)  # of a web address
+  found = re.findall(r"(?:^|[/\\])([^/\\=]+)=([^/\\]*)(?=[/\\])", text)
   return {urllib.parse.unquote(n): None if v == NO_VALUE else urllib.parse.unquote(v) for n, v in found}
 
 

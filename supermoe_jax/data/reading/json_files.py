@@ -46,11 +46,14 @@ def _exact(con: duckdb.DuckDBPyConnection, path: FilePath, keys: list[str]) -> l
   """Returns the keys as they stand in the file: DuckDB renames `Item` to `Item_1` where there is also an `item`."""
   if not renamed(keys):
     return keys
-  found = con.execute(
-    "SELECT key FROM (SELECT unnest(json_keys(json)) AS key, row_number() OVER () AS row "
-    f"FROM ({records_sql(path, 'jsonl')})) GROUP BY key ORDER BY min(row)"
-  ).fetchall()
-  return [key for (key,) in found]
+  found: list[str] = []
+  for limit in (f" LIMIT {SAMPLE_ROWS}", ""):
+    records = f"SELECT json FROM ({records_sql(path, 'jsonl')}){limit}"
+    query = f"SELECT unnest(json_keys(json)) AS key, row_number() OVER () AS row FROM ({records})"
+    found = [key for key, _ in con.execute(f"SELECT key, min(row) FROM ({query}) GROUP BY key ORDER BY 2").fetchall()]
+    if {*keys} <= {*found}:  # each key stands in the file as it is
+      return keys
+  return found
 
 
 def records_sql(path: FilePath, format: str) -> str:
