@@ -200,7 +200,9 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
       if column.holds_lists and column.distinct > 1 and (json or column.type != "VARCHAR"):
         lengths = list_columns.lengths(con, i, column.type, json=json)
         found[i] = list_columns.list_role(lengths) if lengths else found[i]
-      elif column_roles.may_be_lists(found[i]) and (separator := list_columns.separator(con, i, column)):
+      elif column_roles.may_be_lists(found[i]) and (
+        separator := readers.LIST_SEPARATOR if column.name in files[0].lists else list_columns.separator(con, i, column)
+      ):
         lengths = list_columns.lengths(con, i, column.type, separator, json=json)
         found[i] = list_columns.list_role(lengths, separator)
     events = _event_facts(con, columns, time, user) if time and user is not None else None

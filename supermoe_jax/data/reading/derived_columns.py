@@ -102,13 +102,6 @@ def _with_column(file: TableFile, name: str, type: str, column: DerivedColumn) -
   return dataclasses.replace(file, columns={**file.columns, name: type}, derived={**file.derived, name: column})
 
 
-def with_lists(file: TableFile, names: Collection[str]) -> TableFile:
-  """Returns a file of RecBole with the columns of these names as lists, whose values a space separates."""
-  for name in names:
-    file = _with_column(file, name, "VARCHAR[]", DerivedColumn("string_split({column}, ' ')", name))
-  return file
-
-
 # ------------------------------------------------------------------------------------------------------------- folders
 
 

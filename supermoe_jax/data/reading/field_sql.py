@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -13,6 +14,8 @@ from supermoe_jax import config
 from supermoe_jax.data.reading import derived_columns, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 DROP_REMEDY = "set config.data.on_bad_rows='drop' to leave such rows out and count them"
 
@@ -145,6 +148,25 @@ def _first(kind: str) -> str:
   return (found[1] or found[2]) if found else "MEMBER"
 
 
+def _check_sequence(file: TableFile, column: str, name: str, field: config.Field) -> None:
+  """Says that a plain field takes lists for single values, and checks the separator of a field of many.
+
+  Raises:
+    DataError: the field separates the values of RecBole's lists by another sign than a space.
+  """
+  place = f"{file.path}: column {column!r} (config.data.fields.{name})"
+  if not field.many and field.kind != "numeric":
+    logger.info(
+      f"{place} holds lists by its header, and each list is read as one value; set many, the number of values to keep, "
+      f"and separator={readers.LIST_SEPARATOR!r} to read their values"
+    )
+  if field.many and field.separator != readers.LIST_SEPARATOR:
+    raise DataError(
+      f"{place} holds lists by its header, whose values a space separates; set config.data.fields.{name}.separator="
+      f"{readers.LIST_SEPARATOR!r}, or call the column a token in the header if {field.separator!r} separates them."
+    )
+
+
 def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> tuple[dict[str, str], list[Fault]]:
   """Returns the SQL that reads fields (name → column) from a file `e`, and the faults that their values may have.
 
@@ -158,6 +180,8 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
     key = f"config.data.fields.{name}"
     if field.kind != "numeric":
       check_plain(file, column, key, many=field.many > 0)
+    if column in file.lists:
+      _check_sequence(file, column, name, field)
     if field.many:
       json = file.format in readers.JSON_FORMATS or bool(column in file.derived and file.derived[column].path)
       values[alias] = value_sql.list_sql(f"e.{alias}", kind, field.separator, json=json)

@@ -33,6 +33,8 @@ ENDINGS = {
 JSON_FORMATS = ("jsonl", "json_object")  # formats whose lists are read as the text of a JSON array
 DELIMITERS = ",\t;|"  # tried in this order of preference on a CSV file's header
 
+LIST_SEPARATOR = " "  # of lists in RecBole's files
+
 SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}
 SHOWN_TYPE = 200  # characters of a column's type that a message shows
 LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers are 16 times as large
@@ -102,6 +104,8 @@ class TableFile:
     columns: the DuckDB type of each column; VARCHAR for text formats, except for the position in a sequence.
     delimiter: the delimiter of a CSV or atomic file; else empty.
     derived: the columns that the scan of the file does not hold as such.
+    lists: the columns of an atomic file whose header says that they hold lists, as `token_seq` does: text that is
+      separated by `LIST_SEPARATOR`.
   """
 
   path: FilePath
@@ -109,6 +113,7 @@ class TableFile:
   columns: Mapping[str, str]
   delimiter: str = ""
   derived: Mapping[str, DerivedColumn] = dataclasses.field(default_factory=dict)
+  lists: Collection[str] = ()
 
   def select(self, wanted: Mapping[str, str]) -> str:
     """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name)."""
@@ -215,8 +220,7 @@ def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, want
       file = TableFile(path, format, dict.fromkeys(json_files.attributes(con, path), "VARCHAR"))
     else:
       names, delimiter, lists = _header(con, path, format)
-      file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter)
-      file = derived_columns.with_lists(file, lists)
+      file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter, lists=lists)
     if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
     return derived_columns.with_derived_columns(con, file, wanted)

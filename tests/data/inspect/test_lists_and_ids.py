@@ -72,6 +72,7 @@ def test_columns_of_lists_of_recbole_are_fields_of_many(tmp_path, write, propose
   items.write_text("shop:token\tcolours:token_seq\n" + words)
   cfg, _ = proposed(file, items)
   assert {n: f.many for n, f in cfg.data.fields.items()} == {"shop": 0, "genres": 4, "colours": 2}
+  assert cfg.data.fields["genres"].separator == cfg.data.fields["colours"].separator == " "
   (tmp_path / "scratch").mkdir()
   with EventLog(cfg.data, tmp_path / "scratch") as events:
     encoders = fitting.fit_encoders(events, cfg.data).categorical
