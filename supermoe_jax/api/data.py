@@ -80,7 +80,7 @@ def inspect(files: str | os.PathLike[str] | Sequence[str] | Tables, *, format: s
   """Measures event tables and proposes a config; print the result, or pass it to `load_config`.
 
   Args:
-    files: paths or globs, or data frames by name.
+    files: paths, globs or folders, or data frames by name.
     format: the format of the files: parquet, csv, jsonl, …; by default it follows from the ending of a file.
 
   Raises:

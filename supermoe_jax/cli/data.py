@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_data_verbs(verbs: Verbs) -> None:
   """Adds the verbs inspect, prepare, append and check."""
   verb = verbs.add_parser("inspect", help="read event files and propose a config")
-  verb.add_argument("files", nargs="+", help="paths or globs of event files")
+  verb.add_argument("files", nargs="+", help="paths, globs or folders of event files")
   verb.add_argument(
     "--format",
     default="auto",
@@ -44,8 +44,8 @@ def add_data_verbs(verbs: Verbs) -> None:
     "files",
     nargs="*",
     metavar="SOURCE=FILE",
-    help="new files, as paths or globs. A dataset with one source takes FILE alone. Without files the command adds all "
-    "files that match the patterns of the dataset's config and that the dataset does not hold yet",
+    help="new files, as paths, globs or folders. A dataset with one source takes FILE alone. Without files the command "
+    "adds all files that match the patterns of the dataset's config and that the dataset does not hold yet",
   )
   verb.add_argument(
     "--keep-vocabularies", action="store_true", help="keep new values out of vocabulary instead of giving them codes"

@@ -14,6 +14,7 @@ from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Ta
 from supermoe_jax.errors import ConfigError
 
 MICROSECONDS_PER_DAY = 86_400_000_000
+ADDED_LATER = {"added_later": True}  # metadata of a setting that older versions lack: hashes leave out its default
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -38,7 +39,7 @@ class Source:
   `config.resolve` adds one of the column's name.
   """
 
-  files: tuple[str, ...] = ()  # paths or globs
+  files: tuple[str, ...] = ()  # paths, globs or folders
   format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
   user: str = "user_id"
   time: str = "timestamp"
@@ -69,7 +70,7 @@ class Field:
   """
 
   kind: Literal["vocabulary", "hash", "numeric"] = "vocabulary"
-  column: str = ""  # empty: the field's own name
+  column: str = ""  # empty: the field's own name; "props.item": the member `item` of the column `props` of objects
   table: Literal["events", "users"] = "events"  # users: `data.users`; events: a source's files or its item table
   sources: tuple[str, ...] = ()  # empty: every source; in others the field is absent, not out of vocabulary
   size: int = 100_000  # vocabulary: at most this many values, the most frequent in training; hash: buckets
@@ -84,6 +85,8 @@ class Field:
   input: bool = True  # False: read for labels only; the model never sees it
   many: int = 0  # vocabulary, hash: the column holds lists, cut to their first `many` values; 0: single values
   separator: str = "|"  # separates the values of a list where the column is text
+  # null: the field is absent in files that lack the column, and they are counted; error: all have it
+  missing: Literal["error", "null"] = dataclasses.field(default="error", metadata=ADDED_LATER)
 
 
 # Most buckets of one table: codes are int32, and the largest and smallest codes stand for "no row".
@@ -375,18 +378,20 @@ class Config:
 
   def data_identity(self) -> dict[str, Any]:
     """Returns the settings that preparation depends on: data without path and memory, and all tasks' labels."""
-    whole = to_dict(self)
+    return self._data_identity(to_dict(self))
+
+  def _data_identity(self, whole: Mapping[str, Any]) -> dict[str, Any]:
     data = {k: v for k, v in whole["data"].items() if k not in ("path", "memory")}
     tasks = {n: {k: v for k, v in whole["tasks"][n].items() if k not in NOT_PREPARED} for n in self.labelled_tasks}
     return {"data": data, "tasks": tasks}
 
   def data_hash(self) -> str:
-    """Returns a hash that identifies a preparation."""
-    return _hash_text(self.data_identity())
+    """Returns a hash that identifies a preparation; a later version's settings count only if they are set."""
+    return _hash_text(self._data_identity(to_dict(self, later=False)))
 
   def hash(self) -> str:
-    """Returns a hash that identifies the whole configuration."""
-    return _hash_text(to_dict(self))
+    """Returns a hash that identifies the whole configuration; a later version's settings count only if they are set."""
+    return _hash_text(to_dict(self, later=False))
 
 
 def _hash_text(value: Any) -> str:
@@ -416,13 +421,14 @@ def format_time(microseconds: int) -> str:
   return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
 
 
-def to_dict(value: Any) -> Any:
-  """Returns resolved dataclasses as plain dicts, lists and scalars, ready for JSON."""
+def to_dict(value: Any, *, later: bool = True) -> Any:
+  """Returns resolved dataclasses as dicts, lists and scalars; unless `later`, without defaults of `ADDED_LATER`."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    out = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    given = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    out = {f.name: to_dict(v, later=later) for f, v in given if later or f.metadata != ADDED_LATER or v != f.default}
     return {"kind": value.kind, **out} if type(value) in TASK_KINDS.values() else out  # type: ignore[attr-defined]
   if isinstance(value, Mapping):
-    return {k: to_dict(v) for k, v in value.items()}
+    return {k: to_dict(v, later=later) for k, v in value.items()}
   if isinstance(value, (tuple, list)):
-    return [to_dict(v) for v in value]
+    return [to_dict(v, later=later) for v in value]
   return value

@@ -6,6 +6,7 @@ Shapes: n users, D the width of an embedding.
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from supermoe_jax.errors import DataError, nearest
 
 # Most examples in a message.
 NAMED = 5
+
+INT64 = (-(2**63), 2**63 - 1)  # the least and the greatest integer of 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +243,7 @@ class UserFinder:
     """Returns the ids closest to `user` in sorted order."""
     if pa.types.is_integer(self._users.type):
       try:
-        value = int(user)
+        value = min(max(int(user), INT64[0]), INT64[1])
       except ValueError:
         return list(self._users.slice(0, count).to_pylist())
       there = np.asarray(self._users)
@@ -270,7 +273,10 @@ def _as_integers(ids: pa.Array) -> pa.Array:
   if pa.types.is_integer(ids.type):
     return pc.cast(ids, pa.int64())
   text = pc.cast(ids, pa.large_string())
-  return pc.cast(pc.if_else(pc.match_substring_regex(text, r"^[+-]?[0-9]{1,18}$"), text, None), pa.int64())
+  whole = pc.cast(pc.if_else(pc.match_substring_regex(text, r"^[+-]?[0-9]{1,19}$"), text, None), pa.decimal128(19))
+  low, high = (pa.scalar(decimal.Decimal(bound), pa.decimal128(19)) for bound in INT64)
+  fits = pc.and_(pc.greater_equal(whole, low), pc.less_equal(whole, high))
+  return pc.cast(pc.if_else(fits, whole, None), pa.int64())
 
 
 def selection_fingerprint(selection: RowSelection) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from supermoe_jax import config
 from supermoe_jax.data.dataset import dataset as dataset_lib
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.reading import paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.embeddings import part_files
 from supermoe_jax.errors import ConfigError, DataError
 
@@ -40,7 +40,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
   """Writes the columns of the dataset's users, in its order, `rows` a row group; users without a row get nulls.
 
   Raises:
-    DataError: a file or a column is missing, or a user has two rows.
+    DataError: a file or a column is missing, a user has two rows, or the table holds none of the dataset's users.
   """
   users = cfg.data.users
   assert users is not None
@@ -52,6 +52,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
     for table in tables:
       wanted = {"user": table.require(users.user, f"{key}.user")}
       wanted |= {f"c{i}": table.require(name, "--columns") for i, name in enumerate(columns)}
+      field_sql.check_ids(con, table, users.user, f"{key}.user")
       user = value_sql.text_sql('e."user"', table.columns[wanted["user"]])
       values = ", ".join(f"e.c{i} AS {readers.identifier(name)}" for i, name in enumerate(columns))
       parts.append(f'SELECT {user} AS "user", {values} FROM ({table.select(wanted)}) e')
@@ -61,6 +62,13 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
       raise DataError(f"{users.user}={twice[0]!r} has several rows in {key}; keep one row a user.")
     source = readers.literal(str(dataset.path / dataset_lib.USERS))
     places = f'SELECT "user", file_row_number AS place FROM read_parquet({source}, file_row_number = true)'
+    if not con.execute(f'SELECT 1 FROM ({places}) SEMI JOIN known USING ("user") LIMIT 1').fetchall():
+      pairs = (f'SELECT "user" FROM {table} LIMIT 3' for table in ("known", f"({places})"))
+      shown = [", ".join(repr(user) for (user,) in con.execute(query).fetchall()) for query in pairs]
+      raise DataError(
+        f"--columns: {key} holds none of the dataset's users: its column {users.user!r} holds {shown[0]}; the dataset "
+        f"holds {shown[1]}. Write the ids of both in the same way."
+      )
     con.execute(
       f'COPY (SELECT known.* EXCLUDE ("user") FROM ({places}) LEFT JOIN known USING ("user") ORDER BY place) '
       f"TO {readers.literal(str(work / FILE))} (FORMAT parquet, ROW_GROUP_SIZE {rows})"

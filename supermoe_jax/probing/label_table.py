@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 
 from supermoe_jax.config import format_time
-from supermoe_jax.data.reading import readers, value_sql
+from supermoe_jax.data.reading import derived_columns, field_sql, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile, identifier
 from supermoe_jax.errors import DataError, nearest
 
@@ -95,6 +95,7 @@ def read_label_table(
   try:
     file = readers.open_table(con, path, "auto")
     file.require(user, "--user")
+    field_sql.check_ids(con, file, user, "--user")
     if time is not None:
       file.require(time, "--time")
     others = [c for c in file.columns if c not in (user, time)]
@@ -140,7 +141,7 @@ def _read(
   values, texts, not_measured = {}, set(), {}
   for i, name in enumerate(names):
     kind = file.columns[name]
-    if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
+    if kind.endswith("]") or kind.startswith((*derived_columns.OBJECTS, derived_columns.JSON_LIST, "BLOB")):
       not_measured[name] = f"its values are of type {kind}"
       continue
     numbers = value_sql.is_number(kind) or kind == "BOOLEAN"

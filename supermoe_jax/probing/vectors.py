@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ from supermoe_jax.errors import ConfigError, DataError, nearest
 
 USER = "user_id"  # user column of embeddings; tried in a file that lacks the label table's user column
 AS_OF = "as_of"  # time column of embeddings; tried in a file that lacks the label table's time column
+
+# The least whole number that a float may hold in the place of another one, by Arrow's name of the type.
+EXACT = {"halffloat": 2**11, "float": 2**24, "double": 2**53}
+UUID_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +139,28 @@ def _table(file: pathlib.Path, user: str) -> pa.Table:
 
 
 def _users(path: pathlib.Path, column: pa.Array, name: str) -> np.ndarray:
-  """Returns ids as text; writes whole numbers of a floating-point column as integers."""
+  """Returns ids as text, as event files' ids are read: whole floats and decimals as integers, 16 bytes as a UUID.
+
+  Raises:
+    DataError: a user is missing, a float may stand for several ids, or bytes are no text.
+  """
   if column.null_count:
     row = int(np.flatnonzero(pc.is_null(column).to_numpy(zero_copy_only=False))[0])
     raise DataError(f"{path}: row {row + 1} has no user in {name!r}; leave it out.")
+  kind = column.type
+  if pa.types.is_floating(kind) and len(large := column.filter(pc.greater_equal(pc.abs(column), EXACT[str(kind)]))):
+    raise DataError(
+      f"{path}: column {name!r} holds {large[0].as_py():.17g} as {kind}, a type that is exact only for whole numbers "
+      f"below {EXACT[str(kind)]:,}: different ids may have become one. Write the column as integers or as text."
+    )
+  if kind == pa.binary(UUID_BYTES):
+    return np.array([str(uuid.UUID(bytes=value)) for value in column.to_pylist()], object)
   try:
-    column = column.cast(pa.int64()) if pa.types.is_floating(column.type) else column
-    return np.array(column.cast(pa.string()).to_pylist(), object)
+    column = column.cast(pa.int64()) if pa.types.is_floating(kind) else column
+    text = column.cast(pa.string())
+    if pa.types.is_decimal(kind) and kind.scale > 0:
+      text = pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), ".")
+    return np.array(text.to_pylist(), object)
   except pa.ArrowException as error:
     raise DataError(f"{path}: column {name!r} holds no ids of users ({error}).") from None
 

@@ -9,7 +9,7 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, value_sql
+from supermoe_jax.data.reading import derived_columns, field_sql, joined_tables, paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving.json_values import ColumnKind, TimeKind
@@ -25,7 +25,7 @@ def kind_of(type: str, format: str) -> ColumnKind:
   if type.endswith("]"):
     element = kind_of(type[: type.rindex("[")], format)
     return ColumnKind(element.name, element.scale, element.zone, element.json, list=True)
-  if type == "VARCHAR" or type.startswith("ENUM"):
+  if type in ("VARCHAR", derived_columns.JSON_LIST, derived_columns.JSON_OBJECT) or type.startswith("ENUM"):
     return ColumnKind("text", json=format in readers.JSON_FORMATS)
   if type.removeprefix("U") in _WHOLE:
     return ColumnKind("integer")
@@ -153,4 +153,9 @@ class ColumnKinds:
 
 
 def _common(files: Sequence[TableFile], column: str) -> ColumnKind:
-  return common_kind([kind_of(f.columns[column], f.format) for f in files if column in f.columns])
+  kinds = []
+  for file in files:
+    if column in file.columns:
+      from_json = column in file.derived and file.derived[column].path
+      kinds.append(kind_of(file.columns[column], "jsonl" if from_json else file.format))
+  return common_kind(kinds)

@@ -7,7 +7,7 @@ A column has a kind, which follows from its DuckDB type in the event files. The 
     integer     whole number; a string of its digits          5
     float64     number                                        5, if whole and less than 2^53; else 2.5
     float32     number, rounded to float32                    as float64
-    decimal     number; a number in a string                  with the digits that the column has: 5.00
+    decimal     number; a number in a string                  without zeros at the end: 5, 2.5
     boolean     true, false                                   true
     date        ISO 8601 string                               2024-01-05
     timestamp   ISO 8601 string; without an offset it is UTC  2024-01-05 10:00:00.5, with a zone +00 behind it
@@ -187,7 +187,8 @@ def _decimal(value: Any, scale: int) -> str | None:
       with decimal.localcontext(prec=60) as context:
         context.rounding = decimal.ROUND_HALF_UP
         number = decimal.Decimal(repr(value) if isinstance(value, float) else value)
-        return f"{number.quantize(decimal.Decimal(1).scaleb(-scale)) + 0:f}"
+        text = f"{number.quantize(decimal.Decimal(1).scaleb(-scale)) + 0:f}"
+        return text.rstrip("0").rstrip(".") if scale else text
     except (decimal.InvalidOperation, ValueError):
       pass
   raise _wrong(value, f"a number with at most {scale} digits behind the point")

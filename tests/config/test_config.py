@@ -185,6 +185,7 @@ OTHER_DATA = [
   ("data.split.log_end", "2024-07-01"),
   ("data.sources.visits.time_unit", "s"),
   ("data.fields.page.min_count", 2),
+  ("data.fields.page.missing", "null"),
   ("data.fields.device.input", False),
   ("data.fields.seconds.encoding", "standardise"),
   ("data.duplicates", "drop"),
@@ -243,3 +244,11 @@ def test_a_dataset_is_read_whatever_models_its_version_had(cfg: config.Config) -
   raw["model"]["conditioning"], raw["train"]["weighting"]["window"] = "gate", 20
   found = config.resolve_prepared(raw)
   assert found.data_identity() == cfg.data_identity() and found.data.path == cfg.data.path
+
+
+def test_a_setting_that_a_later_version_added_changes_no_hash_at_its_default(raw: dict) -> None:
+  base = config.resolve(raw)
+  same = config.resolve(changed(raw, "data.fields.page.missing", "error"))
+  assert (same.hash(), same.data_hash()) == (base.hash(), base.data_hash())
+  assert "missing" not in config.to_dict(base, later=False)["data"]["fields"]["page"]
+  assert config.to_dict(base)["data"]["fields"]["page"]["missing"] == "error"

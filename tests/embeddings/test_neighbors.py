@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -146,6 +147,14 @@ def test_ids_of_text_are_found_and_mistakes_name_what_comes_near(tmp_path: pathl
   finder = selection_lib.UserFinder(selection_lib.select_rows(folder).users)
   assert finder.one("user-017") == 17
   assert finder.nearest("user-0175") == ["user-017", "user-018", "user-019"]
+
+
+def test_numbers_of_64_bits_are_found_as_text(tmp_path: pathlib.Path) -> None:
+  ids = [10**18 + 7, 2**63 - 1, -(2**63), 5]
+  finder = selection_lib.UserFinder(pa.array(ids, pa.int64()))
+  asked = [*map(str, ids), str(2**63), str(10**19), "+5", "5.0", "x", None]
+  assert finder.rows(pa.array(asked)).tolist() == [0, 1, 2, 3, -1, -1, 3, -1, -1, -1]
+  assert finder.nearest(str(10**30), 1) == [2**63 - 1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Label tables, and embeddings of other systems, in every shape; what cannot be used is named."""
 
+import decimal
+import json
 import pathlib
+import uuid
 from typing import Any
 
 import numpy as np
@@ -179,3 +182,33 @@ def test_a_file_that_is_not_there_or_is_no_parquet_is_an_error(tmp_path: pathlib
   (tmp_path / "empty").mkdir()
   with pytest.raises(DataError, match=r"no manifest\.json of 'supermoe embed', and no Parquet file"):
     vectors.read_vectors("other", tmp_path / "empty")
+
+
+def test_ids_of_users_are_read_alike_in_labels_and_vectors(tmp_path: pathlib.Path) -> None:
+  ids = [uuid.UUID(int=n) for n in (3, 2, 1)]
+  columns = {
+    "decimals": (pa.array([decimal.Decimal(n) for n in (7, 10, 100)], pa.decimal128(38, 10)), ["7", "10", "100"]),
+    "floats": (pa.array([7.0, 10.0, 2.0**53 - 1]), ["7", "10", str(2**53 - 1)]),
+    "uuids": (pa.array([i.bytes for i in ids], pa.binary(16)), [str(i) for i in ids]),
+    "bytes": (pa.array([b"a", "é".encode(), b"c"], pa.binary()), ["a", "é", "c"]),
+  }
+  for name, (users, expected) in columns.items():
+    file = write(tmp_path, {"user_id": users, "x": [0.5, 1.0, 2.0], "flag": [0, 1, 1]}, f"{name}.parquet")
+    assert label_table.read_label_table(file, wanted=["flag"]).users.tolist() == expected
+    assert vectors.read_vectors("other", file).user.tolist() == expected
+
+
+@pytest.mark.parametrize("value", [2.0**53, 1e18])
+def test_ids_that_a_float_cannot_tell_apart_are_an_error(tmp_path: pathlib.Path, value: float) -> None:
+  file = write(tmp_path, {"user_id": [1.0, 2.0, value], "x": [0.5, 1.0, 2.0], "flag": [0, 1, 1]})
+  for read in (label_table.read_label_table, lambda file: vectors.read_vectors("other", file)):
+    with pytest.raises(DataError, match=r"column 'user_id' .*different ids may have become one"):
+      read(file)
+
+
+def test_lists_and_objects_are_no_labels(tmp_path: pathlib.Path) -> None:
+  columns = {"user_id": [1, 2], "tags": [["p"], ["q"]], "props": [{"a": 1}, {"a": 2}], "flag": [0, 1]}
+  (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pa.table(columns).to_pylist()))
+  for file in (write(tmp_path, columns), tmp_path / "table.jsonl"):
+    found = label_table.read_label_table(file)
+    assert [x.name for x in found.labels] == ["flag"] and {*found.not_measured} == {"tags", "props"}

@@ -26,10 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from supermoe_jax import atomic_files, config
+from supermoe_jax import atomic_files
 from supermoe_jax.config import format_time
 from supermoe_jax.data.append import changed_labels, combined_counts, merge_histories, new_files
 from supermoe_jax.data.append.dated_rows import AppendedRows, dated_file_stamps
+from supermoe_jax.data.append.new_files import NewFiles
 from supermoe_jax.data.append.rewritten_shards import RewrittenShards
 from supermoe_jax.data.dataset.dataset import USERS, Dataset, read_users
 from supermoe_jax.data.encoding import histories
@@ -80,10 +81,10 @@ def append(
   try:
     with atomic_files.replacing_directory(path) as work:
       dataset = Dataset(path)  # opened again: from here on no other process can replace it
-      cfg, part = new_files.append_configs(dataset, files, memory)
-      for file in (items := new_files.changed_items(dataset, part)):
+      new = new_files.find_new_files(dataset, files, memory)
+      for file in (items := new_files.changed_items(dataset, new.part)):
         logger.info(f"{file} has changed: new events get its present values, earlier events keep their own")
-      return _Append(dataset, cfg, part, keep_vocabularies, work, items).run()
+      return _Append(dataset, new, keep_vocabularies, work, items).run()
   except (OSError, duckdb.Error) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise DataError(f"appending to {path} failed: {reason}; the dataset is as it was.") from error
@@ -95,19 +96,19 @@ class _Append:
   def __init__(
     self,
     dataset: Dataset,
-    cfg: config.Config,
-    part: config.Data,
+    new: NewFiles,
     keep: bool,
     work: pathlib.Path,
     changed_items: Sequence[str],
   ):
     self._begun = clock.monotonic()
+    cfg = new.cfg
     self._dataset, self._cfg, self._keep, self._changed_items = dataset, cfg, keep, changed_items
     self._work, self._scratch = work, work / "scratch"
     self._scratch.mkdir()
-    self._part, self._extra_columns = part, cfg.data.extra_value_fields
+    self._new_files, self._extra_columns = new, cfg.data.extra_value_fields
     self._user_labels = prepare.read_user_labels(cfg).values
-    self._log = EventLog(part, self._scratch, part=True)
+    self._log = EventLog(new.part, self._scratch, part=True)
     self._repeats, self._new_users = combined_counts.RepeatCounts(cfg.data), 0
 
   def run(self) -> dict[str, Any]:
@@ -260,6 +261,7 @@ class _Append:
       },
       "files": [file for source in log.counts["sources"].values() for file in source["files"]],
       **({"label_files": self._dated.new_files} if self._dated.counts else {}),
+      "empty_files": [file for of in self._new_files.empty.values() for file in of],
       "changed_item_tables": list(self._changed_items),
       "events": log.counts["events"],
       "repeats_of_earlier_events": self._repeats.total,
@@ -293,6 +295,8 @@ class _Append:
     counts = combined_counts.combined_reading(
       before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop"
     )
+    for name, files in self._new_files.empty.items():
+      counts["sources"][name]["empty_files"] += files
     counts |= {"first": format_time(first), "last": format_time(last)}
     with_labels = set().union(*self._user_labels.values())
     users = read_users(self._work, ["user"])["user"]
@@ -303,7 +307,11 @@ class _Append:
       encoders,
       self._work / "encoders",
       tally,
-      files={**before["files"], **new_files.new_file_stamps(self._part), **dated_file_stamps(cfg)},
+      files={
+        **before["files"],
+        **new_files.new_file_stamps(self._dataset, self._new_files),
+        **dated_file_stamps(cfg),
+      },
       shards=[shard_files.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
       fields=combined_counts.combined_coverage(before["fields"], encoders, covered, log, cfg.data.fields),
       user_table={**before["user_table"], "labelled_users_without_events": len(with_labels) - with_events},

@@ -73,8 +73,10 @@ def combined_reading(
       merged["rows_kept"] -= repeats.by_source[name]
     merged["dropped"] = _summed(source["dropped"], more.get("dropped", {}))
     merged["files"] = {**source["files"], **more.get("files", {})}
+    lacking, now = source.get("columns_missing", {}), more.get("columns_missing", {})
+    merged["columns_missing"] = {f: [*lacking.get(f, []), *now.get(f, [])] for f in {**lacking, **now}}
     merged["empty_files"] = [*source["empty_files"], *more.get("empty_files", [])]
-    out["sources"][name] = {key: merged[key] for key in source}
+    out["sources"][name] = {key: merged[key] for key in (*source, *({"columns_missing"} - source.keys()))}
   return out
 
 

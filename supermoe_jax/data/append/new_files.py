@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.reading import paths, readers
+from supermoe_jax.data.reading.paths import FoundFile
 from supermoe_jax.errors import ConfigError, DataError, nearest
 
 
@@ -32,10 +34,22 @@ def named_files(path: pathlib.Path, arguments: Sequence[str]) -> dict[str, list[
   return out
 
 
-def append_configs(
-  dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str
-) -> tuple[config.Config, config.Data]:
-  """Returns the dataset's config including the new files, and a data section with the new files alone.
+class NewFiles(NamedTuple):
+  """The files that an append reads.
+
+  Attributes:
+    cfg: the dataset's config including the new files.
+    part: a data section with the new files alone.
+    empty: source → the new files without a row that globs found; they are passed over.
+  """
+
+  cfg: config.Config
+  part: config.Data
+  empty: dict[str, list[str]]
+
+
+def find_new_files(dataset: Dataset, files: Mapping[str, Sequence[str]] | None, memory: str) -> NewFiles:
+  """Finds the files to append, and makes the configs that read them.
 
   Args:
     dataset: the dataset to append to.
@@ -43,16 +57,19 @@ def append_configs(
     memory: DuckDB's memory budget for the new files; empty: the budget of the dataset's config.
 
   Raises:
-    DataError: a name matches no file or a file that was read before, no file is new, or the user table has changed.
+    DataError: a name matches no file or a file that was read before, no file is new, a named file or all files are
+      empty, or the user table has changed.
     ConfigError: the dataset has no such source, or the source's format (sequences) holds whole users.
   """
   cfg, read = dataset.config, {paths.file_identity(file) for file in dataset.manifest["files"]}
   known = {name: source.files for name, source in cfg.data.sources.items()}
   new: dict[str, tuple[str, ...]] = {}
+  empty: dict[str, list[str]] = {}
   if files is None:
-    found = {n: paths.file_stamps(patterns) for n, patterns in known.items()}
-    new = {n: tuple(f for f in files if paths.file_identity(f) not in read) for n, files in found.items()}
-    if not any(new.values()):
+    for name, source in cfg.data.sources.items():
+      found = [f for f in _found(name, source.files) if paths.file_identity(str(f.path)) not in read]
+      new[name], empty[name] = _with_rows(source, found)
+    if not any(new.values()) and not any(empty.values()):
       labels = [f for task in cfg.tasks.values() for f in paths.file_stamps(task.own_files)]
       if late := [file for file in labels if paths.file_identity(file) not in read]:
         raise DataError(
@@ -72,12 +89,15 @@ def append_configs(
         )
       if name not in known:
         raise ConfigError(f"{dataset.path} has no source {name!r}{nearest(name, known)}")
-      new[name] = _named(name, patterns)
+      new[name], empty[name] = _with_rows(cfg.data.sources[name], _found(name, patterns))
       for file in new[name]:
         if paths.file_identity(file) in read:
           raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
-    if not any(new.values()):
+    if not any(new.values()) and not any(empty.values()):
       raise DataError(f"no file to append to {dataset.path} is named; name at least one.")
+  if not any(new.values()):
+    without = [file for of in empty.values() for file in of]
+    raise DataError(f"none of the {len(without)} new files holds a row; the first is {without[0]}.")
   for name, source in cfg.data.sources.items():
     if new.get(name) and source.format == "sequences":
       raise ConfigError(f"source {name!r}: a file of sequences holds whole users and cannot be appended.")
@@ -92,18 +112,40 @@ def append_configs(
   further = {n: tuple(f for f in files if paths.file_identity(f) not in matched[n]) for n, files in new.items()}
   listed = {n: (*patterns, *further.get(n, ())) for n, patterns in known.items()}
   whole = dataclasses.replace(cfg, data=having(listed, cfg.data.memory))
-  return whole, having(new, memory or cfg.data.memory)
+  return NewFiles(whole, having(new, memory or cfg.data.memory), empty)
 
 
-def _named(source: str, patterns: Sequence[str]) -> tuple[str, ...]:
-  """Returns the files that paths or globs name, in their order.
+def _found(source: str, patterns: Sequence[str]) -> list[FoundFile]:
+  """Returns the files that paths, globs or folders name, in their order.
 
   Raises:
     DataError: a path or glob names no file, or two name the same file.
   """
   con = readers.connect()
   try:
-    return tuple(str(file.path) for file in paths.find_files(con, patterns, f"source {source!r}"))
+    return paths.find_files(con, patterns, f"source {source!r}")
+  finally:
+    con.close()
+
+
+def _with_rows(source: config.Source, files: Sequence[FoundFile]) -> tuple[tuple[str, ...], list[str]]:
+  """Returns the paths of files with rows, and those of files without a row that globs found.
+
+  Raises:
+    DataError: a file cannot be opened, or a file that was named is empty.
+  """
+  con = readers.connect()
+  try:
+    empty = []
+    for file in files:
+      paths.make_readable(con, file.path, str(file.path))
+      try:
+        readers.open_table(con, file.path, source.format, {source.user})
+      except readers.EmptyFileError as error:
+        if not file.may_be_empty:
+          raise DataError(f"{error} Leave it out.") from None
+        empty.append(str(file.path))
+    return tuple(str(file.path) for file in files if str(file.path) not in empty), empty
   finally:
     con.close()
 
@@ -117,9 +159,15 @@ def _check_users_table(dataset: Dataset) -> None:
         raise DataError(f"{file}: the table of users has changed; prepare {dataset.path} again with --overwrite.")
 
 
-def new_file_stamps(part: config.Data) -> dict[str, list[int]]:
-  """Returns the stamps of the new files and of the tables that their events are joined to; see `paths.file_stamps`."""
+def new_file_stamps(dataset: Dataset, new: NewFiles) -> dict[str, list[int]]:
+  """Returns the stamps of the new files and of the tables that their events are joined to; see `paths.file_stamps`.
+
+  An empty file is among them only if the dataset's own patterns match it: these are the files that `train` compares.
+  """
+  part = new.part
   patterns = [p for s in part.sources.values() for p in s.files]
+  own = {paths.file_identity(f) for s in dataset.config.data.sources.values() for f in paths.file_stamps(s.files)}
+  patterns += [f for files in new.empty.values() for f in files if paths.file_identity(f) in own]
   return paths.file_stamps([*patterns, *_item_tables(part), *(part.users.files if part.users else ())])
 
 

@@ -40,12 +40,14 @@ class MergedLog(LogDatabase):
 
   def _read(self) -> tuple[Reading, LogStatistics]:
     self.parts.clear()
-    files, reading = SourceReader(self._con, self.data).open()
+    reader = SourceReader(self._con, self.data)
+    files, reading = reader.open()
     self._read_files(files, count_parts(self.data))
     for file in files:
       if not self.parts.found(file).is_file():
         raise missing_file(self.parts.folder)
       reading.add(file, self.parts.counts(file))
+    reader.check_joins(files, reading)
     settled = self.settled
     facts = LogStatistics.merge(list(settled.values()), self.data)
     left_out = facts.duplicates if self.data.duplicates == "drop" else 0

@@ -45,7 +45,7 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
     if items is not None and source.items is not None:
       wanted = wanted - set(items.columns) | {source.items.key}
     for number, file in enumerate(raw_files(con, source.files, source.format, wanted, f"config.data.sources.{name}")):
-      query = _usable(con, data, name, file, items is not None)
+      query = _usable(con, data, name, file, items.columns if items else None)
       with readers.naming(file.path, file.format):
         ((latest,),) = con.execute(f"SELECT max(time) FROM ({query})").fetchall()
         con.execute(
@@ -98,7 +98,7 @@ def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple
     alias, kind = f"e.{field_column(data, name)}", file.columns[column]
     text, field = value_sql.text_sql(alias, kind), data.fields[name]
     if field.many:
-      json = file.format in ("jsonl", "json_object")
+      json = file.format in ("jsonl", "json_object") or bool(column in file.derived and file.derived[column].path)
       values[field_column(data, name)] = value_sql.list_sql(alias, kind, field.separator, json=json)
       continue
     if field.kind != "numeric":
@@ -114,7 +114,9 @@ def _items_table(data: config.Data, name: str) -> str:
   return f"items_{list(data.sources).index(name)}"
 
 
-def _usable(con: duckdb.DuckDBPyConnection, data: config.Data, name: str, file: TableFile, items: bool) -> str:
+def _usable(
+  con: duckdb.DuckDBPyConnection, data: config.Data, name: str, file: TableFile, items: Collection[str] | None
+) -> str:
   """Returns a query of the usable rows of a file: `row`, `user`, `time` and every field."""
   source, key = data.sources[name], f"config.data.sources.{name}"
   reading = value_sql.time_reading(
@@ -125,9 +127,9 @@ def _usable(con: duckdb.DuckDBPyConnection, data: config.Data, name: str, file: 
   values, bad = _values(data, file, own)
   wanted = {"user": source.user, "time": source.time, **{field_column(data, n): c for n, c in own.items()}}
   join = ""
-  if items and source.items is not None:
+  if items is not None and source.items is not None:
     wanted["key"] = source.items.key
-    values |= {field_column(data, n): f"i.{field_column(data, n)}" for n in of_item}
+    values |= {field_column(data, n): f"i.{field_column(data, n)}" for n, c in of_item.items() if c in items}
     join = (
       f"LEFT JOIN {_items_table(data, name)} i ON {value_sql.text_sql('e.key', file.columns[source.items.key])} = i.key"
     )

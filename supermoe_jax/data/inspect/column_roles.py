@@ -17,8 +17,7 @@ VOCABULARY_LIMIT = 100_000  # values beyond which a field is hashed
 FEW_VALUES = 20  # distinct numbers up to which a column is categorical, such as ratings
 MOSTLY = 0.95  # the share of values that makes a column numeric or a time; the other values are then bad
 LONG_TEXT = 60  # characters on average
-MANY = 8  # the most values of a list to keep
-WHOLE_LISTS = 0.95  # the share of lists to keep whole, as far as `MANY` allows
+LONG, DIFFERENT = "long text", "a different value in each row"  # reasons to leave out a column
 SKEW = 10  # log1p is proposed above this ratio of the largest value to the mean
 
 USER_WORDS = (
@@ -32,6 +31,12 @@ ITEM_WORDS = (
 ID_WORDS = (
   *("id", "code", "class", "group", "store", "shop", "upc", "brand", "department", "campaign", "zip", "key", "status"),
 )
+NUMBERED = ("no", "nr", "num", "number", "ref", "reference", "uuid", "guid")  # endings of names of ids
+# Names of records, which have numbers; `orders` and `order_value` are quantities.
+RECORD = re.compile(
+  "(invoice|order|transaction|receipt|ticket|basket|cart|booking|purchase|visit)(id|no|nr|num|number|key|ref)?"
+)
+LARGE_ID = 10_000  # ids that run on, such as of invoices, have at least this many before them
 LABEL_WORDS = (
   *("label", "target", "outcome", "click", "convert", "conversion", "purchased", "bought", "churn", "like", "fraud"),
   *("default", "returned", "refund", "rating", "cancel", "subscribed"),
@@ -61,6 +66,8 @@ class ColumnStatistics:
     size: the mean of the numbers' absolute values.
     whole: whether all numbers are whole.
     iso_times: the number of values of a text column that are ISO 8601 times.
+    codes: the number of values of a text column that are a code: digits with letters before or behind them, as in
+      C489435, or with zeros before them.
     length: the mean number of characters.
     sample: the distinct values among the first rows, in order.
   """
@@ -76,6 +83,7 @@ class ColumnStatistics:
   size: float | None = None
   whole: bool = False
   iso_times: int = 0
+  codes: int = 0
   length: float = 0.0
   sample: tuple[str, ...] = ()
 
@@ -138,14 +146,9 @@ def sequence_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole]
   return names.index("position"), ColumnRole("time", "the place in the sequence", {"time_unit": "s"})
 
 
-def list_role(lengths: Mapping[int, int]) -> ColumnRole:
-  """Returns the role of a column of lists; `lengths` maps each length, from 1 in order, to its number of lists."""
-  reached = itertools.accumulate(lengths.values())
-  usual = next(k for k, n in zip(lengths, reached, strict=True) if n >= WHOLE_LISTS * sum(lengths.values()))
-  many, longest = min(usual, MANY), max(lengths)
-  kept = sum(min(k, many) * n for k, n in lengths.items()) / sum(k * n for k, n in lengths.items())
-  note = f"many={many} keeps {kept:.1%} of their values"
-  return ColumnRole("vocabulary", f"lists of up to {longest:,} values", {"many": many}, note)
+def may_be_lists(role: ColumnRole) -> bool:
+  """Returns whether a column of this role may rather hold lists in text."""
+  return role.kind in ("vocabulary", "hash") or role.reason in (LONG, DIFFERENT)
 
 
 def choose_time(columns: Sequence[ColumnStatistics]) -> tuple[int, ColumnRole] | None:
@@ -218,7 +221,12 @@ def _may_be_id(column: ColumnStatistics) -> bool:
 
 
 def _nested(column: ColumnStatistics) -> bool:
-  return column.type.endswith("]") or column.type.startswith(("STRUCT", "MAP", "UNION", "BLOB"))
+  objects = column.type == "VARCHAR" and bool(column.sample) and all(_is_object(v) for v in column.sample)
+  return objects or column.type.endswith("]") or column.type.startswith(("STRUCT", "MAP", "UNION", "BLOB"))
+
+
+def _is_object(value: str) -> bool:
+  return value.startswith("{") and value.endswith("}")
 
 
 def field_role(column: ColumnStatistics, *, timed: bool = True, one_user_each: bool = False) -> ColumnRole:
@@ -245,25 +253,51 @@ def field_role(column: ColumnStatistics, *, timed: bool = True, one_user_each: b
     skewed = max(abs(column.high), abs(column.low)) > SKEW * column.size
     bad = f", except {column.present - column.numbers:,} values" if column.numbers < column.present else ""
     return ColumnRole("numeric", ("skewed" if skewed else "a quantity") + bad, {"encoding": "log1p"} if skewed else {})
-  if column.rows > FEW_VALUES and column.distinct >= MOSTLY * column.present:
-    return ColumnRole("ignore", "a different value in each row")
+  if _differs_in_each_row(column):
+    return ColumnRole("ignore", DIFFERENT)
   if one_user_each:
     return ColumnRole("ignore", "each value belongs to one user: it identifies users")
   if column.length > LONG_TEXT:
-    return ColumnRole("ignore", "long text")
+    return ColumnRole("ignore", LONG)
   if column.distinct > VOCABULARY_LIMIT:
     return ColumnRole(
       "hash", f"more than {VOCABULARY_LIMIT:,} values", {"size": 1 << (column.distinct - 1).bit_length()}
     )
+  if column.numeric and column.distinct > FEW_VALUES:
+    return ColumnRole("vocabulary", "numbers that are ids")
   return ColumnRole("vocabulary", "few numbers" if column.numeric and not _is_id(column) else "categories")
 
 
+def _differs_in_each_row(column: ColumnStatistics) -> bool:
+  return column.rows > FEW_VALUES and column.distinct >= MOSTLY * column.present
+
+
 def _is_id(column: ColumnStatistics) -> bool:
-  return column.named((*ID_WORDS, *ITEM_WORDS)) is not None
+  """Returns whether numbers are ids by their name."""
+  return (
+    column.named((*ID_WORDS, *ITEM_WORDS)) is not None
+    or column.name_words[-1:] in [[word] for word in NUMBERED]
+    or RECORD.fullmatch("".join(column.name_words)) is not None
+  )
+
+
+def _looks_like_ids(column: ColumnStatistics) -> bool:
+  """Returns whether whole numbers are ids by their values.
+
+  Some values of the column are codes. Or the numbers count the rows. Or they are large and of the same size, as the
+  numbers of invoices are; a quantity has small values too.
+  """
+  if column.codes or column.low is None or column.high is None:
+    return column.codes > 0
+  extent = column.high - column.low
+  counting = _differs_in_each_row(column) and extent < column.distinct / MOSTLY
+  return column.distinct > FEW_VALUES and (counting or (column.low >= LARGE_ID and column.low >= extent))
 
 
 def _is_quantity(column: ColumnStatistics) -> bool:
-  if not column.numeric or column.type == "BOOLEAN" or (_is_id(column) and column.whole):
+  if not column.numeric or column.type == "BOOLEAN":
+    return False
+  if column.whole and (_is_id(column) or _looks_like_ids(column)):
     return False
   return not column.whole or column.distinct > FEW_VALUES
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import glob
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
 from supermoe_jax.data.inspect import column_roles, label_tables
-from supermoe_jax.data.reading import paths, readers
+from supermoe_jax.data.reading import json_files, paths, readers
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
 
@@ -138,8 +139,11 @@ def _format_by_ending(file: FilePath) -> str:
 def _patterns(files: Sequence[FilePath]) -> list[str]:
   """Returns the files, or one glob that matches exactly them: a shell may have expanded the glob that was typed."""
   first = files[0]
-  if len(files) > 1 and isinstance(first, pathlib.Path):
-    pattern = f"{glob.escape(str(first.parent))}/*{''.join(first.suffixes)}"
+  local = [file for file in files if isinstance(file, pathlib.Path)]
+  if len(local) == len(files) > 1 and isinstance(first, pathlib.Path) and len({f.is_absolute() for f in local}) == 1:
+    folder = os.path.commonpath([str(file.parent) for file in local]) or "."
+    between = "" if first.parent == pathlib.Path(folder) else "**/"
+    pattern = f"{glob.escape(folder)}/{between}*{''.join(first.suffixes)}"
     if set(paths.glob_files(pattern)) == set(files):
       return [pattern]
   return [str(file) for file in files]
@@ -157,7 +161,7 @@ def _fields(
     taken = {column.name for column in table.columns}
     joined = items[table.name].having("vocabulary", "hash", "numeric") if table.name in items else []
     if table.name in items and items[table.name].format == "json_object":
-      taken.add(readers.KEY)
+      taken.add(json_files.KEY)
     for column, role in [*own, *((c, r) for c, r in joined if c.name not in taken)]:
       name = _identifier(column.name)
       settings = _field(column, role, name)

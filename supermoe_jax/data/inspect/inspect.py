@@ -14,19 +14,19 @@ from collections.abc import Mapping, Sequence
 
 import duckdb
 
-from supermoe_jax import config
 from supermoe_jax.config import format_time
-from supermoe_jax.data.inspect import column_roles, config_file, leaks
+from supermoe_jax.data.inspect import column_roles, config_file, leaks, list_columns
 from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
 from supermoe_jax.data.inspect.leaks import LeakSuspect
-from supermoe_jax.data.reading import paths, readers, sequence_files, value_sql
-from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
+from supermoe_jax.data.reading import derived_columns, paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
 
 MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk
 SAMPLE_ROWS = 1000
 EXAMPLES, EXAMPLES_WIDTH = 3, 40
+CODE = r"[A-Za-z]{1,4}[-_]?\d{3,}|\d{3,}[A-Z]|0\d+"  # see `ColumnStatistics.codes`
 CANDIDATES = 3  # the most columns that are shown as a possible user
 
 
@@ -152,7 +152,7 @@ def _group(
   found = paths.find_files(con, files, "supermoe inspect")
   for file in found:
     try:
-      table = readers.open_table(con, file.path, format)
+      table = derived_columns.with_members(con, readers.open_table(con, file.path, format))
     except EmptyFileError:
       empty.append(file.path)
       continue
@@ -171,8 +171,8 @@ def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
     stem = files[0].name.partition(".")[0]
     if len(files) > 1:
       stem = re.sub(r"[\d\W_]+$", "", stem)
-    if stem.lower() in ("", "part", "data", "file"):
-      stem = (files[0].absolute() if isinstance(files[0], pathlib.Path) else files[0]).parent.name
+    if stem.lower() in ("", "part", "data", "file") or re.match(r"part-\d", stem):
+      stem = (files[0].absolute() if isinstance(files[0], pathlib.Path) else files[0]).parent.name.partition(".")[0]
     name = re.sub(r"\W+", "_", stem).strip("_").lower() or "events"
     name = name if name.isidentifier() else f"events_{name}"
     if name in names:
@@ -198,21 +198,18 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
     for i, column in enumerate(columns):
       # Outside JSON formats, text that looks like a JSON array is not read as a list.
       if column.holds_lists and column.distinct > 1 and (json or column.type != "VARCHAR"):
-        lengths = _lengths(con, i, column.type, json)
-        found[i] = column_roles.list_role(lengths) if lengths else found[i]
+        lengths = list_columns.lengths(con, i, column.type, json=json)
+        found[i] = list_columns.list_role(lengths) if lengths else found[i]
+      elif column_roles.may_be_lists(found[i]) and (
+        separator := readers.LIST_SEPARATOR if column.name in files[0].lists else list_columns.separator(con, i, column)
+      ):
+        lengths = list_columns.lengths(con, i, column.type, separator, json=json)
+        found[i] = list_columns.list_role(lengths, separator)
     events = _event_facts(con, columns, time, user) if time and user is not None else None
   rows = columns[0].rows
   return InspectedTable(
     name, tuple(f.path for f in files), files[0].format, rows, tuple(columns), tuple(found), tuple(users), events
   )
-
-
-def _lengths(con: duckdb.DuckDBPyConnection, place: int, type: str, json: bool) -> dict[int, int]:
-  """Returns the number of lists of each length, in order; empty lists and absent elements do not count."""
-  values = value_sql.list_sql(f"c{place}", type, config.Field.separator, json=json)
-  lengths = f"SELECT len({values}) AS length FROM found"
-  query = f"SELECT length, count(*) FROM ({lengths}) WHERE length > 0 GROUP BY length ORDER BY length"
-  return dict(con.execute(query).fetchall())
 
 
 def _rows(files: Sequence[TableFile]) -> str:
@@ -251,6 +248,7 @@ def _facts_sql(column: str, type: str, text: str) -> str:
   facts = {"present": f"count({text})", "distinct": f"count(DISTINCT {text})", "length": f"avg(length({text}))"}
   if type == "VARCHAR":
     facts["iso_times"] = f"count({value_sql.iso_sql(column)})"
+    facts["codes"] = f"count_if(regexp_full_match(trim({column}), {literal(CODE)}))"
   if type == "VARCHAR" or value_sql.is_number(type):
     number = value_sql.number_sql(column, type)
     number = f"CASE WHEN isfinite({number}) THEN {number} END"

@@ -44,7 +44,7 @@ class EventLog(LogDatabase):
     super().__init__(data, scratch, part=part)
 
   def _read(self) -> tuple[Reading, LogStatistics]:
-    reading = SourceReader(self._con, self.data).read()
+    reading = SourceReader(self._con, self.data).read(part=self._part)
     if reading.dropped:
       self._con.execute("DELETE FROM rows WHERE fault > 0")
     return reading, self._tables.settle()

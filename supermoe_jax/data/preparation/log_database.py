@@ -48,7 +48,7 @@ class LogDatabase(abc.ABC):
     Raises:
       DataError: a file or a value cannot be used; `data.on_bad_rows` decides whether such rows may be dropped instead.
     """
-    self.data = data
+    self.data, self._part = data, part
     self.start = self.end = 0
     self.user_type = ""
     self.counts: dict[str, Any] = {}

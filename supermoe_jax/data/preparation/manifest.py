@@ -17,7 +17,8 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
-# DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64 bits.
+# The beginnings of the DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64
+# bits. Every id of a signed integer type is one.
 INTEGER_TYPES = (
   "TINYINT",
   "SMALLINT",
@@ -29,6 +30,7 @@ INTEGER_TYPES = (
   "UBIGINT",
   "HUGEINT",
   "DOUBLE",
+  "DECIMAL",
 )
 
 # The manifest's name for this kind of directory.
@@ -105,7 +107,7 @@ def make_manifest(
     "last_event_microseconds": log.last,
     "observed_until_microseconds": log.observed_until,
     "source_user_type": log.user_type,
-    "user_type": "text" if state["text_users"] or log.user_type not in INTEGER_TYPES else "integer",
+    "user_type": "text" if state["text_users"] or not log.user_type.startswith(INTEGER_TYPES) else "integer",
     "lengths": tally.length_percentiles(),
     "reading": dict(log.counts),
     "fields": dict(fields),

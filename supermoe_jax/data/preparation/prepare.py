@@ -15,7 +15,7 @@ import logging
 import pathlib
 import shutil
 import time as clock
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import duckdb
@@ -43,6 +43,7 @@ from supermoe_jax.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
+SHOWN_USERS = 3  # ids of each side of a join that finds nobody
 STATE = "preparation.json"  # in an unfinished directory: the identity of the preparation
 
 
@@ -153,7 +154,9 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
   scratch.mkdir(exist_ok=True)
   user_labels = read_user_labels(cfg)
   logger.info(f"reading {', '.join(cfg.data.sources)} …")
+  with_labels = set().union(*user_labels.values.values())
   with engine.open(cfg, scratch) as log:
+    with_events = _count_labelled(cfg, log, with_labels)
     log_end = calendar.log_end(cfg.data.split, log.end)
     times = (
       None if cfg.data.split.mode == "leave_one_out" else calendar.make_calendar(cfg.data.split, log.start, log_end)
@@ -171,10 +174,8 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     with log.users() as users:
       write_users(users, work / USERS)
     unseen = fitting.coverage_of(log, encoders)
-    with_labels = set().union(*user_labels.values.values())
     counts, user_type = dict(log.counts), log.user_type
     first, last = log.start, log.end
-    with_events = log.count_users(with_labels)
     if dated is not None:
       dated.close()
   shutil.rmtree(scratch)
@@ -198,6 +199,24 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     dated=dated.counts if dated else None,
   )
   return integrity.write_manifest(work, manifest)
+
+
+def _count_labelled(cfg: config.Config, log: LogDatabase, with_labels: Collection[str]) -> int:
+  """Returns the number of users with a label that have an event.
+
+  Raises:
+    DataError: there are users with labels, and none of them has an event.
+  """
+  count = log.count_users(with_labels)
+  if with_labels and not count and cfg.data.users is not None:
+    events = log.query(f'SELECT "user" FROM ordered_users ORDER BY uid LIMIT {SHOWN_USERS}')
+    shown = [", ".join(map(repr, of)) for of in (sorted(with_labels)[:SHOWN_USERS], [user for (user,) in events])]
+    raise DataError(
+      f"config.data.users.user={cfg.data.users.user!r}: none of the {len(with_labels):,} users with a label has an "
+      f"event. The table of users holds {shown[0]}; the events hold {shown[1]}. Correct the column, or write the ids "
+      "of both in the same way."
+    )
+  return count
 
 
 def read_user_labels(cfg: config.Config) -> user_table.UserLabels:

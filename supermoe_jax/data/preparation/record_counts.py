@@ -33,7 +33,8 @@ UNIT = 2.0**36  # units of a sum in the number 1
 # negative, and 0.
 _COLUMNS = {"catalogue": 1, "regression": 1, "amount": 3}
 
-_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # a user's id that is a 64-bit integer in its usual form
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,18}")  # a whole number in its usual form, of as many digits as 64 bits hold
+_SURE = 18  # digits that always fit into 64 bits, with or without a sign
 
 
 def exact_sums(values: np.ndarray, starts: np.ndarray) -> list[int]:
@@ -103,7 +104,7 @@ class RecordCounts:
     same = np.zeros(len(block.time) + 1, bool)  # an event at the time of the one before it
     same[1:-1] = (np.diff(block.time) == 0) & (np.diff(block.owner) == 0)
     state["tied"] += int(np.sum(same[1:] | same[:-1]))
-    state["text_users"] += sum(_INTEGER.fullmatch(u) is None for u in block.users)
+    state["text_users"] += sum(not _is_int64(u) for u in block.users)
     state["without_training"] += int(np.sum(block.n_train == 0))
     state["without_snapshot"] += users - len(np.unique(snapshots.user))
     state["too_early"] += left_out.too_early
@@ -222,6 +223,11 @@ class RecordCounts:
         elif count.get("unseen_value") == count["known"]:
           out.append(f"every label of task {task} in {split} is a value unseen in training")
     return out
+
+
+def _is_int64(user: str) -> bool:
+  """Returns whether a user's id is an integer of 64 bits in its usual form."""
+  return _INTEGER.fullmatch(user) is not None and (len(user) <= _SURE or -(2**63) <= int(user) < 2**63)
 
 
 def _moments(n: int, sums: Sequence[int], squares: Sequence[int]) -> list[tuple[float, float]]:

@@ -49,6 +49,7 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
     if cut := field.get("values_cut"):
       many = manifest["config"]["data"]["fields"][name]["many"]
       lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
+  lines += _missing_columns(manifest)
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)
@@ -77,6 +78,19 @@ def dated_rows_text(count: Mapping[str, Any], known: int) -> list[str]:
       f"{'were' if repeated > 1 else 'was'} left out; at {count['contradicting']:,} "
       "of these moments the labels differ, and the first row's label counts"
     )
+  return lines
+
+
+def _missing_columns(manifest: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each field and source with files that lack the field's column."""
+  lines = []
+  for name, source in manifest["reading"].get("sources", {}).items():
+    for field, files in source.get("columns_missing", {}).items():
+      rows = sum(source["files"][file] for file in files)
+      lines.append(
+        f"field {field}: absent in {rows:,} of {source['rows_read']:,} rows of {name}, whose "
+        f"{f'{len(files)} files lack' if len(files) > 1 else 'file lacks'} its column, such as {files[0]}"
+      )
   return lines
 
 
@@ -118,6 +132,8 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
   if repeats := last["repeats_of_earlier_events"]:
     dropped = "and were left out" if "duplicate" in reading["dropped"] else "and were kept (config.data.duplicates)"
     lines.append(f"{repeats:,} events repeat earlier ones {dropped}")
+  if empty := last.get("empty_files"):
+    lines.append(f"{len(empty):,} file{'s' if len(empty) > 1 else ''} without a row passed over, such as {empty[0]}")
   for name, files in last["beyond_patterns"].items():
     if files:
       lines.append(
@@ -135,6 +151,7 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
   for task, count in manifest.get("dated_labels", {}).items():
     known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
     lines += [f"{task}: {text}" for text in dated_rows_text(count, known)]
+  lines += _missing_columns(manifest)
   if held > 2 * manifest["users"]:
     lines.append(f"of {held:,} records {held - manifest['users']:,} are out of date; preparing again frees their space")
   lines.append(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import duckdb
+
 from supermoe_jax import config
-from supermoe_jax.data.reading import readers, value_sql
+from supermoe_jax.data.reading import derived_columns, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 DROP_REMEDY = "set config.data.on_bad_rows='drop' to leave such rows out and count them"
 
@@ -81,17 +87,103 @@ def carried(data: config.Data, source: str, table: Literal["events", "users"] = 
   }
 
 
+def check_ids(con: duckdb.DuckDBPyConnection, file: TableFile, column: str, key: str) -> None:
+  """Checks that the values of a column can be ids; `key` is the column's place in the config.
+
+  Raises:
+    DataError: the column holds lists, objects or bytes, or a float that may stand for several ids.
+  """
+  check_plain(file, column, key)
+  if not (inexact := value_sql.inexact_sql("v", kind := file.columns[column])):
+    return
+  query = f"SELECT row, v FROM ({file.select({'v': column})}) WHERE {inexact} ORDER BY row LIMIT 1"
+  with readers.naming(file.path, file.format):
+    for row, value in con.execute(query).fetchall():
+      raise DataError(
+        f"{file.path}: row {row + 1}: column {column!r} ({key}) holds {value:.17g} as {kind}, a type that is exact "
+        f"only for whole numbers below {2**24 if kind == 'FLOAT' else 2**53:,}: different ids may have become one. "
+        "Write the column as integers or as text."
+      )
+
+
+def check_categories(
+  con: duckdb.DuckDBPyConnection, data: config.Data, file: TableFile, fields: Mapping[str, str]
+) -> None:
+  """Checks the columns of DOUBLE among those of categorical fields (name → column), which may be ids of items.
+
+  Raises:
+    DataError: see `check_ids`.
+  """
+  for name, column in fields.items():
+    if data.fields[name].kind != "numeric" and file.columns[column] == "DOUBLE":
+      check_ids(con, file, column, f"config.data.fields.{name}")
+
+
+def check_plain(file: TableFile, column: str, key: str, *, many: bool = False) -> None:
+  """Checks that a column holds texts, numbers or times; with `many`, also lists of them.
+
+  Raises:
+    DataError: it holds lists, objects or bytes; the message names `key`, the column's place in the config.
+  """
+  kind = file.columns[column]
+  place = f"{file.path}: column {column!r} ({key})"
+  if kind.startswith(derived_columns.OBJECTS):
+    inside = " in lists" if kind.endswith("]") else ""
+    raise DataError(
+      f"{place} holds objects{inside}, of the type {kind[: readers.SHOWN_TYPE]}; "
+      + ("write lists of texts or numbers." if inside else f"name one of their members, as in {column}.{_first(kind)}.")
+    )
+  if not many and (kind.endswith("]") or kind == derived_columns.JSON_LIST):
+    field = key.startswith("config.data.fields.")
+    many_values = f"with kind='vocabulary' or 'hash', set {key}.many, the number of values to keep, such as 8"
+    remedy = many_values if field else "write one value a row"
+    raise DataError(f"{place} holds lists, of the type {kind[: readers.SHOWN_TYPE]}; {remedy}.")
+  if kind == "BLOB":
+    raise DataError(f"{place} holds bytes that are not UTF-8 text; write them as text, such as hexadecimal digits.")
+
+
+def _first(kind: str) -> str:
+  """Returns the name of the first member of a type of objects; a placeholder if the type does not name them."""
+  found = re.match(r'STRUCT\((?:"([^"]+)"|(\w+)) ', kind)
+  return (found[1] or found[2]) if found else "MEMBER"
+
+
+def _check_sequence(file: TableFile, column: str, name: str, field: config.Field) -> None:
+  """Says that a plain field takes lists for single values, and checks the separator of a field of many.
+
+  Raises:
+    DataError: the field separates the values of RecBole's lists by another sign than a space.
+  """
+  place = f"{file.path}: column {column!r} (config.data.fields.{name})"
+  if not field.many and field.kind != "numeric":
+    logger.info(
+      f"{place} holds lists by its header, and each list is read as one value; set many, the number of values to keep, "
+      f"and separator={readers.LIST_SEPARATOR!r} to read their values"
+    )
+  if field.many and field.separator != readers.LIST_SEPARATOR:
+    raise DataError(
+      f"{place} holds lists by its header, whose values a space separates; set config.data.fields.{name}.separator="
+      f"{readers.LIST_SEPARATOR!r}, or call the column a token in the header if {field.separator!r} separates them."
+    )
+
+
 def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> tuple[dict[str, str], list[Fault]]:
   """Returns the SQL that reads fields (name → column) from a file `e`, and the faults that their values may have.
 
   Raises:
-    DataError: the column of a numeric field is of a type that holds no numbers.
+    DataError: the column of a numeric field is of a type that holds no numbers, or that of another field holds lists,
+      objects or bytes.
   """
   columns, values, faults = field_columns(data), {}, []
   for name, column in fields.items():
     kind, alias, field = file.columns[column], columns[name], data.fields[name]
+    key = f"config.data.fields.{name}"
+    if field.kind != "numeric":
+      check_plain(file, column, key, many=field.many > 0)
+    if column in file.lists:
+      _check_sequence(file, column, name, field)
     if field.many:
-      json = file.format in readers.JSON_FORMATS
+      json = file.format in readers.JSON_FORMATS or bool(column in file.derived and file.derived[column].path)
       values[alias] = value_sql.list_sql(f"e.{alias}", kind, field.separator, json=json)
       continue
     if field.kind != "numeric":
@@ -100,9 +192,10 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
     try:
       number = value_sql.number_sql(f"e.{alias}", kind)
     except TypeError:
+      check_plain(file, column, key)
       raise DataError(
         f"{file.path}: column {column!r} is of type {kind}, which is not a number; name another column, or set "
-        f"config.data.fields.{name}.kind='vocabulary'."
+        f"{key}.kind='vocabulary'."
       ) from None
     values[alias] = f"CASE WHEN isfinite({number}) THEN {number} END"
     # NaN counts as absent, since many writers use it so; infinity is a fault, since it would spoil every mean.

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, json_files, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import Fault
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
@@ -44,10 +44,11 @@ def load_items(con: duckdb.DuckDBPyConnection, data: config.Data, source: str) -
   if len(found) > 1:
     raise DataError(f"{key}.file: {items.file} matches {len(found)} files; a table of items is one file.")
   file = readers.open_table(con, found[0].path, items.format, {items.table_key or items.key, *carried.values()})
-  there = items.table_key or (readers.KEY if file.format == "json_object" else items.key)
-  file.require(there, f"{key}.{'table_key' if items.table_key else 'key'}")
+  there = items.table_key or (json_files.KEY if file.format == "json_object" else items.key)
+  place = f"{key}.{'table_key' if items.table_key else 'key'}"
+  file.require(there, place)
   fields = {f: c for f, c in carried.items() if c in file.columns and c not in (items.key, there)}
-  return _load(con, data, f"items_{list(data.sources).index(source)}", [file], there, fields, f"an item ({key})")
+  return _load(con, data, f"items_{list(data.sources).index(source)}", [file], there, fields, f"an item ({key})", place)
 
 
 def load_user_fields(con: duckdb.DuckDBPyConnection, data: config.Data) -> JoinedTable:
@@ -63,8 +64,9 @@ def load_user_fields(con: duckdb.DuckDBPyConnection, data: config.Data) -> Joine
   for file in files:
     file.require(users.user, f"{key}.user")
     for name, column in fields.items():
-      file.require(column, f"config.data.fields.{name}")
-  return _load(con, data, "users", files, users.user, fields, f"a user ({key})")
+      if data.fields[name].missing == "error" or not any(column in f.columns for f in files):
+        file.require(column, f"config.data.fields.{name}")
+  return _load(con, data, "users", files, users.user, fields, f"a user ({key})", f"{key}.user")
 
 
 def _load(
@@ -75,8 +77,12 @@ def _load(
   there: str,
   fields: Mapping[str, str],
   what: str,
+  key: str,
 ) -> JoinedTable:
-  """Loads files with the key in the column `there`, and their fields (name → column); messages call a row `what`."""
+  """Loads files with the key in the column `there`, and their fields (name → column).
+
+  Messages call a row `what`, and `key` the place of `there` in the config.
+  """
   columns = field_sql.field_columns(data)
   declared = "".join(f", {columns[f]} {field_sql.stored_type(data.fields[f])}" for f in fields)
   con.execute(
@@ -84,11 +90,14 @@ def _load(
   )
   dropped = 0
   for index, file in enumerate(files):
-    values, faults = field_sql.read_sql(data, file, fields)
+    own = {field: column for field, column in fields.items() if column in file.columns}
+    field_sql.check_ids(con, file, there, key)
+    field_sql.check_categories(con, data, file, own)
+    values, faults = field_sql.read_sql(data, file, own)
     faults = [Fault("null_key", there, "key IS NULL"), *faults]
     values["key"] = value_sql.text_sql("e.key", file.columns[there])
-    wanted = {"key": there, **{columns[f]: c for f, c in fields.items()}}
-    kept = "".join(f", {columns[f]}" for f in fields)
+    wanted = {"key": there, **{columns[f]: c for f, c in own.items()}}
+    kept = "".join(f", {columns[f] if f in own else 'NULL'}" for f in fields)
     with readers.naming(file.path, file.format):
       con.execute(
         f"INSERT INTO {table} SELECT {index}, row, {field_sql.fault_sql(faults)}, key{kept} "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import logging
+import os
 import pathlib
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -15,6 +17,10 @@ from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
 from supermoe_jax.errors import DataError, nearest
 
+logger = logging.getLogger(__name__)
+
+HIDDEN = (".", "_")  # beginnings of the names that Hadoop, Spark and table formats give to files that are no data
+
 
 @dataclasses.dataclass(frozen=True)
 class FoundFile:
@@ -22,7 +28,7 @@ class FoundFile:
 
   Attributes:
     path: the file's path.
-    may_be_empty: whether a glob found the file; a file that the config names must hold rows.
+    may_be_empty: whether a glob or a folder found the file; a file that the config names must hold rows.
   """
 
   path: FilePath
@@ -37,11 +43,14 @@ class OpenedFiles(NamedTuple):
 
 
 def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str) -> list[FoundFile]:
-  """Expands paths and globs (`~` too) in the order listed, each glob sorted by path; DuckDB lists the remote ones.
+  """Expands paths, globs and folders (`~` too) in the order listed, each sorted by path; DuckDB lists remote globs.
+
+  A folder stands for all data files in it and in its folders. Hidden files, and files and folders whose names begin
+  with an underscore, are no data unless the pattern itself names them so: Hadoop and Spark write them beside the data.
 
   Raises:
-    DataError: a path does not exist, is a directory, or is named twice, or a remote file cannot be reached; the message
-      names `key`, the place of the patterns in the config.
+    DataError: a path does not exist, a folder holds no data file, a file is named twice, or a remote file cannot be
+      reached; the message names `key`, the place of the patterns in the config.
   """
   found: dict[str, FoundFile] = {}
   for pattern in patterns:
@@ -74,29 +83,77 @@ def open_files(
   return opened
 
 
+def _inside(folder: pathlib.Path) -> str:
+  return f"{glob.escape(str(folder))}/**/*"
+
+
+def _say_passed_over(pattern: str, key: str) -> None:
+  """Logs the files that a glob matches and that are no data by their names, though their endings are those of data."""
+  endings = tuple(ending for of in readers.ENDINGS.values() for ending in of)
+  others = [path for path in sorted(glob.glob(pattern, recursive=True)) if not is_data(path, pattern)]  # noqa: PTH207
+  if passed := [path for path in others if path.lower().endswith(endings) and pathlib.Path(path).is_file()]:
+    logger.info(
+      f"{key}: {len(passed)} file{'s' if len(passed) > 1 else ''} passed over, since the name or that of a folder "
+      f"begins with '_': {passed[0]}{' …' if len(passed) > 1 else ''}"
+    )
+
+
 def file_identity(file: str) -> str:
   """Returns the same text for all names of a file: the absolute path with links resolved, or a remote file's name."""
   return file if remote.scheme(file) else str(pathlib.Path(file).expanduser().resolve())
 
 
 def glob_files(pattern: str) -> list[pathlib.Path]:
-  """Returns the files that a glob matches, sorted by path; hidden ones only if it begins with a dot."""
+  """Returns the data files that a glob matches, sorted by path; see `find_files`.
+
+  A glob that matches folders alone, such as `2024-*.parquet` of folders that Spark wrote, stands for their files.
+  """
   # pathlib's glob would also match hidden files, such as the checksums that Hadoop leaves.
+  found = [path for path in sorted(glob.glob(pattern, recursive=True)) if is_data(path, pattern)]  # noqa: PTH207
+  files = [file for file in map(pathlib.Path, found) if file.is_file()]
+  return files or [file for folder in found for file in folder_files(pathlib.Path(folder))]
+
+
+def is_data(file: str, pattern: str) -> bool:
+  """Returns whether a file that matches a glob is data by the names of its folders and its own; see `find_files`.
+
+  A folder such as `_day=2024-01-05` is data, since it gives a column.
+  """
+  wanted = _names_in(pattern)
+  fixed = next((i for i, part in enumerate(wanted) if glob.has_magic(part)), len(wanted))
+  *folders, name = _names_in(file)[fixed:] or [""]
+  *named_folders, named = wanted[fixed:] or [""]
+  hidden = [folder[0] for folder in folders if folder[:1] in HIDDEN and "=" not in folder]
+  return (name[:1] not in HIDDEN or named[:1] == name[:1]) and all(
+    any(folder[:1] == first for folder in named_folders) for first in hidden
+  )
+
+
+def _names_in(path: str) -> list[str]:
+  return [part for part in path.replace(os.sep, "/").split("/") if part not in ("", ".")]
+
+
+def folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the data files in a folder and in its folders, sorted by path; see `find_files`."""
+  pattern = _inside(folder)
   found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-  return [file for file in map(pathlib.Path, found) if file.is_file()]
+  return [file for file in map(pathlib.Path, found) if is_data(str(file), pattern) and file.is_file()]
 
 
 def _find(pattern: str, key: str) -> list[FoundFile]:
   path = pathlib.Path(pattern).expanduser()
   if path.is_dir():
-    endings = sorted({p.suffix for p in path.iterdir() if p.is_file() and p.suffix}) or [".parquet"]
-    raise DataError(f"{key}: {path} is a directory; name its files, such as {path / ('*' + endings[0])}.")
+    if files := folder_files(path):
+      _say_passed_over(_inside(path), key)
+      return [FoundFile(file, may_be_empty=True) for file in files]
+    raise DataError(f"{key}: the folder {path} holds no data file; names that begin with '.' or '_' are no data.")
   if path.exists():
     return [FoundFile(path, may_be_empty=False)]
   if glob.has_magic(str(path)):
     if files := glob_files(str(path)):
+      _say_passed_over(str(path), key)
       return [FoundFile(file, may_be_empty=True) for file in files]
-    raise DataError(f"{key}: {path} matches no file.")
+    raise DataError(f"{key}: {path} matches no data file; names that begin with '.' or '_' are no data.")
   if not path.parent.is_dir():
     raise DataError(f"{key}: {path}: no such file; the folder {path.parent} does not exist either.")
   siblings = [p.name for p in path.parent.iterdir() if p.is_file()]
@@ -121,6 +178,7 @@ def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list
     found = con.execute(f"SELECT file FROM glob({literal(pattern)}) ORDER BY file").fetchall()
   except duckdb.Error as error:
     raise DataError(f"{key}: {pattern} cannot be listed: {readers.first_line(error)}. {credentials}.") from error
+  found = [(file,) for (file,) in found if not glob.has_magic(pattern) or is_data(file, pattern)]
   if not found:
     raise DataError(f"{key}: {pattern} matches no file. {credentials}.")
   return [FoundFile(RemoteFile(file), may_be_empty=glob.has_magic(pattern)) for (file,) in found]
@@ -146,8 +204,8 @@ def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
 
 
 def _there(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files that a local path or glob matches, as in `find_files`; none if there is no match."""
-  return [path] if path.is_file() else glob_files(str(path))
+  """Returns the files that a local path, glob or folder matches, as in `find_files`; none if there is no match."""
+  return [path] if path.is_file() else folder_files(path) if path.is_dir() else glob_files(str(path))
 
 
 def file_stamps(patterns: Sequence[str]) -> dict[str, list[int]]:

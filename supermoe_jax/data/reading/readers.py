@@ -10,16 +10,17 @@ import contextlib
 import csv
 import dataclasses
 import gzip
-import itertools
-import os
 import pathlib
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import duckdb
 
-from supermoe_jax.data.reading import remote
+from supermoe_jax.data.reading import derived_columns, json_files, remote
+from supermoe_jax.data.reading.derived_columns import DerivedColumn
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
+from supermoe_jax.data.reading.sql_text import first_line as first_line
+from supermoe_jax.data.reading.sql_text import identifier as identifier
+from supermoe_jax.data.reading.sql_text import literal as literal
 from supermoe_jax.errors import DataError, nearest
 
 ENDINGS = {
@@ -32,14 +33,11 @@ ENDINGS = {
 JSON_FORMATS = ("jsonl", "json_object")  # formats whose lists are read as the text of a JSON array
 DELIMITERS = ",\t;|"  # tried in this order of preference on a CSV file's header
 
-SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}
-LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers are 16 times as large
+LIST_SEPARATOR = " "  # of lists in RecBole's files
 
-# The beginning of a JSON object keyed by id: its first value is an object or a list.
-KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
-KEY, VALUES = "key", "values"  # columns of such an object: its keys and, if its values are lists, the lists
-JSON_TEXT = 1 << 24  # bytes, DuckDB's default limit of a JSON value
-REMOTE_JSON_TEXT = 1 << 29  # bytes, the limit for a remote file, whose size is not looked up
+SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}
+SHOWN_TYPE = 200  # characters of a column's type that a message shows
+LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers are 16 times as large
 
 
 class EmptyFileError(DataError):
@@ -73,16 +71,6 @@ def connect(
   return con
 
 
-def literal(text: str) -> str:
-  """Quotes a text for SQL."""
-  return "'" + text.replace("'", "''") + "'"
-
-
-def identifier(name: str) -> str:
-  """Quotes a column's name for SQL."""
-  return '"' + name.replace('"', '""') + '"'
-
-
 @contextlib.contextmanager
 def naming(path: FilePath, format: str) -> Iterator[None]:
   """Turns a DuckDB error about a file's content into a `DataError` that names the file.
@@ -106,13 +94,6 @@ def naming(path: FilePath, format: str) -> Iterator[None]:
     raise DataError(f"{path} cannot be read as {format}: {first_line(error)}{remedy}") from error
 
 
-def first_line(error: Exception) -> str:
-  """Returns DuckDB's message in one line, without the possible fixes that follow it."""
-  fixes = ("Possible", "Try setting", "LINE ")
-  said = itertools.takewhile(lambda line: not line.startswith(fixes), str(error).splitlines())
-  return "; ".join(line.strip() for line in said if line.strip())[:400]
-
-
 @dataclasses.dataclass(frozen=True)
 class TableFile:
   """An opened file, with known columns and rows that are not read yet.
@@ -122,42 +103,73 @@ class TableFile:
     format: one of `ENDINGS`, or "json_object".
     columns: the DuckDB type of each column; VARCHAR for text formats, except for the position in a sequence.
     delimiter: the delimiter of a CSV or atomic file; else empty.
+    derived: the columns that the scan of the file does not hold as such.
+    lists: the columns of an atomic file whose header says that they hold lists, as `token_seq` does: text that is
+      separated by `LIST_SEPARATOR`.
   """
 
   path: FilePath
   format: str
   columns: Mapping[str, str]
   delimiter: str = ""
+  derived: Mapping[str, DerivedColumn] = dataclasses.field(default_factory=dict)
+  lists: Collection[str] = ()
 
   def select(self, wanted: Mapping[str, str]) -> str:
     """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name)."""
-    # CSV columns are given by position, since a header may hold names that DuckDB regards as equal.
-    position = {n: f"c{i}" for i, n in enumerate(self.columns)}
-    names = {a: identifier(position[n] if self.format in ("csv", "atomic") else n) for a, n in wanted.items()}
     # A column named file_row_number hides Parquet's own row number.
     numbered = self.format == "parquet" and "file_row_number" not in self.columns
     row = "file_row_number" if numbered else "row_number() OVER () - 1"
-    columns = ", ".join(f"{n} AS {identifier(a)}" for a, n in names.items())
-    return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(set(wanted.values()))}"
+    scanned = sorted({name for n in wanted.values() if (name := self._scanned(n))})
+    columns = ", ".join(f"{self._sql(n, scanned)} AS {identifier(a)}" for a, n in wanted.items())
+    return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(scanned)}"
 
-  def _scan(self, names: Collection[str]) -> str:
+  def _scanned(self, name: str) -> str:
+    """Returns the name of the scan's column that a column is made of; empty: none."""
+    return self.derived[name].column if name in self.derived else name
+
+  @property
+  def _places(self) -> dict[str, int]:
+    """Returns the place of each column of the scan."""
+    scanned = dict.fromkeys(map(self._scanned, self.columns))
+    return {name: i for i, name in enumerate(name for name in scanned if name)}
+
+  def _sql(self, name: str, scanned: Sequence[str]) -> str:
+    """Returns the SQL of a column over the scan of the columns `scanned`."""
+    column = self._scanned(name)
+    sql = identifier(column)
+    if column and self.format in ("csv", "atomic", "json_object"):
+      # These columns are given by position, since a file may hold names that DuckDB regards as equal.
+      sql = f"c{self._places[column]}"
+    elif column and self._in_records(scanned):
+      sql = json_files.member_sql("json", column)
+    return self.derived[name].sql.replace("{column}", sql) if name in self.derived else sql
+
+  def _in_records(self, names: Sequence[str]) -> bool:
+    """Returns whether JSON lines are scanned as whole records: DuckDB regards two of the keys as equal."""
+    return self.format == "jsonl" and len({n.lower() for n in names}) < len(names)
+
+  def _scan(self, names: Sequence[str]) -> str:
     path = literal(remote.pattern(self.path))
     if self.format == "parquet":
-      return f"read_parquet({path})"
+      return f"read_parquet({path}, hive_partitioning = false)"
     if self.format == "sequences":
       places = "unnest(items) AS item, generate_subscripts(items, 1) - 1 AS position"
       return f'(SELECT "user", {places} FROM ({lines_sql(self.path)}))'
     if self.format == "json_object":
-      return f"(SELECT {', '.join(_of_entry(n) for n in self.columns)} FROM ({_entries_sql(self.path)}))"
+      columns = ", ".join(f"{json_files.entry_sql(n)} AS c{i}" for n, i in self._places.items())
+      return f"(SELECT {columns} FROM ({json_files.entries_sql(self.path)}))"
+    if self._in_records(names):
+      return f"({json_files.records_sql(self.path, self.format)})"
     if self.format == "jsonl":
-      asked = sorted(names) or list(self.columns)[:1]  # read_json needs at least one column, also to count rows
+      asked = names or list(self._places)[:1]  # read_json needs at least one column, also to count rows
       types = ", ".join(f"{literal(n)}: 'VARCHAR'" for n in asked)
-      return f"read_json({path}, columns = {{{types}}})"
-    types = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(self.columns)))
+      return f"read_json({path}, hive_partitioning = false, columns = {{{types}}})"
+    types = ", ".join(f"'c{i}': 'VARCHAR'" for i in self._places.values())
     quote = "'\"'" if self.format == "csv" else "''"  # RecBole does not quote: a title may hold a single quotation mark
     return (
       f"read_csv({path}, auto_detect = false, header = true, delim = {literal(self.delimiter)}, quote = {quote}, "
-      f"escape = {quote}, columns = {{{types}}})"
+      f"escape = {quote}, hive_partitioning = false, columns = {{{types}}})"
     )
 
   def require(self, name: str, key: str, others: Collection[str] = ()) -> str:
@@ -168,6 +180,13 @@ class TableFile:
         columns or `others`.
     """
     if name not in self.columns:
+      parts = name.split(".")
+      for n in range(len(parts) - 1, 0, -1):
+        if (base := ".".join(parts[:n])) in self.columns:
+          raise DataError(
+            f"{self.path} has no column {name!r} ({key}), and its column {base!r} of type "
+            f"{self.columns[base][:SHOWN_TYPE]} has no member {'.'.join(parts[n:])!r}."
+          )
       raise DataError(f"{self.path} has no column {name!r} ({key}){nearest(name, {*self.columns, *others})}")
     return name
 
@@ -175,6 +194,7 @@ class TableFile:
 def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, wanted: Collection[str] = ()) -> TableFile:
   """Opens a file; searches JSON lines to the end for `wanted` keys that are missing at the beginning.
 
+  `wanted` names the columns that will be read; empty: all. `derived_columns` finds those that are no plain columns.
   With the format "auto" the file's ending decides the format. A local `.json` file is a "json_object", keyed by id, if
   it is one object whose values are all objects or all lists; a remote one needs the explicit format "json_object".
 
@@ -188,23 +208,22 @@ def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, want
   if isinstance(path, pathlib.Path) and path.stat().st_size == 0:
     raise EmptyFileError(f"{path} is empty (0 bytes).")
   with naming(path, format):
-    if given == "auto" and format == "jsonl" and _is_json_object(con, path):
+    if given == "auto" and format == "jsonl" and json_files.is_json_object(con, path):
       format = "json_object"
     if format == "parquet":
-      query = f"DESCRIBE SELECT * FROM read_parquet({literal(remote.pattern(path))})"
-      file = TableFile(path, format, {name: kind for name, kind, *_ in con.execute(query).fetchall()})
+      file = derived_columns.open_parquet(con, TableFile(path, format, {}))
     elif format == "jsonl":
-      file = TableFile(path, format, dict.fromkeys(_json_keys(con, path, wanted), "VARCHAR"))
+      file = TableFile(path, format, dict.fromkeys(json_files.line_keys(con, path, wanted), "VARCHAR"))
     elif format == "sequences":
       file = TableFile(path, format, SEQUENCE_COLUMNS)
     elif format == "json_object":
-      file = TableFile(path, format, dict.fromkeys(_attributes(con, path), "VARCHAR"))
+      file = TableFile(path, format, dict.fromkeys(json_files.attributes(con, path), "VARCHAR"))
     else:
-      names, delimiter = _header(con, path, format)
-      file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter)
+      names, delimiter, lists = _header(con, path, format)
+      file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter, lists=lists)
     if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
-  return file
+    return derived_columns.with_derived_columns(con, file, wanted)
 
 
 def format_of(path: FilePath) -> str:
@@ -219,17 +238,6 @@ def format_of(path: FilePath) -> str:
       return format
   known = ", ".join(e for endings in ENDINGS.values() for e in endings)
   raise DataError(f"{path}: the format of this ending is unknown; set the source's format, or use one of {known}.")
-
-
-def _json_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
-  # Only the keys are needed: depth 1 keeps nested values as JSON, and threshold -1 never turns a record into a map.
-  options = "maximum_depth = 1, map_inference_threshold = -1"
-  for sample in (20_480, -1):
-    query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
-    keys = [name for name, *_ in con.execute(query).fetchall()]
-    if all(w in keys for w in wanted):
-      break
-  return keys
 
 
 def lines_sql(path: FilePath) -> str:
@@ -249,93 +257,19 @@ def _whole_lines_sql(path: FilePath) -> str:
   )
 
 
-def _is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
-  """Returns whether a local JSON file is one object whose values are all objects or all lists."""
-  if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
-    return False
-  opener = gzip.open if path.suffix.lower() == ".gz" else open
-  with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
-    if not KEYED_BY_ID.match(text.read(1 << 16)):
-      return False
-  with contextlib.suppress(duckdb.Error):  # any other file is read as JSON lines, which reports its errors
-    objects = con.execute(f"SELECT 1 FROM {_json_sql(path, 'JSON')} LIMIT 2").fetchall()
-    kinds = con.execute(_kinds_sql(path)).fetchall() if len(objects) == 1 else []
-    return [kind for kind, *_ in kinds] in (["OBJECT"], ["ARRAY"])
-  return False
+def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str, list[str]]:
+  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file.
 
-
-def _json_sql(path: FilePath, type: str) -> str:
-  """Returns the SQL of a scan of a file's JSON values, most often one, as the column `json` of a type."""
-  size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
-  return (
-    f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
-    f"maximum_object_size = {size}, columns = {{'json': '{type}'}})"
-  )
-
-
-def _unpacked_size(path: pathlib.Path) -> int:
-  if path.suffix.lower() != ".gz":
-    return path.stat().st_size
-  with gzip.open(path) as text:
-    return text.seek(0, os.SEEK_END)
-
-
-def _entries_sql(path: FilePath) -> str:
-  """Returns a query of a JSON object's entries in order: the structs `e` of `key` and, as JSON, `value`."""
-  return f"SELECT unnest(map_entries(json)) AS e FROM {_json_sql(path, 'MAP(VARCHAR, JSON)')}"
-
-
-def _kinds_sql(path: FilePath) -> str:
-  """Returns a query of the JSON types of an object's values and the first key of each type; ignores absent values."""
-  return (
-    "SELECT json_type(e.value) AS kind, arg_min(e.key, row) FROM (SELECT e, row_number() OVER () AS row "
-    f"FROM ({_entries_sql(path)})) WHERE e.value IS NOT NULL GROUP BY kind ORDER BY min(row)"
-  )
-
-
-def _attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
-  """Returns the columns of a JSON object keyed by id: `key`, and the keys of its values, or `values` for lists.
-
-  Raises:
-    DataError: the values are neither all objects nor all lists, or an attribute is named `key`.
+  Returns: the names, the delimiter, and the names of the columns of an atomic file that hold lists, as `token_seq`.
   """
-  kinds = con.execute(_kinds_sql(path)).fetchall()
-  for kind, key in kinds:
-    if kind not in ("OBJECT", "ARRAY") or kind != kinds[0][0]:
-      raise DataError(
-        f"{path}: the value of {key!r} is of the JSON type {kind}; write every value as an object of attributes, or "
-        "every value as a list."
-      )
-  if not kinds or kinds[0][0] == "ARRAY":
-    return [KEY, VALUES]
-  found = con.execute(
-    "SELECT name, min(row) FROM (SELECT unnest(json_keys(e.value)) AS name, row_number() OVER () AS row "
-    f"FROM ({_entries_sql(path)})) GROUP BY name ORDER BY 2"
-  ).fetchall()
-  names = [name for name, _ in found]
-  if KEY in names:
-    raise DataError(f"{path} holds an attribute {KEY!r}, which is the name of the objects' ids; rename the attribute.")
-  return [KEY, *names]
-
-
-def _of_entry(name: str) -> str:
-  """Returns the SQL of a column of a JSON object's entry `e`."""
-  if name == KEY:
-    return f"e.key AS {KEY}"
-  pointer = "/" + name.replace("~", "~0").replace("/", "~1")  # a JSON pointer can name any key, a path cannot
-  value = f"json_extract_string(e.value, {literal(pointer)})"
-  if name == VALUES:
-    value = f"CASE json_type(e.value) WHEN 'ARRAY' THEN e.value::VARCHAR ELSE {value} END"
-  return f"{value} AS {identifier(name)}"
-
-
-def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str]:
-  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file."""
   first = _first_line_of(con, path)
   tabs = format == "atomic" or path.name.lower().endswith((".tsv", ".tsv.gz"))
   delimiter = "\t" if tabs else max(DELIMITERS, key=first.count)
+  lists: list[str] = []
   if format == "atomic":
-    names = [name.rpartition(":")[0] or name for name in first.rstrip("\r\n").split(delimiter)]
+    typed = first.rstrip("\r\n").split(delimiter)
+    names = [name.rpartition(":")[0] or name for name in typed]
+    lists = [name for name, whole in zip(names, typed, strict=True) if whole.endswith("_seq") and ":" in whole]
   else:
     names = next(csv.reader([first], delimiter=delimiter), [])
   if not any(names):
@@ -343,7 +277,7 @@ def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tupl
   for name in names:
     if names.count(name) > 1:
       raise DataError(f"{path} names the column {name!r} twice; rename one of them.")
-  return names, delimiter
+  return names, delimiter, lists
 
 
 def _first_line_of(con: duckdb.DuckDBPyConnection, path: FilePath) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import joined_tables, paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, sequence_files, value_sql
 from supermoe_jax.data.reading.field_sql import (
   Fault,
   aliased,
@@ -29,8 +29,10 @@ from supermoe_jax.data.reading.field_sql import (
 )
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.errors import DataError
 from supermoe_jax.progress import ProgressBar
 
+SHOWN_KEYS = 3  # of each side of a join that finds nobody
 FILE_PLACES = 1 << 40  # places in the log that each file has for its rows
 
 
@@ -57,12 +59,14 @@ class FileCounts(NamedTuple):
     dropped: reason → the number of unusable rows.
     items_missing: the number of usable rows without a row in the item table.
     users_missing: the number of usable rows without a row in the user table.
+    columns_missing: the fields whose column the file lacks, as `config.Field.missing` allows.
   """
 
   rows: int
   dropped: dict[str, int]
   items_missing: int
   users_missing: int
+  columns_missing: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +74,10 @@ class Reading:
   """Counts of the rows of all files of a log.
 
   Attributes:
-    sources: source → counts: `rows_read`, by file (`files`) and in all, `dropped` by reason, and `empty_files`. A
-      source with an item table also has `items_missing`, its events without a row there, and `item_rows_dropped`; a
-      source with fields of the user table has `users_missing`.
+    sources: source → counts: `rows_read`, by file (`files`) and in all, `dropped` by reason, `empty_files`, and in
+      `columns_missing` for each field the files that lack its column. A source with an item table also has
+      `items_missing`, its events without a row there, and `item_rows_dropped`; a source with fields of the user table
+      has `users_missing`.
     user_rows_dropped: the number of unusable rows of the user table, if it is joined.
     user_type: the DuckDB type of the user column in the first source's first file.
   """
@@ -89,8 +94,16 @@ class Reading:
     for key, missing in (("items_missing", found.items_missing), ("users_missing", found.users_missing)):
       if key in counts:
         counts[key] += missing
+    for field in found.columns_missing:
+      counts["columns_missing"].setdefault(field, []).append(str(file.table.path))
     counts["rows_read"] += found.rows
     counts["files"][str(file.table.path)] = found.rows
+
+  def finds_nobody(self, missing: str, *sources: str) -> bool:
+    """Returns whether the sources have usable rows, all of which are counted as `missing`."""
+    counts = [self.sources[name] for name in sources]
+    usable = sum(c["rows_read"] - sum(c["dropped"].values()) for c in counts)
+    return usable > 0 and sum(c[missing] for c in counts) == usable
 
   @property
   def rows(self) -> int:
@@ -125,26 +138,41 @@ class SourceReader:
     self._joined: dict[str, JoinedTable] = {}
     create_rows(con, data)
 
-  def open(self) -> tuple[list[SourceFile], Reading]:
+  def open(self, *, part: bool = False) -> tuple[list[SourceFile], Reading]:
     """Returns the opened files with rows of every source, in order, and a `Reading` without counted rows.
 
     Raises:
-      DataError: a file, a joined table or a line of a sequence file cannot be used.
+      DataError: a file, a joined table or a line of a sequence file cannot be used, or no file has a field's column,
+        unless they are `part` of a log.
     """
     files: list[SourceFile] = []
     users = self._users() if any(f.table == "users" for f in self._data.fields.values()) else None
     # A source may have no files here: an append reads new files only.
     reading = {name: self._open_source(name, files) for name, source in self._data.sources.items() if source.files}
+    if not part:
+      self._check_columns(files)
     user_type = files[0].table.columns.get(self._data.sources[files[0].source].user, "")
     return files, Reading(
       reading, users.rows_dropped if users else 0, "VARCHAR" if user_type.startswith("ENUM") else user_type
     )
 
+  def _check_columns(self, files: Sequence[SourceFile]) -> None:
+    """Raises DataError if the column of a field that files may lack is in none of the files and tables."""
+    for name, field in self._data.fields.items():
+      carrying = [f for f in files if name in carried(self._data, f.source)] if field.missing == "null" else []
+      found = (name in self._fields_of_items(f.source) or (field.column or name) in f.table.columns for f in carrying)
+      if carrying and not any(found):
+        carrying[-1].table.require(field.column or name, f"config.data.fields.{name}, and no other file has it")
+
+  def _fields_of_items(self, source: str) -> Collection[str]:
+    items = self._items(source)
+    return items.fields if items else ()
+
   def _open_source(self, name: str, files: list[SourceFile]) -> dict[str, Any]:
     """Appends the opened files of a source to `files`, and returns the source's counts, without rows yet."""
     source, key = self._data.sources[name], f"config.data.sources.{name}"
     items = self._items(name)
-    counts: dict[str, Any] = {"rows_read": 0, "dropped": {}, "files": {}, "empty_files": []}
+    counts: dict[str, Any] = {"rows_read": 0, "dropped": {}, "files": {}, "empty_files": [], "columns_missing": {}}
     if items:
       counts |= {"items_missing": 0, "item_rows_dropped": items.rows_dropped}
     if carried(self._data, name, "users"):
@@ -170,19 +198,54 @@ class SourceReader:
       self._joined[source] = joined_tables.load_items(self._con, self._data, source)
     return self._joined[source]
 
-  def read(self) -> Reading:
-    """Reads every source.
+  def read(self, *, part: bool = False) -> Reading:
+    """Reads every source. Unless they are `part` of a log, each joined table has to hold a key of the events.
 
     Raises:
-      DataError: a file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
+      DataError: a file, a joined table or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
     """
-    files, reading = self.open()
+    files, reading = self.open(part=part)
     with ProgressBar(desc="reading", unit=" rows", unit_scale=True, mininterval=1) as bar:
       for file in files:
         found = self.read_file(file)
         reading.add(file, found)
         bar.update(found.rows)
+    if not part:
+      self.check_joins(files, reading)
     return reading
+
+  def check_joins(self, files: Sequence[SourceFile], reading: Reading) -> None:
+    """Checks that each joined table with a field holds at least one item of its source, or one user of all events.
+
+    Raises:
+      DataError: the keys of a table and of the events have no value in common; the message shows some of both.
+    """
+    having_users = [name for name in reading.sources if carried(self._data, name, "users")]
+    for name, source in self._data.sources.items():
+      items = self._items(name) if name in reading.sources else None
+      if source.items and items and items.fields and reading.finds_nobody("items_missing", name):
+        key = f"config.data.sources.{name}.items.key"
+        self._raise_unjoined(files, name, source.items.key, items, key, source.items.file)
+    if having_users and reading.finds_nobody("users_missing", *having_users):
+      assert self._data.users is not None
+      user, table = self._data.sources[having_users[0]].user, self._data.users.files[0]
+      self._raise_unjoined(files, having_users[0], user, self._users(), "config.data.users.user", table)
+
+  def _raise_unjoined(
+    self, files: Sequence[SourceFile], source: str, column: str, joined: JoinedTable, key: str, table: str
+  ) -> None:
+    """Raises DataError for a table none of whose keys is in the events' column; `key` is its place in the config."""
+    file = next(f.table for f in files if f.source == source)
+    own = value_sql.text_sql("v", file.columns[column])
+    events = f"SELECT DISTINCT {own} AS key FROM ({file.select({'v': column})}) WHERE key IS NOT NULL"
+    shown = []
+    for query in (events, f"SELECT key FROM {joined.table} ORDER BY file, row"):
+      found = self._con.execute(f"{query} LIMIT {SHOWN_KEYS}").fetchall()
+      shown.append(", ".join(repr(value) for (value,) in found) or "no value")
+    raise DataError(
+      f"{key}: the table {table} holds none of the ids in the column {column!r} of the events: {file.path} holds "
+      f"{shown[0]}; the table holds {shown[1]}. Correct the key, or write the ids of both in the same way."
+    )
 
   def read_file(self, source_file: SourceFile) -> FileCounts:
     """Appends a file's rows to `rows` and counts them; the file may have been opened elsewhere.
@@ -199,6 +262,7 @@ class SourceReader:
     reading = value_sql.time_reading(
       self._con, file, source.time, "e.time", key, unit=source.time_unit, format=source.time_format
     )
+    field_sql.check_ids(self._con, file, source.user, f"{key}.user")
     user_type, time_type = file.columns[source.user], file.columns[source.time]
     values = {
       "user": value_sql.text_sql('e."user"', user_type),
@@ -212,13 +276,16 @@ class SourceReader:
       Fault("null_time", source.time, "raw_time IS NULL"),
       Fault("unparsable_time", source.time, "time IS NULL", "raw_time", "a time"),
     ]
-    own = {}
+    own, absent = {}, []
     for field, column in carried(self._data, name).items():
       if column not in file.columns and items and field in items.fields:
         values[self._columns[field]] = f"i.{self._columns[field]}"
+      elif column not in file.columns and self._data.fields[field].missing == "null":
+        absent.append(field)
       else:
         own[field] = file.require(column, f"config.data.fields.{field}", items.columns if items else ())
     values |= {self._columns[f]: f"u.{self._columns[f]}" for f in carried(self._data, name, "users")}
+    field_sql.check_categories(self._con, self._data, file, own)
     field_values, field_faults = read_sql(self._data, file, own)
     wanted |= {self._columns[f]: column for f, column in own.items()}
     values |= field_values
@@ -227,6 +294,7 @@ class SourceReader:
     if items:
       assert source.items is not None
       wanted["key"] = file.require(source.items.key, f"{key}.items.key")
+      field_sql.check_ids(self._con, file, source.items.key, f"{key}.items.key")
       join = f"LEFT JOIN {items.table} i ON {value_sql.text_sql('e.key', file.columns[wanted['key']])} = i.key"
     if users:
       join += f" LEFT JOIN {users.table} u ON {values['user']} = u.key"
@@ -236,7 +304,7 @@ class SourceReader:
         f'INSERT INTO rows SELECT "user", time, {index}, {first} + row, {fault_sql(faults)}, no_item, '
         f"no_user_row, {columns} FROM (SELECT e.row, {aliased(values)} FROM ({file.select(wanted)}) e {join})"
       )
-    return self._count(name, file, first, faults, reading)
+    return self._count(name, file, first, faults, reading, absent)
 
   def _stored(self, field: str) -> str:
     """Returns the SQL of a field's value as `rows` holds it."""
@@ -245,7 +313,13 @@ class SourceReader:
     return f"sign({column}) * ln(1 + abs({column}))" if log1p else column
 
   def _count(
-    self, name: str, file: TableFile, first: int, faults: Sequence[Fault], reading: value_sql.TimeReading
+    self,
+    name: str,
+    file: TableFile,
+    first: int,
+    faults: Sequence[Fault],
+    reading: value_sql.TimeReading,
+    absent: list[str],
   ) -> FileCounts:
     """Counts the rows of a file that was just read; raises DataError if one is unusable and may not be dropped."""
     found = self._con.execute(
@@ -263,6 +337,7 @@ class SourceReader:
       {faults[fault - 1].reason: n for fault, n, *_ in bad},
       sum(no_item for *_, no_item, _ in good),
       sum(no_user_row for *_, no_user_row in good),
+      absent,
     )
 
   def _check_guess(self, name: str, file: TableFile, faults: Sequence[Fault], found: Sequence[tuple[Any, ...]]) -> None:

@@ -13,7 +13,7 @@ from supermoe_jax import config
 from supermoe_jax.data.encoding.numeric import Numeric
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
 from supermoe_jax.data.encoding.vocabulary import Classes, LabelEncoder
-from supermoe_jax.data.reading import paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError, nearest
 
@@ -86,6 +86,9 @@ def _read(
   for index, table in enumerate(files):
     wanted = {"user": table.require(users.user, f"{key}.user")}
     wanted |= {columns[t.column]: table.require(t.column, f"config.tasks.{n}.column") for n, t in tasks.items()}
+    field_sql.check_ids(con, table, users.user, f"{key}.user")
+    for name, task in tasks.items():
+      field_sql.check_plain(table, task.column, f"config.tasks.{name}.column")
     values = [value_sql.text_sql(f"e.{readers.identifier(a)}", table.columns[n]) for a, n in wanted.items()]
     with readers.naming(table.path, table.format):
       con.execute(f"INSERT INTO users SELECT {index}, e.row, {', '.join(values)} FROM ({table.select(wanted)}) e")

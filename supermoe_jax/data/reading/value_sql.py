@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import duckdb
 
@@ -33,12 +34,21 @@ def text_sql(column: str, kind: str) -> str:
   """Returns the SQL of a value as text, the form in which ids and categories are compared; empty text and NaN are NULL.
 
   Whole numbers in a floating-point column are written as integers, since integers with gaps are often stored so.
+  Decimals are written without zeros at the end: 7.0000000000 is 7, and 7.5000000000 is 7.5.
   """
+  if re.fullmatch(r"DECIMAL\(\d+,[1-9]\d*\)", kind):
+    return f"rtrim(rtrim({column}::VARCHAR, '0'), '.')"
   if kind in ("FLOAT", "DOUBLE"):
     whole = f"{column} = trunc({column}) AND abs({column}) < {2**53}"
     integer = f"TRY_CAST({column} AS BIGINT)::VARCHAR"
     return f"CASE WHEN isnan({column}) THEN NULL WHEN {whole} THEN {integer} ELSE {column}::VARCHAR END"
   return f"nullif({column}::VARCHAR, '')"
+
+
+def inexact_sql(column: str, kind: str) -> str:
+  """Returns the SQL of whether a float may stand for several whole numbers of up to 128 bits; empty for other types."""
+  least = {"FLOAT": 2**24, "DOUBLE": 2**53}.get(kind)
+  return f"abs({column}) >= {least} AND abs({column}) < {2.0**128:.0f}::DOUBLE" if least else ""
 
 
 def list_sql(column: str, kind: str, separator: str, *, json: bool) -> str:

@@ -33,6 +33,46 @@ def test_a_file_is_not_appended_twice(appendable: config.Config, tmp_path: pathl
     append.append(path, {"visit": [file]})
 
 
+def test_an_appended_id_of_64_bits_keeps_all_ids_integers(appendable: config.Config, tmp_path: pathlib.Path) -> None:
+  path = pathlib.Path(appendable.data.path)
+  manifest = append.append(path, {"visits": [write_visits(tmp_path, "day.parquet", 10**18 + 3, ["page0"])]})
+  assert manifest["user_type"] == "integer" and manifest["appends"][0]["new_users"] == 1
+
+
+def test_empty_files_of_a_glob_are_counted_and_passed_over(
+  appendable: config.Config, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  path = pathlib.Path(appendable.data.path)
+  rows = pq.read_table(write_visits(tmp_path, "new-1.parquet", 3, ["page0"]))
+  pq.write_table(rows.slice(0, 0), tmp_path / "new-2.parquet")
+  (tmp_path / "new-3.parquet").touch()
+  empty = [str(tmp_path / name) for name in ("new-2.parquet", "new-3.parquet")]
+  with pytest.raises(DataError, match=r"none of the 2 new files holds a row; the first is .*new-2\.parquet"):
+    append.append(path, {"visits": [str(tmp_path / "new-[23].parquet")]})
+  with pytest.raises(DataError, match=r"new-2\.parquet holds no row\. Leave it out"):
+    append.append(path, {"visits": [str(tmp_path / "new-1.parquet"), empty[0]]})
+  assert cli.main(["append", "--data", str(path), f"visits={tmp_path}/new-*.parquet"]) == 0
+  assert f"2 files without a row passed over, such as {empty[0]}" in capsys.readouterr().out
+  manifest = Dataset(path).manifest
+  assert manifest["appends"][0]["events"] == 1 and manifest["appends"][0]["empty_files"] == empty
+  assert manifest["reading"]["sources"]["visits"]["empty_files"] == empty
+
+
+def test_empty_files_that_a_pattern_matches_by_now_are_known_afterwards(tmp_path: pathlib.Path) -> None:
+  write_log(tmp_path, users=12)
+  raw = small_config(tmp_path)
+  raw["data"]["sources"]["visits"]["files"] = [f"{tmp_path}/visits*.parquet"]
+  cfg = config.resolve(raw)
+  prepare.prepare(cfg)
+  path = pathlib.Path(cfg.data.path)
+  write_visits(tmp_path, "visits-2.parquet", 3, ["page0"])
+  (tmp_path / "visits-3.parquet").touch()
+  assert append.append(path)["appends"][0]["events"] == 1
+  Dataset(path).check_files()
+  with pytest.raises(DataError, match="already holds all files"):
+    append.append(path)
+
+
 def test_a_file_is_the_same_by_whatever_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.chdir(tmp_path)
   write_log(tmp_path, users=12)
@@ -57,7 +97,7 @@ def test_every_name_has_to_be_that_of_a_file(appendable: config.Config, tmp_path
   path = pathlib.Path(appendable.data.path)
   file = write_visits(tmp_path, "day.parquet", 3, ["page0"])
   for files in ({"visits": [file, str(tmp_path / "dya.parquet")]}, {"visits": [file], "buys": [str(tmp_path / "x*")]}):
-    with pytest.raises(DataError, match=r"dya.parquet: no such file; did you mean 'day.parquet'|matches no file"):
+    with pytest.raises(DataError, match=r"dya.parquet: no such file; did you mean 'day.parquet'|matches no data file"):
       append.append(path, files)
   assert "appends" not in Dataset(path).manifest
 

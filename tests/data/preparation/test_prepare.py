@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -175,3 +176,22 @@ def test_user_ids_are_integers_again_only_if_all_are(appendable: config.Config) 
   table["user"] = ["guest-7", *map(str, table["user"][1:])]
   pq.write_table(pa.table(table), file)
   assert prepare.prepare(appendable, overwrite=True)["user_type"] == "text"
+
+
+@pytest.mark.parametrize("user", [10**18, 2**63 - 1, -(2**63)])
+def test_ids_of_64_bits_are_integers_whatever_their_length(appendable: config.Config, user: int) -> None:
+  file = pathlib.Path(appendable.data.sources["buys"].files[0])
+  table = pq.read_table(file).to_pydict()
+  table["user"] = [user, *table["user"][1:]]
+  pq.write_table(pa.table(table), file)
+  assert prepare.prepare(appendable, overwrite=True)["user_type"] == "integer"
+
+
+def test_whole_decimals_are_integer_ids(appendable: config.Config) -> None:
+  for source in appendable.data.sources.values():
+    table = pq.read_table(source.files[0])
+    ids = pc.cast(table["user"], pa.decimal128(38, 10))
+    pq.write_table(table.set_column(table.schema.get_field_index("user"), "user", ids), source.files[0])
+  manifest = prepare.prepare(appendable, overwrite=True)
+  assert manifest["user_type"] == "integer"
+  assert manifest["user_table"]["labelled_users_without_events"] == 0

@@ -89,7 +89,7 @@ def test_booleans_are_numbers(write, make_data, read):
   assert a.numeric[0, 0] == a.numeric[1, 0] > b.numeric[0, 0]
 
 
-@pytest.mark.parametrize(("value", "kind"), [(datetime.date(2020, 6, 1), "DATE"), ([1, 2], r"BIGINT\[\]")])
+@pytest.mark.parametrize(("value", "kind"), [(datetime.date(2020, 6, 1), "DATE"), (datetime.time(1), "TIME")])
 def test_a_numeric_field_of_a_type_without_numbers_is_an_error(value, kind, write, make_data, read):
   with pytest.raises(DataError, match=f"column 'price' is of type {kind}, which is not a number"):
     read(make_data(write("e.parquet", good_rows(price=pa.array([value] * 3))), fields=PRICE))

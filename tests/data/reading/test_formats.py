@@ -13,6 +13,7 @@ from supermoe_jax.data.preparation import fitting
 from supermoe_jax.data.reading import readers
 from supermoe_jax.errors import DataError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
+from tests.fixtures.messages import messages
 
 # -------------------------------------------------------------------------------------------------------------- formats
 
@@ -135,13 +136,48 @@ def test_a_missing_folder_is_named(make_data, read, tmp_path):
 
 
 def test_a_glob_without_a_match_is_an_error(make_data, read, tmp_path):
-  with pytest.raises(DataError, match=r"\*\.csv matches no file"):
+  with pytest.raises(DataError, match=r"\*\.csv matches no data file"):
     read(make_data(tmp_path / "*.csv"))
 
 
-def test_a_directory_is_an_error_that_shows_a_glob(write, make_data, read, tmp_path):
-  write("log/1.csv", good_rows())
-  with pytest.raises(DataError, match=r"log is a directory; name its files, such as .*log/\*\.csv"):
+def spark_folder(write, tmp_path, folder="log.parquet", ending="parquet"):
+  """Writes two files of data, and what Spark leaves beside them."""
+  write(f"{folder}/part-0.{ending}", good_rows())
+  write(f"{folder}/deep/part-1.{ending}", good_rows(user=["c", "c", "c"]))
+  write(f"{folder}/_temporary/0/part-2.{ending}", good_rows(user=["d", "d", "d"]))
+  write(f"{folder}/_part-3.{ending}", good_rows(user=["e", "e", "e"]))
+  for name in ("_SUCCESS", ".part-0.crc", "deep/.part-1.crc"):
+    (tmp_path / folder / name).write_text("x")
+  return tmp_path / folder
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("pattern", ["log.parquet", "log.parquet/", "log.parquet/**/*", "log*", "*/**/part-*"])
+def test_a_folder_stands_for_its_data_files(pattern, ending, write, make_data, read, tmp_path):
+  spark_folder(write, tmp_path, ending=ending)
+  histories, counts = read(make_data(f"{tmp_path}/{pattern}"))
+  assert [h.user for h in histories] == ["a", "b", "c"]
+  assert counts["rows_read"] == 6
+
+
+def test_files_that_are_passed_over_by_their_names_are_said(write, make_data, read, tmp_path):
+  folder = spark_folder(write, tmp_path)
+  with messages() as said:
+    read(make_data(folder))
+  (line,) = [text for text in said if "passed over" in text]
+  assert line.startswith("config.data.sources.log.files: 2 files passed over") and "_part-3.parquet" in line
+
+
+@pytest.mark.parametrize("pattern", ["_log/*.csv", "_log", "*/_log/_*.csv", "_*/*.csv"])
+def test_a_name_that_the_pattern_gives_may_begin_with_an_underscore(pattern, write, make_data, read, tmp_path):
+  write("in/_log/_1.csv" if pattern.startswith("*") else "in/_log/1.csv", good_rows())
+  root = tmp_path if pattern.startswith("*") else tmp_path / "in"
+  assert len(read(make_data(root / pattern))[0]) == 2
+
+
+def test_a_folder_without_data_is_an_error(write, make_data, read, tmp_path):
+  write("log/_temporary/1.csv", good_rows())
+  with pytest.raises(DataError, match=r"the folder .*log holds no data file; names that begin with"):
     read(make_data(tmp_path / "log"))
 
 

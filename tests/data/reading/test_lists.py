@@ -10,8 +10,9 @@ import pytest
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.preparation import fitting, prepare, summary
-from supermoe_jax.errors import ConfigError
+from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, UNKNOWN, histories
+from tests.fixtures.messages import messages
 
 TAGS = [["p", "q", "p"], ["q"], None, [], ["r", "", "q", "p"]]
 FIELDS = {"tags": {"many": 2}, "item": {}}
@@ -181,3 +182,15 @@ def test_an_event_label_asks_and_is_given_single_values(task, make_data):
   data = config.to_dict(make_data("e.csv", fields={"item": {}, "tags": {"many": 2}}))
   with pytest.raises(ConfigError, match=r"config\.tasks\.label: 'tags' holds lists"):
     config.resolve({"data": data, "tasks": {"label": {"kind": "event_label", **task}}})
+
+
+def test_lists_of_recbole_are_separated_by_spaces(write, encoded):
+  file = write("e.inter", columns(as_text(TAGS, " ")))
+  file.write_text(file.read_text().replace("tags:token", "tags:token_seq"))
+  with pytest.raises(DataError, match=r"column 'tags' .*set config\.data\.fields\.tags\.separator=' '"):
+    encoded(file)
+  fields = {"tags": {"many": 2, "separator": " "}, "item": {}}
+  assert encoded(file, fields=fields)[0].categorical["tags"].values == ["q", "p", "r"]
+  with messages() as said:
+    assert encoded(file, fields={"tags": {}, "item": {}})[0].categorical["tags"].values == ["p q p", "q", "r  q p"]
+  assert any("'tags'" in text and "each list is read as one value" in text for text in said)

@@ -1,0 +1,149 @@
+"""Reads JSON: the keys of JSON lines, and one JSON object keyed by id as a table."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import pathlib
+import re
+from collections.abc import Collection, Sequence
+
+import duckdb
+
+from supermoe_jax.data.reading import remote
+from supermoe_jax.data.reading.remote import FilePath, RemoteFile
+from supermoe_jax.data.reading.sql_text import literal
+from supermoe_jax.errors import DataError
+
+# The beginning of a JSON object keyed by id: its first value is an object or a list.
+KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
+SAMPLE_ROWS = 20_480  # records in which keys, lists and objects are looked for
+KEY, VALUES = "key", "values"  # columns of such an object: its keys and, if its values are lists, the lists
+JSON_TEXT = 1 << 24  # bytes, DuckDB's default limit of a JSON value
+REMOTE_JSON_TEXT = 1 << 29  # bytes, the limit for a remote file, whose size is not looked up
+
+
+def line_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
+  """Returns the keys of JSON lines; looks beyond the first lines for keys that are `wanted` and missing there."""
+  # Only the keys are needed: depth 1 keeps nested values as JSON, and threshold -1 never turns a record into a map.
+  options = "maximum_depth = 1, map_inference_threshold = -1, hive_partitioning = false"
+  for sample in (SAMPLE_ROWS, -1):
+    query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
+    keys = _exact(con, path, [name for name, *_ in con.execute(query).fetchall()])
+    if all(w in keys or any(w.startswith(f"{k}.") for k in keys) for w in wanted):
+      break
+  return keys
+
+
+def renamed(names: Sequence[str]) -> bool:
+  """Returns whether DuckDB may have renamed one of a file's columns, since another differs from it in case alone."""
+  known = {name.lower() for name in names}
+  return any((end := re.fullmatch(r"(.+)_\d+", name)) and end[1].lower() in known for name in names)
+
+
+def _exact(con: duckdb.DuckDBPyConnection, path: FilePath, keys: list[str]) -> list[str]:
+  """Returns the keys as they stand in the file: DuckDB renames `Item` to `Item_1` where there is also an `item`."""
+  if not renamed(keys):
+    return keys
+  found: list[str] = []
+  for limit in (f" LIMIT {SAMPLE_ROWS}", ""):
+    records = f"SELECT json FROM ({records_sql(path, 'jsonl')}){limit}"
+    query = f"SELECT unnest(json_keys(json)) AS key, row_number() OVER () AS row FROM ({records})"
+    found = [key for key, _ in con.execute(f"SELECT key, min(row) FROM ({query}) GROUP BY key ORDER BY 2").fetchall()]
+    if {*keys} <= {*found}:  # each key stands in the file as it is
+      return keys
+  return found
+
+
+def records_sql(path: FilePath, format: str) -> str:
+  """Returns a query of the records of JSON lines, or of the values of a JSON object, as the column `json`."""
+  if format == "json_object":
+    return f"SELECT e.value AS json FROM ({entries_sql(path)})"
+  options = "records = false, columns = {'json': 'JSON'}, hive_partitioning = false"
+  return f"SELECT json FROM read_json({literal(remote.pattern(path))}, {options})"
+
+
+def member_sql(column: str, name: str) -> str:
+  """Returns the SQL of a member of a JSON value as text."""
+  pointer = "/" + name.replace("~", "~0").replace("/", "~1")  # a JSON pointer can name any key, a path cannot
+  return f"json_extract_string({column}, {literal(pointer)})"
+
+
+def is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
+  """Returns whether a local JSON file is one object whose values are all objects or all lists."""
+  if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
+    return False
+  opener = gzip.open if path.suffix.lower() == ".gz" else open
+  with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
+    if not KEYED_BY_ID.match(text.read(1 << 16)):
+      return False
+  with contextlib.suppress(duckdb.Error):  # any other file is read as JSON lines, which reports its errors
+    objects = con.execute(f"SELECT 1 FROM {_json_sql(path, 'JSON')} LIMIT 2").fetchall()
+    kinds = con.execute(_kinds_sql(path)).fetchall() if len(objects) == 1 else []
+    return [kind for kind, *_ in kinds] in (["OBJECT"], ["ARRAY"])
+  return False
+
+
+def _json_sql(path: FilePath, type: str) -> str:
+  """Returns the SQL of a scan of a file's JSON values, most often one, as the column `json` of a type."""
+  size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
+  return (
+    f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
+    f"maximum_object_size = {size}, hive_partitioning = false, columns = {{'json': '{type}'}})"
+  )
+
+
+def _unpacked_size(path: pathlib.Path) -> int:
+  if path.suffix.lower() != ".gz":
+    return path.stat().st_size
+  with gzip.open(path) as text:
+    return text.seek(0, os.SEEK_END)
+
+
+def entries_sql(path: FilePath) -> str:
+  """Returns a query of a JSON object's entries in order: the structs `e` of `key` and, as JSON, `value`."""
+  return f"SELECT unnest(map_entries(json)) AS e FROM {_json_sql(path, 'MAP(VARCHAR, JSON)')}"
+
+
+def _kinds_sql(path: FilePath) -> str:
+  """Returns a query of the JSON types of an object's values and the first key of each type; ignores absent values."""
+  return (
+    "SELECT json_type(e.value) AS kind, arg_min(e.key, row) FROM (SELECT e, row_number() OVER () AS row "
+    f"FROM ({entries_sql(path)})) WHERE e.value IS NOT NULL GROUP BY kind ORDER BY min(row)"
+  )
+
+
+def attributes(con: duckdb.DuckDBPyConnection, path: FilePath) -> list[str]:
+  """Returns the columns of a JSON object keyed by id: `key`, and the keys of its values, or `values` for lists.
+
+  Raises:
+    DataError: the values are neither all objects nor all lists, or an attribute is named `key`.
+  """
+  kinds = con.execute(_kinds_sql(path)).fetchall()
+  for kind, key in kinds:
+    if kind not in ("OBJECT", "ARRAY") or kind != kinds[0][0]:
+      raise DataError(
+        f"{path}: the value of {key!r} is of the JSON type {kind}; write every value as an object of attributes, or "
+        "every value as a list."
+      )
+  if not kinds or kinds[0][0] == "ARRAY":
+    return [KEY, VALUES]
+  found = con.execute(
+    "SELECT name, min(row) FROM (SELECT unnest(json_keys(e.value)) AS name, row_number() OVER () AS row "
+    f"FROM ({entries_sql(path)})) GROUP BY name ORDER BY 2"
+  ).fetchall()
+  names = [name for name, _ in found]
+  if KEY in names:
+    raise DataError(f"{path} holds an attribute {KEY!r}, which is the name of the objects' ids; rename the attribute.")
+  return [KEY, *names]
+
+
+def entry_sql(name: str) -> str:
+  """Returns the SQL of a column of a JSON object's entry `e`."""
+  if name == KEY:
+    return "e.key"
+  value = member_sql("e.value", name)
+  if name == VALUES:
+    value = f"CASE json_type(e.value) WHEN 'ARRAY' THEN e.value::VARCHAR ELSE {value} END"
+  return value
