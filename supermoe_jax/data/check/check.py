@@ -91,7 +91,7 @@ class _Check:
     self._asked: list[_SampledSnapshot] = []
     last = raw_events.load_raw_events(con, self._cfg.data, list(records))
     assert last is not None  # the dataset holds events, and its files are unchanged
-    until = self._observed_until(last)
+    until = self._observed_until(dataset.stray_times.last if dataset.stray_times else last)
     for user, record in records.items():
       n = len(record["snapshot_time"])
       for i in np.sort(rng.choice(n, min(n, SNAPSHOTS_A_USER), replace=False)):

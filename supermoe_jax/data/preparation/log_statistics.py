@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ class LogStatistics:
     tied: the number of events that share user and time with another event.
     duplicates: the number of rows that repeat an earlier one, whether they are kept or not.
     kept: the number of kept events of each source.
+    days: the number of kept events of each day with any, by the number of days since 1970 UTC, ascending.
     fields: the statistics of each field.
   """
 
@@ -89,6 +91,7 @@ class LogStatistics:
   duplicates: int
   kept: list[int]
   fields: dict[str, FieldStatistics]
+  days: dict[int, int] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def merge(cls, parts: Sequence[LogStatistics], data: config.Data) -> LogStatistics:
@@ -100,12 +103,22 @@ class LogStatistics:
     last = max((p.last for p in parts if p.last is not None), default=None)
     kept = [sum(p.kept[i] for p in parts) for i in range(len(data.sources))]
     fields = {name: FieldStatistics.merge([p.fields[name] for p in parts]) for name in data.fields}
-    return cls(events, users, training, first, last, tied, duplicates, kept, fields)
+    days = sum_days(*(p.days for p in parts))
+    return cls(events, users, training, first, last, tied, duplicates, kept, fields, days)
 
   @classmethod
   def of_json(cls, saved: Mapping[str, Any]) -> LogStatistics:
     """Returns the statistics that were saved as JSON of `dataclasses.asdict`."""
-    return cls(**{**saved, "fields": {name: FieldStatistics(**field) for name, field in saved["fields"].items()}})
+    fields = {name: FieldStatistics(**field) for name, field in saved["fields"].items()}
+    return cls(**{**saved, "fields": fields, "days": sum_days(saved.get("days", {}))})
+
+
+def sum_days(*parts: Mapping[int, int] | Mapping[str, int]) -> dict[int, int]:
+  """Returns the sums of numbers of events by day, ascending and without zeros; a day may be text, as in JSON."""
+  total: Counter[int] = Counter()
+  for part in parts:
+    total.update({int(day): n for day, n in part.items()})
+  return {day: n for day, n in sorted(total.items()) if n}
 
 
 def log_counts(data: config.Data, reading: Reading, facts: LogStatistics, *, part: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -15,6 +16,8 @@ from supermoe_jax.config import format_time
 from supermoe_jax.data.dataset.dataset import FORMAT_VERSION
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
+from supermoe_jax.data.format.stray_rows import StrayTimes
+from supermoe_jax.data.preparation import losses
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
 # DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64 bits.
@@ -44,6 +47,9 @@ class LogSummary(NamedTuple):
     last: the last event's time.
     observed_until: the time up to which the log is complete.
     user_type: the DuckDB type of the user column.
+    days: the number of events of each day, by the number of days since 1970; empty where an earlier version did not
+      count them.
+    strays: the rows with stray times; None if there are none.
   """
 
   counts: Mapping[str, Any]
@@ -51,6 +57,8 @@ class LogSummary(NamedTuple):
   last: int
   observed_until: int
   user_type: str
+  days: Mapping[int, int]
+  strays: StrayTimes | None
 
 
 def make_manifest(
@@ -85,7 +93,7 @@ def make_manifest(
   state = tally.state
   if aggregates is None:
     aggregates = tally.aggregate_statistics()
-  return {
+  manifest = {
     "kind": KIND,
     "format": FORMAT_VERSION,
     "files": dict(files),
@@ -102,6 +110,8 @@ def make_manifest(
     "first_event_microseconds": log.first,
     "last_event_microseconds": log.last,
     "observed_until_microseconds": log.observed_until,
+    "stray_times": None if log.strays is None else dataclasses.asdict(log.strays),
+    "events_by_day": {str(day): n for day, n in log.days.items()},
     "source_user_type": log.user_type,
     "user_type": "text" if state["text_users"] or log.user_type not in INTEGER_TYPES else "integer",
     "lengths": tally.length_percentiles(),
@@ -118,10 +128,11 @@ def make_manifest(
     "aggregates": dict(aggregates),
     "label_rates": tally.label_rates(),
     "encoding_hash": encoding_hash(encoder_path, aggregates),
-    "warnings": tally.warnings(encoders),
     "tally": state,
     "seconds": round(seconds, 1),
   }
+  alarming = [finding.text for finding in losses.find_losses(manifest) if finding.alarming]
+  return {**manifest, "warnings": [*alarming, *tally.warnings(encoders)]}
 
 
 def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:

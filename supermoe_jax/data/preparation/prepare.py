@@ -29,7 +29,7 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import fitting, write_shards
+from supermoe_jax.data.preparation import fitting, stray_times, write_shards
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
@@ -153,10 +153,13 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
   with engine.open(cfg, scratch) as log:
     encoders = _encoders(log, cfg, user_labels.encoders, work / "encoders")
     check_answerable(cfg, encoders)
-    log_end = calendar.log_end(cfg.data.split, log.end)
-    times = (
-      None if cfg.data.split.mode == "leave_one_out" else calendar.make_calendar(cfg.data.split, log.start, log_end)
-    )
+    strays = stray_times.find_stray_times(log.facts.days, [(log.start, log.end)], log)
+    start, end = (strays.first, strays.last) if strays else (log.start, log.end)
+    log_end = calendar.log_end(cfg.data.split, end)
+    times = None
+    if cfg.data.split.mode != "leave_one_out":
+      before = strays is not None and strays.before > 0
+      times = calendar.make_calendar(cfg.data.split, start, log_end, stray_before=before)
     maker = RecordMaker(cfg, encoders, times)
     plan = PreparationPlan(cfg, encoders, work / "encoders", times, maker, user_labels.values)
     (work / shard_files.DIRECTORY).mkdir(parents=True, exist_ok=True)
@@ -167,8 +170,9 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
       write_users(users, work / USERS)
     unseen = fitting.coverage_of(log, encoders)
     with_labels = set().union(*user_labels.values.values())
-    counts, user_type = dict(log.counts), log.user_type
-    first, last = log.start, log.end
+    summary = manifest_lib.LogSummary(
+      log.counts, log.start, log.end, log_end, log.user_type, days=log.facts.days, strays=strays
+    )
     with_events = log.count_users(with_labels)
   shutil.rmtree(scratch)
   shard_files.remove_notes(work / shard_files.DIRECTORY)
@@ -176,17 +180,20 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
   tally = maker.new_counts()
   for shard in written:
     tally.merge(shard.tally)
-  facts = manifest_lib.LogSummary(counts, first, last, log_end, user_type)
   manifest = manifest_lib.make_manifest(
     cfg,
-    facts,
+    summary,
     encoders,
     work / "encoders",
     tally,
     files=files,
     shards=written,
     fields=unseen,
-    user_table={**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
+    user_table={
+      **user_labels.counts,
+      "labelled_users": len(with_labels),
+      "labelled_users_without_events": len(with_labels) - with_events,
+    },
     seconds=clock.monotonic() - begun,
   )
   return integrity.write_manifest(work, manifest)
