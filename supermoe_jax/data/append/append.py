@@ -38,9 +38,10 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.stray_rows import StrayTimes
 from supermoe_jax.data.preparation import manifest as manifest_lib
-from supermoe_jax.data.preparation import prepare, stray_times
+from supermoe_jax.data.preparation import outlying_numbers, prepare, stray_times
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_statistics import sum_days
+from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.preparation.write_shards import RecordMaker
 from supermoe_jax.data.reading import readers
@@ -112,6 +113,7 @@ class _Append:
     self._repeats, self._new_users = combined_counts.RepeatCounts(cfg.data), 0
     self._days: dict[int, int] = {}
     self._strays: StrayTimes | None = None
+    self._clipped: dict[str, dict[str, Any]] = {}
 
   def run(self) -> dict[str, Any]:
     """Merges the new events, writes the new dataset into `work` and returns its manifest."""
@@ -144,6 +146,7 @@ class _Append:
           written.add(block, new(block, self._labels(block.users), tally))
         touched = len(written.users)
         self._look_at_others(changed, old, new, tally, written)
+        self._clipped = outlying_numbers.clipped_numbers(log, extension.encoders)
         appended = self._describe(log, extension, touched, written)
         written.finish(f"appended_{appended['number']}")
       return self._finish(log, extension.encoders, covered, new, tally, written, appended)
@@ -325,6 +328,10 @@ class _Append:
       files={**before["files"], **new_files.new_file_stamps(self._part)},
       shards=[shard_files.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
       fields=combined_counts.combined_coverage(before["fields"], encoders, covered, log, cfg.data.fields),
+      numbers=OutlyingNumbers(
+        outlying_numbers.merge_clipped(before.get("clipped_numbers", {}), self._clipped),
+        before.get("hiding_numbers", {}),
+      ),
       user_table={
         **before["user_table"],
         "labelled_users": len(with_labels),

@@ -201,6 +201,7 @@ class EventTables:
     if field.kind == "numeric":
       of = {"sum": "sum", "deviation": "stddev_pop", "low": "min", "high": "max"}
       facts |= {fact: f"{function}({column}) FILTER (training)" for fact, function in of.items()}
+      facts |= {"least": f"min({column})", "greatest": f"max({column})"}
     return "{" + ", ".join(f"'{fact}': {sql}" for fact, sql in facts.items()) + "}"
 
   def _count_tied(self) -> int:

@@ -32,6 +32,8 @@ class FieldStatistics:
     deviation: their standard deviation.
     low: the least of them.
     high: the greatest of them.
+    least: the least number of all events.
+    greatest: the greatest number of all events.
   """
 
   absent: int = 0
@@ -42,6 +44,8 @@ class FieldStatistics:
   deviation: float = 0.0
   low: float = math.inf
   high: float = -math.inf
+  least: float = math.inf
+  greatest: float = -math.inf
 
   @property
   def mean(self) -> float:
@@ -52,9 +56,10 @@ class FieldStatistics:
   def merge(cls, parts: Sequence[FieldStatistics]) -> FieldStatistics:
     """Returns the statistics of all parts together."""
     counts = {name: sum(getattr(p, name) for p in parts) for name in ("absent", "present", "training", "cut")}
+    least, greatest = min(p.least for p in parts), max(p.greatest for p in parts)
     trained = [p for p in parts if p.training]
     if len(trained) < 2:
-      return dataclasses.replace(trained[0] if trained else cls(), **counts)
+      return dataclasses.replace(trained[0] if trained else cls(), **counts, least=least, greatest=greatest)
     low, high = min(p.low for p in trained), max(p.high for p in trained)
     n, means, deviations = (np.array([getattr(p, k) for p in trained]) for k in ("training", "mean", "deviation"))
     with np.errstate(over="ignore", invalid="ignore"):  # for numbers that overflow
@@ -62,7 +67,7 @@ class FieldStatistics:
       squares = n * (np.square(deviations) + np.square(means - total / n.sum()))
       # The parts' means of a constant may differ in their last bits, which would look like a deviation.
       deviation = 0.0 if low == high else float(np.sqrt(np.sum(squares) / n.sum()))
-    return cls(**counts, sum=total, deviation=deviation, low=low, high=high)
+    return cls(**counts, sum=total, deviation=deviation, low=low, high=high, least=least, greatest=greatest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from supermoe_jax import config
+from supermoe_jax.data.encoding.numeric import MOST_DEVIATIONS
 from supermoe_jax.data.format.stray_rows import StrayTimes
+from supermoe_jax.data.preparation.outlying_numbers import clipped_text, hiding_text
 from supermoe_jax.data.preparation.stray_times import describe_stray_times
 
 # Shares from which a loss is alarming. Files of a sound export hold next to no unusable rows, so a twentieth means that
@@ -42,6 +44,10 @@ def find_losses(manifest: Mapping[str, Any]) -> Iterator[LogLoss]:
   yield from _user_losses(manifest["user_table"])
   for name, field in manifest["fields"].items():
     yield from _field_losses(name, field, cfg["data"])
+  for name, clipped in manifest.get("clipped_numbers", {}).items():
+    yield LogLoss(clipped_text(name, clipped), True)
+  for name, hiding in manifest.get("hiding_numbers", {}).items():
+    yield LogLoss(hiding_text(name, hiding), True)
 
 
 def reading_losses(reading: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[LogLoss]:
@@ -151,6 +157,12 @@ def _user_losses(table: Mapping[str, Any]) -> Iterator[LogLoss]:
         f"task {task}: {_of(unseen, rows, 'users')} {_have(unseen)} a class that no training user has; they have no "
         "label",
         unseen > UNMATCHED * rows,
+      )
+    if clipped := count.get("clipped"):
+      yield LogLoss(
+        f"task {task}: the values of {_of(clipped, rows, 'users')} lie more than {MOST_DEVIATIONS:,.0f} deviations "
+        "from the mean of training and were clipped to there",
+        True,
       )
     if dropped := count.get("dropped"):
       yield LogLoss(

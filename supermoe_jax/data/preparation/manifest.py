@@ -18,6 +18,7 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
 from supermoe_jax.data.format.stray_rows import StrayTimes
 from supermoe_jax.data.preparation import losses
+from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
 # DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64 bits.
@@ -71,6 +72,7 @@ def make_manifest(
   files: Mapping[str, list[int]],
   shards: Sequence[Shard],
   fields: Mapping[str, Any],
+  numbers: OutlyingNumbers,
   user_table: Mapping[str, Any],
   seconds: float,
   aggregates: Mapping[str, Any] | None = None,
@@ -86,6 +88,7 @@ def make_manifest(
     files: the stamps of the files that were read.
     shards: the shards of all records, in order.
     fields: how well the encoders cover the log; see `fitting.coverage_of`.
+    numbers: the outlying numbers of the log.
     user_table: see `user_table.UserLabels.counts`.
     seconds: the duration of the preparation.
     aggregates: the statistics that standardise aggregates; None for the statistics of the tally.
@@ -117,6 +120,8 @@ def make_manifest(
     "lengths": tally.length_percentiles(),
     "reading": dict(log.counts),
     "fields": dict(fields),
+    "clipped_numbers": numbers.clipped,
+    "hiding_numbers": numbers.hiding,
     "events_by_period": state["periods"],
     "snapshots": state["snapshots"],
     "snapshots_with_too_few_events": state["too_early"],

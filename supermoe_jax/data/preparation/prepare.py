@@ -29,10 +29,11 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import fitting, stray_times, write_shards
+from supermoe_jax.data.preparation import fitting, outlying_numbers, stray_times, write_shards
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
+from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters
 from supermoe_jax.data.reading import user_table
 from supermoe_jax.data.tasks import bind, calendar
@@ -169,6 +170,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     with log.users() as users:
       write_users(users, work / USERS)
     unseen = fitting.coverage_of(log, encoders)
+    numbers = OutlyingNumbers(outlying_numbers.clipped_numbers(log, encoders), outlying_numbers.hiding_numbers(log))
     with_labels = set().union(*user_labels.values.values())
     summary = manifest_lib.LogSummary(
       log.counts, log.start, log.end, log_end, log.user_type, days=log.facts.days, strays=strays
@@ -189,6 +191,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     files=files,
     shards=written,
     fields=unseen,
+    numbers=numbers,
     user_table={
       **user_labels.counts,
       "labelled_users": len(with_labels),
