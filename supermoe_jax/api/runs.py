@@ -56,7 +56,8 @@ class Evaluation:
     return pa.Table.from_pylist(rows, schema=_METRICS)
 
   def __repr__(self) -> str:
-    return evaluate_lib.aligned_table(evaluate_lib.results_table(self.result))
+    table = evaluate_lib.aligned_table(evaluate_lib.results_table(self.result))
+    return "\n".join([table, *evaluate_lib.results_words(self.result)])
 
 
 _METRICS = pa.schema(
@@ -79,7 +80,7 @@ class Run(run_lib.Run):
     """Measures every task and its baselines on validation and test snapshots, and writes `evaluation.json`.
 
     Raises:
-      ConfigError: a split has no snapshot.
+      ConfigError: a split that the config names has no snapshot.
     """
     with progress_lib.shown(progress):
       return Evaluation(evaluate_lib.evaluate(self, progress=progress))

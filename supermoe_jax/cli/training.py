@@ -140,6 +140,8 @@ def _evaluate(args: argparse.Namespace) -> None:
   run = open_run(args)
   result = evaluate.evaluate(run)
   print(evaluate.aligned_table(evaluate.results_table(result)))
+  for sentence in evaluate.results_words(result):
+    print(sentence)
   print(f"scores at step {run.step}; all metrics, also on validation: {args.workdir / 'evaluation.json'}")
 
 

@@ -112,6 +112,8 @@ class _Study:
     self.cfg, self.workdir, self.jobs, self._publish = cfg, workdir, jobs, publish
     self.plan = cfg.seesaw
     check_directory(workdir)
+    if not cfg.data.split.has_snapshots("validation"):
+      raise ConfigError("a study chooses by validation, but config.data.split.validation is empty; name a time there.")
     dataset = Dataset(cfg.data.path)
     dataset.check_matches(cfg)
     self._encoding = dataset.manifest["encoding_hash"]

@@ -117,11 +117,7 @@ def test_seesaw_makes_a_study_of_the_config_and_prints_its_table_and_words(
     (["prepare", "--config", "{tmp}/plain.yaml"], 1, "a config is a Python file"),
     (["prepare", "--config", "{tmp}"], 1, "is a directory; name a config file in it"),
     (["train", "--config", "{config}", "--workdir", "{tmp}/plain.yaml"], 1, "plain.yaml is a file; name a directory"),
-    (
-      ["train", "--config", "{config}", "--workdir", "{tmp}/plain.yaml/run"],
-      1,
-      "plain.yaml is a file; name a directory",
-    ),
+    (["train", "--config", "{config}", "--workdir", "{tmp}/plain.yaml/run"], 1, "plain.yaml is a file"),
     (["train", "--config", "{config}", "--workdir", "{tmp}/kept"], 1, "holds another kind of directory (dataset)"),
     (["seesaw", "--config", "{config}", "--workdir", "{tmp}/plain.yaml"], 1, "plain.yaml is a file; name a directory"),
     (["inspect", "{tmp}/plain.yaml", "--out", "{tmp}/none/a.py"], 1, "there is no directory"),

@@ -110,6 +110,11 @@ def _stray_losses(manifest: Mapping[str, Any]) -> Iterator[LogLoss]:
 
 
 def _snapshot_losses(manifest: Mapping[str, Any], min_events: int) -> Iterator[LogLoss]:
+  split = config.resolve_prepared(manifest["config"]).data.split
+  if not split.has_snapshots("validation"):
+    yield LogLoss(
+      "config.data.split.validation is empty: no checkpoint is chosen by validation, and evaluate measures test only"
+    )
   users = manifest["users"]
   early, repeated = manifest["snapshots_with_too_few_events"], manifest["repeated_snapshots"]
   snapshots = sum(manifest["snapshots"].values()) + early + repeated

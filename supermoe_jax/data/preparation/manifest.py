@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from supermoe_jax import config
 from supermoe_jax.config import format_time
 from supermoe_jax.data.dataset.dataset import FORMAT_VERSION
+from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
 from supermoe_jax.data.format.stray_rows import StrayTimes
@@ -136,8 +137,9 @@ def make_manifest(
     "tally": state,
     "seconds": round(seconds, 1),
   }
+  splits = [split for split in SPLITS if cfg.data.split.has_snapshots(split)]
   alarming = [finding.text for finding in losses.find_losses(manifest) if finding.alarming]
-  return {**manifest, "warnings": [*alarming, *tally.warnings(encoders)]}
+  return {**manifest, "warnings": [*alarming, *tally.warnings(encoders, splits)]}
 
 
 def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:
