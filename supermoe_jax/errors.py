@@ -51,10 +51,11 @@ class ExitCode(enum.IntEnum):
   CRASHED = 70  # `EX_SOFTWARE` of sysexits.h: one of several processes of a run ended unexpectedly
   RESUME = 75  # `EX_TEMPFAIL`: the run is sound; the same command goes on with it
   INTERRUPTED = 130  # by Ctrl-C; nothing was saved
+  UNREAD = 141  # 128 + SIGPIPE, as shells report it: the reader of the output, such as `head`, has gone
 
 
 # The codes with which a command ends on purpose; any other code is a crash that needs an explanation.
-DELIBERATE_EXITS = (ExitCode.OK, ExitCode.ERROR, ExitCode.USAGE, ExitCode.RESUME, ExitCode.INTERRUPTED)
+DELIBERATE_EXITS = (ExitCode.OK, ExitCode.ERROR, ExitCode.USAGE, ExitCode.RESUME, ExitCode.INTERRUPTED, ExitCode.UNREAD)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,8 @@ class Evaluation:
     return pa.Table.from_pylist(rows, schema=_METRICS)
 
   def __repr__(self) -> str:
-    return evaluate_lib.aligned_table(evaluate_lib.results_table(self.result))
+    table = evaluate_lib.aligned_table(evaluate_lib.results_table(self.result))
+    return "\n".join([table, *evaluate_lib.results_words(self.result)])
 
 
 _METRICS = pa.schema(
@@ -78,14 +80,14 @@ class Run(run_lib.Run):
     """Measures every task and its baselines on validation and test snapshots, and writes `evaluation.json`.
 
     Raises:
-      ConfigError: a split has no snapshot.
+      ConfigError: a split that the config names has no snapshot.
     """
     with progress_lib.shown(progress):
       return Evaluation(evaluate_lib.evaluate(self, progress=progress))
 
   def embed(
     self,
-    as_of: str | Sequence[str],
+    as_of: str | datetime.date | Sequence[str | datetime.date],
     out: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
@@ -97,8 +99,8 @@ class Run(run_lib.Run):
     """Writes the embedding of every user with an event before a time.
 
     Args:
-      as_of: a time such as "2024-06-01" (UTC), or several; "now", the end of the log; or "last", the moment after each
-        user's own last event.
+      as_of: a time such as "2024-06-01" (UTC), a date or a datetime, or several; "now", the end of the log; or "last",
+        the moment after each user's own last event.
       out: the directory to write; by default `embeddings` in the run directory.
       overwrite: whether to replace existing embeddings.
       since: an earlier directory of this run's embeddings; only users with new events are computed.
@@ -111,7 +113,8 @@ class Run(run_lib.Run):
       DataError: `out` holds something else, or the disk is full.
     """
     folder = self.workdir / "embeddings" if out is None else pathlib.Path(out)
-    times = [as_of] if isinstance(as_of, str) else list(as_of)
+    given = [as_of] if isinstance(as_of, str | datetime.date) else as_of
+    times = [time.isoformat() if isinstance(time, datetime.date) else time for time in given]
     earlier = None if since is None else pathlib.Path(since)
     with progress_lib.shown(progress):
       embed_lib.embed(self, times, folder, overwrite=overwrite, since=earlier, columns=columns, dtype=dtype)

@@ -50,7 +50,9 @@ def _main(arguments: Sequence[str]) -> int:
     from supermoe_jax import progress
 
     with progress.shown():
-      return args.run(args) or ExitCode.OK
+      code = args.run(args) or ExitCode.OK
+    sys.stdout.flush()  # here, so that an error of standard output is not raised at the exit, as a traceback
+    return code
   except KeyboardInterrupt:
     print(f"supermoe {args.verb}: interrupted", file=sys.stderr)
     return ExitCode.INTERRUPTED
@@ -60,7 +62,12 @@ def _main(arguments: Sequence[str]) -> int:
       raise
     print(f"supermoe {args.verb}: {error}", file=sys.stderr)
     return ExitCode.RESUME if isinstance(error, Stopped) else ExitCode.ERROR
-  except Exception:
+  except Exception as error:
+    if isinstance(error, BrokenPipeError) and console.output_is_unread():
+      return ExitCode.UNREAD
+    if isinstance(error, OSError) and error.filename is not None and not os.environ.get("SUPERMOE_TRACEBACK"):
+      print(f"supermoe {args.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+      return ExitCode.ERROR
     if not _watched():
       raise
     traceback.print_exc()

@@ -49,6 +49,18 @@ def add_processes(verb: argparse.ArgumentParser) -> None:
   several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
+def check_output_file(file: pathlib.Path, name: str) -> None:
+  """Checks that a file of the argument `name` can be written.
+
+  Raises:
+    ConfigError: its directory is missing, or it is a directory itself.
+  """
+  if not file.parent.is_dir():
+    raise ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
+  if file.is_dir():
+    raise ConfigError(f"{name} {file} is a directory; name a file.")
+
+
 def open_run(args: argparse.Namespace) -> Run:
   """Opens the run in --workdir at the checkpoint that --checkpoint names.
 

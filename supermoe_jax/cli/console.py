@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
+import sys
 from collections.abc import Iterator
 
 
@@ -16,6 +19,19 @@ class MessagePrinter(logging.Handler):
   def emit(self, record: logging.LogRecord) -> None:
     """Prints the message of a record."""
     print(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+def output_is_unread() -> bool:
+  """Returns whether the reader of standard output has gone; if so, sends what is left of the output nowhere."""
+  out = sys.stdout.fileno()
+  pipe = select.poll()
+  pipe.register(out, 0)  # errors are reported whatever is asked for
+  if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+    return False
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, out)
+  os.close(nowhere)
+  return True
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from supermoe_jax import config
-from supermoe_jax.cli.arguments import Verbs, add_config
+from supermoe_jax.cli.arguments import Verbs, add_config, check_output_file
 from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def add_data_verbs(verbs: Verbs) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+  if args.out is not None:
+    check_output_file(args.out, "--out")
   from supermoe_jax.data.inspect import inspect
 
   found = inspect.inspect(args.files, args.format)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from supermoe_jax.cli.arguments import Verbs
+from supermoe_jax.cli.arguments import Verbs, check_output_file
 from supermoe_jax.errors import ConfigError
 
 
@@ -80,8 +80,8 @@ def _neighbors(args: argparse.Namespace) -> None:
     raise ConfigError("--rebuild and --recall have no effect without --index.")
   if args.all and args.out is None:
     raise ConfigError("--all writes the neighbours of every user; name a Parquet file with --out.")
-  if args.out is not None and not args.out.parent.is_dir():
-    raise ConfigError(f"{args.out}: there is no directory {args.out.parent}; make it first.")
+  if args.out is not None:
+    check_output_file(args.out, "--out")
   from supermoe_jax.embeddings import neighbors
 
   search = neighbors.open_search(

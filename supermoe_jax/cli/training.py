@@ -9,7 +9,15 @@ import pathlib
 from typing import Any
 
 from supermoe_jax import config
-from supermoe_jax.cli.arguments import Verbs, add_checkpoint, add_config, add_processes, add_workdir, open_run
+from supermoe_jax.cli.arguments import (
+  Verbs,
+  add_checkpoint,
+  add_config,
+  add_processes,
+  add_workdir,
+  check_output_file,
+  open_run,
+)
 from supermoe_jax.errors import ConfigError, ExitCode
 
 
@@ -83,9 +91,9 @@ def _plan(args: argparse.Namespace) -> None:
     raise ConfigError("--figure draws a sweep; add --sweep.")
   if not -1 <= args.effort <= 1:
     raise ConfigError(f"--effort={args.effort:g} must lie in [-1, 1].")
-  for file in filter(None, (args.json, args.figure)):
-    if not file.parent.is_dir():
-      raise ConfigError(f"{file}: there is no directory {file.parent}; make it first.")
+  for name, file in (("--json", args.json), ("--figure", args.figure)):
+    if file is not None:
+      check_output_file(file, name)
   os.environ["JAX_PLATFORMS"] = "cpu"  # the plan runs nothing; it leaves this machine's accelerator alone
   from supermoe_jax.plan import chips, plan, render, sweep
 
@@ -132,6 +140,8 @@ def _evaluate(args: argparse.Namespace) -> None:
   run = open_run(args)
   result = evaluate.evaluate(run)
   print(evaluate.aligned_table(evaluate.results_table(result)))
+  for sentence in evaluate.results_words(result):
+    print(sentence)
   print(f"scores at step {run.step}; all metrics, also on validation: {args.workdir / 'evaluation.json'}")
 
 

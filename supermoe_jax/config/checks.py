@@ -166,7 +166,7 @@ def _check_split(split: Split) -> None:
   latest = train_end
   for key in ("validation", "test"):
     times = [parse_time(t, f"config.data.split.{key}") for t in getattr(split, key)]
-    _require(bool(times), f"config.data.split.{key} is empty: name at least one snapshot time.")
+    _require(bool(times) or key == "validation", f"config.data.split.{key} is empty: name at least one snapshot time.")
     for text, time in zip(getattr(split, key), times):
       _require(time >= latest, f"config.data.split.{key}: {text} lies before the end of the period that precedes it.")
       _require(
@@ -174,7 +174,7 @@ def _check_split(split: Split) -> None:
         f"config.data.split.{key}: {text} lies less than gap_days={split.gap_days:g} after the end of the period that "
         "precedes it; set it later, or lower config.data.split.gap_days.",
       )
-    latest = max(times)
+    latest = max(times, default=latest)
 
 
 # For each split mode, the settings that it does not read.
@@ -311,6 +311,11 @@ def _check_validation(config: Config) -> None:
       getattr(validate, name) >= 0,
       f"config.train.validate.{name}={getattr(validate, name)} must not be negative.",
     )
+  _require(
+    not validate.every or config.data.split.has_snapshots("validation"),
+    f"config.train.validate.every={validate.every} needs validation snapshots, but config.data.split.validation is "
+    "empty; name at least one time there, or set every=0.",
+  )
   _require(
     validate.every % train.checkpoint_every == 0,
     f"config.train.validate.every={validate.every} must be a multiple of config.train.checkpoint_every="

@@ -129,15 +129,22 @@ def read_config(path: str) -> ml_collections.ConfigDict:
   As with `ml_collections`, the text after a colon becomes the argument of `get_config`: `file.py:argument`.
 
   Raises:
-    ConfigError: the file is missing, fails, or has no `get_config` that returns a `ConfigDict`.
+    ConfigError: the file is missing, is no Python file, fails, or has no `get_config` that returns a `ConfigDict`.
   """
   import ml_collections
 
   name, ending, argument = path.partition(".py:")
   file = pathlib.Path(name + ".py" if ending else path)
+  if file.is_dir():
+    raise ConfigError(f"--config={path} is a directory; name a config file in it, such as {file / 'config.py'}.")
   if not file.is_file():
     siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
     raise ConfigError(f"--config={path}: no such file as {file}{nearest(file.name, siblings)}")
+  if file.suffix != ".py":
+    raise ConfigError(
+      f"--config={path}: a config is a Python file with a function get_config(), and its name ends in .py; 'supermoe "
+      "inspect FILES --out config.py' writes one."
+    )
   spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)

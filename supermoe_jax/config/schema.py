@@ -134,13 +134,17 @@ class Split:
     5.0  # calendar: distance of training snapshots, back from train_end; whole weeks would meet one weekday only
   )
   every_events: int = 10  # every_events: k
-  validation: tuple[str, ...] = ()
+  validation: tuple[str, ...] = ()  # snapshot times; empty (temporal): none, so that train_end may lie later
   test: tuple[str, ...] = ()
   gap_days: float = 0.0
   log_end: str = ""  # time up to which the log is complete; empty: the last event's time (mode user: just after it)
   min_events: int = 1  # snapshots with fewer events before them are left out and counted
   user_validation: float = 0.1  # share of users (by hash) whose user labels are for validation
   user_test: float = 0.2  # the same for test; with mode user the shares hold out whole users
+
+  def has_snapshots(self, split: str) -> bool:
+    """Returns whether the split named train, validation or test has snapshots: `validation` may be empty."""
+    return split != "validation" or self.mode != "temporal" or bool(self.validation)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,9 +69,8 @@ def parse_times(as_of: Sequence[str], run: Run) -> dict[str, int | None]:
 
 
 def _end(run: Run) -> int:
-  """Returns the end of the log: the first moment at which all of its events are past."""
-  manifest = run.dataset.manifest
-  return max(manifest["observed_until_microseconds"], manifest["last_event_microseconds"] + 1)
+  """Returns the end of the log: the first moment at which all of its events, stray ones aside, are past."""
+  return max(run.dataset.manifest["observed_until_microseconds"], run.dataset.last_usual_event + 1)
 
 
 def embed(

@@ -265,6 +265,8 @@ def read_index(file: pathlib.Path, space: VectorSpace, fingerprint: str) -> Hnsw
     DataError: the file is not an index, is damaged, or belongs to other embeddings.
   """
   faiss = _faiss()
+  if file.is_dir():
+    raise DataError(f"{file} is a directory; name a file for the --index.")
   try:
     with file.open("rb") as stream:
       check_index_file(file)

@@ -84,7 +84,7 @@ def evaluate(
     most: the number of snapshots of a split to evaluate, drawn by the run's seed; 0: all of them.
 
   Raises:
-    ConfigError: a split has no snapshot.
+    ConfigError: a split that the config names has no snapshot.
     RunError: answers of the run are not finite numbers.
     ValueError: the file is to be written, but `splits` does not name both splits.
   """
@@ -99,6 +99,9 @@ def evaluate(
   load: dict[str, Any] = {}
   answers: dict[str, ScoredAnswers] = {}
   for split in sorted(splits, key=EVALUATED_SPLITS.index):  # the last is the one that the details are about
+    if not run.cfg.data.split.has_snapshots(split):
+      measured[split] = {}
+      continue
     expected = run.dataset.manifest["snapshots"][split]
     if asked is not None:
       questions: Iterable[QueryBatch] = asked[split]
@@ -275,6 +278,7 @@ def _ranking(
   own = np.concatenate(ranks)
   out = {
     "labels": len(value),
+    "values": run.dataset.schema.outputs[name],
     "unseen_in_training": int(np.sum((right < 2).all(axis=1))),
     "metrics": metrics.ranking_metrics(own, cutoffs),
     "baselines": {b: metrics.ranking_metrics(rank, cutoffs) for b, rank in others.items()},
@@ -317,12 +321,28 @@ def results_table(result: Mapping[str, Any], split: str = "test") -> list[list[s
   tasks = result["splits"][split]
   names = list(dict.fromkeys(b for t in tasks.values() for b in t["baselines"]))
   rows = [["task", "labels", "metric", "supermoe", *names]]
-  for name, task in tasks.items():
-    metric = result["main_metric"][name]
-    cells = [_cell(task["metrics"][metric]), *(_cell(task["baselines"].get(b, {}).get(metric)) for b in names)]
+  for name, metric in result["main_metric"].items():
     note = " (lower is better)" if metric in metrics.LOWER_IS_BETTER else ""
+    task = tasks.get(name, {"labels": 0, "metrics": {}, "baselines": {}})
+    cells = [_cell(task["metrics"].get(metric)), *(_cell(task["baselines"].get(b, {}).get(metric)) for b in names)]
     rows.append([name, f"{task['labels']:,}", metric + note, *cells])
   return rows
+
+
+def results_words(result: Mapping[str, Any], split: str = "test") -> list[str]:
+  """Returns sentences on what a table of results cannot show: missing labels, one class, one value."""
+  tasks, words = result["splits"][split], []
+  if missing := [name for name in result["main_metric"] if name not in tasks]:
+    words.append(f"without a label in {split}, so not measured there: {', '.join(missing)}")
+  for name, task in tasks.items():
+    metric = result["main_metric"][name]
+    if task["metrics"].get(metric) is None:
+      words.append(f"{name}: its {task['labels']:,} labels in {split} are all of one class, so there is no {metric}")
+    if task.get("values") == 1:
+      words.append(f"{name}: its field has one value in training, so every answer ranks it first")
+  if empty := [other for other in EVALUATED_SPLITS if not result["splits"].get(other, True) and other != split]:
+    words.append(f"nothing is measured in {', '.join(empty)}")
+  return words
 
 
 def _cell(value: float | None) -> str:

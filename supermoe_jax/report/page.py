@@ -88,12 +88,13 @@ def _page(run: RunFiles) -> dict[str, Any]:
 
 
 def _notes(run: RunFiles) -> Iterator[str]:
-  """Yields a note for each part that does not belong to the run's other parts, so that no reader compares them."""
+  """Yields the warnings of preparation, and a note for each part that does not belong to the run's other parts."""
   if run.manifest is not None and not run.same_data:
     yield (
       f"The dataset at {run.cfg.data.path} was prepared with another configuration than this run's; the data facts "
       "below describe the present dataset, not the one that the run was trained on."
     )
+  yield from (f"Preparation warned: {warning}." for warning in (run.manifest or {}).get("warnings", ()))
   parts = (
     ("The evaluation shown here was", run.evaluation, "evaluate"),
     ("The embeddings shown here were", run.embeddings, "embed --overwrite"),

@@ -28,6 +28,7 @@ from supermoe_jax.progress import ProgressBar
 from supermoe_jax.seesaw import compare, sentences, study_weights
 from supermoe_jax.seesaw.compare import SINGLE, RunResult
 from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
+from supermoe_jax.training.run_directory import check_directory
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ def study(
   Raises:
     ConfigError: a variant is no valid config or needs other data, or a pattern in `only` matches no variant.
     DataError: there is no dataset, or it was prepared from another config.
+    RunError: `workdir` cannot be a directory of runs.
     StudyError: runs failed; the results of the others are kept, and the same call runs only the missing ones.
   """
   return _Study(cfg, workdir, jobs, only, publish).run()
@@ -109,6 +111,9 @@ class _Study:
   ):
     self.cfg, self.workdir, self.jobs, self._publish = cfg, workdir, jobs, publish
     self.plan = cfg.seesaw
+    check_directory(workdir)
+    if not cfg.data.split.has_snapshots("validation"):
+      raise ConfigError("a study chooses by validation, but config.data.split.validation is empty; name a time there.")
     dataset = Dataset(cfg.data.path)
     dataset.check_matches(cfg)
     self._encoding = dataset.manifest["encoding_hash"]

@@ -15,6 +15,7 @@ Shapes: n users, B rows, L events of a row, D width.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -38,6 +39,9 @@ from supermoe_jax.serving.preprocessing import EventCounts, InputError, Preproce
 
 __all__ = ["Embedded", "ExportedEncoder", "InputError", "Prepared", "load_encoder"]
 
+# The ways in which a caller gives a time.
+Moment = str | datetime.date | np.datetime64
+
 KIND = "encoder"
 MANIFEST, PARAMETERS = "manifest.json", "parameters"
 
@@ -56,7 +60,12 @@ class Embedded(NamedTuple):
   @property
   def unknown(self) -> dict[str, int]:
     """Returns the number of values out of vocabulary, for each field."""
-    return dict(preprocessing_lib.total_counts(self.counts))
+    return dict(preprocessing_lib.total_counts([c.unknown for c in self.counts]))
+
+  @property
+  def clipped(self) -> dict[str, int]:
+    """Returns the number of clipped numbers, for each field; see `encoding.numeric.MOST_DEVIATIONS`."""
+    return dict(preprocessing_lib.total_counts([c.clipped for c in self.counts]))
 
   @property
   def used(self) -> int:
@@ -129,19 +138,23 @@ class ExportedEncoder:
       "width": self.width,
     }
 
-  def embed(self, users: Sequence[Mapping[str, Any]], as_of: str | Sequence[str]) -> Embedded:
-    """Embeds users as of one time, or as of a time each: ISO 8601, UTC without an offset. Ignores events from then on.
+  def embed(self, users: Sequence[Mapping[str, Any]], as_of: Moment | Sequence[Moment]) -> Embedded:
+    """Embeds users as of one time, or as of a time each. Ignores events from then on.
+
+    A time is ISO 8601 text, a date or a datetime, each UTC without an offset.
 
     Raises:
       InputError: a user's JSON or a time cannot be read; the place in the error begins with the user's index.
     """
-    times = [as_of] * len(users) if isinstance(as_of, str) else list(as_of)
+    times: list[Any] = [as_of] * len(users)
+    if isinstance(as_of, Sequence | np.ndarray) and not isinstance(as_of, str):
+      times = list(as_of)
     if len(times) != len(users):
       raise InputError(["as_of"], f"{len(times)} times for {len(users)} users; give one, or one a user")
     prepared = [self.prepare(user, time, [i]) for i, (user, time) in enumerate(zip(users, times, strict=True))]
     return Embedded(self.run(prepared), [p.counts for p in prepared])
 
-  def prepare(self, user: Mapping[str, Any], as_of: str, place: Sequence[str | int] = ()) -> Prepared:
+  def prepare(self, user: Mapping[str, Any], as_of: Moment, place: Sequence[str | int] = ()) -> Prepared:
     """Reads one user; messages put `place` before their places.
 
     Raises:
@@ -204,6 +217,10 @@ def parse_moment(as_of: Any) -> int:
   Raises:
     InputError: `as_of` is not a time.
   """
+  if isinstance(as_of, datetime.date):  # or a datetime, which is a date too
+    as_of = as_of.isoformat()
+  elif isinstance(as_of, np.datetime64):
+    as_of = str(as_of.astype("datetime64[us]"))
   try:
     return AS_OF.read(as_of)
   except ValueProblem as problem:

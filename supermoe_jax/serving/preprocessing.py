@@ -74,6 +74,7 @@ class EventCounts:
     items_missing: events without a key, or with a key that their table of items does not hold.
     unknown: values out of vocabulary, for each field with any.
     cut: values beyond the number that a field of many keeps, for each field with any.
+    clipped: numbers so far from the training numbers that they were clipped, for each field with any.
   """
 
   used: int = 0
@@ -82,6 +83,7 @@ class EventCounts:
   items_missing: int = 0
   unknown: dict[str, int] = dataclasses.field(default_factory=dict)
   cut: dict[str, int] = dataclasses.field(default_factory=dict)
+  clipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class _FieldReader(NamedTuple):
@@ -260,9 +262,11 @@ class Preprocessing:
         codes[:, column] = [encoder.code(v) for v in values]
         unknown = int(np.sum(codes[:, column] == UNKNOWN))
       counts.unknown |= {name: unknown} if unknown else {}
-    with np.errstate(over="ignore"):  # a number beyond float32 counts as absent, as in preparation
-      for column, (name, numbers) in enumerate(self.numeric.items()):
-        numeric[:, column] = numbers.encode_all(np.array([e.values[self._place[name]] for e in events], np.float64))
+    for column, (name, numbers) in enumerate(self.numeric.items()):
+      raw = np.array([e.values[self._place[name]] for e in events], np.float64)
+      numeric[:, column] = numbers.encode_all(raw)
+      if clipped := int(numbers.clips(raw).sum()):
+        counts.clipped[name] = clipped
     source = np.fromiter((e.source for e in events), np.int32, n)
     return UserHistory("", time[order], source[order], codes[order], numeric[order], n)
 
@@ -352,9 +356,9 @@ def _read(read: Callable[[Any], Any], value: Any, place: Sequence[str | int]) ->
     raise InputError(place, str(problem)) from None
 
 
-def total_counts(counts: Sequence[EventCounts]) -> collections.Counter[str]:
-  """Returns the number of values out of vocabulary, for each field, over several users."""
+def total_counts(counts: Sequence[Mapping[str, int]]) -> collections.Counter[str]:
+  """Returns the sum of several users' counts of each field."""
   out: collections.Counter[str] = collections.Counter()
   for of in counts:
-    out.update(of.unknown)
+    out.update(of)
   return out

@@ -104,6 +104,9 @@ class UserAnswer(pydantic.BaseModel):
   duplicates: int = pydantic.Field(description="events that repeat another event and are left out")
   items_missing: int = pydantic.Field(description="events whose item is missing in the table of items")
   unknown: dict[str, int] = pydantic.Field(description="values out of vocabulary, for each field that has any")
+  clipped: dict[str, int] = pydantic.Field(
+    description="numbers clipped because they lie far beyond the training numbers, for each field that has any"
+  )
   cut: dict[str, int] = pydantic.Field(description="values cut off, for each field of lists that has any")
 
 

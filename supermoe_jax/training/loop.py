@@ -31,7 +31,7 @@ from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, Checkpoint
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.monitoring.metrics_log import MetricsLog
 from supermoe_jax.training.monitoring.profiler import Profiler
-from supermoe_jax.training.run_directory import check_encoding, claim_directory
+from supermoe_jax.training.run_directory import check_directory, check_encoding, claim_directory
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.stopping import Signals, save_batch
 from supermoe_jax.training.task_statistics import Measured, TaskStatistics
@@ -94,9 +94,11 @@ def train(
   Raises:
     ConfigError: `cfg.train.validate.every` is set, and `validation` is missing.
     DataError: there is no dataset, or it was prepared from another config.
-    RunError: `workdir` holds a run of another config, or a run that cannot go on; the message gives the reason.
+    RunError: `workdir` cannot be a run directory or holds a run of another config, or a run cannot go on; the message
+      gives the reason.
     Stopped: a signal asked the run to stop; the run is saved.
   """
+  check_directory(workdir)
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
   if cfg.train.validate.every and validation is None:

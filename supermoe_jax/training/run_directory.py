@@ -13,6 +13,19 @@ from supermoe_jax.errors import RunError
 MAY_CHANGE = ("mesh", "workers", "checkpoint_every", "checkpoints_kept", "nonfinite_steps", "hang_seconds")
 
 
+def check_directory(workdir: pathlib.Path) -> None:
+  """Checks that `workdir` is, or can become, a run directory.
+
+  Raises:
+    RunError: it is a file, lies in one, or holds a prepared dataset or embeddings.
+  """
+  for path in (workdir, *workdir.parents):
+    if path.exists() and not path.is_dir():
+      raise RunError(f"--workdir={workdir}: {path} is a file; name a directory for the run.")
+  if (kind := atomic_files.manifest_kind(workdir)) is not None:
+    raise RunError(f"--workdir={workdir} holds another kind of directory ({kind}); name one of its own for the run.")
+
+
 def claim_directory(workdir: pathlib.Path, cfg: config.Config) -> None:
   """Makes `workdir` the run directory of this config, or checks that it already is.
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import cli, config
+from supermoe_jax.data.inspect import inspect
 from supermoe_jax.errors import ExitCode, StudyError
 from supermoe_jax.report import seesaw_page
 from supermoe_jax.seesaw import study
@@ -113,6 +114,15 @@ def test_seesaw_makes_a_study_of_the_config_and_prints_its_table_and_words(
     (["evaluate", "--workdir", "{tmp}", "--config.train.steps=1"], 2, "has no effect here"),
     (["evaluate", "--workdir", "{tmp}", "--fast"], 2, "unknown argument '--fast'"),
     (["inspect", "{tmp}/nothing.csv"], 1, "nothing.csv"),
+    (["prepare", "--config", "{tmp}/plain.yaml"], 1, "a config is a Python file"),
+    (["prepare", "--config", "{tmp}"], 1, "is a directory; name a config file in it"),
+    (["train", "--config", "{config}", "--workdir", "{tmp}/plain.yaml"], 1, "plain.yaml is a file; name a directory"),
+    (["train", "--config", "{config}", "--workdir", "{tmp}/plain.yaml/run"], 1, "plain.yaml is a file"),
+    (["train", "--config", "{config}", "--workdir", "{tmp}/kept"], 1, "holds another kind of directory (dataset)"),
+    (["seesaw", "--config", "{config}", "--workdir", "{tmp}/plain.yaml"], 1, "plain.yaml is a file; name a directory"),
+    (["inspect", "{tmp}/plain.yaml", "--out", "{tmp}/none/a.py"], 1, "there is no directory"),
+    (["inspect", "{tmp}/plain.yaml", "--out", "{tmp}"], 1, "is a directory; name a file"),
+    (["plan", "--config", "{config}", "--topology", "cpu:1", "--json", "{tmp}"], 1, "is a directory; name a file"),
   ],
 )
 def test_a_mistake_is_one_clear_line_and_an_exit_code(
@@ -123,11 +133,36 @@ def test_a_mistake_is_one_clear_line_and_an_exit_code(
   code: int,
   message: str,
 ) -> None:
+  (tmp_path / "plain.yaml").write_text("steps: 5\n")
+  (tmp_path / "kept").mkdir()
+  (tmp_path / "kept" / "manifest.json").write_text('{"kind": "dataset"}')
   filled = [a.format(config=config_file, tmp=tmp_path) for a in arguments]
   assert cli.main(filled) == code
   error = capsys.readouterr().err
   assert message in error
   assert "Traceback" not in error
+
+
+def test_a_reader_of_the_output_that_goes_ends_the_command_quietly(tmp_path: pathlib.Path) -> None:
+  write_log(tmp_path, users=16)
+  command = [sys.executable, "-m", "supermoe_jax", "inspect", str(tmp_path / "visits.parquet")]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    error = process.stderr.read()
+  assert process.returncode == ExitCode.UNREAD
+  assert "Traceback" not in error and "Exception ignored" not in error
+
+
+def test_a_file_that_cannot_be_opened_is_named(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def refuses(*arguments: Any, **options: Any) -> None:
+    raise PermissionError(13, "Permission denied", str(tmp_path / "events.parquet"))
+
+  monkeypatch.setattr(inspect, "inspect", refuses)
+  assert cli.main(["inspect", "anything.csv"]) == ExitCode.ERROR
+  assert capsys.readouterr().err == f"supermoe inspect: {tmp_path / 'events.parquet'}: Permission denied\n"
 
 
 def test_help_comes_without_loading_jax() -> None:

@@ -333,3 +333,10 @@ def test_beam_does_not_go_on_with_what_this_machine_began(tmp_path: pathlib.Path
   with messages() as said:
     on_beam(cfg)
   assert "left by another preparation" in said[0]
+
+
+def test_stray_rows_are_found_in_the_parts(tmp_path: pathlib.Path) -> None:
+  case = random_case(3, 150, 12)
+  far = [dataclasses.replace(case.views[0], time=year * 31_556_952_000_000) for year in (0, 100)]
+  one, _ = assert_same(written(tmp_path, dataclasses.replace(case, views=(*case.views, *far)), duplicates="drop"))
+  assert [row["time"] for row in one.manifest["stray_times"]["rows"]] == [far[0].time, far[1].time]

@@ -250,6 +250,13 @@ def test_a_model_without_experts_that_was_evaluated_but_not_embedded(tmp_path):
   assert "too few, or too much alike" not in page.text
 
 
+def test_warnings_of_preparation_stand_at_the_head(tmp_path, cfg):
+  make_dataset(cfg)
+  text, page = written(tmp_path / "run")
+  assert "Preparation warned: task young has no label in test &amp; more." in text.partition("<section")[0]
+  assert "Preparation gave 1 warning, at the head of this page." in page.text
+
+
 def test_parts_of_different_runs_are_told_apart(tmp_path, cfg):
   run = tmp_path / "run"
   make_metrics(cfg, run)

@@ -1,5 +1,6 @@
 """An exported encoder gives the vectors of the run, needs JAX and NumPy alone, and is whole or refused."""
 
+import datetime
 import json
 import pathlib
 import shutil
@@ -157,6 +158,27 @@ def test_events_from_the_day_on_are_ignored_and_counted(encoder: ExportedEncoder
   alone, both = encoder.embed([{"events": before}], DAY), encoder.embed([{"events": more}], DAY)
   np.testing.assert_array_equal(alone.vectors, both.vectors)
   assert (alone.ignored, both.ignored) == (0, 2) and both.used == alone.used and both.unknown == alone.unknown
+
+
+@pytest.mark.parametrize("amount", [1e25, -1e300])
+def test_a_number_far_beyond_training_is_clipped_and_counted(
+  encoder: ExportedEncoder, raw_users: dict[str, Any], amount: float
+) -> None:
+  user = next(user for user in raw_users.values() if len(user["events"]["buys"]) > 1)
+  odd = {"visits": user["events"]["visits"], "buys": [{"time": "2024-01-01", "amount": amount}]}
+  found = encoder.embed([user, {"events": odd}], DAY)
+  assert found.clipped == {"amount": 1} and [c.clipped for c in found.counts] == [{}, {"amount": 1}]
+  assert np.isfinite(found.vectors).all() and np.abs(found.vectors).max(axis=1).min() > 0
+
+
+@pytest.mark.parametrize("day", [datetime.datetime(2024, 5, 1), datetime.date(2024, 5, 1), np.datetime64("2024-05-01")])
+def test_a_time_may_be_a_date_or_a_moment(encoder: ExportedEncoder, raw_users: dict[str, Any], day: Any) -> None:
+  users = list(raw_users.values())[:2]
+  wanted = encoder.embed(users, "2024-05-01").vectors
+  np.testing.assert_array_equal(encoder.embed(users, day).vectors, wanted)
+  np.testing.assert_array_equal(encoder.embed(users, [day, day]).vectors, wanted)
+  with pytest.raises(InputError, match=r"as_of: 7 is not a time"):
+    encoder.embed(users, 7)  # type: ignore[arg-type]
 
 
 def test_each_user_may_have_a_time_of_their_own(encoder: ExportedEncoder, raw_users: dict[str, Any]) -> None:

@@ -73,6 +73,12 @@ def test_what_is_unknown_is_told(client: TestClient) -> None:
   assert user["unknown"] == {"page": 1} and user["embedding"] is not None
 
 
+def test_what_is_clipped_is_told(client: TestClient) -> None:
+  sent = {"as_of": DAY, "users": [{"events": {"buys": [{"time": "2024-01-01", "amount": 1e25}]}}]}
+  (user,) = client.post("/embed", json=sent).json()["users"]
+  assert user["clipped"] == {"amount": 1} and any(user["embedding"])
+
+
 def test_the_schema_and_the_health_are_told(client: TestClient) -> None:
   schema = client.get("/schema").json()
   assert schema["sources"]["visits"]["columns"]["page"]["fields"] == ["page"]

@@ -38,9 +38,12 @@ from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import user_hash_sql
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format import integrity, shard_files
+from supermoe_jax.data.format.stray_rows import StrayTimes
 from supermoe_jax.data.preparation import manifest as manifest_lib
-from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation import outlying_numbers, prepare, stray_times
 from supermoe_jax.data.preparation.event_log import EventLog
+from supermoe_jax.data.preparation.log_statistics import sum_days
+from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.preparation.write_shards import RecordMaker
 from supermoe_jax.data.reading import readers
@@ -110,6 +113,9 @@ class _Append:
     self._user_labels = prepare.read_user_labels(cfg).values
     self._log = EventLog(new.part, self._scratch, part=True)
     self._repeats, self._new_users = combined_counts.RepeatCounts(cfg.data), 0
+    self._days: dict[int, int] = {}
+    self._strays: StrayTimes | None = None
+    self._clipped: dict[str, dict[str, Any]] = {}
 
   def run(self) -> dict[str, Any]:
     """Merges the new events, writes the new dataset into `work` and returns its manifest."""
@@ -119,6 +125,7 @@ class _Append:
       counts = merge_histories.CodeCounts(grown, self._extra_columns)
       merged = list(self._merge(grown, counts))
       extension = merge_histories.extend_encoders(before, grown, counts, cfg.data, keep=self._keep)
+      self._find_strays(log)
       then, now = self._calendars()
       dated = self._dated = AppendedRows(self._dataset, log, then, now, self._scratch)
       old = RecordMaker(self._dataset.config, before, then)
@@ -142,6 +149,7 @@ class _Append:
           written.add(block, new(block, self._labels(block.users), tally, dated.after(block.users)))
         touched = len(written.users)
         self._look_at_others(changed, old, new, tally, written)
+        self._clipped = outlying_numbers.clipped_numbers(log, extension.encoders)
         appended = self._describe(log, extension, touched, written)
         written.finish(f"appended_{appended['number']}")
       dated.close()
@@ -199,14 +207,32 @@ class _Append:
     first, last = manifest["first_event_microseconds"], manifest["last_event_microseconds"]
     return min(first, self._log.start), max(last, self._log.end)
 
+  def _find_strays(self, log: EventLog) -> None:
+    """Counts the events of each day, and finds rows with stray times among all events."""
+    manifest, before = self._dataset.manifest, self._dataset.stray_times
+    if not (known := manifest.get("events_by_day")):
+      return  # an earlier version did not count them
+    repeats = self._repeats.days if self._cfg.data.duplicates == "drop" else {}
+    self._days = sum_days(known, log.facts.days, {day: -n for day, n in repeats.items()})
+    ends = [(manifest["first_event_microseconds"], manifest["last_event_microseconds"]), (log.start, log.end)]
+    if before is not None:
+      ends.append((before.first, before.last))
+    self._strays = stray_times.find_stray_times(self._days, ends, log, before.rows if before else ())
+
+  def _usual_times(self) -> tuple[int, int]:
+    """Returns the first and the last time of the dataset and the new events together, stray ones aside."""
+    return (self._strays.first, self._strays.last) if self._strays else self._times()
+
   def _calendars(self) -> tuple[Calendar | None, Calendar | None]:
     """Returns the calendars of the dataset before and after the new events; None for a leave-one-out split."""
     split, manifest = self._cfg.data.split, self._dataset.manifest
     if split.mode == "leave_one_out":
       return None, None
-    first, last = self._times()
-    then = make_calendar(split, manifest["first_event_microseconds"], manifest["observed_until_microseconds"])
-    return then, make_calendar(split, first, log_end(split, last))
+    before = self._dataset.stray_times
+    start = before.first if before else manifest["first_event_microseconds"]
+    then = make_calendar(split, start, manifest["observed_until_microseconds"], stray_before=_any_before(before))
+    first, last = self._usual_times()
+    return then, make_calendar(split, first, log_end(split, last), stray_before=_any_before(self._strays))
 
   def _look_at_others(
     self,
@@ -264,6 +290,7 @@ class _Append:
       "empty_files": [file for of in self._new_files.empty.values() for file in of],
       "changed_item_tables": list(self._changed_items),
       "events": log.counts["events"],
+      "reading": dict(log.counts),
       "repeats_of_earlier_events": self._repeats.total,
       "new_users": self._new_users,
       "users_with_new_events": touched,
@@ -291,7 +318,7 @@ class _Append:
     encoders.save(self._work / "encoders")
     self._write_users(written)
     first, last = self._times()
-    until = log_end(cfg.data.split, last)
+    until = log_end(cfg.data.split, self._usual_times()[1])
     counts = combined_counts.combined_reading(
       before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop"
     )
@@ -303,7 +330,9 @@ class _Append:
     with_events = pc.sum(pc.is_in(users, pa.array(with_labels, pa.string()))).as_py() or 0
     manifest = manifest_lib.make_manifest(
       cfg,
-      manifest_lib.LogSummary(counts, first, last, until, before["source_user_type"]),
+      manifest_lib.LogSummary(
+        counts, first, last, until, before["source_user_type"], days=self._days, strays=self._strays
+      ),
       encoders,
       self._work / "encoders",
       tally,
@@ -314,7 +343,15 @@ class _Append:
       },
       shards=[shard_files.Shard(file, n, 0, {}) for file, n in {**before["shards"], **written.files}.items()],
       fields=combined_counts.combined_coverage(before["fields"], encoders, covered, log, cfg.data.fields),
-      user_table={**before["user_table"], "labelled_users_without_events": len(with_labels) - with_events},
+      numbers=OutlyingNumbers(
+        outlying_numbers.merge_clipped(before.get("clipped_numbers", {}), self._clipped),
+        before.get("hiding_numbers", {}),
+      ),
+      user_table={
+        **before["user_table"],
+        "labelled_users": len(with_labels),
+        "labelled_users_without_events": len(with_labels) - with_events,
+      },
       seconds=clock.monotonic() - self._begun,
       aggregates=before["aggregates"],
       dated=self._dated.counts,
@@ -340,6 +377,10 @@ class _Append:
       written=rows,
     ) as batches:
       prepare.write_users(batches, self._work / USERS)
+
+
+def _any_before(strays: StrayTimes | None) -> bool:
+  return strays is not None and strays.before > 0
 
 
 def _link(file: pathlib.Path, new: pathlib.Path) -> None:

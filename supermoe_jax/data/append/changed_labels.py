@@ -36,6 +36,8 @@ def users_with_changed_labels(
     return ChangedUsers(False, None)
   if not np.array_equal(then.snapshots, now.snapshots):
     return ChangedUsers(True, None)
+  if then.earliest != now.earliest and split.snapshots != "calendar":
+    return ChangedUsers(True, None)  # users' own snapshots may lie between
   horizons = [t.horizon for t in tasks.values() if t.horizon is not None]
   since = []
   for index, (before, after) in enumerate(zip(then.observed_until, now.observed_until, strict=True)):

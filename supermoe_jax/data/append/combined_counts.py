@@ -13,6 +13,7 @@ from supermoe_jax.data.append import merge_histories
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.preparation import fitting
 from supermoe_jax.data.preparation.event_log import EventLog
+from supermoe_jax.data.preparation.log_statistics import sum_days
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
 
@@ -22,12 +23,14 @@ class RepeatCounts:
   Attributes:
     by_source: source → the number of its repeats.
     nulls: field → the number of repeats without a value of the field, though their source carries the field.
+    days: the number of repeats of each day, by the number of days since 1970.
   """
 
   def __init__(self, data: config.Data):
     self._data = data
     self.by_source = dict.fromkeys(data.sources, 0)
     self.nulls = dict.fromkeys(data.fields, 0)
+    self.days: dict[int, int] = {}
 
   @property
   def total(self) -> int:
@@ -39,6 +42,8 @@ class RepeatCounts:
     sources = list(self._data.sources)
     for index, name in enumerate(sources):
       self.by_source[name] += int(np.sum(found.source == index))
+    days, counts = np.unique(found.time // config.MICROSECONDS_PER_DAY, return_counts=True)
+    self.days = sum_days(self.days, dict(zip(days.tolist(), counts.tolist(), strict=True)))
     codes, numbers = iter(found.codes.T), iter(found.numeric.T)
     for name, field in self._data.fields.items():
       absent = np.isnan(next(numbers)) if field.kind == "numeric" else next(codes) == ABSENT

@@ -26,11 +26,13 @@ class Repeats(NamedTuple):
   """New events that repeat an earlier event of the user in time, source and every field.
 
   Attributes:
+    time: int64 `[R]`, microseconds since 1970 UTC.
     source: int32 `[R]`.
     codes: int32 `[R, F]`.
     numeric: float32 `[R, G]`.
   """
 
+  time: np.ndarray
   source: np.ndarray
   codes: np.ndarray
   numeric: np.ndarray
@@ -60,7 +62,7 @@ def merge_histories(old: UserBlock, new: UserBlock, encoders: Encoders, data: co
   # Fields of the user table are ignored: they are equal in all events of a user, but a value may have got a code since.
   own = [data.fields[name].table == "events" for name in (*encoders.categorical, *data.extra_value_fields)]
   repeats = _repeats(user, time, source, codes[:, own], numeric, is_new, _comparable(codes, encoders, data))
-  found = Repeats(source[repeats], codes[repeats], numeric[repeats])
+  found = Repeats(time[repeats], source[repeats], codes[repeats], numeric[repeats])
   if data.duplicates == "drop":
     user, time, source, codes, numeric = (a[~repeats] for a in (user, time, source, codes, numeric))
   offsets = np.append(0, np.cumsum(np.bincount(user, minlength=len(new.users))))

@@ -80,6 +80,11 @@ class MergedLog(LogDatabase):
       f"FROM {values} GROUP BY field, value, number, training ORDER BY field"
     )
 
+  @property
+  def events_sql(self) -> str:
+    """See `LogDatabase.events_sql`."""
+    return parquet_sql(self.parts[part] / "events.parquet" for part in self.settled)
+
   def values_sql(self, name: str) -> str:
     """Returns a query of a field's values; see `LogDatabase.values_sql`."""
     index = list(self.data.fields).index(name)

@@ -94,7 +94,7 @@ class _Check:
     self._asked: list[_SampledSnapshot] = []
     last = raw_events.load_raw_events(con, self._cfg.data, list(records))
     assert last is not None  # the dataset holds events, and its files are unchanged
-    until = self._observed_until(last)
+    until = self._observed_until(dataset.stray_times.last if dataset.stray_times else last)
     self._dated = derive_dated_moments(con, self._cfg, list(records), until, dataset.encoders.labels)
     for user, record in records.items():
       n, dated = len(record["snapshot_time"]), self._dated_snapshots(user, record)

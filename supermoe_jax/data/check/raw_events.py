@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from supermoe_jax import config
+from supermoe_jax.data.encoding.numeric import LARGEST
 from supermoe_jax.data.reading import paths, readers, value_sql
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
 
@@ -106,7 +107,8 @@ def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple
       continue
     number = value_sql.number_sql(alias, kind)
     values[field_column(data, name)] = f"CASE WHEN isfinite({number}) THEN {number} END"
-    bad.append(f"({text}) IS NOT NULL AND (({number}) IS NULL OR isinf({number}))")
+    largest = f"abs({number}) > {LARGEST!r}::DOUBLE" if field.encoding == "standardise" else f"isinf({number})"
+    bad.append(f"({text}) IS NOT NULL AND (({number}) IS NULL OR ({largest} AND NOT isnan({number})))")
   return values, bad
 
 

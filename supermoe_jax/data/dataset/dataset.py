@@ -29,6 +29,7 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format import integrity, records, shard_files
 from supermoe_jax.data.format.records import RecordArray
 from supermoe_jax.data.format.schema import make_aggregator, make_schema
+from supermoe_jax.data.format.stray_rows import StrayTimes
 from supermoe_jax.data.reading import paths
 from supermoe_jax.errors import DataError
 
@@ -99,6 +100,7 @@ class Dataset:
     ]
     for name, splits in known.items():
       lines.append(f"  {name}: " + ", ".join(f"{n['known']:,} labels in {split}" for split, n in splits.items()))
+    lines += [f"  warning: {warning}" for warning in self.manifest["warnings"]]
     return "\n".join(lines)
 
   @property
@@ -110,6 +112,18 @@ class Dataset:
   def schema(self) -> Schema:
     """Returns the schema, the sizes that a model is built from."""
     return make_schema(self.config, self.encoders)
+
+  @property
+  def stray_times(self) -> StrayTimes | None:
+    """Returns the stray times of the log; None if it has none."""
+    saved = self.manifest.get("stray_times")
+    return None if saved is None else StrayTimes.from_json(saved)
+
+  @property
+  def last_usual_event(self) -> int:
+    """Returns the time of the last event, stray ones aside (see `stray_times`), in microseconds since 1970 UTC."""
+    strays = self.stray_times
+    return strays.last if strays else int(self.manifest["last_event_microseconds"])
 
   @property
   def tie_rate(self) -> float:

@@ -14,6 +14,13 @@ import numpy as np
 STATISTIC_DIGITS = 10
 
 MAX_KNOTS = 100  # of a quantile encoder
+# Standardised numbers are clipped to this many deviations from the mean. Of fewer than a million training numbers none
+# can lie farther out. Later ones can, such as a price with a slip in its unit, and would overflow the encoder.
+MOST_DEVIATIONS = 1000.0
+
+# Numbers that are standardised are at most this large, so that their deviation is finite: the largest of float32.
+LARGEST = float(np.finfo(np.float32).max)
+
 # Beyond the outermost knots the score grows by BEYOND · log(1 + distance / span), where span is that of the knots.
 BEYOND = 0.1
 
@@ -39,11 +46,26 @@ class Numeric:
     """Returns a raw number standardised, as events hold it; log1p comes first if it is the field's `encoding`."""
     if encoding == "log1p":
       value = math.copysign(math.log(1 + abs(value)), value)
-    return np.float32((value - self.mean) / self.std)
+    return np.float32(self.encode_all(np.array([value], np.float64))[0])
 
   def encode_all(self, values: np.ndarray) -> np.ndarray:
-    """Returns numbers `[N]` of the log, after log1p where configured, standardised: float32 `[N]`; NaN stays NaN."""
-    return ((values - self.mean) / self.std).astype(np.float32)
+    """Returns numbers `[N]` of the log, after log1p where configured, standardised: float32 `[N]`; NaN stays NaN.
+
+    Numbers more than `MOST_DEVIATIONS` from the mean are clipped.
+    """
+    return np.clip(self._deviations(values), -MOST_DEVIATIONS, MOST_DEVIATIONS).astype(np.float32)
+
+  def clips(self, values: np.ndarray) -> np.ndarray:
+    """Returns whether `encode_all` clips each number of `[N]`: bool `[N]`."""
+    return np.abs(self._deviations(values)) > MOST_DEVIATIONS
+
+  def clips_sql(self, column: str) -> str:
+    """Returns the SQL of `clips` of a column."""
+    return f"abs(({column} - {self.mean!r}::DOUBLE) / {self.std!r}::DOUBLE) > {MOST_DEVIATIONS}"
+
+  def _deviations(self, values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+      return np.asarray((values - self.mean) / self.std)
 
   def decode_all(self, values: np.ndarray, encoding: str = "standardise") -> np.ndarray:
     """Returns the raw numbers of standardised ones: float64 `[N]`; NaN stays NaN."""
@@ -76,6 +98,10 @@ class Quantile:
     """Returns the score of a raw number; `encoding` is ignored, it serves the common signature with `Numeric`."""
     del encoding
     return np.float32(self.encode_all(np.array([value], np.float64))[0])
+
+  def clips(self, values: np.ndarray) -> np.ndarray:
+    """Returns False for each number of `[N]`: scores grow so slowly that none is clipped."""
+    return np.zeros(len(values), bool)
 
   def encode_all(self, values: np.ndarray) -> np.ndarray:
     """Returns the scores of numbers `[N]`: float32 `[N]`; NaN stays NaN."""

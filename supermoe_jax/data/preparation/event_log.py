@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 TIE = 'hash("user", time)'
 
+# The number of days since 1970; DuckDB's division rounds towards 0.
+_DAY = f"time // {config.MICROSECONDS_PER_DAY} - (time % {config.MICROSECONDS_PER_DAY} < 0)::INTEGER"
+
 
 class EventLog(LogDatabase):
   """All events of a config, checked, in a DuckDB database on disk; use it as a context manager.
@@ -52,6 +55,11 @@ class EventLog(LogDatabase):
   @property
   def _tables(self) -> EventTables:
     return EventTables(self._con, self.data)
+
+  @property
+  def events_sql(self) -> str:
+    """See `LogDatabase.events_sql`."""
+    return "events"
 
   def values_sql(self, name: str) -> str:
     """See `LogDatabase.values_sql`."""
@@ -172,6 +180,7 @@ class EventTables:
       tied=self._count_tied(),
       duplicates=duplicates,
       kept=[kept.get(i, 0) for i in range(len(names))],
+      days=dict(self._query(f"SELECT {_DAY} AS day, count(*) FROM events GROUP BY day ORDER BY day")),
       # A statistic of no values is NULL.
       fields={
         n: FieldStatistics(**{k: v for k, v in of.items() if v is not None}) for n, of in zip(self._columns, found)
@@ -192,6 +201,7 @@ class EventTables:
     if field.kind == "numeric":
       of = {"sum": "sum", "deviation": "stddev_pop", "low": "min", "high": "max"}
       facts |= {fact: f"{function}({column}) FILTER (training)" for fact, function in of.items()}
+      facts |= {"least": f"min({column})", "greatest": f"max({column})"}
     return "{" + ", ".join(f"'{fact}': {sql}" for fact, sql in facts.items()) + "}"
 
   def _count_tied(self) -> int:

@@ -16,7 +16,7 @@ from supermoe_jax import config
 from supermoe_jax.atomic_files import replacing_file
 from supermoe_jax.data.preparation.log_statistics import LogStatistics, log_counts
 from supermoe_jax.data.reading import readers
-from supermoe_jax.data.reading.sources import Reading
+from supermoe_jax.data.reading.sources import FILE_PLACES, Reading
 
 BATCH_ROWS = 1 << 17  # handed from DuckDB to NumPy at a time
 
@@ -114,6 +114,17 @@ class LogDatabase(abc.ABC):
   def arrow(self, sql: str) -> pa.Table:
     """Returns the result of a query over the database as an Arrow table."""
     return self._con.sql(sql).to_arrow_table()
+
+  @property
+  @abc.abstractmethod
+  def events_sql(self) -> str:
+    """Returns the SQL of a relation with all kept events; `EventTables` names its columns."""
+
+  def place(self, order: int) -> tuple[str, int]:
+    """Returns the file and the row, from 1, of the event with the place `order` in the log."""
+    files = [file for source in self.counts["sources"].values() for file in source["files"]]
+    number, row = divmod(order, FILE_PLACES)
+    return files[number], row + 1
 
   @abc.abstractmethod
   def values_sql(self, name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class FieldStatistics:
     deviation: their standard deviation.
     low: the least of them.
     high: the greatest of them.
+    least: the least number of all events.
+    greatest: the greatest number of all events.
   """
 
   absent: int = 0
@@ -41,6 +44,8 @@ class FieldStatistics:
   deviation: float = 0.0
   low: float = math.inf
   high: float = -math.inf
+  least: float = math.inf
+  greatest: float = -math.inf
 
   @property
   def mean(self) -> float:
@@ -51,9 +56,10 @@ class FieldStatistics:
   def merge(cls, parts: Sequence[FieldStatistics]) -> FieldStatistics:
     """Returns the statistics of all parts together."""
     counts = {name: sum(getattr(p, name) for p in parts) for name in ("absent", "present", "training", "cut")}
+    least, greatest = min(p.least for p in parts), max(p.greatest for p in parts)
     trained = [p for p in parts if p.training]
     if len(trained) < 2:
-      return dataclasses.replace(trained[0] if trained else cls(), **counts)
+      return dataclasses.replace(trained[0] if trained else cls(), **counts, least=least, greatest=greatest)
     low, high = min(p.low for p in trained), max(p.high for p in trained)
     n, means, deviations = (np.array([getattr(p, k) for p in trained]) for k in ("training", "mean", "deviation"))
     with np.errstate(over="ignore", invalid="ignore"):  # for numbers that overflow
@@ -61,7 +67,7 @@ class FieldStatistics:
       squares = n * (np.square(deviations) + np.square(means - total / n.sum()))
       # The parts' means of a constant may differ in their last bits, which would look like a deviation.
       deviation = 0.0 if low == high else float(np.sqrt(np.sum(squares) / n.sum()))
-    return cls(**counts, sum=total, deviation=deviation, low=low, high=high)
+    return cls(**counts, sum=total, deviation=deviation, low=low, high=high, least=least, greatest=greatest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,7 @@ class LogStatistics:
     tied: the number of events that share user and time with another event.
     duplicates: the number of rows that repeat an earlier one, whether they are kept or not.
     kept: the number of kept events of each source.
+    days: the number of kept events of each day with any, by the number of days since 1970 UTC, ascending.
     fields: the statistics of each field.
   """
 
@@ -89,6 +96,7 @@ class LogStatistics:
   duplicates: int
   kept: list[int]
   fields: dict[str, FieldStatistics]
+  days: dict[int, int] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def merge(cls, parts: Sequence[LogStatistics], data: config.Data) -> LogStatistics:
@@ -100,12 +108,22 @@ class LogStatistics:
     last = max((p.last for p in parts if p.last is not None), default=None)
     kept = [sum(p.kept[i] for p in parts) for i in range(len(data.sources))]
     fields = {name: FieldStatistics.merge([p.fields[name] for p in parts]) for name in data.fields}
-    return cls(events, users, training, first, last, tied, duplicates, kept, fields)
+    days = sum_days(*(p.days for p in parts))
+    return cls(events, users, training, first, last, tied, duplicates, kept, fields, days)
 
   @classmethod
   def of_json(cls, saved: Mapping[str, Any]) -> LogStatistics:
     """Returns the statistics that were saved as JSON of `dataclasses.asdict`."""
-    return cls(**{**saved, "fields": {name: FieldStatistics(**field) for name, field in saved["fields"].items()}})
+    fields = {name: FieldStatistics(**field) for name, field in saved["fields"].items()}
+    return cls(**{**saved, "fields": fields, "days": sum_days(saved.get("days", {}))})
+
+
+def sum_days(*parts: Mapping[int, int] | Mapping[str, int]) -> dict[int, int]:
+  """Returns the sums of numbers of events by day, ascending and without zeros; a day may be text, as in JSON."""
+  total: Counter[int] = Counter()
+  for part in parts:
+    total.update({int(day): n for day, n in part.items()})
+  return {day: n for day, n in sorted(total.items()) if n}
 
 
 def log_counts(data: config.Data, reading: Reading, facts: LogStatistics, *, part: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -13,8 +14,12 @@ import pyarrow.parquet as pq
 from supermoe_jax import config
 from supermoe_jax.config import format_time
 from supermoe_jax.data.dataset.dataset import FORMAT_VERSION
+from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
+from supermoe_jax.data.format.stray_rows import StrayTimes
+from supermoe_jax.data.preparation import losses
+from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
 # The beginnings of the DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64
@@ -46,6 +51,9 @@ class LogSummary(NamedTuple):
     last: the last event's time.
     observed_until: the time up to which the log is complete.
     user_type: the DuckDB type of the user column.
+    days: the number of events of each day, by the number of days since 1970; empty where an earlier version did not
+      count them.
+    strays: the rows with stray times; None if there are none.
   """
 
   counts: Mapping[str, Any]
@@ -53,6 +61,8 @@ class LogSummary(NamedTuple):
   last: int
   observed_until: int
   user_type: str
+  days: Mapping[int, int]
+  strays: StrayTimes | None
 
 
 def make_manifest(
@@ -65,6 +75,7 @@ def make_manifest(
   files: Mapping[str, list[int]],
   shards: Sequence[Shard],
   fields: Mapping[str, Any],
+  numbers: OutlyingNumbers,
   user_table: Mapping[str, Any],
   seconds: float,
   aggregates: Mapping[str, Any] | None = None,
@@ -81,6 +92,7 @@ def make_manifest(
     files: the stamps of the files that were read.
     shards: the shards of all records, in order.
     fields: how well the encoders cover the log; see `fitting.coverage_of`.
+    numbers: the outlying numbers of the log.
     user_table: see `user_table.UserLabels.counts`.
     seconds: the duration of the preparation.
     aggregates: the statistics that standardise aggregates; None for the statistics of the tally.
@@ -89,7 +101,7 @@ def make_manifest(
   state = tally.state
   if aggregates is None:
     aggregates = tally.aggregate_statistics()
-  return {
+  manifest = {
     "kind": KIND,
     "format": FORMAT_VERSION,
     "files": dict(files),
@@ -106,11 +118,15 @@ def make_manifest(
     "first_event_microseconds": log.first,
     "last_event_microseconds": log.last,
     "observed_until_microseconds": log.observed_until,
+    "stray_times": None if log.strays is None else dataclasses.asdict(log.strays),
+    "events_by_day": {str(day): n for day, n in log.days.items()},
     "source_user_type": log.user_type,
     "user_type": "text" if state["text_users"] or not log.user_type.startswith(INTEGER_TYPES) else "integer",
     "lengths": tally.length_percentiles(),
     "reading": dict(log.counts),
     "fields": dict(fields),
+    "clipped_numbers": numbers.clipped,
+    "hiding_numbers": numbers.hiding,
     "events_by_period": state["periods"],
     "snapshots": state["snapshots"],
     "snapshots_with_too_few_events": state["too_early"],
@@ -123,10 +139,12 @@ def make_manifest(
     "aggregates": dict(aggregates),
     "label_rates": tally.label_rates(),
     "encoding_hash": encoding_hash(encoder_path, aggregates),
-    "warnings": tally.warnings(encoders),
     "tally": state,
     "seconds": round(seconds, 1),
   }
+  splits = [split for split in SPLITS if cfg.data.split.has_snapshots(split)]
+  alarming = [finding.text for finding in losses.find_losses(manifest) if finding.alarming]
+  return {**manifest, "warnings": [*alarming, *tally.warnings(encoders, splits)]}
 
 
 def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:

@@ -29,11 +29,12 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import dated_labels, fitting, write_shards
+from supermoe_jax.data.preparation import dated_labels, fitting, outlying_numbers, stray_times, write_shards
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation.dated_labels import DatedLabels
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
+from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.write_shards import RecordMaker, ShardRows, ShardWriters
 from supermoe_jax.data.reading import user_table
 from supermoe_jax.data.tasks import bind, calendar
@@ -157,10 +158,13 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
   with_labels = set().union(*user_labels.values.values())
   with engine.open(cfg, scratch) as log:
     with_events = _count_labelled(cfg, log, with_labels)
-    log_end = calendar.log_end(cfg.data.split, log.end)
-    times = (
-      None if cfg.data.split.mode == "leave_one_out" else calendar.make_calendar(cfg.data.split, log.start, log_end)
-    )
+    strays = stray_times.find_stray_times(log.facts.days, [(log.start, log.end)], log)
+    start, end = (strays.first, strays.last) if strays else (log.start, log.end)
+    log_end = calendar.log_end(cfg.data.split, end)
+    times = None
+    if cfg.data.split.mode != "leave_one_out":
+      before = strays is not None and strays.before > 0
+      times = calendar.make_calendar(cfg.data.split, start, log_end, stray_before=before)
     dated = dated_labels.write_dated_labels(cfg, log.users, times, scratch / "dated.parquet")
     label_encoders = {**user_labels.encoders, **(dated.encoders if dated else {})}
     encoders = _encoders(log, cfg, label_encoders, work / "encoders")
@@ -174,8 +178,10 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
     with log.users() as users:
       write_users(users, work / USERS)
     unseen = fitting.coverage_of(log, encoders)
-    counts, user_type = dict(log.counts), log.user_type
-    first, last = log.start, log.end
+    numbers = OutlyingNumbers(outlying_numbers.clipped_numbers(log, encoders), outlying_numbers.hiding_numbers(log))
+    summary = manifest_lib.LogSummary(
+      log.counts, log.start, log.end, log_end, log.user_type, days=log.facts.days, strays=strays
+    )
     if dated is not None:
       dated.close()
   shutil.rmtree(scratch)
@@ -184,17 +190,21 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
   tally = maker.new_counts()
   for shard in written:
     tally.merge(shard.tally)
-  facts = manifest_lib.LogSummary(counts, first, last, log_end, user_type)
   manifest = manifest_lib.make_manifest(
     cfg,
-    facts,
+    summary,
     encoders,
     work / "encoders",
     tally,
     files=files,
     shards=written,
     fields=unseen,
-    user_table={**user_labels.counts, "labelled_users_without_events": len(with_labels) - with_events},
+    numbers=numbers,
+    user_table={
+      **user_labels.counts,
+      "labelled_users": len(with_labels),
+      "labelled_users_without_events": len(with_labels) - with_events,
+    },
     seconds=clock.monotonic() - begun,
     dated=dated.counts if dated else None,
   )

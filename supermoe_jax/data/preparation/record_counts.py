@@ -208,11 +208,14 @@ class RecordCounts:
       "scale": [max(deviation, SMALLEST_SCALE) if deviation > 1e-4 else 1e30 for _, deviation in moments],
     }
 
-  def warnings(self, encoders: Encoders) -> list[str]:
-    """Returns warnings that a user should read before training on these labels."""
+  def warnings(self, encoders: Encoders, splits: Sequence[str] = tuple(SPLITS)) -> list[str]:
+    """Returns warnings that a user should read before training on these labels, on those of `splits`."""
     out = []
-    for task, splits in self.labels(encoders).items():
-      for split, count in splits.items():
+    for task, of_split in self.labels(encoders).items():
+      if self._answers[task] == "catalogue" and self._outputs[task] == 1:
+        out.append(f"task {task} asks about a field with one value in training: every answer is right")
+      for split in splits:
+        count = of_split[split]
         values = count["known"] * self._outputs[task]
         if not count["known"]:
           out.append(f"task {task} has no label in {split}")

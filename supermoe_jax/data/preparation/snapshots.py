@@ -110,9 +110,8 @@ def _own_moments(split: config.Split, block: UserBlock, times: Calendar) -> tupl
   )
   event = np.flatnonzero(chosen)
   user, moment = block.owner[event], block.time[event] + 1
-  if split.train_start:
-    late = moment >= config.parse_time(split.train_start, "config.data.split.train_start")
-    user, moment = user[late], moment[late]
+  late = moment >= times.earliest
+  user, moment = user[late], moment[late]
   again = np.zeros(len(user), bool)
   again[1:] = (user[1:] == user[:-1]) & (moment[1:] == moment[:-1])
   user, moment = user[~again], moment[~again]

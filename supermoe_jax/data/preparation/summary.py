@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from supermoe_jax import config
+from supermoe_jax.data.preparation import losses
 
 SHOWN_CLASSES = 5  # number of classes shown for a task
 SHOWN_FILES = 3  # number of new files of dated labels shown after an append
@@ -14,15 +15,12 @@ SHOWN_FILES = 3  # number of new files of dated labels shown after an append
 def dataset_summary(manifest: Mapping[str, Any]) -> str:
   """Returns a few lines on the content of a prepared dataset and its peculiarities."""
   lengths, reading = manifest["lengths"], manifest["reading"]
-  by_user = manifest["config"]["data"]["split"]["mode"] == "user"
   lines = [
     f"{manifest['users']:,} users, {manifest['events']:,} events from {manifest['log']['first']} to "
     f"{manifest['log']['last']} (median {lengths['p50']:.0f} a user, at most {lengths['p100']:.0f}); "
     f"{reading['tie_rate']:.1%} share user and time",
     "snapshots: " + ", ".join(f"{n:,} {split}" for split, n in manifest["snapshots"].items()),
   ]
-  if repeated := manifest.get("repeated_snapshots"):
-    lines.append(f"  {repeated:,} snapshots at the time of another one (events of equal time) were left out")
   for task, splits in manifest["labels"].items():
     lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
   for task in _tasks_about_moments(manifest):
@@ -30,26 +28,11 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
       f"  {task}: any value of the next moment is right ({reading['tie_rate']:.1%} of the events share user and time "
       "with another)"
     )
-  for task, count in manifest["user_table"].get("user_labels", {}).items():
-    if unseen := count.get("unseen_class"):
-      lines.append(f"  {task}: {unseen:,} users have a class that no training user has; they have no label")
-    if dropped := count.get("dropped"):
-      lines.append(f"  {task}: {dropped:,} users' values are no numbers; they have no label")
   for task, count in manifest.get("dated_labels", {}).items():
     known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
     lines += [f"  {task}: {text}" for text in dated_rows_text(count, known)]
-  for name, field in manifest["fields"].items():
-    if field["oov_after"]:
-      where = "of other users were unseen in training" if by_user else "after the training period were unseen in it"
-      lines.append(f"field {name}: {field['oov_after']:.2%} of the values {where}")
-    if field.get("colliding"):
-      lines.append(
-        f"field {name}: {field['colliding']:.2%} of the {field['values']:,} hashed values share their code with others"
-      )
-    if cut := field.get("values_cut"):
-      many = manifest["config"]["data"]["fields"][name]["many"]
-      lines.append(f"field {name}: {cut:,} values of lists longer than {many} were cut off")
   lines += _missing_columns(manifest)
+  lines += _loss_lines(losses.find_losses(manifest), manifest["warnings"])
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
   return "\n".join(lines)
@@ -92,6 +75,11 @@ def _missing_columns(manifest: Mapping[str, Any]) -> list[str]:
         f"{f'{len(files)} files lack' if len(files) > 1 else 'file lacks'} its column, such as {files[0]}"
       )
   return lines
+
+
+def _loss_lines(found: Iterable[losses.LogLoss], warnings: Sequence[str]) -> list[str]:
+  """Returns a line for each loss that is none of the `warnings`, which have lines of their own."""
+  return [loss.text for loss in found if loss.text not in warnings]
 
 
 def _tasks_about_moments(manifest: Mapping[str, Any]) -> list[str]:
@@ -152,6 +140,9 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
     known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
     lines += [f"{task}: {text}" for text in dated_rows_text(count, known)]
   lines += _missing_columns(manifest)
+  for loss in losses.reading_losses(last["reading"], manifest["config"]["data"]) if "reading" in last else ():
+    lines.append(("warning: " if loss.alarming else "") + f"of the new files, {loss.text}")
+  lines += [f"warning: {w}" for w in manifest["warnings"]]
   if held > 2 * manifest["users"]:
     lines.append(f"of {held:,} records {held - manifest['users']:,} are out of date; preparing again frees their space")
   lines.append(

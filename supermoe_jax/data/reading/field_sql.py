@@ -11,6 +11,7 @@ from typing import Literal
 import duckdb
 
 from supermoe_jax import config
+from supermoe_jax.data.encoding.numeric import LARGEST
 from supermoe_jax.data.reading import derived_columns, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
@@ -30,6 +31,7 @@ class Fault:
     condition: SQL that is true for a row with the fault.
     value: SQL of the bad value as text; empty if the fault is an absent value.
     kind: the kind of value that was expected, such as "a number".
+    larger: the setting that takes larger numbers, if the fault includes a number that is too large.
   """
 
   reason: str
@@ -37,11 +39,17 @@ class Fault:
   condition: str
   value: str = ""
   kind: str = ""
+  larger: str = ""
 
   def describe(self, value: str | None) -> str:
     """Returns a description of the fault of a row with this bad value."""
     if not self.kind:
       return f"column {self.column!r} is empty"
+    if self.larger and value is not None and value_sql.is_finite(value):
+      return (
+        f"column {self.column!r} holds {value}, beyond the numbers that can be standardised, up to {LARGEST:.2g} "
+        f"({self.larger} takes it)"
+      )
     return f"column {self.column!r} holds {value!r}, which is not {self.kind}"
 
 
@@ -199,7 +207,12 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
       ) from None
     values[alias] = f"CASE WHEN isfinite({number}) THEN {number} END"
     # NaN counts as absent, since many writers use it so; infinity is a fault, since it would spoil every mean.
-    bad = f"{number} IS NULL OR isinf({number})"
+    bad, larger = f"{number} IS NULL OR isinf({number})", ""
+    if field.encoding == "standardise":
+      bad += f" OR (abs({number}) > {LARGEST!r}::DOUBLE AND NOT isnan({number}))"
+      larger = f"config.data.fields.{name}.encoding='log1p' or 'quantile'"
     values[f"bad_{alias}"] = f"CASE WHEN {bad} THEN {value_sql.text_sql(f'e.{alias}', kind)} END"
-    faults.append(Fault(f"unparsable_field_{name}", column, f"bad_{alias} IS NOT NULL", f"bad_{alias}", "a number"))
+    faults.append(
+      Fault(f"unparsable_field_{name}", column, f"bad_{alias} IS NOT NULL", f"bad_{alias}", "a number", larger)
+    )
   return values, faults

@@ -10,7 +10,7 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data.encoding.numeric import Numeric
+from supermoe_jax.data.encoding.numeric import LARGEST, Numeric
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
 from supermoe_jax.data.encoding.vocabulary import Classes, LabelEncoder
 from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
@@ -29,7 +29,7 @@ class UserLabels(NamedTuple):
     counts: `user_rows`, and in `user_labels` for each task the numbers of users `labelled` and `without_value`. A
       binary task also has the number of `positive` users; a multiclass task the number of users of each of the
       `classes`, and with an `unseen_class`, one that no training user has; a regression the `mean` and `std` of
-      training users, and the number of `dropped` values.
+      training users, and the numbers of `dropped` values and of values `clipped` by the encoding.
   """
 
   values: dict[str, dict[str, float]]
@@ -138,8 +138,11 @@ def _check_numbers(
   ).fetchall()
   for file, row, n, value in bad if on_bad_rows == "error" else []:
     more = f" ({n} such row{'s' if n > 1 else ''})"
+    wrong = f"which is beyond {LARGEST:.2g}, the largest that can be standardised"
+    if not value_sql.is_finite(value):
+      wrong = "which is not a number"
     raise DataError(
-      f"{files[file].path}: row {row + 1}: column {task.column!r} holds {value!r}, which is not a number{more}. "
+      f"{files[file].path}: row {row + 1}: column {task.column!r} holds {value!r}, {wrong}{more}. "
       "Correct the file, set type='multiclass', or let config.data.on_bad_rows='drop' leave such labels out, and count "
       "them."
     )
@@ -150,7 +153,8 @@ def _number(column: str) -> str:
 
 
 def _bad_number(column: str) -> str:
-  return f"{column} IS NOT NULL AND ({_number(column)} IS NULL OR isinf({_number(column)}))"
+  number = _number(column)
+  return f"{column} IS NOT NULL AND ({number} IS NULL OR (abs({number}) > {LARGEST!r}::DOUBLE AND NOT isnan({number})))"
 
 
 def _known(con: duckdb.DuckDBPyConnection, value: str) -> tuple[dict[str, Any], int]:
@@ -197,10 +201,19 @@ def _regression(
   con: duckdb.DuckDBPyConnection, name: str, task: config.UserLabel, column: str, split: config.Split
 ) -> tuple[dict[str, float], Numeric, dict]:
   # NaN counts as absent, since many writers use it so.
-  known, without = _known(con, f"CASE WHEN isfinite({_number(column)}) THEN {_number(column)} END")
+  known, without = _known(
+    con, f"CASE WHEN isfinite({_number(column)}) AND NOT ({_bad_number(column)}) THEN {_number(column)} END"
+  )
   ((dropped,),) = con.execute(f"SELECT count_if({_bad_number(column)}) FROM users").fetchall()
   training = np.array(_of_training_users(known, split, name, task))
   encoder = Numeric.of(training.mean(), training.std())
   labels = {user: float(encoder.encode(value)) for user, value in known.items()}
-  counts = {"mean": encoder.mean, "std": encoder.std, "dropped": dropped, "without_value": without - dropped}
+  clipped = int(encoder.clips(np.array(list(known.values()), np.float64)).sum())
+  counts = {
+    "mean": encoder.mean,
+    "clipped": clipped,
+    "std": encoder.std,
+    "dropped": dropped,
+    "without_value": without - dropped,
+  }
   return labels, encoder, counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import duckdb
@@ -23,6 +24,14 @@ SAMPLE_ROWS = 1000  # text values that decide whether a time column holds epochs
 def is_number(kind: str) -> bool:
   """Returns whether a DuckDB type is numeric."""
   return kind.startswith(NUMBERS) and not kind.endswith("]")
+
+
+def is_finite(text: str) -> bool:
+  """Returns whether a text is a finite number."""
+  try:
+    return math.isfinite(float(text))
+  except ValueError:
+    return False
 
 
 def is_instant(kind: str) -> bool:

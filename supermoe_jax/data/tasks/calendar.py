@@ -14,6 +14,8 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY, format_time
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.errors import ConfigError
 
+NO_BOUND = -(2**63)  # a time before any other
+
 
 @dataclasses.dataclass(frozen=True)
 class Calendar:
@@ -23,17 +25,20 @@ class Calendar:
     snapshots: τ of each snapshot that all users share, ascending; `snapshots.user_snapshots` adds each user's own.
     split: the split of each shared snapshot. In a split by users it is TRAIN, which each user's own split replaces.
     observed_until: for each split, the end of the period that its label windows must lie in.
+    earliest: the time before which no user's own snapshot lies.
   """
 
   snapshots: np.ndarray
   split: np.ndarray
   observed_until: tuple[int, int, int]
+  earliest: int = NO_BOUND
 
 
-def make_calendar(split: config.Split, log_start: int, log_end: int) -> Calendar:
+def make_calendar(split: config.Split, log_start: int, log_end: int, *, stray_before: bool = False) -> Calendar:
   """Returns the calendar of a temporal split or a split by users.
 
-  `log_start` and `log_end` (exclusive) are microseconds since 1970 UTC. Training snapshots lie `every_days` apart,
+  `log_start` and `log_end` (exclusive) are microseconds since 1970 UTC; with `stray_before` the log has stray rows
+  before its start. Training snapshots lie `every_days` apart,
   counted back from the end of the training period; in a split by users that is the end of the log. With a policy other
   than `calendar` the training snapshots are each user's own, and this calendar lacks them. Validation windows end
   `gap_days` before the first test snapshot, so choosing a model by validation uses nothing of the test period.
@@ -41,9 +46,12 @@ def make_calendar(split: config.Split, log_start: int, log_end: int) -> Calendar
   Raises:
     ConfigError: a snapshot lies outside the log, or there is no room for a training snapshot.
   """
+  earliest = log_start if stray_before else NO_BOUND
+  if split.train_start:
+    earliest = config.parse_time(split.train_start, "config.data.split.train_start")
   if split.mode == "user":
     shared = _regular(split, log_start, log_end, f"the end of the log, {format_time(log_end)},")
-    return Calendar(shared, np.full(len(shared), TRAIN, np.int32), (log_end,) * 3)
+    return Calendar(shared, np.full(len(shared), TRAIN, np.int32), (log_end,) * 3, earliest)
   train_end = config.parse_time(split.train_end, "config.data.split.train_end")
   train = _regular(split, log_start, train_end, f"train_end={split.train_end}")
   validation, test = (
@@ -54,13 +62,14 @@ def make_calendar(split: config.Split, log_start: int, log_end: int) -> Calendar
     if not log_start < time <= log_end:
       raise ConfigError(
         f"config.data.split: the snapshot {text} lies outside the log, which runs from {format_time(log_start)} to "
-        f"{format_time(log_end)}."
+        f"{format_time(log_end)}. Set a time within it, or config.data.split.log_end if the log is complete up to then."
       )
   validation, test = np.sort(validation), np.sort(test)
   return Calendar(
     np.concatenate([train, validation, test]),
     np.repeat(np.array([TRAIN, VALIDATION, TEST], np.int32), [len(train), len(validation), len(test)]),
     (train_end, int(test.min()) - int(split.gap_days * MICROSECONDS_PER_DAY), log_end),
+    earliest,
   )
 
 

@@ -7,8 +7,20 @@ from typing import Any
 from supermoe_jax.data.preparation import summary
 
 
+def reading(**changes: Any) -> dict[str, Any]:
+  sources = {
+    "visits": {"rows_read": 30_000, "rows_kept": 30_000, "dropped": {}, "files": {"v.csv": 30_000}, "empty_files": []},
+    "buys": {"rows_read": 4567, "rows_kept": 4567, "dropped": {}, "files": {"b.csv": 4567}, "empty_files": []},
+  }
+  for name in sources:
+    sources[name] |= changes.pop(name, {})
+  whole = {"rows_read": 34_567, "duplicate_rows": 0, "user_rows_dropped": 0, "nulls": {"price": 0}, "dropped": {}}
+  return {"tie_rate": 0.125, **whole, "sources": sources, **changes}
+
+
 def manifest(**changes: Any) -> dict[str, Any]:
-  data = {"path": "runs/x", "split": {"mode": "temporal"}, "fields": {"tags": {"many": 2}}}
+  split = {"mode": "temporal", "min_events": 1}
+  data = {"path": "runs/x", "split": split, "fields": {"tags": {"many": 2}, "price": {"sources": ["buys"]}}}
   following = {"kind": "next_event", "field": "page"}
   tasks = {
     "quiet": {"kind": "future_event"},
@@ -22,23 +34,35 @@ def manifest(**changes: Any) -> dict[str, Any]:
     "events": 34_567,
     "log": {"first": "2024-01-01T00:00:00", "last": "2024-05-29T21:42:19"},
     "lengths": {"p50": 24.0, "p100": 380.0},
-    "reading": {"tie_rate": 0.125, "dropped": {}},
+    "reading": reading(),
     "snapshots": {"train": 2030, "validation": 31, "test": 32},
+    "snapshots_with_too_few_events": 0,
+    "repeated_snapshots": 0,
+    "users_without_training_events": 0,
+    "users_without_snapshot": 0,
     "labels": {
       "quiet": {"train": {"known": 1730, "positive": 28}, "test": {"known": 30, "positive": 9}},
       "next": {"train": {"known": 1, "unseen_value": 1}},
       "age": {"train": {"known": 77, "mean": 0.5, "std": 1.25}, "test": {"known": 0, "mean": 0.0, "std": 0.0}},
       "tier": {"train": {"known": 21, "classes": dict(zip("abcdef", range(6, 0, -1)))}},
     },
-    "user_table": {"user_labels": {"tier": {"unseen_class": 3}, "age": {"unseen_class": 0, "dropped": 4}}},
-    "fields": {
-      "page": {"oov_after": 0.0123},
-      "bucket": {"oov_after": 0.0, "colliding": 0.25, "values": 1600},
-      "tags": {"oov_after": None, "values_cut": 17},
+    "user_table": {
+      "user_labels": {
+        "tier": {"labelled": 21, "unseen_class": 3, "without_value": 0},
+        "age": {"labelled": 77, "unseen_class": 0, "dropped": 4, "without_value": 19},
+      },
+      "labelled_users": 98,
+      "labelled_users_without_events": 0,
     },
+    "fields": {
+      "page": {"oov_training": 0.0, "oov_after": 0.0123},
+      "bucket": {"oov_training": 0.0, "oov_after": 0.0, "colliding": 0.25, "values": 1600},
+      "tags": {"oov_training": 0.25, "oov_after": None, "values_cut": 17},
+    },
+    "tally": {"lengths": {"24": 1100, "380": 100}},
     "warnings": ["task quiet has no label in validation"],
     "seconds": 7.4,
-    "config": {"data": data, "tasks": tasks},
+    "config": {"data": data, "tasks": tasks, "model": {"max_events": 380}},
     **changes,
   }
 
@@ -53,10 +77,12 @@ def test_the_summary_says_what_the_manifest_counts() -> None:
     "  age: train 77 known (mean 0.5, deviation 1.25, standardised), test 0 known",
     "  tier: train 21 known (6 a, 5 b, 4 c, 3 d, 2 e)",
     "  next: any value of the next moment is right (12.5% of the events share user and time with another)",
-    "  tier: 3 users have a class that no training user has; they have no label",
-    "  age: 4 users' values are no numbers; they have no label",
+    "task tier: 3 of 24 users (12.5%) have a class that no training user has; they have no label",
+    "task age: 19 of 100 users (19.0%) of config.data.users have no value, so no label",
+    "task age: the values of 4 of 100 users (4.0%) are no numbers; they have no label",
     "field page: 1.23% of the values after the training period were unseen in it",
     "field bucket: 25.00% of the 1,600 hashed values share their code with others",
+    "field tags: 25.00% of the values in training are out of vocabulary (size, min_count)",
     "field tags: 17 values of lists longer than 2 were cut off",
     "warning: task quiet has no label in validation",
     "prepared in 7 s: runs/x",
@@ -67,7 +93,7 @@ def test_repeated_snapshots_and_a_split_of_users_are_said() -> None:
   by_user = manifest(repeated_snapshots=5)
   by_user["config"]["data"]["split"]["mode"] = "user"
   lines = summary.dataset_summary(by_user).splitlines()
-  assert "  5 snapshots at the time of another one (events of equal time) were left out" in lines
+  assert "5 of 2,098 snapshots (0.2%) lie at the time of another one (events of equal time) and were left out" in lines
   assert "field page: 1.23% of the values of other users were unseen in training" in lines
 
 
@@ -81,7 +107,7 @@ def test_the_summary_of_an_append_says_what_came() -> None:
     "beyond_patterns": {"visits": ["day.parquet"], "buys": []},
     "vocabularies": {"page": {"added": 6, "first": list("abcdef"), "left_out": 2}, "kind": {"added": 0, "left_out": 0}},
   }
-  counted = manifest(appends=[{"events": 1}, append], shards={"one": 1200, "two": 1207})
+  counted = manifest(appends=[{"events": 1}, append], shards={"one": 1200, "two": 1207}, warnings=[])
   assert summary.append_summary(counted).splitlines() == [
     "5,000 events appended: 300 users rewritten, 20 of them new; 893 left unchanged",
     "7 users without new events were rewritten, because more of their labels are known now",
@@ -95,7 +121,7 @@ def test_the_summary_of_an_append_says_what_came() -> None:
   kept = summary.append_summary(counted | {"appends": [repeated], "shards": {"one": 2400}}).splitlines()
   assert kept[0].endswith("900 left unchanged") and "out of date" not in "".join(kept)
   assert kept[1] == "9 events repeat earlier ones and were kept (config.data.duplicates)"
-  dropped = counted | {"appends": [repeated], "reading": {"dropped": {"duplicate": 9}}}
+  dropped = counted | {"appends": [repeated], "reading": reading(dropped={"duplicate": 9})}
   assert "9 events repeat earlier ones and were left out" in summary.append_summary(dropped)
 
 
