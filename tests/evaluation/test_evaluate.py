@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -100,3 +101,32 @@ def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
   for place, item in enumerate(order, 1):
     assert baselines.personal_ranks(run.dataset, "page", [question], np.array([item + 2])).tolist() == [place]
   assert baselines.personal_ranks(run.dataset, "page", [question], np.array([1])).tolist() == [np.inf]
+
+
+def test_the_table_and_its_words_say_what_could_not_be_measured() -> None:
+  ranked = {"labels": 6, "values": 1, "metrics": {"ndcg@10": 1.0}, "baselines": {"most popular": {"ndcg@10": 1.0}}}
+  one_class = {"labels": 40, "metrics": {"auc": None}, "baselines": {}}
+  main = {"left": "auc", "lost": "auc", "next": "ndcg@10"}
+  result = {"main_metric": main, "splits": {"validation": {}, "test": {"next": ranked, "left": one_class}}}
+  assert evaluate.results_table(result) == [
+    ["task", "labels", "metric", "supermoe", "most popular"],
+    ["left", "40", "auc", "–", "–"],
+    ["lost", "0", "auc", "–", "–"],
+    ["next", "6", "ndcg@10", "1.0000", "1.0000"],
+  ]
+  assert evaluate.results_words(result) == [
+    "without a label in test, so not measured there: lost",
+    "next: its field has one value in training, so every answer ranks it first",
+    "left: its 40 labels in test are all of one class, so there is no auc",
+    "nothing is measured in validation",
+  ]
+  nothing = {"main_metric": {"left": "auc"}, "splits": {"test": {}}}
+  assert evaluate.results_table(nothing)[1:] == [["left", "0", "auc", "–"]]
+
+
+def test_a_run_without_validation_snapshots_is_measured_on_test(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+  split = dataclasses.replace(run.cfg.data.split, validation=())
+  cfg = dataclasses.replace(run.cfg, data=dataclasses.replace(run.cfg.data, split=split))
+  monkeypatch.setattr(run, "cfg", cfg)
+  found = evaluate.evaluate(run, compare=False, progress=False, splits=("validation", "test"), write=False)
+  assert found["splits"]["validation"] == {} and set(found["splits"]["test"]) == set(cfg.active_views)

@@ -19,11 +19,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
 import grain
+import numpy as np
 from absl import flags
 
 from supermoe_jax import config
@@ -127,6 +128,16 @@ class BatchStream(Generic[T]):
     return number
 
 
+def _copied(value: Any) -> Any:
+  """Returns a batch, of nested tuples and mappings, with copies of its arrays."""
+  if isinstance(value, Mapping):
+    return {name: _copied(part) for name, part in value.items()}
+  if isinstance(value, tuple):
+    parts = [_copied(part) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+  return np.array(value) if isinstance(value, np.ndarray) else value
+
+
 class StreamPosition(Generic[T]):
   """A host's position in its stream: an iterator with `get_state` and `set_state`."""
 
@@ -148,7 +159,8 @@ class StreamPosition(Generic[T]):
         raise
       return self._again(error)
     self._batch += 1
-    return found
+    # A worker's arrays lie in shared memory, which would be left behind if the process ended before they are deleted.
+    return _copied(found) if self._stream.workers else found
 
   def _again(self, error: RuntimeError) -> T:
     """Starts new workers after a worker died; a batch depends on its number alone, so none is lost or repeated."""

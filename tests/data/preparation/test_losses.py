@@ -10,8 +10,10 @@ import pytest
 
 from supermoe_jax import cli, config
 from supermoe_jax.data.append import append
+from supermoe_jax.data.check import check
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.preparation import losses, prepare, summary
+from supermoe_jax.errors import ConfigError
 
 Write = Callable[..., pathlib.Path]
 
@@ -150,3 +152,25 @@ def test_the_command_and_a_notebook_say_warnings(write: Write, capsys: pytest.Ca
   warning = "warning: source orders: 40 of 200 rows (20.0%) cannot be used and were dropped (40 unparsable time)"
   assert warning in capsys.readouterr().out.splitlines()
   assert f"  {warning}" in repr(Dataset(settings["data"]["path"])).splitlines()
+
+
+def test_a_split_without_validation_is_prepared_and_said(write: Write) -> None:
+  settings = raw(write("orders.csv", columns()))
+  settings["data"]["split"] |= {"validation": [], "train_end": "2024-03-20"}
+  lines, warned = said(settings)
+  dataset = Dataset(settings["data"]["path"])
+  assert dataset.manifest["snapshots"]["validation"] == 0 and dataset.manifest["snapshots"]["train"] > 0
+  assert (
+    "config.data.split.validation is empty: no checkpoint is chosen by validation, and evaluate measures test only"
+  ) in lines
+  assert not [warning for warning in warned if "validation" in warning]
+  check.check_dataset(dataset.path, sample=20)
+  with pytest.raises(ConfigError, match=r"validate\.every=1000 needs validation snapshots"):
+    config.resolve({**settings, "train": {"validate": {"every": 1000}, "checkpoint_every": 1000}})
+
+
+def test_a_field_of_one_value_is_said(write: Write) -> None:
+  same = columns()
+  same["sku"] = ["sku0"] * EVENTS
+  _, warned = said(raw(write("orders.csv", same)))
+  assert "task next asks about a field with one value in training: every answer is right" in warned
