@@ -102,15 +102,21 @@ def reading_losses(reading: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
       yield LogLoss(f"field {name}: {_of(absent, events, 'events')} {_have(absent)} no value")
 
 
+def _split(manifest: Mapping[str, Any]) -> config.Split:
+  settings = manifest["config"]["data"]["split"].items()
+  values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings}
+  return config.Split(**values)
+
+
 def _stray_losses(manifest: Mapping[str, Any]) -> Iterator[LogLoss]:
   if manifest.get("stray_times") is not None:
-    split = config.resolve_prepared(manifest["config"]).data.split
+    split = _split(manifest)
     strays = StrayTimes.from_json(manifest["stray_times"])
     yield from (LogLoss(*found) for found in describe_stray_times(strays, split, manifest["events"]))
 
 
 def _snapshot_losses(manifest: Mapping[str, Any], min_events: int) -> Iterator[LogLoss]:
-  split = config.resolve_prepared(manifest["config"]).data.split
+  split = _split(manifest)
   if not split.has_snapshots("validation"):
     yield LogLoss(
       "config.data.split.validation is empty: no checkpoint is chosen by validation, and evaluate measures test only"

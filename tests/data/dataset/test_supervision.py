@@ -121,13 +121,15 @@ def test_batches_have_the_stated_shapes(data: Dataset, rich: config.Config) -> N
     n += events if at_events else 0
     assert targets.known.shape == targets.weight.shape == (b, n)
     assert targets.value.shape == ((b, n, 4) if name == "items" else (b, n))
-    assert targets.value.dtype == (np.int32 if name in ("next_item", "segment") else np.float32)
+    assert targets.value.dtype == (np.int32 if name in ("next_item", "next_liked", "segment") else np.float32)
     assert targets.given.shape == (b, n, 1 if name == "click" else 0) and targets.given.dtype == np.int32
     assert np.isfinite(targets.value).all()
   assert (batch.targets["next_item"].weight == 2.0 * batch.targets["next_item"].known).all()
   assert data.schema.outputs == {
     **dict.fromkeys(rich.labelled_tasks, 1),
     "next_item": 6,
+    "next_liked": 6,
+    "best_rating": 3,
     "items": 4,
     "segment": 3,
   }

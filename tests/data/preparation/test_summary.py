@@ -19,7 +19,7 @@ def reading(**changes: Any) -> dict[str, Any]:
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
-  split = {"mode": "temporal", "min_events": 1}
+  split = {"mode": "temporal", "min_events": 1, "validation": ["2024-03-01"], "test": ["2024-04-01"]}
   data = {"path": "runs/x", "split": split, "fields": {"tags": {"many": 2}, "price": {"sources": ["buys"]}}}
   following = {"kind": "next_event", "field": "page"}
   tasks = {

@@ -138,7 +138,7 @@ def test_amounts_equal_plain_python_over_raw_values(log: tuple, condition: tuple
   task = config.FutureAmount(field=field, of=of, where=text, horizon_days=days)
   (kind,) = bind({"t": task}, data, ENCODERS).values()
   snapshots, _ = user_snapshots(SPLIT, block, CALENDAR, np.full(len(block.users), TRAIN))
-  found = kind.label(LabelInputs(block, snapshots, CALENDAR, np.zeros(len(block.users)), {})).labels
+  found = kind.label(LabelInputs(block, snapshots, CALENDAR, np.zeros(len(block.users)), {}, {})).labels
   before = kind.before(block, snapshots.user, snapshots.time, snapshots.n_events)
   users = sorted({e[0] for e in raw})
   for i, (user, time, _, split) in enumerate(zip(*snapshots)):
@@ -166,7 +166,7 @@ def test_an_amount_does_not_depend_on_the_users_of_the_block(log: tuple, of: str
 
   def amounts(part: UserBlock) -> list[float]:
     snapshots, _ = user_snapshots(SPLIT, part, CALENDAR, np.full(len(part.users), TRAIN))
-    inputs = LabelInputs(part, snapshots, CALENDAR, np.zeros(len(part.users)), {})
+    inputs = LabelInputs(part, snapshots, CALENDAR, np.zeros(len(part.users)), {}, {})
     return kind.label(inputs).labels.value.tolist()
 
   alone = []
