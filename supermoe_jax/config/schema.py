@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from supermoe_jax.config.tables import ADDED_LATER, Source, UserTable
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
 
@@ -17,29 +18,6 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 # --------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemTable:
-  """A table joined to the events of a source by `key`, such as product attributes."""
-
-  file: str = ""
-  key: str = ""  # the key's column in the events
-  table_key: str = ""  # the key's column in the table; empty: `key`, or "key" for a JSON object keyed by id
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "json_object"] = "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A kind of event: files of one layout. The source's name is the event's type."""
-
-  files: tuple[str, ...] = ()  # paths or globs
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
-  user: str = "user_id"
-  time: str = "timestamp"
-  time_unit: Literal["auto", "s", "ms", "us"] = "auto"  # unit of numeric times; auto: seconds, checked for plausibility
-  time_format: str = ""  # strptime format of textual times; empty: ISO 8601, UTC where it has no offset
-  items: ItemTable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +60,6 @@ class Field:
 
 # Most buckets of one table: codes are int32, and the largest and smallest codes stand for "no row".
 MOST_ROWS = 2**31 - 2**24 - 4
-
-
-@dataclasses.dataclass(frozen=True)
-class UserTable:
-  """A table with columns about users, such as demographics, for user labels and for fields with `table="users"`."""
-
-  files: tuple[str, ...] = ()
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"
-  user: str = "user_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,18 +310,20 @@ class Config:
 
   def data_identity(self) -> dict[str, Any]:
     """Returns the settings that preparation depends on: data without path and memory, and all tasks' labels."""
-    whole = to_dict(self)
+    return self._data_identity(to_dict(self))
+
+  def _data_identity(self, whole: Mapping[str, Any]) -> dict[str, Any]:
     data = {k: v for k, v in whole["data"].items() if k not in ("path", "memory")}
     tasks = {n: {k: v for k, v in whole["tasks"][n].items() if k not in NOT_PREPARED} for n in self.labelled_tasks}
     return {"data": data, "tasks": tasks}
 
   def data_hash(self) -> str:
-    """Returns a hash that identifies a preparation."""
-    return _hash_text(self.data_identity())
+    """Returns a hash that identifies a preparation; a later version's settings count only if they are set."""
+    return _hash_text(self._data_identity(to_dict(self, later=False)))
 
   def hash(self) -> str:
-    """Returns a hash that identifies the whole configuration."""
-    return _hash_text(to_dict(self))
+    """Returns a hash that identifies the whole configuration; a later version's settings count only if they are set."""
+    return _hash_text(to_dict(self, later=False))
 
 
 def _hash_text(value: Any) -> str:
@@ -382,13 +353,22 @@ def format_time(microseconds: int) -> str:
   return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
 
 
-def to_dict(value: Any) -> Any:
-  """Returns resolved dataclasses as plain dicts, lists and scalars, ready for JSON."""
+def to_dict(value: Any, *, later: bool = True) -> Any:
+  """Returns resolved dataclasses as plain dicts, lists and scalars, ready for JSON.
+
+  Args:
+    value: a dataclass, mapping, sequence or scalar.
+    later: whether to include the defaults of settings that a later version added (`tables.ADDED_LATER`).
+  """
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    out = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    out = {
+      f.name: to_dict(getattr(value, f.name), later=later)
+      for f in dataclasses.fields(value)
+      if later or f.metadata != ADDED_LATER or getattr(value, f.name) != f.default
+    }
     return {"kind": value.kind, **out} if type(value) in TASK_KINDS.values() else out  # type: ignore[attr-defined]
   if isinstance(value, Mapping):
-    return {k: to_dict(v) for k, v in value.items()}
+    return {k: to_dict(v, later=later) for k, v in value.items()}
   if isinstance(value, (tuple, list)):
-    return [to_dict(v) for v in value]
+    return [to_dict(v, later=later) for v in value]
   return value

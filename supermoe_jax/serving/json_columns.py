@@ -9,7 +9,7 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, value_sql
+from supermoe_jax.data.reading import clean_copies, field_sql, joined_tables, paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving.json_values import ColumnKind, TimeKind
@@ -86,7 +86,9 @@ class ColumnKinds:
     wanted = {f.column or n for n, f in self._data.fields.items() if f.table == "users"}
     if users is None or not wanted:
       return {}
-    files = paths.open_files(self._con, users.files, users.format, {users.user, *wanted}, "config.data.users").tables
+    files = paths.open_files(
+      self._con, users.files, users.format, {users.user, *wanted}, "config.data.users", users
+    ).tables
     return {c: _common(files, c) for c in sorted(wanted)}
 
   def _source(self, name: str) -> tuple[SourceSpec, ItemValues | None]:
@@ -96,7 +98,7 @@ class ColumnKinds:
     there = set(table.fields) if table else set()
     wanted = {source.user, source.time, *(c for f, c in own.items() if f not in there)}
     wanted |= {source.items.key} if source.items else set()
-    files = paths.open_files(self._con, source.files, source.format, wanted, key).tables
+    files = paths.open_files(self._con, source.files, source.format, wanted, key, source).tables
     if not files:
       raise DataError(f"{key}.files: no file with a row is left; export where the event files are.")
     # A field of the table of items is read from the events if all their files have its column.
@@ -121,16 +123,22 @@ class ColumnKinds:
     return spec, items
 
   def _items_file(self, name: str, items: config.ItemTable, wanted: set[str]) -> TableFile:
-    (file,) = paths.find_files(self._con, [items.file], f"config.data.sources.{name}.items.file")
-    return readers.open_table(self._con, file.path, items.format, wanted)
+    key = f"config.data.sources.{name}.items"
+    (file,) = paths.find_files(self._con, [items.file], f"{key}.file")
+    return readers.open_table(self._con, file.path, items.format, wanted, items, key)
 
   def _time(self, file: TableFile, source: config.Source, key: str) -> TimeKind:
     """Returns how a file's times are written, as preparation decides it."""
     type, column = file.columns[file.require(source.time, f"{key}.time")], "t"
-    sql = value_sql.time_reading(
-      self._con, file, source.time, column, key, unit=source.time_unit, format=source.time_format
-    ).sql
-    if value_sql.is_instant(type) or sql == value_sql.iso_sql(column):
+    unit, format = source.time_unit, source.time_format
+    reading, _ = clean_copies.read_clean(
+      self._con,
+      file,
+      "",
+      lambda table: value_sql.time_reading(self._con, table, source.time, column, key, unit=unit, format=format),
+      drop=True,
+    )
+    if value_sql.is_instant(type) or reading.sql == value_sql.iso_sql(column):
       return TimeKind("iso")
     if source.time_format:
       return TimeKind("format", format=source.time_format)

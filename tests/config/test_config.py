@@ -184,6 +184,8 @@ OTHER_DATA = [
   ("data.split.min_events", 2),
   ("data.split.log_end", "2024-07-01"),
   ("data.sources.visits.time_unit", "s"),
+  ("data.sources.visits.delimiter", ";"),
+  ("data.sources.visits.null_values", ["NULL"]),
   ("data.fields.page.min_count", 2),
   ("data.fields.device.input", False),
   ("data.fields.seconds.encoding", "standardise"),
@@ -243,3 +245,19 @@ def test_a_dataset_is_read_whatever_models_its_version_had(cfg: config.Config) -
   raw["model"]["conditioning"], raw["train"]["weighting"]["window"] = "gate", 20
   found = config.resolve_prepared(raw)
   assert found.data_identity() == cfg.data_identity() and found.data.path == cfg.data.path
+
+
+def test_a_setting_of_a_later_version_changes_no_hash_while_it_has_its_default(raw: dict) -> None:
+  base = config.resolve(raw)
+  visits = {**raw["data"]["sources"]["visits"], "delimiter": "", "header": "auto", "columns": [], "decimal": "."}
+  same = config.resolve(changed(raw, "data.sources.visits", {**visits, "thousands": "", "null_values": []}))
+  assert (same.hash(), same.data_hash()) == (base.hash(), base.data_hash())
+  saved = config.to_dict(base, later=False)["data"]["sources"]["visits"]
+  assert not saved.keys() & {"delimiter", "header", "columns", "decimal", "thousands", "null_values"}
+  assert config.resolve(changed(raw, "data.sources.visits.decimal", ",")).data_hash() != base.data_hash()
+
+
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("True", True), ("auto", "auto")])
+def test_a_header_may_be_overridden(cfg: config.Config, text: str, value: object) -> None:
+  changes = [f"--config.data.sources.visits.header={text}", "--config.data.sources.visits.columns=('a','b')"]
+  assert config.override(cfg, changes).data.sources["visits"].header is value

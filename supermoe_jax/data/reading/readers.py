@@ -7,33 +7,31 @@ keeps its types. Every row carries its number within its file, which orders even
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import gzip
 import itertools
-import os
 import pathlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 
 import duckdb
 
-from supermoe_jax.data.reading import remote
+from supermoe_jax.config import TextFormat
+from supermoe_jax.config.tables import PLAIN_TEXT, setting_text
+from supermoe_jax.data.reading import remote, text_layout, text_lines
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
-from supermoe_jax.errors import DataError, nearest
+from supermoe_jax.errors import ConfigError, DataError, nearest
 
 ENDINGS = {
   "parquet": (".parquet", ".pq"),
-  "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
-  "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+  "csv": (".csv", ".tsv"),
+  "jsonl": (".jsonl", ".json", ".ndjson"),
   "atomic": (".inter", ".user", ".item"),
-  "sequences": (".txt", ".txt.gz"),
+  "sequences": (".txt",),
 }
 JSON_FORMATS = ("jsonl", "json_object")  # formats whose lists are read as the text of a JSON array
-DELIMITERS = ",\t;|"  # tried in this order of preference on a CSV file's header
+DELIMITED = ("csv", "atomic")  # formats with a delimiter, a header and columns in order
 
 SEQUENCE_COLUMNS = {"user": "VARCHAR", "item": "VARCHAR", "position": "BIGINT"}
-LONGEST_LINE = 1 << 23  # bytes of a line of sequences, which is a user; buffers are 16 times as large
 
 # The beginning of a JSON object keyed by id: its first value is an object or a list.
 KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
@@ -122,26 +120,46 @@ class TableFile:
     format: one of `ENDINGS`, or "json_object".
     columns: the DuckDB type of each column; VARCHAR for text formats, except for the position in a sequence.
     delimiter: the delimiter of a CSV or atomic file; else empty.
+    header: whether the first line of a CSV or atomic file names its columns.
+    folders: the columns of a text format that the names of the file's folders hold, with their value in every row.
+    text: how the text values are written.
+    copy: a copy that is read in place of the file; messages name the file.
   """
 
   path: FilePath
   format: str
   columns: Mapping[str, str]
   delimiter: str = ""
+  header: bool = True
+  folders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+  text: TextFormat = PLAIN_TEXT
+  copy: pathlib.Path | None = None
 
   def select(self, wanted: Mapping[str, str]) -> str:
     """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name)."""
-    # CSV columns are given by position, since a header may hold names that DuckDB regards as equal.
-    position = {n: f"c{i}" for i, n in enumerate(self.columns)}
-    names = {a: identifier(position[n] if self.format in ("csv", "atomic") else n) for a, n in wanted.items()}
+    values = {a: self._value(n) for a, n in wanted.items()}
     # A column named file_row_number hides Parquet's own row number.
     numbered = self.format == "parquet" and "file_row_number" not in self.columns
     row = "file_row_number" if numbered else "row_number() OVER () - 1"
-    columns = ", ".join(f"{n} AS {identifier(a)}" for a, n in names.items())
-    return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(set(wanted.values()))}"
+    columns = ", ".join(f"{value} AS {identifier(a)}" for a, value in values.items())
+    names = set(wanted.values()) - self.folders.keys()
+    return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(names)}"
+
+  def _value(self, name: str) -> str:
+    """Returns the SQL of a column's value in a scan of the file."""
+    if name in self.folders:
+      value = self.folders[name]
+      return "NULL::VARCHAR" if value is None or value in self.text.null_values else literal(value)
+    if self.format in DELIMITED:
+      # CSV columns are given by position, since a header may hold names that DuckDB regards as equal.
+      return f"c{list(self.columns).index(name)}"
+    column = identifier(name)
+    if self.text.null_values and self.columns[name] == "VARCHAR":
+      return f"CASE WHEN {column} NOT IN ({', '.join(map(literal, self.text.null_values))}) THEN {column} END"
+    return column
 
   def _scan(self, names: Collection[str]) -> str:
-    path = literal(remote.pattern(self.path))
+    path = remote.pattern_sql(self.copy or self.path)
     if self.format == "parquet":
       return f"read_parquet({path})"
     if self.format == "sequences":
@@ -152,12 +170,13 @@ class TableFile:
     if self.format == "jsonl":
       asked = sorted(names) or list(self.columns)[:1]  # read_json needs at least one column, also to count rows
       types = ", ".join(f"{literal(n)}: 'VARCHAR'" for n in asked)
-      return f"read_json({path}, columns = {{{types}}})"
-    types = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(self.columns)))
+      return f"read_json({path}, columns = {{{types}}}, hive_partitioning = false)"
+    types = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(self.columns) - len(self.folders)))
     quote = "'\"'" if self.format == "csv" else "''"  # RecBole does not quote: a title may hold a single quotation mark
+    nulls = f", nullstr = ['', {', '.join(map(literal, self.text.null_values))}]" if self.text.null_values else ""
     return (
-      f"read_csv({path}, auto_detect = false, header = true, delim = {literal(self.delimiter)}, quote = {quote}, "
-      f"escape = {quote}, columns = {{{types}}})"
+      f"read_csv({path}, auto_detect = false, header = {self.header}, delim = {literal(self.delimiter)}, "
+      f"quote = {quote}, escape = {quote}{nulls}, columns = {{{types}}}, hive_partitioning = false)"
     )
 
   def require(self, name: str, key: str, others: Collection[str] = ()) -> str:
@@ -168,43 +187,95 @@ class TableFile:
         columns or `others`.
     """
     if name not in self.columns:
-      raise DataError(f"{self.path} has no column {name!r} ({key}){nearest(name, {*self.columns, *others})}")
+      hint = text_layout.header_hint(list(self.columns)) if self.format in DELIMITED and self.header else ""
+      raise DataError(f"{self.path} has no column {name!r} ({key}){nearest(name, {*self.columns, *others})}{hint}")
     return name
 
 
-def open_table(con: duckdb.DuckDBPyConnection, path: FilePath, format: str, wanted: Collection[str] = ()) -> TableFile:
+def open_table(
+  con: duckdb.DuckDBPyConnection,
+  path: FilePath,
+  format: str,
+  wanted: Collection[str] = (),
+  text: TextFormat = PLAIN_TEXT,
+  key: str = "",
+) -> TableFile:
   """Opens a file; searches JSON lines to the end for `wanted` keys that are missing at the beginning.
 
   With the format "auto" the file's ending decides the format. A local `.json` file is a "json_object", keyed by id, if
   it is one object whose values are all objects or all lists; a remote one needs the explicit format "json_object".
+  Messages name the settings `text` by their place `key` in the config, or as options of the command if it is empty.
 
   Raises:
     EmptyFileError: the file holds no row.
+    DataInHeaderError: the first line of a CSV or atomic file holds data where names are expected.
     DataError: the format is unknown, or the file is not of its format.
+    ConfigError: a setting of `text` has no meaning for the file's format.
   """
   given = format
   if format == "auto":
     format = format_of(path)
   if isinstance(path, pathlib.Path) and path.stat().st_size == 0:
     raise EmptyFileError(f"{path} is empty (0 bytes).")
+  _check_meaning(path, format, text, key)
+  if format in DELIMITED:
+    return _open_delimited(con, path, format, wanted, text, key)
   with naming(path, format):
     if given == "auto" and format == "jsonl" and _is_json_object(con, path):
       format = "json_object"
+    if given == "auto" and format == "sequences":
+      _check_no_table(con, path, wanted, key)
     if format == "parquet":
-      query = f"DESCRIBE SELECT * FROM read_parquet({literal(remote.pattern(path))})"
-      file = TableFile(path, format, {name: kind for name, kind, *_ in con.execute(query).fetchall()})
+      query = f"DESCRIBE SELECT * FROM read_parquet({remote.pattern_sql(path)})"
+      file = TableFile(path, format, {name: kind for name, kind, *_ in con.execute(query).fetchall()}, text=text)
     elif format == "jsonl":
-      file = TableFile(path, format, dict.fromkeys(_json_keys(con, path, wanted), "VARCHAR"))
+      columns = dict.fromkeys(_json_keys(con, path, wanted), "VARCHAR")
+      folders = {k: v for k, v in remote.folder_values(path).items() if k not in columns}
+      file = TableFile(path, format, columns | dict.fromkeys(folders, "VARCHAR"), folders=folders, text=text)
     elif format == "sequences":
-      file = TableFile(path, format, SEQUENCE_COLUMNS)
-    elif format == "json_object":
-      file = TableFile(path, format, dict.fromkeys(_attributes(con, path), "VARCHAR"))
+      file = TableFile(path, format, SEQUENCE_COLUMNS, text=text)
     else:
-      names, delimiter = _header(con, path, format)
-      file = TableFile(path, format, dict.fromkeys(names, "VARCHAR"), delimiter)
+      file = TableFile(path, format, dict.fromkeys(_attributes(con, path), "VARCHAR"), text=text)
     if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
   return file
+
+
+def _check_meaning(path: FilePath, format: str, text: TextFormat, key: str) -> None:
+  for name in ("delimiter", "header", "columns") if format not in DELIMITED else ():
+    value = getattr(text, name)
+    if value != getattr(PLAIN_TEXT, name):
+      raise ConfigError(
+        f"{path}: {setting_text(key, name, value)} has no meaning for the format {format}; remove it, or set the "
+        "format 'csv'."
+      )
+
+
+def _open_delimited(
+  con: duckdb.DuckDBPyConnection, path: FilePath, format: str, wanted: Collection[str], text: TextFormat, key: str
+) -> TableFile:
+  """Opens a CSV or atomic file; see `open_table`. Only the first lines are read."""
+  with naming(path, format):
+    lines = text_lines.first_lines(con, path, text_layout.FIRST_LINES)
+  if not any(line.strip() for line in lines):
+    raise EmptyFileError(f"{path} is empty.")
+  layout = text_layout.text_layout(path, format, lines, text, wanted, key)
+  if sum(bool(line.strip()) for line in lines) <= layout.header:
+    raise EmptyFileError(f"{path} holds no row.")
+  folders = {k: v for k, v in remote.folder_values(path).items() if k not in layout.names}
+  columns = dict.fromkeys((*layout.names, *folders), "VARCHAR")
+  return TableFile(path, format, columns, layout.delimiter, layout.header, folders, text)
+
+
+def _check_no_table(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str], key: str) -> None:
+  """Raises DataError if a file with the ending of sequences looks like a table."""
+  lines = text_lines.first_lines(con, path, text_layout.FIRST_LINES)
+  if text_layout.is_table(lines, wanted):
+    csv, sequences = (f"{key}.format={f!r}" if key else f"--format {f}" for f in ("csv", "sequences"))
+    raise DataError(
+      f"{path} looks like a table, not like sequences of items: {text_layout.abridged(lines[0])}. Set {csv}; or, where "
+      f"a line is a user and its items, {sequences}."
+    )
 
 
 def format_of(path: FilePath) -> str:
@@ -215,17 +286,20 @@ def format_of(path: FilePath) -> str:
   """
   name = path.name.lower()
   for format, endings in ENDINGS.items():
-    if name.endswith(endings):
+    if (name if format == "parquet" else text_lines.unpacked_name(name)).endswith(endings):
       return format
   known = ", ".join(e for endings in ENDINGS.values() for e in endings)
-  raise DataError(f"{path}: the format of this ending is unknown; set the source's format, or use one of {known}.")
+  raise DataError(
+    f"{path}: the format of this ending is unknown; set the source's format, or use one of {known}, where "
+    f"{' or '.join(text_lines.PACKED)} may follow if it is text."
+  )
 
 
 def _json_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
   # Only the keys are needed: depth 1 keeps nested values as JSON, and threshold -1 never turns a record into a map.
-  options = "maximum_depth = 1, map_inference_threshold = -1"
+  options = "maximum_depth = 1, map_inference_threshold = -1, hive_partitioning = false"
   for sample in (20_480, -1):
-    query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
+    query = f"DESCRIBE SELECT * FROM read_json({remote.pattern_sql(path)}, {options}, sample_size = {sample})"
     keys = [name for name, *_ in con.execute(query).fetchall()]
     if all(w in keys for w in wanted):
       break
@@ -237,25 +311,16 @@ def lines_sql(path: FilePath) -> str:
   parts = "string_split_regex(trim(text, ' \t\r'), '[ \t]+') AS parts"
   return (
     "SELECT line, nullif(parts[1], '') AS \"user\", parts[2:] AS items "
-    f"FROM (SELECT row_number() OVER () AS line, {parts} FROM {_whole_lines_sql(path)})"
-  )
-
-
-def _whole_lines_sql(path: FilePath) -> str:
-  """Returns the SQL of a scan of a text file's lines as the column `text`; an empty line is NULL."""
-  return (  # no character of the text delimits, quotes or escapes
-    f"read_csv({literal(remote.pattern(path))}, auto_detect = false, header = false, delim = '\x01', quote = '', "
-    f"escape = '', comment = '', max_line_size = {LONGEST_LINE}, columns = {{'text': 'VARCHAR'}})"
+    f"FROM (SELECT row_number() OVER () AS line, {parts} FROM {text_lines.whole_lines_sql(path)})"
   )
 
 
 def _is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
   """Returns whether a local JSON file is one object whose values are all objects or all lists."""
-  if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
+  if isinstance(path, RemoteFile) or not text_lines.unpacked_name(path.name).endswith(".json"):
     return False
-  opener = gzip.open if path.suffix.lower() == ".gz" else open
-  with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
-    if not KEYED_BY_ID.match(text.read(1 << 16)):
+  with text_lines.open_bytes(path) as packed:
+    if not KEYED_BY_ID.match(packed.read(1 << 16).decode("utf-8-sig", errors="replace")):
       return False
   with contextlib.suppress(duckdb.Error):  # any other file is read as JSON lines, which reports its errors
     objects = con.execute(f"SELECT 1 FROM {_json_sql(path, 'JSON')} LIMIT 2").fetchall()
@@ -268,16 +333,16 @@ def _json_sql(path: FilePath, type: str) -> str:
   """Returns the SQL of a scan of a file's JSON values, most often one, as the column `json` of a type."""
   size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
   return (
-    f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
+    f"read_json({remote.pattern_sql(path)}, records = false, format = 'unstructured', "
     f"maximum_object_size = {size}, columns = {{'json': '{type}'}})"
   )
 
 
 def _unpacked_size(path: pathlib.Path) -> int:
-  if path.suffix.lower() != ".gz":
+  if not path.name.lower().endswith(text_lines.PACKED):
     return path.stat().st_size
-  with gzip.open(path) as text:
-    return text.seek(0, os.SEEK_END)
+  with text_lines.open_bytes(path) as packed:
+    return sum(len(part) for part in iter(lambda: packed.read(1 << 20), b""))
 
 
 def _entries_sql(path: FilePath) -> str:
@@ -327,36 +392,3 @@ def _of_entry(name: str) -> str:
   if name == VALUES:
     value = f"CASE json_type(e.value) WHEN 'ARRAY' THEN e.value::VARCHAR ELSE {value} END"
   return f"{value} AS {identifier(name)}"
-
-
-def _header(con: duckdb.DuckDBPyConnection, path: FilePath, format: str) -> tuple[list[str], str]:
-  """Reads the names of the columns and the delimiter from the first line of a CSV or atomic file."""
-  first = _first_line_of(con, path)
-  tabs = format == "atomic" or path.name.lower().endswith((".tsv", ".tsv.gz"))
-  delimiter = "\t" if tabs else max(DELIMITERS, key=first.count)
-  if format == "atomic":
-    names = [name.rpartition(":")[0] or name for name in first.rstrip("\r\n").split(delimiter)]
-  else:
-    names = next(csv.reader([first], delimiter=delimiter), [])
-  if not any(names):
-    raise DataError(f"{path} begins with an empty line; the first line has to name the columns.")
-  for name in names:
-    if names.count(name) > 1:
-      raise DataError(f"{path} names the column {name!r} twice; rename one of them.")
-  return names, delimiter
-
-
-def _first_line_of(con: duckdb.DuckDBPyConnection, path: FilePath) -> str:
-  if isinstance(path, RemoteFile):
-    lines = con.execute(f"SELECT text FROM {_whole_lines_sql(path)} LIMIT 1").fetchall()
-    if not lines:
-      raise EmptyFileError(f"{path} is empty.")
-    return lines[0][0] or ""
-  opener = gzip.open if path.suffix.lower() == ".gz" else open
-  try:
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as text:
-      return text.readline()
-  except UnicodeDecodeError as error:
-    raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first.") from None
-  except (gzip.BadGzipFile, EOFError, OSError) as error:
-    raise DataError(f"{path} cannot be read: {error}.") from None

@@ -6,10 +6,12 @@ import dataclasses
 import glob
 import pathlib
 import re
+import urllib.parse
 
 # scheme → the DuckDB extension that serves it
 EXTENSIONS = dict.fromkeys(("s3", "s3a", "s3n", "gs", "gcs", "r2", "hf", "http", "https"), "httpfs")
 WEB = ("http", "https")  # whose servers list no files
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 SECRETS = {"gs": "gcs", "gcs": "gcs", "r2": "r2", "hf": "huggingface", "http": "http", "https": "http"}
 
 
@@ -66,3 +68,21 @@ FilePath = pathlib.Path | RemoteFile
 def pattern(path: FilePath) -> str:
   """Returns the path for DuckDB: a glob that matches this file only."""
   return path.pattern if isinstance(path, RemoteFile) else glob.escape(str(path))
+
+
+def pattern_sql(path: FilePath) -> str:
+  """Returns the SQL literal of the path for DuckDB."""
+  return "'" + pattern(path).replace("'", "''") + "'"
+
+
+def folder_values(path: FilePath) -> dict[str, str | None]:
+  """Returns the columns that the names of a file's folders hold, as in `day=2024-01-05/part-0.csv`, with their values.
+
+  The value that Hive writes for an absent one is None.
+  """
+  found = (folder.partition("=") for folder in str(path.parent).split("/") if "=" in folder)
+  return {
+    urllib.parse.unquote(key): None if value == HIVE_NULL else urllib.parse.unquote(value)
+    for key, _, value in found
+    if key
+  }
