@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any, Literal
 
 from supermoe_jax.errors import ConfigError
@@ -80,7 +81,7 @@ def setting_text(key: str, name: str, value: Any) -> str:
     return f"{key}.{name}={shown}"
   if name == "header":
     return "--header" if value else "--no-header"
-  values = "…" if value is ... else " ".join(map(repr, value if isinstance(value, tuple) else (value,)))
+  values = "…" if value is ... else shlex.join(value if isinstance(value, tuple) else (value,))
   return f"--{name.replace('_', '-')} {values}"
 
 

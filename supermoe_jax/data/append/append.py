@@ -39,6 +39,7 @@ from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.data.preparation.event_log import EventLog
+from supermoe_jax.data.preparation.null_word_counts import count_null_words, null_word_warnings
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.preparation.write_shards import RecordMaker
 from supermoe_jax.data.reading import readers
@@ -283,8 +284,11 @@ class _Append:
     self._write_users(written)
     first, last = self._times()
     until = log_end(cfg.data.split, last)
+    reading = {**log.counts, "null_words": count_null_words(log, encoders)}
+    for warning in null_word_warnings(cfg, reading["null_words"], {}):
+      logger.warning(warning)
     counts = combined_counts.combined_reading(
-      before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop"
+      before["reading"], reading, tally, self._repeats, cfg.data.duplicates == "drop"
     )
     counts |= {"first": format_time(first), "last": format_time(last)}
     with_labels = set().union(*self._user_labels.values())

@@ -15,6 +15,7 @@ from supermoe_jax.config import format_time
 from supermoe_jax.data.dataset.dataset import FORMAT_VERSION
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
+from supermoe_jax.data.preparation.null_word_counts import null_word_warnings
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
 # DuckDB types of user ids that outputs write as integers again, if every id is an integer of 64 bits.
@@ -118,7 +119,7 @@ def make_manifest(
     "aggregates": dict(aggregates),
     "label_rates": tally.label_rates(),
     "encoding_hash": encoding_hash(encoder_path, aggregates),
-    "warnings": tally.warnings(encoders),
+    "warnings": [*tally.warnings(encoders), *null_word_warnings(cfg, log.counts.get("null_words", {}), user_table)],
     "tally": state,
     "seconds": round(seconds, 1),
   }

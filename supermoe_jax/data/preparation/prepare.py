@@ -29,7 +29,7 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import fitting, write_shards
+from supermoe_jax.data.preparation import fitting, null_word_counts, write_shards
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_database import LogDatabase
@@ -167,7 +167,7 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
       write_users(users, work / USERS)
     unseen = fitting.coverage_of(log, encoders)
     with_labels = set().union(*user_labels.values.values())
-    counts, user_type = dict(log.counts), log.user_type
+    counts, user_type = {**log.counts, "null_words": null_word_counts.count_null_words(log, encoders)}, log.user_type
     first, last = log.start, log.end
     with_events = log.count_users(with_labels)
   shutil.rmtree(scratch)
