@@ -105,7 +105,7 @@ def _ids(file: pathlib.Path, finder: selection_lib.UserFinder, text: config.Text
     if "user_id" not in table.columns and len(table.columns) > 1:
       table.require("user_id", "the seeds' column")
     column = "user_id" if "user_id" in table.columns else next(iter(table.columns))
-    with clean_copies.readable(con, table) as good, readers.naming(file, table.format):
+    with clean_copies.readable(con, table) as (good, _), readers.naming(file, table.format):
       id = value_sql.text_sql("id", table.columns[column])
       return [i for (i,) in con.execute(f"SELECT {id} FROM ({good.select({'id': column})})").fetchall()]
   except (OSError, UnicodeDecodeError) as error:

@@ -52,7 +52,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
     key = "config.data.users"
     tables = paths.open_files(con, users.files, users.format, {users.user, *columns}, key, users).tables
     parts = []
-    for table in (copies.enter_context(clean_copies.readable(con, t, DROP_REMEDY, drop=drop)) for t in tables):
+    for table, _ in (copies.enter_context(clean_copies.readable(con, t, DROP_REMEDY, drop=drop)) for t in tables):
       wanted = {"user": table.require(users.user, f"{key}.user")}
       wanted |= {f"c{i}": table.require(name, "--columns") for i, name in enumerate(columns)}
       user = value_sql.text_sql('e."user"', table.columns[wanted["user"]])

@@ -88,7 +88,7 @@ def _opened(
     with contextlib.suppress(EmptyFileError):  # preparation has counted the empty file, or refused it
       table = readers.open_table(con, file.path, format, wanted, text, f"config.data.{key}")
       # Preparation has refused bad lines unless they may be dropped.
-      with clean_copies.readable(con, table, drop=True) as good:
+      with clean_copies.readable(con, table, drop=True) as (good, _):
         yield good
 
 
@@ -161,7 +161,7 @@ def _load_items(con: duckdb.DuckDBPyConnection, data: config.Data, name: str) ->
   columns = ", ".join([f"{key} AS key", *(f"{v} AS {n}" for n, v in values.items())])
   usable = " AND ".join([f"{key} IS NOT NULL", *(f"NOT coalesce({condition}, false)" for condition in bad)])
   wanted = {"key": items.key, **{field_column(data, n): c for n, c in fields.items()}}
-  with clean_copies.readable(con, file, drop=True) as good, readers.naming(file.path, file.format):
+  with clean_copies.readable(con, file, drop=True) as (good, _), readers.naming(file.path, file.format):
     con.execute(
       f"CREATE TABLE {_items_table(data, name)} AS SELECT {columns} FROM ({good.select(wanted)}) e WHERE {usable}"
     )

@@ -71,10 +71,11 @@ def read_clean(
 @contextlib.contextmanager
 def readable(
   con: duckdb.DuckDBPyConnection, file: TableFile, remedy: str = "", *, drop: bool = False
-) -> Iterator[TableFile]:
-  """Yields the file, with a copy of its good lines if it cannot be read as it is; for several queries of the file.
+) -> Iterator[tuple[TableFile, int]]:
+  """Yields the file, with a copy of its good lines if it cannot be read as it is, and the number of bad lines.
 
-  Arguments and errors as of `read_clean`. Reads a CSV or RecBole file once to find out.
+  Serves several queries of a file; reads a CSV or RecBole file once to find out. Arguments and errors are those of
+  `read_clean`.
   """
 
   def parse(file: TableFile) -> None:
@@ -89,10 +90,10 @@ def readable(
   except DataError as error:
     if not isinstance(error.__cause__, duckdb.InvalidInputException):
       raise
-    with clean_copy(con, file, remedy, drop=drop) as (copy, _):
+    with clean_copy(con, file, remedy, drop=drop) as copy:
       yield copy
     return
-  yield file
+  yield file, 0
 
 
 @contextlib.contextmanager
