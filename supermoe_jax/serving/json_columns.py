@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +10,7 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.reading import clean_copies, field_sql, joined_tables, paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
@@ -20,13 +22,14 @@ _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 _WIDER = ("integer", "float64", "text")  # kinds for columns of several types: the first that holds them all is taken
 
 
-def kind_of(type: str, format: str) -> ColumnKind:
-  """Returns the kind of a column of this DuckDB type in a file of this format."""
+def kind_of(type: str, format: str, text: config.TextFormat = PLAIN_TEXT) -> ColumnKind:
+  """Returns the kind of a column of this DuckDB type in a file of this format, whose text is written as `text`."""
   if type.endswith("]"):
     element = kind_of(type[: type.rindex("[")], format)
     return ColumnKind(element.name, element.scale, element.zone, element.json, list=True)
   if type == "VARCHAR" or type.startswith("ENUM"):
-    return ColumnKind("text", json=format in readers.JSON_FORMATS)
+    json, nulls = format in readers.JSON_FORMATS, text.null_values
+    return ColumnKind("text", json=json, decimal=text.decimal, thousands=text.thousands, nulls=nulls)
   if type.removeprefix("U") in _WHOLE:
     return ColumnKind("integer")
   if decimal := re.fullmatch(r"DECIMAL\(\d+,(\d+)\)", type):
@@ -45,11 +48,13 @@ def common_kind(kinds: Sequence[ColumnKind]) -> ColumnKind:
   """Returns the one kind for a column that has `kinds` in several files."""
   if len(set(kinds)) == 1:
     return kinds[0]
+  text = next((k for k in kinds if k.name == "text"), ColumnKind("text"))
   if len({k.list for k in kinds}) == 1:
     for n in range(1, len(_WIDER) + 1):
       if all(k.name in _WIDER[:n] for k in kinds):
-        return ColumnKind(_WIDER[n - 1], json=any(k.json for k in kinds), list=kinds[0].list)
-  return ColumnKind("text", json=any(k.json for k in kinds))
+        widest = text if _WIDER[n - 1] == "text" else ColumnKind(_WIDER[n - 1])
+        return dataclasses.replace(widest, json=any(k.json for k in kinds), list=kinds[0].list)
+  return dataclasses.replace(text, json=any(k.json for k in kinds), list=False)
 
 
 def field_specs(data: config.Data) -> dict[str, FieldSpec]:
@@ -109,7 +114,7 @@ class ColumnKinds:
     if table is not None and source.items is not None:
       columns[item_key] = _common(files, item_key)
       file = self._items_file(name, source.items, set(found.values()))
-      columns |= {c: kind_of(file.columns[c], file.format) for c in found.values()}
+      columns |= {c: kind_of(file.columns[c], file.format, file.text) for c in found.values()}
       items = self._items(table.table, found)
     spec = SourceSpec(
       source.time,
@@ -161,4 +166,4 @@ class ColumnKinds:
 
 
 def _common(files: Sequence[TableFile], column: str) -> ColumnKind:
-  return common_kind([kind_of(f.columns[column], f.format) for f in files if column in f.columns])
+  return common_kind([kind_of(f.columns[column], f.format, f.text) for f in files if column in f.columns])
