@@ -26,7 +26,7 @@ def count_null_words(log: LogDatabase, encoders: Encoders) -> Counts:
     users = log.query(f'SELECT "user" FROM ordered_users WHERE "user" IN ({words}) ORDER BY "user"')
     found[USER] = {user: log.count_events(user) for (user,) in users}
   for name, encoder in encoders.categorical.items():
-    if not _field_keys(log.data, name) or (isinstance(encoder, Vocabulary) and not NULL_WORDS & {*encoder.values}):
+    if not _field_keys(log.data, name) or (isinstance(encoder, Vocabulary) and NULL_WORDS.isdisjoint(encoder.values)):
       continue
     values = f"SELECT value, sum(n)::BIGINT FROM ({log.values_sql(name)}) WHERE value IN ({words}) GROUP BY value"
     found[f"field {name}"] = dict(log.query(f"{values} ORDER BY value"))

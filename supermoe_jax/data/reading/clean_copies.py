@@ -138,37 +138,40 @@ def _bad_line(file: TableFile, bad: list[Record], count: int, remedy: str) -> Da
 def _records(raw: Iterator[bytes], file: TableFile) -> Iterator[Record]:
   """Yields the records of lines in order, without blank lines."""
   width, delimiter = len(file.columns) - len(file.folders), file.delimiter.encode()
-  names = f"the file has {width} columns" if width > 1 else "the file has one column"
   count = _value_counter(delimiter)
   lines = _numbered(raw)
   ahead: collections.deque[Line] = collections.deque()
   while line := ahead.popleft() if ahead else next(lines, None):
     number, content = line
-    if not content.strip(b" ") and width > 1:
+    if not content.strip(b" \r") and width > 1:
       continue
     if file.format != "csv" or b'"' not in content:
-      yield _checked(number, content, content.count(delimiter) + 1, width, names)
+      content = content.removesuffix(b"\r")
+      yield _checked(number, content, content.count(delimiter) + 1, width, delimiter)
       continue
-    values = count(content)
+    values, record = count(content.removesuffix(b"\r"))
     joined: list[Line] = []
     while values == OPEN and len(joined) < MOST_LINES and (more := ahead.popleft() if ahead else next(lines, None)):
       joined.append(more)
       content += b"\n" + more[1]
-      values = count(content)
-    if joined and values != width:  # the lines that a quotation mark joined are records of their own
+      values, record = count(content.removesuffix(b"\r"))
+    if joined and not _fits(
+      record, values, width, delimiter
+    ):  # the lines that a quotation mark joined are records of their own
       ahead.extendleft(reversed(joined))
-      content, values = line[1], OPEN
-    yield _checked(number, content, values, width, names)
+      record, values = line[1], OPEN
+    yield _checked(number, record, values, width, delimiter)
 
 
-def _checked(line: int, content: bytes, values: int, width: int, names: str) -> Record:
+def _checked(line: int, content: bytes, values: int, width: int, delimiter: bytes) -> Record:
   """Returns a record with its fault; `values` is the number of its values, OPEN or BROKEN."""
   if values == OPEN:
     return Record(line, content, "opens a quotation mark that is not closed")
   if values == BROKEN:
     return Record(line, content, "holds a quotation mark within a quoted value; it must be written twice")
-  if values != width:
-    return Record(line, content, f"holds {values} value{'s' if values > 1 else ''}, but {names}")
+  if not _fits(content, values, width, delimiter):
+    columns = f"{width} columns" if width > 1 else "one column"
+    return Record(line, content, f"holds {values} value{'s' if values > 1 else ''}, but the file has {columns}")
   if len(content) > LONGEST_RECORD:
     return Record(line, content, f"is longer than {LONGEST_RECORD:,} bytes")
   try:
@@ -178,31 +181,41 @@ def _checked(line: int, content: bytes, values: int, width: int, names: str) -> 
   return Record(line, content)
 
 
+def _fits(content: bytes, values: int, width: int, delimiter: bytes) -> bool:
+  """Returns whether a record has the right number of values; DuckDB passes over further delimiters at its end."""
+  return values == width or (values > width and content.endswith(delimiter * (values - width)))
+
+
 def _numbered(raw: Iterator[bytes]) -> Iterator[Line]:
-  """Yields lines without their ends, with their numbers; a carriage return alone ends a line too."""
+  """Yields lines without their line feeds, with their numbers; a carriage return alone ends a line too."""
   for number, line in enumerate(raw, 1):
-    content = line.removesuffix(b"\n").removesuffix(b"\r")
+    content = line.removesuffix(b"\n")
     if number == 1:
       content = content.removeprefix(b"\xef\xbb\xbf")
-    if b"\r" in content and b'"' not in content:
-      yield from ((number, part) for part in content.split(b"\r"))
+    if b"\r" in content[:-1] and b'"' not in content:
+      yield from ((number, part) for part in content.removesuffix(b"\r").split(b"\r"))
     else:
       yield number, content
 
 
-def _value_counter(delimiter: bytes) -> Callable[[bytes], int]:
-  """Returns a function that counts the values of a record: OPEN if the last one is open, BROKEN if a quote is amiss."""
-  end = re.escape(delimiter)
-  plain = re.compile(rb'(?! *")(?:(?!' + end + rb").)*+", re.DOTALL)
-  quoted = re.compile(rb' *"(?:[^"]|"")*+" *(?=' + end + rb"|\Z)")
-  unclosed = re.compile(rb' *"(?:[^"]|"")*+\Z')
+def _value_counter(delimiter: bytes) -> Callable[[bytes], tuple[int, bytes]]:
+  """Returns a function that counts the values of a record, and returns it without spaces around quotation marks.
 
-  def count(content: bytes) -> int:
-    place, values = 0, 1
+  The count is OPEN if the last value is open, and BROKEN if a quotation mark is amiss.
+  """
+  end = re.escape(delimiter)
+  plain = re.compile(rb'(?! ?")(?:(?!' + end + rb").)*+", re.DOTALL)
+  quoted = re.compile(rb' ?"(?:[^"]|"")*+" *(?=' + end + rb"|\Z)")
+  unclosed = re.compile(rb' ?"(?:[^"]|"")*+\Z')
+
+  def count(content: bytes) -> tuple[int, bytes]:
+    place = 0
+    values: list[bytes] = []
     while value := plain.match(content, place) or quoted.match(content, place):
+      values.append(value[0].strip(b" ") if value.re is quoted else value[0])
       if value.end() == len(content):
-        return values
-      place, values = value.end() + len(delimiter), values + 1
-    return OPEN if unclosed.match(content, place) else BROKEN
+        return len(values), delimiter.join(values)
+      place = value.end() + len(delimiter)
+    return (OPEN if unclosed.match(content, place) else BROKEN), content
 
   return count

@@ -137,7 +137,9 @@ class TableFile:
 
   def select(self, wanted: Mapping[str, str]) -> str:
     """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name)."""
-    values = {a: self._value(n) for a, n in wanted.items()}
+    # CSV columns are given by position, since a header may hold names that DuckDB regards as equal.
+    places = {n: f"c{i}" for i, n in enumerate(self.columns)} if self.format in DELIMITED else {}
+    values = {a: places[n] if n in places and n not in self.folders else self._value(n) for a, n in wanted.items()}
     # A column named file_row_number hides Parquet's own row number.
     numbered = self.format == "parquet" and "file_row_number" not in self.columns
     row = "file_row_number" if numbered else "row_number() OVER () - 1"
@@ -146,13 +148,10 @@ class TableFile:
     return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(names)}"
 
   def _value(self, name: str) -> str:
-    """Returns the SQL of a column's value in a scan of the file."""
+    """Returns the SQL of a named column's value in a scan of the file."""
     if name in self.folders:
       value = self.folders[name]
       return "NULL::VARCHAR" if value is None or value in self.text.null_values else literal(value)
-    if self.format in DELIMITED:
-      # CSV columns are given by position, since a header may hold names that DuckDB regards as equal.
-      return f"c{list(self.columns).index(name)}"
     column = identifier(name)
     if self.text.null_values and self.columns[name] == "VARCHAR":
       return f"CASE WHEN {column} NOT IN ({', '.join(map(literal, self.text.null_values))}) THEN {column} END"

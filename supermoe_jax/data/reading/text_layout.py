@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections.abc import Collection, Sequence
@@ -101,7 +102,10 @@ def split_lines(lines: Sequence[str], delimiter: str, *, quoted: bool) -> list[l
   """Returns the values of lines; with `quoted`, a quoted value may hold delimiters and line ends."""
   if not quoted or len(delimiter) > 1:
     return [line.split(delimiter) for line in lines]
-  return list(csv.reader((line + "\n" for line in lines), delimiter=delimiter))
+  rows: list[list[str]] = []
+  with contextlib.suppress(csv.Error):  # a value beyond the csv module's limit; the rows before it suffice
+    rows.extend(csv.reader((line + "\n" for line in lines), delimiter=delimiter))
+  return rows
 
 
 def abridged(line: str) -> str:

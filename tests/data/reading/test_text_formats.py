@@ -324,6 +324,19 @@ def test_bad_lines_of_the_user_table_are_named_or_counted(tmp_path):
   assert read.values["town"].keys() == {"a", "c"} and read.counts["unreadable_lines"] == 1
 
 
+def test_a_copy_of_good_lines_holds_what_the_file_holds(write, make_data, open_log):
+  """The values of a file with a bad line are those that DuckDB reads without that line."""
+  lines = ['a,1,"x\r\ny",1', 'b,2," ""q"" ",2', 'c,3, "z",3', "d,4,w,4,", 'e,5,v"v,5', "", '"f",6,"x,y",""']
+  file = write("e.csv", {n: [] for n in COLUMNS})
+  head = ",".join(COLUMNS) + "\n"
+  source = {"time_unit": "s"}
+  file.write_bytes((head + "\n".join([*lines, ""])).encode())
+  whole = values_of(make_data(file, source=source, split={"mode": "leave_one_out"}), open_log)
+  file.write_bytes((head + "\n".join([*lines[:3], "g,7", *lines[3:], ""])).encode())
+  data = make_data(file, source=source, split={"mode": "leave_one_out"}, on_bad_rows="drop")
+  assert values_of(data, open_log) == whole == sorted(["x\r\ny", ' "q" ', "z", "w", 'v"v', "x,y"])
+
+
 def test_opening_a_file_reads_its_beginning_only(tmp_path):
   file = tmp_path / "e.csv"
   file.write_text("user,time,item\n" + "a,1,x\n" * 50_000 + "a,1\n")
