@@ -210,11 +210,12 @@ def _warn_of_null_words(
   con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence[str], labels: Sequence[Label]
 ) -> None:
   """Warns of classes that are most likely words for "no value", unless such words are set."""
-  for label in labels if not file.text.null_values else ():
-    for word in sorted(null_words.NULL_WORDS & {*label.classes}):
-      column = f"l{names.index(label.name)}"
-      ((n,),) = con.execute(f"SELECT count(*) FROM given WHERE trim({column}::VARCHAR) = ?", [word]).fetchall()
-      logger.warning(null_words.null_word_warning(f"{file.path}: column {label.name!r}", word, n, ""))
+  found = [(label, word) for label in labels for word in sorted(null_words.NULL_WORDS & {*label.classes})]
+  for label, word in found if not file.text.null_values else ():
+    column = f"l{names.index(label.name)}"
+    ((n,),) = con.execute(f"SELECT count(*) FROM given WHERE trim({column}::VARCHAR) = ?", [word]).fetchall()
+    what = f"{file.path}: column {label.name!r}"
+    logger.warning(null_words.null_word_warning(what, word, n, "", (other for _, other in found)))
 
 
 def _check_keys(con: duckdb.DuckDBPyConnection, file: TableFile, user: str, time: str | None) -> None:

@@ -35,16 +35,17 @@ def count_null_words(log: LogDatabase, encoders: Encoders) -> Counts:
 
 def null_word_warnings(cfg: config.Config, found: Mapping[str, Any], user_table: Mapping[str, Any]) -> list[str]:
   """Returns a warning for each word that `count_null_words` found, and for each such class of a user label."""
-  out = []
+  rows: list[tuple[str, str, int, str]] = []  # what, word, count, place of the setting
   for what, counts in found.items():
     name = what.removeprefix("field ")
     keys = _source_keys(cfg.data, cfg.data.sources, items=False) if what == USER else _field_keys(cfg.data, name)
-    out += [null_word_warning(what, word, n, " or ".join(keys[:2])) for word, n in counts.items()]
+    rows += [(what, word, n, " or ".join(keys[:2])) for word, n in counts.items()]
   users = cfg.data.users
   for task, counts in user_table.get("user_labels", {}).items() if users and not users.null_values else ():
     classes = {word: n for word, n in counts.get("classes", {}).items() if word in NULL_WORDS}
-    out += [null_word_warning(f"task {task}", word, n, "config.data.users") for word, n in classes.items()]
-  return out
+    rows += [(f"task {task}", word, n, "config.data.users") for word, n in classes.items()]
+  words = {key: [word for _, word, _, other in rows if other == key] for *_, key in rows}
+  return [null_word_warning(*row, words[row[-1]]) for row in rows]
 
 
 def _field_keys(data: config.Data, name: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from supermoe_jax import config
 from supermoe_jax.data.reading import readers, value_sql
+from supermoe_jax.data.reading.null_words import NULL_WORDS
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.errors import DataError
 
@@ -60,12 +61,14 @@ def bad_row(
   more = f", and {others} with other faults" if others else ""
   return DataError(
     f"{file.path}: row {row + 1}: {faults[fault - 1].describe(value)} ({n} such row{'s' if n > 1 else ''}{more}). "
-    + (remedy or f"Correct the file, {_number_remedy(faults[fault - 1], value, file.text)}or {DROP_REMEDY}.")
+    + (remedy or f"Correct the file, {_text_remedy(faults[fault - 1], value, file.text)}or {DROP_REMEDY}.")
   )
 
 
-def _number_remedy(fault: Fault, value: str | None, text: config.TextFormat) -> str:
-  """Returns the settings that make a number of a bad value, as part of a sentence; empty if there are none."""
+def _text_remedy(fault: Fault, value: str | None, text: config.TextFormat) -> str:
+  """Returns the settings that read a bad value, as part of a sentence; empty if there are none."""
+  if value in NULL_WORDS:
+    return f"set null_values={(*text.null_values, value)!r} of its table where this means no value, "
   if fault.kind != A_NUMBER or value is None or text.decimal == "," or text.thousands:
     return ""
   if found := re.fullmatch(r"[+-]?\d{1,3}(?:([ .'\u00a0\u202f])\d{3})*,\d+", value.strip()):

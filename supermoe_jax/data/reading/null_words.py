@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from supermoe_jax.config.tables import setting_text
 
 NULL_WORDS = frozenset(
@@ -9,7 +11,7 @@ NULL_WORDS = frozenset(
 )
 
 
-def null_word_warning(what: str, word: str, count: int, key: str) -> str:
+def null_word_warning(what: str, word: str, count: int, key: str, words: Iterable[str]) -> str:
   """Returns the warning that a word for "no value" is read as a value.
 
   Args:
@@ -17,7 +19,8 @@ def null_word_warning(what: str, word: str, count: int, key: str) -> str:
     word: the word.
     count: the number of its rows.
     key: the place of the table's settings, as `setting_text` takes it.
+    words: all such words of the table, for the setting.
   """
   rows = f"{count:,} row{'s' if count > 1 else ''}"
-  setting = setting_text(key, "null_values", (word,))
+  setting = setting_text(key, "null_values", tuple(sorted({*words})))
   return f"{what} holds {word!r} in {rows}, as a value; if it means no value, set {setting}"

@@ -50,16 +50,16 @@ def test_words_for_no_value_are_warnings_with_count_and_setting(tmp_path: pathli
   (tmp_path / "a.log.csv").write_text(log("NULL", "\\N", "NA"))
   (tmp_path / "users.csv").write_text(USER_TABLE)
   manifest = prepared(tmp_path)
-  visits = "config.data.sources.visits.null_values"
+  visits = "config.data.sources.visits.null_values=('NA', 'NULL', '\\\\N')"
   assert manifest["reading"]["null_words"] == {
     "user": {"NULL": 40},
     "field article": {"\\N": 1},
     "field channel": {"NA": 1},
   }
   expected = [
-    f"user holds 'NULL' in 40 rows, as a value; if it means no value, set {visits}=('NULL',)",
-    f"field article holds '\\\\N' in 1 row, as a value; if it means no value, set {visits}=('\\\\N',)",
-    f"field channel holds 'NA' in 1 row, as a value; if it means no value, set {visits}=('NA',)",
+    f"user holds 'NULL' in 40 rows, as a value; if it means no value, set {visits}",
+    f"field article holds '\\\\N' in 1 row, as a value; if it means no value, set {visits}",
+    f"field channel holds 'NA' in 1 row, as a value; if it means no value, set {visits}",
     "task tier holds 'N/A' in 1 row, as a value; if it means no value, set config.data.users.null_values=('N/A',)",
   ]
   assert [w for w in manifest["warnings"] if "as a value" in w] == expected

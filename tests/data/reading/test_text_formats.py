@@ -202,6 +202,16 @@ def test_the_decimal_comma_is_named_where_it_would_help(write, make_data, read):
     read(make_data(file, fields=PRICE))
 
 
+@pytest.mark.parametrize(("column", "kind"), [("price", "a number"), ("time", "a time")])
+def test_the_null_values_are_named_where_they_would_help(column, kind, write, make_data, read):
+  rows = good_rows()
+  rows[column] = [rows[column][0], "N/A", rows[column][2]]
+  file = write("e.csv", rows)
+  message = rf"holds 'N/A', which is not {kind}.*set null_values=\('NULL', 'N/A'\) of its table"
+  with pytest.raises(DataError, match=message):
+    read(make_data(file, source={"null_values": ["NULL"]}, fields=PRICE))
+
+
 def test_numbers_of_parquet_stay_what_they_are(write, make_data, open_log):
   file = write("e.parquet", good_rows(price=[1.5, 2.0, 4.0]))
   assert prices_of(make_data(file, source={"decimal": ","}, fields=PRICE), open_log) == [1.5, 2.0, 4.0]
