@@ -26,6 +26,7 @@ WITH_FOLDERS = ("parquet", "csv", "jsonl", "atomic")  # formats whose files take
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the name that Hive and Spark write for an absent value
 
 JSON_LIST, JSON_OBJECT = "JSON ARRAY", "JSON OBJECT"  # types of text columns whose sample holds such values
+TEXTS = ("VARCHAR", JSON_LIST, JSON_OBJECT)  # types whose values DuckDB reads as text
 OBJECTS = ("STRUCT", "MAP", "UNION", JSON_OBJECT)  # the beginnings of the types of objects
 MOST_MEMBERS = 50  # members of an object that become columns of their own in an inspection
 UUID_BYTES = 16
