@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.config.tables import PLAIN_TEXT, setting_text
-from supermoe_jax.data.reading import clean_copies, field_sql, readers, text_lines, value_sql
+from supermoe_jax.data.reading import field_sql, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
-from supermoe_jax.data.reading.text_layout import DataInHeaderError
+from supermoe_jax.data.reading.text_files import clean_copies, text_lines
+from supermoe_jax.data.reading.text_files.text_layout import DataInHeaderError
 from supermoe_jax.embeddings import selection as selection_lib
 from supermoe_jax.embeddings.exact_neighbors import unit_vectors
 from supermoe_jax.errors import ConfigError, DataError, nearest

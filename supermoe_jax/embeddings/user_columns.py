@@ -16,8 +16,9 @@ import pyarrow as pa
 from supermoe_jax import config
 from supermoe_jax.data.dataset import dataset as dataset_lib
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.reading import clean_copies, field_sql, paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import DROP_REMEDY
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.embeddings import part_files
 from supermoe_jax.errors import ConfigError, DataError
 

@@ -18,16 +18,9 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.config import format_time
 from supermoe_jax.config.tables import PLAIN_TEXT
-from supermoe_jax.data.reading import (
-  clean_copies,
-  derived_columns,
-  field_sql,
-  null_words,
-  readers,
-  time_formats,
-  value_sql,
-)
+from supermoe_jax.data.reading import derived_columns, field_sql, readers, time_formats, value_sql
 from supermoe_jax.data.reading.readers import TableFile, identifier
+from supermoe_jax.data.reading.text_files import clean_copies, null_words
 from supermoe_jax.errors import DataError, nearest
 
 logger = logging.getLogger(__name__)

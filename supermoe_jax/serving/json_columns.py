@@ -11,16 +11,9 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.config.tables import PLAIN_TEXT
-from supermoe_jax.data.reading import (
-  clean_copies,
-  derived_columns,
-  field_sql,
-  joined_tables,
-  paths,
-  readers,
-  value_sql,
-)
+from supermoe_jax.data.reading import derived_columns, field_sql, joined_tables, paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving.json_values import ColumnKind, TimeKind
 from supermoe_jax.serving.preprocessing import ItemValues

@@ -118,9 +118,7 @@ def _text(value: Any) -> str | None:
 
 
 def _json_text(value: Any) -> str | None:
-  if isinstance(value, float) and math.isfinite(value):
-    return repr(value)
-  return _text(value)
+  return repr(value) if isinstance(value, float) and math.isfinite(value) else _text(value)
 
 
 def _integer(value: Any) -> str | None:

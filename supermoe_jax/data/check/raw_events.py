@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.numeric import LARGEST
-from supermoe_jax.data.reading import clean_copies, paths, readers, value_sql
+from supermoe_jax.data.reading import paths, readers, value_sql
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 
 
 def field_column(data: config.Data, field: str) -> str:

@@ -20,9 +20,10 @@ from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.inspect import column_roles, config_file, leaks, list_columns, table_text, text_dialect
 from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
 from supermoe_jax.data.inspect.leaks import LeakSuspect
-from supermoe_jax.data.reading import clean_copies, derived_columns, paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading import derived_columns, paths, readers, sequence_files, value_sql
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
 from supermoe_jax.data.reading.remote import FilePath
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 
 MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk

@@ -11,10 +11,10 @@ import duckdb
 
 from supermoe_jax.config import TextFormat
 from supermoe_jax.data.reading import readers
-from supermoe_jax.data.reading.null_words import NULL_WORDS
 from supermoe_jax.data.reading.readers import TableFile, literal
 from supermoe_jax.data.reading.remote import FilePath
-from supermoe_jax.data.reading.text_layout import EPOCH, DataInHeaderError, kind_of_text
+from supermoe_jax.data.reading.text_files.null_words import NULL_WORDS
+from supermoe_jax.data.reading.text_files.text_layout import EPOCH, DataInHeaderError, kind_of_text
 
 SAMPLE_ROWS = 1000  # that decide how numbers are written
 

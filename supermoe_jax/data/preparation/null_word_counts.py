@@ -8,8 +8,8 @@ from typing import Any
 from supermoe_jax import config
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.preparation.log_database import LogDatabase
-from supermoe_jax.data.reading.null_words import NULL_WORDS, null_word_warning
 from supermoe_jax.data.reading.readers import literal
+from supermoe_jax.data.reading.text_files.null_words import NULL_WORDS, null_word_warning
 
 Counts = dict[str, dict[str, int]]
 USER = "user"  # the key of the users' words; fields have the key "field NAME"

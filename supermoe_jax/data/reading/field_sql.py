@@ -11,10 +11,11 @@ from typing import Literal
 import duckdb
 
 from supermoe_jax import config
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.encoding.numeric import LARGEST
 from supermoe_jax.data.reading import derived_columns, readers, value_sql
-from supermoe_jax.data.reading.null_words import NULL_WORDS
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files.null_words import NULL_WORDS
 from supermoe_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Fault:
     value: SQL of the bad value as text; empty if the fault is an absent value.
     kind: the kind of value that was expected, such as "a number".
     larger: the setting that takes larger numbers, if the fault includes a number that is too large.
+    text: how the number is written.
   """
 
   reason: str
@@ -42,12 +44,13 @@ class Fault:
   value: str = ""
   kind: str = ""
   larger: str = ""
+  text: config.TextFormat = PLAIN_TEXT
 
   def describe(self, value: str | None) -> str:
     """Returns a description of the fault of a row with this bad value."""
     if not self.kind:
       return f"column {self.column!r} is empty"
-    if self.larger and value is not None and value_sql.is_finite(value):
+    if self.larger and value is not None and value_sql.is_finite(value, self.text):
       return (
         f"column {self.column!r} holds {value}, beyond the numbers that can be standardised, up to {LARGEST:.2g} "
         f"({self.larger} takes it)"
@@ -233,7 +236,7 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
       bad += f" OR (abs({number}) > {LARGEST!r}::DOUBLE AND NOT isnan({number}))"
       larger = f"config.data.fields.{name}.encoding='log1p' or 'quantile'"
     values[f"bad_{alias}"] = f"CASE WHEN {bad} THEN {value_sql.text_sql(f'e.{alias}', kind)} END"
-    faults.append(
-      Fault(f"unparsable_field_{name}", column, f"bad_{alias} IS NOT NULL", f"bad_{alias}", A_NUMBER, larger)
-    )
+    written = file.text if kind == "VARCHAR" else PLAIN_TEXT
+    reason, condition = f"unparsable_field_{name}", f"bad_{alias} IS NOT NULL"
+    faults.append(Fault(reason, column, condition, f"bad_{alias}", A_NUMBER, larger, written))
   return values, faults

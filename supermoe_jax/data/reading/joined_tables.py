@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import clean_copies, field_sql, json_files, paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, json_files, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import Fault
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 
 

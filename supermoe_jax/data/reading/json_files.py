@@ -9,9 +9,10 @@ from collections.abc import Collection, Sequence
 
 import duckdb
 
-from supermoe_jax.data.reading import remote, text_lines
+from supermoe_jax.data.reading import remote
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
 from supermoe_jax.data.reading.sql_text import literal
+from supermoe_jax.data.reading.text_files import text_lines
 from supermoe_jax.errors import DataError
 
 # The beginning of a JSON object keyed by id: its first value is an object or a list.

@@ -15,12 +15,13 @@ import duckdb
 
 from supermoe_jax.config import TextFormat
 from supermoe_jax.config.tables import PLAIN_TEXT, setting_text
-from supermoe_jax.data.reading import derived_columns, json_files, remote, text_layout, text_lines
+from supermoe_jax.data.reading import derived_columns, json_files, remote
 from supermoe_jax.data.reading.derived_columns import DerivedColumn
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
 from supermoe_jax.data.reading.sql_text import first_line as first_line
 from supermoe_jax.data.reading.sql_text import identifier as identifier
 from supermoe_jax.data.reading.sql_text import literal as literal
+from supermoe_jax.data.reading.text_files import text_layout, text_lines
 from supermoe_jax.errors import ConfigError, DataError, nearest
 
 ENDINGS = {

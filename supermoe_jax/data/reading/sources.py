@@ -16,16 +16,7 @@ from typing import Any, NamedTuple
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import (
-  clean_copies,
-  field_sql,
-  joined_tables,
-  paths,
-  readers,
-  sequence_files,
-  time_formats,
-  value_sql,
-)
+from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, sequence_files, time_formats, value_sql
 from supermoe_jax.data.reading.field_sql import (
   DROP_REMEDY,
   Fault,
@@ -39,6 +30,7 @@ from supermoe_jax.data.reading.field_sql import (
 )
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 from supermoe_jax.progress import ProgressBar
 

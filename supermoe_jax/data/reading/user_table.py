@@ -14,9 +14,10 @@ from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.encoding.numeric import LARGEST, Numeric
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
 from supermoe_jax.data.encoding.vocabulary import Classes, LabelEncoder
-from supermoe_jax.data.reading import clean_copies, field_sql, paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import DROP_REMEDY
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError, nearest
 
 SHOWN_VALUES = 20  # values of a column that a message about a missing value lists
@@ -156,13 +157,13 @@ def _check_numbers(
   `number` is the SQL of the column's values as numbers.
   """
   bad = con.execute(
-    f"SELECT file, min(row), count(*), arg_min({column}, row) FROM users WHERE {_bad_number(column, number)} "
-    "GROUP BY file ORDER BY file LIMIT 1"
+    f"SELECT file, min(row), count(*), arg_min({column}, row), arg_min(coalesce(isfinite({number}), false), row) "
+    f"FROM users WHERE {_bad_number(column, number)} GROUP BY file ORDER BY file LIMIT 1"
   ).fetchall()
-  for file, row, n, value in bad if on_bad_rows == "error" else []:
+  for file, row, n, value, finite in bad if on_bad_rows == "error" else []:
     more = f" ({n} such row{'s' if n > 1 else ''})"
     wrong = f"which is beyond {LARGEST:.2g}, the largest that can be standardised"
-    if not value_sql.is_finite(value):
+    if not finite:
       wrong = "which is not a number"
     raise DataError(
       f"{files[file].path}: row {row + 1}: column {task.column!r} holds {value!r}, {wrong}{more}. "

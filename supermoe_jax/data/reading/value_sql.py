@@ -28,12 +28,11 @@ def is_number(kind: str) -> bool:
   return kind.startswith(NUMBERS) and not kind.endswith("]")
 
 
-def is_finite(text: str) -> bool:
-  """Returns whether a text is a finite number."""
-  try:
-    return math.isfinite(float(text))
-  except ValueError:
-    return False
+def is_finite(value: str, text: TextFormat = PLAIN_TEXT) -> bool:
+  """Returns whether a text is a finite number, as `text` says that numbers are written."""
+  with duckdb.connect() as con:
+    ((number,),) = con.execute(f"SELECT {number_sql('v', 'VARCHAR', text)} FROM (SELECT ? AS v)", [value]).fetchall()
+  return number is not None and math.isfinite(number)
 
 
 def is_instant(kind: str) -> bool:

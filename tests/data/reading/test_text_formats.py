@@ -10,7 +10,8 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data.preparation import fitting
-from supermoe_jax.data.reading import readers, text_layout
+from supermoe_jax.data.reading import readers
+from supermoe_jax.data.reading.text_files import text_layout
 from supermoe_jax.data.reading.user_table import read_user_table
 from supermoe_jax.errors import ConfigError, DataError
 from tests.fixtures.event_rows import ABSENT, JUNE_1, PRICE, good_rows, times
@@ -156,16 +157,18 @@ def test_a_file_packed_by_zstd_is_read(name, write, make_data, read):
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.inter"])
-def test_a_folders_name_is_a_column_unless_the_file_has_it(name, write, make_data, open_log):
-  write(f"day=2020-06-01/item=folder/{name}", good_rows())
-  write(f"day=__HIVE_DEFAULT_PARTITION__/item=folder/{name}", good_rows())
-  file = write(f"day=a%20b/item=folder/{name}", good_rows())
-  data = make_data(file.parents[2] / f"*/*/{name}", fields={"item": {}, "day": {}})
+def test_a_folders_name_is_a_column_unless_it_means_no_value(name, write, make_data, open_log):
+  write(f"day=2020-06-01/{name}", good_rows())
+  write(f"day=__HIVE_DEFAULT_PARTITION__/{name}", good_rows())
+  write(f"day=none/{name}", good_rows())
+  file = write(f"day=a%20b/{name}", good_rows())
+  fields = {"item": {}, "day": {}}
+  data = make_data(file.parents[1] / f"*/{name}", source={"null_values": ["none"]}, fields=fields)
   with open_log(data) as log:
     encoders = fitting.fit_encoders(log, data)
     assert sorted(encoders.categorical["day"].values) == ["2020-06-01", "a b"]
     assert sorted(encoders.categorical["item"].values) == ["x", "y"]
-    assert log.counts["nulls"] == {"item": 0, "day": 3}
+    assert log.counts["nulls"] == {"item": 0, "day": 6}
 
 
 # ------------------------------------------------------------------------------------------------ numbers and no values

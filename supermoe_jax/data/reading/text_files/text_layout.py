@@ -11,7 +11,7 @@ from typing import NamedTuple
 from supermoe_jax.config import TextFormat
 from supermoe_jax.config.tables import setting_text
 from supermoe_jax.data.reading.remote import FilePath
-from supermoe_jax.data.reading.text_lines import unpacked_name
+from supermoe_jax.data.reading.text_files.text_lines import unpacked_name
 from supermoe_jax.errors import DataError
 
 FIRST_LINES = 20  # lines that decide on the layout

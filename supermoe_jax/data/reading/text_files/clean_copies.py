@@ -17,9 +17,10 @@ from typing import NamedTuple, TypeVar
 
 import duckdb
 
-from supermoe_jax.data.reading import readers, text_lines
+from supermoe_jax.data.reading import readers
 from supermoe_jax.data.reading.readers import DELIMITED, TableFile
-from supermoe_jax.data.reading.text_layout import abridged
+from supermoe_jax.data.reading.text_files import text_lines
+from supermoe_jax.data.reading.text_files.text_layout import abridged
 from supermoe_jax.errors import DataError
 
 LONGEST_RECORD = 2_000_000  # bytes, the limit of DuckDB
