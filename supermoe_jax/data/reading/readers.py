@@ -121,14 +121,17 @@ class TableFile:
   text: TextFormat = PLAIN_TEXT
   copy: pathlib.Path | None = None
 
-  def select(self, wanted: Mapping[str, str]) -> str:
-    """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name)."""
+  def select(self, wanted: Mapping[str, str], *, lenient: bool = False) -> str:
+    """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name).
+
+    With `lenient`, the bad lines of a CSV or atomic file are passed over.
+    """
     # A column named file_row_number hides Parquet's own row number.
     numbered = self.format == "parquet" and "file_row_number" not in self.columns
     row = "file_row_number" if numbered else "row_number() OVER () - 1"
     scanned = sorted({name for n in wanted.values() if (name := self._scanned(n))})
     columns = ", ".join(f"{self._value(n, scanned)} AS {identifier(a)}" for a, n in wanted.items())
-    return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(scanned)}"
+    return f"SELECT {row} AS row{', ' if columns else ''}{columns} FROM {self._scan(scanned, lenient)}"
 
   def _scanned(self, name: str) -> str:
     """Returns the name of the scan's column that a column is made of; empty: none."""
@@ -163,7 +166,7 @@ class TableFile:
     """Returns whether JSON lines are scanned as whole records: DuckDB regards two of the keys as equal."""
     return self.format == "jsonl" and len({n.lower() for n in names}) < len(names)
 
-  def _scan(self, names: Sequence[str]) -> str:
+  def _scan(self, names: Sequence[str], lenient: bool) -> str:
     path = remote.pattern_sql(self.copy or self.path)
     if self.format == "parquet":
       return f"read_parquet({path}, hive_partitioning = false)"
@@ -184,7 +187,8 @@ class TableFile:
     nulls = f", nullstr = ['', {', '.join(map(literal, self.text.null_values))}]" if self.text.null_values else ""
     return (
       f"read_csv({path}, auto_detect = false, header = {self.header}, delim = {literal(self.delimiter)}, "
-      f"quote = {quote}, escape = {quote}{nulls}, columns = {{{types}}}, hive_partitioning = false)"
+      f"quote = {quote}, escape = {quote}{nulls}, "
+      f"ignore_errors = {lenient}, columns = {{{types}}}, hive_partitioning = false)"
     )
 
   def require(self, name: str, key: str, others: Collection[str] = ()) -> str:

@@ -239,11 +239,12 @@ class SourceReader:
     """Raises DataError for a table none of whose keys is in the events' column; `key` is its place in the config."""
     file = next(f.table for f in files if f.source == source)
     own = value_sql.text_sql("v", file.columns[column])
-    events = f"SELECT DISTINCT {own} AS key FROM ({file.select({'v': column})}) WHERE key IS NOT NULL"
     shown = []
-    for query in (events, f"SELECT key FROM {joined.table} ORDER BY file, row"):
-      found = self._con.execute(f"{query} LIMIT {SHOWN_KEYS}").fetchall()
-      shown.append(", ".join(repr(value) for (value,) in found) or "no value")
+    with clean_copies.readable(self._con, file, drop=True) as (good, _):
+      events = f"SELECT DISTINCT {own} AS key FROM ({good.select({'v': column})}) WHERE key IS NOT NULL"
+      for query in (events, f"SELECT key FROM {joined.table} ORDER BY file, row"):
+        found = self._con.execute(f"{query} LIMIT {SHOWN_KEYS}").fetchall()
+        shown.append(", ".join(repr(value) for (value,) in found) or "no value")
     raise DataError(
       f"{key}: the table {table} holds none of the ids in the column {column!r} of the events: {file.path} holds "
       f"{shown[0]}; the table holds {shown[1]}. Correct the key, or write the ids of both in the same way."

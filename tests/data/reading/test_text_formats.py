@@ -297,6 +297,18 @@ def test_a_bad_line_is_named_and_may_be_dropped(line, write, make_data, read):
   assert times(a) == [JUNE_1, JUNE_1 + 2] and times(b) == [JUNE_1 + 1]
 
 
+@pytest.mark.parametrize("line", list(BAD_LINES)[:4])
+def test_bad_lines_are_dropped_beside_columns_that_are_derived(line, write, make_data, open_log):
+  rows = good_rows(item=['{"id": "x"}', "", '{"id": "y"}'])
+  file = write("price=1/day=monday/e.csv", {**rows, "price": ["1", "1", "1"]})
+  first, *rest = file.read_bytes().split(b"\n")
+  file.write_bytes(b"\n".join([first, rest[0], line.encode(errors="surrogateescape"), *rest[1:]]))
+  fields = {"item": {"column": "item.id"}, "day": {}, "price": {"kind": "numeric"}}
+  data = make_data(file, fields=fields, on_bad_rows="drop")
+  assert values_of(data, open_log) == ["x", "y"] and values_of(data, open_log, "day") == ["monday"]
+  assert prices_of(data, open_log) == [1.0, 1.0, 1.0]
+
+
 def test_all_bad_lines_are_counted_in_the_message(write, make_data, read):
   file = write("e.inter", good_rows())
   file.write_text(file.read_text() + 'a\t1\nb\t"x\t2\t3\t4\n')
