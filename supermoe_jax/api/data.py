@@ -76,19 +76,25 @@ def _use_tables(raw: dict[str, Any], tables: Tables) -> None:
       known[name]["format"] = "parquet"
 
 
-def inspect(files: str | os.PathLike[str] | Sequence[str] | Tables, *, format: str = "auto") -> Inspection:
+def inspect(
+  files: str | os.PathLike[str] | Sequence[str] | Tables,
+  *,
+  format: str = "auto",
+  text: config.TextFormat | None = None,
+) -> Inspection:
   """Measures event tables and proposes a config; print the result, or pass it to `load_config`.
 
   Args:
     files: paths, globs or folders, or data frames by name.
     format: the format of the files: parquet, csv, jsonl, …; by default it follows from the ending of a file.
+    text: what is known of how text files are written; the rest is guessed.
 
   Raises:
     DataError: a file is missing or cannot be read, or there is no row at all.
   """
   if not isinstance(files, Mapping):
     listed = [os.fspath(files)] if isinstance(files, str | os.PathLike) else list(files)
-    return inspect_lib.inspect(listed, format)
+    return inspect_lib.inspect(listed, format, text or config.TextFormat())
   with tempfile.TemporaryDirectory() as folder:
     paths = write_tables(files, pathlib.Path(folder))
     found = inspect_lib.inspect([str(path) for path in paths.values()])

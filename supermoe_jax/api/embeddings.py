@@ -129,6 +129,8 @@ def probe(
   models: Sequence[str] = ("logistic", "lightgbm"),
   beside: Sequence[str] | None = None,
   protocol: Protocol | None = None,
+  text: config.TextFormat | None = None,
+  time_format: str = "",
   progress: bool = False,
 ) -> ProbeReport:
   """Fits probes on frozen embeddings and reports how well they predict labels, with intervals.
@@ -145,6 +147,8 @@ def probe(
     models: the models to fit: "logistic", "lightgbm" and "mlp".
     beside: further comparisons, "aggregates" and "untrained"; by default "aggregates" if the run is found.
     protocol: folds, repeats, seed; see `probing.protocol.Protocol`.
+    text: how a file of labels is written; by default as a plain CSV file.
+    time_format: the strptime format of the labels' times; by default ISO 8601.
     progress: whether to show a bar.
 
   Raises:
@@ -164,7 +168,16 @@ def probe(
   )
   with tempfile.TemporaryDirectory() as folder, progress_lib.shown(progress):
     path = _labels(labels, pathlib.Path(folder))
-    table, (judged, *rest) = probe_lib.read_inputs(path, named, user=user, time=time, wanted=columns, kinds=kinds)
+    table, (judged, *rest) = probe_lib.read_inputs(
+      path,
+      named,
+      user=user,
+      time=time,
+      wanted=columns,
+      kinds=kinds,
+      text=text or config.TextFormat(),
+      time_format=time_format,
+    )
     return ProbeReport(probe_lib.probe(table, judged, rest, options))
 
 

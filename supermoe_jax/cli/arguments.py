@@ -6,6 +6,8 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from supermoe_jax.config import TextFormat
+from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +27,42 @@ def add_config(verb: argparse.ArgumentParser) -> None:
 def add_workdir(verb: argparse.ArgumentParser) -> None:
   """Adds --workdir."""
   verb.add_argument("--workdir", required=True, type=pathlib.Path, help="run directory")
+
+
+def add_text_format(verb: argparse.ArgumentParser, what: str) -> None:
+  """Adds the options of `config.TextFormat` for the table `what`; see `text_format`."""
+  group = verb.add_argument_group(f"how {what} is written", "CSV is understood without these options where it can be")
+  group.add_argument("--delimiter", metavar="TEXT", default="", help="what separates values; tab stands for a tab")
+  group.add_argument(
+    "--header",
+    action=argparse.BooleanOptionalAction,
+    default=None,
+    help="whether the first line names the columns; by default it does, and data there is an error",
+  )
+  group.add_argument("--columns", nargs="+", metavar="NAME", default=(), help="names of all columns, in order")
+  group.add_argument("--decimal", choices=(".", ","), default=".", help="the decimal point of numbers; default: .")
+  group.add_argument("--thousands", metavar="TEXT", default="", help="what groups the digits of numbers, such as .")
+  group.add_argument(
+    "--null-values", nargs="+", metavar="TEXT", default=(), help='texts that mean "no value", such as NULL'
+  )
+
+
+def text_format(args: argparse.Namespace) -> TextFormat:
+  """Returns the settings that the options of `add_text_format` give.
+
+  Raises:
+    ConfigError: the options can never work together.
+  """
+  text = TextFormat(
+    delimiter={"tab": "\t", "\\t": "\t"}.get(args.delimiter, args.delimiter),
+    header="auto" if args.header is None else args.header,
+    columns=tuple(args.columns),
+    decimal=args.decimal,
+    thousands=args.thousands,
+    null_values=tuple(args.null_values),
+  )
+  check_text_format("", text)
+  return text
 
 
 def add_checkpoint(verb: argparse.ArgumentParser) -> None:

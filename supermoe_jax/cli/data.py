@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from supermoe_jax import config
-from supermoe_jax.cli.arguments import Verbs, add_config, check_output_file
+from supermoe_jax.cli.arguments import Verbs, add_config, add_text_format, check_output_file, text_format
 from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_data_verbs(verbs: Verbs) -> None:
     help="parquet, csv, jsonl, json_object, atomic or sequences; default: chosen by the file's ending",
   )
   verb.add_argument("--out", type=pathlib.Path, help="also save the proposed config here")
+  add_text_format(verb, "a text table")
   verb.set_defaults(run=_inspect)
 
   verb = verbs.add_parser("prepare", help="turn the event log into a dataset directory")
@@ -67,7 +68,7 @@ def _inspect(args: argparse.Namespace) -> None:
     check_output_file(args.out, "--out")
   from supermoe_jax.data.inspect import inspect
 
-  found = inspect.inspect(args.files, args.format)
+  found = inspect.inspect(args.files, args.format, text_format(args))
   print(found.render())
   if args.out is not None:
     if not found.config:

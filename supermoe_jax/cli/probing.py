@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from supermoe_jax import config
-from supermoe_jax.cli.arguments import Verbs
+from supermoe_jax.cli.arguments import Verbs, add_text_format, text_format
 from supermoe_jax.errors import ConfigError, ExitCode
 
 
@@ -94,6 +94,8 @@ def add_probing_verbs(verbs: Verbs) -> None:
     metavar="FILE",
     help="JSON file to write; default: PATH.probe.json, next to the embeddings",
   )
+  verb.add_argument("--time-format", metavar="FORMAT", default="", help="strptime format of --time; default: ISO 8601")
+  add_text_format(verb, "the label table")
   verb.set_defaults(run=_probe)
 
 
@@ -122,7 +124,14 @@ def _probe(args: argparse.Namespace) -> int:
     mlp_size=None if args.mlp_size is None else tuple(args.mlp_size),
   )
   table, (judged, *others) = probe.read_inputs(
-    args.labels, named, user=args.user, time=args.time, wanted=args.label, kinds=kinds
+    args.labels,
+    named,
+    user=args.user,
+    time=args.time,
+    wanted=args.label,
+    kinds=kinds,
+    text=text_format(args),
+    time_format=args.time_format,
   )
   beside = [o.name for o in others] + list(("aggregates",) if options.beside is None else options.beside)
   means = [f"mean({pattern})" for pattern in table.groups]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from supermoe_jax.cli.arguments import Verbs, check_output_file
+from supermoe_jax.cli.arguments import Verbs, add_text_format, check_output_file, text_format
 from supermoe_jax.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ def add_search_verbs(verbs: Verbs) -> None:
     required=True,
     type=pathlib.Path,
     metavar="FILE",
-    help="seeds: .parquet or .csv with a column user_id, or .txt with one id per line",
+    help="seeds: .parquet, .csv or .jsonl with a column user_id, or .txt with one id per line",
   )
   verb.add_argument(
     "--size", required=True, type=int, metavar="N", help="number of users in the audience, without the seeds"
@@ -49,6 +49,7 @@ def add_search_verbs(verbs: Verbs) -> None:
     "--out", required=True, type=pathlib.Path, metavar="FILE", help="Parquet file to write: user_id, score, rank"
   )
   verb.add_argument("--method", default="logistic", help="how to score users: logistic or centroid; default: logistic")
+  add_text_format(verb, "the file of seeds")
   verb.set_defaults(run=_audience)
 
   verb = verbs.add_parser("align", help="turn the embeddings of a retrained model into the space of earlier ones")
@@ -105,9 +106,14 @@ def _neighbors(args: argparse.Namespace) -> None:
 
 
 def _audience(args: argparse.Namespace) -> None:
+  if args.header is False and not args.columns:
+    args.columns = ["user_id"]
+  text = text_format(args)
   from supermoe_jax.embeddings import audience
 
-  report = audience.audience(args.embeddings, args.seeds, args.size, args.out, method=args.method, as_of=args.as_of)
+  report = audience.audience(
+    args.embeddings, args.seeds, args.size, args.out, method=args.method, as_of=args.as_of, text=text
+  )
   print(*audience.audience_summary(report), sep="\n")
   print(f"{report['size']:,} users: {args.out}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, parse_time
+from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
 from supermoe_jax.config.task_checks import require as _require
 from supermoe_jax.errors import nearest
@@ -25,7 +26,9 @@ def _check_data(data: Data) -> None:
   _require(bool(data.fields), "config.data.fields is empty: name at least one field of the events.")
   for name, source in data.sources.items():
     _require(bool(source.files), f"config.data.sources.{name}.files is empty: name at least one file.")
+    check_text_format(f"config.data.sources.{name}", source)
     if source.items is not None:
+      check_text_format(f"config.data.sources.{name}.items", source.items)
       _require(
         bool(source.items.file and source.items.key), f"config.data.sources.{name}.items needs both file and key."
       )
@@ -43,6 +46,7 @@ def _check_data(data: Data) -> None:
     )
   if data.users is not None:
     _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
+    check_text_format("config.data.users", data.users)
   _require(
     all(days > 0 for days in data.aggregates.windows_days) and data.aggregates.top_values >= 0,
     "config.data.aggregates: windows_days must be positive and top_values must not be negative.",

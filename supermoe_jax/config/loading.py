@@ -92,11 +92,14 @@ def _build(kind: Any, raw: Any, path: str) -> Any:
       raw = [raw]
     return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{i}]") for i, v in enumerate(raw))
   if origin is Literal:
-    if raw not in typing.get_args(kind):
-      if why := _REMOVED.get((path, str(raw))):
-        raise ConfigError(f"{path}={raw!r}: {why}")
-      raise ConfigError(f"{path}={raw!r} is not a choice{nearest(str(raw), typing.get_args(kind))}")
-    return raw
+    choices = typing.get_args(kind)
+    for choice in choices:
+      # An override gives the text "False" where the setting has a text by default.
+      if raw == choice or (isinstance(choice, bool) and raw == str(choice)):
+        return choice
+    if why := _REMOVED.get((path, str(raw))):
+      raise ConfigError(f"{path}={raw!r}: {why}")
+    raise ConfigError(f"{path}={raw!r} is not a choice{nearest(str(raw), map(str, choices))}")
   if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
     return float(raw)
   if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):

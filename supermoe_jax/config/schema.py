@@ -10,43 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from supermoe_jax.config.tables import ADDED_LATER, Source, UserTable
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
 
 MICROSECONDS_PER_DAY = 86_400_000_000
-ADDED_LATER = {"added_later": True}  # metadata of a setting that older versions lack: hashes leave out its default
 
 
 # --------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemTable:
-  """A table joined to the events of a source by `key`, such as product attributes."""
-
-  file: str = ""
-  key: str = ""  # the key's column in the events
-  table_key: str = ""  # the key's column in the table; empty: `key`, or "key" for a JSON object keyed by id
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "json_object"] = "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A kind of event: files of one layout. The source's name is the event's type.
-
-  With `type`, the values of this column are types too: a task's `source` may name one of them, as "buy", or as
-  "events.buy" where several sources have types. The column is an input; without a field that reads it,
-  `config.resolve` adds one of the column's name.
-  """
-
-  files: tuple[str, ...] = ()  # paths, globs or folders
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
-  user: str = "user_id"
-  time: str = "timestamp"
-  time_unit: Literal["auto", "s", "ms", "us"] = "auto"  # unit of numeric times; auto: seconds, checked for plausibility
-  time_format: str = ""  # strptime format of textual times; empty: ISO 8601, UTC where it has no offset
-  type: str = ""  # column whose values are types of events
-  items: ItemTable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +62,6 @@ class Field:
 
 # Most buckets of one table: codes are int32, and the largest and smallest codes stand for "no row".
 MOST_ROWS = 2**31 - 2**24 - 4
-
-
-@dataclasses.dataclass(frozen=True)
-class UserTable:
-  """A table with columns about users, such as demographics, for user labels and for fields with `table="users"`."""
-
-  files: tuple[str, ...] = ()
-  format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"
-  user: str = "user_id"
 
 
 @dataclasses.dataclass(frozen=True)

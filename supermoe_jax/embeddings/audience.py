@@ -12,14 +12,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from supermoe_jax import atomic_files
+from supermoe_jax import atomic_files, config
+from supermoe_jax.config.tables import PLAIN_TEXT, setting_text
+from supermoe_jax.data.reading import field_sql, readers, value_sql
+from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies, text_lines
+from supermoe_jax.data.reading.text_files.text_layout import DataInHeaderError
 from supermoe_jax.embeddings import selection as selection_lib
 from supermoe_jax.embeddings.exact_neighbors import unit_vectors
 from supermoe_jax.errors import ConfigError, DataError, nearest
@@ -55,17 +61,25 @@ class Seeds:
   examples: list[str]
 
 
-def read_seeds(file: pathlib.Path, users: pa.Array) -> Seeds:
-  """Reads seeds from Parquet or CSV (the column `user_id`, or the only one) or text (one id a line).
+def read_seeds(file: pathlib.Path, users: pa.Array, text: config.TextFormat = PLAIN_TEXT) -> Seeds:
+  """Reads seeds from a table (the column `user_id`, or the only one) or text (`.txt`, one id a line).
+
+  A list without a header, of one column, keeps its first id: it is known by being a number, or a user.
+
+  Args:
+    file: the file: Parquet, CSV, JSON lines or text.
+    users: the ids that have an embedding.
+    text: how the table is written.
 
   Raises:
     DataError: the file cannot be read, has no such column, or names fewer than `LEAST` users that have an embedding.
+    ConfigError: a setting of `text` has no meaning for the file's format.
   """
-  ids = _ids(file)
-  text = [str(i).strip() if i is not None else "" for i in ids.to_pylist()]
-  there = [t for t in text if t]
+  finder = selection_lib.UserFinder(users)
+  named = [id.strip() if id is not None else "" for id in _ids(file, finder, text)]
+  there = [t for t in named if t]
   distinct = list(dict.fromkeys(there))
-  found = selection_lib.UserFinder(users).rows(pa.array(distinct, pa.large_string()))
+  found = finder.rows(pa.array(distinct, pa.large_string()))
   unknown = [u for u, row in zip(distinct, found) if row < 0]
   rows = np.unique(found[found >= 0])
   if len(rows) < LEAST:
@@ -75,31 +89,57 @@ def read_seeds(file: pathlib.Path, users: pa.Array) -> Seeds:
       f"measurement need at least {LEAST}."
     )
   return Seeds(
-    rows, len(there), len(text) - len(there), len(there) - len(distinct), len(unknown), unknown[: selection_lib.NAMED]
+    rows, len(there), len(named) - len(there), len(there) - len(distinct), len(unknown), unknown[: selection_lib.NAMED]
   )
 
 
-def _ids(file: pathlib.Path) -> pa.ChunkedArray | pa.Array:
+def _ids(file: pathlib.Path, finder: selection_lib.UserFinder, text: config.TextFormat) -> Sequence[str | None]:
+  if not file.is_file():
+    raise DataError(f"{file}: no such file.")
+  con = readers.connect()
   try:
     if file.suffix == ".txt":
-      return pa.array(file.read_text().splitlines(), pa.large_string())
-    if file.suffix == ".parquet":
-      table = pq.read_table(file)
-    elif file.suffix == ".csv":
-      columns = pyarrow.csv.open_csv(file).schema.names
-      options = pyarrow.csv.ConvertOptions(column_types={c: pa.string() for c in columns})
-      table = pyarrow.csv.read_csv(file, convert_options=options)
-    else:
-      raise DataError(f"{file}: seeds are read from .parquet, .csv or .txt; rename or convert it.")
-  except FileNotFoundError:
-    raise DataError(f"{file}: no such file.") from None
-  except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+      return file.read_text().splitlines()
+    if not text_lines.unpacked_name(file.name).endswith((".parquet", ".csv", ".tsv", ".jsonl")):
+      raise DataError(f"{file}: seeds are read from .parquet, .csv, .jsonl or .txt; rename or convert it.")
+    table = _open_list(con, file, finder, text)
+    if "user_id" not in table.columns and len(table.columns) > 1:
+      table.require("user_id", "the seeds' column")
+    column = "user_id" if "user_id" in table.columns else next(iter(table.columns))
+    field_sql.check_ids(con, table, column, "the seeds")
+    with clean_copies.readable(con, table) as (good, _), readers.naming(file, table.format):
+      id = value_sql.text_sql("id", table.columns[column])
+      return [i for (i,) in con.execute(f"SELECT {id} FROM ({good.select({'id': column})})").fetchall()]
+  except (OSError, UnicodeDecodeError) as error:
     raise DataError(f"{file} cannot be read ({error}).") from error
-  if "user_id" in table.schema.names:
-    return table["user_id"]
-  if table.num_columns == 1:
-    return table.column(0)
-  raise DataError(f"{file} has no column 'user_id'{nearest('user_id', table.schema.names)}.")
+  finally:
+    con.close()
+
+
+def _open_list(
+  con: duckdb.DuckDBPyConnection, file: pathlib.Path, finder: selection_lib.UserFinder, text: config.TextFormat
+) -> TableFile:
+  """Opens a table of seeds. The first line of a single column is an id if it is a number or the id of a user."""
+  without_header = dataclasses.replace(text, header=False, columns=("user_id",))
+  guessed = text.header == "auto" and not text.columns
+  try:
+    table = readers.open_table(con, file, "auto", ("user_id",), text)
+  except DataInHeaderError as error:
+    if len(error.first) > 1 or not guessed:
+      raise
+    return readers.open_table(con, file, "auto", (), without_header)
+  if guessed and table.format in readers.DELIMITED and "user_id" not in table.columns:
+    names = [name.strip() for name in table.columns]
+    known = finder.rows(pa.array(names, pa.large_string())) >= 0
+    if known.any() and len(names) > 1:
+      raise DataError(
+        f"{file}: the first line names the user {names[int(known.argmax())]!r}, so it is data, not the names of "
+        f"columns; set {setting_text('', 'header', False)} {setting_text('', 'columns', ...)} with the names of its "
+        f"{len(names)} columns, of which user_id is one."
+      )
+    if known.any():
+      return readers.open_table(con, file, "auto", (), without_header)
+  return table
 
 
 def seed_scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -172,8 +212,11 @@ def audience(
   method: str = METHODS[0],
   as_of: str | None = None,
   seed: int = 0,
+  text: config.TextFormat = PLAIN_TEXT,
 ) -> dict[str, Any]:
   """Writes the `size` users that are most like the seeds to a Parquet file: `user_id`, `score`, `rank`.
+
+  `text` says how the file of seeds is written.
 
   Returns:
     The settings, the counts of seeds and the lift; the file's metadata holds the same under the key `supermoe`.
@@ -189,7 +232,7 @@ def audience(
   if not out.parent.is_dir():
     raise ConfigError(f"{out}: there is no directory {out.parent}; make it first.")
   selection = selection_lib.select_rows(path, as_of)
-  seeds = read_seeds(seeds_file, selection.users)
+  seeds = read_seeds(seeds_file, selection.users, text)
   others = len(selection) - len(seeds.rows)
   if not 1 <= size < others:
     raise ConfigError(f"--size={size} must lie between 1 and {others - 1:,}: there are {others:,} other users.")

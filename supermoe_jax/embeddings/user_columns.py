@@ -6,6 +6,7 @@ file lies in the directory of the parts until all are written. Each part reads t
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from supermoe_jax import config
 from supermoe_jax.data.dataset import dataset as dataset_lib
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
+from supermoe_jax.data.reading.field_sql import DROP_REMEDY
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.embeddings import part_files
 from supermoe_jax.errors import ConfigError, DataError
 
@@ -45,11 +48,12 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
   users = cfg.data.users
   assert users is not None
   con = readers.connect(memory=cfg.data.memory, spill=work / SPILL)
+  drop, copies = cfg.data.on_bad_rows == "drop", contextlib.ExitStack()
   try:
     key = "config.data.users"
-    tables = paths.open_files(con, users.files, users.format, {users.user, *columns}, key).tables
+    tables = paths.open_files(con, users.files, users.format, {users.user, *columns}, key, users).tables
     parts = []
-    for table in tables:
+    for table, _ in (copies.enter_context(clean_copies.readable(con, t, DROP_REMEDY, drop=drop)) for t in tables):
       wanted = {"user": table.require(users.user, f"{key}.user")}
       wanted |= {f"c{i}": table.require(name, "--columns") for i, name in enumerate(columns)}
       field_sql.check_ids(con, table, users.user, f"{key}.user")
@@ -76,6 +80,7 @@ def sort_columns(cfg: config.Config, dataset: Dataset, columns: Sequence[str], w
   except duckdb.Error as error:
     raise DataError(f"reading --columns failed: {str(error).splitlines()[0]}") from error
   finally:
+    copies.close()
     con.close()
 
 

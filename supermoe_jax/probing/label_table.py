@@ -6,6 +6,7 @@ Shapes: n rows, one for each user or (user, time).
 from __future__ import annotations
 
 import fnmatch
+import logging
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,15 @@ from typing import Literal, NamedTuple
 import duckdb
 import numpy as np
 
+from supermoe_jax import config
 from supermoe_jax.config import format_time
-from supermoe_jax.data.reading import derived_columns, field_sql, readers, value_sql
+from supermoe_jax.config.tables import PLAIN_TEXT
+from supermoe_jax.data.reading import derived_columns, field_sql, readers, time_formats, value_sql
 from supermoe_jax.data.reading.readers import TableFile, identifier
+from supermoe_jax.data.reading.text_files import clean_copies, null_words
 from supermoe_jax.errors import DataError, nearest
+
+logger = logging.getLogger(__name__)
 
 LabelKind = Literal["binary", "multiclass", "regression"]
 
@@ -76,15 +82,19 @@ def read_label_table(
   time: str | None = None,
   wanted: Sequence[str] = (),
   kinds: Mapping[str, LabelKind] | None = None,
+  text: config.TextFormat = PLAIN_TEXT,
+  time_format: str = "",
 ) -> LabelTable:
-  """Reads a label table, in any format that a user table may have.
+  """Reads a label table, in any format that a user table may have; warns of words such as "NULL" among its classes.
 
   Args:
     path: the file.
     user: its column of users.
-    time: its column of times, if it has one: timestamps, dates, or ISO 8601 text.
+    time: its column of times, if it has one: timestamps, dates, ISO 8601 text, or text in `time_format`.
     wanted: names of label columns, or globs; empty: all columns except `user` and `time`.
     kinds: kinds of some columns; the kinds of the others follow from their values.
+    text: how the table is written.
+    time_format: strptime format of textual times.
 
   Raises:
     DataError: the file, a column or a value cannot be used, or two rows of a user (and time) contradict each other.
@@ -93,7 +103,10 @@ def read_label_table(
     raise DataError(f"there is no label table {path}.")
   con = readers.connect()
   try:
-    file = readers.open_table(con, path, "auto")
+    named = {user, *([] if time is None else [time]), *(kinds or {}), *wanted}
+    file = readers.open_table(con, path, "auto", named, text)
+    if not wanted or any(GLOB & {*name} for name in wanted):  # any column may be a label
+      file = derived_columns.with_derived_columns(con, file, ())
     file.require(user, "--user")
     field_sql.check_ids(con, file, user, "--user")
     if time is not None:
@@ -104,9 +117,15 @@ def read_label_table(
       if name not in names:
         raise DataError(f"--kind names the column {name!r}, which is none of the labels{nearest(name, names)}")
     columns = {"u": user, **({} if time is None else {"t": time}), **{f"l{i}": n for i, n in enumerate(names)}}
-    with readers.naming(path, file.format):
-      con.execute(f"CREATE TEMP TABLE given AS {file.select(columns)}")
-    return _read(con, file, user, time, names, groups, kinds or {})
+
+    def load(read: TableFile) -> None:
+      with readers.naming(path, read.format):
+        con.execute(f"CREATE TEMP TABLE given AS {read.select(columns)}")
+
+    clean_copies.read_clean(con, file, "", load, drop=False)
+    table = _read(con, file, user, time, names, groups, kinds or {}, time_format)
+    _warn_of_null_words(con, file, names, table.labels)
+    return table
   finally:
     con.close()
 
@@ -137,6 +156,7 @@ def _read(
   names: Sequence[str],
   groups: dict[str, list[str]],
   kinds: Mapping[str, LabelKind],
+  time_format: str,
 ) -> LabelTable:
   values, texts, not_measured = {}, set(), {}
   for i, name in enumerate(names):
@@ -147,10 +167,11 @@ def _read(
     numbers = value_sql.is_number(kind) or kind == "BOOLEAN"
     if kind == "VARCHAR":
       text = f"nullif(trim(l{i}), '')"
-      ((known, parsed),) = con.execute(f"SELECT count({text}), count(TRY_CAST({text} AS DOUBLE)) FROM given").fetchall()
+      number = value_sql.number_sql(f"l{i}", kind, file.text)
+      ((known, parsed),) = con.execute(f"SELECT count({text}), count({number}) FROM given").fetchall()
       numbers = known == parsed > 0
     if numbers:
-      number = value_sql.number_sql(f"l{i}", kind)
+      number = value_sql.number_sql(f"l{i}", kind, file.text)
       values[name] = f"CASE WHEN NOT isnan({number}) THEN {number} END"
     else:
       texts.add(name)
@@ -158,7 +179,7 @@ def _read(
   selected = ", ".join([f"{sql} AS l{i}" for i, sql in enumerate(values.values())])
   read_user = value_sql.text_sql("u", file.columns[user])
   con.execute(
-    f"CREATE TEMP TABLE labels AS SELECT row, {read_user} AS u, {_time_sql(file, time)} AS t"
+    f"CREATE TEMP TABLE labels AS SELECT row, {read_user} AS u, {_time_sql(con, file, time, time_format)} AS t"
     f"{', ' if selected else ''}{selected} FROM given"
   )
   _check_keys(con, file, user, time)
@@ -176,17 +197,29 @@ def _read(
   return LabelTable(users, at, labels, not_measured, groups, repeated)
 
 
-def _time_sql(file: TableFile, time: str | None) -> str:
+def _time_sql(con: duckdb.DuckDBPyConnection, file: TableFile, time: str | None, format: str) -> str:
   if time is None:
     return "0::BIGINT"
   kind = file.columns[time]
-  if value_sql.is_instant(kind):
-    return value_sql.instant_sql("t", kind)
-  if kind != "VARCHAR":
+  if kind != "VARCHAR" and not value_sql.is_instant(kind) and not format:
     raise DataError(
       f"{file.path}: column {time!r} (--time) is of type {kind}; write times as timestamps, dates or ISO 8601 text."
     )
-  return value_sql.iso_sql("t")
+  if kind == "VARCHAR" and not format:
+    return value_sql.iso_sql("t")
+  return value_sql.time_reading(con, file, time, "t", "", format=format).sql
+
+
+def _warn_of_null_words(
+  con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence[str], labels: Sequence[Label]
+) -> None:
+  """Warns of classes that are most likely words for "no value", unless such words are set."""
+  found = [(label, word) for label in labels for word in sorted(null_words.NULL_WORDS & {*label.classes})]
+  for label, word in found if not file.text.null_values else ():
+    column = f"l{names.index(label.name)}"
+    ((n,),) = con.execute(f"SELECT count(*) FROM given WHERE trim({column}::VARCHAR) = ?", [word]).fetchall()
+    what = f"{file.path}: column {label.name!r}"
+    logger.warning(null_words.null_word_warning(what, word, n, "", (other for _, other in found)))
 
 
 def _check_keys(con: duckdb.DuckDBPyConnection, file: TableFile, user: str, time: str | None) -> None:
@@ -198,7 +231,22 @@ def _check_keys(con: duckdb.DuckDBPyConnection, file: TableFile, user: str, time
         f"WHERE labels.{alias} IS NULL ORDER BY row LIMIT 1"
       ).fetchall()
       for row, value in bad:
-        raise DataError(f"{file.path}: row {row + 1} holds {value!r} in {name!r}, which is no {what}; correct the row.")
+        remedy = _time_remedy(con) if alias == "t" and value is not None else ""
+        raise DataError(
+          f"{file.path}: row {row + 1} holds {value!r} in {name!r}, which is no {what}; {remedy or 'correct the row.'}"
+        )
+
+
+def _time_remedy(con: duckdb.DuckDBPyConnection) -> str:
+  """Returns the option that reads the times if none of them can be read; else the empty text."""
+  values = con.execute(
+    "SELECT DISTINCT given.t::VARCHAR AS value, labels.t IS NULL FROM labels JOIN given USING (row) "
+    f"WHERE given.t IS NOT NULL ORDER BY value LIMIT {time_formats.SAMPLE}"
+  ).fetchall()
+  if not all(unread for _, unread in values):
+    return ""
+  remedy = time_formats.time_format_remedy(con, [value for value, _ in values], "")
+  return remedy[:1].lower() + remedy[1:]
 
 
 def _merge(con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence[str]) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import threadpoolctl
 
-from supermoe_jax import environment
+from supermoe_jax import config, environment
 from supermoe_jax.config import format_time
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.probing import label_table, vectors
 from supermoe_jax.probing import models as models_lib
@@ -274,7 +275,9 @@ def read_inputs(
   time: str | None = None,
   wanted: Sequence[str] = (),
   kinds: Mapping[str, label_table.LabelKind] | None = None,
+  text: config.TextFormat = PLAIN_TEXT,
+  time_format: str = "",
 ) -> tuple[LabelTable, list[UserVectors]]:
   """Reads a label table and the `named` embeddings; see `label_table.read_label_table` and `vectors.read_vectors`."""
-  table = label_table.read_label_table(labels, user, time, wanted, kinds)
+  table = label_table.read_label_table(labels, user, time, wanted, kinds, text, time_format)
   return table, [vectors.read_vectors(name, path, user, time) for name, path in named.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +10,10 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.reading import derived_columns, field_sql, joined_tables, paths, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving.json_values import ColumnKind, TimeKind
 from supermoe_jax.serving.preprocessing import ItemValues
@@ -20,13 +23,14 @@ _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 _WIDER = ("integer", "float64", "text")  # kinds for columns of several types: the first that holds them all is taken
 
 
-def kind_of(type: str, format: str) -> ColumnKind:
-  """Returns the kind of a column of this DuckDB type in a file of this format."""
+def kind_of(type: str, format: str, text: config.TextFormat = PLAIN_TEXT) -> ColumnKind:
+  """Returns the kind of a column of this DuckDB type in a file of this format, whose text is written as `text`."""
   if type.endswith("]"):
     element = kind_of(type[: type.rindex("[")], format)
     return ColumnKind(element.name, element.scale, element.zone, element.json, list=True)
   if type in ("VARCHAR", derived_columns.JSON_LIST, derived_columns.JSON_OBJECT) or type.startswith("ENUM"):
-    return ColumnKind("text", json=format in readers.JSON_FORMATS)
+    json, nulls = format in readers.JSON_FORMATS, text.null_values
+    return ColumnKind("text", json=json, decimal=text.decimal, thousands=text.thousands, nulls=nulls)
   if type.removeprefix("U") in _WHOLE:
     return ColumnKind("integer")
   if decimal := re.fullmatch(r"DECIMAL\(\d+,(\d+)\)", type):
@@ -45,11 +49,13 @@ def common_kind(kinds: Sequence[ColumnKind]) -> ColumnKind:
   """Returns the one kind for a column that has `kinds` in several files."""
   if len(set(kinds)) == 1:
     return kinds[0]
+  text = next((k for k in kinds if k.name == "text"), ColumnKind("text"))
   if len({k.list for k in kinds}) == 1:
     for n in range(1, len(_WIDER) + 1):
       if all(k.name in _WIDER[:n] for k in kinds):
-        return ColumnKind(_WIDER[n - 1], json=any(k.json for k in kinds), list=kinds[0].list)
-  return ColumnKind("text", json=any(k.json for k in kinds))
+        widest = text if _WIDER[n - 1] == "text" else ColumnKind(_WIDER[n - 1])
+        return dataclasses.replace(widest, json=any(k.json for k in kinds), list=kinds[0].list)
+  return dataclasses.replace(text, json=any(k.json for k in kinds), list=False)
 
 
 def field_specs(data: config.Data) -> dict[str, FieldSpec]:
@@ -86,7 +92,9 @@ class ColumnKinds:
     wanted = {f.column or n for n, f in self._data.fields.items() if f.table == "users"}
     if users is None or not wanted:
       return {}
-    files = paths.open_files(self._con, users.files, users.format, {users.user, *wanted}, "config.data.users").tables
+    files = paths.open_files(
+      self._con, users.files, users.format, {users.user, *wanted}, "config.data.users", users
+    ).tables
     return {c: _common(files, c) for c in sorted(wanted)}
 
   def _source(self, name: str) -> tuple[SourceSpec, ItemValues | None]:
@@ -96,7 +104,7 @@ class ColumnKinds:
     there = set(table.fields) if table else set()
     wanted = {source.user, source.time, *(c for f, c in own.items() if f not in there)}
     wanted |= {source.items.key} if source.items else set()
-    files = paths.open_files(self._con, source.files, source.format, wanted, key).tables
+    files = paths.open_files(self._con, source.files, source.format, wanted, key, source).tables
     if not files:
       raise DataError(f"{key}.files: no file with a row is left; export where the event files are.")
     # A field of the table of items is read from the events if all their files have its column.
@@ -107,7 +115,7 @@ class ColumnKinds:
     if table is not None and source.items is not None:
       columns[item_key] = _common(files, item_key)
       file = self._items_file(name, source.items, set(found.values()))
-      columns |= {c: kind_of(file.columns[c], file.format) for c in found.values()}
+      columns |= {c: kind_of(file.columns[c], file.format, file.text) for c in found.values()}
       items = self._items(table.table, found)
     spec = SourceSpec(
       source.time,
@@ -121,16 +129,22 @@ class ColumnKinds:
     return spec, items
 
   def _items_file(self, name: str, items: config.ItemTable, wanted: set[str]) -> TableFile:
-    (file,) = paths.find_files(self._con, [items.file], f"config.data.sources.{name}.items.file")
-    return readers.open_table(self._con, file.path, items.format, wanted)
+    key = f"config.data.sources.{name}.items"
+    (file,) = paths.find_files(self._con, [items.file], f"{key}.file")
+    return readers.open_table(self._con, file.path, items.format, wanted, items, key)
 
   def _time(self, file: TableFile, source: config.Source, key: str) -> TimeKind:
     """Returns how a file's times are written, as preparation decides it."""
     type, column = file.columns[file.require(source.time, f"{key}.time")], "t"
-    sql = value_sql.time_reading(
-      self._con, file, source.time, column, key, unit=source.time_unit, format=source.time_format
-    ).sql
-    if value_sql.is_instant(type) or sql == value_sql.iso_sql(column):
+    unit, format = source.time_unit, source.time_format
+    reading, _ = clean_copies.read_clean(
+      self._con,
+      file,
+      "",
+      lambda table: value_sql.time_reading(self._con, table, source.time, column, key, unit=unit, format=format),
+      drop=True,
+    )
+    if value_sql.is_instant(type) or reading.sql == value_sql.iso_sql(column):
       return TimeKind("iso")
     if source.time_format:
       return TimeKind("format", format=source.time_format)
@@ -157,5 +171,5 @@ def _common(files: Sequence[TableFile], column: str) -> ColumnKind:
   for file in files:
     if column in file.columns:
       from_json = column in file.derived and file.derived[column].path
-      kinds.append(kind_of(file.columns[column], "jsonl" if from_json else file.format))
+      kinds.append(kind_of(file.columns[column], "jsonl" if from_json else file.format, file.text))
   return common_kind(kinds)

@@ -32,12 +32,9 @@ from typing import Any
 
 import numpy as np
 
-# The characters that DuckDB's trim() removes: the space separators of Unicode.
-SPACES = " \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
-WHITESPACE = " \t\n\v\f\r"  # around a number in text
+from supermoe_jax.serving.text_numbers import NUMBER, SPACES, WHITESPACE, number_of_text
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
-NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 LARGEST_INTEGER = 2**127  # beyond DuckDB's integers
 EXACT = 2**53  # below this, float64 holds every whole number
@@ -65,6 +62,7 @@ class ColumnKind:
     zone: for timestamp, whether the files' times have a zone.
     json: for text, whether the files are JSON lines; then a fraction is read too, as text in the form of JSON.
     list: whether the files hold lists of such values.
+    decimal, thousands, nulls: for text, the settings of `config.TextFormat`; nulls are its `null_values`.
   """
 
   name: str
@@ -72,6 +70,9 @@ class ColumnKind:
   zone: bool = False
   json: bool = False
   list: bool = False
+  decimal: str = "."
+  thousands: str = ""
+  nulls: tuple[str, ...] = ()
 
 
 def described(value: Any) -> str:
@@ -97,7 +98,8 @@ def text_reader(kind: ColumnKind) -> Text:
   if kind.name == "timestamp":
     return lambda value: _timestamp(value, kind.zone)
   if kind.name == "text":
-    return _json_text if kind.json else _text
+    read = _json_text if kind.json else _text
+    return (lambda value: None if value in kind.nulls else read(value)) if kind.nulls else read
   return {"integer": _integer, "float64": _float64, "float32": _float32, "boolean": _boolean, "date": _date}.get(
     kind.name, _exact
   )
@@ -116,9 +118,7 @@ def _text(value: Any) -> str | None:
 
 
 def _json_text(value: Any) -> str | None:
-  if isinstance(value, float) and math.isfinite(value):
-    return repr(value)
-  return _text(value)
+  return repr(value) if isinstance(value, float) and math.isfinite(value) else _text(value)
 
 
 def _integer(value: Any) -> str | None:
@@ -229,9 +229,11 @@ def _exact(value: Any) -> str | None:
 
 def texts_reader(kind: ColumnKind, separator: str) -> Texts:
   """Returns a function that reads a JSON value as the values of a field of many: without absent ones, None if empty."""
-  one = text_reader(dataclasses.replace(kind, list=False))
+  one = text_reader(dataclasses.replace(kind, list=False, nulls=()))
 
   def read(value: Any) -> list[str] | None:
+    if isinstance(value, str) and value in kind.nulls:
+      return None
     if isinstance(value, str) and kind.json and (array := _json_array(value)) is not None:
       value = array
     if isinstance(value, list | tuple):
@@ -265,9 +267,7 @@ def _json_array(text: str) -> list[Any] | None:
 def number_reader(kind: ColumnKind, log1p: bool) -> Number:
   """Returns a function that reads a JSON value of a numeric field for its encoder, with log1p if set; NaN is absent."""
   read = {
-    "text": _number_in_text,
-    "integer": _number_in_text,
-    "decimal": _number_in_text,
+    **dict.fromkeys(("text", "integer", "decimal"), lambda value: _number_in_text(value, kind)),
     "boolean": _number_of_boolean,
     "float32": _number_of_float32,
   }.get(kind.name, _as_float)
@@ -284,17 +284,15 @@ def number_reader(kind: ColumnKind, log1p: bool) -> Number:
   return number
 
 
-def _number_in_text(value: Any) -> float | None:
+def _number_in_text(value: Any, kind: ColumnKind) -> float | None:
   if not isinstance(value, str):
     return _as_float(value)
-  if not value:
+  if value in kind.nulls:
     return None
-  stripped = value.strip(SPACES).strip(WHITESPACE)
-  if stripped.lower() == "nan":
-    return None
-  if not NUMBER.fullmatch(stripped) or not math.isfinite(number := float(stripped)):
-    raise _wrong(value, "a number")
-  return number
+  try:
+    return number_of_text(value, kind.decimal, kind.thousands)
+  except ValueError:
+    raise _wrong(value, "a number") from None
 
 
 def _number_of_boolean(value: Any) -> float | None:
@@ -316,7 +314,7 @@ class TimeKind:
   Attributes:
     name: iso, format or epoch.
     format: for format, the strptime format.
-    unit: for epoch, s, ms or us.
+    unit: for epoch, s, ms, us or ns.
   """
 
   name: str
@@ -353,7 +351,8 @@ class TimeKind:
     return moment
 
   def _counted(self, number: int | float, value: Any) -> int:
-    scaled = number * UNITS[self.unit]
+    # Nanoseconds become microseconds as in DuckDB: by a division of floating-point numbers.
+    scaled = float(number) / 1000 if self.unit == "ns" else number * UNITS[self.unit]
     if isinstance(scaled, float):
       if not math.isfinite(scaled):
         raise _wrong(value, self.wanted)

@@ -71,7 +71,7 @@ def spec_from_json(saved: Mapping[str, Any]) -> PreprocessingSpec:
   """Returns a spec from the JSON form of its `dataclasses.asdict`."""
 
   def kinds(of: Mapping[str, Any]) -> dict[str, ColumnKind]:
-    return {column: ColumnKind(**kind) for column, kind in of.items()}
+    return {c: ColumnKind(**{**kind, "nulls": tuple(kind.get("nulls", ()))}) for c, kind in of.items()}
 
   def source(of: Mapping[str, Any]) -> SourceSpec:
     changed = {"time_kind": TimeKind(**of["time_kind"]), "columns": kinds(of["columns"]), "joined": tuple(of["joined"])}

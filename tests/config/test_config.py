@@ -184,6 +184,8 @@ OTHER_DATA = [
   ("data.split.min_events", 2),
   ("data.split.log_end", "2024-07-01"),
   ("data.sources.visits.time_unit", "s"),
+  ("data.sources.visits.delimiter", ";"),
+  ("data.sources.visits.null_values", ["NULL"]),
   ("data.fields.page.min_count", 2),
   ("data.fields.page.missing", "null"),
   ("data.fields.device.input", False),
@@ -246,9 +248,22 @@ def test_a_dataset_is_read_whatever_models_its_version_had(cfg: config.Config) -
   assert found.data_identity() == cfg.data_identity() and found.data.path == cfg.data.path
 
 
-def test_a_setting_that_a_later_version_added_changes_no_hash_at_its_default(raw: dict) -> None:
+def test_a_setting_of_a_later_version_changes_no_hash_while_it_has_its_default(raw: dict) -> None:
   base = config.resolve(raw)
+  visits = {**raw["data"]["sources"]["visits"], "delimiter": "", "header": "auto", "columns": [], "decimal": "."}
+  visits |= {"thousands": "", "null_values": [], "type": ""}
+  same = config.resolve(changed(raw, "data.sources.visits", visits))
+  assert (same.hash(), same.data_hash()) == (base.hash(), base.data_hash())
+  saved = config.to_dict(base, later=False)["data"]["sources"]["visits"]
+  assert not saved.keys() & {"delimiter", "header", "columns", "decimal", "thousands", "null_values", "type"}
   same = config.resolve(changed(raw, "data.fields.page.missing", "error"))
   assert (same.hash(), same.data_hash()) == (base.hash(), base.data_hash())
   assert "missing" not in config.to_dict(base, later=False)["data"]["fields"]["page"]
   assert config.to_dict(base)["data"]["fields"]["page"]["missing"] == "error"
+  assert config.resolve(changed(raw, "data.sources.visits.decimal", ",")).data_hash() != base.data_hash()
+
+
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("True", True), ("auto", "auto")])
+def test_a_header_may_be_overridden(cfg: config.Config, text: str, value: object) -> None:
+  changes = [f"--config.data.sources.visits.header={text}", "--config.data.sources.visits.columns=('a','b')"]
+  assert config.override(cfg, changes).data.sources["visits"].header is value

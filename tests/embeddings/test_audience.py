@@ -97,8 +97,17 @@ def test_an_audience_leaves_the_seeds_out_and_is_sorted(
       "2 users that have an embedding, of 3 ids (unknown: 9999 …); the search and its measurement need at least 10",
     ),
     ("a.txt", "", [], "names 0 users"),
-    ("a.csv", "user,score\n1,2\n", [], "has no column 'user_id'; did you mean 'user'?"),
-    ("a.xlsx", "1", [], "seeds are read from .parquet, .csv or .txt"),
+    ("a.csv", "user,score\n1,2\n", [], "has no column 'user_id' (the seeds' column); did you mean 'user'?"),
+    (
+      "a.csv",
+      "7,0.5\n8,0.6\n",
+      [],
+      "holds data, it seems, and not the names of columns: 7,0.5. Set --no-header",
+    ),
+    ("a.csv", "7,gold\n8,silver\n", [], "names the user '7', so it is data, not the names of columns; set --no-header"),
+    ("a.csv", "user_id,tier\n7\n8,silver\n", [], "a.csv: line 2 holds 1 value, but the file has 2 columns: 7"),
+    ("a.parquet", "", [], "is empty"),
+    ("a.xlsx", "1", [], "seeds are read from .parquet, .csv, .jsonl or .txt"),
     ("a.parquet", "no parquet", [], "a.parquet cannot be read"),
     ("a.txt", "{many}", ["--size", "980"], "--size=980 must lie between 1 and 979"),
     ("a.txt", "{many}", ["--method", "logistik"], "did you mean 'logistic'"),
@@ -130,3 +139,38 @@ def test_ids_of_text_are_matched_as_text(tmp_path: pathlib.Path) -> None:
   (tmp_path / "s.txt").write_text("".join(f"{i}\n" for i in range(12)))
   with pytest.raises(DataError, match="names 0 users"):
     audience.read_seeds(tmp_path / "s.txt", users)
+
+
+LISTS = {
+  "a.csv": ("".join(f"{i}\n" for i in range(12)), []),
+  "b.csv": ("client\n" + "".join(f"{i}\n" for i in range(12)), []),
+  "c.csv": ("".join(f"{i};gold\n" for i in range(12)), ["--no-header", "--columns", "user_id", "tier"]),
+  "d.csv": (
+    "".join(f"{i}^gold\n" for i in range(12)),
+    ["--delimiter", "^", "--no-header", "--columns", "user_id", "t"],
+  ),
+  "e.tsv": ("user_id\ttier\n" + "".join(f"{i}\tgold\n" for i in range(12)) + "NULL\tgold\n", ["--null-values", "NULL"]),
+  "f.csv": ("user_id\r\n" + "".join(f"{i}\n" for i in range(12)), []),
+  "g.jsonl": ("".join(f'{{"user_id": {i}}}\n' for i in range(12)), []),
+  "h.csv": ("".join(f"{i}\n" for i in range(12)), ["--no-header"]),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_seeds_keeps_every_id_however_it_is_written(
+  folder: pathlib.Path, tmp_path: pathlib.Path, name: str
+) -> None:
+  content, more = LISTS[name]
+  (tmp_path / name).write_bytes(content.encode())
+  out = tmp_path / "out.parquet"
+  arguments = ["audience", "--embeddings", str(folder), "--seeds", str(tmp_path / name), "--size", "50", *more]
+  assert cli.main([*arguments, "--out", str(out)]) == 0
+  report = json.loads(pq.read_schema(out).metadata[b"supermoe"])
+  assert (report["seeds"], report["seeds_unknown"], report["seeds_empty"]) == (12, 0, int("NULL" in content))
+
+
+def test_a_list_of_text_ids_without_header_keeps_its_first_id(tmp_path: pathlib.Path) -> None:
+  folder = embedding_folder.write(tmp_path / "e", grouped()[:200], [f"u{i:04d}" for i in range(200)])
+  users = selection.select_rows(folder).users
+  (tmp_path / "s.csv").write_text("".join(f"u{i:04d}\n" for i in range(12)))
+  assert audience.read_seeds(tmp_path / "s.csv", users).rows.tolist() == [*range(12)]

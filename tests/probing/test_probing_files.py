@@ -212,3 +212,46 @@ def test_lists_and_objects_are_no_labels(tmp_path: pathlib.Path) -> None:
   for file in (write(tmp_path, columns), tmp_path / "table.jsonl"):
     found = label_table.read_label_table(file)
     assert [x.name for x in found.labels] == ["flag"] and {*found.not_measured} == {"tags", "props"}
+
+
+def test_a_label_table_is_read_as_it_is_written(tmp_path: pathlib.Path) -> None:
+  file = tmp_path / "labels.csv"
+  file.write_text("7^05.01.2024^1.028,5^gold\n8^06.01.2024^2,5^NULL\r\n9^07.01.2024^NULL^tin\n")
+  text = config.TextFormat(
+    delimiter="^",
+    header=False,
+    columns=("client", "day", "spent", "tier"),
+    decimal=",",
+    thousands=".",
+    null_values=("NULL",),
+  )
+  kinds: dict[str, label_table.LabelKind] = {"spent": "regression"}
+  found = label_table.read_label_table(file, "client", "day", kinds=kinds, text=text, time_format="%d.%m.%Y")
+  spent, tier = found.labels
+  assert found.users.tolist() == ["7", "8", "9"] and found.time is not None
+  assert [config.format_time(t)[:10] for t in found.time] == ["2024-01-05", "2024-01-06", "2024-01-07"]
+  assert (spent.kind, tier.classes) == ("regression", ("gold", "tin"))
+  np.testing.assert_array_equal(spent.value, [1028.5, 2.5, np.nan])
+
+
+def test_a_label_table_without_header_is_an_error_that_names_the_options(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "labels.csv").write_text("7,1,0.5\n8,0,0.7\n")
+  with pytest.raises(DataError, match=r"the first line holds data.*Set --no-header and --columns …"):
+    label_table.read_label_table(tmp_path / "labels.csv")
+
+
+def test_label_times_of_another_format_name_the_option(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "labels.csv").write_text("user_id,day,y\na,13.01.2024,1\nb,14.01.2024,0\n")
+  with pytest.raises(DataError, match=r"which is no time; set --time-format %d\.%m\.%Y, which makes it 2024-01-13"):
+    label_table.read_label_table(tmp_path / "labels.csv", time="day")
+
+
+def test_a_word_for_no_value_among_the_classes_is_a_warning(
+  tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  (tmp_path / "labels.csv").write_text("user_id,tier\na,gold\nb,\\N\nc,\\N\nd,tin\n")
+  label_table.read_label_table(tmp_path / "labels.csv")
+  (warning,) = caplog.messages
+  assert "column 'tier' holds '\\\\N' in 2 rows, as a value" in warning and "--null-values '\\N'" in warning
+  label_table.read_label_table(tmp_path / "labels.csv", text=config.TextFormat(null_values=("\\N",)))
+  assert len(caplog.messages) == 1

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from supermoe_jax import config
 from supermoe_jax.data.reading import readers, value_sql
 from supermoe_jax.serving.json_columns import common_kind, kind_of
 from supermoe_jax.serving.json_values import (
@@ -93,6 +94,40 @@ def test_numbers_in_text_are_those_of_the_files(text: str, con: Any) -> None:
   assert found == wanted if wanted is not None else found != found
 
 
+DIALECTS = [
+  config.TextFormat(decimal=",", thousands="."),
+  config.TextFormat(thousands=","),
+  config.TextFormat(decimal=",", thousands=" "),
+  config.TextFormat(decimal=","),
+]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+  "text",
+  ["1.028,50", "1,028.50", "1 028,5", "1\u202f028,5", "1.5", "1,5", " -2 ", "1.02,5", "12,34,567", "1,000", "1.0"],
+)
+def test_numbers_of_another_dialect_are_those_of_the_files(text: str, dialect: config.TextFormat, con: Any) -> None:
+  sql = value_sql.number_sql("x", "VARCHAR", dialect)
+  ((wanted,),) = con.execute(f"SELECT {sql} FROM (SELECT ? AS x)", [text]).fetchall()
+  read = number_reader(kind_of("VARCHAR", "csv", dialect), log1p=False)
+  if wanted is None:
+    with pytest.raises(ValueProblem, match="is not a number"):
+      read(text)
+  else:
+    assert read(text) == wanted
+  assert read(2.5) == 2.5  # a number of JSON needs no dialect
+
+
+def test_texts_for_no_value_are_absent() -> None:
+  kind = kind_of("VARCHAR", "csv", config.TextFormat(null_values=("NULL", "\\N")))
+  assert text_reader(kind)("NULL") is None and text_reader(kind)("null") == "null"
+  assert texts_reader(kind, "|")("\\N") is None and texts_reader(kind, "|")("a|NULL") == ["a", "NULL"]
+  found = number_reader(kind, log1p=False)("NULL")
+  assert found != found
+  assert common_kind([ColumnKind("integer"), kind]) == kind
+
+
 @pytest.mark.parametrize("text", ["x", "1e400", "inf", "0x10", "١", "--5", "5 5"])
 def test_text_that_is_no_number_is_refused(text: str) -> None:
   with pytest.raises(ValueProblem, match="is not a number"):
@@ -129,6 +164,13 @@ def test_epochs_are_rounded_as_in_the_files(unit: str, value: float, con: Any) -
   sql = value_sql.epoch_sql("x", "DOUBLE", unit)
   ((wanted,),) = con.execute(f"SELECT {sql} FROM (SELECT ?::DOUBLE AS x)", [float(value)]).fetchall()
   assert TimeKind("epoch", unit=unit).read(value) == wanted == TimeKind("epoch", unit=unit).read(repr(value))
+
+
+@pytest.mark.parametrize("value", [1704067200123456499, 1704067200123456500, 1704067200123456700, 1_500, 2_500, -1_500])
+def test_nanoseconds_are_rounded_as_in_the_files(value: int, con: Any) -> None:
+  sql = value_sql.epoch_sql("x", "BIGINT", "ns")
+  ((wanted,),) = con.execute(f"SELECT {sql} FROM (SELECT ?::BIGINT AS x)", [value]).fetchall()
+  assert TimeKind("epoch", unit="ns").read(value) == wanted == TimeKind("epoch", unit="ns").read(str(value))
 
 
 def test_times_in_a_format_of_their_own_are_read() -> None:

@@ -147,3 +147,34 @@ def test_export_needs_the_event_files(case: tuple[Dataset, Preprocessing, dict],
       make_preprocessing(dataset, LENGTH)
   finally:
     away.rename(file)
+
+
+def test_a_dialect_of_the_files_is_read_in_requests_too(tmp_path: pathlib.Path) -> None:
+  start, hour = 1_704_067_200 * 10**9, 3_600 * 10**9
+  items = [f"i{i % 7}" if i % 5 else "\\N" for i in range(400)]
+  spent = [f"{i},5" if i % 4 else "NULL" for i in range(400)]
+  rows = [(f"c{i % 9}", start + i * hour, items[i], spent[i]) for i in range(400)]
+  (tmp_path / "log.csv").write_text("".join(";".join(map(str, row)) + "\n" for row in rows))
+  source = {"files": [str(tmp_path / "log.csv")], "user": "client", "time": "moment", "time_unit": "ns", "decimal": ","}
+  source |= {"header": False, "columns": ["client", "moment", "article", "spent"], "null_values": ["NULL", "\\N"]}
+  raw = {
+    "data": {
+      "path": str(tmp_path / "dataset"),
+      "sources": {"log": source},
+      "fields": {"article": {}, "spent": {"kind": "numeric"}},
+      "split": {"train_end": "2024-01-12", "validation": ["2024-01-12"], "test": ["2024-01-15"]},
+    },
+    "tasks": {"next": {"kind": "next_event", "field": "article"}},
+  }
+  prepare.prepare(config.resolve(raw))
+  dataset = Dataset(tmp_path / "dataset")
+  (tmp_path / "saved").mkdir()
+  make_preprocessing(dataset, LENGTH).save(tmp_path / "saved")
+  preprocessing = Preprocessing.load(tmp_path / "saved")
+  for index in range(len(dataset)):
+    wanted = dataset.history(dataset[index])
+    events = [dict(zip(("moment", "article", "spent"), row[1:], strict=True)) for row in rows if row[0] == wanted.user]
+    found, _ = preprocessing.history({"events": {"log": events}}, LATE)
+    np.testing.assert_array_equal(found.time, wanted.time)
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+    np.testing.assert_allclose(found.numeric, wanted.numeric, rtol=1e-6)

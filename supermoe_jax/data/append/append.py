@@ -43,6 +43,7 @@ from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation import outlying_numbers, prepare, stray_times
 from supermoe_jax.data.preparation.event_log import EventLog
 from supermoe_jax.data.preparation.log_statistics import sum_days
+from supermoe_jax.data.preparation.null_word_counts import count_null_words, null_word_warnings
 from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 from supermoe_jax.data.preparation.write_shards import RecordMaker
@@ -319,8 +320,11 @@ class _Append:
     self._write_users(written)
     first, last = self._times()
     until = log_end(cfg.data.split, self._usual_times()[1])
+    reading = {**log.counts, "null_words": count_null_words(log, encoders)}
+    for warning in null_word_warnings(cfg, reading["null_words"], {}):
+      logger.warning(warning)
     counts = combined_counts.combined_reading(
-      before["reading"], log.counts, tally, self._repeats, cfg.data.duplicates == "drop"
+      before["reading"], reading, tally, self._repeats, cfg.data.duplicates == "drop"
     )
     for name, files in self._new_files.empty.items():
       counts["sources"][name]["empty_files"] += files

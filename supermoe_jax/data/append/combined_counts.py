@@ -68,6 +68,8 @@ def combined_reading(
   out["users"], out["training_events"] = tally.users, tally.state["periods"]["training"]
   out["tie_rate"] = tally.state["tied"] / tally.events
   out["user_rows_dropped"] = new["user_rows_dropped"]
+  words, more_words = before.get("null_words", {}), new["null_words"]
+  out["null_words"] = {w: _summed(words.get(w, {}), more_words.get(w, {})) for w in {**words, **more_words}}
   out["sources"] = {}
   for name, source in before["sources"].items():
     more = new["sources"].get(name, {})

@@ -68,7 +68,7 @@ def find_new_files(dataset: Dataset, files: Mapping[str, Sequence[str]] | None, 
   if files is None:
     for name, source in cfg.data.sources.items():
       found = [f for f in _found(name, source.files) if paths.file_identity(str(f.path)) not in read]
-      new[name], empty[name] = _with_rows(source, found)
+      new[name], empty[name] = _with_rows(source, f"config.data.sources.{name}", found)
     if not any(new.values()) and not any(empty.values()):
       labels = [f for task in cfg.tasks.values() for f in paths.file_stamps(task.own_files)]
       if late := [file for file in labels if paths.file_identity(file) not in read]:
@@ -89,7 +89,7 @@ def find_new_files(dataset: Dataset, files: Mapping[str, Sequence[str]] | None, 
         )
       if name not in known:
         raise ConfigError(f"{dataset.path} has no source {name!r}{nearest(name, known)}")
-      new[name], empty[name] = _with_rows(cfg.data.sources[name], _found(name, patterns))
+      new[name], empty[name] = _with_rows(cfg.data.sources[name], f"config.data.sources.{name}", _found(name, patterns))
       for file in new[name]:
         if paths.file_identity(file) in read:
           raise DataError(f"{file} is part of {dataset.path} already; its rows would count twice.")
@@ -128,8 +128,10 @@ def _found(source: str, patterns: Sequence[str]) -> list[FoundFile]:
     con.close()
 
 
-def _with_rows(source: config.Source, files: Sequence[FoundFile]) -> tuple[tuple[str, ...], list[str]]:
+def _with_rows(source: config.Source, key: str, files: Sequence[FoundFile]) -> tuple[tuple[str, ...], list[str]]:
   """Returns the paths of files with rows, and those of files without a row that globs found.
+
+  `key` is the source's place in the config.
 
   Raises:
     DataError: a file cannot be opened, or a file that was named is empty.
@@ -140,7 +142,7 @@ def _with_rows(source: config.Source, files: Sequence[FoundFile]) -> tuple[tuple
     for file in files:
       paths.make_readable(con, file.path, str(file.path))
       try:
-        readers.open_table(con, file.path, source.format, {source.user})
+        readers.open_table(con, file.path, source.format, {source.user}, source, key)
       except readers.EmptyFileError as error:
         if not file.may_be_empty:
           raise DataError(f"{error} Leave it out.") from None

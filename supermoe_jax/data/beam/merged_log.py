@@ -14,6 +14,7 @@ from supermoe_jax.data.format.shard_files import MOST_SHARDS
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.log_statistics import LogStatistics
 from supermoe_jax.data.reading import paths
+from supermoe_jax.data.reading.readers import literal
 from supermoe_jax.data.reading.sources import Reading, SourceFile, SourceReader
 
 PART_BYTES = 32 * 2**20  # of input files a part
@@ -90,6 +91,12 @@ class MergedLog(LogDatabase):
     index = list(self.data.fields).index(name)
     value = "number" if self.data.fields[name].kind == "numeric" else "value"
     return f"SELECT {value} AS value, training, n FROM counted WHERE field = {index}"
+
+  def count_events(self, user: str) -> int:
+    """See `LogDatabase.count_events`."""
+    events = parquet_sql(self.parts[part] / "events.parquet" for part in self.settled)
+    ((count,),) = self.query(f'SELECT count(*) FROM {events} WHERE "user" = {literal(user)}')
+    return int(count)
 
 
 def count_parts(data: config.Data) -> int:

@@ -11,6 +11,7 @@ import duckdb
 
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.encoding.numeric import Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, LabelEncoder
@@ -78,7 +79,7 @@ def _raw_rows(con: duckdb.DuckDBPyConnection, name: str, task: config.DatedLabel
   """Returns user, time and label of the rows of the chosen users that have a time, in the order of the files."""
   rows = []
   for file in raw_events.raw_files(
-    con, task.files, task.format, {task.user, task.time, task.column}, f"config.tasks.{name}"
+    con, task.files, task.format, {task.user, task.time, task.column}, f"config.tasks.{name}", PLAIN_TEXT
   ):
     key = f"config.tasks.{name}"
     time = value_sql.time_reading(con, file, task.time, "e.time", key, unit=task.time_unit, format=task.time_format)

@@ -16,6 +16,7 @@ from supermoe_jax import config
 from supermoe_jax.data.encoding.numeric import LARGEST
 from supermoe_jax.data.reading import paths, readers, value_sql
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 
 
 def field_column(data: config.Data, field: str) -> str:
@@ -45,7 +46,8 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
     wanted = {source.user, source.time, *_columns(data, name).values()}
     if items is not None and source.items is not None:
       wanted = wanted - set(items.columns) | {source.items.key}
-    for number, file in enumerate(raw_files(con, source.files, source.format, wanted, f"config.data.sources.{name}")):
+    key = f"config.data.sources.{name}"
+    for number, file in enumerate(raw_files(con, source.files, source.format, wanted, key, source)):
       query = _usable(con, data, name, file, items.columns if items else None)
       with readers.naming(file.path, file.format):
         ((latest,),) = con.execute(f"SELECT max(time) FROM ({query})").fetchall()
@@ -70,7 +72,7 @@ def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, colu
   """Creates the table `users` of all rows: `user`, and the text of each of the columns as `column_0`, …"""
   names = [f"column_{i}" for i in range(len(columns))]
   con.execute(f'CREATE TABLE users ("user" VARCHAR, {", ".join(n + " VARCHAR" for n in names)})')
-  for file in raw_files(con, users.files, users.format, [users.user, *columns], "config.data.users"):
+  for file in raw_files(con, users.files, users.format, [users.user, *columns], "config.data.users", users):
     wanted = {"user": users.user, **dict(zip(names, columns, strict=True))}
     values = [value_sql.text_sql(f"e.{readers.identifier(a)}", file.columns[c]) for a, c in wanted.items()]
     with readers.naming(file.path, file.format):
@@ -78,12 +80,20 @@ def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, colu
 
 
 def raw_files(
-  con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
+  con: duckdb.DuckDBPyConnection,
+  patterns: Sequence[str],
+  format: str,
+  wanted: Collection[str],
+  key: str,
+  text: config.TextFormat,
 ) -> Iterator[TableFile]:
   """Yields the opened files with rows that the patterns of the config section `key` match."""
   for file in paths.find_files(con, patterns, f"{key}.files"):
     with contextlib.suppress(EmptyFileError):  # preparation has counted the empty file, or refused it
-      yield readers.open_table(con, file.path, format, wanted)
+      table = readers.open_table(con, file.path, format, wanted, text, key)
+      # Preparation has refused bad lines unless they may be dropped.
+      with clean_copies.readable(con, table, drop=True) as (good, _):
+        yield good
 
 
 def _columns(data: config.Data, source: str) -> dict[str, str]:
@@ -105,7 +115,7 @@ def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple
     if field.kind != "numeric":
       values[field_column(data, name)] = text
       continue
-    number = value_sql.number_sql(alias, kind)
+    number = value_sql.number_sql(alias, kind, file.text)
     values[field_column(data, name)] = f"CASE WHEN isfinite({number}) THEN {number} END"
     largest = f"abs({number}) > {LARGEST!r}::DOUBLE" if field.encoding == "standardise" else f"isinf({number})"
     bad.append(f"({text}) IS NOT NULL AND (({number}) IS NULL OR ({largest} AND NOT isnan({number})))")
@@ -150,15 +160,16 @@ def _load_items(con: duckdb.DuckDBPyConnection, data: config.Data, name: str) ->
   items = data.sources[name].items
   assert items is not None
   (found,) = paths.find_files(con, [items.file], f"config.data.sources.{name}.items.file")
-  file = readers.open_table(con, found.path, items.format, {items.key, *_columns(data, name).values()})
+  needed = {items.key, *_columns(data, name).values()}
+  file = readers.open_table(con, found.path, items.format, needed, items, f"config.data.sources.{name}.items")
   fields = {n: c for n, c in _columns(data, name).items() if c in file.columns and c != items.key}
   values, bad = _values(data, file, fields)
   key = value_sql.text_sql("e.key", file.columns[items.key])
   columns = ", ".join([f"{key} AS key", *(f"{v} AS {n}" for n, v in values.items())])
   usable = " AND ".join([f"{key} IS NOT NULL", *(f"NOT coalesce({condition}, false)" for condition in bad)])
   wanted = {"key": items.key, **{field_column(data, n): c for n, c in fields.items()}}
-  with readers.naming(file.path, file.format):
+  with clean_copies.readable(con, file, drop=True) as (good, _), readers.naming(file.path, file.format):
     con.execute(
-      f"CREATE TABLE {_items_table(data, name)} AS SELECT {columns} FROM ({file.select(wanted)}) e WHERE {usable}"
+      f"CREATE TABLE {_items_table(data, name)} AS SELECT {columns} FROM ({good.select(wanted)}) e WHERE {usable}"
     )
   return file

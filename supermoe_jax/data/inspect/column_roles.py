@@ -6,12 +6,11 @@ A person reads these proposals. The rules are therefore plain enough to be state
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 
 from supermoe_jax.data.reading import value_sql
+from supermoe_jax.data.reading.time_formats import fitting_formats
 
 VOCABULARY_LIMIT = 100_000  # values beyond which a field is hashed
 FEW_VALUES = 20  # distinct numbers up to which a column is categorical, such as ratings
@@ -44,9 +43,6 @@ LABEL_WORDS = (
 TIME_WORDS = ("time", "timestamp", "ts", "date", "datetime", "created", "occurred", "epoch", "at")
 CALENDAR_WORDS = ("week", "month", "year", "day", "hour", "weekday", "quarter")
 
-_DATES = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%Y%m%d", "%d-%m-%Y", "%m-%d-%Y")
-_CLOCKS = ("", " %H:%M", " %H:%M:%S")
-TIME_FORMATS = (*(d + c for d, c in itertools.product(_DATES, _CLOCKS)), "%Y%m%d%H%M%S", "%a %b %d %H:%M:%S %z %Y")
 FORMAT_SAMPLE = 100  # values that a time format must fit
 
 
@@ -171,7 +167,7 @@ def _time_role(column: ColumnStatistics) -> tuple[float, ColumnRole] | None:
   if column.type == "VARCHAR" and column.iso_times >= MOSTLY * column.present:
     return 3 + named, ColumnRole("time", "ISO 8601")
   if (column.numeric and column.whole) or (column.type == "VARCHAR" and not column.numeric):
-    formats = _fitting_formats(column.sample[:FORMAT_SAMPLE])
+    formats = fitting_formats(column.sample[:FORMAT_SAMPLE])
     if formats and (named or not column.numeric):
       other = f"; or {formats[1]}?" if len(formats) > 1 else ""
       return 2 + named, ColumnRole("time", f"dates as {formats[0]}{other}", {"time_format": formats[0]})
@@ -184,16 +180,6 @@ def _time_role(column: ColumnStatistics) -> tuple[float, ColumnRole] | None:
   if named:
     return 0.5, ColumnRole("time", "epoch? its values lie before 1980 or after 2100", {"time_unit": "s"})
   return None
-
-
-def _fitting_formats(sample: Sequence[str]) -> list[str]:
-  def fits(format: str) -> bool:
-    try:
-      return all(1900 <= datetime.datetime.strptime(v, format).year < 2100 for v in sample)
-    except ValueError:
-      return False
-
-  return [f for f in TIME_FORMATS if fits(f)] if sample else []
 
 
 def user_candidates(columns: Sequence[ColumnStatistics], time: int | None) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
-from supermoe_jax.data.inspect import column_roles, label_tables
+from supermoe_jax.data.inspect import column_roles, label_tables, text_dialect
 from supermoe_jax.data.reading import json_files, paths, readers
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
@@ -58,14 +58,21 @@ def propose(tables: Sequence[InspectedTable]) -> str:
     "sources": {t.name: _source(t, items.get(t.name)) for t in sources},
     "fields": fields,
   }
-  if (users := user_table_of(tables)) is not None:
-    data["users"] = {"files": _patterns(users.files), "user": users.having("user")[0][0].name}
+  for table in sources:
+    comments["data", "sources", table.name, "null_values"] = "read as no value; leave out what is a value"
+  users = user_table_of(tables)
+  if users is not None:
+    data["users"] = {"files": _patterns(users.files), "user": users.having("user")[0][0].name, **_written(users)}
   data["split"] = _split(sources, comments)
   if any(t.format == "sequences" for t in sources):
     data["aggregates"] = {"enabled": False}  # aggregates need times, for their windows
-  if (bad := sum(_bad_rows(t) for t in [*sources, *items.values()])) > 0:
+  if (bad := sum(_bad_rows(t) for t in [*sources, *items.values()]) + (users.bad_lines if users else 0)) > 0:
     data["on_bad_rows"] = "drop"
-    comments["data", "on_bad_rows"] = f"up to {bad:,} rows have no user, no time or a number that cannot be read"
+    lines = sum(t.bad_lines for t in [*sources, *items.values(), *([users] if users else [])])
+    comments["data", "on_bad_rows"] = (
+      f"up to {bad:,} rows have no user, no time or a number that cannot be read"
+      + f", or are {lines:,} bad lines" * bool(lines)
+    )
   tasks: dict[str, Any] = {f"next_{target}": {"kind": "next_event", "field": target}}
   for table in others if data["split"].get("mode") != "leave_one_out" else []:
     if (label := label_tables.dated_label(table, tables)) is not None:
@@ -116,17 +123,23 @@ def _users(sources: Sequence[InspectedTable], others: Sequence[InspectedTable]) 
 def _bad_rows(table: InspectedTable) -> int:
   """Returns an upper bound of the number of rows that the reader would reject."""
   unreadable = table.events.unreadable if table.events else 0
-  return unreadable + sum(c.present - c.numbers for c, _ in table.having("numeric"))
+  return unreadable + table.bad_lines + sum(c.present - c.numbers for c, _ in table.having("numeric"))
 
 
 def _source(table: InspectedTable, items: InspectedTable | None) -> dict[str, Any]:
   ((user, _),), ((time, role),) = table.having("user"), table.having("time")
   source: dict[str, Any] = {"files": _patterns(table.files), "user": user.name, "time": time.name, **role.settings}
-  if any(_format_by_ending(file) != table.format for file in table.files):
-    source["format"] = table.format
+  source |= _written(table)
   if items is not None:
-    source["items"] = {"file": str(items.files[0]), "key": _key(table, items)}
+    source["items"] = {"file": str(items.files[0]), "key": _key(table, items), **_written(items)}
   return source
+
+
+def _written(table: InspectedTable) -> dict[str, Any]:
+  """Returns the settings of a table's format and text that do not follow from its files."""
+  known = {table.format, "jsonl"} if table.format == "json_object" else {table.format}
+  format = {} if {_format_by_ending(file) for file in table.files} <= known else {"format": table.format}
+  return {**format, **text_dialect.text_settings(table.text)}
 
 
 def _format_by_ending(file: FilePath) -> str:

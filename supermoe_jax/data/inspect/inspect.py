@@ -6,6 +6,7 @@ proposes the role of each column, and `config_file` writes the config.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -14,18 +15,19 @@ from collections.abc import Mapping, Sequence
 
 import duckdb
 
-from supermoe_jax.config import format_time
-from supermoe_jax.data.inspect import column_roles, config_file, leaks, list_columns
+from supermoe_jax.config import TextFormat
+from supermoe_jax.config.tables import PLAIN_TEXT
+from supermoe_jax.data.inspect import column_roles, config_file, leaks, list_columns, table_text, text_dialect
 from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
 from supermoe_jax.data.inspect.leaks import LeakSuspect
 from supermoe_jax.data.reading import derived_columns, paths, readers, sequence_files, value_sql
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
 from supermoe_jax.data.reading.remote import FilePath
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 
 MEMORY = "2GB"  # DuckDB's budget; distinct counts beyond it spill to disk
 SAMPLE_ROWS = 1000
-EXAMPLES, EXAMPLES_WIDTH = 3, 40
 CODE = r"[A-Za-z]{1,4}[-_]?\d{3,}|\d{3,}[A-Z]|0\d+"  # see `ColumnStatistics.codes`
 CANDIDATES = 3  # the most columns that are shown as a possible user
 
@@ -66,6 +68,8 @@ class InspectedTable:
   """A table of files with the same columns.
 
   Attributes:
+    text: how the text of the files is written.
+    bad_lines: the number of lines that cannot be read.
     columns: the statistics of each column.
     roles: the proposed role of each column.
     users: the columns that may be the user, likeliest first.
@@ -80,6 +84,8 @@ class InspectedTable:
   roles: tuple[ColumnRole, ...]
   users: tuple[UserRows, ...]
   events: EventTableStatistics | None
+  text: TextFormat = PLAIN_TEXT
+  bad_lines: int = 0
 
   def having(self, *kinds: str) -> list[tuple[ColumnStatistics, ColumnRole]]:
     """Returns the columns whose role is of these kinds."""
@@ -112,7 +118,7 @@ class Inspection:
 
   def render(self) -> str:
     """Returns the findings as aligned text for a terminal, followed by the proposed config file."""
-    parts = [_render_table(table) for table in self.tables]
+    parts = [table_text.table_text(table) for table in self.tables]
     if self.empty_files:
       parts.append("Files without a row: " + ", ".join(str(f) for f in self.empty_files))
     if self.suspects:
@@ -125,26 +131,39 @@ class Inspection:
     return "\n\n".join(parts) + "\n"
 
 
-def inspect(files: Sequence[str], format: str = "auto") -> Inspection:
+def inspect(files: Sequence[str], format: str = "auto", text: TextFormat = PLAIN_TEXT) -> Inspection:
   """Measures files (paths or globs), and proposes the roles of their columns and a config.
+
+  `text` holds what is known of how text files are written; the rest is guessed. Lines that cannot be read are left out
+  and counted.
 
   Raises:
     DataError: a file is missing or cannot be read, or none of them holds a row.
   """
   with tempfile.TemporaryDirectory() as spill:
     con = readers.connect(memory=MEMORY, spill=pathlib.Path(spill))
+    copies = contextlib.ExitStack()
     try:
-      groups, empty = _group(con, files, format)
-      names = _names([[file.path for file in group] for group in groups])
-      tables = tuple(_inspect_table(con, name, group) for name, group in zip(names, groups, strict=True))
+      opened, empty = _group(con, files, format, text)
+      names = _names([[file.path for file in group] for group in opened])
+      groups: list[list[TableFile]] = []
+      bad_lines = []
+      for group in opened:
+        good = [copies.enter_context(clean_copies.readable(con, file, drop=True)) for file in group]
+        groups.append(text_dialect.with_guessed_dialect(con, [file for file, _ in good]))
+        bad_lines.append(sum(bad for _, bad in good))
+      tables = tuple(
+        _inspect_table(con, name, group, bad) for name, group, bad in zip(names, groups, bad_lines, strict=True)
+      )
       suspects = _suspects(con, tables, {name: _rows(group) for name, group in zip(names, groups, strict=True)})
     finally:
+      copies.close()
       con.close()
   return Inspection(tables, tuple(empty), tuple(suspects), config_file.propose(tables))
 
 
 def _group(
-  con: duckdb.DuckDBPyConnection, files: Sequence[str], format: str
+  con: duckdb.DuckDBPyConnection, files: Sequence[str], format: str, text: TextFormat
 ) -> tuple[list[list[TableFile]], list[FilePath]]:
   """Opens the files; returns them grouped by their columns, and the empty files."""
   groups: dict[tuple[str, ...], list[TableFile]] = {}
@@ -152,7 +171,7 @@ def _group(
   found = paths.find_files(con, files, "supermoe inspect")
   for file in found:
     try:
-      table = derived_columns.with_members(con, readers.open_table(con, file.path, format))
+      table = derived_columns.with_members(con, text_dialect.open_guessed(con, file.path, format, text))
     except EmptyFileError:
       empty.append(file.path)
       continue
@@ -184,11 +203,13 @@ def _names(groups: Sequence[Sequence[FilePath]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[TableFile]) -> InspectedTable:
+def _inspect_table(
+  con: duckdb.DuckDBPyConnection, name: str, files: Sequence[TableFile], bad_lines: int
+) -> InspectedTable:
   aliases = {f"c{i}": column for i, column in enumerate(files[0].columns)}
   with readers.naming(files[0].path if len(files) == 1 else files[0].path.parent, files[0].format):
     con.execute(f"CREATE OR REPLACE TEMP VIEW found AS {_rows(files)}")
-    columns = _measure(con, aliases)
+    columns = _measure(con, aliases, files[0].text)
     time = column_roles.sequence_time(columns) if files[0].format == "sequences" else column_roles.choose_time(columns)
     candidates = column_roles.user_candidates(columns, time[0] if time else None)
     users = [_rows_per_user(con, columns, place) for place in candidates[:CANDIDATES]]
@@ -208,7 +229,16 @@ def _inspect_table(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[Ta
     events = _event_facts(con, columns, time, user) if time and user is not None else None
   rows = columns[0].rows
   return InspectedTable(
-    name, tuple(f.path for f in files), files[0].format, rows, tuple(columns), tuple(found), tuple(users), events
+    name,
+    tuple(f.path for f in files),
+    files[0].format,
+    rows,
+    tuple(columns),
+    tuple(found),
+    tuple(users),
+    events,
+    files[0].text,
+    bad_lines,
   )
 
 
@@ -228,12 +258,12 @@ def _suspects(
   return found
 
 
-def _measure(con: duckdb.DuckDBPyConnection, aliases: dict[str, str]) -> list[ColumnStatistics]:
+def _measure(con: duckdb.DuckDBPyConnection, aliases: dict[str, str], text: TextFormat) -> list[ColumnStatistics]:
   """Measures each column by itself, in one pass over the rows, and takes a sample of its values."""
   types = {alias: kind for alias, kind, *_ in con.execute("DESCRIBE found").fetchall()}
   texts = {alias: value_sql.text_sql(alias, types[alias]) for alias in aliases}
   ((rows, *facts),) = con.execute(
-    "SELECT count(*), " + ", ".join(f"{{{_facts_sql(a, types[a], texts[a])}}}" for a in aliases) + " FROM found"
+    "SELECT count(*), " + ", ".join(f"{{{_facts_sql(a, types[a], texts[a], text)}}}" for a in aliases) + " FROM found"
   ).fetchall()
   sample = con.execute(f"SELECT {', '.join(texts.values())} FROM found LIMIT {SAMPLE_ROWS}").fetchall()
   values = [tuple(dict.fromkeys(v for v in column if v is not None)) for column in zip(*sample, strict=True)]
@@ -243,14 +273,14 @@ def _measure(con: duckdb.DuckDBPyConnection, aliases: dict[str, str]) -> list[Co
   ]
 
 
-def _facts_sql(column: str, type: str, text: str) -> str:
+def _facts_sql(column: str, type: str, text: str, format: TextFormat) -> str:
   """Returns the SQL of the members of a struct of attributes of `ColumnStatistics`."""
   facts = {"present": f"count({text})", "distinct": f"count(DISTINCT {text})", "length": f"avg(length({text}))"}
   if type == "VARCHAR":
     facts["iso_times"] = f"count({value_sql.iso_sql(column)})"
     facts["codes"] = f"count_if(regexp_full_match(trim({column}), {literal(CODE)}))"
   if type == "VARCHAR" or value_sql.is_number(type):
-    number = value_sql.number_sql(column, type)
+    number = value_sql.number_sql(column, type, format)
     number = f"CASE WHEN isfinite({number}) THEN {number} END"
     facts |= {"numbers": f"count({number})", "low": f"min({number})", "high": f"max({number})"}
     facts |= {"size": f"avg(abs({number}))", "whole": f"bool_and({number} = trunc({number}))"}
@@ -316,56 +346,3 @@ def _event_facts(
   ((different,),) = con.execute(f"SELECT count(DISTINCT hash({everything})) FROM found").fetchall()
   rows = columns[0].rows
   return EventTableStatistics(first, last, tuple(quantiles), rows - n, int(tied) / n, 1 - different / rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ rendering
-
-
-def _render_table(table: InspectedTable) -> str:
-  files = f"{len(table.files)} files, {table.files[0]} …" if len(table.files) > 1 else str(table.files[0])
-  lines = [f"{table.name}: {table.rows:,} rows ({files})", ""]
-  rows = [("column", "type", "null", "distinct", "examples", "role")]
-  for column, role in zip(table.columns, table.roles, strict=True):
-    settings = "".join(f" {value}" for key, value in role.settings.items() if key == "encoding")
-    null = f"{1 - column.present / column.rows:.1%}"
-    kind = column.type if table.format == "parquet" else "text"
-    rows.append(
-      (column.name, kind, null, f"{column.distinct:,}", _examples(column), f"{role.kind}{settings}: {role.reason}")
-    )
-  lines += _aligned(rows, right={2, 3})
-  if table.format == "sequences" and table.events:
-    lines += ["", f"  time      none, only an order: positions up to {table.events.last // 1_000_000 + 1:,}"]
-  elif table.events:
-    days = (table.events.last - table.events.first) / 86_400e6
-    lines += [
-      "",
-      f"  time      {format_time(table.events.first)} to {format_time(table.events.last)} UTC, {days:,.1f} days",
-    ]
-  else:
-    keys = f"; {table.keys[0]} is different in every row" if table.keys else ""
-    lines += ["", f"  no events: no column is the {'time' if table.users else 'user'}{keys}"]
-  for place, user in enumerate(table.users):
-    rows_each = f"{user.users:,} users, rows of each: median {user.median:,.0f}, most {user.most:,}"
-    lines.append(f"  {'or user' if place else 'user':8}  {user.column}: {rows_each}")
-  if table.events:
-    lines.append(f"  ties      {table.events.tie_rate:.1%} of the rows share user and time with another row")
-    lines.append(f"  repeats   {table.events.duplicate_rate:.1%} of the rows repeat another row in every column")
-    if table.events.unreadable:
-      lines.append(f"  bad rows  {table.events.unreadable:,} rows lack a user or a time that can be read")
-  return "\n".join(lines)
-
-
-def _examples(column: ColumnStatistics) -> str:
-  text = ", ".join(" ".join(value.split()) for value in column.sample[:EXAMPLES])
-  return text if len(text) <= EXAMPLES_WIDTH else text[: EXAMPLES_WIDTH - 1] + "…"
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return [
-    "  "
-    + "  ".join(
-      c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]

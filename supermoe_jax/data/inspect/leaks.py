@@ -130,7 +130,7 @@ def _value(table: InspectedTable, place: int) -> str:
   """Returns the SQL of a value that can be counted; for a quantity its bin."""
   if table.roles[place].kind != "numeric":
     return _text(table, place)
-  number = value_sql.number_sql(f"c{place}", table.columns[place].type)
+  number = value_sql.number_sql(f"c{place}", table.columns[place].type, table.text)
   number = f"CASE WHEN isfinite({number}) THEN {number} END"
   bin = f"floor({BINS} * percent_rank() OVER (ORDER BY {number}))"  # equal numbers share a bin
   return f"CASE WHEN {number} IS NOT NULL THEN {bin} END"

@@ -20,6 +20,7 @@ from supermoe_jax.data.encoding.splits import training_user_sql, user_hash_sql
 from supermoe_jax.data.preparation.log_database import BATCH_ROWS, LogDatabase
 from supermoe_jax.data.preparation.log_statistics import FieldStatistics, LogStatistics
 from supermoe_jax.data.reading.field_sql import field_columns
+from supermoe_jax.data.reading.readers import literal
 from supermoe_jax.data.reading.sources import Reading, SourceReader
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class EventLog(LogDatabase):
   def values_sql(self, name: str) -> str:
     """See `LogDatabase.values_sql`."""
     return self._tables.values_sql(name)
+
+  def count_events(self, user: str) -> int:
+    """See `LogDatabase.count_events`."""
+    ((count,),) = self.query(f'SELECT count(*) FROM events WHERE "user" = {literal(user)}')
+    return int(count)
 
   def shards(
     self, encoders: Encoders, n_shards: int, done: Collection[int] = ()

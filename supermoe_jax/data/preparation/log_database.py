@@ -133,6 +133,10 @@ class LogDatabase(abc.ABC):
     Numbers are counted where the field's encoding needs it.
     """
 
+  @abc.abstractmethod
+  def count_events(self, user: str) -> int:
+    """Returns the number of events of a user."""
+
   @contextlib.contextmanager
   def row_batches(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
     """Yields a reader of the rows of a query, a batch at a time; arguments as in `query`."""

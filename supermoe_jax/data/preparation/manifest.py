@@ -19,6 +19,7 @@ from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format.shard_files import Shard
 from supermoe_jax.data.format.stray_rows import StrayTimes
 from supermoe_jax.data.preparation import losses
+from supermoe_jax.data.preparation.null_word_counts import null_word_warnings
 from supermoe_jax.data.preparation.outlying_numbers import OutlyingNumbers
 from supermoe_jax.data.preparation.record_counts import RecordCounts
 
@@ -144,7 +145,8 @@ def make_manifest(
   }
   splits = [split for split in SPLITS if cfg.data.split.has_snapshots(split)]
   alarming = [finding.text for finding in losses.find_losses(manifest) if finding.alarming]
-  return {**manifest, "warnings": [*alarming, *tally.warnings(encoders, splits)]}
+  words = null_word_warnings(cfg, log.counts.get("null_words", {}), user_table)
+  return {**manifest, "warnings": [*alarming, *tally.warnings(encoders, splits), *words]}
 
 
 def encoding_hash(encoders: pathlib.Path, aggregates: Mapping[str, Any]) -> str:

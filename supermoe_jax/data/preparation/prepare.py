@@ -29,7 +29,14 @@ from supermoe_jax.data.encoding import vocabulary
 from supermoe_jax.data.format import integrity, shard_files
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.format.shard_files import Shard
-from supermoe_jax.data.preparation import dated_labels, fitting, outlying_numbers, stray_times, write_shards
+from supermoe_jax.data.preparation import (
+  dated_labels,
+  fitting,
+  null_word_counts,
+  outlying_numbers,
+  stray_times,
+  write_shards,
+)
 from supermoe_jax.data.preparation import manifest as manifest_lib
 from supermoe_jax.data.preparation.dated_labels import DatedLabels
 from supermoe_jax.data.preparation.event_log import EventLog
@@ -179,8 +186,9 @@ def _prepare_into(cfg: config.Config, work: pathlib.Path, engine: Engine) -> dic
       write_users(users, work / USERS)
     unseen = fitting.coverage_of(log, encoders)
     numbers = OutlyingNumbers(outlying_numbers.clipped_numbers(log, encoders), outlying_numbers.hiding_numbers(log))
+    counts = {**log.counts, "null_words": null_word_counts.count_null_words(log, encoders)}
     summary = manifest_lib.LogSummary(
-      log.counts, log.start, log.end, log_end, log.user_type, days=log.facts.days, strays=strays
+      counts, log.start, log.end, log_end, log.user_type, days=log.facts.days, strays=strays
     )
     if dated is not None:
       dated.close()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import duckdb
 
 from supermoe_jax import config
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import Fault
 from supermoe_jax.data.reading.readers import TableFile
@@ -54,7 +55,7 @@ def load_dated_rows(
       time or an unusable label (unless `on_bad_rows` is "drop").
   """
   key = f"config.tasks.{name}"
-  opened = paths.open_files(con, task.files, task.format, {task.user, task.time, task.column}, key)
+  opened = paths.open_files(con, task.files, task.format, {task.user, task.time, task.column}, key, PLAIN_TEXT)
   out = DatedTable({}, [str(file) for file in opened.empty], {})
   for number, file in enumerate(opened.tables):
     _load_file(con, index, number, file, key, task, on_bad_rows, out)

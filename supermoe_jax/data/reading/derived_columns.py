@@ -26,6 +26,7 @@ WITH_FOLDERS = ("parquet", "csv", "jsonl", "atomic")  # formats whose files take
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the name that Hive and Spark write for an absent value
 
 JSON_LIST, JSON_OBJECT = "JSON ARRAY", "JSON OBJECT"  # types of text columns whose sample holds such values
+TEXTS = ("VARCHAR", JSON_LIST, JSON_OBJECT)  # types whose values DuckDB reads as text
 OBJECTS = ("STRUCT", "MAP", "UNION", JSON_OBJECT)  # the beginnings of the types of objects
 MOST_MEMBERS = 50  # members of an object that become columns of their own in an inspection
 UUID_BYTES = 16
@@ -129,7 +130,7 @@ def _check_folder(con: duckdb.DuckDBPyConnection, file: TableFile, name: str, va
   if value is not None:
     within = f"TRY_CAST(v::VARCHAR AS TIMESTAMP) IS NOT NULL AND starts_with(v::VARCHAR, {literal(value)})"
     same = f"coalesce(v = TRY_CAST({literal(value)} AS {file.columns[name]}), false) OR ({within})"
-  rows = f"SELECT row, v::VARCHAR FROM ({file.select({'v': name})}) WHERE v IS NOT NULL AND NOT ({same})"
+  rows = f"SELECT row, v::VARCHAR FROM ({file.select({'v': name}, lenient=True)}) WHERE v IS NOT NULL AND NOT ({same})"
   found = con.execute(f"{rows} ORDER BY row LIMIT 1").fetchall()
   for row, own in found:
     raise DataError(
@@ -201,7 +202,7 @@ def _if_json(sql: str) -> str:
 def _holds(con: duckdb.DuckDBPyConnection, file: TableFile, base: str, condition: str) -> bool:
   """Returns whether a condition is true for a value of a column; for a text column, of a value that is JSON."""
   condition = _if_json(condition) if file.columns[base] == "VARCHAR" else condition
-  query = f"SELECT 1 FROM ({file.select({'v': base})}) WHERE {condition.replace('{column}', 'v')} LIMIT 1"
+  query = f"SELECT 1 FROM ({file.select({'v': base}, lenient=True)}) WHERE {condition.replace('{column}', 'v')} LIMIT 1"
   return bool(con.execute(query).fetchall())
 
 

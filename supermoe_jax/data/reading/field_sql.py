@@ -11,13 +11,16 @@ from typing import Literal
 import duckdb
 
 from supermoe_jax import config
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.encoding.numeric import LARGEST
 from supermoe_jax.data.reading import derived_columns, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files.null_words import NULL_WORDS
 from supermoe_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+A_NUMBER = "a number"  # the kind of value that a numeric field expects
 DROP_REMEDY = "set config.data.on_bad_rows='drop' to leave such rows out and count them"
 
 
@@ -32,6 +35,7 @@ class Fault:
     value: SQL of the bad value as text; empty if the fault is an absent value.
     kind: the kind of value that was expected, such as "a number".
     larger: the setting that takes larger numbers, if the fault includes a number that is too large.
+    text: how the number is written.
   """
 
   reason: str
@@ -40,12 +44,13 @@ class Fault:
   value: str = ""
   kind: str = ""
   larger: str = ""
+  text: config.TextFormat = PLAIN_TEXT
 
   def describe(self, value: str | None) -> str:
     """Returns a description of the fault of a row with this bad value."""
     if not self.kind:
       return f"column {self.column!r} is empty"
-    if self.larger and value is not None and value_sql.is_finite(value):
+    if self.larger and value is not None and value_sql.is_finite(value, self.text):
       return (
         f"column {self.column!r} holds {value}, beyond the numbers that can be standardised, up to {LARGEST:.2g} "
         f"({self.larger} takes it)"
@@ -60,15 +65,34 @@ def fault_sql(faults: Sequence[Fault]) -> str:
   return f"CASE {which} ELSE 0 END AS fault, " + (f"CASE fault {value} END" if value else "NULL") + " AS bad_value"
 
 
-def bad_row(file: TableFile, faults: Sequence[Fault], bad: Sequence[tuple[int, int, int, str | None]]) -> DataError:
-  """Returns an error that names the first of the `bad` rows: (fault, count, number of the first row from 0, value)."""
+def bad_row(
+  file: TableFile, faults: Sequence[Fault], bad: Sequence[tuple[int, int, int, str | None]], remedy: str = ""
+) -> DataError:
+  """Returns an error that names the first of the `bad` rows: (fault, count, number of the first row from 0, value).
+
+  `remedy` is a sentence on how to read the values; empty if nothing but the file can be corrected.
+  """
   fault, n, row, value = bad[0]
   others = sum(count for _, count, *_ in bad) - n
   more = f", and {others} with other faults" if others else ""
   return DataError(
     f"{file.path}: row {row + 1}: {faults[fault - 1].describe(value)} ({n} such row{'s' if n > 1 else ''}{more}). "
-    f"Correct the file, or {DROP_REMEDY}."
+    + (remedy or f"Correct the file, {_text_remedy(faults[fault - 1], value, file.text)}or {DROP_REMEDY}.")
   )
+
+
+def _text_remedy(fault: Fault, value: str | None, text: config.TextFormat) -> str:
+  """Returns the settings that read a bad value, as part of a sentence; empty if there are none."""
+  if value in NULL_WORDS:
+    return f"set null_values={(*text.null_values, value)!r} of its table where this means no value, "
+  if fault.kind != A_NUMBER or value is None or text.decimal == "," or text.thousands:
+    return ""
+  if found := re.fullmatch(r"[+-]?\d{1,3}(?:([ .'\u00a0\u202f])\d{3})*,\d+", value.strip()):
+    grouped = f" and thousands={found[1]!r}" if found[1] else ""
+    return f"set decimal=','{grouped} of its table where the comma is the decimal point, "
+  if found := re.fullmatch(r"[+-]?\d{1,3}(?:([ ,'\u00a0\u202f])\d{3})+(?:\.\d*)?", value.strip()):
+    return f"set thousands={found[1]!r} of its table where this groups digits, "
+  return ""
 
 
 def aliased(values: Mapping[str, str]) -> str:
@@ -198,7 +222,7 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
       values[alias] = value_sql.text_sql(f"e.{alias}", kind)
       continue
     try:
-      number = value_sql.number_sql(f"e.{alias}", kind)
+      number = value_sql.number_sql(f"e.{alias}", kind, file.text)
     except TypeError:
       check_plain(file, column, key)
       raise DataError(
@@ -212,7 +236,7 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
       bad += f" OR (abs({number}) > {LARGEST!r}::DOUBLE AND NOT isnan({number}))"
       larger = f"config.data.fields.{name}.encoding='log1p' or 'quantile'"
     values[f"bad_{alias}"] = f"CASE WHEN {bad} THEN {value_sql.text_sql(f'e.{alias}', kind)} END"
-    faults.append(
-      Fault(f"unparsable_field_{name}", column, f"bad_{alias} IS NOT NULL", f"bad_{alias}", "a number", larger)
-    )
+    written = file.text if kind == "VARCHAR" else PLAIN_TEXT
+    reason, condition = f"unparsable_field_{name}", f"bad_{alias} IS NOT NULL"
+    faults.append(Fault(reason, column, condition, f"bad_{alias}", A_NUMBER, larger, written))
   return values, faults

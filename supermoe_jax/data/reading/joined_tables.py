@@ -11,6 +11,7 @@ from supermoe_jax import config
 from supermoe_jax.data.reading import field_sql, json_files, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import Fault
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 
 
@@ -43,7 +44,8 @@ def load_items(con: duckdb.DuckDBPyConnection, data: config.Data, source: str) -
   found = paths.find_files(con, [items.file], f"{key}.file")
   if len(found) > 1:
     raise DataError(f"{key}.file: {items.file} matches {len(found)} files; a table of items is one file.")
-  file = readers.open_table(con, found[0].path, items.format, {items.table_key or items.key, *carried.values()})
+  wanted = {items.table_key or items.key, *carried.values()}
+  file = readers.open_table(con, found[0].path, items.format, wanted, items, key)
   there = items.table_key or (json_files.KEY if file.format == "json_object" else items.key)
   place = f"{key}.{'table_key' if items.table_key else 'key'}"
   file.require(there, place)
@@ -60,7 +62,7 @@ def load_user_fields(con: duckdb.DuckDBPyConnection, data: config.Data) -> Joine
   users, key = data.users, "config.data.users"
   assert users is not None  # config.resolve checked
   fields = {n: f.column or n for n, f in data.fields.items() if f.table == "users"}
-  files = paths.open_files(con, users.files, users.format, {users.user, *fields.values()}, key).tables
+  files = paths.open_files(con, users.files, users.format, {users.user, *fields.values()}, key, users).tables
   for file in files:
     file.require(users.user, f"{key}.user")
     for name, column in fields.items():
@@ -89,6 +91,7 @@ def _load(
     f"CREATE TEMP TABLE {table} (file INTEGER, row BIGINT, fault UTINYINT, bad_value VARCHAR, key VARCHAR{declared})"
   )
   dropped = 0
+  drop = data.on_bad_rows == "drop"
   for index, file in enumerate(files):
     own = {field: column for field, column in fields.items() if column in file.columns}
     field_sql.check_ids(con, file, there, key)
@@ -98,16 +101,20 @@ def _load(
     values["key"] = value_sql.text_sql("e.key", file.columns[there])
     wanted = {"key": there, **{columns[f]: c for f, c in own.items()}}
     kept = "".join(f", {columns[f] if f in own else 'NULL'}" for f in fields)
-    with readers.naming(file.path, file.format):
-      con.execute(
-        f"INSERT INTO {table} SELECT {index}, row, {field_sql.fault_sql(faults)}, key{kept} "
-        f"FROM (SELECT e.row, {field_sql.aliased(values)} FROM ({file.select(wanted)}) e)"
-      )
+    begun = f"INSERT INTO {table} SELECT {index}, row, {field_sql.fault_sql(faults)}, key{kept} "
+    selected = f"SELECT e.row, {field_sql.aliased(values)}"
+
+    def insert(read: TableFile, begun: str = begun, selected: str = selected, wanted: dict[str, str] = wanted) -> None:
+      with readers.naming(read.path, read.format):
+        con.execute(f"{begun} FROM ({selected} FROM ({read.select(wanted)}) e)")
+
+    _, bad_lines = clean_copies.read_clean(con, file, field_sql.DROP_REMEDY, insert, drop=drop)
+    dropped += bad_lines
     bad = con.execute(
       f"SELECT fault, count(*), min(row), arg_min(bad_value, row) FROM {table} WHERE file = {index} AND fault > 0 "
       "GROUP BY fault ORDER BY min(row)"
     ).fetchall()
-    if bad and data.on_bad_rows == "error":
+    if bad and not drop:
       raise field_sql.bad_row(file, faults, bad)
     dropped += sum(n for _, n, *_ in bad)
   con.execute(f"DELETE FROM {table} WHERE fault > 0")

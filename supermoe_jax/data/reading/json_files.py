@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
-import os
 import pathlib
 import re
 from collections.abc import Collection, Sequence
@@ -14,6 +12,7 @@ import duckdb
 from supermoe_jax.data.reading import remote
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
 from supermoe_jax.data.reading.sql_text import literal
+from supermoe_jax.data.reading.text_files import text_lines
 from supermoe_jax.errors import DataError
 
 # The beginning of a JSON object keyed by id: its first value is an object or a list.
@@ -29,7 +28,7 @@ def line_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection
   # Only the keys are needed: depth 1 keeps nested values as JSON, and threshold -1 never turns a record into a map.
   options = "maximum_depth = 1, map_inference_threshold = -1, hive_partitioning = false"
   for sample in (SAMPLE_ROWS, -1):
-    query = f"DESCRIBE SELECT * FROM read_json({literal(remote.pattern(path))}, {options}, sample_size = {sample})"
+    query = f"DESCRIBE SELECT * FROM read_json({remote.pattern_sql(path)}, {options}, sample_size = {sample})"
     keys = _exact(con, path, [name for name, *_ in con.execute(query).fetchall()])
     if all(w in keys or any(w.startswith(f"{k}.") for k in keys) for w in wanted):
       break
@@ -61,7 +60,7 @@ def records_sql(path: FilePath, format: str) -> str:
   if format == "json_object":
     return f"SELECT e.value AS json FROM ({entries_sql(path)})"
   options = "records = false, columns = {'json': 'JSON'}, hive_partitioning = false"
-  return f"SELECT json FROM read_json({literal(remote.pattern(path))}, {options})"
+  return f"SELECT json FROM read_json({remote.pattern_sql(path)}, {options})"
 
 
 def member_sql(column: str, name: str) -> str:
@@ -72,11 +71,10 @@ def member_sql(column: str, name: str) -> str:
 
 def is_json_object(con: duckdb.DuckDBPyConnection, path: FilePath) -> bool:
   """Returns whether a local JSON file is one object whose values are all objects or all lists."""
-  if isinstance(path, RemoteFile) or not path.name.lower().endswith((".json", ".json.gz")):
+  if isinstance(path, RemoteFile) or not text_lines.unpacked_name(path.name).endswith(".json"):
     return False
-  opener = gzip.open if path.suffix.lower() == ".gz" else open
-  with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
-    if not KEYED_BY_ID.match(text.read(1 << 16)):
+  with text_lines.open_bytes(path) as packed:
+    if not KEYED_BY_ID.match(packed.read(1 << 16).decode("utf-8-sig", errors="replace")):
       return False
   with contextlib.suppress(duckdb.Error):  # any other file is read as JSON lines, which reports its errors
     objects = con.execute(f"SELECT 1 FROM {_json_sql(path, 'JSON')} LIMIT 2").fetchall()
@@ -89,16 +87,16 @@ def _json_sql(path: FilePath, type: str) -> str:
   """Returns the SQL of a scan of a file's JSON values, most often one, as the column `json` of a type."""
   size = REMOTE_JSON_TEXT if isinstance(path, RemoteFile) else max(JSON_TEXT, 2 * _unpacked_size(path))
   return (
-    f"read_json({literal(remote.pattern(path))}, records = false, format = 'unstructured', "
+    f"read_json({remote.pattern_sql(path)}, records = false, format = 'unstructured', "
     f"maximum_object_size = {size}, hive_partitioning = false, columns = {{'json': '{type}'}})"
   )
 
 
 def _unpacked_size(path: pathlib.Path) -> int:
-  if path.suffix.lower() != ".gz":
+  if not path.name.lower().endswith(text_lines.PACKED):
     return path.stat().st_size
-  with gzip.open(path) as text:
-    return text.seek(0, os.SEEK_END)
+  with text_lines.open_bytes(path) as packed:
+    return sum(len(part) for part in iter(lambda: packed.read(1 << 20), b""))
 
 
 def entries_sql(path: FilePath) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import duckdb
 
+from supermoe_jax.config import TextFormat
 from supermoe_jax.data.reading import readers, remote
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile
@@ -62,7 +63,12 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
 
 
 def open_files(
-  con: duckdb.DuckDBPyConnection, patterns: Sequence[str], format: str, wanted: Collection[str], key: str
+  con: duckdb.DuckDBPyConnection,
+  patterns: Sequence[str],
+  format: str,
+  wanted: Collection[str],
+  key: str,
+  text: TextFormat,
 ) -> OpenedFiles:
   """Finds the `files` of the config section `key` and opens them as `readers.open_table` does.
 
@@ -73,7 +79,7 @@ def open_files(
   found = find_files(con, patterns, f"{key}.files")
   for file in found:
     try:
-      opened.tables.append(readers.open_table(con, file.path, format, wanted))
+      opened.tables.append(readers.open_table(con, file.path, format, wanted, text, key))
     except EmptyFileError as error:
       if not file.may_be_empty:
         raise DataError(f"{error} Remove it from {key}.files.") from None

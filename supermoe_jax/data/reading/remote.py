@@ -66,3 +66,8 @@ FilePath = pathlib.Path | RemoteFile
 def pattern(path: FilePath) -> str:
   """Returns the path for DuckDB: a glob that matches this file only."""
   return path.pattern if isinstance(path, RemoteFile) else glob.escape(str(path))
+
+
+def pattern_sql(path: FilePath) -> str:
+  """Returns the SQL literal of the path for DuckDB."""
+  return "'" + pattern(path).replace("'", "''") + "'"

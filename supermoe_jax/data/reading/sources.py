@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, sequence_files, value_sql
+from supermoe_jax.data.reading import field_sql, joined_tables, paths, readers, sequence_files, time_formats, value_sql
 from supermoe_jax.data.reading.field_sql import (
+  DROP_REMEDY,
   Fault,
   aliased,
   bad_row,
@@ -29,6 +30,7 @@ from supermoe_jax.data.reading.field_sql import (
 )
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
 from supermoe_jax.progress import ProgressBar
 
@@ -180,7 +182,7 @@ class SourceReader:
     wanted = {source.user, source.time, *carried(self._data, name).values()}
     if items and source.items:
       wanted = wanted - set(items.columns) | {source.items.key}
-    opened = paths.open_files(self._con, source.files, source.format, wanted, key)
+    opened = paths.open_files(self._con, source.files, source.format, wanted, key, source)
     counts["empty_files"] += map(str, opened.empty)
     sequence_files.check_sequences(self._con, opened.tables)
     files += [SourceFile(i, name, table) for i, table in enumerate(opened.tables, len(files))]
@@ -237,11 +239,12 @@ class SourceReader:
     """Raises DataError for a table none of whose keys is in the events' column; `key` is its place in the config."""
     file = next(f.table for f in files if f.source == source)
     own = value_sql.text_sql("v", file.columns[column])
-    events = f"SELECT DISTINCT {own} AS key FROM ({file.select({'v': column})}) WHERE key IS NOT NULL"
     shown = []
-    for query in (events, f"SELECT key FROM {joined.table} ORDER BY file, row"):
-      found = self._con.execute(f"{query} LIMIT {SHOWN_KEYS}").fetchall()
-      shown.append(", ".join(repr(value) for (value,) in found) or "no value")
+    with clean_copies.readable(self._con, file, drop=True) as (good, _):
+      events = f"SELECT DISTINCT {own} AS key FROM ({good.select({'v': column})}) WHERE key IS NOT NULL"
+      for query in (events, f"SELECT key FROM {joined.table} ORDER BY file, row"):
+        found = self._con.execute(f"{query} LIMIT {SHOWN_KEYS}").fetchall()
+        shown.append(", ".join(repr(value) for (value,) in found) or "no value")
     raise DataError(
       f"{key}: the table {table} holds none of the ids in the column {column!r} of the events: {file.path} holds "
       f"{shown[0]}; the table holds {shown[1]}. Correct the key, or write the ids of both in the same way."
@@ -253,11 +256,22 @@ class SourceReader:
     Raises:
       DataError: the file or, unless `data.on_bad_rows` allows to drop it, a row cannot be used.
     """
+    key = f"config.data.sources.{source_file.source}"
+    paths.make_readable(self._con, source_file.table.path, key)
+    found, bad = clean_copies.read_clean(
+      self._con,
+      source_file.table,
+      DROP_REMEDY,
+      lambda table: self._read_file(dataclasses.replace(source_file, table=table)),
+      drop=self._data.on_bad_rows == "drop",
+    )
+    return found._replace(rows=found.rows + bad, dropped=found.dropped | ({"unreadable_line": bad} if bad else {}))
+
+  def _read_file(self, source_file: SourceFile) -> FileCounts:
     name, file = source_file.source, source_file.table
     source, key = self._data.sources[name], f"config.data.sources.{name}"
     index, first = list(self._data.sources).index(name), source_file.number * FILE_PLACES
     items, users = self._items(name), self._users() if carried(self._data, name, "users") else None
-    paths.make_readable(self._con, file.path, key)
     wanted = {"user": file.require(source.user, f"{key}.user"), "time": file.require(source.time, f"{key}.time")}
     reading = value_sql.time_reading(
       self._con, file, source.time, "e.time", key, unit=source.time_unit, format=source.time_format
@@ -329,8 +343,9 @@ class SourceReader:
     if reading.guessed:
       self._check_guess(name, file, faults, found)
     bad = [row[:4] for row in found if row[0]]
-    if bad and self._data.on_bad_rows == "error":
-      raise bad_row(file, faults, [(fault, n, ord - first, value) for fault, n, ord, value in bad])
+    remedy = self._time_remedy(name, first, faults, [row[0] for row in found])
+    if bad and (remedy or self._data.on_bad_rows == "error"):
+      raise bad_row(file, faults, [(fault, n, ord - first, value) for fault, n, ord, value in bad], remedy)
     good = [row for row in found if not row[0]]
     return FileCounts(
       sum(n for _, n, *_ in found),
@@ -339,6 +354,21 @@ class SourceReader:
       sum(no_user_row for *_, no_user_row in good),
       absent,
     )
+
+  def _time_remedy(self, name: str, first: int, faults: Sequence[Fault], found: Sequence[int]) -> str:
+    """Returns how to read the times of a file if not one of them can be read, but a format fits; else the empty text.
+
+    `found` are the faults of its rows, of which 0 is none.
+    """
+    unreadable = [fault for fault in found if fault and faults[fault - 1].reason == "unparsable_time"]
+    source = self._data.sources[name]
+    if 0 in found or not unreadable or source.time_format:
+      return ""
+    values = self._con.execute(
+      f"SELECT DISTINCT bad_value FROM rows WHERE ord >= {first} AND fault = {unreadable[0]} "
+      f"ORDER BY bad_value LIMIT {time_formats.SAMPLE}"
+    ).fetchall()
+    return time_formats.time_format_remedy(self._con, [v for (v,) in values], f"config.data.sources.{name}")
 
   def _check_guess(self, name: str, file: TableFile, faults: Sequence[Fault], found: Sequence[tuple[Any, ...]]) -> None:
     """Raises DataError if the epochs of a file cannot be seconds, or are so large that they are no time at all."""

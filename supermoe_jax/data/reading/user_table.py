@@ -10,11 +10,14 @@ import duckdb
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.encoding.numeric import LARGEST, Numeric
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
 from supermoe_jax.data.encoding.vocabulary import Classes, LabelEncoder
 from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
+from supermoe_jax.data.reading.field_sql import DROP_REMEDY
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError, nearest
 
 SHOWN_VALUES = 20  # values of a column that a message about a missing value lists
@@ -54,7 +57,7 @@ def read_user_table(
   try:
     declared = "".join(f", {c} VARCHAR" for c in columns.values())
     con.execute(f'CREATE TABLE users (file INTEGER, row BIGINT, "user" VARCHAR{declared})')
-    files = _read(con, users, tasks, columns)
+    files, bad_lines = _read(con, users, tasks, columns, on_bad_rows == "drop")
     _check_users(con, users, files)
     out = UserLabels({}, {}, {"user_labels": {}})
     for name, task in tasks.items():
@@ -65,9 +68,12 @@ def read_user_table(
       elif task.type == "multiclass":
         out.values[name], out.encoders[name], counts = _multiclass(con, name, task, column, split)
       else:
-        _check_numbers(con, task, column, files, on_bad_rows)
-        out.values[name], out.encoders[name], counts = _regression(con, name, task, column, split)
+        number = _number(column, users if files[0].columns[task.column] == "VARCHAR" else PLAIN_TEXT)
+        _check_numbers(con, task, column, number, files, on_bad_rows)
+        out.values[name], out.encoders[name], counts = _regression(con, name, task, column, number, split)
       out.counts["user_labels"][name] = {"labelled": len(out.values[name]), **counts}
+    if bad_lines:
+      out.counts["unreadable_lines"] = bad_lines
     ((out.counts["user_rows"],),) = con.execute("SELECT count(*) FROM users").fetchall()
     return out
   finally:
@@ -79,10 +85,14 @@ def _read(
   users: config.UserTable,
   tasks: Mapping[str, config.UserLabel],
   columns: Mapping[str, str],
-) -> list[TableFile]:
-  """Appends the user column and the tasks' columns of all files to the table `users`."""
-  key = "config.data.users"
-  files = paths.open_files(con, users.files, users.format, {users.user, *columns}, key).tables
+  drop: bool,
+) -> tuple[list[TableFile], int]:
+  """Appends the user column and the tasks' columns of all files to the table `users`.
+
+  Returns: the files, and the number of bad lines that were left out.
+  """
+  key, dropped = "config.data.users", 0
+  files = paths.open_files(con, users.files, users.format, {users.user, *columns}, key, users).tables
   for index, table in enumerate(files):
     wanted = {"user": table.require(users.user, f"{key}.user")}
     wanted |= {columns[t.column]: table.require(t.column, f"config.tasks.{n}.column") for n, t in tasks.items()}
@@ -90,9 +100,15 @@ def _read(
     for name, task in tasks.items():
       field_sql.check_plain(table, task.column, f"config.tasks.{name}.column")
     values = [value_sql.text_sql(f"e.{readers.identifier(a)}", table.columns[n]) for a, n in wanted.items()]
-    with readers.naming(table.path, table.format):
-      con.execute(f"INSERT INTO users SELECT {index}, e.row, {', '.join(values)} FROM ({table.select(wanted)}) e")
-  return files
+    begun = f"INSERT INTO users SELECT {index}, e.row, {', '.join(values)}"
+
+    def insert(read: TableFile, begun: str = begun, wanted: dict[str, str] = wanted) -> None:
+      with readers.naming(read.path, read.format):
+        con.execute(f"{begun} FROM ({read.select(wanted)}) e")
+
+    _, bad = clean_copies.read_clean(con, table, DROP_REMEDY, insert, drop=drop)
+    dropped += bad
+  return files, dropped
 
 
 def _check_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, files: list[TableFile]) -> None:
@@ -129,17 +145,25 @@ def _check_positive(con: duckdb.DuckDBPyConnection, key: str, task: config.UserL
 
 
 def _check_numbers(
-  con: duckdb.DuckDBPyConnection, task: config.UserLabel, column: str, files: list[TableFile], on_bad_rows: str
+  con: duckdb.DuckDBPyConnection,
+  task: config.UserLabel,
+  column: str,
+  number: str,
+  files: list[TableFile],
+  on_bad_rows: str,
 ) -> None:
-  """Raises DataError for the first value that is no finite number, unless bad values may be dropped."""
+  """Raises DataError for the first value that is no finite number, unless bad values may be dropped.
+
+  `number` is the SQL of the column's values as numbers.
+  """
   bad = con.execute(
-    f"SELECT file, min(row), count(*), arg_min({column}, row) FROM users WHERE {_bad_number(column)} "
-    "GROUP BY file ORDER BY file LIMIT 1"
+    f"SELECT file, min(row), count(*), arg_min({column}, row), arg_min(coalesce(isfinite({number}), false), row) "
+    f"FROM users WHERE {_bad_number(column, number)} GROUP BY file ORDER BY file LIMIT 1"
   ).fetchall()
-  for file, row, n, value in bad if on_bad_rows == "error" else []:
+  for file, row, n, value, finite in bad if on_bad_rows == "error" else []:
     more = f" ({n} such row{'s' if n > 1 else ''})"
     wrong = f"which is beyond {LARGEST:.2g}, the largest that can be standardised"
-    if not value_sql.is_finite(value):
+    if not finite:
       wrong = "which is not a number"
     raise DataError(
       f"{files[file].path}: row {row + 1}: column {task.column!r} holds {value!r}, {wrong}{more}. "
@@ -148,12 +172,11 @@ def _check_numbers(
     )
 
 
-def _number(column: str) -> str:
-  return value_sql.number_sql(column, "VARCHAR")
+def _number(column: str, text: config.TextFormat) -> str:
+  return value_sql.number_sql(column, "VARCHAR", text)
 
 
-def _bad_number(column: str) -> str:
-  number = _number(column)
+def _bad_number(column: str, number: str) -> str:
   return f"{column} IS NOT NULL AND ({number} IS NULL OR (abs({number}) > {LARGEST!r}::DOUBLE AND NOT isnan({number})))"
 
 
@@ -198,13 +221,12 @@ def _multiclass(
 
 
 def _regression(
-  con: duckdb.DuckDBPyConnection, name: str, task: config.UserLabel, column: str, split: config.Split
+  con: duckdb.DuckDBPyConnection, name: str, task: config.UserLabel, column: str, number: str, split: config.Split
 ) -> tuple[dict[str, float], Numeric, dict]:
   # NaN counts as absent, since many writers use it so.
-  known, without = _known(
-    con, f"CASE WHEN isfinite({_number(column)}) AND NOT ({_bad_number(column)}) THEN {_number(column)} END"
-  )
-  ((dropped,),) = con.execute(f"SELECT count_if({_bad_number(column)}) FROM users").fetchall()
+  bad = _bad_number(column, number)
+  known, without = _known(con, f"CASE WHEN isfinite({number}) AND NOT ({bad}) THEN {number} END")
+  ((dropped,),) = con.execute(f"SELECT count_if({bad}) FROM users").fetchall()
   training = np.array(_of_training_users(known, split, name, task))
   encoder = Numeric.of(training.mean(), training.std())
   labels = {user: float(encoder.encode(value)) for user, value in known.items()}

@@ -8,7 +8,8 @@ import re
 
 import duckdb
 
-from supermoe_jax.config import format_time, parse_time
+from supermoe_jax.config import TextFormat, format_time, parse_time
+from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.reading.readers import TableFile, first_line, literal, naming
 from supermoe_jax.errors import DataError
 
@@ -16,8 +17,9 @@ NUMBERS: tuple[str, ...] = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT
 NUMBERS += tuple("U" + name for name in NUMBERS[:5])
 INSTANTS = ("TIMESTAMP", "DATE")  # and TIMESTAMP_S, TIMESTAMP WITH TIME ZONE, …
 
-MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
+MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0.001}
 PLAUSIBLE = (parse_time("1980-01-01", ""), parse_time("2100-01-01", ""))
+SPACES = " \u00a0\u202f"  # that group digits: the setting " " stands for each of them
 SAMPLE_ROWS = 1000  # text values that decide whether a time column holds epochs or dates
 
 
@@ -26,12 +28,11 @@ def is_number(kind: str) -> bool:
   return kind.startswith(NUMBERS) and not kind.endswith("]")
 
 
-def is_finite(text: str) -> bool:
-  """Returns whether a text is a finite number."""
-  try:
-    return math.isfinite(float(text))
-  except ValueError:
-    return False
+def is_finite(value: str, text: TextFormat = PLAIN_TEXT) -> bool:
+  """Returns whether a text is a finite number, as `text` says that numbers are written."""
+  with duckdb.connect() as con:
+    ((number,),) = con.execute(f"SELECT {number_sql('v', 'VARCHAR', text)} FROM (SELECT ? AS v)", [value]).fetchall()
+  return number is not None and math.isfinite(number)
 
 
 def is_instant(kind: str) -> bool:
@@ -81,17 +82,28 @@ def list_sql(column: str, kind: str, separator: str, *, json: bool) -> str:
   return f"CASE WHEN len({kept}) > 0 THEN {kept} END"
 
 
-def number_sql(column: str, kind: str) -> str:
-  """Returns the SQL of a value as DOUBLE; NULL if it is no number.
+def number_sql(column: str, kind: str, text: TextFormat = PLAIN_TEXT) -> str:
+  """Returns the SQL of a value as DOUBLE; NULL if it is no number. `text` says how numbers are written as text.
 
   Raises:
     TypeError: values of this type are never numbers.
   """
   if kind == "VARCHAR":
-    return f"TRY_CAST(trim({column}) AS DOUBLE)"
+    return f"TRY_CAST({_plain_number_sql(f'trim({column})', text)} AS DOUBLE)"
   if is_number(kind) or kind == "BOOLEAN":
     return f"{column}::DOUBLE"
   raise TypeError(kind)
+
+
+def _plain_number_sql(value: str, text: TextFormat) -> str:
+  """Returns the SQL of a number's text with a decimal point and ungrouped digits; other texts become no number."""
+  if text.thousands:
+    group = f"[{SPACES}]" if text.thousands in SPACES else re.escape(text.thousands)
+    point = re.escape(text.decimal)
+    grouped = literal(rf"[+-]?\d{{1,3}}({group}\d{{3}})+({point}\d*)?([eE][+-]?\d+)?")
+    joined = f"regexp_replace({value}, {literal(group)}, '', 'g')"
+    value = f"CASE WHEN regexp_full_match({value}, {grouped}) THEN {joined} ELSE {value} END"
+  return f"translate({value}, '.,', 'x.')" if text.decimal == "," else value
 
 
 def instant_sql(column: str, kind: str) -> str:
@@ -110,9 +122,10 @@ def formatted_sql(column: str, kind: str, format: str) -> str:
   return f"epoch_us(try_strptime({text_sql(column, kind)}, {literal(format)}))"
 
 
-def epoch_sql(column: str, kind: str, unit: str) -> str:
-  """Returns the SQL of epochs in s, ms or us as microseconds since 1970 UTC."""
-  return f"TRY_CAST(round({number_sql(column, kind)} * {MICROSECONDS[unit]}) AS BIGINT)"
+def epoch_sql(column: str, kind: str, unit: str, text: TextFormat = PLAIN_TEXT) -> str:
+  """Returns the SQL of epochs in s, ms, us or ns as microseconds since 1970 UTC; `text` as in `number_sql`."""
+  scaled = "/ 1000" if unit == "ns" else f"* {MICROSECONDS[unit]}"
+  return f"TRY_CAST(round({number_sql(column, kind, text)} {scaled}) AS BIGINT)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +170,15 @@ def time_reading(
     return TimeReading(formatted_sql(column, kind, format))
   if kind == "VARCHAR" and not _mostly_numbers(con, file, name):
     return TimeReading(iso_sql(column))
-  return TimeReading(epoch_sql(column, kind, "s" if unit == "auto" else unit), guessed=unit == "auto")
+  return TimeReading(epoch_sql(column, kind, "s" if unit == "auto" else unit, file.text), guessed=unit == "auto")
 
 
 def _mostly_numbers(con: duckdb.DuckDBPyConnection, file: TableFile, name: str) -> bool:
   """Returns whether most of the first values of a text column are numbers; its other values are then faults."""
   values = f"SELECT t FROM ({file.select({'t': name})}) WHERE t IS NOT NULL LIMIT {SAMPLE_ROWS}"
   with naming(file.path, file.format):
-    ((share,),) = con.execute(f"SELECT avg((TRY_CAST(t AS DOUBLE) IS NOT NULL)::INT) FROM ({values})").fetchall()
+    number = number_sql("t", "VARCHAR", file.text)
+    ((share,),) = con.execute(f"SELECT avg(({number} IS NOT NULL)::INT) FROM ({values})").fetchall()
   return share is not None and share > 0.5
 
 
@@ -183,7 +197,7 @@ def check_guessed_seconds(low: float, high: float, place: str, key: str) -> None
     return
   value = low if low * MICROSECONDS["s"] < PLAUSIBLE[0] else high
   shown = f"{value:.0f}" if value == round(value) else f"{value:g}"
-  remedy = f"Set {key}.time_unit to 's', 'ms' or 'us'"
+  remedy = f"Set {key}.time_unit to 's', 'ms', 'us' or 'ns'"
   if units := plausible_units(low, high):
     remedy = f"Set {key}.time_unit={units[0]!r}, which makes it {_meaning(value, units[0])}"
   elif _is_compact_date(value):

@@ -25,6 +25,16 @@ def test_a_table_of_items_without_any_item_is_an_error(write, make_data, read):
     read(data)
 
 
+def test_the_ids_of_a_file_with_bad_lines_are_shown_too(write, make_data, read):
+  items = write("items.csv", {"item": ["X", "Y"], "brand": ["p", "q"]})
+  events = write("e.csv", good_rows())
+  events.write_text(events.read_text() + "a,1\n")
+  source = {"items": {"file": str(items), "key": "item"}}
+  data = make_data(events, source=source, fields={"item": {}, "brand": {}}, on_bad_rows="drop")
+  with pytest.raises(DataError, match=r"items\.key: .*holds 'x', 'y'; .*'X', 'Y'"):
+    read(data)
+
+
 def test_a_table_of_items_with_one_of_them_is_joined(write, make_data, read):
   items = write("items.csv", {"item": ["x", "Y"], "brand": ["p", "q"]})
   data = make_data(

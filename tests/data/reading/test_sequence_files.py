@@ -96,13 +96,35 @@ def test_a_unit_that_is_left_out_is_asked_for(sequences, values):
     ("\n1 x\n", r"e\.txt: line 1 is empty"),
     ("1 x\n2 y\n1 z\n2 z\n", r"e\.txt line 1 and .*e\.txt line 3: the user '1' has 2 lines; join them"),
     (b"1 x\n2 \xff\n", r"e\.txt cannot be read as sequences: .*Line: 2.*not utf-8"),
-    ("1 x\r\n2 y\n", r"e\.txt cannot be read as sequences"),  # line ends of two kinds
     ("", r"e\.txt is empty"),
   ],
 )
 def test_a_line_that_cannot_be_used_is_named(text, says, sequences, values):
   with pytest.raises(DataError, match=says):
     values(sequences(text))
+
+
+def test_lines_may_end_in_different_ways(sequences, values):
+  assert [row[:3] for row in values(sequences("1 x\r\n2 y\n3 z\n"))] == [("1", 0, "x"), ("2", 0, "y"), ("3", 0, "z")]
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "client\tmoment\tarticle\na\t2024-01-05\tx\nb\t2024-01-06\ty\n",
+    "a\tx\t1704067200\nb\ty\t1704153600\n",
+    "user;what\na;x\nb;y\n",
+  ],
+)
+def test_a_table_with_the_ending_of_sequences_is_recognised(text, sequences, values):
+  message = r"e\.txt looks like a table.*: \w+.*Set config\.data\.sources\.log\.format='csv'; or, .*format='sequences'"
+  with pytest.raises(DataError, match=message):
+    values(sequences(text))
+
+
+@pytest.mark.parametrize("text", ["u1\ta\tb\nu2\tc\td\n", "1 1 2\n2 3 4\n", "a 1,5\nb 2,5\n"])
+def test_sequences_of_equal_length_are_no_table(text, sequences, values):
+  assert len(values(sequences(text))) == sum(len(line.split()) - 1 for line in text.splitlines())
 
 
 def test_a_user_of_two_files_is_named_with_both_lines(sequences, values):

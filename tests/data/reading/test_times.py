@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 
 import pyarrow as pa
 import pytest
@@ -49,7 +50,9 @@ def test_dates_are_midnight(write, make_data, read):
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv"])
-@pytest.mark.parametrize(("unit", "scale"), [("auto", 1), ("s", 1), ("ms", 1000), ("us", SECOND)])
+@pytest.mark.parametrize(
+  ("unit", "scale"), [("auto", 1), ("s", 1), ("ms", 1000), ("us", SECOND), ("ns", 1000 * SECOND)]
+)
 def test_epochs_are_read_in_their_unit(unit, scale, name, write, make_data, read):
   assert read_times([JUNE_1 * scale], write, make_data, read, name, time_unit=unit) == [JUNE_1 * SECOND]
 
@@ -58,7 +61,7 @@ def test_fractions_of_a_second_are_kept(name, write, make_data, read):
   assert read_times([JUNE_1 + 0.25], write, make_data, read, name) == [JUNE_1 * SECOND + 250_000]
 
 
-@pytest.mark.parametrize(("unit", "zeros"), [("ms", "000"), ("us", "000000")])
+@pytest.mark.parametrize(("unit", "zeros"), [("ms", "000"), ("us", "000000"), ("ns", "000000000")])
 def test_an_epoch_that_cannot_be_seconds_is_an_error_that_names_the_unit(unit, zeros, name, write, make_data, read):
   message = rf"{name}: column 'time' holds {JUNE_1}{zeros}; .*time_unit='{unit}', which makes it 2020-06-01"
   with pytest.raises(DataError, match=message):
@@ -98,3 +101,46 @@ def test_a_time_format_that_is_none_is_an_error(write, make_data, read):
 def test_a_column_that_cannot_be_a_time_is_an_error(write, make_data, read):
   with pytest.raises(DataError, match="column 'time' is of type BOOLEAN, which is not a time"):
     read_times([True], write, make_data, read)
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.csv"])
+def test_nanoseconds_are_rounded_to_microseconds(name, write, make_data, read):
+  values = [JUNE_1 * 10**9 + 1_000, JUNE_1 * 10**9 + 1_700, JUNE_1 * 10**9]
+  expected = [JUNE_1 * SECOND + 1, JUNE_1 * SECOND + 2, JUNE_1 * SECOND]
+  assert read_times(values, write, make_data, read, name, time_unit="ns") == expected
+
+
+WRITTEN = {
+  "%d.%m.%Y": ["31.05.2020", "01.06.2020"],
+  "%d/%m/%Y %H:%M": ["31/05/2020 07:30", "01/06/2020 08:00"],
+  "%m/%d/%Y %I:%M %p": ["05/31/2020 02:21 AM", "06/01/2020 12:00 PM"],
+  "%d-%b-%Y": ["31-May-2020", "01-Jun-2020"],
+  "%d/%b/%Y:%H:%M:%S %z": ["31/May/2020:07:30:00 +0000", "01/Jun/2020:07:30:00 +0000"],
+  "%Y-%m-%d %I:%M %p": ["2020-05-31 02:21 PM", "2020-06-01 12:00 PM"],
+}
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("format", WRITTEN)
+def test_times_that_no_row_can_read_are_an_error_whose_remedy_works(format, drop, name, write, make_data, read):
+  rows = {"user": ["a", "b"], "time": WRITTEN[format], "item": ["x", "x"]}
+  file = write(name, rows)
+  changes = {"split": LEAVE_ONE_OUT, "on_bad_rows": "drop" if drop else "error"}
+  message = (
+    rf"column 'time' holds '.*Set config\.data\.sources\.log\.time_format='{re.escape(format)}', which makes it 2020"
+  )
+  with pytest.raises(DataError, match=message):
+    read(make_data(file, **changes))
+  histories, _ = read(make_data(file, source={"time_format": format}, **changes))
+  days = [config.format_time(h.time.item())[:10] for h in histories]
+  assert days == ["2020-05-31", "2020-06-01"]
+
+
+def test_a_format_of_two_readings_names_both(write, make_data, read):
+  with pytest.raises(DataError, match=r"='%d/%m/%Y', which makes it 2020-02-01.*; or '%m/%d/%Y', .*2020-01-02"):
+    read_times(["01/02/2020"], write, make_data, read)
+
+
+def test_one_time_that_is_written_otherwise_is_a_fault_of_the_file(write, make_data, read):
+  with pytest.raises(DataError, match=r"holds '01\.06\.2020', which is not a time \(1 such row\)\. Correct the file"):
+    read_times(["2020-06-01", "01.06.2020"], write, make_data, read)

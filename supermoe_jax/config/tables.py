@@ -1,0 +1,122 @@
+"""Defines the settings of the tables that a config reads: event sources, tables of items and the table of users."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any, Literal
+
+from supermoe_jax.errors import ConfigError
+
+# The metadata of a setting that older versions lack: hashes leave it out while it has its default.
+ADDED_LATER = {"added_later": True}
+
+
+def _added(default: Any) -> Any:
+  return dataclasses.field(default=default, metadata=ADDED_LATER)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFormat:
+  """How a table is written as text.
+
+  `delimiter`, `header` and `columns` are for CSV and RecBole files, the others for text values in every format.
+  """
+
+  delimiter: str = _added("")  # what separates the values of a line; empty: guessed from the first lines
+  # Whether the first line names the columns; auto: it does, and a first line that holds data is an error.
+  header: Literal["auto", True, False] = _added("auto")
+  columns: tuple[str, ...] = _added(())  # names of all columns in order: of a file without header, or to rename them
+  decimal: Literal[".", ","] = _added(".")  # the decimal point of numbers
+  thousands: str = _added("")  # what groups the digits of numbers by three, such as "." in 1.028,50; empty: nothing
+  null_values: tuple[str, ...] = _added(())  # texts that mean "no value", such as "NULL"; the empty text always does
+
+
+PLAIN_TEXT = TextFormat()
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemTable(TextFormat):
+  """A table joined to the events of a source by `key`, such as product attributes."""
+
+  file: str = ""
+  key: str = ""  # the key's column in the events
+  table_key: str = ""  # the key's column in the table; empty: `key`, or "key" for a JSON object keyed by id
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "json_object"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(TextFormat):
+  """A kind of event: files of one layout. The source's name is the event's type.
+
+  With `type`, the values of this column are types too: a task's `source` may name one of them, as "buy", or as
+  "events.buy" where several sources have types. The column is an input; without a field that reads it,
+  `config.resolve` adds one of the column's name.
+  """
+
+  files: tuple[str, ...] = ()  # paths, globs or folders
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic", "sequences"] = "auto"  # auto: by the file's ending
+  user: str = "user_id"
+  time: str = "timestamp"
+  # Unit of numeric times; auto: seconds, checked for plausibility.
+  time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+  time_format: str = ""  # strptime format of textual times; empty: ISO 8601, UTC where it has no offset
+  type: str = _added("")  # column whose values are types of events
+  items: ItemTable | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UserTable(TextFormat):
+  """A table with columns about users, such as demographics, for user labels and for fields with `table="users"`."""
+
+  files: tuple[str, ...] = ()
+  format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"
+  user: str = "user_id"
+
+
+def setting_text(key: str, name: str, value: Any) -> str:
+  """Returns a setting of `TextFormat` as a user writes it, for a message.
+
+  Args:
+    key: the table's place in the config; empty for a table that an option of the command names.
+    name: the setting.
+    value: its value; `...` stands for a value that the user knows.
+  """
+  if key:
+    shown = "(…)" if value is ... else repr(value)
+    return f"{key}.{name}={shown}"
+  if name == "header":
+    return "--header" if value else "--no-header"
+  values = "…" if value is ... else shlex.join(value if isinstance(value, tuple) else (value,))
+  return f"--{name.replace('_', '-')} {values}"
+
+
+def check_text_format(key: str, text: TextFormat) -> None:
+  """Raises ConfigError for settings that can never work; `key` as in `setting_text`."""
+
+  def require(holds: bool, name: str, why: str) -> None:
+    if not holds:
+      raise ConfigError(f"{setting_text(key, name, getattr(text, name))} {why}")
+
+  separators = '"\r\n'
+  require(
+    len(text.delimiter.encode()) <= 4 and not set(text.delimiter) & set(separators),
+    "delimiter",
+    "must be at most four bytes, without quotation marks and line ends.",
+  )
+  require(
+    text.header is not False or bool(text.columns),
+    "header",
+    f"needs the names of all columns: set {setting_text(key, 'columns', ...)}.",
+  )
+  require(all(text.columns), "columns", "holds an empty name; name every column.")
+  for name in text.columns:
+    require(text.columns.count(name) == 1, "columns", f"names the column {name!r} twice; rename one of them.")
+  require(
+    len(text.thousands) <= 1 and not text.thousands.isdigit() and text.thousands not in ("+", "-"),
+    "thousands",
+    "must be one character that is no digit and no sign, such as '.' or ' '.",
+  )
+  require(
+    text.thousands != text.decimal, "thousands", f"equals {setting_text(key, 'decimal', text.decimal)}; set another."
+  )
