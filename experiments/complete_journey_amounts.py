@@ -3,6 +3,10 @@
 supermoe prepare --config experiments/complete_journey_amounts.py
 supermoe train --config experiments/complete_journey_amounts.py --workdir runs/complete_journey_amounts
 supermoe evaluate --workdir runs/complete_journey_amounts
+
+One seed, test. Spearman's correlation: spend .779 (last window .733, boosted trees on the aggregates .768), orders .795
+(.758, .787). AUC: churn .862 (logistic regression on the aggregates .851), an item of 25 dollars or more .841 (.798),
+fuel .905 (.890). The trees and the regressions are fitted on each household's last training snapshot.
 """
 
 import importlib.util

@@ -40,6 +40,13 @@ LABEL_WORDS = (
   *("label", "target", "outcome", "click", "convert", "conversion", "purchased", "bought", "churn", "like", "fraud"),
   *("default", "returned", "refund", "rating", "cancel", "subscribed"),
 )
+# Words of amounts, the likeliest first; columns of such names are numbers however few they are.
+AMOUNT_WORDS = (
+  *("amount", "revenue", "sales", "spend", "spent", "total", "price", "cost", "paid", "payment", "turnover", "gmv"),
+  *("value", "betrag", "umsatz", "preis", "montant", "prix", "importe", "precio"),
+)
+# Words of the type of an event.
+TYPE_WORDS = ("behavior", "behaviour", "action", "event", "type", "kind", "activity", "operation")
 TIME_WORDS = ("time", "timestamp", "ts", "date", "datetime", "created", "occurred", "epoch", "at")
 CALENDAR_WORDS = ("week", "month", "year", "day", "hour", "weekday", "quarter")
 
@@ -285,7 +292,7 @@ def _is_quantity(column: ColumnStatistics) -> bool:
     return False
   if column.whole and (_is_id(column) or _looks_like_ids(column)):
     return False
-  return not column.whole or column.distinct > FEW_VALUES
+  return not column.whole or column.distinct > FEW_VALUES or column.named(AMOUNT_WORDS) is not None
 
 
 def next_event_rank(column: ColumnStatistics) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
-from supermoe_jax.data.inspect import column_roles, label_tables, text_dialect
+from supermoe_jax.data.inspect import column_roles, label_tables, proposed_tasks, text_dialect
 from supermoe_jax.data.reading import json_files, paths, readers
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
@@ -74,6 +74,9 @@ def propose(tables: Sequence[InspectedTable]) -> str:
       + f", or are {lines:,} bad lines" * bool(lines)
     )
   tasks: dict[str, Any] = {f"next_{target}": {"kind": "next_event", "field": target}}
+  for task, (settings, comment) in proposed_tasks.future_tasks(sources, data).items():
+    tasks.setdefault(task, settings)
+    comments["tasks", task] = comment
   for table in others if data["split"].get("mode") != "leave_one_out" else []:
     if (label := label_tables.dated_label(table, tables)) is not None:
       task = _identifier(label.name if _identifier(label.name) not in tasks else f"{table.name}_{label.name}")

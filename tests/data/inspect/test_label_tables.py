@@ -78,7 +78,7 @@ def test_a_table_of_labels_becomes_a_task_that_prepares(
 def test_other_tables_with_times_stay_events(write: Write, tmp_path: pathlib.Path, table: dict[str, Any]) -> None:
   cfg = proposed(tmp_path, write("orders.csv", {**events(), "price": [1.5, 2.0] * 300}), write("checks.csv", table))
   assert set(cfg.data.sources) == {"orders", "checks"}
-  assert all(task.kind == "next_event" for task in cfg.tasks.values())
+  assert all(task.kind != "dated_label" for task in cfg.tasks.values())
 
 
 def test_a_table_of_labels_alone_is_read_as_events(write: Write, tmp_path: pathlib.Path) -> None:

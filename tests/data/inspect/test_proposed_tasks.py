@@ -1,0 +1,77 @@
+"""Tasks about the future that `inspect` proposes: which, over which window, and that they can be prepared."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from supermoe_jax import config
+from supermoe_jax.data.inspect.inspect import inspect
+from supermoe_jax.data.preparation import prepare
+
+JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000
+Write = Callable[..., pathlib.Path]
+
+
+def visits(days: int = 60, **changes: Any) -> dict[str, list[Any]]:
+  """Ten events a day of 20 visitors, with a page, an action and an amount."""
+  places = range(10 * days)
+  return {
+    "visitor": [f"v{i % 20}" for i in places],
+    "page": [f"p{i * 7 % 50}" for i in places],
+    "action": [["see", "try", "buy"][i % 3] for i in places],
+    "revenue": [0.5 + i % 30 for i in places],
+    "time": [JUNE_1 + i * 8_640 for i in places],
+  } | changes
+
+
+def proposed(folder: pathlib.Path, *files: pathlib.Path) -> config.Config:
+  file = folder / "proposed.py"
+  file.write_text(inspect([str(f) for f in files]).config)
+  return config.load(str(file), [f"--config.data.path={folder / 'dataset'}"])
+
+
+def test_churn_types_of_events_and_amounts_are_proposed_and_can_be_prepared(
+  write: Write, tmp_path: pathlib.Path
+) -> None:
+  cfg = proposed(tmp_path, write("visits.csv", visits()))
+  assert dict(cfg.tasks) == {
+    "next_page": config.NextEvent(field="page"),
+    "churn": config.FutureEvent(source="visits", negate=True, horizon_days=7.0),
+    "action_soon": config.FutureValues(field="action", top=3, horizon_days=7.0),
+    "revenue_sum": config.FutureAmount(field="revenue", horizon_days=7.0),
+  }
+  labels = prepare.prepare(cfg)["labels"]
+  assert all(count["known"] for of_task in labels.values() for count in of_task.values())
+
+
+def test_each_smaller_table_of_events_gets_a_task(write: Write, tmp_path: pathlib.Path) -> None:
+  orders = {"visitor": [f"v{i % 20}" for i in range(60)], "time": [JUNE_1 + i * 80_000 for i in range(60)]}
+  cfg = proposed(tmp_path, write("visits.csv", visits()), write("orders.csv", {**orders, "sku": ["a", "b"] * 30}))
+  assert cfg.tasks["orders_soon"] == config.FutureEvent(source="orders", horizon_days=7.0)
+  assert cfg.tasks["churn"] == config.FutureEvent(source="visits", negate=True, horizon_days=7.0)
+
+
+def test_amounts_below_zero_get_a_loss_that_takes_them(write: Write, tmp_path: pathlib.Path) -> None:
+  cfg = proposed(tmp_path, write("visits.csv", visits(revenue=[i % 30 - 4.5 for i in range(600)])))
+  assert cfg.tasks["revenue_sum"] == config.FutureAmount(field="revenue", horizon_days=7.0, loss="log1p")
+
+
+@pytest.mark.parametrize(("days", "horizon"), [(250, 28.0), (100, 14.0), (26, 3.0), (20, 1.0)])
+def test_the_window_is_the_longest_that_all_periods_have_room_for(
+  write: Write, tmp_path: pathlib.Path, days: int, horizon: float
+) -> None:
+  assert proposed(tmp_path, write("visits.csv", visits(days))).tasks["churn"].horizon == horizon
+
+
+def test_a_log_without_room_for_a_window_gets_no_task_about_the_future(write: Write, tmp_path: pathlib.Path) -> None:
+  places = [JUNE_1 + i * 100 for i in range(600)]
+  assert list(proposed(tmp_path, write("visits.csv", visits(time=places))).tasks) == ["next_page"]
+
+
+def test_amounts_are_numbers_however_few_they_are(write: Write, tmp_path: pathlib.Path) -> None:
+  cfg = proposed(tmp_path, write("visits.csv", visits(revenue=[10 * (1 + i % 3) for i in range(600)])))
+  assert cfg.data.fields["revenue"].kind == "numeric"
