@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 @functools.singledispatch
 def check_kind(task: Task, path: str, config: Config) -> None:
-  """Raises ConfigError, with the key `path` in its message, for settings of a task that can never work."""
-  raise TypeError(f"{path}: there is no check of tasks of the type {type(task).__name__}")
+  """Raises ConfigError, with the key `path` in its message, for settings of a task that can never work.
+
+  A kind without a registered check has nothing to check.
+  """
 
 
 @check_kind.register(NextEvent)

@@ -56,7 +56,10 @@ class FieldStatistics:
   def merge(cls, parts: Sequence[FieldStatistics]) -> FieldStatistics:
     """Returns the statistics of all parts together."""
     counts = {name: sum(getattr(p, name) for p in parts) for name in ("absent", "present", "training", "cut")}
-    least, greatest = min(p.least for p in parts), max(p.greatest for p in parts)
+    least, greatest = (
+      min((p.least for p in parts), default=math.inf),
+      max((p.greatest for p in parts), default=-math.inf),
+    )
     trained = [p for p in parts if p.training]
     if len(trained) < 2:
       return dataclasses.replace(trained[0] if trained else cls(), **counts, least=least, greatest=greatest)
