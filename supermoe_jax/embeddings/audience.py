@@ -135,7 +135,7 @@ def _open_list(
       raise DataError(
         f"{file}: the first line names the user {names[int(known.argmax())]!r}, so it is data, not the names of "
         f"columns; set {setting_text('', 'header', False)} {setting_text('', 'columns', ...)} with the names of its "
-        f"{len(names)} columns, of which user_id is one."
+        f"{len(names)} columns; one of them must be user_id."
       )
     if known.any():
       return readers.open_table(con, file, "auto", (), without_header)

@@ -102,7 +102,10 @@ class Reading:
     counts["files"][str(file.table.path)] = found.rows
 
   def finds_nobody(self, missing: str, *sources: str) -> bool:
-    """Returns whether the sources have usable rows, all of which are counted as `missing`."""
+    """Returns whether sources have usable rows, but no row has a match in a joined table.
+
+    `missing` names the count of usable rows without a match, such as "items_missing".
+    """
     counts = [self.sources[name] for name in sources]
     usable = sum(c["rows_read"] - sum(c["dropped"].values()) for c in counts)
     return usable > 0 and sum(c[missing] for c in counts) == usable
@@ -358,7 +361,7 @@ class SourceReader:
   def _time_remedy(self, name: str, first: int, faults: Sequence[Fault], found: Sequence[int]) -> str:
     """Returns how to read the times of a file if not one of them can be read, but a format fits; else the empty text.
 
-    `found` are the faults of its rows, of which 0 is none.
+    `found` holds the number of the fault of each group of rows; 0 means no fault.
     """
     unreadable = [fault for fault in found if fault and faults[fault - 1].reason == "unparsable_time"]
     source = self._data.sources[name]

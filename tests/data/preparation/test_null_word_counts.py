@@ -16,7 +16,7 @@ USER_TABLE = "client,tier\n" + "".join(f"u{u},{'gold' if u % 2 else 'tin'}\n" fo
 
 
 def log(user: str = "u3", article: str = "a1", channel: str = "web") -> str:
-  """Rows of 20 users, of which the last has another id; one of its events has another article and channel."""
+  """Returns rows of 20 users. The last user has another id, and one event has another article and channel."""
   rows = [
     (f"u{u}" if u < 19 else user, SECONDS + 86_400 * day, f"a{(u + day) % 5}", "web")
     for u in range(20)
