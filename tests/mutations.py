@@ -35,7 +35,7 @@ from fixtures.faults import FAULTS, Fault
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "supermoe_jax"
 COPIED = (
-  *(PACKAGE, "tests", "experiments", "notebooks", "tpu_setup"),
+  *(PACKAGE, "tests", "docs", "experiments", "notebooks", "tpu_setup"),
   *("pyproject.toml", "requirements.txt", "Makefile", "README.md", "LICENSE", ".gitignore"),
 )
 

@@ -1,4 +1,4 @@
-"""Docstrings and the README are in plain prose: words that nearly always mark a riddle are rare."""
+"""Docstrings, the README and the guides are in plain prose: words that nearly always mark a riddle are rare."""
 
 import ast
 import re
@@ -23,7 +23,8 @@ def docstrings() -> dict[str, str]:
 
 
 def test_words_that_mark_riddles_are_rare() -> None:
-  texts = {**docstrings(), "README.md": (ROOT / "README.md").read_text()}
+  pages = {page.name: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+  texts = {**docstrings(), **pages}
   found = {name: words for name, text in texts.items() if (words := RIDDLE.findall(text))}
   assert sum(map(len, found.values())) < 40, found
 

@@ -1,4 +1,4 @@
-"""The code in the README runs as it is printed."""
+"""The code in the README and the guides runs as it is printed, and their links lead somewhere."""
 
 import contextlib
 import io
@@ -13,8 +13,9 @@ import pytest
 from supermoe_jax import config
 from tests.fixtures import scripts
 
-README = scripts.ROOT / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+PAGES = (scripts.ROOT / "README.md", *sorted((scripts.ROOT / "docs").glob("*.md")))
+TEXT = "".join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
 every_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.strip().splitlines()[-1][:40])
 
 # What is left out of blocks, or made smaller, where they run among other tests: JAX has begun, with eight devices.
@@ -47,7 +48,7 @@ def test_a_code_block_prints_what_it_says(block: str, tmp_path: pathlib.Path, mo
   for words, others in CHANGES.items():
     code = code.replace(words, others)
   with contextlib.redirect_stdout(out):
-    exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+    exec(compile(code, "README", "exec"), {"__name__": "__main__"})
   assert out.getvalue().splitlines() == printed(block)
 
 
@@ -72,4 +73,16 @@ def test_the_config_of_the_readme_is_a_whole_one() -> None:
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:
-  assert not re.findall(r"\b[A-Z]+_[A-Z_]+\b(?<!GLIBC_TUNABLES)(?<!XLA_FLAGS)", README.read_text())
+  assert not re.findall(r"\b[A-Z]+_[A-Z_]+\b(?<!GLIBC_TUNABLES)(?<!XLA_FLAGS)", TEXT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page: pathlib.Path) -> None:
+  links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+  assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short_and_names_every_guide() -> None:
+  text = PAGES[0].read_text()
+  assert len(text.splitlines()) <= 250
+  assert [guide.name for guide in PAGES[1:] if f"](docs/{guide.name})" not in text] == []
