@@ -327,6 +327,9 @@ def test_what_a_number_reaches_alone_is_its_squared_error(planned: config.Config
   assert study_weights.with_references(planned, {"quiet": runs}).train.weighting.references == {
     "quiet": (0.25 + 1.0) / 2
   }
+  # The error of an amount has the amount's unit and says nothing of its loss.
+  amounts = [dataclasses.replace(run, main_metric={"quiet": "spearman"}) for run in runs]
+  assert study_weights.with_references(planned, {"quiet": amounts}).train.weighting.references == {"quiet": 0.9}
   none = [dataclasses.replace(alone, tasks={})]  # without a metric it is the loss in training
   assert study_weights.with_references(planned, {"quiet": none}).train.weighting.references == {"quiet": 0.9}
 

@@ -219,3 +219,28 @@ def test_the_verb_says_what_was_compared_and_fails_with_one_line(
   assert cli.main(["check", "--data", path]) == 1
   error = capsys.readouterr().err
   assert "task quiet" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("encoding", ["standardise", "log1p"])
+def test_amounts_of_clipped_numbers_agree(tmp_path: pathlib.Path, encoding: str) -> None:
+  """A number far beyond those of training counts in an amount as the records hold it."""
+  day, start = 86_400, config.parse_time("2024-01-01", "") // 1_000_000
+  events = [(f"u{u}", start + (u * 7 + k * 5) % 60 * day + u, 1.5 + k % 4) for u in range(12) for k in range(10)]
+  events.append(("u3", start + 58 * day, 1e9))
+  events.append(("u4", start + 58 * day, None))
+  columns = dict(zip(("who", "at", "paid"), map(list, zip(*events))))
+  pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+  task = {"kind": "future_amount", "field": "paid", "horizon_days": 5.0}
+  raw = {
+    "data": {
+      "path": str(tmp_path / "dataset"),
+      "sources": {"log": {"files": [str(tmp_path / "log.parquet")], "user": "who", "time": "at"}},
+      "fields": {"paid": {"kind": "numeric", "encoding": encoding}},
+      "split": {"train_end": "2024-02-05", "validation": ["2024-02-06"], "test": ["2024-02-24"]},
+    },
+    "tasks": {of: {**task, "of": of} for of in ("sum", "max", "mean")},
+  }
+  manifest = prepare.prepare(config.resolve(raw))
+  assert ("clipped" in str(manifest["warnings"])) == (encoding == "standardise")
+  found = check.check_dataset(tmp_path / "dataset")
+  assert all(compared.labels > 50 for compared in found.values())
