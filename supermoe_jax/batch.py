@@ -3,7 +3,7 @@
 `supermoe_jax.data` makes these arrays with NumPy; `supermoe_jax.models` and `supermoe_jax.training` read them with JAX.
 Neither side needs to know the other. Code 0 means absent and code 1 out of vocabulary; a field's values begin at 2.
 
-Shapes: B rows, L events, S snapshots, F columns of codes, G numeric fields, A aggregates.
+Shapes: B rows, L events, S snapshots, F columns of codes, G numeric fields, A aggregates, V numbers of all vectors.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Features(NamedTuple):
     query_gap: float32 `[B, S]`, hours since the last event that the snapshot sees.
     query_calendar: float32 `[B, S, 6]`, the snapshot's phases of day, week and year.
     query_aggregates: float32 `[B, S, A]`, the snapshot's standardised aggregates.
+    vectors: float16 `[B, L, V]`, the scaled vectors of each vector field, one field after the other; NaN absent or
+      padding.
   """
 
   codes: Array
@@ -55,6 +57,7 @@ class Features(NamedTuple):
   query_gap: Array
   query_calendar: Array
   query_aggregates: Array
+  vectors: Array
 
   @property
   def length(self) -> Array:
@@ -126,6 +129,7 @@ class Schema:
     numeric_inputs: the columns of the numeric fields that the model may see.
     extra_columns: the field of each further column of the codes, after the columns of `categorical`.
     shares: for each field that uses another field's table, the name of that other field.
+    vectors: the number of numbers of each vector field. These fields have a column in the codes too.
   """
 
   sources: tuple[str, ...]
@@ -137,6 +141,7 @@ class Schema:
   numeric_inputs: tuple[int, ...]
   extra_columns: tuple[str, ...] = ()
   shares: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def field(self, name: str) -> int:
     """Returns the column of a categorical field in the codes."""

@@ -75,7 +75,28 @@ def _check_data(data: Data) -> None:
   _check_split(data.split)
 
 
+# The most numbers of a vector; a longer list is most likely no vector.
+_LONGEST_VECTOR = 1 << 16
+
+
+def _check_vector(path: str, field: Field) -> None:
+  plain = Field(kind="vector")
+  _require(
+    field.size != plain.size and field.size <= _LONGEST_VECTOR,
+    f"{path}.size={field.size}: name the number of numbers in each of the vectors, up to {_LONGEST_VECTOR}, such as "
+    "size=384.",
+  )
+  for key in ("min_count", "buckets", "shares", "encoding", "many", "part", "parts", "half"):
+    value = getattr(field, key)
+    _require(value == getattr(plain, key), f"{path}.{key}={value!r} has no meaning with kind='vector'; remove it.")
+  _require(
+    field.input, f"{path}.input=False: vectors are inputs only, so no task can ask about them; remove the field."
+  )
+
+
 def _check_field(path: str, field: Field, fields: Mapping[str, Field]) -> None:
+  if field.kind == "vector":
+    _check_vector(path, field)
   _require(field.buckets >= 0, f"{path}.buckets={field.buckets} must not be negative.")
   _require(
     not field.buckets or field.kind != "hash",

@@ -59,7 +59,10 @@ def _(task: EventLabel, path: str, config: Config) -> None:
     require(kind == "numeric", f"{path}: name the values of {task.field!r} that are positive; it is a {kind} field.")
   for name in task.given:
     require(name in data.fields, f"{path}.given: {name!r} is not a field{nearest(name, data.fields)}")
-    require(data.fields[name].kind != "numeric", f"{path}.given: {name!r} is numeric; only categorical fields can be.")
+    kind = data.fields[name].kind
+    require(
+      kind not in ("numeric", "vector"), f"{path}.given: {name!r} is a {kind} field; only categorical ones can be."
+    )
     require(data.fields[name].input, f"{path}.given: {name!r} is no input, so it has no embeddings.")
     require(name != task.field, f"{path}.given holds {name!r}, the field that is asked for.")
   require(task.per_snapshot > 0, f"{path}.per_snapshot={task.per_snapshot} must be positive.")
@@ -236,7 +239,8 @@ def require_condition(path: str, where: str, data: Data) -> None:
     name = compared.field
     require(name in data.fields, f"{key}={where!r}: {name!r} is not a field{nearest(name, data.fields)}")
     field = data.fields[name]
-    require(not field.many, f"{key}={where!r}: {name!r} holds lists; a condition compares single values.")
+    lists = field.many or field.kind == "vector"
+    require(not lists, f"{key}={where!r}: {name!r} holds lists; a condition compares single values.")
     text = any(isinstance(constant, str) for constant in compared.constants)
     if field.kind == "numeric":
       require(not text, f"{key}={where!r}: {name!r} is a numeric field; compare it with a number, without quotes.")

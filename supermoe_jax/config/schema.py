@@ -38,13 +38,16 @@ class Field:
   field is absent where the user has no row or no value. The column has no time, and the model sees it from the first
   event on. So it must hold facts known from the start, such as the country of signing up. A fact found out later, such
   as the lifetime value, leaks the future into every snapshot.
+
+  With `kind="vector"` each value is a list of `size` numbers, such as a pretrained embedding of an item's text. The
+  dataset keeps each distinct vector once and unchanged, and the model learns a projection. It is an input only.
   """
 
-  kind: Literal["vocabulary", "hash", "numeric"] = "vocabulary"
+  kind: Literal["vocabulary", "hash", "numeric", "vector"] = "vocabulary"
   column: str = ""  # empty: the field's own name; "props.item": the member `item` of the column `props` of objects
   table: Literal["events", "users"] = "events"  # users: `data.users`; events: a source's files or its item table
   sources: tuple[str, ...] = ()  # empty: every source; in others the field is absent, not out of vocabulary
-  size: int = 100_000  # vocabulary: at most this many values, the most frequent in training; hash: buckets
+  size: int = 100_000  # vocabulary: most values, the most frequent in training; hash: buckets; vector: its length
   min_count: int = 1  # vocabulary: rarer values are out of vocabulary
   buckets: int = 0  # vocabulary: number of codes for hashed out-of-vocabulary values; 0: they share one code
   part: int = 0  # hash: the part (of `parts` equal ones) whose buckets this field has; other values are absent
@@ -55,7 +58,7 @@ class Field:
   encoding: Literal["log1p", "standardise", "quantile"] = "standardise"
   input: bool = True  # False: read for labels only; the model never sees it
   many: int = 0  # vocabulary, hash: the column holds lists, cut to their first `many` values; 0: single values
-  separator: str = "|"  # separates the values of a list where the column is text
+  separator: str = "|"  # separates the values of a list, or the numbers of a vector, where the column is text
   # null: the field is absent in files that lack the column, and they are counted; error: all have it
   missing: Literal["error", "null"] = dataclasses.field(default="error", metadata=ADDED_LATER)
 
@@ -137,12 +140,8 @@ class Data:
     """Returns the vocabulary field that reads the column `type` of a source; empty if there is none."""
     for name, field in self.fields.items():
       here = field.table == "events" and (not field.sources or source in field.sources)
-      if (
-        here
-        and field.kind == "vocabulary"
-        and not field.buckets
-        and (field.column or name) == self.sources[source].type
-      ):
+      plain = field.kind == "vocabulary" and not field.buckets
+      if here and plain and (field.column or name) == self.sources[source].type:
         return name
     return ""
 

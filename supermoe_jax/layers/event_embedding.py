@@ -34,6 +34,7 @@ class EventEmbedding(nnx.Module):
     time_unit: time_gaps.Unit = "seconds",
     extra_columns: Sequence[str] = (),
     shares: Mapping[str, str] | None = None,
+    vectors: Mapping[str, int] | None = None,
     layout: Layout = ONE_DEVICE,
     rngs: nnx.Rngs,
   ):
@@ -49,6 +50,7 @@ class EventEmbedding(nnx.Module):
       time_unit: the unit of the encoding of time gaps.
       extra_columns: the field of each further column of the codes, whose values share the field's table.
       shares: the owner of the table of each field that uses another field's table; both have the owner's codes.
+      vectors: the number of numbers of each vector field.
       layout: layout of the fields' tables.
       rngs: keys of the initial parameters.
 
@@ -76,9 +78,22 @@ class EventEmbedding(nnx.Module):
       if self.numeric_columns
       else None
     )
+    # The last input of a projection is 1 for a vector, and 0 for none.
+    self.vector_fields, self.vector_sizes = tuple(vectors or {}), tuple((vectors or {}).values())
+    self.vectors = (
+      nnx.Dict({n: linear(k + 1, d_model, names=(None, "embed"), bias=False, rngs=rngs) for n, k in vectors.items()})
+      if vectors
+      else None
+    )
 
   def __call__(
-    self, codes: jax.Array, source: jax.Array, numeric: jax.Array, calendar: jax.Array, gap: jax.Array
+    self,
+    codes: jax.Array,
+    source: jax.Array,
+    numeric: jax.Array,
+    calendar: jax.Array,
+    gap: jax.Array,
+    vectors: jax.Array | None = None,
   ) -> jax.Array:
     """Embeds events; shapes as in `batch.Features`, which also hold the fields that are not inputs.
 
@@ -95,7 +110,17 @@ class EventEmbedding(nnx.Module):
       parts = time_gaps.bends(jnp.where(present, numeric, 0.0), NUMERIC_KNOTS) * present[..., None]
       parts = jnp.concatenate([parts, present[..., None].astype(parts.dtype)], axis=-1)
       x = x + self.numeric(parts.reshape(*parts.shape[:-2], -1))
+    if self.vectors is not None and vectors is not None:
+      of_fields = jnp.split(vectors, np.cumsum(self.vector_sizes)[:-1], axis=-1)
+      for name, vector in zip(self.vector_fields, of_fields, strict=True):
+        present = jnp.isfinite(vector[..., :1])
+        x = x + self.vectors[name](jnp.concatenate([jnp.where(present, vector, 0), present], axis=-1, dtype=x.dtype))
     return x
+
+  def without_some_vectors(self, vectors: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """Returns `vectors [B, L, V]`, each of which is absent with the probability `share`."""
+    kept = jax.random.bernoulli(key, 1 - share, (*vectors.shape[:-1], len(self.vector_sizes)))
+    return jnp.where(kept[..., np.repeat(np.arange(len(self.vector_sizes)), self.vector_sizes)], vectors, jnp.nan)
 
   def asked(self, codes: jax.Array) -> dict[str, jax.Array]:
     """Returns the codes that events with `codes [B, L, F]` look up in each table: `[B, L, k]` for k columns."""

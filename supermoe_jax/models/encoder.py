@@ -73,6 +73,7 @@ def make_embeddings(
     time_unit=model.time_unit,
     extra_columns=schema.extra_columns,
     shares=schema.shares,
+    vectors=schema.vectors,
     layout=layout,
     rngs=rngs,
   )
@@ -88,14 +89,16 @@ def embed_rows(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the embeddings of a batch: of its events `[B, L, D]` and of its snapshots `[B, S, D]`.
 
-  With `rngs` each categorical value of an event is absent with the probability `value_dropout`. So no event is known by
-  one value alone, and users are not learned by heart by their rare values.
+  With `rngs` each categorical value and each vector of an event is absent with the probability `value_dropout`. So no
+  event is known by one value alone, and users are not learned by heart by their rare values.
   """
-  codes = features.codes
+  codes, vectors = features.codes, features.vectors
   if rngs is not None and value_dropout:
     kept = jax.random.bernoulli(rngs.dropout(), 1 - value_dropout, codes.shape)
     codes = jnp.where(kept, codes, ABSENT)
-  events = event_embedding(codes, features.source, features.numeric, features.calendar, features.gap)
+    if event_embedding.vectors is not None:
+      vectors = event_embedding.without_some_vectors(vectors, value_dropout, rngs.dropout())
+  events = event_embedding(codes, features.source, features.numeric, features.calendar, features.gap, vectors)
   return events, query_embedding(features.query_calendar, features.query_gap, features.query_aggregates)
 
 

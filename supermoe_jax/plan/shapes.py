@@ -83,6 +83,7 @@ def _features(schema: Schema, rows: tuple[int, ...], events: int, snapshots: int
     query_gap=of_snapshots(np.float32),
     query_calendar=of_snapshots(np.float32, CALENDAR),
     query_aggregates=of_snapshots(np.float32, schema.aggregates),
+    vectors=of_events(np.float16, sum(schema.vectors.values())),
   )
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.config.tables import PLAIN_TEXT
-from supermoe_jax.data.reading import derived_columns, field_sql, joined_tables, paths, readers, value_sql
+from supermoe_jax.data.reading import derived_columns, field_sql, joined_tables, paths, readers, value_sql, vector_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError
@@ -61,7 +62,13 @@ def common_kind(kinds: Sequence[ColumnKind]) -> ColumnKind:
 def field_specs(data: config.Data) -> dict[str, FieldSpec]:
   """Returns how the values of each field are read."""
   return {
-    n: FieldSpec(f.kind == "numeric", f.kind == "numeric" and f.encoding == "log1p", f.many, f.separator)
+    n: FieldSpec(
+      f.kind == "numeric",
+      f.kind == "numeric" and f.encoding == "log1p",
+      f.many,
+      f.separator,
+      f.size if f.kind == "vector" else 0,
+    )
     for n, f in data.fields.items()
   }
 
@@ -154,7 +161,7 @@ class ColumnKinds:
     """Returns the values of the `fields` that events take from a table that `joined_tables.load_items` loaded."""
     columns, specs = field_sql.field_columns(self._data), field_specs(self._data)
     keys = [k for (k,) in self._con.execute(f"SELECT key FROM {table} ORDER BY file, row").fetchall()]
-    values: dict[str, list[object]] = {}
+    values: dict[str, Sequence[object] | np.ndarray] = {}
     index = np.full((len(keys), len(fields)), -1, np.int32)
     for i, name in enumerate(fields):
       column, log1p = columns[name], specs[name].log1p
@@ -163,7 +170,21 @@ class ColumnKinds:
       places: dict[object, int] = {}
       at = [-1 if v is None else places.setdefault(tuple(v) if isinstance(v, list) else v, len(places)) for v in rows]
       values[name], index[:, i] = list(places), at
+      if specs[name].vector:
+        values[name] = self._vectors(columns[name], list(places), specs[name].vector)
     return ItemValues({k: i for i, k in enumerate(keys)}, values, index)
+
+  def _vectors(self, column: str, keys: Sequence[object], size: int) -> np.ndarray:
+    """Returns the vectors with these keys: float32 `[keys, size]`."""
+    if not keys:
+      return np.zeros((0, size), np.float32)
+    wanted = pa.table({"value": pa.array(keys, pa.string()), "place": np.arange(len(keys))})
+    self._con.register("wanted", wanted)
+    found = self._con.sql(
+      f"SELECT vector FROM wanted JOIN {vector_sql.vectors_table(column)} USING (value) ORDER BY place"
+    ).to_arrow_table()
+    self._con.unregister("wanted")
+    return found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, size)
 
 
 def _common(files: Sequence[TableFile], column: str) -> ColumnKind:

@@ -234,7 +234,7 @@ def texts_reader(kind: ColumnKind, separator: str) -> Texts:
   def read(value: Any) -> list[str] | None:
     if isinstance(value, str) and value in kind.nulls:
       return None
-    if isinstance(value, str) and kind.json and (array := _json_array(value)) is not None:
+    if isinstance(value, str) and kind.json and (array := json_array(value)) is not None:
       value = array
     if isinstance(value, list | tuple):
       if any(isinstance(v, list | tuple | dict) for v in value):
@@ -250,7 +250,7 @@ def texts_reader(kind: ColumnKind, separator: str) -> Texts:
   return read
 
 
-def _json_array(text: str) -> list[Any] | None:
+def json_array(text: str) -> list[Any] | None:
   """Returns the array that a text holds as JSON; None if it holds none."""
   if not text.lstrip(WHITESPACE).startswith("["):
     return None

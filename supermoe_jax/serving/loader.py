@@ -34,7 +34,7 @@ from supermoe_jax.data.dataset import windows
 from supermoe_jax.errors import DataError
 from supermoe_jax.serving import preprocessing as preprocessing_lib
 from supermoe_jax.serving import stablehlo as stablehlo_lib
-from supermoe_jax.serving.json_values import AS_OF, ValueProblem
+from supermoe_jax.serving.json_values import AS_OF, ColumnKind, ValueProblem
 from supermoe_jax.serving.preprocessing import EventCounts, InputError, Preprocessing
 
 __all__ = ["Embedded", "ExportedEncoder", "InputError", "Prepared", "load_encoder"]
@@ -129,14 +129,20 @@ class ExportedEncoder:
           "numeric": any(spec.fields[f].numeric for f in fields),
           "from_items": column in source.joined,
           "item_key": column == source.item_key,
+          **({"vector": size} if (size := max((spec.fields[f].vector for f in fields), default=0)) else {}),
         }
       out[name] = {"time": {"column": source.time, "wanted": source.time_kind.wanted}, "columns": described}
     return {
       "sources": out,
-      "user": {column: {"kind": kind.name} for column, kind in spec.user_columns.items()},
+      "user": {column: self._described_of_user(column, kind) for column, kind in spec.user_columns.items()},
       "max_events": self.max_events,
       "width": self.width,
     }
+
+  def _described_of_user(self, column: str, kind: ColumnKind) -> dict[str, Any]:
+    spec = self.preprocessing.spec
+    sizes = [spec.fields[f].vector for s in spec.sources.values() for f, c in s.user_fields.items() if c == column]
+    return {"kind": kind.name, **({"vector": size} if (size := max(sizes, default=0)) else {})}
 
   def embed(self, users: Sequence[Mapping[str, Any]], as_of: Moment | Sequence[Moment]) -> Embedded:
     """Embeds users as of one time, or as of a time each. Ignores events from then on.

@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from supermoe_jax.batch import UNKNOWN, Features
+from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN, Features
 from supermoe_jax.data.dataset import windows
 from supermoe_jax.data.encoding.aggregates import Aggregator
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, number_encoder
+from supermoe_jax.data.encoding.vectors import VectorScale, concatenated
 from supermoe_jax.data.encoding.vocabulary import Categorical, Hashing, Vocabulary
 from supermoe_jax.errors import nearest
 from supermoe_jax.serving.json_values import ColumnKind, ValueProblem, number_reader, text_reader, texts_reader
+from supermoe_jax.serving.json_vectors import vector_reader
 from supermoe_jax.serving.spec import PreprocessingSpec, SourceSpec, spec_from_json
 
 FILE = "preprocessing.json"
@@ -54,12 +56,13 @@ class ItemValues:
 
   Attributes:
     rows: the row of each item, by its key as text.
-    values: for each joined field, its distinct values: texts, lists of texts or numbers.
+    values: for each joined field, its distinct values: texts, lists of texts, numbers, or the rows of an array, which
+      are vectors.
     index: int32 `[items, joined fields]`, the place of an item's value among the field's values; -1 absent.
   """
 
   rows: Mapping[str, int]
-  values: Mapping[str, list[Any]]
+  values: Mapping[str, Sequence[Any] | np.ndarray]
   index: np.ndarray
 
 
@@ -96,7 +99,7 @@ class _FieldReader(NamedTuple):
 
 
 class _Event(NamedTuple):
-  """An event after reading: `values` holds one entry a field: text, several texts, a number or None."""
+  """An event after reading: `values` has an entry a field: text, several texts, a number, a vector's bytes or None."""
 
   time: int
   source: int
@@ -109,7 +112,7 @@ class Preprocessing:
   def __init__(
     self,
     spec: PreprocessingSpec,
-    categorical: Mapping[str, Categorical],
+    categorical: Mapping[str, Categorical | VectorScale],
     numeric: Mapping[str, NumberEncoder],
     aggregator: Aggregator | None,
     statistics: Mapping[str, Sequence[float]],
@@ -118,6 +121,8 @@ class Preprocessing:
     """Takes the encoders of the fields, the aggregates with their `mean` and `scale`, and the tables of items."""
     self.spec, self.categorical, self.numeric, self.aggregator = spec, dict(categorical), dict(numeric), aggregator
     self.items = dict(items)
+    self._scales = {n: e for n, e in self.categorical.items() if isinstance(e, VectorScale)}
+    self.vector_columns = tuple(list(self.categorical).index(n) for n in self._scales)
     self.hidden_codes, self.hidden_numeric = spec.hidden_codes, spec.hidden_numeric
     self._mean, self._scale = (np.array(statistics[k], np.float32) for k in ("mean", "scale"))
     self._place = {name: i for i, name in enumerate(spec.fields)}
@@ -134,6 +139,8 @@ class Preprocessing:
 
   def _value_reader(self, field: str, kind: ColumnKind) -> Callable[[Any], Any]:
     spec = self.spec.fields[field]
+    if spec.vector:
+      return vector_reader(kind, spec.vector, spec.separator)
     if spec.numeric:
       return number_reader(kind, spec.log1p)
     return texts_reader(kind, spec.separator) if spec.many else text_reader(kind)
@@ -241,7 +248,8 @@ class Preprocessing:
       counts.items_missing += 1
       return {}
     places = items.index[row].tolist()
-    return {f: values[at] for (f, values), at in zip(items.values.items(), places, strict=True) if at >= 0}
+    found = {f: values[at] for (f, values), at in zip(items.values.items(), places, strict=True) if at >= 0}
+    return {f: v.tobytes() if isinstance(v, np.ndarray) else v for f, v in found.items()}
 
   def _history(self, events: Sequence[_Event], counts: EventCounts) -> UserHistory:
     n = len(events)
@@ -249,8 +257,14 @@ class Preprocessing:
     order = np.argsort(time, kind="stable")
     codes = np.zeros((n, len(self.categorical) + len(self.spec.extra_columns)), np.int32)
     numeric = np.full((n, len(self.numeric)), np.nan, np.float32)
+    own = []
     for column, (name, encoder) in enumerate(self.categorical.items()):
       values, many = [e.values[self._place[name]] for e in events], self.spec.fields[name].many
+      if isinstance(encoder, VectorScale):
+        rows = {v: i for i, v in enumerate(dict.fromkeys(v for v in values if v is not None), FIRST_VALUE)}
+        own.append(np.frombuffer(b"".join(rows), np.float32).reshape(-1, encoder.size))
+        codes[:, column] = [ABSENT if v is None else rows[v] for v in values]
+        continue
       if many:
         counted = sum(max(len(v) - many, 0) for v in values if v)
         counts.cut |= {name: counted} if counted else {}
@@ -268,7 +282,12 @@ class Preprocessing:
       if clipped := int(numbers.clips(raw).sum()):
         counts.clipped[name] = clipped
     source = np.fromiter((e.source for e in events), np.int32, n)
-    return UserHistory("", time[order], source[order], codes[order], numeric[order], n)
+    return UserHistory("", time[order], source[order], codes[order], numeric[order], n, tuple(own))
+
+  def vectors(self, codes: np.ndarray, own: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Returns the vectors with `codes […, K]`, each a row of a field's `own` vectors, as a dataset does."""
+    rows = zip(self._scales.values(), own or (), strict=True)
+    return concatenated([scale.looked_up(codes[..., i], of) for i, (scale, of) in enumerate(rows)], codes.shape[:-1])
 
   def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     """Returns standardised aggregates `[S, A]` at snapshots, as a dataset does; A is 0 if the config has none."""
@@ -302,6 +321,9 @@ class Preprocessing:
       if isinstance(encoder, Hashing):
         saved["categorical"][name] = {"kind": "hash", **dataclasses.asdict(encoder)}
         continue
+      if isinstance(encoder, VectorScale):
+        saved["categorical"][name] = {"kind": "vector", "size": encoder.size, "scale": encoder.scale}
+        continue
       file = files.setdefault(id(encoder), f"vocabulary-{len(files)}.json")  # fields may share one
       (path / file).write_text(json.dumps(encoder.values) + "\n")
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, "buckets": encoder.buckets}
@@ -310,7 +332,12 @@ class Preprocessing:
     saved["statistics"] = {"mean": self._mean.tolist(), "scale": self._scale.tolist()}
     for i, (name, items) in enumerate(self.items.items()):
       file = f"items-{i}"
-      (path / f"{file}.json").write_text(json.dumps({"keys": list(items.rows), "values": items.values}) + "\n")
+      vectors = {n: v for n, v in items.values.items() if isinstance(v, np.ndarray)}
+      values = {n: None if n in vectors else v for n, v in items.values.items()}  # in the order of the fields
+      held = {"keys": list(items.rows), "values": values}
+      (path / f"{file}.json").write_text(json.dumps(held) + "\n")
+      for n, rows in vectors.items():
+        np.save(path / f"{file}-{list(values).index(n)}.npy", rows, allow_pickle=False)
       np.save(path / f"{file}.npy", items.index, allow_pickle=False)
       saved["items"][name] = file
     (path / FILE).write_text(json.dumps(saved, indent=1) + "\n")
@@ -320,10 +347,10 @@ class Preprocessing:
     """Reads the directory that `save` wrote."""
     saved = json.loads((path / FILE).read_text())
     vocabularies: dict[str, Vocabulary] = {}
-    categorical: dict[str, Categorical] = {}
+    categorical: dict[str, Categorical | VectorScale] = {}
     for name, of in saved["categorical"].items():
-      if of.pop("kind") == "hash":
-        categorical[name] = Hashing(**of)
+      if (kind := of.pop("kind")) != "vocabulary":
+        categorical[name] = Hashing(**of) if kind == "hash" else VectorScale(**of)
         continue
       if of["file"] not in vocabularies:
         values = json.loads((path / of["file"]).read_text())
@@ -338,7 +365,11 @@ class Preprocessing:
     for name, file in saved["items"].items():
       held = json.loads((path / f"{file}.json").read_text())
       index = np.load(path / f"{file}.npy", allow_pickle=False)
-      items[name] = ItemValues({k: i for i, k in enumerate(held["keys"])}, held["values"], index)
+      of_fields = {
+        n: np.load(path / f"{file}-{i}.npy", mmap_mode="r", allow_pickle=False) if v is None else v
+        for i, (n, v) in enumerate(held["values"].items())
+      }
+      items[name] = ItemValues({k: i for i, k in enumerate(held["keys"])}, of_fields, index)
     numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
     return cls(spec_from_json(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
 

@@ -149,7 +149,9 @@ def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.Bas
     for j, (column, described) in enumerate(encoder.schema["sources"][name]["columns"].items()):
       if column == source.time:  # a field may read it too
         continue
-      taken = json_types(source.columns[column], numeric=described["numeric"], many=described["many"] > 0)
+      taken = vector_types(source.columns[column])
+      if "vector" not in described:
+        taken = json_types(source.columns[column], numeric=described["numeric"], many=described["many"] > 0)
       fields = ", ".join(described["fields"]) or "the key of its table of items"
       held = "; taken from the table of items if it is missing" if described["from_items"] else ""
       told = f"{source.columns[column].name}: {fields}{held}"
@@ -161,7 +163,10 @@ def request_model(encoder: ExportedEncoder, limits: Limits) -> type[pydantic.Bas
   user: dict[str, Any] = {"events": (events, ...)}
   if spec.user_columns:
     known: dict[str, Any] = {
-      f"u{i}": (json_types(kind) | None, pydantic.Field(None, alias=column, description=kind.name))
+      f"u{i}": (
+        (vector_types(kind) if "vector" in encoder.schema["user"][column] else json_types(kind)) | None,
+        pydantic.Field(None, alias=column, description=kind.name),
+      )
       for i, (column, kind) in enumerate(spec.user_columns.items())
     }
     user["user"] = (
@@ -194,6 +199,12 @@ def json_types(kind: json_values.ColumnKind, *, numeric: bool = False, many: boo
     "timestamp": _described(str, format="date-time"),
   }.get(kind.name, str)
   return list[found | None] | found if many else found
+
+
+def vector_types(kind: json_values.ColumnKind) -> Any:
+  """Returns the JSON types that a column of vectors takes, except null; see `json_vectors`."""
+  numbers = list[int | float]
+  return numbers | str if kind.name == "text" and not kind.list else numbers
 
 
 def _described(type: Any, **schema: Any) -> Any:

@@ -40,6 +40,7 @@ class FieldSpec:
   log1p: bool = False
   many: int = 0
   separator: str = "|"
+  vector: int = 0  # the number of numbers of a vector; 0: another kind of field
 
 
 @dataclasses.dataclass(frozen=True)

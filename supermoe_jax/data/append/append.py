@@ -3,7 +3,7 @@
 A rewritten record is what preparing all files at once would have given, except for the encoding. The encoding stays, so
 that trained models remain usable: no code changes its meaning, and numbers and aggregates keep their statistics. A new
 value is added behind the old ones of its vocabulary if it is frequent enough in the new training events, by the rule of
-fitting. An earlier event with such a value keeps the out-of-vocabulary code.
+fitting. An earlier event with such a value keeps the out-of-vocabulary code. Every new vector is added to its table.
 
 When the log's end moves, labels that were not wholly observed before may be observed now, for other users too. Then
 their records are made again, and each record that differs is rewritten.
@@ -297,6 +297,7 @@ class _Append:
       "users_with_new_events": touched,
       "users_with_other_labels": len(written.users) - touched,
       "vocabularies": values,
+      **({"new_vectors": extension.new_vectors} if extension.new_vectors else {}),
     }
 
   def _finish(

@@ -10,6 +10,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.append import merge_histories
+from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.preparation import fitting
 from supermoe_jax.data.preparation.event_log import EventLog
@@ -111,6 +112,8 @@ def combined_coverage(
       for when, counts in (("training", training), ("after", covered.all[name] - training)):
         values = facts[f"values_{when}"] + int(counts[UNKNOWN:].sum())
         facts |= fitting.share_outside(when, values, facts[f"outside_{when}"] + int(counts[outside].sum()))
+    if isinstance(encoder, Vectors):
+      facts = fitting.vector_facts(encoder)
     if encoder.buckets and covered.training[name].any():
       facts |= {"values": None, "colliding": None}  # nothing records which values were hashed before
     if fields[name].many:

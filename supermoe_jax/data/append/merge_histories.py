@@ -1,4 +1,4 @@
-"""Merges users' earlier and new events into one history, and adds frequent new values to the vocabularies.
+"""Merges users' earlier and new events into one history, and adds new values to vocabularies and tables of vectors.
 
 During the merge every new value of a vocabulary has a provisional code behind the known codes, since only the merged
 histories show which values are frequent enough in training. `ExtendedEncoders` maps provisional to final codes.
@@ -18,8 +18,10 @@ from supermoe_jax import config
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
+from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Categorical, Encoders, Vocabulary
 from supermoe_jax.data.preparation.event_log import EventLog
+from supermoe_jax.data.preparation.fitting import extend_vectors
 
 
 class Repeats(NamedTuple):
@@ -138,7 +140,7 @@ def training_events(block: UserBlock, split: config.Split) -> np.ndarray:
 def provisional(encoders: Encoders, log: EventLog) -> Encoders:
   """Returns the encoders with a provisional code for every value of a new log.
 
-  A vocabulary with buckets stays as it is: it has a code for any value.
+  A vocabulary with buckets stays as it is: it has a code for any value. The codes of new vectors are final.
   """
   grown: dict[str, Categorical] = {}
   for name, encoder in encoders.categorical.items():
@@ -147,6 +149,8 @@ def provisional(encoders: Encoders, log: EventLog) -> Encoders:
       new = [value for (value,) in log.query(sql, known=encoder.table())]
       counts = np.concatenate([encoder.counts, np.zeros(len(new), np.int64)])
       encoder = dataclasses.replace(encoder, values=[*encoder.values, *new], counts=counts)
+    elif isinstance(encoder, Vectors):
+      encoder = extend_vectors(log, name, encoder)
     grown[name] = encoder
   return dataclasses.replace(encoders, categorical=grown)
 
@@ -184,12 +188,14 @@ class ExtendedEncoders:
     added: for each such field, the new values that received a code, most frequent first.
     left_out: for each such field, the number of new training values without a code, because they occur less than
       `min_count` times or the vocabulary has no room.
+    new_vectors: for each field of vectors, the number of new ones.
   """
 
   encoders: Encoders
   final: Mapping[str, np.ndarray]
   added: Mapping[str, list[str]]
   left_out: Mapping[str, int]
+  new_vectors: Mapping[str, int]
 
   def apply(self, block: UserBlock, extra_columns: Sequence[str]) -> UserBlock:
     """Returns the block with final codes in place of the provisional ones."""
@@ -208,7 +214,8 @@ def extend_encoders(
   The rule is that of fitting: at least `min_count` times in training, most frequent first, ties by value, `size` values
   in all. Existing codes never change. Two kinds of vocabularies receive no new values: one with fewer values than
   `aggregates.top_values`, since aggregates count each of its values and must not change; and one that fields share,
-  since each of these fields has seen other values.
+  since each of these fields has seen other values. Tables of vectors keep every new vector: the model needs no training
+  to read it.
 
   Args:
     before: the dataset's encoders.
@@ -218,12 +225,14 @@ def extend_encoders(
     keep: adds no value to a vocabulary.
   """
   categorical: dict[str, Categorical] = {}
-  final, added, left_out = {}, {}, {}
+  final, added, left_out, new_vectors = {}, {}, {}, {}
   for name, encoder in before.categorical.items():
     wide = grown.categorical[name]
     if isinstance(encoder, Vocabulary) and encoder.buckets:
       seen_again = counts.training[name][FIRST_VALUE : FIRST_VALUE + len(encoder.values)]
       encoder = dataclasses.replace(encoder, counts=encoder.counts + seen_again)
+    elif isinstance(encoder, Vectors):
+      new_vectors[name], encoder = wide.n_codes - encoder.n_codes, wide
     elif isinstance(encoder, Vocabulary) and isinstance(wide, Vocabulary):
       known, training = len(encoder.values), counts.training[name][FIRST_VALUE:]
       seen = [i for i in range(known, len(wide.values)) if training[i]]
@@ -242,4 +251,4 @@ def extend_encoders(
         counts=np.concatenate([encoder.counts + training[:known], training[chosen]]),
       )
     categorical[name] = encoder
-  return ExtendedEncoders(dataclasses.replace(before, categorical=categorical), final, added, left_out)
+  return ExtendedEncoders(dataclasses.replace(before, categorical=categorical), final, added, left_out, new_vectors)

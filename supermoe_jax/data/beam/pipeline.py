@@ -73,7 +73,17 @@ class Beam:
       raise ConfigError(f"--runner={self._name}: {error}") from None
 
   def open(self, cfg: config.Config, scratch: pathlib.Path) -> MergedLog:
-    """Reads the log; see `prepare.Engine.open`."""
+    """Reads the log; see `prepare.Engine.open`.
+
+    Raises:
+      ConfigError: a field holds vectors.
+    """
+    for name, field in cfg.data.fields.items():
+      if field.kind == "vector":
+        raise ConfigError(
+          f"config.data.fields.{name}.kind='vector': Beam prepares no vectors; prepare without --runner, or leave the "
+          "field out."
+        )
     parts = PartFolder(scratch.absolute() / "beam")
 
     def read(files: Sequence[SourceFile], count: int) -> None:

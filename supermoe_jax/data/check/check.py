@@ -23,6 +23,7 @@ from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.condition_sql import asked_sql
 from supermoe_jax.data.check.dated_moments import derive_dated_moments
 from supermoe_jax.data.check.raw_events import field_column
+from supermoe_jax.data.check.raw_vectors import differing_vector
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.numeric import MOST_DEVIATIONS, Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Vocabulary
@@ -62,7 +63,7 @@ def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> di
   """Derives the labels of up to `sample` users again, and returns the numbers of compared answers of each task.
 
   At up to `SNAPSHOTS_A_USER` snapshots a user it compares the number of visible events, the split, and every task's
-  label and indicator; for an event label also the events that it asks about.
+  label and indicator; for an event label also the events that it asks about. It compares the vectors of all events.
 
   Raises:
     CheckError: something differs; the message names the first difference.
@@ -142,6 +143,8 @@ class _Check:
 
   def run(self) -> dict[str, ComparedLabels]:
     self._check_snapshots()
+    if found := differing_vector(self._con, self._dataset, self._records):
+      raise CheckError(f"{found} Do not train on it; prepare it again with --overwrite.")
     users, tasks = self._cfg.data.users, self._cfg.labelled_tasks
     self._user_columns = sorted({t.user_column for t in tasks.values() if t.user_column})
     if users is not None and self._user_columns:

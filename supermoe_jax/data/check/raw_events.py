@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.numeric import LARGEST
-from supermoe_jax.data.reading import paths, readers, value_sql
+from supermoe_jax.data.reading import json_files, paths, readers, value_sql, vector_sql
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile
 from supermoe_jax.data.reading.text_files import clean_copies
 
@@ -35,8 +35,7 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
   """
   con.register("chosen", pa.table({"user": pa.array(users, pa.string())}))
   fields = [field_column(data, f) for f in data.fields]
-  types = {n: "DOUBLE" if f.kind == "numeric" else "VARCHAR[]" if f.many else "VARCHAR" for n, f in data.fields.items()}
-  kinds = [f"{field_column(data, n)} {kind}" for n, kind in types.items()]
+  kinds = [f"{field_column(data, n)} {_type(f)}" for n, f in data.fields.items()]
   con.execute(
     f'CREATE TABLE raw ("user" VARCHAR, time BIGINT, source INTEGER, file INTEGER, row BIGINT, {", ".join(kinds)})'
   )
@@ -66,6 +65,11 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
     f'count(*) OVER (PARTITION BY "user") AS total FROM (SELECT * FROM raw {once})'
   )
   return last
+
+
+def _type(field: config.Field) -> str:
+  own = {"numeric": "DOUBLE", "vector": "FLOAT[]"}
+  return own.get(field.kind) or ("VARCHAR[]" if field.many else "VARCHAR")
 
 
 def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, columns: Sequence[str]) -> None:
@@ -111,6 +115,13 @@ def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple
     if field.many:
       json = file.format in ("jsonl", "json_object") or bool(column in file.derived and file.derived[column].path)
       values[field_column(data, name)] = value_sql.list_sql(alias, kind, field.separator, json=json)
+      continue
+    if field.kind == "vector":
+      numbers = vector_sql.numbers_sql(alias, kind, field.separator)
+      values[field_column(data, name)] = f"CASE WHEN len({numbers}) > 0 THEN {numbers} END"
+      finite = f"len(list_filter({numbers}, lambda x: isfinite(x))) = {field.size}"
+      whole = f"len({numbers}) = {field.size} AND {finite}"
+      bad.append(f"({text}) IS NOT NULL AND NOT coalesce({whole} OR len({numbers}) = 0, false)")
       continue
     if field.kind != "numeric":
       values[field_column(data, name)] = text
@@ -160,14 +171,15 @@ def _load_items(con: duckdb.DuckDBPyConnection, data: config.Data, name: str) ->
   items = data.sources[name].items
   assert items is not None
   (found,) = paths.find_files(con, [items.file], f"config.data.sources.{name}.items.file")
-  needed = {items.key, *_columns(data, name).values()}
+  needed = {items.table_key or items.key, *_columns(data, name).values()}
   file = readers.open_table(con, found.path, items.format, needed, items, f"config.data.sources.{name}.items")
-  fields = {n: c for n, c in _columns(data, name).items() if c in file.columns and c != items.key}
+  there = items.table_key or (json_files.KEY if file.format == "json_object" else items.key)
+  fields = {n: c for n, c in _columns(data, name).items() if c in file.columns and c not in (items.key, there)}
   values, bad = _values(data, file, fields)
-  key = value_sql.text_sql("e.key", file.columns[items.key])
+  key = value_sql.text_sql("e.key", file.columns[there])
   columns = ", ".join([f"{key} AS key", *(f"{v} AS {n}" for n, v in values.items())])
   usable = " AND ".join([f"{key} IS NOT NULL", *(f"NOT coalesce({condition}, false)" for condition in bad)])
-  wanted = {"key": items.key, **{field_column(data, n): c for n, c in fields.items()}}
+  wanted = {"key": there, **{field_column(data, n): c for n, c in fields.items()}}
   with clean_copies.readable(con, file, drop=True) as (good, _), readers.naming(file.path, file.format):
     con.execute(
       f"CREATE TABLE {_items_table(data, name)} AS SELECT {columns} FROM ({good.select(wanted)}) e WHERE {usable}"

@@ -12,8 +12,7 @@ import errno
 import functools
 import os
 import pathlib
-import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from supermoe_jax import config
 from supermoe_jax.batch import Schema
+from supermoe_jax.data.dataset.bounded_cache import BoundedCache
+from supermoe_jax.data.encoding import vectors
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
 from supermoe_jax.data.encoding.splits import TRAIN, user_split
+from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.format import integrity, records, shard_files
 from supermoe_jax.data.format.records import RecordArray
@@ -70,6 +72,9 @@ class Dataset:
     self.manifest: dict[str, Any] = integrity.read_manifest(self.path, FORMAT_VERSION)
     self.config = config.resolve_prepared(self.manifest["config"])
     self.encoders = Encoders.load(self.path / "encoders")
+    self._vectors = [e for e in self.encoders.categorical.values() if isinstance(e, Vectors)]
+    for encoder in self._vectors:
+      _ = encoder.rows  # opened now, because an append may replace the files
     self.aggregator = make_aggregator(self.config.data, self.encoders)
     statistics = self.manifest["aggregates"]
     self.aggregate_mean = np.array(statistics["mean"], np.float32)
@@ -81,7 +86,7 @@ class Dataset:
       self._source = ArrayRecordDataSource(files)
     except RuntimeError as error:  # ArrayRecord's error about a file's end, which holds the number of records
       raise DataError(f"a shard of {self.path} is damaged ({error}); prepare the dataset again.") from error
-    self._kept = _BoundedCache(KEPT_BYTES)
+    self._kept = BoundedCache(KEPT_BYTES)
     # The place of each user's record in the shards; None: users and records have one order, as before any append.
     self.places: np.ndarray | None = None
     if self.manifest.get("appends"):
@@ -140,6 +145,16 @@ class Dataset:
   def hidden_numeric(self) -> tuple[int, ...]:
     """Returns the columns of the numbers that the model must not see."""
     return tuple(i for i in range(len(self.schema.numeric)) if i not in self.schema.numeric_inputs)
+
+  @functools.cached_property
+  def vector_columns(self) -> tuple[int, ...]:
+    """Returns the columns of the codes of vectors."""
+    return tuple(map(self.schema.field, self.schema.vectors))
+
+  def vectors(self, codes: np.ndarray, own: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Returns the vectors with `codes […, K]` as batches hold them: float16 `[…, V]`; histories here have no `own`."""
+    assert own is None
+    return vectors.looked_up(self._vectors, codes)
 
   def check_matches(self, wanted: config.Config, *, appended: bool = True) -> None:
     """Raises DataError if the dataset was prepared from another data section or other task labels.
@@ -346,29 +361,6 @@ def rows_between(file: pathlib.Path, columns: Sequence[str] | None, start: int, 
     found = parquet.read_row_groups(wanted.tolist(), columns=None if columns is None else list(columns))
     begin = int(ends[wanted[0]] - groups[wanted[0]]) if len(wanted) else 0
   return found.slice(start - begin, stop - start)
-
-
-class _BoundedCache:
-  """A cache that keeps values as long as there is room; threads may share it.
-
-  It never evicts a value: epochs go through all records in turn, so the value used last is the last to be used again.
-  """
-
-  def __init__(self, room: int):
-    self.room = room  # bytes left
-    self._kept: dict[Hashable, Any] = {}
-    self._lock = threading.Lock()
-    self.get = self._kept.get
-
-  def __reduce__(self) -> tuple[type[_BoundedCache], tuple[int]]:
-    return _BoundedCache, (KEPT_BYTES,)  # another process has a cache of its own
-
-  def offer(self, key: Hashable, value: Any, size: int) -> None:
-    """Keeps the value of `size` bytes if there is room."""
-    with self._lock:
-      if size <= self.room and key not in self._kept:
-        self._kept[key] = value
-        self.room -= size
 
 
 def input_files(cfg: config.Config) -> dict[str, list[int]]:

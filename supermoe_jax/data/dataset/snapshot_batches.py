@@ -342,6 +342,7 @@ def _batch(features: Features, parts: Sequence[_QueryRows]) -> QueryBatch:
   for part in parts:
     rows = slice(place, place + len(part.questions))
     features.numeric[rows] = np.nan
+    features.vectors[rows] = np.nan
     for into, values in zip(features, part.features):
       into[rows, : values.shape[1]] = values
     place = rows.stop

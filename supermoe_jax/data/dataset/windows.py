@@ -1,6 +1,6 @@
 """Lays out windows of histories and their snapshots as the encoder reads them: one user per row, or several.
 
-Shapes: B rows, L events, S snapshots, F categorical and G numeric fields, A aggregates.
+Shapes: B rows, L events, S snapshots, F categorical, G numeric and K vector fields, A aggregates, V numbers of vectors.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ class Encoding(Protocol):
   @property
   def hidden_numeric(self) -> tuple[int, ...]:
     """Returns the columns of the numbers that the model must not see."""
+
+  @property
+  def vector_columns(self) -> tuple[int, ...]:
+    """Returns the columns of the codes of vectors."""
+
+  def vectors(self, codes: np.ndarray, own: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Returns the vectors with `codes […, K]` as batches hold them: float16 `[…, V]`; `own` as in `UserHistory`."""
 
   def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     """Returns standardised aggregates `[S, A]` at snapshots of a block's users; see `Dataset.aggregates`."""
@@ -103,6 +110,7 @@ def window_features(
     query_gap=hours(snapshot_time - last),
     query_calendar=calendar_phases(snapshot_time),
     query_aggregates=aggregates.astype(np.float32),
+    vectors=dataset.vectors(history.codes[start:stop, list(dataset.vector_columns)], history.own_vectors),
   )
 
 
@@ -116,6 +124,7 @@ class BlockWindows:
     previous[first] = block.time[first]
     self._block, self._dataset = block, dataset
     self._events = _events(dataset, block.time, previous, block.source, block.codes, block.numeric)
+    self._vector_codes = block.codes[:, list(dataset.vector_columns)]
 
   def __call__(self, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, length: int) -> Features:
     """Returns R rows of `length` events: the last events of the users `user [R]` of the block before `time [R]` (µs).
@@ -150,6 +159,7 @@ class BlockWindows:
       query_gap=hours(time - last)[:, None],
       query_calendar=calendar_phases(time)[:, None],
       query_aggregates=self._dataset.aggregates(block, user, time, n_events)[:, None],
+      vectors=self._dataset.vectors(gathered(self._vector_codes)),
     )
 
 
@@ -157,13 +167,15 @@ def blank(dataset: Dataset, rows: int, length: int) -> Features:
   """Returns rows of padding, with `length` events and one snapshot each."""
   schema = dataset.schema
   columns = {"codes": len(schema.categorical) + len(schema.extra_columns), "numeric": len(schema.numeric)}
+  columns |= {"vectors": sum(schema.vectors.values())}
   columns |= {"calendar": CALENDAR, "query_calendar": CALENDAR, "query_aggregates": schema.aggregates}
-  whole = ("codes", "source", "segment", "query_events", "query_segment")
+  types: dict[str, type] = dict.fromkeys(("codes", "source", "segment", "query_events", "query_segment"), np.int32)
+  types["vectors"] = np.float16
   return Features(
     **{
       name: np.zeros(
         (rows, 1 if name.startswith("query_") else length, *((columns[name],) if name in columns else ())),
-        np.int32 if name in whole else np.float32,
+        types.get(name, np.float32),
       )
       for name in Features._fields
     }
@@ -187,6 +199,7 @@ def join_features(parts: Sequence[Features], max_events: int, n_snapshots: int) 
     *(pad(column, n_snapshots if asked else max_events) for column, asked in zip(zip(*parts), of_snapshots))
   )
   row.numeric[n:] = np.nan
+  row.vectors[n:] = np.nan
   return row
 
 

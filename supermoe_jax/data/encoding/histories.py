@@ -44,6 +44,8 @@ class UserHistory:
     numeric: float32 `[N, G]`, standardised or as quantiles; NaN where absent.
     n_train: the number of events in the training period, which are the first ones; with split mode `user`, 0 for a
       user outside training.
+    own_vectors: float32 `[n, size]` for each vector field: the vectors that the codes point to, if they come with the
+      history, as in a request. None: the dataset has them.
   """
 
   user: str
@@ -52,6 +54,7 @@ class UserHistory:
   codes: np.ndarray
   numeric: np.ndarray
   n_train: int
+  own_vectors: tuple[np.ndarray, ...] | None = None
 
   @functools.cached_property
   def block(self) -> UserBlock:

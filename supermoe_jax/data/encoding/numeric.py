@@ -25,7 +25,8 @@ LARGEST = float(np.finfo(np.float32).max)
 BEYOND = 0.1
 
 
-def _rounded(value: float) -> float:
+def rounded_statistic(value: float) -> float:
+  """Returns a statistic rounded to the digits that are the same in every run."""
   return float(f"{value:.{STATISTIC_DIGITS}g}")
 
 
@@ -39,7 +40,7 @@ class Numeric:
   @classmethod
   def of(cls, mean: float, std: float) -> Numeric:
     """Makes the encoder from statistics, rounded to the digits that are the same in every run."""
-    mean, std = _rounded(mean), _rounded(std)
+    mean, std = rounded_statistic(mean), rounded_statistic(std)
     return cls(mean, std if std > 0 else 1.0)
 
   def encode(self, value: float, encoding: str = "standardise") -> np.float32:
@@ -92,7 +93,7 @@ class Quantile:
   def of(cls, knots: Sequence[float], ranks: Sequence[float]) -> Quantile:
     """Makes the encoder from numbers in ascending order and their mid-ranks as shares in (0, 1)."""
     normal = statistics.NormalDist()
-    return cls(tuple(map(float, knots)), tuple(_rounded(normal.inv_cdf(r)) for r in ranks))
+    return cls(tuple(map(float, knots)), tuple(rounded_statistic(normal.inv_cdf(r)) for r in ranks))
 
   def encode(self, value: float, encoding: str = "quantile") -> np.float32:
     """Returns the score of a raw number; `encoding` is ignored, it serves the common signature with `Numeric`."""

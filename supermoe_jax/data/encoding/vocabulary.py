@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
+from supermoe_jax.data.encoding import vectors
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric, number_encoder
+from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.errors import DataError
 
 if TYPE_CHECKING:  # encoding a value takes NumPy alone; only tables and files of them take Arrow
@@ -148,7 +150,7 @@ class Classes:
   counts: tuple[int, ...]
 
 
-Categorical = Vocabulary | Hashing
+Categorical = Vocabulary | Hashing | Vectors
 LabelEncoder = Classes | Numeric
 
 
@@ -161,7 +163,7 @@ class Encoders:
   labels: Mapping[str, LabelEncoder] = dataclasses.field(default_factory=dict)
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes the vocabularies as Parquet (value, count) and the rest as `encoders.json` into a directory."""
+    """Writes the vocabularies as Parquet (value, count), the vectors, and the rest as `encoders.json`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -177,6 +179,12 @@ class Encoders:
         plain = dataclasses.asdict(Hashing(encoder.buckets))
         own = {k: v for k, v in dataclasses.asdict(encoder).items() if k == "buckets" or v != plain[k]}
         saved["categorical"][name] = {"kind": "hash", **own}
+        continue
+      if isinstance(encoder, Vectors):
+        file = f"{vectors.DIRECTORY}/{urllib.parse.quote(name, safe='')}"
+        encoder.save(path / file)
+        # The number of vectors is not written: an append may add some, and all codes keep their meaning.
+        saved["categorical"][name] = {"kind": "vector", "file": file, "size": encoder.size, "scale": encoder.scale}
         continue
       file = f"{urllib.parse.quote(name, safe='')}.parquet"
       pq.write_table(pa.table({"value": pa.array(encoder.values, pa.string()), "count": encoder.counts}), path / file)
@@ -202,6 +210,8 @@ class Encoders:
     for name, spec in saved["categorical"].items():
       if spec["kind"] == "hash":
         categorical[name] = Hashing(**{k: v for k, v in spec.items() if k != "kind"})
+      elif spec["kind"] == "vector":
+        categorical[name] = Vectors(spec["size"], spec["scale"], (path / spec["file"],))
       else:
         table = pq.read_table(path / spec["file"])
         values, counts = table["value"].to_pylist(), table["count"].to_numpy()

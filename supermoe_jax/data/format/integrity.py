@@ -1,8 +1,8 @@
 """Checks that a dataset directory is as it was written, so that no change goes unnoticed.
 
-The manifest holds a digest of itself, a digest of every small file, and the size of every large file: the shards and
-the table of users. ArrayRecord's checksums guard the content of a shard and are checked whenever a record is read. The
-checksums of Parquet pages guard the table of users.
+The manifest holds a digest of itself, a digest of every small file, and the size of every large file: the shards, the
+tables of vectors and the table of users. ArrayRecord's checksums guard the content of a shard and are checked whenever
+a record is read. The checksums of Parquet pages guard the table of users.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 from supermoe_jax.errors import DataError
 
 MANIFEST = "manifest.json"
-# Files too large to read whole at every start: shards, by a part of their names, and the table of users.
-SHARD, USERS = ".array_record-", "users.parquet"
+# Files too large to read whole at every start: shards and vectors, by parts of their names, and the table of users.
+SHARD, VECTORS, USERS = ".array_record-", "encoders/vectors/", "users.parquet"
 
 
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
   """Writes the manifest of a finished directory, with the sizes and digests that later checks need, and returns it."""
   contents = {}
   for file in sorted(f for f in directory.rglob("*") if f.is_file() and f != directory / MANIFEST):
-    large = SHARD in file.name or file == directory / USERS
-    contents[file.relative_to(directory).as_posix()] = {
+    name = file.relative_to(directory).as_posix()
+    large = SHARD in file.name or name.startswith(VECTORS) or name == USERS
+    contents[name] = {
       "bytes": file.stat().st_size,
       "sha256": None if large else _checksum(file.read_bytes()),
     }

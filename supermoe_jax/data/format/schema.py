@@ -55,10 +55,11 @@ def schema_of_sizes(
     numeric=tuple(numeric),
     aggregates=aggregates,
     outputs={name: KINDS[task.kind].outputs(name, task, codes, classes) for name, task in labelled.items()},
-    inputs=tuple(name for name in codes if fields[name].input),
+    inputs=tuple(name for name in codes if fields[name].input and fields[name].kind != "vector"),
     numeric_inputs=tuple(i for i, name in enumerate(numeric) if fields[name].input),
     extra_columns=cfg.data.extra_value_fields,
     shares={name: field.shares for name, field in fields.items() if field.shares},
+    vectors={name: fields[name].size for name in codes if fields[name].kind == "vector"},
   )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from supermoe_jax import config
+from supermoe_jax.data.encoding import vectors
 from supermoe_jax.data.encoding.numeric import MAX_KNOTS, NumberEncoder, Numeric, Quantile
+from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Categorical, Encoders, Hashing, LabelEncoder, Vocabulary
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.preparation.log_statistics import FieldStatistics
+from supermoe_jax.data.reading.field_sql import field_columns
+from supermoe_jax.data.reading.vector_sql import vectors_table
 from supermoe_jax.errors import DataError
 
 
@@ -30,6 +36,8 @@ def fit_encoders(log: LogDatabase, data: config.Data, labels: Mapping[str, Label
       numeric[name] = _fit_quantile(log, name) if quantile else Numeric.of(facts.mean, facts.deviation)
     elif field.kind == "hash":
       categorical[name] = Hashing(field.size, field.part, field.parts, field.half)
+    elif field.kind == "vector":
+      categorical[name] = _fit_vectors(log, name)
     else:
       categorical[name] = _fit_vocabulary(log, field.shares or name, data.fields[field.shares or name])
   for name in categorical:
@@ -66,6 +74,39 @@ def _fit_quantile(log: LogDatabase, name: str) -> Quantile:
   return Quantile.of(counted["value"].to_pylist(), counted["rank"].to_pylist())
 
 
+def _fit_vectors(log: LogDatabase, name: str) -> Vectors:
+  """Returns the table of a field's vectors in the events, the most frequent first; its scale is that of training."""
+  part, size = _vector_file(log, name), log.data.fields[name].size
+  trained, squares = _write_vectors(log, name, part)
+  return Vectors(size, vectors.fitted_scale(trained, squares, size), (part,))
+
+
+def extend_vectors(log: LogDatabase, name: str, encoder: Vectors) -> Vectors:
+  """Returns the table with the further vectors of a log behind it; codes and scale stay."""
+  part = _vector_file(log, name)
+  _write_vectors(log, name, part, known=encoder.table())
+  return dataclasses.replace(encoder, parts=(*encoder.parts, part))
+
+
+def _vector_file(log: LogDatabase, name: str) -> pathlib.Path:
+  return log.scratch / vectors_table(field_columns(log.data)[name])
+
+
+def _write_vectors(log: LogDatabase, name: str, part: pathlib.Path, **known: Any) -> tuple[int, float]:
+  """Writes the vectors in the events, without the `known` ones; returns what `vectors.write_vectors` does."""
+  table, size = vectors_table(field_columns(log.data)[name]), log.data.fields[name].size
+  values = (
+    "SELECT value, sum(n) AS n, bool_or(training) AS training FROM "
+    f"({log.values_sql(name)}) {'ANTI JOIN known USING (value)' if known else ''} GROUP BY value"
+  )
+  ((rows,),) = log.query(f"SELECT count(*) FROM ({values})", **known)
+  if not rows:  # the table itself may be missing: no file has the field's column
+    return vectors.write_vectors(part, 0, size, ())
+  found = f"SELECT value, vector, training FROM ({values}) JOIN {table} USING (value) ORDER BY n DESC, value"
+  with log.row_batches(found, vectors.CHUNK, **known) as batches:
+    return vectors.write_vectors(part, rows, size, batches)
+
+
 def _no_value(data: config.Data, name: str, facts: FieldStatistics) -> DataError:
   where = (
     "of the training users, and {} of the others"
@@ -86,10 +127,13 @@ def coverage_of(log: LogDatabase, encoders: Encoders) -> dict[str, dict[str, Any
     `values_after`, the numbers of present values, and `outside_training` and `outside_after`, the numbers out of
     vocabulary. A field with hashed values has `values`, the number of distinct ones in training, and `colliding`, the
     share of them that share their code (None without any). A field of lists has `values_cut`, the number of values
-    beyond the length that the field keeps.
+    beyond the length that the field keeps. A field of vectors has the entries of `vector_facts`.
   """
   report: dict[str, dict[str, Any]] = {}
   for name, encoder in encoders.categorical.items():
+    if isinstance(encoder, Vectors):
+      report[name] = vector_facts(encoder)
+      continue
     values = f"({log.values_sql(name)})"
     hashed = _hashed(log, encoder, values) if encoder.buckets else {}
     if isinstance(encoder, Hashing):
@@ -111,12 +155,18 @@ def coverage_of(log: LogDatabase, encoders: Encoders) -> dict[str, dict[str, Any
   return report
 
 
+def vector_facts(encoder: Vectors) -> dict[str, Any]:
+  """Returns the report's entry of a field of vectors: `size`, `scale`, and `clipped`, the number of clipped vectors."""
+  facts = {"kind": "vector", "codes": encoder.n_codes, "oov_training": 0.0, "oov_after": 0.0}
+  return {**facts, "size": encoder.size, "scale": encoder.scale, "clipped": encoder.clipped}
+
+
 def share_outside(when: str, values: int, outside: int) -> dict[str, Any]:
   """Returns the report's entries on the values present in training, or after it, and on those out of vocabulary."""
   return {f"oov_{when}": outside / values if values else None, f"values_{when}": values, f"outside_{when}": outside}
 
 
-def _hashed(log: LogDatabase, encoder: Categorical, values: str) -> dict[str, Any]:
+def _hashed(log: LogDatabase, encoder: Vocabulary | Hashing, values: str) -> dict[str, Any]:
   """Returns the number of distinct values that are hashed in training, and the share of them that share a code.
 
   `values` is a query as `LogDatabase.values_sql` returns it.

@@ -111,6 +111,11 @@ class LogDatabase(abc.ABC):
       for name in tables:
         self._con.unregister(name)
 
+  @property
+  def scratch(self) -> pathlib.Path:
+    """Returns the directory of work files."""
+    return self._database.parent
+
   def arrow(self, sql: str) -> pa.Table:
     """Returns the result of a query over the database as an Arrow table."""
     return self._con.sql(sql).to_arrow_table()
@@ -138,12 +143,12 @@ class LogDatabase(abc.ABC):
     """Returns the number of events of a user."""
 
   @contextlib.contextmanager
-  def row_batches(self, sql: str, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
-    """Yields a reader of the rows of a query, a batch at a time; arguments as in `query`."""
+  def row_batches(self, sql: str, batch: int = BATCH_ROWS, **tables: pa.Table) -> Iterator[pa.RecordBatchReader]:
+    """Yields a reader of the rows of a query, `batch` rows at a time; other arguments as in `query`."""
     with contextlib.closing(self._con.cursor()) as con:  # a separate one: queries elsewhere must not end the stream
       for name, table in tables.items():
         con.register(name, table)
-      yield con.sql(sql).to_arrow_reader(BATCH_ROWS)
+      yield con.sql(sql).to_arrow_reader(batch)
 
   def users(self) -> contextlib.AbstractContextManager[pa.RecordBatchReader]:
     """Returns all users as `dataset.read_users` does; the record is the user's number in the order of the hashes."""

@@ -195,6 +195,12 @@ def _field_losses(name: str, field: Mapping[str, Any], data: Mapping[str, Any]) 
     yield LogLoss(
       f"field {name}: {field['colliding']:.2%} of the {field['values']:,} hashed values share their code with others"
     )
+  if clipped := field.get("clipped"):
+    yield LogLoss(
+      f"field {name}: {clipped:,} vectors hold numbers beyond {MOST_DEVIATIONS:,.0f} times the scale of training, "
+      "which were clipped to there",
+      True,
+    )
   if cut := field.get("values_cut"):
     yield LogLoss(f"field {name}: {cut:,} values of lists longer than {data['fields'][name]['many']} were cut off")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from supermoe_jax import config
+from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.preparation.log_database import LogDatabase
 from supermoe_jax.data.reading.readers import literal
@@ -26,7 +27,9 @@ def count_null_words(log: LogDatabase, encoders: Encoders) -> Counts:
     users = log.query(f'SELECT "user" FROM ordered_users WHERE "user" IN ({words}) ORDER BY "user"')
     found[USER] = {user: log.count_events(user) for (user,) in users}
   for name, encoder in encoders.categorical.items():
-    if not _field_keys(log.data, name) or (isinstance(encoder, Vocabulary) and NULL_WORDS.isdisjoint(encoder.values)):
+    if not _field_keys(log.data, name) or isinstance(encoder, Vectors):
+      continue
+    if isinstance(encoder, Vocabulary) and NULL_WORDS.isdisjoint(encoder.values):
       continue
     values = f"SELECT value, sum(n)::BIGINT FROM ({log.values_sql(name)}) WHERE value IN ({words}) GROUP BY value"
     found[f"field {name}"] = dict(log.query(f"{values} ORDER BY value"))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from supermoe_jax import config
+from supermoe_jax.batch import FIRST_VALUE
 from supermoe_jax.data.preparation import losses
 
 SHOWN_CLASSES = 5  # number of classes shown for a task
@@ -32,6 +33,7 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
     known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
     lines += [f"  {task}: {text}" for text in dated_rows_text(count, known)]
   lines += _missing_columns(manifest)
+  lines += _vector_lines(manifest)
   lines += _loss_lines(losses.find_losses(manifest), manifest["warnings"])
   lines += [f"warning: {w}" for w in manifest["warnings"]]
   lines.append(f"prepared in {manifest['seconds']:.0f} s: {manifest['config']['data']['path']}")
@@ -75,6 +77,16 @@ def _missing_columns(manifest: Mapping[str, Any]) -> list[str]:
         f"{f'{len(files)} files lack' if len(files) > 1 else 'file lacks'} its column, such as {files[0]}"
       )
   return lines
+
+
+def _vector_lines(manifest: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each field of vectors on its table; `losses` counts events without one."""
+  return [
+    f"field {name}: {facts['codes'] - FIRST_VALUE:,} different vectors of {facts['size']:,} numbers, divided by their "
+    f"scale {facts['scale']:.3g}"
+    for name, facts in manifest["fields"].items()
+    if facts.get("kind") == "vector"
+  ]
 
 
 def _loss_lines(found: Iterable[losses.LogLoss], warnings: Sequence[str]) -> list[str]:
@@ -133,6 +145,7 @@ def append_summary(manifest: Mapping[str, Any]) -> str:
       lines.append(f"field {name}: {values['added']:,} new values have a code now ({shown}); retrain models for them")
     if values["left_out"]:
       lines.append(f"field {name}: {values['left_out']:,} new values of training stay out of vocabulary")
+  lines += [f"field {name}: {n:,} new vectors" for name, n in last.get("new_vectors", {}).items()]
   if files := last.get("label_files"):
     shown = ", ".join(files[:SHOWN_FILES]) + (", …" if len(files) > SHOWN_FILES else "")
     lines.append(f"dated labels were read from {len(files):,} new file{'s' if len(files) > 1 else ''}: {shown}")

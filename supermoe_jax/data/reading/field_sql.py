@@ -13,7 +13,7 @@ import duckdb
 from supermoe_jax import config
 from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.encoding.numeric import LARGEST
-from supermoe_jax.data.reading import derived_columns, readers, value_sql
+from supermoe_jax.data.reading import derived_columns, readers, value_sql, vector_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.data.reading.text_files.null_words import NULL_WORDS
 from supermoe_jax.errors import DataError
@@ -147,7 +147,7 @@ def check_categories(
     DataError: see `check_ids`.
   """
   for name, column in fields.items():
-    if data.fields[name].kind != "numeric" and file.columns[column] == "DOUBLE":
+    if data.fields[name].kind not in ("numeric", "vector") and file.columns[column] == "DOUBLE":
       check_ids(con, file, column, f"config.data.fields.{name}")
 
 
@@ -187,12 +187,12 @@ def _check_sequence(file: TableFile, column: str, name: str, field: config.Field
     DataError: the field separates the values of RecBole's lists by another sign than a space.
   """
   place = f"{file.path}: column {column!r} (config.data.fields.{name})"
-  if not field.many and field.kind != "numeric":
+  if not field.many and field.kind not in ("numeric", "vector"):
     logger.info(
       f"{place} holds lists by its header, and each list is read as one value; set many, the number of values to keep, "
       f"and separator={readers.LIST_SEPARATOR!r} to read their values"
     )
-  if field.many and field.separator != readers.LIST_SEPARATOR:
+  if (field.many or field.kind == "vector") and field.separator != readers.LIST_SEPARATOR:
     raise DataError(
       f"{place} holds lists by its header, whose values a space separates; set config.data.fields.{name}.separator="
       f"{readers.LIST_SEPARATOR!r}, or call the column a token in the header if {field.separator!r} separates them."
@@ -202,18 +202,27 @@ def _check_sequence(file: TableFile, column: str, name: str, field: config.Field
 def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> tuple[dict[str, str], list[Fault]]:
   """Returns the SQL that reads fields (name → column) from a file `e`, and the faults that their values may have.
 
+  Of a vector the value is its key; see `vector_sql`.
+
   Raises:
-    DataError: the column of a numeric field is of a type that holds no numbers, or that of another field holds lists,
-      objects or bytes.
+    DataError: the column of a numeric field or of vectors is of a type that holds none, or that of another field holds
+      lists, objects or bytes.
   """
-  columns, values, faults = field_columns(data), {}, []
+  columns = field_columns(data)
+  values: dict[str, str] = {}
+  faults: list[Fault] = []
   for name, column in fields.items():
     kind, alias, field = file.columns[column], columns[name], data.fields[name]
     key = f"config.data.fields.{name}"
-    if field.kind != "numeric":
-      check_plain(file, column, key, many=field.many > 0)
     if column in file.lists:
       _check_sequence(file, column, name, field)
+    if field.kind == "vector":
+      vector_values, fault = _read_vector(file, column, name, alias, field)
+      values |= vector_values
+      faults.append(fault)
+      continue
+    if field.kind != "numeric":
+      check_plain(file, column, key, many=field.many > 0)
     if field.many:
       json = file.format in readers.JSON_FORMATS or bool(column in file.derived and file.derived[column].path)
       values[alias] = value_sql.list_sql(f"e.{alias}", kind, field.separator, json=json)
@@ -240,3 +249,21 @@ def read_sql(data: config.Data, file: TableFile, fields: Mapping[str, str]) -> t
     reason, condition = f"unparsable_field_{name}", f"bad_{alias} IS NOT NULL"
     faults.append(Fault(reason, column, condition, f"bad_{alias}", A_NUMBER, larger, written))
   return values, faults
+
+
+def _read_vector(
+  file: TableFile, column: str, name: str, alias: str, field: config.Field
+) -> tuple[dict[str, str], Fault]:
+  """Returns the SQL that reads the keys of vectors from a column, and the fault of a value that is no vector."""
+  kind = file.columns[column]
+  try:
+    key = vector_sql.key_sql(f"e.{alias}", kind, field)
+  except TypeError:
+    raise DataError(
+      f"{file.path}: column {column!r} (config.data.fields.{name}) is of type {kind[: readers.SHOWN_TYPE]}, which "
+      "holds no lists of numbers; name a column of lists, or set another kind."
+    ) from None
+  bad = f"bad_{alias}"
+  values = {alias: key, bad: vector_sql.bad_sql(f"e.{alias}", kind, field)}
+  wanted = f"a list of {field.size} finite numbers, as config.data.fields.{name}.size says"
+  return values, Fault(f"unparsable_field_{name}", column, f"{bad} IS NOT NULL", bad, wanted)

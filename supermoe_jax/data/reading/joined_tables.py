@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import duckdb
 
 from supermoe_jax import config
-from supermoe_jax.data.reading import field_sql, json_files, paths, readers, value_sql
+from supermoe_jax.data.reading import field_sql, json_files, paths, readers, value_sql, vector_sql
 from supermoe_jax.data.reading.field_sql import Fault
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.data.reading.text_files import clean_copies
@@ -104,9 +104,16 @@ def _load(
     begun = f"INSERT INTO {table} SELECT {index}, row, {field_sql.fault_sql(faults)}, key{kept} "
     selected = f"SELECT e.row, {field_sql.aliased(values)}"
 
-    def insert(read: TableFile, begun: str = begun, selected: str = selected, wanted: dict[str, str] = wanted) -> None:
+    def insert(
+      read: TableFile,
+      begun: str = begun,
+      selected: str = selected,
+      wanted: dict[str, str] = wanted,
+      own: dict[str, str] = own,
+    ) -> None:
       with readers.naming(read.path, read.format):
         con.execute(f"{begun} FROM ({selected} FROM ({read.select(wanted)}) e)")
+      vector_sql.store_vectors(con, data, read, columns, own)
 
     _, bad_lines = clean_copies.read_clean(con, file, field_sql.DROP_REMEDY, insert, drop=drop)
     dropped += bad_lines

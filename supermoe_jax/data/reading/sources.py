@@ -31,6 +31,7 @@ from supermoe_jax.data.reading.field_sql import (
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.data.reading.text_files import clean_copies
+from supermoe_jax.data.reading.vector_sql import store_vectors
 from supermoe_jax.errors import DataError
 from supermoe_jax.progress import ProgressBar
 
@@ -321,7 +322,9 @@ class SourceReader:
         f'INSERT INTO rows SELECT "user", time, {index}, {first} + row, {fault_sql(faults)}, no_item, '
         f"no_user_row, {columns} FROM (SELECT e.row, {aliased(values)} FROM ({file.select(wanted)}) e {join})"
       )
-    return self._count(name, file, first, faults, reading, absent)
+    found = self._count(name, file, first, faults, reading, absent)
+    store_vectors(self._con, self._data, file, self._columns, own)
+    return found
 
   def _stored(self, field: str) -> str:
     """Returns the SQL of a field's value as `rows` holds it."""
