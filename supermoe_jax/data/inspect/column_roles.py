@@ -120,7 +120,7 @@ class ColumnRole:
   """The proposed role of a column.
 
   Attributes:
-    kind: user, time, vocabulary, hash, numeric or ignore.
+    kind: user, time, vocabulary, hash, numeric, vector or ignore.
     reason: the reason for the role, in a few words.
     settings: the settings of the column's entry in the config, apart from its name.
     note: a remark about these settings.

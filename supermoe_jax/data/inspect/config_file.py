@@ -173,9 +173,9 @@ def _fields(
   carriers: dict[str, list[str]] = {}
   ranks: dict[str, tuple[int, int]] = {}
   for table in sources:
-    own = table.having("vocabulary", "hash", "numeric")
+    own = table.having("vocabulary", "hash", "numeric", "vector")
     taken = {column.name for column in table.columns}
-    joined = items[table.name].having("vocabulary", "hash", "numeric") if table.name in items else []
+    joined = items[table.name].having("vocabulary", "hash", "numeric", "vector") if table.name in items else []
     if table.name in items and items[table.name].format == "json_object":
       taken.add(json_files.KEY)
     for column, role in [*own, *((c, r) for c, r in joined if c.name not in taken)]:
@@ -187,7 +187,7 @@ def _fields(
       fields[name] = settings
       carriers.setdefault(name, []).append(table.name)
       comments["data", "fields", name] = _comment(column, role)
-      if role.kind != "numeric" and "many" not in role.settings:
+      if role.kind not in ("numeric", "vector") and "many" not in role.settings:
         ranks[name] = min(column_roles.next_event_rank(column), ranks.get(name, (len(column_roles.ITEM_WORDS), 0)))
   for name, carrying in carriers.items():
     if len(carrying) < len(sources):
@@ -210,6 +210,8 @@ def _field(column: ColumnStatistics, role: ColumnRole, name: str) -> dict[str, A
 def _comment(column: ColumnStatistics, role: ColumnRole) -> str:
   if role.kind == "numeric":
     return f"{column.low:g} to {column.high:g}"
+  if role.kind == "vector":
+    return f"{column.distinct:,} different vectors"
   return f"{column.distinct:,} different lists; {role.note}" if role.note else f"{column.distinct:,} values"
 
 

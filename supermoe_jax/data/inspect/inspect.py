@@ -217,6 +217,10 @@ def _inspect_table(
     found = _column_roles(con, columns, time, user)
     json = files[0].format in readers.JSON_FORMATS
     for i, column in enumerate(columns):
+      listed = (readers.LIST_SEPARATOR,) if column.name in files[0].lists else ()
+      if vector := list_columns.vector_role(con, i, column, *listed):
+        found[i] = vector
+        continue
       # Outside JSON formats, text that looks like a JSON array is not read as a list.
       if column.holds_lists and column.distinct > 1 and (json or column.type != "VARCHAR"):
         lengths = list_columns.lengths(con, i, column.type, json=json)

@@ -1,4 +1,7 @@
-"""Recognises columns of lists, also lists in text, and proposes how many of their values a field keeps."""
+"""Recognises columns of lists, also lists in text, and proposes how many of their values a field keeps.
+
+Lists of numbers that all have one length are vectors.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import duckdb
 
 from supermoe_jax import config
 from supermoe_jax.data.inspect.column_roles import ColumnRole, ColumnStatistics
-from supermoe_jax.data.reading import value_sql
+from supermoe_jax.data.reading import value_sql, vector_sql
 
+SHORTEST_VECTOR = 8  # numbers; shorter lists are more likely coordinates or ranges
 MANY = 8  # the most values of a list to keep
 WHOLE_LISTS = 0.95  # the share of lists to keep whole, as far as `MANY` allows
 # Separators of lists in text, the likeliest first: the least share of values that hold it, and the most different parts
@@ -36,6 +40,33 @@ def list_role(lengths: Mapping[int, int], separator: str = config.Field.separato
   if separator != config.Field.separator:
     settings["separator"] = separator
   return ColumnRole("vocabulary", f"lists of up to {longest:,} values", settings, note)
+
+
+def vector_role(
+  con: duckdb.DuckDBPyConnection, place: int, column: ColumnStatistics, separator: str = config.Field.separator
+) -> ColumnRole | None:
+  """Returns the role of a column of vectors: finite numbers, not all of them whole, in lists of one length.
+
+  None if it holds no vectors. The view `found` holds the column as `c` and its `place`; `separator` is that of lists in
+  text that are no JSON arrays.
+  """
+  listed = separator != config.Field.separator or (bool(column.sample) and all(v[:1] == "[" for v in column.sample))
+  fractions = re.fullmatch(r"(FLOAT|DOUBLE|DECIMAL\(\d+,\d+\))\[\d*\]", column.type)
+  if column.distinct < 2 or not (fractions or (column.type == "VARCHAR" and listed)):
+    return None
+  numbers = vector_sql.numbers_sql(f"c{place}", column.type, separator)
+  ((shortest, longest, finite, fraction),) = con.execute(
+    "SELECT min(len(v)), max(len(v)), "
+    "bool_and(list_bool_and(list_transform(v, lambda x: coalesce(isfinite(x), false)))), "
+    "bool_or(list_bool_or(list_transform(v, lambda x: x <> trunc(x)))) "
+    f"FROM (SELECT {numbers} AS v FROM found) WHERE len(v) > 0"
+  ).fetchall()
+  if shortest is None or not (SHORTEST_VECTOR <= shortest == longest and finite and fraction):
+    return None
+  settings: dict[str, str | int] = {"size": shortest}
+  if separator != config.Field.separator:
+    settings["separator"] = separator
+  return ColumnRole("vector", f"lists of {shortest:,} numbers, such as an embedding", settings)
 
 
 def _possible_separators(column: ColumnStatistics) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
@@ -153,3 +154,42 @@ def test_a_quantity_with_bad_text_stays_a_number(write, proposed):
 def test_numbers_of_which_each_belongs_to_one_user_are_left_out(write, proposed):
   invoices = pa.array([489_434 + 20 * (i // 60) + i % 20 for i in range(N)])
   assert proposed(write("log.parquet", log(invoice=invoices)))[1]["invoice"][1].startswith("each value belongs to one")
+
+
+def embeddings(size=8):
+  return [[(i % 40) * 0.5 + k for k in range(size)] for i in range(N)]
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.jsonl", "e.csv"])
+def test_lists_of_numbers_of_one_length_are_a_vector_and_no_field_of_many(name, write, proposed, tmp_path):
+  columns = log(face=[json.dumps(v) for v in embeddings()] if name == "e.csv" else embeddings())
+  cfg, roles = proposed(write(name, columns))
+  assert roles["face"] == ("vector", "lists of 8 numbers, such as an embedding")
+  assert cfg.data.fields["face"] == config.Field(kind="vector", size=8)
+  (tmp_path / "scratch").mkdir()
+  with EventLog(cfg.data, tmp_path / "scratch") as events:
+    assert fitting.fit_encoders(events, cfg.data).categorical["face"].n_codes == 42
+
+
+@pytest.mark.parametrize(
+  "lists",
+  [
+    embeddings(7),
+    [v[: 8 + i % 2] for i, v in enumerate(embeddings(9))],
+    [[float(round(x)) for x in v] for v in embeddings()],
+    [v if i else [float("inf"), *v[1:]] for i, v in enumerate(embeddings())],
+  ],
+  ids=["short", "of several lengths", "whole numbers", "infinite"],
+)
+def test_other_lists_of_numbers_are_no_vectors(lists, proposed, tmp_path):
+  file = tmp_path / "e.parquet"
+  pq.write_table(pa.table(log(face=lists)), file)
+  assert proposed(file)[1]["face"][0] == "ignore"
+
+
+def test_the_vectors_of_a_table_of_items_are_proposed(write, tmp_path):
+  events = write("events.parquet", log(film=[f"f{i % 37}" for i in range(N)]))
+  films = write("films.parquet", {"film": [f"f{i}" for i in range(37)], "plot": embeddings()[:37]})
+  (tmp_path / "proposed.py").write_text(inspect([str(events), str(films)]).config)
+  cfg = config.load(str(tmp_path / "proposed.py"))
+  assert cfg.data.fields["plot"].kind == "vector" and cfg.data.sources["events"].items is not None
