@@ -11,7 +11,7 @@ from supermoe_jax.batch import ABSENT, FIRST_VALUE
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.histories import UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
-from supermoe_jax.data.encoding.vocabulary import Vocabulary
+from supermoe_jax.data.encoding.vocabulary import Hashing, Vocabulary
 from supermoe_jax.report.figures.drawing import number
 
 # Events hold numbers with 24 bits: a decoded number below this share of mean and deviation was 0 in the log.
@@ -30,7 +30,10 @@ class ReadableEvent:
 
 
 class EventReader:
-  """A reader of a dataset's events. It leaves out fields with hashed values, which have no names; see `unnamed`."""
+  """A reader of a dataset's events.
+
+  It leaves out vectors, and fields with hashed values, which have no names; see `unnamed`.
+  """
 
   def __init__(self, dataset: Dataset):
     self._dataset = dataset
@@ -38,7 +41,7 @@ class EventReader:
     self._columns = [*schema.categorical, *schema.extra_columns]
     encoders = {n: dataset.encoders.categorical[schema.shares.get(n, n)] for n in schema.categorical}
     self._vocabularies = {n: e for n, e in encoders.items() if isinstance(e, Vocabulary)}
-    self.unnamed = [n for n in encoders if n not in self._vocabularies]
+    self.unnamed = [n for n, e in encoders.items() if isinstance(e, Hashing)]
 
   def events(self, history: UserHistory, start: int, stop: int) -> list[ReadableEvent]:
     """Returns the events [start, stop) of a history, the newest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.data.preparation.summary import append_summary, dataset_summary
 from supermoe_jax.embeddings import embed, embedding_files
+from supermoe_jax.errors import DataError
 from supermoe_jax.serving import export, loader, requests
 from supermoe_jax.training import loop
 from supermoe_jax.training.run import Run
@@ -124,14 +126,23 @@ def test_every_event_has_the_vectors_of_the_files(cfg: config.Config) -> None:
   assert check.check_dataset(dataset.path, sample=8)
 
 
-def test_check_finds_a_vector_that_is_another_one_in_the_files(tmp_path: pathlib.Path) -> None:
-  cfg = write_files(tmp_path)
-  prepare.prepare(cfg)
-  file = pathlib.Path(cfg.data.path) / "encoders" / "vectors" / "picture.npy"
-  rows = np.load(file)
-  np.save(file, rows[::-1])
+def test_check_finds_a_vector_that_is_another_one_in_the_files(
+  cfg: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  rows = Vectors.rows.func
+  monkeypatch.setattr(Vectors, "rows", property(lambda self: rows(self)[::-1]))
   with pytest.raises(check.CheckError, match=r"field picture: .* holds .*, the raw files give"):
     check.check_dataset(pathlib.Path(cfg.data.path))
+
+
+def test_a_damaged_table_of_vectors_is_named(cfg: config.Config, tmp_path: pathlib.Path) -> None:
+  shutil.copytree(cfg.data.path, tmp_path / "copy")
+  file = tmp_path / "copy" / "encoders" / "vectors" / "picture.npy"
+  content = bytearray(file.read_bytes())
+  content[-3] ^= 1
+  file.write_bytes(content)
+  with pytest.raises(DataError, match=r"picture\.npy is damaged"):
+    Dataset(tmp_path / "copy")
 
 
 def test_the_summary_counts_vectors_and_events_without_one(cfg: config.Config) -> None:

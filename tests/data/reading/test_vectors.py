@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from supermoe_jax import config
 from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.preparation import fitting
@@ -136,3 +137,33 @@ def test_saved_vectors_are_read_again(fitted, write, tmp_path):
   assert isinstance(again, Vectors) and again.scale == encoder.scale and again.n_codes == 4
   np.testing.assert_array_equal(again.rows, encoder.rows)
   assert again.table().equals(encoder.table())
+
+
+def test_beam_prepares_no_vectors_and_says_so(make_data, tmp_path, write):
+  pytest.importorskip("apache_beam")
+  from supermoe_jax.data.beam.pipeline import Beam
+
+  data = make_data(write("e.jsonl", good_rows(look=[X, Y, X])), fields=LOOK)
+  with pytest.raises(ConfigError, match=r"fields\.look\.kind='vector': Beam prepares no vectors"):
+    Beam("direct").open(config.Config(data=data), tmp_path)
+
+
+def test_tasks_about_vectors_are_errors(make_data, tmp_path):
+  fields = {**LOOK, "price": {"kind": "numeric"}}
+  tasks = [
+    ({"kind": "next_event", "field": "look"}, "not a vocabulary field"),
+    ({"kind": "event_label", "field": "price", "given": ["look"]}, "'look' is a vector field"),
+    ({"kind": "next_event", "field": "item", "where": "look == 1"}, "'look' holds lists"),
+  ]
+  data = config.to_dict(make_data(tmp_path / "e.csv", fields=fields))
+  for task, problem in tasks:
+    with pytest.raises(ConfigError, match=problem):
+      config.resolve({"data": data, "tasks": {"asked": task}})
+
+
+def test_clipped_vectors_are_counted(fitted, write):
+  near = [[1.0, 0.0, 0.0]] * 2
+  rows = {"user": ["a", "b", "a"], "time": [1590969600, 1590969601, 1900000000], "item": ["x", "y", "z"]}
+  encoder, (a, _), _ = fitted(write("e.jsonl", {**rows, "look": [*near, [1e9, 0.0, 0.0]]}))
+  assert encoder.clipped == 1 and fitting.vector_facts(encoder)["clipped"] == 1  # only training gives the scale
+  np.testing.assert_allclose(a[1] / encoder.scale, [1000, 0, 0], rtol=1e-3)
