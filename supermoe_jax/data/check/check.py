@@ -20,7 +20,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
-from supermoe_jax.data.check.condition_sql import asked_sql
+from supermoe_jax.data.check.condition_sql import asked_sql, events_sql
 from supermoe_jax.data.check.dated_moments import derive_dated_moments
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -254,6 +254,10 @@ class _Check:
     # The snapshot of a dated label is none of another kind of task.
     return {i: label for i, label in found.items() if bool(self._asked[i].dated) == task.asks_at_rows}
 
+  def _events(self, where: str) -> str:
+    """Returns the SQL of the events that a condition can be asked of."""
+    return events_sql(self._cfg.data, where, self._dataset.encoders)
+
   def _within(self, days: float) -> tuple[str, str]:
     """Returns the SQL of the end of a window, and of whether an event `e` lies in the window of a snapshot `a`."""
     end = f"a.time + {int(days * MICROSECONDS_PER_DAY)}"
@@ -267,7 +271,7 @@ class _Check:
     return dict(
       self._rows(
         f"SELECT a.id, ({happens})::INTEGER::DOUBLE FROM asked a "
-        f"LEFT JOIN events e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id"
+        f"LEFT JOIN {self._events(task.where)} e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id"
       )
     )
 
@@ -279,7 +283,7 @@ class _Check:
     asked = asked_sql(self._cfg.data, task.where)
     found = self._rows(
       f"SELECT a.id, list(DISTINCT e.{column}) FILTER (e.{column} IN (SELECT value FROM top)) FROM asked a "
-      f"LEFT JOIN events e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id",
+      f"LEFT JOIN {self._events(task.where)} e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id",
       top=top,
     )
     return {i: tuple(sorted(values or ())) for i, values in found}
@@ -290,17 +294,18 @@ class _Check:
     value = self._clipped(task.field) if task.field else "e.time"
     function = {"count": "count(", "moments": "count(DISTINCT ", "sum": "sum(", "mean": "avg(", "max": "max("}[task.of]
     empty = "NULL" if task.of in ("mean", "max") else "0"
+    asked = asked_sql(self._cfg.data, task.where, task.source)
     return dict(
       self._rows(
-        f"SELECT a.id, coalesce({function}{value}), {empty})::DOUBLE FROM asked a LEFT JOIN events e ON {within} "
-        f"AND {asked_sql(self._cfg.data, task.where, task.source)} WHERE {end} <= a.until GROUP BY a.id"
+        f"SELECT a.id, coalesce({function}{value}), {empty})::DOUBLE FROM asked a "
+        f"LEFT JOIN {self._events(task.where)} e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id"
       )
     )
 
   def _next_event(self, name: str, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
     column = field_column(self._cfg.data, task.field)
     found = self._rows(
-      f"SELECT a.id, arg_min(e.{column}, e.position) FROM asked a JOIN events e "
+      f"SELECT a.id, arg_min(e.{column}, e.position) FROM asked a JOIN {self._events(task.where)} e "
       f'ON e."user" = a."user" AND {self._next} AND e.{column} IS NOT NULL '
       f"AND {asked_sql(self._cfg.data, task.where)} GROUP BY a.id"
     )
@@ -319,7 +324,7 @@ class _Check:
       said = column if task.at_least is None else f"({column} >= {task.at_least!r})::INTEGER::DOUBLE"
     out: dict[int, Any] = {}
     for i, position, answer in self._rows(
-      f"SELECT a.id, e.position, {said} FROM asked a JOIN events e "
+      f"SELECT a.id, e.position, {said} FROM asked a JOIN {self._events(task.where)} e "
       f'ON e."user" = a."user" AND {self._next} AND {column} IS NOT NULL '
       f"AND {asked_sql(self._cfg.data, task.where)} "
       f"QUALIFY row_number() OVER (PARTITION BY a.id ORDER BY e.position) <= {task.per_snapshot} ORDER BY 1, 2",
