@@ -57,6 +57,13 @@ def events_sql(data: config.Data, where: str, encoders: Encoders) -> str:
   return f'(SELECT *, {windows} FROM events WINDOW moment AS (PARTITION BY "user", source, time))'
 
 
+def user_fields(cfg: config.Config) -> list[str]:
+  """Returns the fields of the table of users that the conditions of tasks compare."""
+  conditions = [getattr(task, "where", "") for task in cfg.labelled_tasks.values()]
+  named = {c.field for where in conditions if where for c in comparisons(parse_condition(where, "where"))}
+  return [n for n, f in cfg.data.fields.items() if f.table == "users" and n in named]
+
+
 def _as_in_records(column: str, encoder: Numeric, encoding: str) -> tuple[str, str]:
   """Returns the SQL of a raw number as records hold it, clipped and rounded, and of the most that rounding moves it."""
   mean, std = f"{encoder.mean!r}::DOUBLE", f"{encoder.std!r}::DOUBLE"
