@@ -20,6 +20,7 @@ from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking
 from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
+from supermoe_jax.evaluation.linear_probes import LOSSES
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 
@@ -80,7 +81,7 @@ def evaluate(
     splits: the splits to evaluate; the expert load is measured on the last one.
     write: whether to write the file into the run directory, for which `splits` must name both splits. The result then
       also holds the main metrics' intervals and, for the last split, the metrics by length of the history, the
-      calibration, and the experts of events.
+      calibration, amounts by deciles, and the experts of events.
     asked: the questions of each split, if they are made already; they must be the questions of the run's config.
     most: the number of snapshots of a split to evaluate, drawn by the run's seed; 0: all of them.
 
@@ -132,6 +133,7 @@ def evaluate(
       "intervals": influence.METHOD,
       "by_history": {n: a.by_history() for n, a in answers.items()},
       "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
+      "deciles": {n: d for n, a in answers.items() if (d := a.deciles()) is not None},
       "event_experts": event_experts.count_experts(run, progress=progress),
     }
   result["seconds"] = round(clock.monotonic() - begun, 1)
@@ -355,8 +357,7 @@ def results_words(result: Mapping[str, Any], split: str = "test") -> list[str]:
 def _fitted_words(name: str, fitted: Mapping[str, Mapping[str, Any]]) -> str:
   """Returns the number of snapshots that a task's model is fitted on, and the loss of boosted trees."""
   ((_, model),) = fitted.items()
-  losses = {"poisson": "Poisson deviance", "log1p": "squared error of log1p"}
-  loss = f", {losses[model['loss']]}" if "loss" in model else ""
+  loss = f", {LOSSES[model['loss']]}" if "loss" in model else ""
   return f"{name} {model['snapshots']:,} of {model['users']:,} users{loss}"
 
 

@@ -29,6 +29,9 @@ Predictor = Callable[[Inputs], np.ndarray]
 REGULARISATION = 0.05
 SPARSE_REGULARISATION = 5.0
 
+# The losses of `AmountProbe`, in words.
+LOSSES = {"poisson": "Poisson deviance", "log1p": "squared error of log1p"}
+
 
 def logistic_pipeline(x: Inputs) -> Pipeline:
   """Returns standardisation (of dense inputs) and logistic regression for inputs like `x`, not yet fitted.
