@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from supermoe_jax.config.tasks.condition import comparisons, parse_condition
+from supermoe_jax.config.tasks.condition import Comparison, comparisons, parse_condition
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
   DatedLabel,
@@ -237,6 +237,9 @@ def require_condition(path: str, where: str, data: Data) -> None:
   key = f"{path}.where"
   for compared in comparisons(parse_condition(where, key)):
     name = compared.field
+    if compared.function:
+      _require_function(key, where, compared, data)
+      continue
     require(name in data.fields, f"{key}={where!r}: {name!r} is not a field{nearest(name, data.fields)}")
     field = data.fields[name]
     lists = field.many or field.kind == "vector"
@@ -255,6 +258,34 @@ def require_condition(path: str, where: str, data: Data) -> None:
       f"{key}={where!r}: {name!r} is a vocabulary field, whose values have no order; compare it by ==, !=, in or not "
       "in.",
     )
+
+
+def _require_function(key: str, where: str, compared: Comparison, data: Data) -> None:
+  """Raises ConfigError unless the data have whole moments, and numbers that the function can take."""
+  function, name = compared.function, compared.field
+  require(
+    data.split.mode != "leave_one_out",
+    f"{key}={where!r}: {function}({name}) is about all events of a moment, which config.data.split.mode="
+    "'leave_one_out' tears apart; set mode='temporal' or 'user'.",
+  )
+  if function == "count":
+    return
+  numeric = [n for n, f in data.fields.items() if f.kind == "numeric"]
+  require(
+    name in numeric,
+    f"{key}={where!r}: {function}({name}) needs a numeric field, and {name!r} is none{nearest(name, numeric)}",
+  )
+  field = data.fields[name]
+  require(
+    field.table == "events",
+    f"{key}={where!r}: {name!r} is of the table of users (config.data.fields.{name}.table), the same at every event; "
+    f"compare it without {function}().",
+  )
+  require(
+    field.encoding != "quantile" or function in ("max", "min"),
+    f"{key}={where!r}: a quantile keeps no amounts to add; set config.data.fields.{name}.encoding='log1p', or name a "
+    f"second field, such as {name}_asked=dict(column={field.column or name!r}, kind='numeric', input=False).",
+  )
 
 
 def require_event_type(path: str, source: str, data: Data) -> None:

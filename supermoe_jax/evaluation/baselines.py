@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.batch import ABSENT
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
-from supermoe_jax.data.encoding.splits import TRAIN
+from supermoe_jax.data.encoding.splits import TRAIN, VALIDATION
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import bind
+from supermoe_jax.data.tasks.event_condition import EventCondition
 from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
 from supermoe_jax.evaluation import linear_probes
 
-# Users that the linear models on aggregates are fitted on. More users would not change a linear model of a few hundred
-# inputs, and a record takes about a millisecond.
+# Users that the models on aggregates are fitted on. More users would not change a linear model of a few hundred inputs,
+# and a record takes about a millisecond.
 FITTED_USERS = 20_000
+
+# Training snapshots that a model on aggregates is fitted on, at most. A few snapshots a user make it clearly better
+# than one, many hardly more so: of 2,430 users of Complete Journey 8 each lift the AUC of a costly purchase from .798
+# to .825, and 24 each to .829.
+FITTED_SNAPSHOTS = 20_000
 
 AT_ONCE = 1024  # questions whose aggregates are computed at a time
 
@@ -47,17 +54,23 @@ def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> n
   return rank
 
 
-def personal_ranks(dataset: Dataset, field: str, questions: Sequence[Query], target: np.ndarray) -> np.ndarray:
+def personal_ranks(
+  dataset: Dataset, field: str, questions: Sequence[Query], target: np.ndarray, asked: EventCondition | None = None
+) -> np.ndarray:
   """Returns the ranks of targets by frequency in the user's own history, then by frequency in the training period.
 
-  `target [n, t]` is as in `popularity_ranks`.
+  `target [n, t]` is as in `popularity_ranks`. In the user's history only events that fulfil the condition `asked`
+  count; None: all of them. The frequency in the training period is that in all events.
   """
   column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
   rank, target = np.full(len(target), np.inf), target.reshape(len(target), -1)
   user, codes = -1, np.zeros(0, np.int32)
   for i, question in enumerate(questions):
     if question.user != user:
-      user, codes = question.user, dataset[question.user]["codes"][:, column]
+      user, record = question.user, dataset[question.user]
+      codes = record["codes"][:, column]
+      if asked is not None:
+        codes = np.where(asked(dataset.history(record)), codes, ABSENT)
     right = target[i][target[i] >= 2] - 2
     if not len(right):
       continue
@@ -95,56 +108,121 @@ def last_window(
   return np.concatenate(parts)
 
 
+class FittedModel(NamedTuple):
+  """A model on aggregates.
+
+  Attributes:
+    predict: the model.
+    snapshots: the number of training snapshots that it is fitted on.
+    users: the number of their users.
+    loss: the loss of boosted trees; empty for linear models.
+  """
+
+  predict: linear_probes.Predictor
+  snapshots: int
+  users: int
+  loss: str = ""
+
+  def described(self) -> dict[str, Any]:
+    """Returns what `evaluation.json` says of the model."""
+    counts: dict[str, Any] = {"snapshots": self.snapshots, "users": self.users}
+    return {**counts, "loss": self.loss} if self.loss else counts
+
+
 class AggregateModels:
   """Models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
 
-  They are linear; of amounts they are boosted trees. Each model is fitted on every user's last training snapshot that
-  has a label of the task, in the task's sample space if it has one.
+  They are linear; of amounts they are boosted trees, with the loss that is better on validation snapshots. Each model
+  is fitted on training snapshots that have a label of the task, in the task's sample space if it has one: every user's
+  last one, and others drawn by a seed, at most `FITTED_SNAPSHOTS` in all. A label of the table of users is the same at
+  all of them, and one of several values takes a model a value; these are fitted on the users' last ones alone.
+
+  Attributes:
+    fitted: the models, by task.
   """
 
   def __init__(self, dataset: Dataset, cfg: config.Config):
     """Fits the models of the config's active tasks."""
     self._dataset = dataset
-    self._probes: dict[str, linear_probes.Predictor] = {}
-    answers = {n: t.answer for n, t in cfg.active_views.items() if not t.asks_at_events}
-    if not dataset.schema.aggregates or not answers:
+    self.fitted: dict[str, FittedModel] = {}
+    tasks = {n: t for n, t in cfg.active_views.items() if not t.asks_at_events}
+    if not dataset.schema.aggregates or not tasks:
       return
-    named = (config.parse_sample_space(cfg.labelled_tasks[n].sample_space) for n in answers)
+    named = (config.parse_sample_space(cfg.labelled_tasks[n].sample_space) for n in tasks)
     compared = {space.task: cfg.labelled_tasks[space.task] for space in named if space is not None}
     kinds = bind(compared, cfg.data, dataset.encoders)
-    spaces = {n: make_comparison(cfg.labelled_tasks, kinds, n) for n in answers}
-    xs: dict[str, list[np.ndarray]] = {t: [] for t in answers}
-    ys: dict[str, list[np.ndarray]] = {t: [] for t in answers}
-    for index in range(min(len(dataset), FITTED_USERS)):  # records are shuffled: any prefix is a sample
+    spaces = {n: make_comparison(cfg.labelled_tasks, kinds, n) for n in tasks}
+    rows = {n: _Rows() for n in tasks}
+    held = {n: _Rows() for n, t in tasks.items() if t.answer == "amount"}
+    users = min(len(dataset), FITTED_USERS)
+    most = max(FITTED_SNAPSHOTS // max(users, 1), 1)
+    each = {n: 1 if t.user_column or t.answer == "multilabel" else most for n, t in tasks.items()}
+    rng = np.random.default_rng(0)
+    for index in range(users):  # records are shuffled: any prefix is a sample
       record = dataset[index]
-      train = record["snapshot_split"] == TRAIN
-      last = {t: np.flatnonzero(train & _known(record, cfg.active_views[t], t, spaces[t]))[-1:] for t in answers}
-      at = np.unique(np.concatenate([*last.values(), np.zeros(0, np.int64)])).astype(np.int64)
+      known = {n: _known(record, t, n, spaces[n]) for n, t in tasks.items()}
+      split = record["snapshot_split"]
+      fit = {n: _last_and_others(np.flatnonzero((split == TRAIN) & known[n]), each[n], rng) for n in tasks}
+      validate = {n: np.flatnonzero((split == VALIDATION) & known[n])[-1:] for n in held}
+      at = np.unique(np.concatenate([*fit.values(), *validate.values()]))
       history = dataset.history(record)
       seen = record["snapshot_time"][at], record["snapshot_events"][at]
-      rows = dataset.aggregates(history.block, np.zeros(len(at), np.int64), *seen)
-      for task, snapshot in last.items():
-        if len(snapshot):
-          xs[task].append(rows[np.searchsorted(at, snapshot[0])])
-          ys[task].append(record[f"label_{task}"][snapshot[0]])
-    for task, answer in answers.items():
-      if ys[task]:
-        x, y = np.array(xs[task]), np.array(ys[task])
-        self._probes[task] = linear_probes.fit_probe(answer, x, y, dataset.schema.outputs[task])
+      inputs = dataset.aggregates(history.block, np.zeros(len(at), np.int64), *seen)
+      for kept, chosen in ((rows, fit), (held, validate)):
+        for name, snapshots in chosen.items():
+          kept[name].add(inputs[np.searchsorted(at, snapshots)], record[f"label_{name}"][snapshots])
+    for name, task in tasks.items():
+      if not rows[name].users:
+        continue
+      x, y = rows[name].arrays()
+      if task.answer == "amount":
+        held_rows = held[name].arrays() if held[name].users else (x[:0], y[:0])
+        probe = linear_probes.fit_amount_probe(x, y, *held_rows)
+        self.fitted[name] = FittedModel(probe, len(y), rows[name].users, probe.loss)
+      else:
+        fitted = linear_probes.fit_probe(task.answer, x, y, dataset.schema.outputs[name])
+        self.fitted[name] = FittedModel(fitted, len(y), rows[name].users)
 
   def predictions(self, questions: Sequence[Query]) -> dict[str, np.ndarray]:
     """Returns the answers for each task to each question; empty without aggregates.
 
     Answers are probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
     """
-    if not self._probes:
+    if not self.fitted:
       return {}
-    parts: dict[str, list[np.ndarray]] = {t: [] for t in self._probes}
+    parts: dict[str, list[np.ndarray]] = {t: [] for t in self.fitted}
     for start in range(0, len(questions), AT_ONCE):
       rows = at_questions(self._dataset, questions[start : start + AT_ONCE])
-      for task, probe in self._probes.items():
-        parts[task].append(probe(rows))
+      for task, model in self.fitted.items():
+        parts[task].append(model.predict(rows))
     return {t: np.concatenate(p) for t, p in parts.items()}
+
+
+class _Rows:
+  """Aggregates and labels of snapshots, user by user."""
+
+  def __init__(self) -> None:
+    self.users = 0
+    self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+  def add(self, x: np.ndarray, y: np.ndarray) -> None:
+    """Adds the snapshots of a user, which may be none."""
+    if len(y):
+      self.users += 1
+      self._parts.append((x, y))
+
+  def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the aggregates `[n, A]` and the labels `[n, …]` of at least one user."""
+    xs, ys = zip(*self._parts, strict=True)
+    return np.concatenate(xs), np.concatenate(ys)
+
+
+def _last_and_others(snapshots: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+  """Returns the last snapshot and others drawn at random, at most `most`, in ascending order."""
+  if len(snapshots) <= most:
+    return snapshots
+  others = rng.choice(snapshots[:-1], most - 1, replace=False)
+  return np.append(np.sort(others), snapshots[-1])
 
 
 def at_questions(dataset: Dataset, questions: Sequence[Query]) -> np.ndarray:

@@ -95,6 +95,17 @@ class ScoredAnswers:
     error = metrics.expected_calibration_error(label, probability)
     return {"pooled": self.value.ndim > 1, "labels": len(label), "ece": error, "bins": bins}
 
+  def deciles(self) -> dict[str, Any] | None:
+    """Returns predicted and observed means by deciles of the run's prediction; None for answers other than amounts.
+
+    `error` is the mean distance of the two over the deciles, over the mean of |label|; None where all labels are 0.
+    """
+    if self.form != "amount":
+      return None
+    bins = [b._asdict() for b in metrics.calibration_bins(self.value.astype(np.float64), self.run.astype(np.float64))]
+    error = metrics.amount_metrics(self.value, self.run)["decile_error"]
+    return {"labels": len(self.value), "error": error, "bins": bins}
+
 
 def _listed(found: Bounds | None) -> list[float] | None:
   return None if found is None else list(found)

@@ -14,11 +14,13 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
+from supermoe_jax.data.tasks.event_condition import event_condition
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking
 from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
+from supermoe_jax.evaluation.linear_probes import LOSSES
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 
@@ -79,7 +81,7 @@ def evaluate(
     splits: the splits to evaluate; the expert load is measured on the last one.
     write: whether to write the file into the run directory, for which `splits` must name both splits. The result then
       also holds the main metrics' intervals and, for the last split, the metrics by length of the history, the
-      calibration, and the experts of events.
+      calibration, amounts by deciles, and the experts of events.
     asked: the questions of each split, if they are made already; they must be the questions of the run's config.
     most: the number of snapshots of a split to evaluate, drawn by the run's seed; 0: all of them.
 
@@ -110,6 +112,9 @@ def evaluate(
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
     found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
+    for name, model in aggregates.fitted.items() if aggregates else ():
+      if (measures := found[name]) is not None:
+        measures[0]["fitted"] = {form_of(tasks[name]).aggregate_model: model.described()}
     answers = {n: v[1] for n, v in found.items() if v is not None}
     measured[split] = {n: v[0] for n, v in found.items() if v is not None}
     if write:
@@ -128,6 +133,7 @@ def evaluate(
       "intervals": influence.METHOD,
       "by_history": {n: a.by_history() for n, a in answers.items()},
       "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
+      "deciles": {n: d for n, a in answers.items() if (d := a.deciles()) is not None},
       "event_experts": event_experts.count_experts(run, progress=progress),
     }
   result["seconds"] = round(clock.monotonic() - begun, 1)
@@ -274,7 +280,8 @@ def _ranking(
     others["most popular"] = baselines.popularity_ranks(right, seen)
   if compare and not task.exclude_seen:
     questions = [collected.questions[i] for i in asked.question]
-    others["own most frequent"] = baselines.personal_ranks(run.dataset, task.field, questions, right)
+    where = event_condition(f"config.tasks.{name}", task.where, "", run.cfg.data, run.dataset.encoders)
+    others["own most frequent"] = baselines.personal_ranks(run.dataset, task.field, questions, right, where)
   own = np.concatenate(ranks)
   out = {
     "labels": len(value),
@@ -340,9 +347,18 @@ def results_words(result: Mapping[str, Any], split: str = "test") -> list[str]:
       words.append(f"{name}: its {task['labels']:,} labels in {split} are all of one class, so there is no {metric}")
     if task.get("values") == 1:
       words.append(f"{name}: its field has one value in training, so every answer ranks it first")
+  if fitted := [_fitted_words(name, task["fitted"]) for name, task in tasks.items() if task.get("fitted")]:
+    words.append(f"the models on aggregates are fitted on training snapshots: {'; '.join(fitted)}")
   if empty := [other for other in EVALUATED_SPLITS if not result["splits"].get(other, True) and other != split]:
     words.append(f"nothing is measured in {', '.join(empty)}")
   return words
+
+
+def _fitted_words(name: str, fitted: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns the number of snapshots that a task's model is fitted on, and the loss of boosted trees."""
+  ((_, model),) = fitted.items()
+  loss = f", {LOSSES[model['loss']]}" if "loss" in model else ""
+  return f"{name} {model['snapshots']:,} of {model['users']:,} users{loss}"
 
 
 def _cell(value: float | None) -> str:

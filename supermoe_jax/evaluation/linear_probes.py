@@ -16,6 +16,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from supermoe_jax import config
+from supermoe_jax.evaluation import metrics
 
 # Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse inputs, such as TF-IDF, have a meaningful
 # scale and are not standardised.
@@ -27,6 +28,9 @@ Predictor = Callable[[Inputs], np.ndarray]
 # Inverse strength of the regularisation (scikit-learn's C) for standardised and for sparse inputs.
 REGULARISATION = 0.05
 SPARSE_REGULARISATION = 5.0
+
+# The losses of `AmountProbe`, in words.
+LOSSES = {"poisson": "Poisson deviance", "log1p": "squared error of log1p"}
 
 
 def logistic_pipeline(x: Inputs) -> Pipeline:
@@ -98,25 +102,50 @@ class RegressionProbe:
 
 
 class AmountProbe:
-  """Boosted trees that predict an amount through sign(y)·log(1 + |y|): its tail and its zeros suit no linear model."""
+  """Boosted trees that predict an amount: its tail and its zeros suit no linear model.
 
-  def __init__(self, x: Inputs, label: np.ndarray):
+  `loss` is "log1p", the squared error of sign(y)·log(1 + |y|), whose answers are typical amounts; or "poisson", the
+  deviance of a Poisson distribution, whose answers are means, for amounts that are not negative.
+  """
+
+  def __init__(self, x: Inputs, label: np.ndarray, loss: str = "log1p"):
     """Fits on `x [n, D]` and `label [n]`."""
+    self.loss = loss
     self._model = HistGradientBoostingRegressor(
-      learning_rate=0.05, max_iter=200, max_leaf_nodes=15, l2_regularization=1.0, random_state=0
-    ).fit(x, np.sign(label) * np.log1p(np.abs(label)))
+      loss="poisson" if loss == "poisson" else "squared_error",
+      learning_rate=0.05,
+      max_iter=200,
+      max_leaf_nodes=15,
+      l2_regularization=1.0,
+      max_features=0.25,  # a split looks at a quarter of the inputs: three times as fast, and no worse
+      random_state=0,
+    ).fit(x, label if loss == "poisson" else np.sign(label) * np.log1p(np.abs(label)))
 
   def __call__(self, x: Inputs) -> np.ndarray:
     """Returns amounts `[m]` for `x [m, D]`."""
     found = self._model.predict(x)
-    return np.asarray(np.sign(found) * np.expm1(np.abs(found)))
+    return np.asarray(found if self.loss == "poisson" else np.sign(found) * np.expm1(np.abs(found)))
+
+
+def fit_amount_probe(x: Inputs, label: np.ndarray, held_x: Inputs, held_label: np.ndarray) -> AmountProbe:
+  """Returns the probe of an amount whose loss gives the better rank correlation on held-out amounts.
+
+  Fits on `x [n, D]` and `label [n]`; `held_x [m, D]` and `held_label [m]` decide. Where they cannot, or where amounts
+  are negative, the loss is "log1p".
+  """
+  label, first = label.astype(np.float64), AmountProbe(x, label.astype(np.float64))
+  if label.min() < 0 or not label.any() or not len(held_label):
+    return first
+  second = AmountProbe(x, label, "poisson")
+  scores = [metrics.amount_metrics(held_label, probe(held_x))["spearman"] for probe in (first, second)]
+  return second if scores[1] is not None and (scores[0] is None or scores[1] > scores[0]) else first
 
 
 def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int) -> Predictor:
   """Fits the probe for a form of answer on `x [n, D]` and `label [n]` or `[n, values]`.
 
   `outputs` is the number of classes or values, 1 for one yes or no and for a number.
-  Raises: ValueError for forms without a linear probe: rankings of a catalogue, and contrast.
+  Raises: ValueError for forms without a linear probe: amounts, rankings of a catalogue, and contrast.
   """
   if answer in ("binary", "multilabel"):
     return Probe(x, label.astype(np.float32))
@@ -124,6 +153,4 @@ def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int)
     return MultiClassProbe(x, label.astype(np.int64), outputs)
   if answer == "regression":
     return RegressionProbe(x, label.astype(np.float64))
-  if answer == "amount":
-    return AmountProbe(x, label.astype(np.float64))
   raise ValueError(f"there is no linear probe of a {answer} answer")

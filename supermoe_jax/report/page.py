@@ -77,6 +77,7 @@ def _page(run: RunFiles) -> dict[str, Any]:
     "training": training_section.training_section(run),
     "history": results_section.history_section(run),
     "calibration": results_section.calibration_section(run),
+    "deciles": results_section.decile_section(run),
     "experts": experts_section.by_task(run),
     "events": experts_section.by_event(run),
     "map": user_map_section.embedding_map(run),

@@ -1,4 +1,4 @@
-"""Prepares a report's results: scores and baselines with intervals, scores by length of history, and calibration."""
+"""Prepares a report's results: scores and baselines with intervals, scores by length of history, calibration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supermoe_jax.evaluation import metrics
+from supermoe_jax.evaluation.linear_probes import LOSSES
 from supermoe_jax.report.figures import scores
 from supermoe_jax.report.figures.drawing import number, percent
 from supermoe_jax.report.figures.scores import ScorePoint, ScoreRow
@@ -99,6 +100,9 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
         about += f"; any value of the next moment is right, {task['right_values']:.1f} a question"
       if task.get("full_moments"):
         about += f" ({percent(task['full_moments'])} of the questions have most_values of them, and more may be cut)"
+      for model, fitted in task.get("fitted", {}).items():
+        about += f"; {model} fitted on {fitted['snapshots']:,} training snapshots of {fitted['users']:,} users"
+        about += f" ({LOSSES[fitted['loss']]})" if "loss" in fitted else ""
       values = [(m, [v, *(task["baselines"].get(b, {}).get(m) for b in baselines)]) for m, v in task["metrics"].items()]
       rows.append({"task": name, "about": about, "metrics": values})
     out.append({"split": split, "baselines": baselines, "tasks": rows})
@@ -164,5 +168,14 @@ def calibration_section(run: RunFiles) -> list[dict[str, Any]] | None:
     return None
   return [
     {"task": name, **about, "figure": scores.draw_reliability(f"reliability-{i}", name, about["bins"])}
+    for i, (name, about) in enumerate(found.items())
+  ]
+
+
+def decile_section(run: RunFiles) -> list[dict[str, Any]]:
+  """Returns predicted and observed means of each task about an amount, by deciles; empty if none was measured."""
+  found = (run.evaluation or {}).get("deciles", {})
+  return [
+    {"task": name, **about, "figure": scores.draw_deciles(f"deciles-{i}", name, about["bins"])}
     for i, (name, about) in enumerate(found.items())
   ]

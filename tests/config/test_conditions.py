@@ -3,7 +3,15 @@
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.config.tasks.condition import AllOf, AnyOf, Comparison, Negation, comparisons, parse_condition
+from supermoe_jax.config.tasks.condition import (
+  AllOf,
+  AnyOf,
+  Comparison,
+  Negation,
+  comparisons,
+  parse_condition,
+  parse_sample_space,
+)
 from supermoe_jax.errors import ConfigError
 
 
@@ -26,6 +34,12 @@ def test_comparisons_join_as_in_python() -> None:
     ("shop not in (3, 4)", Comparison("shop", "not in", (3.0, 4.0))),
     ("1 <= price < 3", AllOf((Comparison("price", ">=", (1.0,)), Comparison("price", "<", (3.0,))))),
     (" price != 0 ", Comparison("price", "!=", (0.0,))),
+    ("sum(price) >= 50", Comparison("price", ">=", (50.0,), "sum")),
+    ("2 < count()", Comparison("", ">", (2.0,), "count")),
+    (
+      "1 <= mean(price) < 3",
+      AllOf((Comparison("price", ">=", (1.0,), "mean"), Comparison("price", "<", (3.0,), "mean"))),
+    ),
   ],
 )
 def test_a_comparison_has_its_field_on_the_left(text: str, found: object) -> None:
@@ -40,6 +54,13 @@ def test_a_comparison_has_its_field_on_the_left(text: str, found: object) -> Non
     ("price", "'price' is no comparison"),
     ("price + 1 > 3", "'price \\+ 1' is no field"),
     ("len(kind) > 3", "is no field"),
+    ("median(price) > 3", "functions of a moment's events are sum, mean, max, min, count"),
+    ("sum(price, shop) > 3", r"must name one field, as in sum\(amount\)"),
+    ("sum(price * 2) > 3", r"must name one field, as in sum\(amount\)"),
+    ("count(price) > 3", r"takes no field; write count\(\)"),
+    ("sum(price) == 'high'", r"is a text; compare sum\(price\) with a number"),
+    ("sum(price) in (1, 2)", "is no list of constants such as .* after a field"),
+    ("sum(price) > sum(cost)", "is no text and no number"),
     ("price is None", "uses another operator"),
     ("kind in 'buy'", "is no list of constants"),
     ("kind in ('a', 1)", "mixes texts and numbers"),
@@ -74,11 +95,35 @@ def _raw(where: str, **fields: object) -> dict:
     ("shop > 3", "a vocabulary field, whose values have no order"),
     ("tags == 'a'", "'tags' holds lists"),
     ("hashed == 'a'", "share codes"),
+    ("sum(shop) > 3", r"sum\(shop\) needs a numeric field, and 'shop' is none"),
+    ("mean(prize) > 3", "'prize' is none; did you mean 'price'"),
+    ("sum(rank) > 3", "a quantile keeps no amounts to add; set config.data.fields.rank.encoding='log1p'"),
+    ("max(age) > 3", "'age' is of the table of users"),
   ],
 )
 def test_a_condition_that_compares_what_cannot_be_compared_is_refused(where: str, said: str) -> None:
+  rank, age = {"kind": "numeric", "encoding": "quantile"}, {"kind": "numeric", "table": "users"}
+  raw = _raw(where, rank=rank, age=age)
+  raw["data"]["users"] = {"files": ["users.parquet"]}
   with pytest.raises(ConfigError, match=said):
-    config.resolve(_raw(where))
+    config.resolve(raw)
+
+
+def test_a_quantile_has_a_largest_number_of_a_moment() -> None:
+  config.resolve(_raw("max(rank) > 3 and count() < 9", rank={"kind": "numeric", "encoding": "quantile"}))
+
+
+def test_a_split_that_tears_moments_apart_refuses_conditions_on_them() -> None:
+  raw = _raw("")
+  raw["data"]["split"] = {"mode": "leave_one_out"}
+  raw["tasks"]["t"] = {"kind": "next_event", "field": "shop", "where": "sum(price) > 3"}
+  with pytest.raises(ConfigError, match=r"sum\(price\) is about all events of a moment.*set mode='temporal' or 'user'"):
+    config.resolve(raw)
+
+
+def test_a_sample_space_is_about_a_label_and_no_moment() -> None:
+  with pytest.raises(ConfigError, match="a function of a moment's events belongs into the task's 'where'"):
+    parse_sample_space("sum(price) == 1")
 
 
 def test_a_source_of_types_gets_a_field_of_its_column() -> None:

@@ -120,6 +120,14 @@ def test_the_table_and_its_words_say_what_could_not_be_measured() -> None:
     "left: its 40 labels in test are all of one class, so there is no auc",
     "nothing is measured in validation",
   ]
+  trees = {"aggregates + boosted trees": {"snapshots": 1234, "users": 300, "loss": "poisson"}}
+  lines = {"aggregates + logistic": {"snapshots": 200, "users": 100}}
+  amounts = {n: {**one_class, "metrics": {"auc": 0.6}, "fitted": f} for n, f in (("spend", trees), ("left", lines))}
+  fitted = {"main_metric": {"spend": "auc", "left": "auc"}, "splits": {"test": amounts}}
+  assert evaluate.results_words(fitted) == [
+    "the models on aggregates are fitted on training snapshots: spend 1,234 of 300 users, Poisson deviance; left 200 "
+    "of 100 users"
+  ]
   nothing = {"main_metric": {"left": "auc"}, "splits": {"test": {}}}
   assert evaluate.results_table(nothing)[1:] == [["left", "0", "auc", "–"]]
 

@@ -63,9 +63,9 @@ def make_config(exclude_seen: bool = False, **model) -> config.Config:
 
 
 class FakeDataset:
-  """Users whose labels at their last training snapshot follow from their number's binary digits, their aggregates.
+  """Users whose labels at their training snapshots follow from their number's binary digits, their aggregates.
 
-  An earlier snapshot and one of validation have other labels.
+  One of validation has other labels.
   """
 
   path = pathlib.Path("nowhere")
@@ -88,8 +88,8 @@ class FakeDataset:
     pages, plan, age = digits[:2], digits[0] + digits[1], digits[2] - 2 * digits[3]
     label = {
       "quiet": [digits[0], digits[0], 1 - digits[0]],
-      "pages": [1 - pages, pages, 1 - pages],
-      "plan": [2 - plan, plan, 2 - plan],
+      "pages": [1 - pages, pages, 1 - pages],  # of several values the last training snapshot counts
+      "plan": [2 - plan, plan, 2 - plan],  # of the table of users the last one counts too
       "age": [age, -age, -age],  # known at the first snapshot alone
     }
     record = {
@@ -377,6 +377,10 @@ def test_models_on_aggregates_learn_each_form_of_answer_within_the_sample_space(
   out = fitted.predictions(asked)
   digits = np.array([dataset.digits(i) for i in range(USERS)])
   assert set(out) == {"quiet", "pages", "plan", "age"}
+  counted = {n: (m.snapshots, m.users, m.loss) for n, m in fitted.fitted.items()}
+  inside = sum(dataset.digits(i)[0] for i in range(USERS))
+  one_each = (USERS, USERS, "")
+  assert counted == {"quiet": (2 * USERS, USERS, ""), "pages": one_each, "age": one_each, "plan": (inside, inside, "")}
   assert sk.roc_auc_score(digits[:, 0], out["quiet"]) == 1
   assert [sk.roc_auc_score(digits[:, v], out["pages"][:, v]) for v in range(2)] == [1, 1]
   assert np.corrcoef(digits[:, 2] - 2 * digits[:, 3], out["age"])[0, 1] > 0.95

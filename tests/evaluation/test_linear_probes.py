@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
+from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 
 from supermoe_jax.evaluation import linear_probes
@@ -54,3 +55,34 @@ def test_probes_take_sparse_inputs() -> None:
   assert r2_score(number[600:], linear_probes.fit_probe("regression", x[:600], number[:600], 1)(x[600:])) > 0.9
   scores = linear_probes.fit_probe("multiclass", x[:600], (dense[:600, :3].argmax(axis=1)), 3)(x[600:])
   assert accuracy_score(dense[600:, :3].argmax(axis=1), scores.argmax(axis=1)) > 0.7
+
+
+def test_an_amount_is_learnt_with_the_loss_that_ranks_held_out_amounts_better() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(900, 4))
+  label = np.where(rng.random(900) < 0.3, 0, np.exp(x[:, 0] + 0.3 * rng.normal(size=900)) * 20)
+  fitted, held = (x[:600], label[:600]), (x[600:], label[600:])
+  scores = {
+    loss: spearmanr(label[600:], linear_probes.AmountProbe(*fitted, loss)(x[600:])).statistic
+    for loss in ("log1p", "poisson")
+  }
+  best = linear_probes.fit_amount_probe(*fitted, *held)
+  assert scores[best.loss] == max(scores.values()) > 0.3
+  # Where the ranks of the held-out amounts turn, the other loss is kept.
+  other = linear_probes.fit_amount_probe(*fitted, x[600:], -label[600:])
+  assert other.loss != best.loss
+
+
+def test_answers_of_the_poisson_loss_are_means_and_of_log1p_typical_amounts() -> None:
+  rng = np.random.default_rng(1)
+  x, label = np.zeros((3000, 1)), rng.lognormal(2, 1, 3000)
+  mean, typical = (linear_probes.AmountProbe(x, label, loss)(x[:1])[0] for loss in ("poisson", "log1p"))
+  assert mean == pytest.approx(label.mean(), rel=0.01)
+  assert typical == pytest.approx(np.expm1(np.log1p(label).mean()), rel=0.01)
+
+
+@pytest.mark.parametrize("label", [np.linspace(-1, 5, 60), np.zeros(60)])
+def test_amounts_without_a_poisson_deviance_are_learnt_by_log1p(label: np.ndarray) -> None:
+  x = np.linspace(0, 1, 60)[:, None]
+  assert linear_probes.fit_amount_probe(x, label, x, label).loss == "log1p"
+  assert linear_probes.fit_amount_probe(x, np.abs(label), x[:0], label[:0]).loss == "log1p"

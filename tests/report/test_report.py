@@ -103,6 +103,18 @@ def test_experts_are_described_by_the_events_that_they_serve_more_than_others(wh
   assert "the values are kept as hashes" in text
 
 
+def test_amounts_stand_beside_the_calibration(tmp_path, cfg):
+  bins = [
+    {"labels": 20, "least": 0.0, "most": 5.0, "predicted": 2.5, "observed": 3.5},
+    {"labels": 20, "least": 5.0, "most": 4000.0, "predicted": 1250.0, "observed": 1500.0},
+  ]
+  make_evaluation(cfg, tmp_path / "run", deciles={HOSTILE: {"labels": 40, "error": None, "bins": bins}})
+  text, page = written(tmp_path / "run")
+  assert HOSTILE not in text and "1,250 predicted, 1,500 observed" in text
+  assert "<td>5</td><td>4,000</td><td>20</td><td>1,250</td><td>1,500</td>" in text
+  assert "Whether probabilities" not in page.text and "Error by deciles" in page.text
+
+
 def test_groups_of_histories_without_a_value_are_named_as_such(whole):
   text, page = whole
   assert "<td>20</td><td>19</td><td>25%</td><td>0.7500<br>" in text and "0.625 to 0.812" in text

@@ -1,9 +1,11 @@
-"""What the report says of a run beside its baselines."""
+"""What the report says of a run beside its baselines, and of its amounts."""
 
 import types
 
+import numpy as np
 import pytest
 
+from supermoe_jax.evaluation.breakdown import ScoredAnswers
 from supermoe_jax.report import results_section
 
 
@@ -27,3 +29,31 @@ def test_a_run_is_surely_ahead_where_the_whole_interval_is_on_the_better_side(
   run = types.SimpleNamespace(cfg=cfg, evaluation={"splits": {"test": {"age": task}}, "main_metric": {"age": metric}})
   found = results_section.headline_section(run)
   assert found[verdict] == ["age"] and found["ahead"] == (verdict == "surely_ahead")
+
+
+def test_amounts_are_drawn_by_deciles_of_the_prediction() -> None:
+  predicted = np.arange(100.0)
+  observed = np.where(predicted < 90, predicted, 2 * predicted)  # the last decile is predicted at half
+  user = np.arange(100)
+  answers = ScoredAnswers("amount", observed[::-1], predicted[::-1], {}, user, user + 1, 10)
+  about = answers.deciles()
+  assert about is not None
+  assert [(b["predicted"], b["observed"]) for b in about["bins"]] == [
+    (4.5 + 10 * i, 4.5 + 10 * i if i < 9 else 189.0) for i in range(10)
+  ]
+  assert about["labels"] == 100 and about["error"] == pytest.approx(94.5 / 10 / observed.mean())
+  (section,) = results_section.decile_section(types.SimpleNamespace(evaluation={"deciles": {"spend": about}}))
+  assert section["task"] == "spend"
+  assert "Amounts of spend by deciles: 4.5 predicted, 4.5 observed; " in section["figure"]
+  assert "94.5 predicted, 189 observed" in section["figure"]
+  assert results_section.decile_section(types.SimpleNamespace(evaluation={})) == []
+  assert ScoredAnswers("binary", observed > 50, predicted / 100, {}, user, user + 1, 10).deciles() is None
+
+
+def test_the_metrics_say_what_the_models_on_aggregates_were_fitted_on() -> None:
+  trees = {"snapshots": 1234, "users": 300, "loss": "poisson"}
+  task = {"labels": 900, "metrics": {}, "baselines": {}, "fitted": {"aggregates + boosted trees": trees}}
+  (split,) = results_section.metric_tables(types.SimpleNamespace(evaluation={"splits": {"test": {"spend": task}}}))
+  assert split["tasks"][0]["about"] == (
+    "900 labels; aggregates + boosted trees fitted on 1,234 training snapshots of 300 users (Poisson deviance)"
+  )

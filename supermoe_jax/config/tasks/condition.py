@@ -3,6 +3,9 @@
 A condition compares fields with constants: `==`, `!=`, `<`, `<=`, `>`, `>=`, `in (…)` and `not in (…)`. Comparisons
 join by `and`, `or`, `not` and parentheses, as in Python. An event that lacks a field fails every comparison of it.
 
+`sum(amount) >= 50` compares a number of the event's whole moment, such as a basket. The moment of an event holds all
+events of the same user, source and time. `MOMENT_FUNCTIONS` lists what can be computed over a moment.
+
 The same language restricts a task to samples by another task's label (`LabelledTask.sample_space`).
 """
 
@@ -26,6 +29,9 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
   ">=": operator.ge,
 }
 
+# The functions over the events of a moment. All but `count()` take a numeric field, and pass over events without it.
+MOMENT_FUNCTIONS = ("sum", "mean", "max", "min", "count")
+
 _SYMBOLS: dict[type[ast.cmpop], str] = {
   ast.Eq: "==",
   ast.NotEq: "!=",
@@ -45,11 +51,19 @@ Constant = str | float
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """A comparison of a field with constants; `operator` is one of `OPERATORS` (one constant), `in` or `not in`."""
+  """A comparison with constants of a field, or of a function of it over the event's moment.
+
+  Attributes:
+    field: the field; empty for `count()`.
+    operator: one of `OPERATORS` (one constant), `in` or `not in`.
+    constants: the constants.
+    function: one of `MOMENT_FUNCTIONS`; empty where the event's own value is compared.
+  """
 
   field: str
   operator: str
   constants: tuple[Constant, ...]
+  function: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +123,11 @@ def parse_sample_space(text: str, key: str = "sample_space") -> SampleSpace | No
   if not text:
     return None
   found = parse_condition(text, key)
+  if any(compared.function for compared in comparisons(found)):
+    raise ConfigError(
+      f"{key}={text!r} must compare one task's label with one number, as in 'click == 1'; a function of a moment's "
+      "events belongs into the task's 'where'."
+    )
   if not isinstance(found, Comparison) or found.operator not in OPERATORS or isinstance(found.constants[0], str):
     raise ConfigError(f"{key}={text!r} must compare one task's label with one number; write it as in 'click == 1'.")
   return SampleSpace(found.field, found.operator, found.constants[0])
@@ -148,11 +167,33 @@ def _comparison(left: ast.expr, symbol: str, right: ast.expr, text: str, key: st
     if len({type(c) for c in constants}) > 1:
       raise _refused(ast.unparse(right), "mixes texts and numbers", text, key)
     return Comparison(left.id, symbol, constants)
-  if isinstance(right, ast.Name) and not isinstance(left, ast.Name):
+  if isinstance(right, ast.Name | ast.Call) and not isinstance(left, ast.Name | ast.Call):
     left, right, symbol = right, left, _MIRRORED[symbol]
+  if isinstance(left, ast.Call):
+    function, field = _function(left, text, key)
+    number = _constant(right, text, key)
+    if isinstance(number, str):
+      raise _refused(ast.unparse(right), f"is a text; compare {ast.unparse(left)} with a number", text, key)
+    return Comparison(field, symbol, (number,), function)
   if not isinstance(left, ast.Name):
     raise _refused(ast.unparse(left), "is no field", text, key)
   return Comparison(left.id, symbol, (_constant(right, text, key),))
+
+
+def _function(node: ast.Call, text: str, key: str) -> tuple[str, str]:
+  """Returns the function over a moment, and the field it takes, which is empty for `count()`."""
+  name = ast.unparse(node.func)
+  if name not in MOMENT_FUNCTIONS:
+    raise _refused(
+      ast.unparse(node), f"is no field; functions of a moment's events are {', '.join(MOMENT_FUNCTIONS)}", text, key
+    )
+  if name == "count":
+    if node.args or node.keywords:
+      raise _refused(ast.unparse(node), "takes no field; write count() for the events of the moment", text, key)
+    return name, ""
+  if len(node.args) != 1 or node.keywords or not isinstance(node.args[0], ast.Name):
+    raise _refused(ast.unparse(node), f"must name one field, as in {name}(amount)", text, key)
+  return name, node.args[0].id
 
 
 def _constant(node: ast.expr, text: str, key: str) -> Constant:

@@ -29,7 +29,7 @@ def load_raw_events(con: duckdb.DuckDBPyConnection, data: config.Data, users: Se
 
   Its columns: `user`, `time` in microseconds since 1970 UTC, `source` as an index, `position` among the user's events
   from 0, `total`, the number of the user's events, and `field_0`, … with the raw values. Fields of the user table stay
-  NULL: no task may ask about them, and they are equal in all rows of a user.
+  NULL, since they are equal in all rows of a user; `add_user_fields` adds those that conditions compare.
 
   Returns: the time of the last event of any user.
   """
@@ -81,6 +81,28 @@ def load_raw_users(con: duckdb.DuckDBPyConnection, users: config.UserTable, colu
     values = [value_sql.text_sql(f"e.{readers.identifier(a)}", file.columns[c]) for a, c in wanted.items()]
     with readers.naming(file.path, file.format):
       con.execute(f"INSERT INTO users SELECT {', '.join(values)} FROM ({file.select(wanted)}) e")
+
+
+def add_user_fields(
+  con: duckdb.DuckDBPyConnection, data: config.Data, users: config.UserTable, fields: Sequence[str]
+) -> None:
+  """Writes fields of the user table into the table `events`; fields of lists are none of `fields`."""
+  if not fields:
+    return
+  columns = {field_column(data, n): data.fields[n].column or n for n in fields}
+  for file in raw_files(con, users.files, users.format, {users.user, *columns.values()}, "config.data.users", users):
+    values, _ = _values(data, file, {n: data.fields[n].column or n for n in fields})
+    user = value_sql.text_sql('e."user"', file.columns[users.user])
+    query = file.select({"user": users.user, **columns})
+    with readers.naming(file.path, file.format):
+      for name in fields:
+        column, known = field_column(data, name), data.fields[name].sources or tuple(data.sources)
+        sources = ", ".join(str(list(data.sources).index(s)) for s in known)
+        con.execute(
+          f"UPDATE events SET {column} = u.value FROM "
+          f"(SELECT {user} AS who, {values[column]} AS value FROM ({query}) e) u "
+          f'WHERE events."user" = u.who AND events.source IN ({sources})'
+        )
 
 
 def raw_files(

@@ -21,6 +21,7 @@ from supermoe_jax.config.tasks.condition import (
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.listing import SHOWN_VALUES
+from supermoe_jax.data.tasks.moment_condition import moment_condition
 from supermoe_jax.errors import DataError, nearest
 
 # A function that returns whether each event of a history fulfils a condition: bool `[N]`. It can be pickled, because
@@ -147,6 +148,8 @@ def _of_type(key: str, name: str, data: config.Data, encoders: Encoders) -> Even
 
 def _bound(key: str, condition: Condition, encoders: Encoders, data: config.Data) -> EventCondition:
   if isinstance(condition, Comparison):
+    if condition.function:
+      return moment_condition(condition, encoders, data)
     if condition.field not in encoders.numeric:
       return _categorical(key, condition, encoders)
     encoder, encoding = encoders.numeric[condition.field], data.fields[condition.field].encoding

@@ -1,4 +1,4 @@
-"""Draws dots with intervals: the scores of a run and its baselines, and the reliability of its predictions."""
+"""Draws dots: the scores of a run and its baselines, the reliability of its predictions, and amounts by deciles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.report.figures.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, drawing, percent, short
+from supermoe_jax.report.figures.drawing import (
+  BLUE,
+  GREEN,
+  GREY,
+  INK,
+  ORANGE,
+  PURPLE,
+  RED,
+  drawing,
+  number,
+  percent,
+  short,
+)
 
 RUN = "this run"
 
@@ -157,4 +169,23 @@ def draw_reliability(name: str, title: str, bins: Sequence[Mapping[str, Any]]) -
     axes.set_xlabel("predicted", fontsize=9)
     axes.set_ylabel("observed", fontsize=9)
     axes.grid(True)
+  return canvas.svg
+
+
+def draw_deciles(name: str, title: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
+  """Draws the mean predicted and the mean observed amount of each decile of the prediction, the smallest first."""
+  told = "; ".join(f"{number(b['predicted'])} predicted, {number(b['observed'])} observed" for b in bins)
+  with drawing(name, f"Amounts of {title} by deciles: {told}.", 270, 270) as canvas:
+    axes, places = canvas.figure.subplots(), range(1, len(bins) + 1)
+    for place, b in zip(places, bins):
+      axes.plot([place] * 2, [b["predicted"], b["observed"]], color=INK, linewidth=0.8, alpha=0.5)
+    axes.plot(places, [b["observed"] for b in bins], "o", color=BLUE, ms=5, label="observed")
+    axes.plot(places, [b["predicted"] for b in bins], "D", color=ORANGE, ms=6, mfc="none", mew=1.5, label="predicted")
+    axes.set_title(short(title, 34))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+    axes.set_xlabel("decile of the prediction", fontsize=9)
+    axes.set_ylabel("mean amount", fontsize=9)
+    axes.legend(loc="upper left")
+    axes.grid(True, axis="y")
   return canvas.svg

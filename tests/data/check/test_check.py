@@ -19,6 +19,8 @@ from supermoe_jax.data.preparation import prepare
 from supermoe_jax.data.tasks.future_event import FutureEventKind
 from supermoe_jax.data.tasks.labels import LabelInputs, TaskLabels
 from supermoe_jax.errors import DataError
+from tests.fixtures.basket_log import random_lines, write_lines
+from tests.fixtures.basket_log import raw_config as baskets_config
 from tests.fixtures.dataset_copies import copied
 from tests.fixtures.random_logs import (
   CASES,
@@ -244,3 +246,25 @@ def test_amounts_of_clipped_numbers_agree(tmp_path: pathlib.Path, encoding: str)
   assert ("clipped" in str(manifest["warnings"])) == (encoding == "standardise")
   found = check.check_dataset(tmp_path / "dataset")
   assert all(compared.labels > 50 for compared in found.values())
+
+
+def test_conditions_on_fields_of_the_table_of_users_are_derived_too(tmp_path: pathlib.Path) -> None:
+  write_lines(tmp_path, random_lines(4))
+  rows = [f"c{i};{('north', 'south', '')[i % 3]};{i},5" for i in range(11)]  # one customer has no row
+  (tmp_path / "people.csv").write_text("\n".join(["customer;region;age", *rows]) + "\n")
+  where = "region == 'north' and age >= 3.5 and paid > 0"
+  tasks: dict[str, Any] = {
+    "rich": {"kind": "future_event", "where": where, "horizon_days": 20.0},
+    "then": {"kind": "next_event", "field": "article", "where": f"not ({where})"},
+  }
+  raw = baskets_config(tmp_path, tasks)
+  raw["data"]["users"] = {"files": [str(tmp_path / "people.csv")], "user": "customer", "decimal": ","}
+  raw["data"]["fields"] |= {
+    "region": {"table": "users"},
+    "age": {"table": "users", "kind": "numeric", "sources": ["web"]},
+  }
+  manifest = prepare.prepare(config.resolve(raw))
+  counts = manifest["labels"]["rich"]["train"]
+  assert 0 < counts["positive"] < counts["known"]
+  compared = check.check_dataset(tmp_path / "dataset")
+  assert all(n.labels for n in compared.values())

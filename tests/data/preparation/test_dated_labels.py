@@ -293,7 +293,8 @@ def test_check_finds_a_wrong_label_and_a_snapshot_that_is_missing(
   moved = stamp("2024-01-15T01:00:00")
   with_records(lambda r: {**r, "snapshot_time": r["snapshot_time"] + (r["snapshot_time"] == moved)})
   with pytest.raises(
-    CheckError, match=r"has no snapshot at 2024-01-15T01:00:00.*where the raw files hold a dated label"
+    CheckError,
+    match=r"2024-01-15T01:00:00.*, task risky: .* holds 'no snapshot at this time', the raw files give [01]\.0",
   ):
     check.check_dataset(path)
 
