@@ -22,6 +22,7 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.condition_sql import asked_sql
 from supermoe_jax.data.check.dated_moments import derive_dated_moments
+from supermoe_jax.data.check.event_times import derive_times
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.numeric import MOST_DEVIATIONS, Numeric
@@ -227,6 +228,8 @@ class _Check:
     if task.answer == "multilabel":
       top = self._values(field)[: task.asked_values]
       return tuple(sorted(v for v, there in zip(top, value, strict=True) if there))
+    if task.answer == "survival":
+      return tuple(map(float, value))
     if task.answer == "multiclass":
       return _at(self._classes(name), int(value))
     return float(value)
@@ -247,6 +250,7 @@ class _Check:
       config.FutureEvent.kind: self._future_event,
       config.FutureValues.kind: self._future_values,
       config.FutureAmount.kind: self._future_amount,
+      config.TimeToEvent.kind: lambda _, task, __: derive_times(self._con, self._cfg.data, task),
       config.UserLabel.kind: self._user_label,
       config.DatedLabel.kind: self._dated_label,
     }
