@@ -1,8 +1,8 @@
-"""Computes a run's baselines: constant answers, popularity, last windows, and models on aggregates."""
+"""Computes a run's baselines: constant answers, popularity, last windows, own gaps, and models on aggregates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,14 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
+from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import bind
 from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
+from supermoe_jax.data.tasks.time_to_event import TimeToEventKind
 from supermoe_jax.evaluation import linear_probes
 
 # Users that the linear models on aggregates are fitted on. More users would not change a linear model of a few hundred
@@ -71,7 +73,7 @@ def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tu
   """Returns the constant answer that fits the training labels best, for each of n questions.
 
   Shapes: `shape` is the answers' shape: `[n]`, `[n, values]` or `[n, C]`. `rates` holds the manifest's `label_rates` of
-  the task: the share of positives, of each value or of each class, or the mean. A number without a rate is
+  the task: the share of positives, of each value or class, or by each edge, or the mean. A number without a rate is
   standardised, so its mean is 0.
   """
   if rates is None and task.answer == "regression":
@@ -86,20 +88,42 @@ def last_window(
   """Returns the amount of the window before each of n questions: float64 `[n]`; `name` is a task about an amount."""
   kind = bind({name: cfg.labelled_tasks[name]}, cfg.data, dataset.encoders)[name]
   assert isinstance(kind, FutureAmountKind)
+  return _by_history(dataset, kind.before, questions, at_once)
+
+
+def own_gaps(
+  dataset: Dataset, cfg: config.Config, name: str, questions: Sequence[Query], at_once: int = AT_ONCE
+) -> np.ndarray:
+  """Returns the days to the next event by each of n questions' user's own gaps: float64 `[n]`.
+
+  `name` is a task about the time to an event.
+  """
+  kind = bind({name: cfg.labelled_tasks[name]}, cfg.data, dataset.encoders)[name]
+  assert isinstance(kind, TimeToEventKind)
+  return _by_history(dataset, kind.by_own_gaps, questions, at_once)
+
+
+def _by_history(
+  dataset: Dataset,
+  answer: Callable[[UserBlock, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+  questions: Sequence[Query],
+  at_once: int,
+) -> np.ndarray:
   parts = [np.zeros(0)]
   for start in range(0, len(questions), at_once):
     part = questions[start : start + at_once]
     users, owner = np.unique([q.user for q in part], return_inverse=True)
     time, n_events = (np.array([getattr(q, k) for q in part], np.int64) for k in ("time", "n_events"))
-    parts.append(kind.before(dataset.histories(users), owner, time, n_events))
+    parts.append(answer(dataset.histories(users), owner, time, n_events))
   return np.concatenate(parts)
 
 
 class AggregateModels:
   """Models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
 
-  They are linear; of amounts they are boosted trees. Each model is fitted on every user's last training snapshot that
-  has a label of the task, in the task's sample space if it has one.
+  They are linear; of amounts and times they are boosted trees. Each model is fitted on every user's last training
+  snapshot that has a label of the task, in the task's sample space if it has one. A model of times is fitted on one of
+  these snapshots in turn, because the last ones are followed for a short time only.
   """
 
   def __init__(self, dataset: Dataset, cfg: config.Config):
@@ -118,24 +142,32 @@ class AggregateModels:
     for index in range(min(len(dataset), FITTED_USERS)):  # records are shuffled: any prefix is a sample
       record = dataset[index]
       train = record["snapshot_split"] == TRAIN
-      last = {t: np.flatnonzero(train & _known(record, cfg.active_views[t], t, spaces[t]))[-1:] for t in answers}
-      at = np.unique(np.concatenate([*last.values(), np.zeros(0, np.int64)])).astype(np.int64)
+      fitted: dict[str, np.ndarray] = {}
+      for task, answer in answers.items():
+        known = np.flatnonzero(train & _known(record, cfg.active_views[task], task, spaces[task]))
+        first = index % max(len(known), 1) if answer == "survival" else -1
+        fitted[task] = known[first:][:1]
+      at = np.unique(np.concatenate([*fitted.values(), np.zeros(0, np.int64)])).astype(np.int64)
       history = dataset.history(record)
       seen = record["snapshot_time"][at], record["snapshot_events"][at]
       rows = dataset.aggregates(history.block, np.zeros(len(at), np.int64), *seen)
-      for task, snapshot in last.items():
+      for task, snapshot in fitted.items():
         if len(snapshot):
           xs[task].append(rows[np.searchsorted(at, snapshot[0])])
           ys[task].append(record[f"label_{task}"][snapshot[0]])
     for task, answer in answers.items():
       if ys[task]:
         x, y = np.array(xs[task]), np.array(ys[task])
-        self._probes[task] = linear_probes.fit_probe(answer, x, y, dataset.schema.outputs[task])
+        asked = cfg.active_views[task]
+        if isinstance(asked, config.TimeToEvent):
+          self._probes[task] = linear_probes.HazardProbe(x, y, asked.edges)
+        else:
+          self._probes[task] = linear_probes.fit_probe(answer, x, y, dataset.schema.outputs[task])
 
   def predictions(self, questions: Sequence[Query]) -> dict[str, np.ndarray]:
     """Returns the answers for each task to each question; empty without aggregates.
 
-    Answers are probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
+    Answers are probabilities `[n]`, `[n, values]`, `[n, C]` or by each edge `[n, K]`, or numbers `[n]`.
     """
     if not self._probes:
       return {}
