@@ -131,7 +131,7 @@ class HazardProbe:
     self._model: HistGradientBoostingClassifier | None = None
     if 0 < self._rate < 1:
       self._model = HistGradientBoostingClassifier(
-        learning_rate=0.1, max_iter=100, max_leaf_nodes=15, l2_regularization=1.0, random_state=0
+        learning_rate=0.05, max_iter=100, max_leaf_nodes=15, l2_regularization=1.0, random_state=0
       ).fit(self._rows(x[row], interval), happens)
 
   def _rows(self, x: np.ndarray, interval: np.ndarray) -> np.ndarray:
