@@ -44,6 +44,7 @@ from supermoe_jax.config.tasks import (
   LabelledTask,
   NextEvent,
   Task,
+  TimeToEvent,
   UserLabel,
 )
 
@@ -82,6 +83,7 @@ __all__ = [
   "Tables",
   "Task",
   "TextFormat",
+  "TimeToEvent",
   "Train",
   "UserLabel",
   "UserTable",

@@ -39,5 +39,6 @@ from supermoe_jax.config.tasks import FutureValues as FutureValues
 from supermoe_jax.config.tasks import LabelledTask as LabelledTask
 from supermoe_jax.config.tasks import NextEvent as NextEvent
 from supermoe_jax.config.tasks import Task as Task
+from supermoe_jax.config.tasks import TimeToEvent as TimeToEvent
 from supermoe_jax.config.tasks import UserLabel as UserLabel
 from supermoe_jax.config.tasks.condition import parse_sample_space as parse_sample_space

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING
 
+from supermoe_jax.config.schema import MICROSECONDS_PER_DAY
 from supermoe_jax.config.tasks.condition import Comparison, comparisons, parse_condition
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
@@ -14,6 +16,7 @@ from supermoe_jax.config.tasks.kinds import (
   FutureEvent,
   FutureValues,
   NextEvent,
+  TimeToEvent,
   UserLabel,
 )
 from supermoe_jax.config.tasks.task import Task
@@ -106,6 +109,31 @@ def _(task: FutureAmount, path: str, config: Config) -> None:
     f"{path}.field={task.field!r}: a quantile keeps no amounts; set config.data.fields.{task.field}.encoding="
     f"'log1p', or name a second field, such as {task.field}_asked=dict(column={field.column or task.field!r}, "
     "kind='numeric', input=False).",
+  )
+
+
+@check_kind.register(TimeToEvent)
+def _(task: TimeToEvent, path: str, config: Config) -> None:
+  require_window(path, task.horizon_days, config.data)
+  require_event_type(path, task.source, config.data)
+  require_condition(path, task.where, config.data)
+  require(task.intervals > 0, f"{path}.intervals={task.intervals} must be positive.")
+  if task.edges_days:
+    require(
+      task.intervals == TimeToEvent.intervals,
+      f"{path}.intervals={task.intervals} has no meaning with edges_days, which set the intervals; remove one of them.",
+    )
+    require(
+      task.edges_days[-1] == task.horizon_days,
+      f"{path}.edges_days must end at horizon_days={task.horizon_days:g}, not at {task.edges_days[-1]:g}; append "
+      f"{task.horizon_days:g}, or set horizon_days={task.edges_days[-1]:g}.",
+    )
+  ends = [int(edge * MICROSECONDS_PER_DAY) for edge in (0.0, *task.edges)]
+  require(
+    all(one < other for one, other in itertools.pairwise(ends)),
+    f"{path}.edges_days={task.edges_days} must be positive and ascend."
+    if task.edges_days
+    else f"{path}.intervals={task.intervals} are too many for horizon_days={task.horizon_days:g}; set fewer.",
   )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.evaluation import metrics
+from supermoe_jax.data.encoding.censored_times import chances_by_day
+from supermoe_jax.evaluation import metrics, survival
 from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.training.answer_forms import LARGEST_LOGARITHM, LEAST_DEVIATION
 
@@ -29,6 +30,10 @@ class AnswerMetrics:
   def predictions(self, answer: np.ndarray) -> np.ndarray:
     """Returns the input of the metrics, float64, from a model's answers `[n, …]`: probabilities from logits."""
     return np.asarray(np.exp(-np.logaddexp(0, -answer.astype(np.float64))))
+
+  def scores(self, predicted: np.ndarray) -> np.ndarray:
+    """Returns what the main metric compares with the labels: the predictions themselves, or a number of each `[n]`."""
+    return predicted
 
   def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
     """Returns the metrics of predictions for the labels `value [n, …]` of `users [n]`."""
@@ -121,6 +126,33 @@ class AmountMetrics(AnswerMetrics):
     return metrics.amount_metrics(value, predicted)
 
 
+class SurvivalMetrics(AnswerMetrics):
+  """The measures of times that may be censored; `edges` are the ends of the K intervals, in days."""
+
+  main = "concordance"
+  aggregate_model = "aggregates + boosted trees"
+
+  def __init__(self, edges: Sequence[float]):
+    self.edges = tuple(edges)
+
+  def predictions(self, answer: np.ndarray) -> np.ndarray:
+    """See `AnswerMetrics`; the chance of an event by the end of each interval, `[n, K]`."""
+    return chances_by_day(super().predictions(answer))
+
+  def scores(self, predicted: np.ndarray) -> np.ndarray:
+    """See `AnswerMetrics`; the expected days within the horizon, `[n]`."""
+    return survival.predicted_days(predicted, self.edges)
+
+  def measure(self, value: np.ndarray, predicted: np.ndarray, users: np.ndarray) -> Metrics:
+    """See `AnswerMetrics`; `predicted` are chances `[n, K]`, or days `[n]`, which have a concordance only."""
+    return survival.survival_metrics(value, predicted, self.edges)
+
+  def metric_names(self, cutoffs: Sequence[int]) -> list[str]:
+    """See `AnswerMetrics`."""
+    chances = np.full((2, len(self.edges)), 0.5)
+    return sorted(self.measure(np.array([[0.0, 1.0], [self.edges[-1], 0.0]]), chances, np.arange(2)))
+
+
 def _cut(logarithm: np.ndarray) -> np.ndarray:
   return np.clip(logarithm, -LARGEST_LOGARITHM, LARGEST_LOGARITHM)
 
@@ -151,4 +183,6 @@ def form_of(task: config.LabelledTask) -> AnswerMetrics:
   """Returns the measures of a task's answers."""
   if isinstance(task, config.FutureAmount):
     return AmountMetrics(task.loss)
+  if isinstance(task, config.TimeToEvent):
+    return SurvivalMetrics(task.edges)
   return EventMetrics() if task.about_events and task.answer == "binary" else FORMS[task.answer]

@@ -1,8 +1,8 @@
-"""Computes a run's baselines: constant answers, popularity, last windows, and models on aggregates."""
+"""Computes a run's baselines: constant answers, popularity, last windows, own gaps, and models on aggregates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import ABSENT
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
+from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN, VALIDATION
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import bind
@@ -18,6 +19,7 @@ from supermoe_jax.data.tasks.event_condition import EventCondition
 from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
+from supermoe_jax.data.tasks.time_to_event import TimeToEventKind
 from supermoe_jax.evaluation import linear_probes
 
 # Users that the models on aggregates are fitted on. More users would not change a linear model of a few hundred inputs,
@@ -84,7 +86,7 @@ def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tu
   """Returns the constant answer that fits the training labels best, for each of n questions.
 
   Shapes: `shape` is the answers' shape: `[n]`, `[n, values]` or `[n, C]`. `rates` holds the manifest's `label_rates` of
-  the task: the share of positives, of each value or of each class, or the mean. A number without a rate is
+  the task: the share of positives, of each value or class, or by each edge, or the mean. A number without a rate is
   standardised, so its mean is 0.
   """
   if rates is None and task.answer == "regression":
@@ -99,12 +101,33 @@ def last_window(
   """Returns the amount of the window before each of n questions: float64 `[n]`; `name` is a task about an amount."""
   kind = bind({name: cfg.labelled_tasks[name]}, cfg.data, dataset.encoders)[name]
   assert isinstance(kind, FutureAmountKind)
+  return _by_history(dataset, kind.before, questions, at_once)
+
+
+def own_gaps(
+  dataset: Dataset, cfg: config.Config, name: str, questions: Sequence[Query], at_once: int = AT_ONCE
+) -> np.ndarray:
+  """Returns the days to the next event by each of n questions' user's own gaps: float64 `[n]`.
+
+  `name` is a task about the time to an event.
+  """
+  kind = bind({name: cfg.labelled_tasks[name]}, cfg.data, dataset.encoders)[name]
+  assert isinstance(kind, TimeToEventKind)
+  return _by_history(dataset, kind.by_own_gaps, questions, at_once)
+
+
+def _by_history(
+  dataset: Dataset,
+  answer: Callable[[UserBlock, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+  questions: Sequence[Query],
+  at_once: int,
+) -> np.ndarray:
   parts = [np.zeros(0)]
   for start in range(0, len(questions), at_once):
     part = questions[start : start + at_once]
     users, owner = np.unique([q.user for q in part], return_inverse=True)
     time, n_events = (np.array([getattr(q, k) for q in part], np.int64) for k in ("time", "n_events"))
-    parts.append(kind.before(dataset.histories(users), owner, time, n_events))
+    parts.append(answer(dataset.histories(users), owner, time, n_events))
   return np.concatenate(parts)
 
 
@@ -132,10 +155,12 @@ class FittedModel(NamedTuple):
 class AggregateModels:
   """Models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
 
-  They are linear; of amounts they are boosted trees, with the loss that is better on validation snapshots. Each model
-  is fitted on training snapshots that have a label of the task, in the task's sample space if it has one: every user's
-  last one, and others drawn by a seed, at most `FITTED_SNAPSHOTS` in all. A label of the table of users is the same at
-  all of them, and one of several values takes a model a value; these are fitted on the users' last ones alone.
+  They are linear; of amounts they are boosted trees, with the loss that is better on validation snapshots, and of times
+  boosted trees of the hazards. Each model is fitted on training snapshots that have a label of the task, in the task's
+  sample space if it has one: every user's last one, and others drawn by a seed, at most `FITTED_SNAPSHOTS` in all. A
+  label of the table of users is the same at all of them, and one of several values takes a model a value; these are
+  fitted on the users' last ones alone. The last ones are followed for a short time only, so a model of times is fitted
+  on drawn ones alone, a quarter as many, because each is a row for every interval.
 
   Attributes:
     fitted: the models, by task.
@@ -157,12 +182,13 @@ class AggregateModels:
     users = min(len(dataset), FITTED_USERS)
     most = max(FITTED_SNAPSHOTS // max(users, 1), 1)
     each = {n: 1 if t.user_column or t.answer == "multilabel" else most for n, t in tasks.items()}
+    each |= {n: max(most // 4, 1) for n, t in tasks.items() if t.answer == "survival"}
     rng = np.random.default_rng(0)
     for index in range(users):  # records are shuffled: any prefix is a sample
       record = dataset[index]
       known = {n: _known(record, t, n, spaces[n]) for n, t in tasks.items()}
       split = record["snapshot_split"]
-      fit = {n: _last_and_others(np.flatnonzero((split == TRAIN) & known[n]), each[n], rng) for n in tasks}
+      fit = {n: _fitted(np.flatnonzero((split == TRAIN) & known[n]), each[n], t, rng) for n, t in tasks.items()}
       validate = {n: np.flatnonzero((split == VALIDATION) & known[n])[-1:] for n in held}
       at = np.unique(np.concatenate([*fit.values(), *validate.values()]))
       history = dataset.history(record)
@@ -179,6 +205,8 @@ class AggregateModels:
         held_rows = held[name].arrays() if held[name].users else (x[:0], y[:0])
         probe = linear_probes.fit_amount_probe(x, y, *held_rows)
         self.fitted[name] = FittedModel(probe, len(y), rows[name].users, probe.loss)
+      elif isinstance(task, config.TimeToEvent):
+        self.fitted[name] = FittedModel(linear_probes.HazardProbe(x, y, task.edges), len(y), rows[name].users)
       else:
         fitted = linear_probes.fit_probe(task.answer, x, y, dataset.schema.outputs[name])
         self.fitted[name] = FittedModel(fitted, len(y), rows[name].users)
@@ -186,7 +214,7 @@ class AggregateModels:
   def predictions(self, questions: Sequence[Query]) -> dict[str, np.ndarray]:
     """Returns the answers for each task to each question; empty without aggregates.
 
-    Answers are probabilities `[n]`, `[n, values]` or `[n, C]`, or numbers `[n]`.
+    Answers are probabilities `[n]`, `[n, values]`, `[n, C]` or by each edge `[n, K]`, or numbers `[n]`.
     """
     if not self.fitted:
       return {}
@@ -217,10 +245,15 @@ class _Rows:
     return np.concatenate(xs), np.concatenate(ys)
 
 
-def _last_and_others(snapshots: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns the last snapshot and others drawn at random, at most `most`, in ascending order."""
+def _fitted(snapshots: np.ndarray, most: int, task: config.LabelledTask, rng: np.random.Generator) -> np.ndarray:
+  """Returns at most `most` of a user's snapshots, drawn at random, in ascending order; the last is always there.
+
+  For times to an event the last one is drawn as all others.
+  """
   if len(snapshots) <= most:
     return snapshots
+  if task.answer == "survival":
+    return np.sort(rng.choice(snapshots, most, replace=False))
   others = rng.choice(snapshots[:-1], most - 1, replace=False)
   return np.append(np.sort(others), snapshots[-1])
 

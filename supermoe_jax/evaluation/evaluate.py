@@ -17,8 +17,8 @@ from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.data.tasks.event_condition import event_condition
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError, RunError
-from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking
-from supermoe_jax.evaluation.answer_forms import form_of
+from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking, survival
+from supermoe_jax.evaluation.answer_forms import SurvivalMetrics, form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
 from supermoe_jax.evaluation.linear_probes import LOSSES
 from supermoe_jax.progress import ProgressBar
@@ -233,6 +233,9 @@ def _task(
     out["classes"] = len(np.unique(asked.value))
   elif form == "amount":
     out["mean"], out["zero"] = float(asked.value.mean()), float(np.mean(asked.value == 0))
+  elif isinstance(measured, SurvivalMetrics):
+    out["observed"] = float(asked.value[:, 1].mean())
+    out["by_day"] = survival.calibration_by_day(asked.value, predicted, measured.edges)
   out["metrics"] = measured.measure(asked.value, predicted, users)
   others: dict[str, np.ndarray] = {}
   if compare:
@@ -242,10 +245,15 @@ def _task(
       others["last window"] = baselines.last_window(
         run.dataset, run.cfg, name, [collected.questions[i] for i in asked.question]
       )
+    if form == "survival":
+      others["own gap"] = baselines.own_gaps(
+        run.dataset, run.cfg, name, [collected.questions[i] for i in asked.question]
+      )
   if by_aggregates is not None:
     others[measured.aggregate_model] = by_aggregates[asked.question]
   out["baselines"] = {b: measured.measure(asked.value, answer, users) for b, answer in others.items()}
-  return out, _answers(run, form, asked, predicted, others, collected)
+  scores = {b: measured.scores(answer) for b, answer in others.items()}
+  return out, _answers(run, form, asked, measured.scores(predicted), scores, collected)
 
 
 def _answers(
@@ -343,7 +351,9 @@ def results_words(result: Mapping[str, Any], split: str = "test") -> list[str]:
     words.append(f"without a label in {split}, so not measured there: {', '.join(missing)}")
   for name, task in tasks.items():
     metric = result["main_metric"][name]
-    if task["metrics"].get(metric) is None:
+    if metric == "concordance" and task["metrics"].get(metric) is None:
+      words.append(f"{name}: no two of its {task['labels']:,} labels in {split} have an order, so there is no {metric}")
+    elif task["metrics"].get(metric) is None:
       words.append(f"{name}: its {task['labels']:,} labels in {split} are all of one class, so there is no {metric}")
     if task.get("values") == 1:
       words.append(f"{name}: its field has one value in training, so every answer ranks it first")

@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from supermoe_jax import config
+from supermoe_jax.evaluation.concordance import pair_counts
 from supermoe_jax.evaluation.intervals import LEVEL, Bounds
 
 METHOD = (
@@ -38,8 +39,8 @@ class Scored:
 
   Attributes:
     form: the form of the answers.
-    value: the labels `[n]`, or `[n, C]` for a task with many values.
-    answer: the answers as metrics take them: probabilities, numbers, or ranks of the true value `[n]`.
+    value: the labels `[n]`, or `[n, C]` for a task with many values; of times `[n, 2]`, see `survival`.
+    answer: the answers as metrics take them: probabilities, numbers, days, or ranks of the true value `[n]`.
     cutoff: k of NDCG@k, for ranks.
   """
 
@@ -68,10 +69,26 @@ def influence(scored: Scored) -> Influence | None:
     return Influence(root, (squared - squared.mean()) / (2 * max(root, 1e-300) * len(squared)))
   if scored.form == "amount":
     return spearman_influence(value.astype(np.float64), answer)
+  if scored.form == "survival":
+    return concordance_influence(value, answer)
   if scored.form == "binary":
     return _areas(value[:, None] > 0, answer[:, None])
   classes = answer.shape[1]
   return _areas(value > 0 if scored.form == "multilabel" else value[:, None] == np.arange(classes), answer)
+
+
+def concordance_influence(value: np.ndarray, days: np.ndarray) -> Influence | None:
+  """Returns Harrell's concordance of predicted `days [n]` with times `value [n, 2]`, and influences.
+
+  The influence of a label is that of its pairs: those that are right less their expected number, by the number of all
+  pairs. None if no pair has an order.
+  """
+  pairs = pair_counts(value, days)
+  total = float(pairs.ordered.sum()) / 2
+  if not total:
+    return None
+  share = float(pairs.right.sum()) / 2 / total
+  return Influence(share, (pairs.right - share * pairs.ordered) / total)
 
 
 def spearman_influence(one: np.ndarray, other: np.ndarray) -> Influence | None:

@@ -5,17 +5,18 @@ Shapes: n rows to fit on, m rows to predict, D inputs, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.sparse
-from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from supermoe_jax import config
+from supermoe_jax.data.encoding.censored_times import chances_by_day, survived_intervals
 from supermoe_jax.evaluation import metrics
 
 # Inputs `[n, D]`, a NumPy array or a SciPy sparse matrix in rows. Sparse inputs, such as TF-IDF, have a meaningful
@@ -141,11 +142,50 @@ def fit_amount_probe(x: Inputs, label: np.ndarray, held_x: Inputs, held_label: n
   return second if scores[1] is not None and (scores[0] is None or scores[1] > scores[0]) else first
 
 
+class HazardProbe:
+  """Boosted trees that predict the hazard of each interval of a time that may be censored.
+
+  Each label is a row for every interval that counts: whether the event lies in it, given the inputs and the interval.
+  """
+
+  def __init__(self, x: Inputs, label: np.ndarray, edges: Sequence[float]):
+    """Fits on `x [n, D]` and times `label [n, 2]`; `edges [K]` are the ends of the intervals, in days."""
+    self._intervals = len(edges)
+    observed, survived = label[:, 1] > 0, survived_intervals(label, edges)
+    count = survived + observed
+    row = np.repeat(np.arange(len(label)), count)
+    interval = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    happens = observed[row] & (interval == survived[row])
+    self._rate = float(happens.mean()) if len(happens) else 0.0
+    self._model: HistGradientBoostingClassifier | None = None
+    if 0 < self._rate < 1:
+      self._model = HistGradientBoostingClassifier(
+        learning_rate=0.05,
+        max_iter=100,
+        max_leaf_nodes=15,
+        l2_regularization=1.0,
+        max_features=0.25,  # as for amounts
+        random_state=0,
+      ).fit(self._rows(x[row], interval), happens)
+
+  def _rows(self, x: np.ndarray, interval: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, interval[:, None].astype(x.dtype)], axis=1)
+
+  def __call__(self, x: Inputs) -> np.ndarray:
+    """Returns the chance of an event by the end of each interval, `[m, K]`, for `x [m, D]`."""
+    shape = (x.shape[0], self._intervals)
+    if self._model is None:
+      return chances_by_day(np.full(shape, self._rate))
+    rows = self._rows(np.repeat(x, self._intervals, axis=0), np.tile(np.arange(self._intervals), x.shape[0]))
+    return chances_by_day(self._model.predict_proba(rows)[:, 1].reshape(shape))
+
+
 def fit_probe(answer: config.Answer, x: Inputs, label: np.ndarray, outputs: int) -> Predictor:
   """Fits the probe for a form of answer on `x [n, D]` and `label [n]` or `[n, values]`.
 
   `outputs` is the number of classes or values, 1 for one yes or no and for a number.
-  Raises: ValueError for forms without a linear probe: amounts, rankings of a catalogue, and contrast.
+  Raises: ValueError for forms without such a probe: rankings of a catalogue, contrast, amounts (`fit_amount_probe`),
+    and times, which need the intervals (`HazardProbe`).
   """
   if answer in ("binary", "multilabel"):
     return Probe(x, label.astype(np.float32))

@@ -1,5 +1,7 @@
 """Computes the metrics of every form of answer: yes or no, classes, several values, numbers, amounts, rankings.
 
+The metrics of times that may be censored are in `survival`.
+
 Shapes: n labels, C classes. The `…_metrics` functions raise a ValueError if there is no label to measure against, or if
 a label or an answer is not a finite number.
 """
@@ -17,7 +19,7 @@ from sklearn import metrics as sk
 Metrics = dict[str, float | None]
 
 # For every other metric more is better; counts such as `gauc_users` are neither better nor worse.
-LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae", "decile_error"})
+LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "mae", "decile_error", "brier", "share_error"})
 
 # Probabilities are raised to at least this before their logarithm is taken: otherwise one answer that was certain and
 # wrong would make the mean infinite.
@@ -40,7 +42,7 @@ def binary_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
 
   AUC and average precision are None when only one class is present.
   """
-  _require_numbers(label, probability)
+  require_numbers(label, probability)
   both = 0 < label.sum() < len(label)
   return {
     "auc": float(sk.roc_auc_score(label, probability)) if both else None,
@@ -121,7 +123,7 @@ def multi_class_metrics(label: np.ndarray, probability: np.ndarray) -> Metrics:
   all labels have; `classes_without_auc` counts the other classes. `ece` compares how often the likeliest class is right
   with its probability.
   """
-  _require_numbers(label, probability)
+  require_numbers(label, probability)
   answer = np.argmax(probability, axis=1)
   usable = [c for c in range(probability.shape[1]) if 0 < np.sum(label == c) < len(label)]
   areas = [sk.roc_auc_score(label == c, probability[:, c]) for c in usable]
@@ -144,7 +146,7 @@ def multi_label_metrics(label: np.ndarray, probability: np.ndarray, k: int = 10)
   `values_without_auc` counts the values left out of the mean because all samples or none have them.
   Shapes: `label, probability [n, values]`.
   """
-  _require_numbers(label, probability)
+  require_numbers(label, probability)
   usable = [v for v in range(label.shape[1]) if 0 < label[:, v].sum() < len(label)]
   areas = [sk.roc_auc_score(label[:, v], probability[:, v]) for v in usable]
   top = np.argsort(-probability, axis=1, kind="stable")[:, :k]
@@ -164,7 +166,7 @@ def regression_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
 
   R² compares with the mean of these same labels; it is None when they are all equal.
   """
-  _require_numbers(label, prediction)
+  require_numbers(label, prediction)
   label, error = label.astype(np.float64), prediction.astype(np.float64) - label
   spread = np.mean(np.square(label - label.mean()))
   squared = np.mean(np.square(error))
@@ -185,7 +187,7 @@ def amount_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
   true mean over ten equally filled bins of predictions, over the mean of |label|. A metric that is not defined is None:
   where all labels are alike, where all predictions are (`spearman`), or where labels sum to 0 (the last two).
   """
-  _require_numbers(label, prediction)
+  require_numbers(label, prediction)
   label, prediction = label.astype(np.float64), prediction.astype(np.float64)
   own, ranks = (stats.rankdata(x) - (len(label) + 1) / 2 for x in (label, prediction))
   spread, both = float(label @ own), math.sqrt(float(own @ own) * float(ranks @ ranks))
@@ -203,7 +205,7 @@ def amount_metrics(label: np.ndarray, prediction: np.ndarray) -> Metrics:
 
 def ranking_metrics(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
   """Returns HR@k, NDCG@k and MRR@k of one relevant item a question, at `rank [n]` (1 is best; infinite: not ranked)."""
-  _require_numbers(np.zeros(len(rank)), np.where(rank == np.inf, 0.0, rank))
+  require_numbers(np.zeros(len(rank)), np.where(rank == np.inf, 0.0, rank))
   out: Metrics = {}
   for k in cutoffs:
     hit = rank <= k
@@ -213,7 +215,8 @@ def ranking_metrics(rank: np.ndarray, cutoffs: Sequence[int]) -> Metrics:
   return out
 
 
-def _require_numbers(label: np.ndarray, answer: np.ndarray) -> None:
+def require_numbers(label: np.ndarray, answer: np.ndarray) -> None:
+  """Raises ValueError if there is no label, or if a label or an answer is not a finite number."""
   if not len(label):
     raise ValueError("there is no label to measure against")
   for name, values in (("labels", label), ("answers", answer)):

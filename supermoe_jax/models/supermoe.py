@@ -128,9 +128,9 @@ class SuperMoE(nnx.Module):
         snapshots only.
       given: for event labels only, int32 `[B, sites, G]`, the codes of the asked events' G fields `task.given_fields`.
 
-    Returns: `[B, S]` (binary, regression, amount), `[B, S, outputs]` (multi-label, multi-class, zero-inflated amount),
-      `[B, sites]` (event label; sites as in `states`) or `[B, sites, D]` (next event: the states that a catalogue is
-      scored against).
+    Returns: `[B, S]` (binary, regression, amount), `[B, S, outputs]` (multi-label, multi-class, hazards,
+      zero-inflated amount), `[B, sites]` (event label; sites as in `states`) or `[B, sites, D]` (next event: the states
+      that a catalogue is scored against).
 
     Raises:
       ValueError: `given` is missing, has another shape, or is passed for a task that takes none.
@@ -172,7 +172,7 @@ def _head(
     return NextValueHead(d_model, table, bias=next_event.softmax == "full", rngs=rngs)
   if task.about_events:
     return EventLabelHead(d_model, rngs=rngs)
-  many = task.answer in ("multilabel", "multiclass") or schema.outputs[name] > 1
+  many = task.answer in ("multilabel", "multiclass", "survival") or schema.outputs[name] > 1
   return LinearHead(d_model, schema.outputs[name] if many else None, rngs=rngs)
 
 

@@ -11,6 +11,7 @@ from supermoe_jax import config
 from supermoe_jax.batch import CALENDAR, FIRST_VALUE, Batch, Features, Schema, Slices, Targets
 from supermoe_jax.data.encoding.aggregates import Aggregator
 from supermoe_jax.data.format.schema import schema_of_sizes
+from supermoe_jax.data.tasks.labels import label_shape
 
 
 def largest_schema(cfg: config.Config) -> Schema:
@@ -93,8 +94,9 @@ def _targets(task: config.LabelledTask, outputs: int, of_moment: int, sizes: tup
   if task.asks_at_events:
     sites += events
   form = task.answer
-  several = (outputs,) if form == "multilabel" else ()
-  value = _array(np.int32 if form in ("catalogue", "multiclass") else np.float32, rows, sites, *several)
+  value = _array(
+    np.int32 if form in ("catalogue", "multiclass") else np.float32, rows, sites, *label_shape(form, outputs)
+  )
   of_site = _array(bool, rows, sites), _array(np.float32, rows, sites)
   also = max(of_moment - 1, 0)
   return Targets(value, *of_site, _array(np.int32, rows, sites, given), _array(np.int32, rows, sites, also))

@@ -92,6 +92,12 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
       about = f"{task['labels']:,} labels"
       if task.get("positive") is not None:
         about += f", {percent(task['positive'])} positive"
+      if task.get("observed") is not None:
+        about += f", {percent(task['observed'])} with an event"
+        days = [
+          f"{number(d['days'])} days {percent(d['predicted'])} ({percent(d['observed'])})" for d in task["by_day"]
+        ]
+        about += f"; predicted share with an event by then (and its Kaplan-Meier estimate): {', '.join(days)}"
       if task.get("classes") is not None:
         about += f" of {task['classes']:,} class{'es' if task['classes'] != 1 else ''}"
       if task.get("unseen_in_training"):
@@ -129,6 +135,8 @@ def _label_share(count: Mapping[str, Any], asked: int) -> str:
     return f"{some} class{'es' if some != 1 else ''}, {percent(count['classes'][most] / count['known'])} {most}"
   if "mean" in count:
     return f"{number(count['mean'])} ± {number(count['std'])}".replace("-", "−")
+  if "events" in count:
+    return f"{percent(count['events'] / count['known'])} with an event"
   word, part = ("positive", count["positive"]) if "positive" in count else ("unseen", count.get("unseen_value", 0))
   return f"{percent(part / (count['known'] * asked))} {word}"
 

@@ -3,13 +3,14 @@
 The loss of a next event (`catalogue`) is in `layers.catalogue` and `training.sampled_softmax`, and the loss of a
 contrast in `training.losses`; only a catalogue's constant loss is here.
 Amounts have deviances with a logarithmic link, a zero-inflated log-normal, or the error of a logarithm. A deviance is
-twice the log-likelihood that an answer falls short of the best one; it is 0 for a right answer.
+twice the log-likelihood that an answer falls short of the best one; it is 0 for a right answer. Times to an event,
+which may be censored, have the likelihood of a discrete-time hazard.
 Shapes: n labels, C classes, outputs or values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,17 @@ class AnswerForm:
     columns = value.reshape(len(value), outputs).astype(np.float64)
     return weight @ columns, weight @ columns**2
 
-  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """Returns the best constant answer `[outputs]`, as a head gives it; half a label of each kind is added.
 
     So the answer is finite where all labels are alike, and 0 (undecided) without a label.
+
+    Args:
+      first: the labels' first moments, as of `moments`.
+      second: their second moments, which most forms do not need.
+      weight: their Σ ω.
     """
+    del second
     return np.log(first + 0.5) - np.log(np.maximum(weight - first, 0.0) + 0.5)
 
   def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
@@ -75,7 +82,7 @@ class OneOfClasses(AnswerForm):
     counts = np.bincount(value - self.first_code, weights=weight, minlength=outputs)
     return counts, np.zeros(outputs)
 
-  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """See `AnswerForm`: the logarithms of the classes' shares."""
     return np.log((first + 0.5) / (weight + 0.5 * len(first)))
 
@@ -98,7 +105,7 @@ class Number(AnswerForm):
     """See `AnswerForm`."""
     return jnp.square(logits - value)
 
-  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """See `AnswerForm`: the mean."""
     return first / max(weight, 1.0)
 
@@ -128,7 +135,7 @@ class TweedieAmount(AnswerForm):
     value = value.astype(np.float64)
     return np.array([weight @ value]), np.array([weight @ np.maximum(value, 0.0) ** (2 - self._p)])
 
-  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """See `AnswerForm`: the logarithm of the mean."""
     return _log_mean(first, weight)
 
@@ -152,7 +159,7 @@ class PoissonAmount(AnswerForm):
     value = value.astype(np.float64)
     return np.array([weight @ value]), np.array([weight @ (value * np.log(np.maximum(value, 1e-300)))])
 
-  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """See `AnswerForm`: the logarithm of the mean."""
     return _log_mean(first, weight)
 
@@ -186,9 +193,9 @@ class ZeroInflatedAmount(AnswerForm):
     first = np.array([weight @ positive, weight @ logarithm, 0.0])
     return first, np.array([0.0, weight @ logarithm**2, 0.0])
 
-  def constant_answer(self, first: np.ndarray, weight: float) -> np.ndarray:
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """See `AnswerForm`; the standard deviation starts at 1."""
-    chance = super().constant_answer(first[:1], weight)[0]
+    chance = super().constant_answer(first[:1], second[:1], weight)[0]
     return np.array([chance, first[1] / max(first[0], 1.0), np.log(np.expm1(1.0 - LEAST_DEVIATION))])
 
   def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
@@ -208,6 +215,48 @@ class LogarithmicAmount(Number):
     """See `AnswerForm`; of the logarithms."""
     value = value.astype(np.float64)
     return super().moments(np.sign(value) * np.log1p(np.abs(value)), weight, outputs)
+
+
+class Hazards(AnswerForm):
+  """The chance of an event in each of K intervals, if it did not happen earlier, for times that may be censored.
+
+  A label is `(days, observed)`, as of `config.TimeToEvent`; the answer `[..., K]` holds a logit for each interval. The
+  loss is the negative log likelihood: an event counts in its own interval and as survival in all earlier ones, and a
+  censored label counts as survival in the intervals that end by then.
+  """
+
+  def __init__(self, edges: Sequence[float]):
+    self._edges = tuple(edges)
+
+  def loss(self, logits: jax.Array, value: jax.Array) -> jax.Array:
+    """See `AnswerForm`; `logits [..., K]`, `value [..., 2]`."""
+    survived, happens = self._intervals(value)
+    surprise = jnp.where(happens, jax.nn.softplus(-logits), jnp.where(survived, jax.nn.softplus(logits), 0.0))
+    return jnp.sum(surprise, axis=-1)
+
+  def _intervals(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns which intervals each label survived, and which holds its event: bool `[..., K]` each."""
+    days, observed, interval = value[..., :1], value[..., 1:] > 0, jnp.arange(len(self._edges))
+    number = jnp.sum(days >= jnp.array(self._edges, jnp.float32), axis=-1, keepdims=True)
+    # In float32 an event just before the horizon may lie at it.
+    number = jnp.where(observed, jnp.minimum(number, len(self._edges) - 1), number)
+    return interval < number, observed & (interval == number)
+
+  def moments(self, value: np.ndarray, weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `AnswerForm`; Σ ω of the events in each interval, and of the labels that count there."""
+    survived, happens = (np.asarray(found) for found in self._intervals(jnp.asarray(value)))
+    return weight @ happens, weight @ (survived | happens)
+
+  def constant_answer(self, first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
+    """See `AnswerForm`: the logits of the base rate of each interval."""
+    return np.log(first + 0.5) - np.log(np.maximum(second - first, 0.0) + 0.5)
+
+  def constant_loss(self, first: np.ndarray, second: np.ndarray, weight: float) -> float:
+    """See `AnswerForm`."""
+    share = first / np.maximum(second, 1e-12)
+    both = np.stack([share, 1 - share])
+    entropy = -np.sum(both * np.log(np.where(both > 0, both, 1)), axis=0)
+    return float(second @ entropy) / max(weight, 1e-12)
 
 
 def _cut(logarithm: jax.Array) -> jax.Array:
@@ -235,5 +284,7 @@ _AMOUNT_FORMS: dict[str, Callable[[config.FutureAmount], AnswerForm]] = {
 
 
 def form_by_loss(task: config.Task) -> AnswerForm:
-  """Returns the form of a task's answers; that of an amount depends on the task's loss."""
+  """Returns the form of a task's answers; that of an amount depends on its loss, that of a time on its intervals."""
+  if isinstance(task, config.TimeToEvent):
+    return Hazards(task.edges)
   return _AMOUNT_FORMS[task.loss](task) if isinstance(task, config.FutureAmount) else FORMS[task.answer]

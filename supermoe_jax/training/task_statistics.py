@@ -82,7 +82,7 @@ def measure_tasks(
     for name, task in tasks.items():
       _add(sums[name], name, task, batch)
   answers = {
-    n: form_by_loss(t).constant_answer(sums[n].first, sums[n].weight).astype(np.float32)
+    n: form_by_loss(t).constant_answer(sums[n].first, sums[n].second, sums[n].weight).astype(np.float32)
     for n, t in tasks.items()
     if t.has_labels
   }

@@ -1,6 +1,7 @@
 import copy
 import pathlib
 
+import numpy as np
 import pytest
 
 from supermoe_jax import config
@@ -44,6 +45,19 @@ def changed(raw: dict, key: str, value: object) -> dict:
     ("tasks.quiet.source", "visit", r"'visit' is not a source; did you mean 'visits'"),
     ("tasks.quiet.kind", "futur_event", r"did you mean 'future_event'"),
     ("tasks.quiet.horizon_days", 0, r"horizon_days=0\.0 must be positive"),
+    ("tasks.t", {"kind": "time_to_event", "intervals": 0}, r"intervals=0 must be positive"),
+    ("tasks.t", {"kind": "time_to_event", "horizon_days": 1e-10}, r"are too many for horizon_days=1e-10"),
+    (
+      "tasks.t",
+      {"kind": "time_to_event", "edges_days": [1, 7]},
+      r"end at horizon_days=28, not at 7; append 28, or set",
+    ),
+    ("tasks.t", {"kind": "time_to_event", "edges_days": [9, 7, 28]}, r"edges_days=.* must be positive and ascend"),
+    (
+      "tasks.t",
+      {"kind": "time_to_event", "edges_days": [28], "intervals": 4},
+      r"intervals=4 has no meaning with edges",
+    ),
     ("tasks.paid.positive", [], r"tasks\.paid\.positive is empty"),
     ("exclude_tasks", ["churn*"], r"'churn\*' matches no task"),
     ("exclude_tasks", ["*"], r"leaves no task"),
@@ -261,6 +275,14 @@ def test_a_setting_of_a_later_version_changes_no_hash_while_it_has_its_default(r
   assert "missing" not in config.to_dict(base, later=False)["data"]["fields"]["page"]
   assert config.to_dict(base)["data"]["fields"]["page"]["missing"] == "error"
   assert config.resolve(changed(raw, "data.sources.visits.decimal", ",")).data_hash() != base.data_hash()
+
+
+@pytest.mark.parametrize("days", [0.01, 1.0, 28.0, 365.0])
+def test_the_intervals_of_a_time_ascend_to_its_horizon_evenly_in_the_logarithm(days: float) -> None:
+  edges = config.TimeToEvent(horizon_days=days).edges
+  assert len(edges) == 16 and edges[-1] == days
+  steps = np.diff(np.log1p(edges), prepend=0)
+  np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize(("text", "value"), [("False", False), ("True", True), ("auto", "auto")])

@@ -57,3 +57,19 @@ def test_the_metrics_say_what_the_models_on_aggregates_were_fitted_on() -> None:
   assert split["tasks"][0]["about"] == (
     "900 labels; aggregates + boosted trees fitted on 1,234 training snapshots of 300 users (Poisson deviance)"
   )
+
+
+def test_the_labels_of_a_time_to_an_event_are_described_with_their_shares_by_day() -> None:
+  by_day = [{"days": 7.0, "predicted": 0.25, "observed": 0.3}, {"days": 28.0, "predicted": 0.5, "observed": 0.61}]
+  task = {"labels": 900, "observed": 0.4, "by_day": by_day, "metrics": {"concordance": 0.7}, "baselines": {}}
+  run = types.SimpleNamespace(
+    evaluation={"splits": {"test": {"refill": task}}},
+    manifest={"labels": {"refill": {"train": {"known": 200, "events": 50}}}},
+    cfg=types.SimpleNamespace(tasks={}),
+  )
+  (table,) = results_section.metric_tables(run)
+  assert table["tasks"][0]["about"] == (
+    "900 labels, 40% with an event; predicted share with an event by then (and its Kaplan-Meier estimate): "
+    "7 days 25% (30%), 28 days 50% (61%)"
+  )
+  assert results_section.label_shares(run) == {"refill": {"train": "25% with an event"}}

@@ -33,7 +33,7 @@ def test_the_constant_answer_has_the_constant_loss(answer: str) -> None:
   form, value, weight = FORMS[answer], LABELS[answer], np.array([1.0, 2.0, 1.0, 0.5, 1.5]) * 1e5
   outputs = {"multilabel": 2, "multiclass": 3, "catalogue": 3}.get(answer, 1)
   first, second = form.moments(value, weight, outputs)
-  constant = form.constant_answer(first, weight.sum())
+  constant = form.constant_answer(first, second, weight.sum())
   assert constant.shape == (outputs,)
   if answer in ("multiclass", "catalogue"):
     loss = -jax.nn.log_softmax(constant)[value - form.first_code]
@@ -45,7 +45,7 @@ def test_the_constant_answer_has_the_constant_loss(answer: str) -> None:
 
 @pytest.mark.parametrize("answer", LABELS)
 def test_without_a_label_the_constant_answer_is_undecided(answer: str) -> None:
-  constant = FORMS[answer].constant_answer(np.zeros(3), 0.0)
+  constant = FORMS[answer].constant_answer(np.zeros(3), np.zeros(3), 0.0)
   np.testing.assert_allclose(constant, np.full(3, np.log(1 / 3) if answer in ("multiclass", "catalogue") else 0.0))
 
 

@@ -13,12 +13,24 @@ from supermoe_jax.config.tasks.kinds import (
   FutureEvent,
   FutureValues,
   NextEvent,
+  TimeToEvent,
   UserLabel,
 )
 from supermoe_jax.config.tasks.task import NOT_PREPARED, Answer, LabelledTask, Task
 
 TASK_KINDS: dict[str, type[Task]] = {
-  t.kind: t for t in (NextEvent, EventLabel, FutureEvent, FutureValues, FutureAmount, UserLabel, DatedLabel, Contrast)
+  t.kind: t
+  for t in (
+    NextEvent,
+    EventLabel,
+    FutureEvent,
+    FutureValues,
+    FutureAmount,
+    TimeToEvent,
+    UserLabel,
+    DatedLabel,
+    Contrast,
+  )
 }
 
 __all__ = [
@@ -34,5 +46,6 @@ __all__ = [
   "LabelledTask",
   "NextEvent",
   "Task",
+  "TimeToEvent",
   "UserLabel",
 ]

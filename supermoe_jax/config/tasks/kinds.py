@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 from supermoe_jax.config.tasks.task import Answer, LabelledTask, Task
@@ -172,6 +173,53 @@ class FutureAmount(LabelledTask):
   def horizon(self) -> float | None:
     """See `Task`."""
     return self.horizon_days
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeToEvent(LabelledTask):
+  """The days from τ to the user's next event of `source`, and whether it was observed: a time that may be censored.
+
+  `source` and `where` choose the events, as for `FutureEvent`. The `edges` cut the days up to `horizon_days` into
+  intervals, and the answer is a chance for each interval: that of the event there, if it did not happen earlier (a
+  discrete-time hazard).
+
+  A snapshot is followed up to the last edge that lies within the period of its split, such as the training period. An
+  interval that the period does not wholly hold counts neither for an event nor for its absence, because only events
+  could be seen there. A label without an event before the end of its follow-up is censored there: it says that all
+  intervals until then were survived. A snapshot whose first interval is not wholly within the period has no label.
+  """
+
+  kind: ClassVar[str] = "time_to_event"
+
+  source: str = ""
+  where: str = ""
+  horizon_days: float = 28.0  # later events count as none; the label is censored there
+  intervals: int = 16  # number of intervals, evenly spaced in log(1 + days)
+  edges_days: tuple[float, ...] = ()  # the intervals' ends instead, in days, ascending up to `horizon_days`
+
+  @property
+  def edges(self) -> tuple[float, ...]:
+    """Returns the ends of the intervals in days after τ, ascending; the last is the horizon."""
+    if self.edges_days:
+      return self.edges_days
+    whole = math.log1p(self.horizon_days)
+    inner = (math.expm1(whole * k / self.intervals) for k in range(1, self.intervals))
+    return (*(float(f"{edge:.6g}") for edge in inner), self.horizon_days)
+
+  @property
+  def answer(self) -> Answer:
+    """See `Task`."""
+    return "survival"
+
+  @property
+  def horizon(self) -> float | None:
+    """See `Task`."""
+    return self.horizon_days
+
+  @property
+  def label_ends(self) -> tuple[float, ...]:
+    """See `Task`."""
+    return self.edges
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 # The form of a task's answer decides its head, loss and metrics. `catalogue`: a ranking of a field's values; `binary`:
 # yes or no; `multilabel`: yes or no for each of several values; `multiclass`: one of several classes; `regression`: a
-# number; `amount`: an amount in its own unit; `contrast`: none.
-Answer = Literal["catalogue", "binary", "multilabel", "multiclass", "regression", "amount", "contrast"]
+# number; `amount`: an amount in its own unit; `survival`: the chances of an event by each of several days; `contrast`:
+# none.
+Answer = Literal["catalogue", "binary", "multilabel", "multiclass", "regression", "amount", "survival", "contrast"]
 
 # Settings that change a task's training or evaluation, but not its prepared labels.
 NOT_PREPARED = (
@@ -69,6 +70,11 @@ class Task(abc.ABC):
   def horizon(self) -> float | None:
     """Returns the length in days of the label's window after a snapshot; None for a label without a window."""
     return None
+
+  @property
+  def label_ends(self) -> tuple[float, ...]:
+    """Returns the lengths in days after a snapshot that change its label once they are wholly observed."""
+    return () if self.horizon is None else (self.horizon,)
 
   @property
   def user_column(self) -> str:

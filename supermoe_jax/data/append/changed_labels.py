@@ -38,7 +38,7 @@ def users_with_changed_labels(
     return ChangedUsers(True, None)
   if then.earliest != now.earliest and split.snapshots != "calendar":
     return ChangedUsers(True, None)  # users' own snapshots may lie between
-  horizons = [t.horizon for t in tasks.values() if t.horizon is not None]
+  lengths = {days for t in tasks.values() for days in t.label_ends}
   since = []
   for index, (before, after) in enumerate(zip(then.observed_until, now.observed_until, strict=True)):
     if before == after:
@@ -47,7 +47,7 @@ def users_with_changed_labels(
     if split.snapshots != "calendar" and (split.mode == "user" or index == TRAIN):
       return ChangedUsers(True, None)  # users' own snapshots may lie anywhere
     shared = then.snapshots if split.mode == "user" else then.snapshots[then.split == index]
-    for days in horizons:
+    for days in lengths:
       end = shared + int(days * config.MICROSECONDS_PER_DAY)
       if ((end > before) & (end <= after)).any():
         return ChangedUsers(True, None)

@@ -244,6 +244,8 @@ class _Check:
     if task.answer == "multilabel":
       top = self._right.values(field)[: task.asked_values]
       return tuple(sorted(v for v, there in zip(top, value, strict=True) if there))
+    if task.answer == "survival":
+      return tuple(map(float, value))
     if task.answer == "multiclass":
       return _at(self._right.classes(name), int(value))
     return float(value)

@@ -15,6 +15,7 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.condition_sql import asked_sql, events_sql, user_fields
 from supermoe_jax.data.check.dated_moments import DatedMoment
+from supermoe_jax.data.check.event_times import derive_times
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.numeric import MOST_DEVIATIONS, Numeric
@@ -82,6 +83,7 @@ class DerivedLabels:
       config.FutureEvent.kind: self._future_event,
       config.FutureValues.kind: self._future_values,
       config.FutureAmount.kind: self._future_amount,
+      config.TimeToEvent.kind: self._time_to_event,
       config.UserLabel.kind: self._user_label,
       config.DatedLabel.kind: self._dated_label,
     }
@@ -136,6 +138,10 @@ class DerivedLabels:
         f"LEFT JOIN {self._events(task.where)} e ON {within} AND {asked} WHERE {end} <= a.until GROUP BY a.id"
       )
     )
+
+  def _time_to_event(self, name: str, task: config.TimeToEvent, before_appends: bool) -> dict[int, Any]:
+    del name, before_appends
+    return derive_times(self._con, self._cfg.data, task, self._events(task.where))
 
   def _next_event(self, name: str, task: config.NextEvent, before_appends: bool) -> dict[int, Any]:
     column = field_column(self._cfg.data, task.field)

@@ -1,4 +1,4 @@
-"""Proposes tasks about the future: churn, the types of events to come, and amounts."""
+"""Proposes tasks about the future: churn, the time to the next event, the types of events to come, and amounts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MOST_TYPES = 20  # values of a column of types
 def future_tasks(sources: Sequence[InspectedTable], data: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
   """Returns tasks about the time after a snapshot, each with a comment; none if no window fits the proposed split.
 
-  They are churn, by events of the largest table; whether each other table's events happen; which types of events
-  happen, by a column of types; and the sum of an amount, by the name of a numeric column.
+  They are churn and the days to the next event, by events of the largest table; whether each other table's events
+  happen; which types of events happen, by a column of types; and the sum of an amount, by the name of a numeric column.
   """
   horizon = _horizon(sources, data["split"])
   if horizon is None:
@@ -30,7 +30,11 @@ def future_tasks(sources: Sequence[InspectedTable], data: Mapping[str, Any]) -> 
     "churn": (
       {"kind": "future_event", "source": largest.name, "negate": True, **window},
       f"no event of {largest.name} within {horizon} days",
-    )
+    ),
+    f"days_to_{largest.name}": (
+      {"kind": "time_to_event", "source": largest.name, **window},
+      f"the days until the next event of {largest.name}, censored after {horizon} days",
+    ),
   }
   for table in sources:
     if table is not largest:

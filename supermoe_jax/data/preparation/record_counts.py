@@ -14,6 +14,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import Schema
+from supermoe_jax.data.encoding.censored_times import chances_by_day, interval_counts
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders
@@ -55,12 +56,14 @@ class RecordCounts:
   """Counts of users, their snapshots and their labels; `state` holds all of them, ready for JSON.
 
   `state["totals"][task][split]` holds two lists. The first has the sums of the label's outputs: for a catalogue the
-  number of values unseen in training, for classes the number of labels of each. The second has the sums of the outputs'
-  squares. For numbers both are in units of 2⁻³⁶.
+  number of values unseen in training, for classes the number of labels of each, for times the number of events in each
+  interval. The second has the sums of the outputs' squares, for times the number of labels that count in each interval.
+  For numbers both are in units of 2⁻³⁶.
   """
 
   def __init__(self, schema: Schema, tasks: Mapping[str, config.LabelledTask]):
     self._answers = {n: t.answer for n, t in tasks.items()}
+    self._edges = {n: t.edges for n, t in tasks.items() if isinstance(t, config.TimeToEvent)}
     self._outputs = schema.outputs
     shape = {n: _COLUMNS.get(a, schema.outputs[n]) for n, a in self._answers.items()}
     self.state: dict[str, Any] = {
@@ -128,6 +131,9 @@ class RecordCounts:
       if answer == "amount":
         column = np.concatenate([column, column < 0, column == 0], axis=1)
       return exact_sums(column, starts), exact_sums(np.square(column), starts)
+    if answer == "survival":
+      events, at_risk = interval_counts(value, self._edges[task])
+      return events.tolist(), at_risk.tolist()
     if answer == "catalogue":
       counts = np.array([np.sum(value == 1)])
     elif answer == "multiclass":
@@ -166,8 +172,8 @@ class RecordCounts:
 
     The summary is `positive`, the number of positive labels; `classes`, the number of labels of each class; `mean` and
     `std` of standardised numbers or of amounts, and of amounts the numbers of `negative` ones and of zeros (`zero`);
-    or, for a catalogue, `unseen_value`, the number of labels with a value unseen in training. Sample spaces are not
-    applied.
+    `events`, the number of times that end with an event; or, for a catalogue, `unseen_value`, the number of labels with
+    a value unseen in training. Sample spaces are not applied.
     """
     return {n: {s: self._count(n, s, encoders) for s in SPLITS} for n in self._answers}
 
@@ -182,18 +188,21 @@ class RecordCounts:
       (mean, deviation), *shares = _moments(known, total, squares)
       counts = [round(share * known) for share, _ in shares]
       return {"known": known, "mean": mean, "std": deviation, **dict(zip(("negative", "zero"), counts))}
-    return {"known": known, "unseen_value" if answer == "catalogue" else "positive": sum(total)}
+    name = {"catalogue": "unseen_value", "survival": "events"}.get(answer, "positive")
+    return {"known": known, name: sum(total)}
 
   def label_rates(self) -> dict[str, list[float]]:
     """Returns the best constant answers to the training labels of each task other than next event, one for each output.
 
-    It is the share of positives or of the class, or the mean of the numbers.
+    It is the share of positives or of the class, the mean of the numbers, or the chance of an event by each edge.
     """
     rates = {}
     for name, answer in self._answers.items():
       known, (total, squares) = self.state["known"][name]["train"], self.state["totals"][name]["train"]
       if answer in ("regression", "amount"):
         rates[name] = [_moments(known, total, squares)[0][0]]
+      elif answer == "survival":
+        rates[name] = chances_by_day(np.array(total) / np.maximum(squares, 1)).tolist()
       elif answer != "catalogue":
         rates[name] = [n / max(known, 1) for n in total]
     return rates
@@ -221,6 +230,8 @@ class RecordCounts:
           out.append(f"task {task} has no label in {split}")
         elif count.get("positive") in (0, values) or max(count.get("classes", {"": 0}).values()) == count["known"]:
           out.append(f"task {task} has labels of one class only in {split}")
+        elif count.get("events") == 0:
+          out.append(f"no label of task {task} in {split} ends with an event")
         elif count.get("std") is not None and count["std"] < SMALLEST_DEVIATION:
           out.append(f"every label of task {task} in {split} is the same number")
         elif count.get("unseen_value") == count["known"]:

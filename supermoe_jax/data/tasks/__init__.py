@@ -17,6 +17,7 @@ from supermoe_jax.data.tasks.future_event import FutureEventKind
 from supermoe_jax.data.tasks.future_values import FutureValuesKind
 from supermoe_jax.data.tasks.kind import TaskKind, TaskKindAtEvents
 from supermoe_jax.data.tasks.next_event import NextEventKind
+from supermoe_jax.data.tasks.time_to_event import TimeToEventKind
 from supermoe_jax.data.tasks.user_label import UserLabelKind
 
 # The classes of the kinds with labels, by `config.Task.kind`.
@@ -26,6 +27,7 @@ KINDS: dict[str, type[TaskKind[Any]]] = {
   config.FutureEvent.kind: FutureEventKind,
   config.FutureValues.kind: FutureValuesKind,
   config.FutureAmount.kind: FutureAmountKind,
+  config.TimeToEvent.kind: TimeToEventKind,
   config.UserLabel.kind: UserLabelKind,
   config.DatedLabel.kind: DatedLabelKind,
 }

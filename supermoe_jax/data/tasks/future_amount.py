@@ -44,7 +44,7 @@ def amounts_between(values: np.ndarray, start: np.ndarray, stop: np.ndarray, of:
   return np.where(number > 0, total, 0.0), number
 
 
-def _first_of_moments(block: UserBlock, asked: np.ndarray) -> np.ndarray:
+def first_of_moments(block: UserBlock, asked: np.ndarray) -> np.ndarray:
   """Returns the first of the events `asked [N]` of each user and time: bool `[N]`."""
   events = np.flatnonzero(asked)
   new = (np.diff(block.time[events], prepend=-1) != 0) | (np.diff(block.owner[events], prepend=-1) != 0)
@@ -79,7 +79,7 @@ class FutureAmountKind(TaskKind[config.FutureAmount]):
     if self.task.of in ("count", "moments"):
       numbers = np.ones(len(block.time))
       if self.task.of == "moments":
-        asked = _first_of_moments(block, asked)
+        asked = first_of_moments(block, asked)
     else:
       encoder = self.encoders.numeric[self.task.field]
       assert isinstance(encoder, Numeric)  # config.resolve checked

@@ -11,7 +11,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.vocabulary import Encoders
-from supermoe_jax.data.tasks.labels import LabelInputs, Labels, RecordArray, TaskLabels
+from supermoe_jax.data.tasks.labels import LabelInputs, Labels, RecordArray, TaskLabels, label_shape
 
 T = TypeVar("T", bound=config.LabelledTask)
 
@@ -51,13 +51,14 @@ class TaskKind(abc.ABC, Generic[T]):
   @classmethod
   def label_dtype(cls, task: T) -> type:
     """Returns the dtype of the label in records."""
-    dtypes = {"catalogue": np.int32, "multiclass": np.int32, "regression": np.float32, "amount": np.float32}
-    return dtypes.get(task.answer, np.uint8)
+    if task.answer in ("catalogue", "multiclass"):
+      return np.int32
+    return np.float32 if task.answer in ("regression", "amount", "survival") else np.uint8
 
   @classmethod
   def record_arrays(cls, name: str, task: T, outputs: int) -> dict[str, RecordArray]:
     """Returns the arrays that a user's record holds for the task."""
-    row = (outputs,) if task.answer == "multilabel" else ()
+    row = label_shape(task.answer, outputs)
     return {f"known_{name}": RecordArray(np.uint8), f"label_{name}": RecordArray(cls.label_dtype(task), row)}
 
   @classmethod

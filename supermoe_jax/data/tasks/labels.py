@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from supermoe_jax import config
 from supermoe_jax.batch import UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.encoding.histories import UserBlock
@@ -42,8 +43,8 @@ class Labels(NamedTuple):
   """A task's labels at S snapshots.
 
   Attributes:
-    value: float32 `[S]` of 0 and 1 or of standardised numbers; `[S, values]` of 0 and 1; or int32 `[S]`, codes of the
-      next event or indices of classes.
+    value: float32 `[S]` of 0 and 1 or of numbers; `[S, values]` of 0 and 1; `[S, 2]`, days and whether they end with
+      an event; or int32 `[S]`, codes of the next event or indices of classes.
     known: bool `[S]`: there is a label, and the snapshot's split may use it.
   """
 
@@ -114,6 +115,11 @@ class RecordArray:
   dtype: type
   row: tuple[int, ...] = ()
   of_events: bool = False
+
+
+def label_shape(answer: config.Answer, outputs: int) -> tuple[int, ...]:
+  """Returns the shape of one label of a form of answers whose head has `outputs` outputs."""
+  return {"multilabel": (outputs,), "survival": (2,)}.get(answer, ())
 
 
 def next_carrier(carried: np.ndarray) -> np.ndarray:

@@ -73,6 +73,27 @@ def test_labels_that_are_observed_now_are_written_of_users_without_new_events(tm
   check.check_dataset(path, sample=12)
 
 
+def test_a_censored_time_is_followed_further_as_the_log_grows(tmp_path: pathlib.Path) -> None:
+  write_log(tmp_path, users=12)
+  raw = small_config(tmp_path)
+  raw["data"]["split"]["test"] = ["2024-06-12"]  # the log ends a week later
+  days = {"kind": "time_to_event", "source": "buys", "horizon_days": 60.0, "edges_days": [2.0, 20.0, 60.0]}
+  raw["tasks"] = {"days_to_buy": days}
+  prepare.prepare(cfg := config.resolve(raw))
+  path = pathlib.Path(cfg.data.path)
+
+  def ends(dataset: Dataset) -> set[float]:
+    records = [dataset[i] for i in range(len(dataset))]
+    found = np.concatenate([r["label_days_to_buy"][r["snapshot_split"] == 2] for r in records])
+    return set(found[found[:, 1] == 0, 0].tolist())
+
+  assert ends(Dataset(path)) == {2.0}
+  manifest = append.append(path, {"visits": [write_visits(tmp_path, "x.parquet", 3, ["page0"], "2024-07-10")]})
+  assert ends(Dataset(path)) == {20.0}
+  assert manifest["appends"][0]["users_with_other_labels"] > 5
+  check.check_dataset(path, sample=12)
+
+
 def test_only_whom_a_later_end_concerns_is_looked_at(tmp_path: pathlib.Path) -> None:
   """A log that goes on after every label window concerns the user of its last event, which no period held before."""
   write_log(tmp_path, users=12)

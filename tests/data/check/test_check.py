@@ -87,7 +87,7 @@ def test_one_wrong_label_of_any_kind_is_found(
       elif task == "next_item":
         value[here] = 3 if value[here] == 2 else 2
       else:
-        here = (*here, 0) if task == "items" else here
+        here = (*here, 0) if task in ("items", "wait") else here
         value[here] = 0 if value[here] else 1
 
   dataset = prepared_once(tmp_path_factory, "text", "user" if task in OF_USER else "gap")

@@ -120,7 +120,8 @@ def test_batches_have_the_stated_shapes(data: Dataset, rich: config.Config) -> N
     n = s * M if isinstance(task, config.EventLabel) else s
     n += events if at_events else 0
     assert targets.known.shape == targets.weight.shape == (b, n)
-    assert targets.value.shape == ((b, n, 4) if name == "items" else (b, n))
+    last = {"items": (4,), "next_visit": (2,), "next_search": (2,)}.get(name, ())
+    assert targets.value.shape == (b, n, *last)
     assert targets.value.dtype == (np.int32 if name in ("next_item", "next_liked", "segment") else np.float32)
     assert targets.given.shape == (b, n, 1 if name == "click" else 0) and targets.given.dtype == np.int32
     assert np.isfinite(targets.value).all()
@@ -131,6 +132,8 @@ def test_batches_have_the_stated_shapes(data: Dataset, rich: config.Config) -> N
     "next_liked": 6,
     "best_rating": 3,
     "items": 4,
+    "next_visit": 6,
+    "next_search": 4,
     "segment": 3,
   }
 

@@ -41,6 +41,7 @@ def test_churn_types_of_events_and_amounts_are_proposed_and_can_be_prepared(
   assert dict(cfg.tasks) == {
     "next_page": config.NextEvent(field="page"),
     "churn": config.FutureEvent(source="visits", negate=True, horizon_days=7.0),
+    "days_to_visits": config.TimeToEvent(source="visits", horizon_days=7.0),
     "action_soon": config.FutureValues(field="action", top=3, horizon_days=7.0),
     "revenue_sum": config.FutureAmount(field="revenue", horizon_days=7.0),
   }

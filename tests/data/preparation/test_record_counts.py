@@ -23,8 +23,9 @@ TASKS: dict[str, config.LabelledTask] = {
   "bought": config.FutureEvent(source="buys", horizon_days=3.0),
   "spent": config.UserLabel(column="spent", type="regression"),
   "tier": config.UserLabel(column="tier", type="multiclass"),
+  "refill": config.TimeToEvent(horizon_days=3.0, edges_days=(1.0, 2.0, 3.0)),
 }
-SCHEMA: Any = types.SimpleNamespace(outputs={"bought": 1, "spent": 1, "tier": 3}, aggregates=2)
+SCHEMA: Any = types.SimpleNamespace(outputs={"bought": 1, "spent": 1, "tier": 3, "refill": 3}, aggregates=2)
 
 # Three users: 7 has events on days 1, 1 and 4, x-1 on day 9, 007 on days 1, 8, 8 and 20.
 DAYS = [1, 1, 4, 9, 1, 8, 8, 20]
@@ -48,6 +49,7 @@ def counted(times: int = 1) -> record_counts.RecordCounts:
     "bought": Labels(np.array([1.0, 1.0, 0.0], np.float32), np.array([True, False, True])),
     "spent": Labels(np.array([0.5, -2.0, 1.5], np.float32), known),
     "tier": Labels(np.array([2, 0, 2], np.int32), known),
+    "refill": Labels(np.array([[1.5, 1.0], [2.0, 0.0], [1.0, 0.0]], np.float32), known),
   }
   out = record_counts.RecordCounts(SCHEMA, TASKS)
   for _ in range(times):
@@ -83,7 +85,12 @@ def test_labels_are_counted_by_split_and_their_rates_are_those_of_training() -> 
   assert labels["tier"]["train"] == {"known": 2, "classes": {"a": 0, "b": 0, "c": 2}}
   assert labels["tier"]["validation"] == {"known": 1, "classes": {"a": 1, "b": 0, "c": 0}}
   assert labels["spent"]["train"] == {"known": 2, "mean": 1.0, "std": 0.5}
-  assert found.label_rates() == {"bought": [0.5], "spent": [1.0], "tier": [0.0, 0.0, 1.0]}
+  assert labels["refill"]["train"] == {"known": 2, "events": 1}
+  assert labels["refill"]["validation"] == {"known": 1, "events": 0}
+  # In training two labels survived the first interval, and one is followed through the second, where its event is.
+  rates = {"bought": [0.5], "spent": [1.0], "tier": [0.0, 0.0, 1.0], "refill": [0.0, 1.0, 1.0]}
+  assert found.label_rates() == rates
+  assert "no label of task refill in validation ends with an event" in found.warnings(classes)
   assert "task bought has no label in validation" in found.warnings(classes)
   assert "task tier has labels of one class only in train" in found.warnings(classes)
 

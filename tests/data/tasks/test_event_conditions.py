@@ -1,4 +1,4 @@
-"""Conditions on events and amounts of windows, against plain Python over raw values."""
+"""Conditions on events, amounts of windows and times to events, against plain Python over raw values."""
 
 import math
 import operator
@@ -155,6 +155,33 @@ def test_amounts_equal_plain_python_over_raw_values(log: tuple, condition: tuple
       observed = end <= CALENDAR.observed_until[split] and (bool(numbers) or of not in ("mean", "max"))
       assert known is None or bool(known) == observed
       assert amount == pytest.approx(wanted if known is None or observed else 0.0, rel=1e-5, abs=1e-5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(logs(), conditions(), st.sampled_from([(25.0,), (1.0, 4.5, 9.0, 25.0), (9.0, 12.0, 40.0)]))
+def test_times_to_an_event_equal_plain_python_over_raw_values(log: tuple, condition: tuple, edges: tuple) -> None:
+  raw, block, encoding = log
+  text, holds = condition
+  task = config.TimeToEvent(where=text, horizon_days=edges[-1], edges_days=edges)
+  (kind,) = bind({"t": task}, _data(encoding), ENCODERS).values()
+  snapshots, _ = user_snapshots(SPLIT, block, CALENDAR, np.full(len(block.users), TRAIN))
+  found = kind.label(LabelInputs(block, snapshots, CALENDAR, np.zeros(len(block.users)), {}, {})).labels
+  gaps = kind.by_own_gaps(block, snapshots.user, snapshots.time, snapshots.n_events)
+  users = sorted({e[0] for e in raw})
+  for i, (user, time, _, split) in enumerate(zip(*snapshots)):
+    day = time / DAY
+    followed = [edge for edge in edges if time + edge * DAY <= CALENDAR.observed_until[split]]
+    asked = [e[1] for e in raw if e[0] == users[user] and holds(e)]
+    waits = [at - day for at in asked if at >= day]
+    assert bool(found.known[i]) == bool(followed)
+    if not followed:
+      wanted = (0.0, 0.0)
+    else:
+      wanted = (waits[0], 1.0) if waits and waits[0] < followed[-1] else (followed[-1], 0.0)
+    assert tuple(found.value[i]) == pytest.approx(wanted)
+    before = sorted({at for at in asked if at < day})
+    mean = (before[-1] - before[0]) / (len(before) - 1) if len(before) > 1 else 0.0
+    assert gaps[i] == pytest.approx(min(edges[-1], max(mean, day - before[-1])) if before else edges[-1])
 
 
 @settings(max_examples=60, deadline=None)
