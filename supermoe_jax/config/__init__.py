@@ -14,7 +14,6 @@ from typing import Any
 
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
-  Aggregates,
   Config,
   Data,
   Evaluate,
@@ -31,7 +30,7 @@ from supermoe_jax.config.schema import (
   parse_time,
   to_dict,
 )
-from supermoe_jax.config.tables import ItemTable, Source, TextFormat, UserTable
+from supermoe_jax.config.tables import Aggregates, ItemTable, Source, TextFormat, UserTable
 from supermoe_jax.config.tasks import (
   TASK_KINDS,
   Answer,

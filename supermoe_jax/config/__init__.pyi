@@ -8,7 +8,6 @@ from supermoe_jax.config.loading import resolve as resolve
 from supermoe_jax.config.loading import resolve_prepared as resolve_prepared
 from supermoe_jax.config.loading import save as save
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY as MICROSECONDS_PER_DAY
-from supermoe_jax.config.schema import Aggregates as Aggregates
 from supermoe_jax.config.schema import Config as Config
 from supermoe_jax.config.schema import Data as Data
 from supermoe_jax.config.schema import Evaluate as Evaluate
@@ -25,6 +24,7 @@ from supermoe_jax.config.schema import format_time as format_time
 from supermoe_jax.config.schema import parse_time as parse_time
 from supermoe_jax.config.schema import to_dict as to_dict
 from supermoe_jax.config.tables import ItemTable as ItemTable
+from supermoe_jax.config.tables import Aggregates as Aggregates
 from supermoe_jax.config.tables import Source as Source
 from supermoe_jax.config.tables import TextFormat as TextFormat
 from supermoe_jax.config.tables import UserTable as UserTable

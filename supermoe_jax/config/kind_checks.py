@@ -229,9 +229,12 @@ def require_window(path: str, horizon_days: float, data: Data) -> None:
 
 def require_condition(path: str, where: str, data: Data) -> None:
   """Raises ConfigError for a condition that cannot be read, or that compares what cannot be compared."""
-  if not where:
-    return
-  key = f"{path}.where"
+  if where:
+    check_condition(f"{path}.where", where, data)
+
+
+def check_condition(key: str, where: str, data: Data) -> None:
+  """Raises ConfigError for the condition of the config key `key` as `require_condition` does."""
   for compared in comparisons(parse_condition(where, key)):
     name = compared.field
     require(name in data.fields, f"{key}={where!r}: {name!r} is not a field{nearest(name, data.fields)}")

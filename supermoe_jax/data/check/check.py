@@ -1,4 +1,4 @@
-"""Checks a prepared dataset: derives snapshots, splits and labels of some users again from the raw files.
+"""Checks a prepared dataset: derives snapshots, splits, labels and aggregates of some users again from the raw files.
 
 It compares them with the records, and raises an error at the first difference. The derivation is separate SQL over the
 files as `raw_events` reads them. It shares no code with `data.tasks`, so that a fault in either shows as a difference.
@@ -22,9 +22,10 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.condition_sql import asked_sql
 from supermoe_jax.data.check.dated_moments import derive_dated_moments
+from supermoe_jax.data.check.derived_aggregates import clipped_sql, differing_aggregate
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.encoding.numeric import MOST_DEVIATIONS, Numeric
+from supermoe_jax.data.encoding.numeric import Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Vocabulary
 from supermoe_jax.data.reading import readers
 from supermoe_jax.errors import ConfigError, DataError
@@ -62,7 +63,7 @@ def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> di
   """Derives the labels of up to `sample` users again, and returns the numbers of compared answers of each task.
 
   At up to `SNAPSHOTS_A_USER` snapshots a user it compares the number of visible events, the split, and every task's
-  label and indicator; for an event label also the events that it asks about.
+  label and indicator; for an event label also the events that it asks about; and the aggregates.
 
   Raises:
     CheckError: something differs; the message names the first difference.
@@ -142,6 +143,9 @@ class _Check:
 
   def run(self) -> dict[str, ComparedLabels]:
     self._check_snapshots()
+    of_asked = [(self._records[a.user], a.time, a.n_events) for a in self._asked]
+    if found := differing_aggregate(self._con, self._dataset, of_asked):
+      raise self._differ(self._asked[found.snapshot], f"aggregate {found.name!r}", found.stored, found.derived)
     users, tasks = self._cfg.data.users, self._cfg.labelled_tasks
     self._user_columns = sorted({t.user_column for t in tasks.values() if t.user_column})
     if users is not None and self._user_columns:
@@ -287,7 +291,7 @@ class _Check:
   def _future_amount(self, name: str, task: config.FutureAmount, before_appends: bool) -> dict[int, Any]:
     del name, before_appends
     end, within = self._within(task.horizon_days)
-    value = self._clipped(task.field) if task.field else "e.time"
+    value = clipped_sql(self._dataset, task.field) if task.field else "e.time"
     function = {"count": "count(", "moments": "count(DISTINCT ", "sum": "sum(", "mean": "avg(", "max": "max("}[task.of]
     empty = "NULL" if task.of in ("mean", "max") else "0"
     return dict(
@@ -328,16 +332,6 @@ class _Check:
       said_of_it = self._encoded(task.field, answer) if regression else answer
       out[i] = (*out.get(i, ()), (position, said_of_it))
     return out
-
-  def _clipped(self, field: str) -> str:
-    """Returns the SQL of a raw number, clipped as the records' encoding clips it."""
-    column, encoder = f"e.{field_column(self._cfg.data, field)}", self._dataset.encoders.numeric[field]
-    assert isinstance(encoder, Numeric)  # config.resolve checked
-    bounds = np.array([-MOST_DEVIATIONS, MOST_DEVIATIONS])
-    with np.errstate(over="ignore"):  # of log1p the bounds may be beyond all numbers
-      low, high = encoder.decode_all(bounds, self._cfg.data.fields[field].encoding)
-    within = f"least(greatest({column}, '{float(low)}'::DOUBLE), '{float(high)}'::DOUBLE)"
-    return f"CASE WHEN {column} IS NOT NULL THEN {within} END"  # least and greatest pass over NULL
 
   def _encoded(self, field: str, number: float) -> float:
     return float(self._dataset.encoders.numeric[field].encode(number, self._cfg.data.fields[field].encoding))
@@ -392,4 +386,4 @@ def _shown(value: object) -> str:
 def check_summary(compared: Mapping[str, ComparedLabels]) -> str:
   """Returns a text with the numbers of compared labels."""
   lines = [f"  {name}: {n.labels:,} labels agree, {n.unknown:,} are unknown to both" for name, n in compared.items()]
-  return "\n".join(["all labels of the sample agree with the raw files:", *lines])
+  return "\n".join(["all labels and aggregates of the sample agree with the raw files:", *lines])
