@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.config.tasks.condition import comparisons, parse_condition
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
@@ -129,6 +130,7 @@ def _(task: UserLabel, path: str, config: Config) -> None:
 def _(task: DatedLabel, path: str, config: Config) -> None:
   split = config.data.split
   require(bool(task.files), f"{path}.files is empty: name the files of the table of dated labels.")
+  check_text_format(path, task)
   for key in ("user", "time", "column"):
     require(bool(getattr(task, key)), f"{path}.{key} is empty: name the column.")
   require(
