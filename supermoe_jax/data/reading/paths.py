@@ -57,12 +57,17 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
   for pattern in patterns:
     for file in _find_remote(con, pattern, key) if remote.scheme(pattern) else _find(pattern, key):
       if file_identity(str(file.path)) in found:
-        raise DataError(f"{key}: {file.path} is named twice; its rows would count twice.")
+        raise DataError(f"{_place(key)}{file.path} is named twice; its rows would count twice.")
       found[file_identity(str(file.path))] = file
   return list(found.values())
 
 
 def open_files(
+def _place(key: str) -> str:
+  """Returns the beginning of a message about the patterns of `key`; empty for the arguments of a command."""
+  return f"{key}: " if key else ""
+
+
   con: duckdb.DuckDBPyConnection,
   patterns: Sequence[str],
   format: str,
@@ -99,8 +104,8 @@ def _say_passed_over(pattern: str, key: str) -> None:
   others = [path for path in sorted(glob.glob(pattern, recursive=True)) if not is_data(path, pattern)]  # noqa: PTH207
   if passed := [path for path in others if path.lower().endswith(endings) and pathlib.Path(path).is_file()]:
     logger.info(
-      f"{key}: {len(passed)} file{'s' if len(passed) > 1 else ''} passed over, since the name or that of a folder "
-      f"begins with '_': {passed[0]}{' …' if len(passed) > 1 else ''}"
+      f"{_place(key)}{len(passed)} file{'s' if len(passed) > 1 else ''} passed over, since the name or that of a "
+      f"folder begins with '_': {passed[0]}{' …' if len(passed) > 1 else ''}"
     )
 
 
@@ -152,19 +157,19 @@ def _find(pattern: str, key: str) -> list[FoundFile]:
     if files := folder_files(path):
       _say_passed_over(_inside(path), key)
       return [FoundFile(file, may_be_empty=True) for file in files]
-    raise DataError(f"{key}: the folder {path} holds no data file; names that begin with '.' or '_' are no data.")
+    raise DataError(f"{_place(key)}the folder {path} holds no data file; names that begin with '.' or '_' are no data.")
   if path.exists():
     return [FoundFile(path, may_be_empty=False)]
   if glob.has_magic(str(path)):
     if files := glob_files(str(path)):
       _say_passed_over(str(path), key)
       return [FoundFile(file, may_be_empty=True) for file in files]
-    raise DataError(f"{key}: {path} matches no data file; names that begin with '.' or '_' are no data.")
+    raise DataError(f"{_place(key)}{path} matches no data file; names that begin with '.' or '_' are no data.")
   if not path.parent.is_dir():
-    raise DataError(f"{key}: {path}: no such file; the folder {path.parent} does not exist either.")
+    raise DataError(f"{_place(key)}{path}: no such file; the folder {path.parent} does not exist either.")
   siblings = [p.name for p in path.parent.iterdir() if p.is_file()]
   hint = nearest(path.name, siblings) if len(siblings) <= 20 else nearest(path.name, siblings).partition("; valid")[0]
-  raise DataError(f"{key}: {path}: no such file{hint}")
+  raise DataError(f"{_place(key)}{path}: no such file{hint}")
 
 
 def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list[FoundFile]:
@@ -172,28 +177,29 @@ def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list
   if scheme not in remote.EXTENSIONS:
     known = ", ".join(f"{s}://" for s in remote.EXTENSIONS)
     raise DataError(
-      f"{key}: {pattern} is not a local file, and {scheme}:// is not read; copy it to a disk, or name one of {known}."
+      f"{_place(key)}{pattern} is not a local file, and {scheme}:// is not read; copy it to a disk, or name one of "
+      f"{known}."
     )
-  _load(con, remote.EXTENSIONS[scheme], f"{key}: {pattern}")
+  _load(con, remote.EXTENSIONS[scheme], f"{_place(key)}{pattern}")
   if scheme in remote.WEB:
     if "*" in pattern:
-      raise DataError(f"{key}: {pattern}: a web server does not list its files; name each of them.")
+      raise DataError(f"{_place(key)}{pattern}: a web server does not list its files; name each of them.")
     return [FoundFile(RemoteFile(pattern), may_be_empty=False)]
   credentials = RemoteFile(pattern).credentials
   try:
     found = con.execute(f"SELECT file FROM glob({literal(pattern)}) ORDER BY file").fetchall()
   except duckdb.Error as error:
-    raise DataError(f"{key}: {pattern} cannot be listed: {readers.first_line(error)}. {credentials}.") from error
+    raise DataError(f"{_place(key)}{pattern} cannot be listed: {readers.first_line(error)}. {credentials}.") from error
   found = [(file,) for (file,) in found if not glob.has_magic(pattern) or is_data(file, pattern)]
   if not found:
-    raise DataError(f"{key}: {pattern} matches no file. {credentials}.")
+    raise DataError(f"{_place(key)}{pattern} matches no file. {credentials}.")
   return [FoundFile(RemoteFile(file), may_be_empty=glob.has_magic(pattern)) for (file,) in found]
 
 
 def make_readable(con: duckdb.DuckDBPyConnection, path: FilePath, key: str) -> None:
   """Lets the connection read a file that another connection found; `key` is the file's place in the config."""
   if isinstance(path, RemoteFile):
-    _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{key}: {path}")
+    _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{_place(key)}{path}")
 
 
 def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:
