@@ -49,7 +49,18 @@ from supermoe_jax.config.tasks import (
 # Functions imported at their first use, with their modules.
 _LATER = {
   **dict.fromkeys(
-    ("differences", "load", "load_json", "override", "read_config", "resolve", "resolve_prepared", "save"), "loading"
+    (
+      "config_file",
+      "differences",
+      "load",
+      "load_json",
+      "override",
+      "read_config",
+      "resolve",
+      "resolve_prepared",
+      "save",
+    ),
+    "loading",
   ),
   "hash_fields": "hashing",
   "parse_sample_space": "tasks.condition",
@@ -86,6 +97,7 @@ __all__ = [
   "UserTable",
   "Validate",
   "Weighting",
+  "config_file",
   "differences",
   "format_time",
   "hash_fields",

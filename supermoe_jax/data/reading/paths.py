@@ -7,11 +7,12 @@ import glob
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import duckdb
 
+from supermoe_jax import config
 from supermoe_jax.config import TextFormat
 from supermoe_jax.data.reading import readers, remote
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
@@ -51,7 +52,7 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
 
   Raises:
     DataError: a path does not exist, a folder holds no data file, a file is named twice, or a remote file cannot be
-      reached; the message names `key`, the place of the patterns in the config.
+      reached; the message names `key`, the place of the patterns in the config, unless it is empty.
   """
   found: dict[str, FoundFile] = {}
   for pattern in patterns:
@@ -62,12 +63,12 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
   return list(found.values())
 
 
-def open_files(
 def _place(key: str) -> str:
   """Returns the beginning of a message about the patterns of `key`; empty for the arguments of a command."""
   return f"{key}: " if key else ""
 
 
+def open_files(
   con: duckdb.DuckDBPyConnection,
   patterns: Sequence[str],
   format: str,
@@ -123,6 +124,33 @@ def glob_files(pattern: str) -> list[pathlib.Path]:
   found = [path for path in sorted(glob.glob(pattern, recursive=True)) if is_data(path, pattern)]  # noqa: PTH207
   files = [file for file in map(pathlib.Path, found) if file.is_file()]
   return files or [file for folder in found for file in folder_files(pathlib.Path(folder))]
+
+
+def check_paths_of_config(data: config.Data, tasks: Mapping[str, config.LabelledTask], file: pathlib.Path) -> None:
+  """Checks that no relative path of a config is meant relative to the folder of the config's `file`.
+
+  Relative paths are relative to the working directory.
+
+  Raises:
+    DataError: a path matches nothing in the working directory, but would in that folder.
+  """
+  patterns = [(f"config.data.sources.{n}.files", p) for n, s in data.sources.items() for p in s.files]
+  patterns += [(f"config.data.sources.{n}.items.file", s.items.file) for n, s in data.sources.items() if s.items]
+  patterns += [("config.data.users.files", p) for p in (data.users.files if data.users else ())]
+  patterns += [(f"config.tasks.{n}.files", p) for n, t in tasks.items() for p in t.own_files]
+  for key, pattern in patterns:
+    if remote.scheme(pattern) or pathlib.Path(pattern).expanduser().is_absolute() or _matches(pattern):
+      continue
+    if _matches(str(there := file.parent / pattern)):
+      raise DataError(
+        f"{key}: there is no {pattern} in the working directory {pathlib.Path.cwd()}, which relative paths start from, "
+        f"but there is {there}, next to the config file. Run the command in {file.parent}, or write the path in the "
+        f"config as str(pathlib.Path(__file__).parent / {pattern!r})."
+      )
+
+
+def _matches(pattern: str) -> bool:
+  return pathlib.Path(pattern).exists() or (glob.has_magic(pattern) and bool(glob_files(pattern)))
 
 
 def is_data(file: str, pattern: str) -> bool:
