@@ -147,7 +147,6 @@ def _check_split(split: Split) -> None:
   latest = train_end
   for key in ("validation", "test"):
     times = [parse_time(t, f"config.data.split.{key}") for t in getattr(split, key)]
-    _require(bool(times) or key == "validation", f"config.data.split.{key} is empty: name at least one snapshot time.")
     for text, time in zip(getattr(split, key), times):
       _require(time >= latest, f"config.data.split.{key}: {text} lies before the end of the period that precedes it.")
       _require(

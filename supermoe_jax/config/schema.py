@@ -97,7 +97,7 @@ class Split:
   )
   every_events: int = 10  # every_events: k
   validation: tuple[str, ...] = ()  # snapshot times; empty (temporal): none, so that train_end may lie later
-  test: tuple[str, ...] = ()
+  test: tuple[str, ...] = ()  # empty (temporal): none, and validation windows may reach to the end of the log
   gap_days: float = 0.0
   log_end: str = ""  # time up to which the log is complete; empty: the last event's time (mode user: just after it)
   min_events: int = 1  # snapshots with fewer events before them are left out and counted

@@ -137,9 +137,9 @@ class _Check:
       last += 1
     if split.mode != "temporal":
       return last, last, last
-    first_test = min(config.parse_time(t, "config.data.split.test") for t in split.test)
     gap = int(split.gap_days * MICROSECONDS_PER_DAY)
-    return config.parse_time(split.train_end, "config.data.split.train_end"), first_test - gap, last
+    before_test = [config.parse_time(t, "config.data.split.test") - gap for t in split.test]
+    return config.parse_time(split.train_end, "config.data.split.train_end"), min(before_test, default=last), last
 
   def run(self) -> dict[str, ComparedLabels]:
     self._check_snapshots()

@@ -126,7 +126,7 @@ def _split_of(split: config.Split, user: str, time: int, until: tuple[int, int, 
     return None if early else owner
   if time < config.parse_time(split.train_end, ""):
     return None if early else TRAIN
-  if time >= min(config.parse_time(t, "") for t in split.test):
+  if split.test and time >= min(config.parse_time(t, "") for t in split.test):
     return TEST
   gap = int(split.gap_days * MICROSECONDS_PER_DAY)
   inside = config.parse_time(split.train_end, "") + gap <= time < until[VALIDATION]
