@@ -45,7 +45,7 @@ ROOMS |= {
   "evaluation": DATA | BASE | DEVICES | {"distributed", "layers", "training"},
   "seesaw": DATA | BASE | {"evaluation", "models", "training"},
   "embeddings": DATA | BASE | DEVICES | {"distributed", "evaluation", "training"},
-  "probing": DATA | BASE | DEVICES | {"embeddings", "environment", "evaluation", "training"},
+  "probing": DATA | BASE | DEVICES | {"data.inspect", "embeddings", "environment", "evaluation", "training"},
   "serving": DATA | BASE | {"layers", "training"},
   "plan": DATA | BASE | DEVICES | {"layers", "models", "training"},
   "report": DATA | BASE | {"embeddings", "environment", "evaluation", "models", "seesaw", "training"},

@@ -85,7 +85,9 @@ def _prepare(args: argparse.Namespace) -> None:
   if args.beam and not args.runner:
     raise ConfigError("--beam has no effect without --runner.")
   from supermoe_jax.data.preparation import prepare, summary
+  from supermoe_jax.data.reading import paths
 
+  paths.check_paths_of_config(cfg.data, cfg.labelled_tasks, config.config_file(args.config))
   engine: prepare.Engine | None = None
   if args.runner:
     from supermoe_jax.data.beam import pipeline

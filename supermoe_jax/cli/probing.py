@@ -34,8 +34,8 @@ def add_probing_verbs(verbs: Verbs) -> None:
     default=[],
     metavar="NAME=PATH",
     help="embeddings of another system or run to compare with: an embedding directory, or a Parquet or CSV file with a "
-    "column of users and either one column of lists or columns of numbers. Repeat it for several. Without --embeddings "
-    "the others are compared with the first",
+    "column of users and either one column of lists or columns of numbers. How a CSV file is written is guessed, "
+    "and said. Repeat it for several. Without --embeddings the others are compared with the first",
   )
   verb.add_argument("--labels", required=True, type=pathlib.Path, help="label table: Parquet, CSV, JSON lines")
   verb.add_argument(

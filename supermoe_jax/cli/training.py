@@ -139,10 +139,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
   run = open_run(args)
   result = evaluate.evaluate(run)
-  print(evaluate.aligned_table(evaluate.results_table(result)))
-  for sentence in evaluate.results_words(result):
+  split = evaluate.shown_split(result)
+  print(evaluate.aligned_table(evaluate.results_table(result, split)))
+  for sentence in evaluate.results_words(result, split):
     print(sentence)
-  print(f"scores at step {run.step}; all metrics, also on validation: {args.workdir / 'evaluation.json'}")
+  where, also = ("", ", also on validation") if split == "test" else (" on validation", "")
+  print(f"scores{where} at step {run.step}; all metrics{also}: {args.workdir / 'evaluation.json'}")
 
 
 def _seesaw(args: argparse.Namespace) -> None:

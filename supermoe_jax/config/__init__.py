@@ -14,7 +14,6 @@ from typing import Any
 
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
-  Aggregates,
   Config,
   Data,
   Evaluate,
@@ -31,7 +30,7 @@ from supermoe_jax.config.schema import (
   parse_time,
   to_dict,
 )
-from supermoe_jax.config.tables import ItemTable, Source, TextFormat, UserTable
+from supermoe_jax.config.tables import Aggregates, ItemTable, Source, TextFormat, UserTable
 from supermoe_jax.config.tasks import (
   TASK_KINDS,
   Answer,
@@ -51,7 +50,18 @@ from supermoe_jax.config.tasks import (
 # Functions imported at their first use, with their modules.
 _LATER = {
   **dict.fromkeys(
-    ("differences", "load", "load_json", "override", "read_config", "resolve", "resolve_prepared", "save"), "loading"
+    (
+      "config_file",
+      "differences",
+      "load",
+      "load_json",
+      "override",
+      "read_config",
+      "resolve",
+      "resolve_prepared",
+      "save",
+    ),
+    "loading",
   ),
   "hash_fields": "hashing",
   "parse_sample_space": "tasks.condition",
@@ -89,6 +99,7 @@ __all__ = [
   "UserTable",
   "Validate",
   "Weighting",
+  "config_file",
   "differences",
   "format_time",
   "hash_fields",

@@ -1,4 +1,5 @@
 from supermoe_jax.config.hashing import hash_fields as hash_fields
+from supermoe_jax.config.loading import config_file as config_file
 from supermoe_jax.config.loading import differences as differences
 from supermoe_jax.config.loading import load as load
 from supermoe_jax.config.loading import load_json as load_json
@@ -8,7 +9,6 @@ from supermoe_jax.config.loading import resolve as resolve
 from supermoe_jax.config.loading import resolve_prepared as resolve_prepared
 from supermoe_jax.config.loading import save as save
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY as MICROSECONDS_PER_DAY
-from supermoe_jax.config.schema import Aggregates as Aggregates
 from supermoe_jax.config.schema import Config as Config
 from supermoe_jax.config.schema import Data as Data
 from supermoe_jax.config.schema import Evaluate as Evaluate
@@ -24,6 +24,7 @@ from supermoe_jax.config.schema import Weighting as Weighting
 from supermoe_jax.config.schema import format_time as format_time
 from supermoe_jax.config.schema import parse_time as parse_time
 from supermoe_jax.config.schema import to_dict as to_dict
+from supermoe_jax.config.tables import Aggregates as Aggregates
 from supermoe_jax.config.tables import ItemTable as ItemTable
 from supermoe_jax.config.tables import Source as Source
 from supermoe_jax.config.tables import TextFormat as TextFormat

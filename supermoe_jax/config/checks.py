@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from supermoe_jax.config.aggregate_checks import check_aggregates
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, parse_time
 from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
@@ -47,31 +48,7 @@ def _check_data(data: Data) -> None:
   if data.users is not None:
     _require(bool(data.users.files), "config.data.users.files is empty: name the user table's file.")
     check_text_format("config.data.users", data.users)
-  _require(
-    all(days > 0 for days in data.aggregates.windows_days) and data.aggregates.top_values >= 0,
-    "config.data.aggregates: windows_days must be positive and top_values must not be negative.",
-  )
-  for name in data.aggregates.fields:
-    _require(
-      name in data.fields and data.fields[name].kind == "vocabulary",
-      f"config.data.aggregates.fields: {name!r} is not a vocabulary field"
-      f"{nearest(name, [n for n, f in data.fields.items() if f.kind == 'vocabulary'])}",
-    )
-    _require(not data.fields[name].many, f"config.data.aggregates.fields: {name!r} holds lists; leave it out.")
-    _require(
-      not data.fields[name].buckets,
-      f"config.data.aggregates.fields: config.data.fields.{name}.buckets={data.fields[name].buckets} lets values share "
-      "codes; leave it out, or name a second field of the same column without buckets.",
-    )
-    _require(
-      data.fields[name].table == "events",
-      f"config.data.aggregates.fields: {name!r} is of the table of users, the same at every event; leave it out.",
-    )
-    _require(
-      data.fields[name].input,
-      f"config.data.aggregates.fields holds {name!r}, which the model must not see (config.data.fields.{name}.input is "
-      "False); leave it out.",
-    )
+  check_aggregates(data)
   _check_split(data.split)
 
 
@@ -191,7 +168,6 @@ def _check_split(split: Split) -> None:
   latest = train_end
   for key in ("validation", "test"):
     times = [parse_time(t, f"config.data.split.{key}") for t in getattr(split, key)]
-    _require(bool(times) or key == "validation", f"config.data.split.{key} is empty: name at least one snapshot time.")
     for text, time in zip(getattr(split, key), times):
       _require(time >= latest, f"config.data.split.{key}: {text} lies before the end of the period that precedes it.")
       _require(

@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY
+from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.config.tasks.condition import Comparison, comparisons, parse_condition
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
@@ -160,6 +161,7 @@ def _(task: UserLabel, path: str, config: Config) -> None:
 def _(task: DatedLabel, path: str, config: Config) -> None:
   split = config.data.split
   require(bool(task.files), f"{path}.files is empty: name the files of the table of dated labels.")
+  check_text_format(path, task)
   for key in ("user", "time", "column"):
     require(bool(getattr(task, key)), f"{path}.{key} is empty: name the column.")
   require(
@@ -260,9 +262,12 @@ def require_window(path: str, horizon_days: float, data: Data) -> None:
 
 def require_condition(path: str, where: str, data: Data) -> None:
   """Raises ConfigError for a condition that cannot be read, or that compares what cannot be compared."""
-  if not where:
-    return
-  key = f"{path}.where"
+  if where:
+    check_condition(f"{path}.where", where, data)
+
+
+def check_condition(key: str, where: str, data: Data) -> None:
+  """Raises ConfigError for the condition of the config key `key` as `require_condition` does."""
   for compared in comparisons(parse_condition(where, key)):
     name = compared.field
     if compared.function:

@@ -136,8 +136,8 @@ def read_config(path: str) -> ml_collections.ConfigDict:
   """
   import ml_collections
 
-  name, ending, argument = path.partition(".py:")
-  file = pathlib.Path(name + ".py" if ending else path)
+  _, ending, argument = path.partition(".py:")
+  file = config_file(path)
   if file.is_dir():
     raise ConfigError(f"--config={path} is a directory; name a config file in it, such as {file / 'config.py'}.")
   if not file.is_file():
@@ -163,6 +163,12 @@ def read_config(path: str) -> ml_collections.ConfigDict:
   if not isinstance(raw, ml_collections.ConfigDict):
     raise ConfigError(f"{path}: get_config() must return an ml_collections.ConfigDict, not {type(raw).__name__}.")
   return raw
+
+
+def config_file(path: str) -> pathlib.Path:
+  """Returns the file of `--config`, whose text after a colon is the argument of `get_config`."""
+  name, ending, _ = path.partition(".py:")
+  return pathlib.Path(name + ".py" if ending else path)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from supermoe_jax.config.tables import ADDED_LATER, Source, UserTable
+from supermoe_jax.config.tables import ADDED_LATER, Aggregates, Source, UserTable
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
 
@@ -100,7 +100,7 @@ class Split:
   )
   every_events: int = 10  # every_events: k
   validation: tuple[str, ...] = ()  # snapshot times; empty (temporal): none, so that train_end may lie later
-  test: tuple[str, ...] = ()
+  test: tuple[str, ...] = ()  # empty (temporal): none, and validation windows may reach to the end of the log
   gap_days: float = 0.0
   log_end: str = ""  # time up to which the log is complete; empty: the last event's time (mode user: just after it)
   min_events: int = 1  # snapshots with fewer events before them are left out and counted
@@ -108,18 +108,8 @@ class Split:
   user_test: float = 0.2  # the same for test; with mode user the shares hold out whole users
 
   def has_snapshots(self, split: str) -> bool:
-    """Returns whether the split named train, validation or test has snapshots: `validation` may be empty."""
-    return split != "validation" or self.mode != "temporal" or bool(self.validation)
-
-
-@dataclasses.dataclass(frozen=True)
-class Aggregates:
-  """Point-in-time counts given to every query token, from events strictly before the snapshot."""
-
-  enabled: bool = True
-  windows_days: tuple[float, ...] = (1.0, 7.0, 28.0, 90.0)  # the whole history is always added
-  top_values: int = 0  # number of most frequent values counted for each field in `fields`
-  fields: tuple[str, ...] = ()
+    """Returns whether the split named train, validation or test has snapshots; the last two may be empty."""
+    return split == "train" or self.mode != "temporal" or bool(getattr(self, split))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +121,7 @@ class Data:
   fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
   users: UserTable | None = None
   split: Split = Split()
-  aggregates: Aggregates = Aggregates()
+  aggregates: Aggregates = dataclasses.field(default_factory=Aggregates)
   on_bad_rows: Literal["error", "drop"] = "error"  # rows without user or time, or with an unparsable value
   duplicates: Literal["keep", "drop"] = "keep"  # rows equal in user, time, source and every field
   memory: str = "2GB"  # DuckDB's memory; larger sorts spill to disk
@@ -386,11 +376,16 @@ def format_time(microseconds: int) -> str:
   return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+  return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def to_dict(value: Any, *, later: bool = True) -> Any:
   """Returns resolved dataclasses as dicts, lists and scalars; unless `later`, without defaults of `ADDED_LATER`."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     given = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    out = {f.name: to_dict(v, later=later) for f, v in given if later or f.metadata != ADDED_LATER or v != f.default}
+    shown = [(f.name, v) for f, v in given if later or f.metadata != ADDED_LATER or v != _default(f)]
+    out = {name: to_dict(v, later=later) for name, v in shown}
     return {"kind": value.kind, **out} if type(value) in TASK_KINDS.values() else out  # type: ignore[attr-defined]
   if isinstance(value, Mapping):
     return {k: to_dict(v, later=later) for k, v in value.items()}

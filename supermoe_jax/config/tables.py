@@ -1,9 +1,10 @@
-"""Defines the settings of the tables that a config reads: event sources, tables of items and the table of users."""
+"""Defines the settings of the tables that a config reads, and of the statistics that are made of the events."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from supermoe_jax.errors import ConfigError
@@ -72,6 +73,37 @@ class UserTable(TextFormat):
   files: tuple[str, ...] = ()
   format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"
   user: str = "user_id"
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregates:
+  """Point-in-time statistics given to every query token, from events strictly before the snapshot.
+
+  For each window, which ends at the snapshot, and for the whole history there are always the number of events of each
+  source, the number of distinct event times, and the mean of each numeric field as the model reads it. The settings
+  below add further ones. `amount` stands for sign(x)·log(1+|x|) of a number x.
+
+  `sums` and `means`: the amount of the sum, and of the arithmetic mean, of the raw numbers. `trends`: the amount of the
+  sum over a window minus the amount of the sum over the window of the same length before it; the whole history has no
+  trend. `distinct`: log1p of the number of distinct values. Values outside the vocabulary count as one value, and so do
+  values that share a hash's bucket. `conditions`: log1p of the number of events that fulfil a condition in the language
+  of a task's `where`, such as `{"returns": "quantity < 0"}`.
+  """
+
+  enabled: bool = True
+  windows_days: tuple[float, ...] = (1.0, 7.0, 28.0, 90.0)  # the whole history is always added
+  top_values: int = 0  # number of most frequent values counted for each field in `fields`
+  fields: tuple[str, ...] = ()
+  sums: tuple[str, ...] = _added(())  # numeric fields
+  means: tuple[str, ...] = _added(())  # numeric fields
+  trends: tuple[str, ...] = _added(())  # numeric fields
+  distinct: tuple[str, ...] = _added(())  # any fields
+  conditions: Mapping[str, str] = dataclasses.field(default_factory=dict, metadata=ADDED_LATER)  # name → condition
+
+  @property
+  def amounts(self) -> tuple[str, ...]:
+    """Returns the numeric fields whose raw numbers are added up, each once."""
+    return tuple(dict.fromkeys((*self.sums, *self.means, *self.trends)))
 
 
 def setting_text(key: str, name: str, value: Any) -> str:

@@ -80,19 +80,24 @@ def evaluate(
     progress: whether to show a bar.
     splits: the splits to evaluate; the expert load is measured on the last one.
     write: whether to write the file into the run directory, for which `splits` must name both splits. The result then
-      also holds the main metrics' intervals and, for the last split, the metrics by length of the history, the
-      calibration, amounts by deciles, and the experts of events.
+      also holds the main metrics' intervals and, for test, the metrics by length of the history, the calibration,
+      amounts by deciles, and the experts of events.
     asked: the questions of each split, if they are made already; they must be the questions of the run's config.
     most: the number of snapshots of a split to evaluate, drawn by the run's seed; 0: all of them.
 
   Raises:
-    ConfigError: a split that the config names has no snapshot.
+    ConfigError: a split that the config names has no snapshot, or the config names neither split.
     RunError: answers of the run are not finite numbers.
     ValueError: the file is to be written, but `splits` does not name both splits.
   """
   if write and set(splits) != set(EVALUATED_SPLITS):
     raise ValueError(
       f"evaluation.json holds {' and '.join(EVALUATED_SPLITS)}, not only {', '.join(splits)}; pass write=False"
+    )
+  if not any(run.cfg.data.split.has_snapshots(split) for split in splits):
+    raise ConfigError(
+      f"there is nothing to evaluate: config.data.split names no snapshot for {' or '.join(splits)}. Name a time there "
+      "and prepare and train again; 'supermoe embed' and 'supermoe probe' need none."
     )
   begun = clock.monotonic()
   tasks = run.cfg.active_views
@@ -121,6 +126,9 @@ def evaluate(
       for name, given in answers.items():
         measured[split][name]["intervals"] = given.with_intervals()
     load = {n: _load(run, n, t, i, collected) for i, (n, t) in enumerate(tasks.items())}
+  tested = run.cfg.data.split.has_snapshots("test")
+  if write and not tested:  # the details of evaluation.json are about test
+    answers, load = {}, {}
   result: dict[str, Any] = {
     "step": run.step,
     "config_hash": run.cfg.hash(),
@@ -134,7 +142,7 @@ def evaluate(
       "by_history": {n: a.by_history() for n, a in answers.items()},
       "calibration": {n: c for n, a in answers.items() if (c := a.calibration()) is not None},
       "deciles": {n: d for n, a in answers.items() if (d := a.deciles()) is not None},
-      "event_experts": event_experts.count_experts(run, progress=progress),
+      "event_experts": event_experts.count_experts(run, progress=progress) if tested else None,
     }
   result["seconds"] = round(clock.monotonic() - begun, 1)
   if write:
@@ -329,6 +337,11 @@ def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: 
     gate = collected.gate[chosen, view]
     out["gate"] = (gate.sum(axis=0) / max(len(gate), 1)).astype(np.float64).round(4).tolist()
   return out
+
+
+def shown_split(result: Mapping[str, Any]) -> str:
+  """Returns the split to show first: test, or validation if nothing was measured in test."""
+  return "test" if result["splits"]["test"] or not result["splits"]["validation"] else "validation"
 
 
 def results_table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:

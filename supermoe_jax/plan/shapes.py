@@ -30,12 +30,16 @@ def largest_schema(cfg: config.Config) -> Schema:
 
 
 def _aggregates(data: config.Data) -> int:
-  if not data.aggregates.enabled:
+  wanted = data.aggregates
+  if not wanted.enabled:
     return 0
-  counted = tuple(str(i) for i in range(data.aggregates.top_values))
+  counted = tuple(str(i) for i in range(wanted.top_values))
   numeric = {n: 0 for n, f in data.fields.items() if f.kind == "numeric" and f.input and f.table == "events"}
-  values = dict.fromkeys(data.aggregates.fields, (0, counted))
-  return len(Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, values).names)
+  values = dict.fromkeys(wanted.fields, (0, counted))
+  usual = Aggregator(wanted.windows_days, tuple(data.sources), numeric, values)
+  windows = len(usual.windows)
+  added = windows * sum(map(len, (wanted.sums, wanted.means, wanted.distinct, wanted.conditions)))
+  return len(usual.names) + added + (windows - 1) * len(wanted.trends)
 
 
 def batch_shapes(cfg: config.Config, schema: Schema, tie_rate: float = 0.0) -> Batch:

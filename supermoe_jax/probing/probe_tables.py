@@ -110,6 +110,8 @@ def probe_notes(result: Mapping[str, Any]) -> list[str]:
     if count:
       out.append(f"  {count:,} more are left out because {name} has no row for them")
   for name, about in result["features"].items():
+    if said := {k: v for k, v in about.get("text", {}).items() if (k, v) != ("delimiter", ",")}:
+      out.append(f"  {name}: {about['file']} was read with {', '.join(f'{k}={v!r}' for k, v in said.items())}")
     if about.get("columns_left_out"):
       out.append(f"  {name}: columns left out: {', '.join(about['columns_left_out'])}")
   return [*out, *result["notes"]]

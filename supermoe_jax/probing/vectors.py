@@ -9,17 +9,20 @@ import dataclasses
 import functools
 import pathlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from supermoe_jax import config
 from supermoe_jax.config import format_time
+from supermoe_jax.config.tables import PLAIN_TEXT
+from supermoe_jax.data.inspect import text_dialect
+from supermoe_jax.data.reading import readers, value_sql
+from supermoe_jax.data.reading.text_files import clean_copies, text_lines
 from supermoe_jax.embeddings import embedding_files
 from supermoe_jax.errors import ConfigError, DataError, nearest
 
@@ -83,7 +86,7 @@ def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | No
 
   A file of another system has a column of users (`user`, or else `user_id`) and, optionally, of times (`time`, or else
   `as_of`). Its vectors are one column of lists of equal length, or columns of numbers. Other columns are left out and
-  named in `about`.
+  named in `about`, and so are the delimiter and the settings of `config.TextFormat` that a CSV file was read with.
 
   Raises:
     DataError: the file or one of its values cannot be used, or a user (and time) has two rows.
@@ -98,7 +101,8 @@ def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | No
     files = [path]
   else:
     raise DataError(f"there are no embeddings at {path}.")
-  table = pa.concat_tables([_table(f, user) for f in files], promote_options="default")
+  read = [_table(f, {user, USER, AS_OF, *([time] if time else [])}) for f in files]
+  table = pa.concat_tables([rows for rows, _ in read], promote_options="default")
   if not table.num_rows:
     raise DataError(f"{path} holds no row.")
   if user not in table.column_names:
@@ -110,6 +114,8 @@ def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | No
   times = None if timed is None else _times(path, table[timed].combine_chunks(), timed)
   x, used, left_out = _vectors(path, table.drop_columns([user, *([timed] if timed else [])]), users)
   about = {"file": str(path), "rows": len(users), "width": x.shape[1], "time": timed, "columns": used}
+  if read[0][1]:
+    about["text"] = read[0][1]
   return _checked(path, UserVectors(name, users, times, x, {**about, "columns_left_out": left_out}))
 
 
@@ -124,18 +130,42 @@ def _of_run(name: str, path: pathlib.Path) -> UserVectors:
   )
 
 
-def _table(file: pathlib.Path, user: str) -> pa.Table:
+def _table(file: pathlib.Path, keys: Collection[str]) -> tuple[pa.Table, dict[str, object]]:
+  """Returns the rows of a file, and how a text was read: its delimiter and the settings that are not the usual ones."""
+  if text_lines.unpacked_name(file.name.lower()).endswith((".csv", ".tsv")):
+    return _text_table(file, keys)
   try:
-    if file.name.lower().endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
-      parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.name.lower() else ",")
-      return pa_csv.read_csv(
-        file,
-        parse_options=parse,
-        convert_options=pa_csv.ConvertOptions(column_types={user: pa.string(), USER: pa.string()}),
-      )
-    return pq.ParquetFile(file).read()
+    return pq.ParquetFile(file).read(), {}
   except (OSError, pa.ArrowException) as error:
     raise DataError(f"{file} cannot be read as Parquet or CSV ({error}).") from error
+
+
+def _text_table(file: pathlib.Path, keys: Collection[str]) -> tuple[pa.Table, dict[str, object]]:
+  """Reads a CSV file with the settings that `supermoe inspect` finds.
+
+  A column whose values are all numbers, or true and false, holds numbers. The columns `keys` stay text: 007 is an id.
+
+  Raises:
+    DataError: the file cannot be read, or a line has too few or too many values; the message names the line.
+  """
+  con = readers.connect()
+  try:
+    opened = text_dialect.open_guessed(con, file, "auto", PLAIN_TEXT)
+    with clean_copies.readable(con, opened) as (good, _), readers.naming(file, opened.format):
+      (table,) = text_dialect.with_guessed_dialect(con, [good])
+      names = {f"c{i}": name for i, name in enumerate(table.columns)}
+      texts = {a: value_sql.text_sql(a, "VARCHAR") for a in names}
+      words = "CASE lower(trim({a})) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE {number} END"
+      numbers = {a: words.format(a=a, number=value_sql.number_sql(a, "VARCHAR", table.text)) for a in names}
+      counts = ", ".join(f"count({texts[a]}), count({numbers[a]})" for a in names)
+      (found,) = con.execute(f"SELECT {counts} FROM ({table.select(names)})").fetchall()
+      numeric = {a for a, n, parsed in zip(names, found[::2], found[1::2], strict=True) if n == parsed > 0}
+      values = {a: numbers[a] if a in numeric and name not in keys else texts[a] for a, name in names.items()}
+      columns = ", ".join(f"{sql} AS {readers.identifier(names[a])}" for a, sql in values.items())
+      rows = con.sql(f"SELECT {columns} FROM ({table.select(names)}) ORDER BY row").to_arrow_table()
+    return rows, {"delimiter": table.delimiter, **text_dialect.text_settings(table.text)}
+  finally:
+    con.close()
 
 
 def _users(path: pathlib.Path, column: pa.Array, name: str) -> np.ndarray:

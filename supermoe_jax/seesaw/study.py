@@ -114,6 +114,8 @@ class _Study:
     check_directory(workdir)
     if not cfg.data.split.has_snapshots("validation"):
       raise ConfigError("a study chooses by validation, but config.data.split.validation is empty; name a time there.")
+    if not cfg.data.split.has_snapshots("test"):
+      raise ConfigError("a study compares runs on test, but config.data.split.test is empty; name a time there.")
     dataset = Dataset(cfg.data.path)
     dataset.check_matches(cfg)
     self._encoding = dataset.manifest["encoding_hash"]

@@ -27,6 +27,7 @@ from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, number_encoder
 from supermoe_jax.data.encoding.vectors import VectorScale, concatenated
 from supermoe_jax.data.encoding.vocabulary import Categorical, Hashing, Vocabulary
+from supermoe_jax.data.format.schema import bind_aggregate
 from supermoe_jax.errors import nearest
 from supermoe_jax.serving.json_values import ColumnKind, ValueProblem, number_reader, text_reader, texts_reader
 from supermoe_jax.serving.json_vectors import vector_reader
@@ -328,7 +329,7 @@ class Preprocessing:
       (path / file).write_text(json.dumps(encoder.values) + "\n")
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, "buckets": encoder.buckets}
     saved["numeric"] = {n: dataclasses.asdict(e) for n, e in self.numeric.items()}
-    saved["aggregator"] = None if self.aggregator is None else dataclasses.asdict(self.aggregator)
+    saved["aggregator"] = None if self.aggregator is None else self.aggregator.to_json()
     saved["statistics"] = {"mean": self._mean.tolist(), "scale": self._scale.tolist()}
     for i, (name, items) in enumerate(self.items.items()):
       file = f"items-{i}"
@@ -356,11 +357,6 @@ class Preprocessing:
         values = json.loads((path / of["file"]).read_text())
         vocabularies[of["file"]] = Vocabulary(values, np.zeros(len(values), np.int64), of["buckets"])
       categorical[name] = vocabularies[of["file"]]
-    aggregator = saved["aggregator"]
-    if aggregator is not None:
-      values = {n: (column, tuple(counted)) for n, (column, counted) in aggregator.pop("values").items()}
-      windows_days, sources = tuple(aggregator.pop("windows_days")), tuple(aggregator.pop("sources"))
-      aggregator = Aggregator(windows_days, sources, aggregator["numeric"], values)
     items = {}
     for name, file in saved["items"].items():
       held = json.loads((path / f"{file}.json").read_text())
@@ -371,7 +367,13 @@ class Preprocessing:
       }
       items[name] = ItemValues({k: i for i, k in enumerate(held["keys"])}, of_fields, index)
     numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
-    return cls(spec_from_json(saved["spec"]), categorical, numeric, aggregator, saved["statistics"], items)
+    spec, aggregator = spec_from_json(saved["spec"]), saved["aggregator"]
+    if aggregator is not None:
+      encodings = {n: "log1p" if f.log1p else "standardise" for n, f in spec.fields.items()}
+      aggregator = Aggregator.from_json(
+        aggregator, lambda name, where: bind_aggregate(name, where, categorical, numeric, encodings)
+      )
+    return cls(spec, categorical, numeric, aggregator, saved["statistics"], items)
 
 
 def _mapping(value: Any, place: Sequence[str | int]) -> Mapping[str, Any]:

@@ -311,9 +311,9 @@ def _measure(dataset: Dataset, cfg: config.Config) -> Measured:
   for name, share in measured.full_moments.items():
     most = cfg.active_views[name].values_of_a_moment(dataset.tie_rate, cfg.data.split.mode)
     logger.info(
-      f"task {name}: any value of the next moment is right ({dataset.tie_rate:.1%} of the events share user and time "
-      f"with another); {share:.1%} of its moments have {most} values (most_values) or more, and further ones are left "
-      "out"
+      f"task {name}: any value of the next moment is right ({dataset.tie_rate:.1%} of the prepared events share "
+      f"user and time with another); {share:.1%} of its moments have {most} values (most_values) or more, and further "
+      "ones are left out"
     )
   for name, count in known.items():
     if not count["known"]:

@@ -69,7 +69,6 @@ def changed(raw: dict, key: str, value: object) -> dict:
       ["2024-04-01"],
       r"validation: 2024-04-01 lies before the end of the period that precedes it",
     ),
-    ("data.split.test", [], r"split\.test is empty"),
     (
       "data.split.gap_days",
       2.0,

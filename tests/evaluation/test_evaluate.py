@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from supermoe_jax import config
+from supermoe_jax import cli, config
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.encoding.splits import SPLITS, TEST
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import baselines, evaluate
 from supermoe_jax.training.run import Run
+from tests.fixtures.small_log import raw_config, write_log
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,35 @@ def test_a_run_without_validation_snapshots_is_measured_on_test(run: Run, monkey
   monkeypatch.setattr(run, "cfg", cfg)
   found = evaluate.evaluate(run, compare=False, progress=False, splits=("validation", "test"), write=False)
   assert found["splits"]["validation"] == {} and set(found["splits"]["test"]) == set(cfg.active_views)
+
+
+def test_a_config_without_test_snapshots_is_prepared_trained_evaluated_on_validation_and_reported(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  write_log(tmp_path, users=20)
+  raw = raw_config(tmp_path)
+  raw["data"]["split"]["test"] = []
+  raw["tasks"] = {"quiet": raw["tasks"]["quiet"], "pages": raw["tasks"]["pages"]}
+  raw["train"] |= {"steps": 4}
+  script, workdir = tmp_path / "config.py", str(tmp_path / "run")
+  script.write_text(f"import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({raw!r})\n")
+  assert cli.main(["prepare", "--config", str(script)]) == 0
+  assert cli.main(["train", "--config", str(script), "--workdir", workdir]) == 0
+  capsys.readouterr()
+  assert cli.main(["evaluate", "--workdir", workdir]) == 0
+  said = capsys.readouterr().out
+  assert "nothing is measured in test" in said and "scores on validation at step 4;" in said
+  assert said.splitlines()[1].split()[:2] == ["pages", "20"]
+  found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+  assert found["splits"]["test"] == {} and set(found["splits"]["validation"]) == {"quiet", "pages"}
+  assert found["by_history"] == {} and found["event_experts"] is None and found["expert_load"] == {}
+  assert cli.main(["report", "--workdir", workdir]) == 0
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "The config names no test snapshot" in page and "Every metric on the validation snapshots." in page
+  run = Run(tmp_path / "run")
+  split = dataclasses.replace(run.cfg.data.split, validation=())
+  run.cfg = dataclasses.replace(run.cfg, data=dataclasses.replace(run.cfg.data, split=split))
+  with pytest.raises(
+    ConfigError, match=r"there is nothing to evaluate: .* no snapshot for validation or test\. Name a"
+  ):
+    evaluate.evaluate(run, compare=False, progress=False)

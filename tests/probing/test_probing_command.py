@@ -62,6 +62,20 @@ def test_a_file_alone_is_probed_and_everyone_is_counted(
   assert {"numpy", "scikit-learn", "python"} <= set(found["versions"])
 
 
+def test_how_a_csv_file_of_another_system_was_read_is_said(
+  other: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+  table = pq.read_table(other[0])
+  rows = [[str(u), *(f"{x:.4f}".replace(".", ",") for x in v)] for u, v in zip(*map(list, table.to_pydict().values()))]
+  file = other[0].with_name("fremd.csv")
+  file.write_text("\n".join(";".join(row) for row in [["user_id", "a", "b", "c", "d"], *rows]) + "\n")
+  assert probe("--other", f"mine={other[0]}", "--other", f"same={file}", "--labels", other[1], *QUICK) == ExitCode.OK
+  assert f"  same: {file} was read with delimiter=';', decimal=','" in capsys.readouterr().out
+  found = json.loads((other[0].parent / "vectors.parquet.probe.json").read_text())
+  scores = found["labels"]["good"]["scores"]
+  assert abs(scores["same"]["logistic"]["auc"]["mean"] - scores["mine"]["logistic"]["auc"]["mean"]) < 1e-3
+
+
 def test_the_figures_are_the_same_again_but_for_another_seed(other: tuple[pathlib.Path, pathlib.Path]) -> None:
   vectors, labels = other
   found = []

@@ -133,6 +133,29 @@ def test_other_systems_files_are_read_in_all_shapes(
   assert found.find(np.array(["3", "9"], object), None).tolist() == [2, -1]
 
 
+def test_vectors_of_a_european_csv_are_read_as_inspect_finds_them_and_the_settings_are_said(
+  tmp_path: pathlib.Path,
+) -> None:
+  file = tmp_path / "export.csv"
+  file.write_text("kunde;stand;x;y;aktiv;ort\n007;2024-01-05;1.028,50;-0,25;true;Bonn\n8;2024-01-05;2,5;7;false;NULL\n")
+  found = vectors.read_vectors("export", file, user="kunde", time="stand")
+  assert found.user.tolist() == ["007", "8"] and found.times == [config.parse_time("2024-01-05", "")]
+  assert found.x.tolist() == [[1028.5, -0.25, 1.0], [2.5, 7.0, 0.0]]
+  assert found.about["columns_left_out"] == ["ort"]
+  said = {"delimiter": ";", "decimal": ",", "thousands": ".", "null_values": ["NULL"]}
+  assert found.about["text"] == said
+
+
+def test_a_csv_of_vectors_with_a_fault_names_its_line(tmp_path: pathlib.Path) -> None:
+  file = tmp_path / "export.csv"
+  file.write_text("user_id,x,y\n" + "".join(f"{i},{i / 8},1\n" for i in range(50)) + "50,1\n51,2,3\n")
+  with pytest.raises(DataError, match=r"export\.csv: line 52 .*Correct the file"):
+    vectors.read_vectors("export", file)
+  file.write_text("7,0.5,1\n8,0.25,2\n")
+  with pytest.raises(DataError, match=r"has no column 'user_id' of users \(--user\)"):
+    vectors.read_vectors("export", file)
+
+
 def test_a_csv_file_and_a_folder_of_parts_are_read_too(tmp_path: pathlib.Path) -> None:
   file = write(tmp_path, {"member": ["007", "8"], "a": [1, 2], "b": [0.5, 0.25]}, "x.csv")
   found = vectors.read_vectors("other", file, user="member")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar, Literal
 
+from supermoe_jax.config.tables import TextFormat
 from supermoe_jax.config.tasks.task import Answer, LabelledTask, Task
 
 # The share of events that share user and time with another from which ties="auto" is "set".
@@ -248,7 +249,7 @@ class UserLabel(LabelledTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class DatedLabel(LabelledTask):
+class DatedLabel(LabelledTask, TextFormat):
   """The value of `column` in a table of users and times, such as fraud flags, defaults or answers to surveys.
 
   A user may have several rows. Each row adds a snapshot at its own time τ, and the model sees the events strictly
@@ -267,6 +268,8 @@ class DatedLabel(LabelledTask):
   `delay_days` is the time after τ at which a label becomes known, such as the time until a default is certain. A label
   for training or validation must become known within its period. Other labels there are left out and counted. A label
   for test is in the table, so it is known.
+
+  The settings of `TextFormat`, such as `delimiter`, say how a table of text is written.
   """
 
   kind: ClassVar[str] = "dated_label"
@@ -276,7 +279,7 @@ class DatedLabel(LabelledTask):
   format: Literal["auto", "parquet", "csv", "jsonl", "atomic"] = "auto"
   user: str = "user_id"
   time: str = "timestamp"
-  time_unit: Literal["auto", "s", "ms", "us"] = "auto"  # as of a source
+  time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"  # as of a source
   time_format: str = ""  # as of a source
   column: str = "label"
   type: Literal["binary", "multiclass", "regression"] = "binary"

@@ -291,6 +291,7 @@ class _Append:
       "empty_files": [file for of in self._new_files.empty.values() for file in of],
       "changed_item_tables": list(self._changed_items),
       "events": log.counts["events"],
+      "tie_rate_before": self._dataset.manifest["reading"]["tie_rate"],
       "reading": dict(log.counts),
       "repeats_of_earlier_events": self._repeats.total,
       "new_users": self._new_users,

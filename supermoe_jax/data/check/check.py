@@ -1,4 +1,4 @@
-"""Checks a prepared dataset: derives snapshots, splits and labels of some users again from the raw files.
+"""Checks a prepared dataset: derives snapshots, splits, labels and aggregates of some users again from the raw files.
 
 It compares them with the records, and raises an error at the first difference. The derivation is separate SQL over the
 files as `raw_events` reads them. It shares no code with `data.tasks`, so that a fault in either shows as a difference.
@@ -23,6 +23,7 @@ from supermoe_jax.batch import FIRST_VALUE, UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.dated_moments import derive_dated_moments
+from supermoe_jax.data.check.derived_aggregates import differing_aggregate
 from supermoe_jax.data.check.derived_labels import OUTSIDE, DerivedLabels, SampledSnapshot
 from supermoe_jax.data.check.raw_vectors import differing_vector
 from supermoe_jax.data.dataset.dataset import Dataset
@@ -50,7 +51,8 @@ def check_dataset(path: pathlib.Path, *, sample: int = 200, seed: int = 0) -> di
   """Derives the labels of up to `sample` users again, and returns the numbers of compared answers of each task.
 
   At up to `SNAPSHOTS_A_USER` snapshots a user it compares the number of visible events, the split, and every task's
-  label and indicator; for an event label also the events that it asks about. It compares the vectors of all events.
+  label and indicator; for an event label also the events that it asks about. It compares the aggregates at these
+  snapshots and the vectors of all events.
 
   Raises:
     CheckError: something differs; the message names the first difference.
@@ -120,15 +122,18 @@ class _Check:
       last += 1
     if split.mode != "temporal":
       return last, last, last
-    first_test = min(config.parse_time(t, "config.data.split.test") for t in split.test)
     gap = int(split.gap_days * MICROSECONDS_PER_DAY)
-    return config.parse_time(split.train_end, "config.data.split.train_end"), first_test - gap, last
+    before_test = [config.parse_time(t, "config.data.split.test") - gap for t in split.test]
+    return config.parse_time(split.train_end, "config.data.split.train_end"), min(before_test, default=last), last
 
   def run(self) -> dict[str, ComparedLabels]:
     self._right = DerivedLabels(self._con, self._dataset, self._asked, self._dated)
     self._check_snapshots()
-    if found := differing_vector(self._con, self._dataset, self._records):
-      raise CheckError(f"{found} Do not train on it; prepare it again with --overwrite.")
+    of_asked = [(self._records[a.user], a.time, a.n_events) for a in self._asked]
+    if found := differing_aggregate(self._con, self._dataset, of_asked):
+      raise self._differ(self._asked[found.snapshot], f"aggregate {found.name!r}", found.stored, found.derived)
+    if vector := differing_vector(self._con, self._dataset, self._records):
+      raise CheckError(f"{vector} Do not train on it; prepare it again with --overwrite.")
     compared = {name: self._compare(name, task) for name, task in self._cfg.labelled_tasks.items()}
     self._compare_moments()
     return compared
@@ -275,4 +280,4 @@ def _shown(value: object) -> str:
 def check_summary(compared: Mapping[str, ComparedLabels]) -> str:
   """Returns a text with the numbers of compared labels."""
   lines = [f"  {name}: {n.labels:,} labels agree, {n.unknown:,} are unknown to both" for name, n in compared.items()]
-  return "\n".join(["all labels of the sample agree with the raw files:", *lines])
+  return "\n".join(["all labels and aggregates of the sample agree with the raw files:", *lines])

@@ -58,10 +58,10 @@ def derive_dated_moments(
     times[user].append(time)
   for name, task in tasks.items():
     settled = set()
-    for user, time, text in _raw_rows(con, name, task):
+    for user, time, text, format in _raw_rows(con, name, task):
       if text is None:
         continue
-      value, split = _value(task, text), _split_of(cfg.data.split, user, time, until)
+      value, split = _value(task, text, format), _split_of(cfg.data.split, user, time, until)
       if value is None or split is None:
         continue
       if split != TEST and time + int(task.delay_days * MICROSECONDS_PER_DAY) > until[split]:
@@ -75,26 +75,30 @@ def derive_dated_moments(
   return {user: dict(sorted(moments.items())) for user, moments in found.items()}
 
 
-def _raw_rows(con: duckdb.DuckDBPyConnection, name: str, task: config.DatedLabel) -> list[tuple[str, int, str | None]]:
-  """Returns user, time and label of the rows of the chosen users that have a time, in the order of the files."""
-  rows = []
+def _raw_rows(
+  con: duckdb.DuckDBPyConnection, name: str, task: config.DatedLabel
+) -> list[tuple[str, int, str | None, config.TextFormat]]:
+  """Returns user, time, label and the format of its text for the chosen users' rows with a time, in their order."""
+  rows: list[tuple[str, int, str | None, config.TextFormat]] = []
   for file in raw_events.raw_files(
-    con, task.files, task.format, {task.user, task.time, task.column}, f"config.tasks.{name}", PLAIN_TEXT
+    con, task.files, task.format, {task.user, task.time, task.column}, f"config.tasks.{name}", task
   ):
     key = f"config.tasks.{name}"
     time = value_sql.time_reading(con, file, task.time, "e.time", key, unit=task.time_unit, format=task.time_format)
     wanted = {"user": task.user, "time": task.time, "label": task.column}
     user, label = (value_sql.text_sql(f'e."{a}"', file.columns[wanted[a]]) for a in ("user", "label"))
+    format = file.text if file.columns[task.column] == "VARCHAR" else PLAIN_TEXT
     with readers.naming(file.path, file.format):
-      rows += con.execute(
+      found = con.execute(
         f"SELECT {user} AS who, {time.sql} AS micros, {label} FROM ({file.select(wanted)}) e "
         'WHERE micros IS NOT NULL AND who IN (SELECT "user" FROM chosen) ORDER BY e.row'
       ).fetchall()
+    rows += [(*row, format) for row in found]
   return rows
 
 
-def _value(task: config.DatedLabel, text: str) -> Any:
-  """Returns the label that a text means: a number, or the text of a class; None if it is none."""
+def _value(task: config.DatedLabel, text: str, format: config.TextFormat) -> Any:
+  """Returns the label that a text of this format means: a number, or the text of a class; None if it is none."""
   if task.type == "multiclass":
     return text
   if task.positive:
@@ -102,7 +106,7 @@ def _value(task: config.DatedLabel, text: str) -> Any:
   if task.type == "binary" and text.lower() in YES_OR_NO:
     return YES_OR_NO[text.lower()]
   try:
-    number = float(text)
+    number = float(text.replace(format.thousands, "").replace(format.decimal, "."))
   except ValueError:
     return None
   good = number in (0, 1) if task.type == "binary" else math.isfinite(number)
@@ -122,7 +126,7 @@ def _split_of(split: config.Split, user: str, time: int, until: tuple[int, int, 
     return None if early else owner
   if time < config.parse_time(split.train_end, ""):
     return None if early else TRAIN
-  if time >= min(config.parse_time(t, "") for t in split.test):
+  if split.test and time >= min(config.parse_time(t, "") for t in split.test):
     return TEST
   gap = int(split.gap_days * MICROSECONDS_PER_DAY)
   inside = config.parse_time(split.train_end, "") + gap <= time < until[VALIDATION]

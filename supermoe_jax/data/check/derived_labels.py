@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
 from supermoe_jax import config
@@ -15,10 +14,11 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check import raw_events
 from supermoe_jax.data.check.condition_sql import asked_sql, events_sql, user_fields
 from supermoe_jax.data.check.dated_moments import DatedMoment
+from supermoe_jax.data.check.derived_aggregates import clipped_sql
 from supermoe_jax.data.check.event_times import derive_times
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.encoding.numeric import MOST_DEVIATIONS, Numeric
+from supermoe_jax.data.encoding.numeric import Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Vocabulary
 from supermoe_jax.data.reading import readers
 
@@ -128,7 +128,7 @@ class DerivedLabels:
   def _future_amount(self, name: str, task: config.FutureAmount, before_appends: bool) -> dict[int, Any]:
     del name, before_appends
     end, within = self._within(task.horizon_days)
-    value = self._clipped(task.field) if task.field else "e.time"
+    value = clipped_sql(self._dataset, task.field) if task.field else "e.time"
     function = {"count": "count(", "moments": "count(DISTINCT ", "sum": "sum(", "mean": "avg(", "max": "max("}[task.of]
     empty = "NULL" if task.of in ("mean", "max") else "0"
     asked = asked_sql(self._cfg.data, task.where, task.source)
@@ -191,16 +191,6 @@ class DerivedLabels:
       said_of_it = self._encoded(task.field, answer) if regression else answer
       out[i] = (*out.get(i, ()), (position, said_of_it))
     return out
-
-  def _clipped(self, field: str) -> str:
-    """Returns the SQL of a raw number, clipped as the records' encoding clips it."""
-    column, encoder = f"e.{field_column(self._cfg.data, field)}", self._dataset.encoders.numeric[field]
-    assert isinstance(encoder, Numeric)  # config.resolve checked
-    bounds = np.array([-MOST_DEVIATIONS, MOST_DEVIATIONS])
-    with np.errstate(over="ignore"):  # of log1p the bounds may be beyond all numbers
-      low, high = encoder.decode_all(bounds, self._cfg.data.fields[field].encoding)
-    within = f"least(greatest({column}, '{float(low)}'::DOUBLE), '{float(high)}'::DOUBLE)"
-    return f"CASE WHEN {column} IS NOT NULL THEN {within} END"  # least and greatest pass over NULL
 
   def _encoded(self, field: str, number: float) -> float:
     return float(self._dataset.encoders.numeric[field].encode(number, self._cfg.data.fields[field].encoding))

@@ -59,6 +59,15 @@ READ_AT_ONCE = 256
 OTHER_FILES = 256
 
 
+def prepared_tie_rate(manifest: Mapping[str, Any]) -> float:
+  """Returns the share of the prepared events that share user and time with another one, without appended events.
+
+  `ties="auto"` follows it, so that an append never changes what a task asks.
+  """
+  rates = [append["tie_rate_before"] for append in manifest.get("appends", ()) if "tie_rate_before" in append]
+  return float(rates[0] if rates else manifest["reading"]["tie_rate"])
+
+
 class Dataset:
   """A prepared dataset: random access to users, with the schema and the manifest."""
 
@@ -132,8 +141,8 @@ class Dataset:
 
   @property
   def tie_rate(self) -> float:
-    """Returns the share of the log's events that share user and time with another event."""
-    return float(self.manifest["reading"]["tie_rate"])
+    """Returns the share of events that decides about `ties="auto"`; see `prepared_tie_rate`."""
+    return prepared_tie_rate(self.manifest)
 
   @functools.cached_property
   def hidden_codes(self) -> tuple[int, ...]:

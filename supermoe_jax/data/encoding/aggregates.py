@@ -6,12 +6,55 @@ Shapes: N events of a block of users, S snapshots of all of them, A aggregates.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
+from supermoe_jax.data.encoding.distinct_counts import distinct_between
 from supermoe_jax.data.encoding.histories import UserBlock, counts_before
+from supermoe_jax.data.encoding.numeric import LARGEST, Numeric
+
+# A function that returns whether each event of a block fulfils a condition: bool `[N]`.
+BlockCondition = Callable[[UserBlock], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+  """The place of a numeric field among a block's numbers, and what turns these into raw numbers again."""
+
+  column: int
+  encoder: Numeric
+  encoding: str  # see `config.Field`
+
+  def __call__(self, block: UserBlock) -> np.ndarray:
+    """Returns the raw number of each event: float64 `[N]`, at most the largest of float32; NaN where absent."""
+    return np.clip(self.encoder.decode_all(block.numeric[:, self.column], self.encoding), -LARGEST, LARGEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistinctField:
+  """The columns of a field whose distinct values are counted: of codes, several for lists, or one of numbers."""
+
+  columns: tuple[int, ...]
+  numeric: bool = False
+
+  def __call__(self, block: UserBlock) -> np.ndarray:
+    """Returns the values of each event as numbers from 0, where 0 is no value: int64 `[N, columns]`."""
+    if not self.numeric:
+      return block.codes[:, list(self.columns)].astype(np.int64)
+    numbers = block.numeric[:, self.columns[0]]
+    values = np.unique(numbers, return_inverse=True)[1].reshape(-1) + 1
+    return np.where(np.isfinite(numbers), values, 0)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EventCount:
+  """A condition as the config writes it, and the function that evaluates it."""
+
+  where: str
+  holds: BlockCondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,22 +64,39 @@ class Aggregator:
   For each trailing window and the whole history: log1p of the number of events of each source, of distinct event times,
   and of occurrences of the most frequent values of the chosen fields; the mean of each numeric field. For the whole
   history only: log1p hours since the last and the first event, and log1p of the number of distinct values of each
-  chosen field.
+  chosen field. `config.Aggregates` defines the sums, averages, trends, distinct values and conditions that a config may
+  add.
   """
 
   windows_days: tuple[float, ...]
   sources: tuple[str, ...]
   numeric: Mapping[str, int]  # field → its column in `numeric`
   values: Mapping[str, tuple[int, tuple[str, ...]]]  # field → its column in `codes`, its counted values
+  amounts: Mapping[str, Amount] = dataclasses.field(default_factory=dict)  # of the fields of the next three
+  sums: tuple[str, ...] = ()
+  means: tuple[str, ...] = ()
+  trends: tuple[str, ...] = ()
+  distinct: Mapping[str, DistinctField] = dataclasses.field(default_factory=dict)
+  conditions: Mapping[str, EventCount] = dataclasses.field(default_factory=dict)
+
+  @property
+  def windows(self) -> list[str]:
+    """Returns the names of the windows; the last is the whole history."""
+    return [*(f"{d:g}d" for d in self.windows_days), "all"]
 
   @property
   def names(self) -> list[str]:
     """Returns the names of the A aggregates."""
-    windows = [*(f"{d:g}d" for d in self.windows_days), "all"]
+    windows = self.windows
     names = [f"events {s} {w}" for w in windows for s in self.sources] + [f"moments {w}" for w in windows]
     names += [f"mean {n} {w}" for w in windows for n in self.numeric]
     for field, (_, values) in self.values.items():
       names += [f"{field} {v} {w}" for w in windows for v in values] + [f"distinct {field}"]
+    names += [f"sum {n} {w}" for w in windows for n in self.sums]
+    names += [f"average {n} {w}" for w in windows for n in self.means]
+    names += [f"trend {n} {w}" for w in windows[:-1] for n in self.trends]
+    names += [f"distinct {n} {w}" for n in self.distinct for w in windows]
+    names += [f"count {n} {w}" for w in windows for n in self.conditions]
     return [*names, "recency", "tenure"]
 
   def __call__(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
@@ -49,15 +109,8 @@ class Aggregator:
       n_events: `[S]`, the number of visible events, at least one.
     """
     first = block.offsets[user]
-    starts = [block.before(user, time - int(d * MICROSECONDS_PER_DAY)) for d in self.windows_days]
     # The events of window w of snapshot s are [bounds[w, s], bounds[-1, s]) of the block.
-    bounds = first + np.stack([*(np.minimum(s, n_events) for s in starts), np.zeros_like(n_events), n_events])
-
-    def windowed(before: np.ndarray) -> np.ndarray:  # sums over the events before each bound → [S, windows, X]
-      return np.swapaxes(before[-1] - before[:-1], 0, 1)
-
-    def flat(x: np.ndarray) -> np.ndarray:
-      return x.reshape(len(time), x.shape[1] * x.shape[2])
+    bounds = np.concatenate([self._starts(block, user, time, n_events), first[None], (first + n_events)[None]])
 
     n = len(block.time)
     per_source = np.zeros((n + 1, len(self.sources)), np.int64)
@@ -65,30 +118,110 @@ class Aggregator:
     begins = np.diff(block.time, prepend=0) != 0  # an event at another time than the one before
     begins[block.offsets[:-1]] = True
     columns = [
-      flat(np.log1p(windowed(np.cumsum(per_source, axis=0)[bounds]))),
-      flat(np.log1p(windowed(_count(begins)[bounds][..., None]))),
+      _flat(np.log1p(_windowed(np.cumsum(per_source, axis=0)[bounds]))),
+      _flat(np.log1p(_windowed(_count(begins)[bounds][..., None]))),
     ]
     numeric = block.numeric[:, list(self.numeric.values())]
     present = np.isfinite(numeric)
     total = _sums_before(block, np.where(present, numeric, 0.0), bounds, first)
-    count = np.concatenate([np.zeros((1, numeric.shape[1]), np.int64), np.cumsum(present, axis=0)])
-    columns.append(flat(windowed(total) / np.maximum(windowed(count[bounds]), 1)))
+    columns.append(_flat(_windowed(total) / np.maximum(_windowed(_counts(present)[bounds]), 1)))
     for column, values in self.values.values():
       codes = block.codes[:, column]
-      columns.append(flat(np.log1p(windowed(counts_before(codes, len(values), bounds)))))
+      columns.append(_flat(np.log1p(_windowed(counts_before(codes, len(values), bounds)))))
       new = np.zeros(n, bool)  # the user's first event with this value
       new[np.unique(block.owner * (int(codes.max(initial=0)) + 1) + codes, return_index=True)[1]] = True
       distinct = _count(new & (codes > 0))
       columns.append(np.log1p(distinct[bounds[-1]] - distinct[first])[:, None])
+    if self.amounts:
+      columns += self._of_amounts(block, user, time, n_events, bounds)
+    for field in self.distinct.values():
+      columns.append(np.log1p(distinct_between(field(block), block.owner, bounds[:-1], bounds[-1])).T)
+    if self.conditions:
+      fulfilled = np.stack([condition.holds(block) for condition in self.conditions.values()], axis=1)
+      columns.append(_flat(np.log1p(_windowed(_counts(fulfilled)[bounds]))))
     hour = MICROSECONDS_PER_DAY / 24
     columns.append(np.log1p((time - block.time[bounds[-1] - 1]) / hour)[:, None])
     columns.append(np.log1p((time - block.time[first]) / hour)[:, None])
     return np.concatenate(columns, axis=1).astype(np.float32)
 
+  def _starts(
+    self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, times: int = 1
+  ) -> np.ndarray:
+    """Returns the first event in the block of each window, `times` as long as it is: int64 `[windows, S]`."""
+    lengths = [times * int(d * MICROSECONDS_PER_DAY) for d in self.windows_days]
+    starts = [block.offsets[user] + np.minimum(block.before(user, time - length), n_events) for length in lengths]
+    return np.stack(starts) if starts else np.zeros((0, len(time)), np.int64)
+
+  def _of_amounts(
+    self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, bounds: np.ndarray
+  ) -> list[np.ndarray]:
+    """Returns the columns of the sums, averages and trends of raw numbers."""
+    first, place = bounds[-2], {name: i for i, name in enumerate(self.amounts)}
+    raw = np.stack([amount(block) for amount in self.amounts.values()], axis=1)
+    present = np.isfinite(raw)
+    filled = np.where(present, raw, 0.0)
+    before = _sums_before(block, filled, bounds, first)
+    total = _windowed(before)
+    average = total / np.maximum(_windowed(_counts(present)[bounds]), 1)
+    columns = [
+      _flat(_signed_log(total[..., [place[n] for n in self.sums]])),
+      _flat(_signed_log(average[..., [place[n] for n in self.means]])),
+    ]
+    if self.trends:
+      chosen = [place[n] for n in self.trends]
+      earlier = _sums_before(block, filled, self._starts(block, user, time, n_events, times=2), first)
+      former = np.swapaxes(before[:-2] - earlier, 0, 1)
+      columns.append(_flat(_signed_log(total[:, :-1, chosen]) - _signed_log(former[..., chosen])))
+    return columns
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the settings as values of JSON, for `from_json`."""
+    saved = dataclasses.asdict(dataclasses.replace(self, conditions={}))
+    return {**saved, "conditions": {name: condition.where for name, condition in self.conditions.items()}}
+
+  @classmethod
+  def from_json(cls, saved: Mapping[str, Any], bind: Callable[[str, str], BlockCondition]) -> Aggregator:
+    """Returns the aggregator that `to_json` saved; exports of an earlier version lack the settings added later.
+
+    Args:
+      saved: the values of JSON.
+      bind: returns the function that evaluates a condition, from its name and its text.
+    """
+    return cls(
+      tuple(saved["windows_days"]),
+      tuple(saved["sources"]),
+      saved["numeric"],
+      {n: (column, tuple(counted)) for n, (column, counted) in saved["values"].items()},
+      {n: Amount(**{**of, "encoder": Numeric(**of["encoder"])}) for n, of in saved.get("amounts", {}).items()},
+      tuple(saved.get("sums", ())),
+      tuple(saved.get("means", ())),
+      tuple(saved.get("trends", ())),
+      {n: DistinctField(tuple(of["columns"]), of["numeric"]) for n, of in saved.get("distinct", {}).items()},
+      {n: EventCount(where, bind(n, where)) for n, where in saved.get("conditions", {}).items()},
+    )
+
+
+def _windowed(before: np.ndarray) -> np.ndarray:
+  """Returns sums over windows, from sums before each bound: `[windows + 1, S, X]` → `[S, windows, X]`."""
+  return np.swapaxes(before[-1] - before[:-1], 0, 1)
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+  return x.reshape(len(x), x.shape[1] * x.shape[2])
+
+
+def _signed_log(x: np.ndarray) -> np.ndarray:
+  return np.copysign(np.log1p(np.abs(x)), x)
+
 
 def _count(which: np.ndarray) -> np.ndarray:
   """Returns the number of true values before each position: bool `[N]` → int64 `[N + 1]`."""
   return np.append(0, np.cumsum(which))
+
+
+def _counts(which: np.ndarray) -> np.ndarray:
+  """Returns the number of true values before each position, by column: bool `[N, X]` → int64 `[N + 1, X]`."""
+  return np.concatenate([np.zeros((1, which.shape[1]), np.int64), np.cumsum(which, axis=0)])
 
 
 def _sums_before(block: UserBlock, x: np.ndarray, bounds: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import Schema
-from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount
+from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Vocabulary
 from supermoe_jax.data.tasks import KINDS, TaskKind
+from supermoe_jax.data.tasks.event_condition import EventCondition, bind_condition
 from supermoe_jax.data.tasks.listing import SHOWN_VALUES
 from supermoe_jax.data.tasks.sample_space import LabelComparison
 from supermoe_jax.errors import ConfigError
@@ -64,19 +66,61 @@ def schema_of_sizes(
 
 
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
-  """Returns the aggregator of a config, over the events' input fields only; None when aggregates are switched off."""
-  if not data.aggregates.enabled:
+  """Returns the aggregator of a config, over the events' input fields only; None when aggregates are switched off.
+
+  Raises:
+    DataError: a condition names a value that is not in the data.
+  """
+  wanted = data.aggregates
+  if not wanted.enabled:
     return None
-  columns = list(encoders.categorical)
-  counted = {}
-  for name in data.aggregates.fields:
+  columns, encodings = list(encoders.categorical), {name: field.encoding for name, field in data.fields.items()}
+  counted, amounts = {}, {}
+  for name in wanted.fields:
     encoder = encoders.categorical[name]
     assert isinstance(encoder, Vocabulary)  # config.resolve checked
-    counted[name] = (columns.index(name), tuple(encoder.values[: data.aggregates.top_values]))
+    counted[name] = (columns.index(name), tuple(encoder.values[: wanted.top_values]))
+  for name in wanted.amounts:
+    number = encoders.numeric[name]
+    assert isinstance(number, Numeric)  # config.resolve checked
+    amounts[name] = Amount(list(encoders.numeric).index(name), number, encodings[name])
   # Numbers of the table of users are left out: the mean of a user's own number is that number.
   own = {n for n, f in data.fields.items() if f.input and f.table == "events"}
   numeric = {n: i for i, n in enumerate(encoders.numeric) if n in own}
-  return Aggregator(data.aggregates.windows_days, tuple(data.sources), numeric, counted)
+  conditions = {
+    name: EventCount(where, bind_aggregate(name, where, encoders.categorical, encoders.numeric, encodings))
+    for name, where in wanted.conditions.items()
+  }
+  return Aggregator(
+    wanted.windows_days,
+    tuple(data.sources),
+    numeric,
+    counted,
+    amounts,
+    wanted.sums,
+    wanted.means,
+    wanted.trends,
+    {name: _distinct_field(name, data, encoders) for name in wanted.distinct},
+    conditions,
+  )
+
+
+def bind_aggregate(
+  name: str,
+  where: str,
+  categorical: Mapping[str, object],
+  numeric: Mapping[str, NumberEncoder],
+  encodings: Mapping[str, str],
+) -> EventCondition:
+  """Returns the condition `name` of a config's aggregates; see `bind_condition`."""
+  return bind_condition(f"config.data.aggregates.conditions.{name}", where, categorical, numeric, encodings)
+
+
+def _distinct_field(name: str, data: config.Data, encoders: Encoders) -> DistinctField:
+  if name in encoders.numeric:
+    return DistinctField((list(encoders.numeric).index(name),), numeric=True)
+  further = [i for i, n in enumerate(data.extra_value_fields, len(encoders.categorical)) if n == name]
+  return DistinctField((list(encoders.categorical).index(name), *further))
 
 
 def make_comparison(

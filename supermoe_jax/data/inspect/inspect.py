@@ -168,7 +168,7 @@ def _group(
   """Opens the files; returns them grouped by their columns, and the empty files."""
   groups: dict[tuple[str, ...], list[TableFile]] = {}
   empty: list[FilePath] = []
-  found = paths.find_files(con, files, "supermoe inspect")
+  found = paths.find_files(con, files, "")
   for file in found:
     try:
       table = derived_columns.with_members(con, text_dialect.open_guessed(con, file.path, format, text))
@@ -177,7 +177,7 @@ def _group(
       continue
     groups.setdefault((table.format, *sorted(table.columns)), []).append(table)
   if not groups:
-    raise DataError(f"supermoe inspect: none of the {len(found)} files holds a row; the first is {found[0].path}.")
+    raise DataError(f"none of the {len(found)} files holds a row; the first is {found[0].path}.")
   for group in groups.values():
     sequence_files.check_sequences(con, group)
   return list(groups.values()), empty

@@ -173,11 +173,12 @@ class _Writer:
       owner = user_split_sql('r."user"', split)
       return f"CASE WHEN {after_start} AND r.time <= {until[TEST]} THEN {owner} END"
     validation = until[TRAIN] + int(split.gap_days * MICROSECONDS_PER_DAY)
-    test = int(self._times.snapshots[self._times.split == TEST].min())
+    tests = self._times.snapshots[self._times.split == TEST]
+    of_test = "false" if not len(tests) else f"r.time >= {int(tests.min())} AND r.time <= {until[TEST]}"
     return (
       f"CASE WHEN r.time < {until[TRAIN]} THEN CASE WHEN {after_start} THEN {TRAIN} END "
       f"WHEN r.time >= {validation} AND r.time < {until[VALIDATION]} THEN {VALIDATION} "
-      f"WHEN r.time >= {test} AND r.time <= {until[TEST]} THEN {TEST} END"
+      f"WHEN {of_test} THEN {TEST} END"
     )
 
   def _place(

@@ -117,10 +117,15 @@ def _stray_losses(manifest: Mapping[str, Any]) -> Iterator[LogLoss]:
 
 def _snapshot_losses(manifest: Mapping[str, Any], min_events: int) -> Iterator[LogLoss]:
   split = _split(manifest)
-  if not split.has_snapshots("validation"):
+  measured = [name for name in ("validation", "test") if split.has_snapshots(name)]
+  if "validation" not in measured:
+    only = "test only" if measured else "nothing"
     yield LogLoss(
-      "config.data.split.validation is empty: no checkpoint is chosen by validation, and evaluate measures test only"
+      f"config.data.split.validation is empty: no checkpoint is chosen by validation, and evaluate measures {only}"
     )
+  if "test" not in measured:
+    only = "validation only" if measured else "nothing"
+    yield LogLoss(f"config.data.split.test is empty: evaluate measures {only}")
   users = manifest["users"]
   early, repeated = manifest["snapshots_with_too_few_events"], manifest["repeated_snapshots"]
   snapshots = sum(manifest["snapshots"].values()) + early + repeated

@@ -7,6 +7,7 @@ from typing import Any
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE
+from supermoe_jax.data.dataset.dataset import prepared_tie_rate
 from supermoe_jax.data.preparation import losses
 
 SHOWN_CLASSES = 5  # number of classes shown for a task
@@ -26,8 +27,8 @@ def dataset_summary(manifest: Mapping[str, Any]) -> str:
     lines.append(f"  {task}: " + ", ".join(_label_text(split, count) for split, count in splits.items()))
   for task in _tasks_about_moments(manifest):
     lines.append(
-      f"  {task}: any value of the next moment is right ({reading['tie_rate']:.1%} of the events share user and time "
-      "with another)"
+      f"  {task}: any value of the next moment is right ({prepared_tie_rate(manifest):.1%} of the prepared events "
+      "share user and time with another)"
     )
   for task, count in manifest.get("dated_labels", {}).items():
     known = sum(of_split["known"] for of_split in manifest["labels"][task].values())
@@ -96,7 +97,7 @@ def _loss_lines(found: Iterable[losses.LogLoss], warnings: Sequence[str]) -> lis
 
 def _tasks_about_moments(manifest: Mapping[str, Any]) -> list[str]:
   """Returns the names of the tasks for which simultaneous events are a set."""
-  rate, split_mode = manifest["reading"]["tie_rate"], manifest["config"]["data"]["split"]["mode"]
+  rate, split_mode = prepared_tie_rate(manifest), manifest["config"]["data"]["split"]["mode"]
   tasks = {n: t for n, t in manifest["config"]["tasks"].items() if t["kind"] == config.NextEvent.kind}
   asked = {n: config.NextEvent(field=t["field"], ties=t.get("ties", "order")) for n, t in tasks.items()}
   return [n for n, task in asked.items() if task.values_of_a_moment(rate, split_mode)]

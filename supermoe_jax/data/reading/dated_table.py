@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from supermoe_jax.config.tables import PLAIN_TEXT
 from supermoe_jax.data.reading import field_sql, paths, readers, value_sql
 from supermoe_jax.data.reading.field_sql import Fault
 from supermoe_jax.data.reading.readers import TableFile
+from supermoe_jax.data.reading.text_files import clean_copies
 from supermoe_jax.errors import DataError, nearest
 
 SHOWN_VALUES = 20  # values of a column that a message about a missing value lists
@@ -55,10 +57,14 @@ def load_dated_rows(
       time or an unusable label (unless `on_bad_rows` is "drop").
   """
   key = f"config.tasks.{name}"
-  opened = paths.open_files(con, task.files, task.format, {task.user, task.time, task.column}, key, PLAIN_TEXT)
+  opened = paths.open_files(con, task.files, task.format, {task.user, task.time, task.column}, key, task)
   out = DatedTable({}, [str(file) for file in opened.empty], {})
   for number, file in enumerate(opened.tables):
-    _load_file(con, index, number, file, key, task, on_bad_rows, out)
+    load = functools.partial(_load_file, con, index, number, key=key, task=task, on_bad_rows=on_bad_rows, out=out)
+    _, bad_lines = clean_copies.read_clean(con, file, field_sql.DROP_REMEDY, load, drop=on_bad_rows == "drop")
+    if bad_lines:
+      out.files[str(file.path)] += bad_lines
+      out.dropped["unreadable_line"] = out.dropped.get("unreadable_line", 0) + bad_lines
   con.execute(f"DELETE FROM dated_rows WHERE task = {index} AND fault > 0")
   _check_positive(con, index, key, task)
   return out
@@ -69,6 +75,7 @@ def _load_file(
   index: int,
   number: int,
   file: TableFile,
+  *,
   key: str,
   task: config.DatedLabel,
   on_bad_rows: str,
@@ -82,7 +89,7 @@ def _load_file(
     "time": times.sql,
     "raw_time": value_sql.text_sql("e.time", file.columns[task.time]),
     "value": text,
-    "number": _number_sql(task, text),
+    "number": _number_sql(task, text, file.text if file.columns[task.column] == "VARCHAR" else PLAIN_TEXT),
   }
   faults = [
     Fault("null_user", task.user, '"user" IS NULL'),
@@ -116,9 +123,10 @@ def _load_file(
   out.files[str(file.path)] = sum(n for _, n, *_ in found)
 
 
-def _number_sql(task: config.DatedLabel, text: str) -> str:
+def _number_sql(task: config.DatedLabel, text: str, format: config.TextFormat) -> str:
   """Returns the SQL of a label as a number: NULL if it is absent, none that the task can use, or a class.
 
+  `text` is the SQL of the label as text, and `format` says how its numbers are written.
   NaN counts as absent, since many writers use it so; it stays NaN here, which tells it from an unusable label.
   """
   if task.type == "multiclass":
@@ -126,7 +134,7 @@ def _number_sql(task: config.DatedLabel, text: str) -> str:
   if task.positive:
     yes = ", ".join(map(readers.literal, task.positive))
     return f"({text} IN ({yes}))::INTEGER::DOUBLE"
-  number = value_sql.number_sql(text, "VARCHAR")
+  number = value_sql.number_sql(text, "VARCHAR", format)
   if task.type == "binary":
     number = f"CASE lower({text}) WHEN 'true' THEN 1.0 WHEN 'false' THEN 0.0 ELSE {number} END"
     return f"CASE WHEN {number} IN (0, 1) OR isnan({number}) THEN {number} END"

@@ -265,7 +265,8 @@ def _json_types(con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence
     if file.format == "json_object" and json_files.VALUES in paths:
       columns = "json_type(json) AS c0"
     found = ", ".join(f"bool_or(c{i} = 'ARRAY'), bool_or(c{i} = 'OBJECT')" for i in range(len(paths)))
-    rows = f"SELECT {columns} FROM ({json_files.records_sql(file.path, file.format)}) LIMIT {json_files.SAMPLE_ROWS}"
+    records = json_files.records_sql(file.path, file.format, lenient=True)
+    rows = f"SELECT {columns} FROM ({records}) LIMIT {json_files.SAMPLE_ROWS}"
     (flags,) = con.execute(f"SELECT {found} FROM ({rows})").fetchall()
     for name, holds_lists, holds_objects in zip(paths, flags[::2], flags[1::2], strict=True):
       if holds_lists or holds_objects:
@@ -275,7 +276,7 @@ def _json_types(con: duckdb.DuckDBPyConnection, file: TableFile, names: Sequence
 
 def _json_leaves(con: duckdb.DuckDBPyConnection, file: TableFile, path: Sequence[str]) -> Iterator[tuple[str, ...]]:
   """Yields the paths of the members of the JSON objects at `path` that are no objects, below it, by their names."""
-  records = f"{json_files.records_sql(file.path, file.format)} LIMIT {json_files.SAMPLE_ROWS}"
+  records = f"{json_files.records_sql(file.path, file.format, lenient=True)} LIMIT {json_files.SAMPLE_ROWS}"
   objects = (
     f"SELECT v FROM (SELECT json_extract(json, {_pointer(path)}) AS v FROM ({records})) WHERE json_type(v) = 'OBJECT'"
   )

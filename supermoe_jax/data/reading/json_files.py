@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import re
 from collections.abc import Collection, Sequence
@@ -19,20 +20,46 @@ from supermoe_jax.errors import DataError
 KEYED_BY_ID = re.compile(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
 SAMPLE_ROWS = 20_480  # records in which keys, lists and objects are looked for
 KEY, VALUES = "key", "values"  # columns of such an object: its keys and, if its values are lists, the lists
+FIRST_BYTES = 1 << 16  # that show whether a file holds a record a line
 JSON_TEXT = 1 << 24  # bytes, DuckDB's default limit of a JSON value
 REMOTE_JSON_TEXT = 1 << 29  # bytes, the limit for a remote file, whose size is not looked up
 
 
 def line_keys(con: duckdb.DuckDBPyConnection, path: FilePath, wanted: Collection[str]) -> list[str]:
-  """Returns the keys of JSON lines; looks beyond the first lines for keys that are `wanted` and missing there."""
+  """Returns the keys of JSON lines; looks beyond the first lines for keys that are `wanted` and missing there.
+
+  Passes over damaged lines, which reading finds.
+  """
   # Only the keys are needed: depth 1 keeps nested values as JSON, and threshold -1 never turns a record into a map.
-  options = "maximum_depth = 1, map_inference_threshold = -1, hive_partitioning = false"
+  options = f"maximum_depth = 1, map_inference_threshold = -1, {lines_options(path, lenient=True)}"
   for sample in (SAMPLE_ROWS, -1):
     query = f"DESCRIBE SELECT * FROM read_json({remote.pattern_sql(path)}, {options}, sample_size = {sample})"
     keys = _exact(con, path, [name for name, *_ in con.execute(query).fetchall()])
     if all(w in keys or any(w.startswith(f"{k}.") for k in keys) for w in wanted):
       break
   return keys
+
+
+def lines_options(path: FilePath, *, lenient: bool) -> str:
+  """Returns the SQL of the options of a scan of JSON lines; with `lenient` a damaged line of a local file is NULL.
+
+  DuckDB guesses the layout from the first records, and takes a damaged first line for another layout than lines.
+  """
+  lines: list[bytes] = []
+  if not isinstance(path, RemoteFile):
+    with contextlib.suppress(OSError, EOFError, ValueError), text_lines.open_bytes(path) as raw:
+      start = raw.read(FIRST_BYTES).removeprefix(b"\xef\xbb\xbf")
+      lines = [line for part in start.split(b"\n") if (line := part.strip())][:2]
+  of_lines = len(lines) == 2 and lines[0].startswith(b"{") and (lines[1].startswith(b"{") or _is_json(lines[0]))
+  layout = ", format = 'newline_delimited'" if of_lines else ""
+  return f"hive_partitioning = false, ignore_errors = {lenient and of_lines}{layout}"
+
+
+def _is_json(line: bytes) -> bool:
+  with contextlib.suppress(ValueError):
+    json.loads(line)
+    return True
+  return False
 
 
 def renamed(names: Sequence[str]) -> bool:
@@ -47,7 +74,7 @@ def _exact(con: duckdb.DuckDBPyConnection, path: FilePath, keys: list[str]) -> l
     return keys
   found: list[str] = []
   for limit in (f" LIMIT {SAMPLE_ROWS}", ""):
-    records = f"SELECT json FROM ({records_sql(path, 'jsonl')}){limit}"
+    records = f"SELECT json FROM ({records_sql(path, 'jsonl', lenient=True)}){limit}"
     query = f"SELECT unnest(json_keys(json)) AS key, row_number() OVER () AS row FROM ({records})"
     found = [key for key, _ in con.execute(f"SELECT key, min(row) FROM ({query}) GROUP BY key ORDER BY 2").fetchall()]
     if {*keys} <= {*found}:  # each key stands in the file as it is
@@ -55,11 +82,14 @@ def _exact(con: duckdb.DuckDBPyConnection, path: FilePath, keys: list[str]) -> l
   return found
 
 
-def records_sql(path: FilePath, format: str) -> str:
-  """Returns a query of the records of JSON lines, or of the values of a JSON object, as the column `json`."""
+def records_sql(path: FilePath, format: str, *, lenient: bool = False) -> str:
+  """Returns a query of the records of JSON lines, or of the values of a JSON object, as the column `json`.
+
+  With `lenient` a damaged line is NULL.
+  """
   if format == "json_object":
     return f"SELECT e.value AS json FROM ({entries_sql(path)})"
-  options = "records = false, columns = {'json': 'JSON'}, hive_partitioning = false"
+  options = f"records = false, columns = {{'json': 'JSON'}}, {lines_options(path, lenient=lenient)}"
   return f"SELECT json FROM read_json({remote.pattern_sql(path)}, {options})"
 
 

@@ -7,11 +7,12 @@ import glob
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import duckdb
 
+from supermoe_jax import config
 from supermoe_jax.config import TextFormat
 from supermoe_jax.data.reading import readers, remote
 from supermoe_jax.data.reading.readers import EmptyFileError, TableFile, literal
@@ -51,15 +52,20 @@ def find_files(con: duckdb.DuckDBPyConnection, patterns: Sequence[str], key: str
 
   Raises:
     DataError: a path does not exist, a folder holds no data file, a file is named twice, or a remote file cannot be
-      reached; the message names `key`, the place of the patterns in the config.
+      reached; the message names `key`, the place of the patterns in the config, unless it is empty.
   """
   found: dict[str, FoundFile] = {}
   for pattern in patterns:
     for file in _find_remote(con, pattern, key) if remote.scheme(pattern) else _find(pattern, key):
       if file_identity(str(file.path)) in found:
-        raise DataError(f"{key}: {file.path} is named twice; its rows would count twice.")
+        raise DataError(f"{_place(key)}{file.path} is named twice; its rows would count twice.")
       found[file_identity(str(file.path))] = file
   return list(found.values())
+
+
+def _place(key: str) -> str:
+  """Returns the beginning of a message about the patterns of `key`; empty for the arguments of a command."""
+  return f"{key}: " if key else ""
 
 
 def open_files(
@@ -99,8 +105,8 @@ def _say_passed_over(pattern: str, key: str) -> None:
   others = [path for path in sorted(glob.glob(pattern, recursive=True)) if not is_data(path, pattern)]  # noqa: PTH207
   if passed := [path for path in others if path.lower().endswith(endings) and pathlib.Path(path).is_file()]:
     logger.info(
-      f"{key}: {len(passed)} file{'s' if len(passed) > 1 else ''} passed over, since the name or that of a folder "
-      f"begins with '_': {passed[0]}{' …' if len(passed) > 1 else ''}"
+      f"{_place(key)}{len(passed)} file{'s' if len(passed) > 1 else ''} passed over, since the name or that of a "
+      f"folder begins with '_': {passed[0]}{' …' if len(passed) > 1 else ''}"
     )
 
 
@@ -118,6 +124,33 @@ def glob_files(pattern: str) -> list[pathlib.Path]:
   found = [path for path in sorted(glob.glob(pattern, recursive=True)) if is_data(path, pattern)]  # noqa: PTH207
   files = [file for file in map(pathlib.Path, found) if file.is_file()]
   return files or [file for folder in found for file in folder_files(pathlib.Path(folder))]
+
+
+def check_paths_of_config(data: config.Data, tasks: Mapping[str, config.LabelledTask], file: pathlib.Path) -> None:
+  """Checks that no relative path of a config is meant relative to the folder of the config's `file`.
+
+  Relative paths are relative to the working directory.
+
+  Raises:
+    DataError: a path matches nothing in the working directory, but would in that folder.
+  """
+  patterns = [(f"config.data.sources.{n}.files", p) for n, s in data.sources.items() for p in s.files]
+  patterns += [(f"config.data.sources.{n}.items.file", s.items.file) for n, s in data.sources.items() if s.items]
+  patterns += [("config.data.users.files", p) for p in (data.users.files if data.users else ())]
+  patterns += [(f"config.tasks.{n}.files", p) for n, t in tasks.items() for p in t.own_files]
+  for key, pattern in patterns:
+    if remote.scheme(pattern) or pathlib.Path(pattern).expanduser().is_absolute() or _matches(pattern):
+      continue
+    if _matches(str(there := file.parent / pattern)):
+      raise DataError(
+        f"{key}: there is no {pattern} in the working directory {pathlib.Path.cwd()}, which relative paths start from, "
+        f"but there is {there}, next to the config file. Run the command in {file.parent}, or write the path in the "
+        f"config as str(pathlib.Path(__file__).parent / {pattern!r})."
+      )
+
+
+def _matches(pattern: str) -> bool:
+  return pathlib.Path(pattern).exists() or (glob.has_magic(pattern) and bool(glob_files(pattern)))
 
 
 def is_data(file: str, pattern: str) -> bool:
@@ -152,19 +185,19 @@ def _find(pattern: str, key: str) -> list[FoundFile]:
     if files := folder_files(path):
       _say_passed_over(_inside(path), key)
       return [FoundFile(file, may_be_empty=True) for file in files]
-    raise DataError(f"{key}: the folder {path} holds no data file; names that begin with '.' or '_' are no data.")
+    raise DataError(f"{_place(key)}the folder {path} holds no data file; names that begin with '.' or '_' are no data.")
   if path.exists():
     return [FoundFile(path, may_be_empty=False)]
   if glob.has_magic(str(path)):
     if files := glob_files(str(path)):
       _say_passed_over(str(path), key)
       return [FoundFile(file, may_be_empty=True) for file in files]
-    raise DataError(f"{key}: {path} matches no data file; names that begin with '.' or '_' are no data.")
+    raise DataError(f"{_place(key)}{path} matches no data file; names that begin with '.' or '_' are no data.")
   if not path.parent.is_dir():
-    raise DataError(f"{key}: {path}: no such file; the folder {path.parent} does not exist either.")
+    raise DataError(f"{_place(key)}{path}: no such file; the folder {path.parent} does not exist either.")
   siblings = [p.name for p in path.parent.iterdir() if p.is_file()]
   hint = nearest(path.name, siblings) if len(siblings) <= 20 else nearest(path.name, siblings).partition("; valid")[0]
-  raise DataError(f"{key}: {path}: no such file{hint}")
+  raise DataError(f"{_place(key)}{path}: no such file{hint}")
 
 
 def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list[FoundFile]:
@@ -172,28 +205,29 @@ def _find_remote(con: duckdb.DuckDBPyConnection, pattern: str, key: str) -> list
   if scheme not in remote.EXTENSIONS:
     known = ", ".join(f"{s}://" for s in remote.EXTENSIONS)
     raise DataError(
-      f"{key}: {pattern} is not a local file, and {scheme}:// is not read; copy it to a disk, or name one of {known}."
+      f"{_place(key)}{pattern} is not a local file, and {scheme}:// is not read; copy it to a disk, or name one of "
+      f"{known}."
     )
-  _load(con, remote.EXTENSIONS[scheme], f"{key}: {pattern}")
+  _load(con, remote.EXTENSIONS[scheme], f"{_place(key)}{pattern}")
   if scheme in remote.WEB:
     if "*" in pattern:
-      raise DataError(f"{key}: {pattern}: a web server does not list its files; name each of them.")
+      raise DataError(f"{_place(key)}{pattern}: a web server does not list its files; name each of them.")
     return [FoundFile(RemoteFile(pattern), may_be_empty=False)]
   credentials = RemoteFile(pattern).credentials
   try:
     found = con.execute(f"SELECT file FROM glob({literal(pattern)}) ORDER BY file").fetchall()
   except duckdb.Error as error:
-    raise DataError(f"{key}: {pattern} cannot be listed: {readers.first_line(error)}. {credentials}.") from error
+    raise DataError(f"{_place(key)}{pattern} cannot be listed: {readers.first_line(error)}. {credentials}.") from error
   found = [(file,) for (file,) in found if not glob.has_magic(pattern) or is_data(file, pattern)]
   if not found:
-    raise DataError(f"{key}: {pattern} matches no file. {credentials}.")
+    raise DataError(f"{_place(key)}{pattern} matches no file. {credentials}.")
   return [FoundFile(RemoteFile(file), may_be_empty=glob.has_magic(pattern)) for (file,) in found]
 
 
 def make_readable(con: duckdb.DuckDBPyConnection, path: FilePath, key: str) -> None:
   """Lets the connection read a file that another connection found; `key` is the file's place in the config."""
   if isinstance(path, RemoteFile):
-    _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{key}: {path}")
+    _load(con, remote.EXTENSIONS[remote.scheme(path.url)], f"{_place(key)}{path}")
 
 
 def _load(con: duckdb.DuckDBPyConnection, extension: str, place: str) -> None:

@@ -124,7 +124,7 @@ class TableFile:
   def select(self, wanted: Mapping[str, str], *, lenient: bool = False) -> str:
     """Returns a query of `row`, the row's number from 0, and the wanted columns (alias → name).
 
-    With `lenient`, the bad lines of a CSV or atomic file are passed over.
+    With `lenient`, the bad lines of a CSV or atomic file are passed over, and those of JSON lines hold NULL.
     """
     # A column named file_row_number hides Parquet's own row number.
     numbered = self.format == "parquet" and "file_row_number" not in self.columns
@@ -177,11 +177,12 @@ class TableFile:
       columns = ", ".join(f"{json_files.entry_sql(n)} AS c{i}" for n, i in self.places.items())
       return f"(SELECT {columns} FROM ({json_files.entries_sql(self.path)}))"
     if self._in_records(names):
-      return f"({json_files.records_sql(self.path, self.format)})"
+      return f"({json_files.records_sql(self.copy or self.path, self.format, lenient=lenient)})"
     if self.format == "jsonl":
       asked = names or list(self.places)[:1]  # read_json needs at least one column, also to count rows
       types = ", ".join(f"{literal(n)}: 'VARCHAR'" for n in asked)
-      return f"read_json({path}, columns = {{{types}}}, hive_partitioning = false)"
+      options = json_files.lines_options(self.copy or self.path, lenient=lenient)
+      return f"read_json({path}, columns = {{{types}}}, {options})"
     types = ", ".join(f"'c{i}': 'VARCHAR'" for i in self.places.values())
     quote = "'\"'" if self.format == "csv" else "''"  # RecBole does not quote: a title may hold a single quotation mark
     nulls = f", nullstr = ['', {', '.join(map(literal, self.text.null_values))}]" if self.text.null_values else ""
@@ -255,7 +256,7 @@ def open_table(
       file = TableFile(path, format, SEQUENCE_COLUMNS, text=text)
     else:
       file = TableFile(path, format, dict.fromkeys(json_files.attributes(con, path), "VARCHAR"), text=text)
-    if not con.execute(f"{file.select({})} LIMIT 1").fetchall():
+    if not con.execute(f"{file.select({}, lenient=True)} LIMIT 1").fetchall():
       raise EmptyFileError(f"{path} holds no row.")
     return derived_columns.with_derived_columns(con, file, wanted)
 

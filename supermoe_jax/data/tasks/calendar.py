@@ -41,7 +41,8 @@ def make_calendar(split: config.Split, log_start: int, log_end: int, *, stray_be
   before its start. Training snapshots lie `every_days` apart,
   counted back from the end of the training period; in a split by users that is the end of the log. With a policy other
   than `calendar` the training snapshots are each user's own, and this calendar lacks them. Validation windows end
-  `gap_days` before the first test snapshot, so choosing a model by validation uses nothing of the test period.
+  `gap_days` before the first test snapshot, so choosing a model by validation uses nothing of the test period. Without
+  test snapshots they end with the log.
 
   Raises:
     ConfigError: a snapshot lies outside the log, or there is no room for a training snapshot.
@@ -68,7 +69,7 @@ def make_calendar(split: config.Split, log_start: int, log_end: int, *, stray_be
   return Calendar(
     np.concatenate([train, validation, test]),
     np.repeat(np.array([TRAIN, VALIDATION, TEST], np.int32), [len(train), len(validation), len(test)]),
-    (train_end, int(test.min()) - int(split.gap_days * MICROSECONDS_PER_DAY), log_end),
+    (train_end, int(test[0]) - int(split.gap_days * MICROSECONDS_PER_DAY) if len(test) else log_end, log_end),
     earliest,
   )
 

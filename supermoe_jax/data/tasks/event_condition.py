@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from supermoe_jax.config.tasks.condition import (
   parse_condition,
 )
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+from supermoe_jax.data.encoding.numeric import NumberEncoder
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.listing import SHOWN_VALUES
 from supermoe_jax.data.tasks.moment_condition import moment_condition
@@ -41,8 +42,31 @@ def event_condition(key: str, where: str, source: str, data: config.Data, encode
   if source:
     parts.append(_of_type(f"{key}.source", source, data, encoders))
   if where:
-    parts.append(_bound(f"{key}.where", parse_condition(where, f"{key}.where"), encoders, data))
+    encodings = {name: field.encoding for name, field in data.fields.items()}
+    parts.append(bind_condition(f"{key}.where", where, encoders.categorical, encoders.numeric, encodings))
   return _All(tuple(parts)) if parts else None
+
+
+def bind_condition(
+  key: str,
+  where: str,
+  categorical: Mapping[str, object],
+  numeric: Mapping[str, NumberEncoder],
+  encodings: Mapping[str, str],
+) -> EventCondition:
+  """Returns the condition that an event fulfils `where`, the text of the config key `key`.
+
+  Args:
+    key: the config key that messages name.
+    where: the condition.
+    categorical: the encoders of the columns of codes, in order.
+    numeric: the encoders of the numeric fields, in order.
+    encodings: the `encoding` of each numeric field; see `config.Field`.
+
+  Raises:
+    DataError: a constant never occurs in the training period.
+  """
+  return _bound(key, parse_condition(where, key), categorical, numeric, encodings)
 
 
 def value_code(key: str, field: str, value: str, vocabulary: Vocabulary) -> int:
@@ -142,30 +166,36 @@ def _of_type(key: str, name: str, data: config.Data, encoders: Encoders) -> Even
   if name in data.sources:
     return _OfSource(list(data.sources).index(name))
   source, field, value = data.typed(name)
-  of_value = _categorical(key, Comparison(field, "==", (value,)), encoders)
+  of_value = _of_values(key, Comparison(field, "==", (value,)), encoders.categorical)
   return _All((_OfSource(list(data.sources).index(source)), of_value))
 
 
-def _bound(key: str, condition: Condition, encoders: Encoders, data: config.Data) -> EventCondition:
+def _bound(
+  key: str,
+  condition: Condition,
+  categorical: Mapping[str, object],
+  numeric: Mapping[str, NumberEncoder],
+  encodings: Mapping[str, str],
+) -> EventCondition:
   if isinstance(condition, Comparison):
     if condition.function:
-      return moment_condition(condition, encoders, data)
-    if condition.field not in encoders.numeric:
-      return _categorical(key, condition, encoders)
-    encoder, encoding = encoders.numeric[condition.field], data.fields[condition.field].encoding
+      return moment_condition(condition, numeric, encodings)
+    if condition.field not in numeric:
+      return _of_values(key, condition, categorical)
+    encoder, encoding = numeric[condition.field], encodings[condition.field]
     constants = tuple(encoder.encode(float(c), encoding) for c in condition.constants)
-    return _OfNumbers(list(encoders.numeric).index(condition.field), condition.operator, constants)
+    return _OfNumbers(list(numeric).index(condition.field), condition.operator, constants)
   if isinstance(condition, Negation):
-    return _None(_bound(key, condition.part, encoders, data))
-  parts = tuple(_bound(key, p, encoders, data) for p in condition.parts)
+    return _None(_bound(key, condition.part, categorical, numeric, encodings))
+  parts = tuple(_bound(key, p, categorical, numeric, encodings) for p in condition.parts)
   return _All(parts) if isinstance(condition, AllOf) else _Any(parts)
 
 
-def _categorical(key: str, compared: Comparison, encoders: Encoders) -> EventCondition:
-  vocabulary = encoders.categorical[compared.field]
+def _of_values(key: str, compared: Comparison, categorical: Mapping[str, object]) -> EventCondition:
+  vocabulary = categorical[compared.field]
   assert isinstance(vocabulary, Vocabulary)  # config.resolve checked
   codes = [value_code(key, compared.field, constant_text(c), vocabulary) for c in compared.constants]
   wanted = np.full(vocabulary.n_codes, compared.operator in ("!=", "not in"))
   wanted[codes] = not wanted[codes[0]]
   wanted[ABSENT] = False
-  return _OfCodes(list(encoders.categorical).index(compared.field), wanted)
+  return _OfCodes(list(categorical).index(compared.field), wanted)

@@ -8,28 +8,32 @@ Shapes: N events of a history or a block, M moments.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
-from supermoe_jax import config
 from supermoe_jax.config.tasks.condition import OPERATORS, Comparison
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
-from supermoe_jax.data.encoding.numeric import Numeric
-from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 
 # Records hold numbers as float32. A sum that differs from its constant by no more than this rounding counts as equal:
 # otherwise 20 + 30 >= 50 would be a matter of chance. `SINGLE` is the spacing of float32, twice its largest rounding.
 SINGLE, DOUBLE = 2.0**-23, 2.0**-50
 
 
-def moment_condition(compared: Comparison, encoders: Encoders, data: config.Data) -> ComparedMoments:
-  """Returns whether the moments of events fulfil a comparison with a function."""
+def moment_condition(
+  compared: Comparison, numeric: Mapping[str, NumberEncoder], encodings: Mapping[str, str]
+) -> ComparedMoments:
+  """Returns whether the moments of events fulfil a comparison with a function.
+
+  `numeric` holds the encoders of the numeric fields, in order, and `encodings` the `encoding` of each.
+  """
   (constant,) = compared.constants
   assert not isinstance(constant, str)  # config.resolve checked
   if compared.function == "count":
     return ComparedMoments("count", compared.operator, constant)
-  column, encoding = list(encoders.numeric).index(compared.field), data.fields[compared.field].encoding
-  encoder = encoders.numeric[compared.field]
+  column, encoding = list(numeric).index(compared.field), encodings[compared.field]
+  encoder = numeric[compared.field]
   if compared.function in ("max", "min"):  # every encoding keeps the order of numbers
     return ComparedMoments(compared.function, compared.operator, encoder.encode(constant, encoding), column)
   assert isinstance(encoder, Numeric)  # config.resolve checked

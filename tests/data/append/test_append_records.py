@@ -6,17 +6,19 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from supermoe_jax import config
 from supermoe_jax.batch import UNKNOWN
+from supermoe_jax.config.tasks.kinds import TIES_ARE_COMMON
 from supermoe_jax.data.append import append
 from supermoe_jax.data.check import check
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.format import shard_files
-from supermoe_jax.data.preparation import prepare
+from supermoe_jax.data.preparation import prepare, summary
 from tests.fixtures.new_visits import write_visits
 from tests.fixtures.small_log import raw_config as small_config
 from tests.fixtures.small_log import write_log
@@ -39,6 +41,7 @@ def test_only_users_with_new_events_are_written_anew(appendable: config.Config, 
     assert same == (record["user"] != "3")
   appended = dict(after.manifest["appends"][0])
   assert appended.pop("reading")["rows_read"] == 1
+  assert appended.pop("tie_rate_before") == before.manifest["reading"]["tie_rate"]
   assert appended | {"files": []} == {
     "number": 1,
     "encoding_before": encoding,
@@ -221,3 +224,19 @@ def test_with_kept_vocabularies_models_stay_of_use(appendable: config.Config, tm
   manifest = append.append(path, {"visits": [file]}, keep_vocabularies=True)
   assert manifest["appends"][0]["vocabularies"]["page"] == {"added": 0, "first": [], "left_out": 1}
   assert manifest["encoding_hash"] == before
+
+
+def test_an_append_does_not_change_what_a_task_about_the_next_event_asks(
+  appendable: config.Config, tmp_path: pathlib.Path
+) -> None:
+  path = pathlib.Path(appendable.data.path)
+  before = Dataset(path)
+  assert before.tie_rate < TIES_ARE_COMMON
+  rows = pq.read_table(write_visits(tmp_path, "day.parquet", 3, ["page0"]))
+  pq.write_table(pa.concat_tables([rows] * before.manifest["events"]), tmp_path / "basket.parquet")
+  for number, file in enumerate(("basket.parquet", "day.parquet"), 1):
+    append.append(path, {"visits": [str(tmp_path / file)]})
+    after = Dataset(path)
+    assert len(after.manifest["appends"]) == number and after.manifest["reading"]["tie_rate"] > TIES_ARE_COMMON
+    assert after.tie_rate == before.tie_rate
+    assert "any value of the next moment is right" not in summary.dataset_summary(after.manifest)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from supermoe_jax import config
 from supermoe_jax.config import MICROSECONDS_PER_DAY as DAY
 from supermoe_jax.data.encoding import histories
-from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+from supermoe_jax.data.encoding.numeric import Numeric
 from supermoe_jax.data.preparation import record_counts
 from supermoe_jax.data.preparation.snapshots import user_snapshots
 from supermoe_jax.data.tasks import labels
@@ -30,7 +31,18 @@ POLICIES = {
   "user": config.Split(mode="user", every_days=9.0),
   "leave_one_out": config.Split(mode="leave_one_out", min_events=2),
 }
-AGGREGATOR = Aggregator((2.0, 10.0), ("a", "b"), {"x": 0, "y": 1}, {"c": (0, ("p", "q", "r"))})
+AGGREGATOR = Aggregator(
+  (2.0, 10.0),
+  ("a", "b"),
+  {"x": 0, "y": 1},
+  {"c": (0, ("p", "q", "r"))},
+  {"x": Amount(0, Numeric(5.0, 2.0), "standardise")},
+  sums=("x",),
+  means=("x",),
+  trends=("x",),
+  distinct={"c": DistinctField((0, 1)), "y": DistinctField((1,), numeric=True)},
+  conditions={"of b": EventCount("", lambda block: block.source == 1)},
+)
 ANSWER = EventAnswer(1, np.array([False, False, True, False, True, True]))
 
 

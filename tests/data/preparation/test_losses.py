@@ -169,6 +169,20 @@ def test_a_split_without_validation_is_prepared_and_said(write: Write) -> None:
     config.resolve({**settings, "train": {"validate": {"every": 1000}, "checkpoint_every": 1000}})
 
 
+@pytest.mark.parametrize("validation", [["2024-03-20"], []])
+def test_a_split_without_test_is_prepared_checked_and_said(write: Write, validation: list[str]) -> None:
+  settings = raw(write("orders.csv", columns()))
+  settings["data"]["split"] |= {"validation": validation, "test": [], "train_end": "2024-03-20"}
+  lines, warned = said(settings)
+  dataset = Dataset(settings["data"]["path"])
+  assert dataset.manifest["snapshots"]["test"] == 0 and dataset.manifest["snapshots"]["train"] > 0
+  assert (dataset.manifest["snapshots"]["validation"] > 0) == bool(validation)
+  only = "validation only" if validation else "nothing"
+  assert f"config.data.split.test is empty: evaluate measures {only}" in lines
+  assert not [warning for warning in warned if "in test" in warning]
+  check.check_dataset(dataset.path, sample=20)
+
+
 def test_a_field_of_one_value_is_said(write: Write) -> None:
   same = columns()
   same["sku"] = ["sku0"] * EVENTS

@@ -76,7 +76,7 @@ def test_the_summary_says_what_the_manifest_counts() -> None:
     "  next: train 1 known (1 unseen value)",
     "  age: train 77 known (mean 0.5, deviation 1.25, standardised), test 0 known",
     "  tier: train 21 known (6 a, 5 b, 4 c, 3 d, 2 e)",
-    "  next: any value of the next moment is right (12.5% of the events share user and time with another)",
+    "  next: any value of the next moment is right (12.5% of the prepared events share user and time with another)",
     "task tier: 3 of 24 users (12.5%) have a class that no training user has; they have no label",
     "task age: 19 of 100 users (19.0%) of config.data.users have no value, so no label",
     "task age: the values of 4 of 100 users (4.0%) are no numbers; they have no label",

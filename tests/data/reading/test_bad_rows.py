@@ -30,6 +30,34 @@ def test_a_bad_row_is_an_error_that_names_file_row_column_and_value(
     read(make_data(write(name, columns), fields=PRICE))
 
 
+def test_a_damaged_line_of_json_is_named_or_dropped_and_counted(tmp_path, make_data, read):
+  good = [f'{{"user": "u{i}", "time": {JUNE_1}, "item": "x", "price": {i}}}' for i in range(6)]
+  file = tmp_path / "shots.jsonl"
+  file.write_text("\n".join([*good[:2], '{"user": "u9", "ti', "", '{"user": "u8"} {"user": "u7"}', *good[2:]]) + "\n")
+  with pytest.raises(DataError, match=r"shots\.jsonl: line 3 is no JSON \(2 such lines; the next is line 5\).*'drop'"):
+    read(make_data(file, fields=PRICE))
+  histories, counts = read(make_data(file, fields=PRICE, on_bad_rows="drop"))
+  assert sorted(h.user for h in histories) == [f"u{i}" for i in range(6)]
+  assert counts["sources"]["log"]["dropped"] == {"unreadable_line": 2} and counts["rows_read"] == 8
+
+
+def test_a_damaged_first_line_of_json_is_named_or_dropped_too(tmp_path, make_data, read):
+  good = [f'{{"user": "u{i}", "time": {JUNE_1}, "item": "x"}}\n' for i in range(3)]
+  file = tmp_path / "shots.jsonl"
+  file.write_text('{"user": "u9", "ti\n' + "".join(good))
+  with pytest.raises(DataError, match=r"shots\.jsonl: line 1 is no JSON: "):
+    read(make_data(file))
+  histories, counts = read(make_data(file, on_bad_rows="drop"))
+  assert len(histories) == 3 and counts["sources"]["log"]["dropped"] == {"unreadable_line": 1}
+
+
+def test_a_file_that_is_not_json_lines_is_an_error_even_where_lines_may_be_dropped(tmp_path, make_data, read):
+  file = tmp_path / "shots.jsonl"
+  file.write_text(f'{{"user": "a", "time": {JUNE_1}, "item": "x"}}\nuser,time\nb,1\n')
+  with pytest.raises(DataError, match=r"2 of 3 lines are no JSON, the first is line 2: user,time\. Write one JSON"):
+    read(make_data(file, on_bad_rows="drop"))
+
+
 def test_an_infinite_number_in_parquet_is_bad(write, make_data, read):
   with pytest.raises(DataError, match="holds 'inf', which is not a number"):
     read(make_data(write("e.parquet", good_rows(price=[1.0, np.inf, 2.0])), fields=PRICE))

@@ -1,4 +1,6 @@
-"""Reads CSV and RecBole files that DuckDB refuses as a whole: bad lines are named or dropped, line ends made equal.
+"""Reads text files that DuckDB refuses as a whole: bad lines are named or dropped, line ends made equal.
+
+The files are CSV, RecBole files and JSON lines.
 
 A file is read as it is first, so a file without a fault costs nothing. Only after a failure its lines are split here,
 and a copy of the good lines is read.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import re
 import tempfile
@@ -26,6 +29,9 @@ from supermoe_jax.errors import DataError
 LONGEST_RECORD = 2_000_000  # bytes, the limit of DuckDB
 MOST_LINES = 1000  # of one record; a quotation mark that is open for longer is a fault
 OPEN, BROKEN = -1, -2  # in place of a number of values
+
+OF_LINES = (*DELIMITED, "jsonl")  # formats whose lines can be read one by one
+LINES_AT_ONCE = 10_000  # lines of JSON that are judged at a time
 
 T = TypeVar("T")
 Line = tuple[int, bytes]
@@ -63,7 +69,7 @@ def read_clean(
   try:
     return read(file), 0
   except DataError as error:
-    if file.format not in DELIMITED or not isinstance(error.__cause__, duckdb.InvalidInputException):
+    if file.format not in OF_LINES or not isinstance(error.__cause__, duckdb.InvalidInputException):
       raise
     with clean_copy(con, file, remedy, drop=drop) as (copy, dropped):
       return read(copy), dropped
@@ -75,7 +81,7 @@ def readable(
 ) -> Iterator[tuple[TableFile, int]]:
   """Yields the file, with a copy of its good lines if it cannot be read as it is, and the number of bad lines.
 
-  Serves several queries of a file; reads a CSV or RecBole file once to find out. Arguments and errors are those of
+  Serves several queries of a file; reads a file of lines once to find out. Arguments and errors are those of
   `read_clean`.
   """
 
@@ -86,7 +92,7 @@ def readable(
       ).fetchall()
 
   try:
-    if file.format in DELIMITED:
+    if file.format in OF_LINES:
       parse(file)
   except DataError as error:
     if not isinstance(error.__cause__, duckdb.InvalidInputException):
@@ -115,14 +121,21 @@ def clean_copy(
   bad: list[Record] = []
   dropped = 0
   with tempfile.TemporaryDirectory(dir=place) as folder:
-    copy = pathlib.Path(folder) / "copy.csv"
+    copy, good = pathlib.Path(folder) / f"copy.{file.format}", 0
+    raw = text_lines.byte_lines(con, file.path)
     with copy.open("wb") as out:
-      for record in _records(text_lines.byte_lines(con, file.path), file):
+      for record in _json_records(con, raw) if file.format == "jsonl" else _records(raw, file):
         if not record.fault:
+          good += 1
           out.write(record.content + b"\n")
           continue
         dropped += 1
         bad = [*bad, record][:2]
+    if file.format == "jsonl" and dropped > good:
+      raise DataError(
+        f"{file.path}: {dropped:,} of {good + dropped:,} lines are no JSON, the first is line {bad[0].line}: "
+        f"{abridged(bad[0].content.decode(errors='replace'))}. Write one JSON object a line."
+      )
     if bad and not drop:
       raise _bad_line(file, bad, dropped, remedy)
     yield dataclasses.replace(file, copy=copy), dropped
@@ -134,6 +147,18 @@ def _bad_line(file: TableFile, bad: list[Record], count: int, remedy: str) -> Da
   return DataError(
     f"{file.path}: line {bad[0].line} {bad[0].fault}{more}: {text}. Correct the file{f', or {remedy}' * bool(remedy)}."
   )
+
+
+def _json_records(con: duckdb.DuckDBPyConnection, raw: Iterator[bytes]) -> Iterator[Record]:
+  """Yields the records of JSON lines in order, without blank lines; DuckDB judges each line."""
+  lines = ((number, content.strip()) for number, content in _numbered(raw))
+  filled = (line for line in lines if line[1])
+  with contextlib.closing(con.cursor()) as judge:
+    while some := list(itertools.islice(filled, LINES_AT_ONCE)):
+      texts = [content.decode(errors="replace") for _, content in some]
+      valid = judge.execute("SELECT json_valid(unnest(?))", [texts]).fetchall()
+      for (number, content), (good,) in zip(some, valid, strict=True):
+        yield Record(number, content, "" if good else "is no JSON")
 
 
 def _records(raw: Iterator[bytes], file: TableFile) -> Iterator[Record]:
