@@ -35,7 +35,7 @@ def headline_section(run: RunFiles) -> dict[str, Any] | None:
     "lower": sorted({r["metric"] for r in rows} & metrics.LOWER_IS_BETTER),
     "few": [r["task"] for r in rows if r["labels"] < FEW_LABELS],
     "few_labels": FEW_LABELS,
-    "untested": not run.cfg.data.split.has_snapshots("test"),
+    "untested": not results and not run.cfg.data.split.has_snapshots("test"),
     "unlabelled": [n for n in run.cfg.active_views if n not in results],
     "unmeasured": [n for n in run.cfg.active_tasks if n not in run.cfg.active_views],
     "figure": scores.draw_scores("scores", [_row(r) for r in rows]) if rows else None,

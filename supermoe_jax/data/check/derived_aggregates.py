@@ -31,7 +31,7 @@ ROUNDING = 1e-6  # of an encoded number, in deviations
 HOUR = 3_600_000_000
 
 
-class Interval(NamedTuple):
+class DerivedBounds(NamedTuple):
   """The bounds of a derived number."""
 
   low: float
@@ -44,7 +44,7 @@ class Interval(NamedTuple):
 
 
 Row = dict[str, Any]
-Derivation = Callable[[Row], Interval]
+Derivation = Callable[[Row], DerivedBounds]
 
 
 def clipped_sql(dataset: Dataset, field: str) -> str:
@@ -90,10 +90,10 @@ def differing_aggregate(
   return None
 
 
-def _derive(con: duckdb.DuckDBPyConnection, dataset: Dataset, aggregator: Aggregator) -> list[dict[str, Interval]]:
+def _derive(con: duckdb.DuckDBPyConnection, dataset: Dataset, aggregator: Aggregator) -> list[dict[str, DerivedBounds]]:
   """Returns the intervals of the aggregates, by name, of each row of the table `asked`, from the table `events`."""
   days: list[float | None] = [*aggregator.windows_days, None]
-  out: list[dict[str, Interval]] = []
+  out: list[dict[str, DerivedBounds]] = []
   derive, conditions = _Derivations(dataset, aggregator), dataset.config.data.aggregates.conditions.values()
   events = events_sql(dataset.config.data, " and ".join(f"({where})" for where in conditions), dataset.encoders)
   for name, length in zip(aggregator.windows, days, strict=True):
@@ -175,7 +175,7 @@ class _Derivations:
     name, size = self._column(f"avg({encoded})"), self._column(f"avg(abs({encoded}))")
     return lambda row: _around(row[name] or 0.0, ROUNDING * (row[size] or 0.0))
 
-  def _summed(self, field: str, condition: str = "{inside}") -> Callable[[Row], tuple[Interval, int]]:
+  def _summed(self, field: str, condition: str = "{inside}") -> Callable[[Row], tuple[DerivedBounds, int]]:
     """Returns the function from a row to the sum of the raw numbers and their count."""
     encoder = self._dataset.encoders.numeric[field]
     assert isinstance(encoder, Numeric)
@@ -192,18 +192,18 @@ class _Derivations:
   def _amount(self, field: str, *, average: bool) -> Derivation:
     summed = self._summed(field)
 
-    def interval(row: Row) -> Interval:
+    def interval(row: Row) -> DerivedBounds:
       total, count = summed(row)
-      return Interval(*(_signed_log(b / (max(count, 1) if average else 1)) for b in total))
+      return DerivedBounds(*(_signed_log(b / (max(count, 1) if average else 1)) for b in total))
 
     return interval
 
   def _trend(self, field: str, before: str) -> Derivation:
     recent, former = self._summed(field), self._summed(field, before)
 
-    def interval(row: Row) -> Interval:
+    def interval(row: Row) -> DerivedBounds:
       (now, _), (then, _) = recent(row), former(row)
-      return Interval(_signed_log(now.low) - _signed_log(then.high), _signed_log(now.high) - _signed_log(then.low))
+      return DerivedBounds(_signed_log(now.low) - _signed_log(then.high), _signed_log(now.high) - _signed_log(then.low))
 
     return interval
 
@@ -222,27 +222,27 @@ class _Derivations:
       known = len(encoder.values) - added
       first = Vocabulary(encoder.values[:known], encoder.counts[:known], encoder.buckets)
 
-    def interval(row: Row) -> Interval:
+    def interval(row: Row) -> DerivedBounds:
       now, then = (len({e.code(v) for v in row[name] or ()} - {ABSENT}) for e in (encoder, first))
-      return Interval(math.log1p(min(now, then)), math.log1p(now + 1 if added else now))
+      return DerivedBounds(math.log1p(min(now, then)), math.log1p(now + 1 if added else now))
 
     return interval
 
-  def _distinct_numbers(self, field: str, numbers: Iterable[float]) -> Interval:
+  def _distinct_numbers(self, field: str, numbers: Iterable[float]) -> DerivedBounds:
     """Returns the interval of the count of distinct numbers: two that nearly agree may be one after encoding."""
     raw: Sequence[float] = sorted(set(numbers))
     encoding = self._data.fields[field].encoding
     encoded = np.array([self._dataset.encoders.numeric[field].encode(n, encoding) for n in raw], np.float64)
     apart = int(np.sum(np.diff(encoded) > ROUNDING * (1 + np.abs(encoded[1:])))) + 1 if len(encoded) else 0
-    return Interval(math.log1p(apart), math.log1p(len(raw)))
+    return DerivedBounds(math.log1p(apart), math.log1p(len(raw)))
 
 
-def _point(value: float) -> Interval:
-  return Interval(value, value)
+def _point(value: float) -> DerivedBounds:
+  return DerivedBounds(value, value)
 
 
-def _around(value: float, tolerance: float) -> Interval:
-  return Interval(value - tolerance, value + tolerance)
+def _around(value: float, tolerance: float) -> DerivedBounds:
+  return DerivedBounds(value - tolerance, value + tolerance)
 
 
 def _signed_log(value: float) -> float:

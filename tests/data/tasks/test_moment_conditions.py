@@ -194,6 +194,33 @@ def test_labels_of_a_prepared_dataset_equal_plain_python(tmp_path: pathlib.Path,
   assert all(n.labels > 5 for n in compared.values())
 
 
+def test_aggregates_count_the_events_of_moments_as_plain_python_does(tmp_path: pathlib.Path) -> None:
+  lines = random_lines(6)
+  write_lines(tmp_path, lines)
+  raw = raw_config(tmp_path, {"big": _tasks()["big"]})
+  raw["data"]["aggregates"] = {
+    "windows_days": [30.0],
+    "conditions": {"big": "sum(paid) >= 50", "several": "count() >= 2"},
+  }
+  prepare.prepare(config.resolve(raw))
+  dataset = Dataset(tmp_path / "dataset")
+  assert dataset.aggregator is not None
+  column, counts = dataset.aggregator.names.index("count big 30d"), set()
+  epoch = datetime.datetime(1970, 1, 1)
+  for index in range(len(dataset)):
+    record = dataset[index]
+    time, seen = record["snapshot_time"], record["snapshot_events"]
+    rows = dataset.aggregator(dataset.history(record).block, np.zeros(len(time), np.int64), time, seen)
+    for at, row in zip(time.tolist(), rows, strict=True):
+      end = epoch + datetime.timedelta(microseconds=at)
+      window = [x for x in lines if x.client == record["user"] and end - datetime.timedelta(days=30) <= x.at < end]
+      wanted = sum(_big(lines, x) for x in window)
+      assert row[column] == pytest.approx(np.log1p(wanted), abs=1e-6)
+      counts.add(wanted)
+  assert len(counts) > 2
+  check.check_dataset(tmp_path / "dataset")
+
+
 def test_lines_that_an_append_adds_to_an_earlier_basket_count_with_it(tmp_path: pathlib.Path) -> None:
   lines = random_lines(8)
   late = [x for x in lines if x.client in ("c2", "c3", "c4") and x.paid is not None][::3]
