@@ -88,12 +88,14 @@ def get_config() -> ml_collections.ConfigDict:
     "experts": 8,
     "d_expert": 128,
     "max_events": 192,
+    "value_dropout": 0.2,
   }
   train = {
     "steps": 400,
     "batch_rows": 32,
     "snapshots_per_row": 8,
     "learning_rate": 4e-3,
+    "weight_decay": 1.0,
     "balance_weight": 0.05,
     "checkpoint_every": 100,
   }

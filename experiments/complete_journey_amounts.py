@@ -43,10 +43,11 @@ def get_config() -> ml_collections.ConfigDict:
   }
   tasks = {
     "churn": {"kind": "future_event", "negate": True},
-    "costly": {"kind": "future_event", "where": "value >= 25"},
+    "large_basket": {"kind": "future_event", "where": "sum(value) >= 50"},
     "fuel": {"kind": "future_event", "source": "FUEL"},
     "spend": {"kind": "future_amount", "field": "value"},
     "orders": {"kind": "future_amount", "of": "moments", "loss": "poisson"},
+    "next_purchase": {"kind": "time_to_event"},
   }
   model = {"d_model": 128, "layers": 2, "heads": 4, "d_hidden": 256, "experts": 8, "d_expert": 128, "max_events": 128}
   train = {

@@ -30,10 +30,16 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "split": {"train_end": "2015-08-01", "validation": ("2015-08-01",), "test": ("2015-08-22",)},
     "aggregates": {"top_values": 3, "fields": ("behavior",)},
   }
+  bought = {"where": "behavior == 'buy'"}
   tasks = {
     "next_item": {"kind": "next_event", "field": "item"},
     "buys": {"kind": "event_label", "field": "behavior", "positive": ("buy",), "given": ("item",)},
     "two_weeks": {"kind": "future_values", "field": "behavior", "top": 3, "horizon_days": 14.0},
+    "leaves": {"kind": "future_event", "negate": True, "horizon_days": 14.0},
+    "large_order": {"kind": "future_event", "where": "behavior == 'buy' and count() >= 2", "horizon_days": 14.0},
+    "purchases": {"kind": "future_amount", "of": "count", "loss": "poisson", "horizon_days": 14.0, **bought},
+    "orders": {"kind": "future_amount", "of": "moments", "loss": "poisson", "horizon_days": 14.0, **bought},
+    "next_purchase": {"kind": "time_to_event", "horizon_days": 28.0, **bought},
   }
   model = {
     "d_model": 64,
