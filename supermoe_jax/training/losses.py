@@ -177,7 +177,7 @@ def _next_value_loss(
 def _contrast(
   model: SuperMoE, task: config.Contrast, slices: Slices, rngs: nnx.Rngs | None
 ) -> tuple[TaskLoss, tuple[jax.Array, jax.Array]]:
-  flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), slices.features)
+  flat = jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), slices.features)
   encoded = model.encode(flat, dropless=False, rngs=rngs)
   z = encoded.z[:, 0].reshape(len(slices.known), 2, -1)
   stats = encoded.experts.stats
