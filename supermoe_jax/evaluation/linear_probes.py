@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+import threadpoolctl
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -29,6 +30,9 @@ Predictor = Callable[[Inputs], np.ndarray]
 # Inverse strength of the regularisation (scikit-learn's C) for standardised and for sparse inputs.
 REGULARISATION = 0.05
 SPARSE_REGULARISATION = 5.0
+
+# One thread for trees on a few thousand rows: several wait for each other, beside other processes for minutes.
+_on_one_thread = threadpoolctl.threadpool_limits.wrap(limits=1)
 
 # The losses of `AmountProbe`, in words.
 LOSSES = {"poisson": "Poisson deviance", "log1p": "squared error of log1p"}
@@ -109,6 +113,7 @@ class AmountProbe:
   deviance of a Poisson distribution, whose answers are means, for amounts that are not negative.
   """
 
+  @_on_one_thread
   def __init__(self, x: Inputs, label: np.ndarray, loss: str = "log1p"):
     """Fits on `x [n, D]` and `label [n]`."""
     self.loss = loss
@@ -122,6 +127,7 @@ class AmountProbe:
       random_state=0,
     ).fit(x, label if loss == "poisson" else np.sign(label) * np.log1p(np.abs(label)))
 
+  @_on_one_thread
   def __call__(self, x: Inputs) -> np.ndarray:
     """Returns amounts `[m]` for `x [m, D]`."""
     found = self._model.predict(x)
@@ -148,6 +154,7 @@ class HazardProbe:
   Each label is a row for every interval that counts: whether the event lies in it, given the inputs and the interval.
   """
 
+  @_on_one_thread
   def __init__(self, x: Inputs, label: np.ndarray, edges: Sequence[float]):
     """Fits on `x [n, D]` and times `label [n, 2]`; `edges [K]` are the ends of the intervals, in days."""
     self._intervals = len(edges)
@@ -171,6 +178,7 @@ class HazardProbe:
   def _rows(self, x: np.ndarray, interval: np.ndarray) -> np.ndarray:
     return np.concatenate([x, interval[:, None].astype(x.dtype)], axis=1)
 
+  @_on_one_thread
   def __call__(self, x: Inputs) -> np.ndarray:
     """Returns the chance of an event by the end of each interval, `[m, K]`, for `x [m, D]`."""
     shape = (x.shape[0], self._intervals)

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 
+from supermoe_jax import config
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.evaluation import baselines
 
@@ -41,12 +42,15 @@ def test_own_frequency_counts_the_events_that_the_question_is_about() -> None:
 
 def test_a_user_gives_the_last_snapshot_and_others_that_a_seed_draws() -> None:
   snapshots = np.array([3, 5, 6, 9, 11])
-  rng = np.random.default_rng(0)
-  assert baselines._last_and_others(snapshots, 5, rng).tolist() == snapshots.tolist()
-  assert baselines._last_and_others(snapshots, 1, rng).tolist() == [11]
-  drawn = [tuple(baselines._last_and_others(snapshots, 3, rng).tolist()) for _ in range(40)]
+  task, rng = config.FutureEvent(), np.random.default_rng(0)
+  assert baselines._fitted(snapshots, 5, task, rng).tolist() == snapshots.tolist()
+  assert baselines._fitted(snapshots, 1, task, rng).tolist() == [11]
+  drawn = [tuple(baselines._fitted(snapshots, 3, task, rng).tolist()) for _ in range(40)]
   assert all(d[-1] == 11 and len(d) == 3 and d == tuple(sorted(set(d))) for d in drawn)
   assert {i for d in drawn for i in d} == set(snapshots.tolist())
+  # The last snapshot of a time to an event is followed for a short time only.
+  alone = {baselines._fitted(snapshots, 1, config.TimeToEvent(), rng).item() for _ in range(80)}
+  assert alone == set(snapshots.tolist())
 
 
 def test_the_best_value_of_a_moment_is_ranked_without_the_others() -> None:

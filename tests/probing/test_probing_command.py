@@ -73,7 +73,7 @@ def test_how_a_csv_file_of_another_system_was_read_is_said(
   assert f"  same: {file} was read with delimiter=';', decimal=','" in capsys.readouterr().out
   found = json.loads((other[0].parent / "vectors.parquet.probe.json").read_text())
   scores = found["labels"]["good"]["scores"]
-  assert abs(scores["same"]["logistic"]["auc"]["mean"] - scores["mine"]["logistic"]["auc"]["mean"]) < 1e-3
+  assert abs(scores["same"]["logistic"]["auc"]["value"] - scores["mine"]["logistic"]["auc"]["value"]) < 1e-3
 
 
 def test_the_figures_are_the_same_again_but_for_another_seed(other: tuple[pathlib.Path, pathlib.Path]) -> None:

@@ -173,7 +173,7 @@ class _Derivations:
     within = f"least(greatest({deviation}, -{MOST_DEVIATIONS}), {MOST_DEVIATIONS})"
     encoded = f"CASE WHEN {column} IS NOT NULL THEN {within} END"
     name, size = self._column(f"avg({encoded})"), self._column(f"avg(abs({encoded}))")
-    return lambda row: _around(row[name] or 0.0, ROUNDING * (row[size] or 0.0))
+    return lambda row: _bounds(row[name] or 0.0, ROUNDING * (row[size] or 0.0))
 
   def _summed(self, field: str, condition: str = "{inside}") -> Callable[[Row], tuple[DerivedBounds, int]]:
     """Returns the function from a row to the sum of the raw numbers and their count."""
@@ -187,7 +187,7 @@ class _Derivations:
     log = self._data.fields[field].encoding == "log1p"
     share = ROUNDING * (1 + encoder.std + abs(encoder.mean)) if log else ROUNDING
     each = 0.0 if log else ROUNDING * (encoder.std + abs(encoder.mean))
-    return lambda row: (_around(row[total] or 0.0, share * (row[size] or 0.0) + each * row[count]), row[count])
+    return lambda row: (_bounds(row[total] or 0.0, share * (row[size] or 0.0) + each * row[count]), row[count])
 
   def _amount(self, field: str, *, average: bool) -> Derivation:
     summed = self._summed(field)
@@ -241,7 +241,7 @@ def _point(value: float) -> DerivedBounds:
   return DerivedBounds(value, value)
 
 
-def _around(value: float, tolerance: float) -> DerivedBounds:
+def _bounds(value: float, tolerance: float) -> DerivedBounds:
   return DerivedBounds(value - tolerance, value + tolerance)
 
 

@@ -19,10 +19,10 @@ from supermoe_jax.config.tasks.condition import (
   parse_condition,
 )
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
+from supermoe_jax.data.encoding.moment_condition import moment_condition
 from supermoe_jax.data.encoding.numeric import NumberEncoder
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
 from supermoe_jax.data.tasks.listing import SHOWN_VALUES
-from supermoe_jax.data.tasks.moment_condition import moment_condition
 from supermoe_jax.errors import DataError, nearest
 
 # A function that returns whether each event of a history fulfils a condition: bool `[N]`. It can be pickled, because
