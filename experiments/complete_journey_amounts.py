@@ -1,12 +1,12 @@
-"""Complete Journey's purchases alone: churn, spend, orders, and whether a costly item is bought, within 28 days.
+"""Complete Journey's purchases alone: churn, a basket over 50, fuel, spend, orders and days to the next purchase.
 
 supermoe prepare --config experiments/complete_journey_amounts.py
 supermoe train --config experiments/complete_journey_amounts.py --workdir runs/complete_journey_amounts
 supermoe evaluate --workdir runs/complete_journey_amounts
 
-One seed, test. Spearman's correlation: spend .779 (last window .733, boosted trees on the aggregates .783), orders .795
-(.758, .796). AUC: churn .862 (logistic regression on the aggregates .861), an item of 25 dollars or more .841 (.827),
-fuel .905 (.902). The trees and the regressions are fitted on 8 training snapshots of each household, 19,375 in all.
+One seed, test; in brackets boosted trees on the aggregates, or for AUC a regression, on eight dates a household.
+Spearman's correlation: spend .781 (.781), orders .794 (.798). Concordance: next purchase .729 (.730). AUC: churn .861
+(.857), basket over 50 .860 (.852), fuel .906 (.901). The last windows have .733 and .758, the household's own gap .719.
 """
 
 import importlib.util
@@ -50,12 +50,6 @@ def get_config() -> ml_collections.ConfigDict:
     "next_purchase": {"kind": "time_to_event"},
   }
   model = {"d_model": 128, "layers": 2, "heads": 4, "d_hidden": 256, "experts": 8, "d_expert": 128, "max_events": 128}
-  train = {
-    "steps": 400,
-    "batch_rows": 32,
-    "snapshots_per_row": 8,
-    "learning_rate": 4e-3,
-    "weight_decay": 1.0,
-    "balance_weight": 0.05,
-  }
+  train = {"steps": 400, "batch_rows": 32, "snapshots_per_row": 8, "learning_rate": 4e-3, "weight_decay": 1.0}
+  train["balance_weight"] = 0.05
   return ml_collections.ConfigDict({"data": data, "tasks": tasks, "model": model, "train": train})
