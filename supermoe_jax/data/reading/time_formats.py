@@ -50,8 +50,9 @@ def time_format_remedy(con: duckdb.DuckDBPyConnection, sample: Sequence[str], ke
   if not formats:
     return ""
   first, *others = formats
-  other = f"; or {others[0]!r}, which makes it {_meaning(con, sample[0], others[0])}" if others else ""
-  return f"Set {setting_text(key, 'time_format', first)}, which makes it {_meaning(con, sample[0], first)}{other}."
+  other = f"; or {others[0]!r}, which reads it as {_meaning(con, sample[0], others[0])}" if others else ""
+  setting, meaning = setting_text(key, "time_format", first), _meaning(con, sample[0], first)
+  return f"Set {setting}, which reads {sample[0]!r} as {meaning}{other}."
 
 
 def _meaning(con: duckdb.DuckDBPyConnection, text: str, format: str) -> str | None:

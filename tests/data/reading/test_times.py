@@ -126,9 +126,7 @@ def test_times_that_no_row_can_read_are_an_error_whose_remedy_works(format, drop
   rows = {"user": ["a", "b"], "time": WRITTEN[format], "item": ["x", "x"]}
   file = write(name, rows)
   changes = {"split": LEAVE_ONE_OUT, "on_bad_rows": "drop" if drop else "error"}
-  message = (
-    rf"column 'time' holds '.*Set config\.data\.sources\.log\.time_format='{re.escape(format)}', which makes it 2020"
-  )
+  message = rf"column 'time' holds '.*Set config\.data\..*time_format='{re.escape(format)}', which reads .* as 2020"
   with pytest.raises(DataError, match=message):
     read(make_data(file, **changes))
   histories, _ = read(make_data(file, source={"time_format": format}, **changes))
@@ -137,7 +135,7 @@ def test_times_that_no_row_can_read_are_an_error_whose_remedy_works(format, drop
 
 
 def test_a_format_of_two_readings_names_both(write, make_data, read):
-  with pytest.raises(DataError, match=r"='%d/%m/%Y', which makes it 2020-02-01.*; or '%m/%d/%Y', .*2020-01-02"):
+  with pytest.raises(DataError, match=r"='%d/%m/%Y', which reads '.*' as 2020-02-01.*; or '%m/%d/%Y', .*2020-01-02"):
     read_times(["01/02/2020"], write, make_data, read)
 
 
