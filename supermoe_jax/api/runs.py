@@ -56,8 +56,9 @@ class Evaluation:
     return pa.Table.from_pylist(rows, schema=_METRICS)
 
   def __repr__(self) -> str:
-    table = evaluate_lib.aligned_table(evaluate_lib.results_table(self.result))
-    return "\n".join([table, *evaluate_lib.results_words(self.result)])
+    split = evaluate_lib.shown_split(self.result)
+    table = evaluate_lib.aligned_table(evaluate_lib.results_table(self.result, split))
+    return "\n".join([table, *evaluate_lib.results_words(self.result, split)])
 
 
 _METRICS = pa.schema(

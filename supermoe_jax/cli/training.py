@@ -143,7 +143,8 @@ def _evaluate(args: argparse.Namespace) -> None:
   print(evaluate.aligned_table(evaluate.results_table(result, split)))
   for sentence in evaluate.results_words(result, split):
     print(sentence)
-  where, also = ("", ", also on validation") if split == "test" else (" on validation", "")
+  where = "" if split == "test" else " on validation"
+  also = ", also on validation" if split == "test" and result["splits"]["validation"] else ""
   print(f"scores{where} at step {run.step}; all metrics{also}: {args.workdir / 'evaluation.json'}")
 
 

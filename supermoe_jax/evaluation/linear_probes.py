@@ -165,7 +165,7 @@ class HazardProbe:
     happens = observed[row] & (interval == survived[row])
     self._rate = float(happens.mean()) if len(happens) else 0.0
     self._model: HistGradientBoostingClassifier | None = None
-    if 0 < self._rate < 1:
+    if 2 <= happens.sum() <= len(happens) - 2:  # the trees hold out a part that has both
       self._model = HistGradientBoostingClassifier(
         learning_rate=0.05,
         max_iter=100,

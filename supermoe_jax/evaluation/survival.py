@@ -34,7 +34,8 @@ def survival_metrics(value: np.ndarray, predicted: np.ndarray, edges: Sequence[f
   `concordance` is Harrell's, by the expected days within the horizon; it is None where no two labels have an order.
   Chances have further metrics. `log_loss` is the mean negative log likelihood. `brier` is the squared error of the
   chance by each edge, with inverse weights for the labels that are censored earlier, in the mean over the days.
-  `share_error` is the distance of the mean chance from the Kaplan-Meier estimate, in the mean over the edges.
+  `share_error` is the distance of the mean chance from the Kaplan-Meier estimate, in the mean over the edges. Both end
+  at the last edge that is known, see `known_edges`.
   Source of `brier`: Graf et al. 1999.
   """
   require_numbers(value, predicted)
@@ -42,11 +43,11 @@ def survival_metrics(value: np.ndarray, predicted: np.ndarray, edges: Sequence[f
   pairs = pair_counts(value, days)
   out: Metrics = {"concordance": float(pairs.right.sum() / pairs.ordered.sum()) if pairs.ordered.any() else None}
   if predicted.ndim > 1:
-    observed = observed_chances(value, edges)
+    observed, k = observed_chances(value, edges), known_edges(value, edges)
     out |= {
       "log_loss": _log_loss(value, predicted, edges),
-      "brier": _brier(value, predicted, edges),
-      "share_error": float(np.abs(predicted.mean(axis=0) - observed).mean()),
+      "brier": _brier(value, predicted, edges, k),
+      "share_error": float(np.abs(predicted.mean(axis=0) - observed)[:k].mean()),
     }
   return out
 
@@ -65,15 +66,21 @@ def observed_chances(value: np.ndarray, edges: Sequence[float]) -> np.ndarray:
   return chances_by_day(events / np.maximum(at_risk, 1))
 
 
+def known_edges(value: np.ndarray, edges: Sequence[float]) -> int:
+  """Returns the number of edges up to which labels are followed; after an event of all of them nothing is unknown."""
+  _, at_risk = interval_counts(value, edges)
+  return int(np.sum((at_risk > 0) | (observed_chances(value, edges) >= 1)))
+
+
 def calibration_by_day(value: np.ndarray, predicted: np.ndarray, edges: Sequence[float]) -> list[dict[str, Any]]:
   """Returns the mean predicted and the observed chance of an event by some of the edges, the last among them.
 
   `observed` is the Kaplan-Meier estimate, and `interval` its 95 % interval by Greenwood's variance on the log-log
   scale, each label for itself; None where all labels, or none, have an event. `followed` is the number of labels whose
-  last interval before the edge counts.
+  last interval before the edge counts. Beyond the last known edge `observed` is None.
   """
   events, at_risk = interval_counts(value, edges)
-  observed, mean = observed_chances(value, edges), predicted.mean(axis=0)
+  observed, mean, known = observed_chances(value, edges), predicted.mean(axis=0), known_edges(value, edges)
   left = np.maximum(at_risk - events, 0)
   variance = np.cumsum(np.where(left > 0, events / np.maximum(at_risk * left, 1), 0.0))
   step = -(-len(edges) // LISTED_EDGES)
@@ -83,8 +90,8 @@ def calibration_by_day(value: np.ndarray, predicted: np.ndarray, edges: Sequence
       "days": float(edges[k]),
       "followed": int(at_risk[k]),
       "predicted": float(mean[k]),
-      "observed": float(observed[k]),
-      "interval": _interval(1 - float(observed[k]), float(variance[k])),
+      "observed": float(observed[k]) if k < known else None,
+      "interval": _interval(1 - float(observed[k]), float(variance[k])) if k < known else None,
     }
     for k in reversed(chosen)
   ]
@@ -105,7 +112,7 @@ def _log_loss(value: np.ndarray, chances: np.ndarray, edges: Sequence[float]) ->
   return float(-np.mean(np.log(np.maximum(likelihood, SMALLEST_PROBABILITY))))
 
 
-def _brier(value: np.ndarray, chances: np.ndarray, edges: Sequence[float]) -> float:
+def _brier(value: np.ndarray, chances: np.ndarray, edges: Sequence[float], known: int) -> float:
   survived, observed = survived_intervals(value, edges), value[:, 1] > 0
   k = len(edges)
   # The share of labels that are followed through each interval, by a Kaplan-Meier estimate of the censoring.
@@ -113,9 +120,9 @@ def _brier(value: np.ndarray, chances: np.ndarray, edges: Sequence[float]) -> fl
   stopped = np.bincount(survived[~observed], minlength=k + 1)[1:k]
   followed = np.append(1.0, np.cumprod(1 - stopped / np.maximum(there, 1)))
   error = 0.0
-  for i, width in enumerate(np.diff(edges, prepend=0.0)):
+  for i, width in enumerate(np.diff(edges[:known], prepend=0.0)):
     happened = observed & (survived <= i)
     weight = np.where(happened, 1 / np.maximum(followed[np.minimum(survived, k - 1)], 1e-12), 0.0)
     weight = np.where(survived > i, 1 / max(followed[i], 1e-12), weight)
     error += width * float(np.mean(weight * np.square(happened - chances[:, i])))
-  return error / edges[-1]
+  return error / edges[known - 1]

@@ -102,8 +102,9 @@ def validation_score(cfg: config.Config, tasks: Mapping[str, Mapping[str, Any]])
 
   More is better. `tasks` are the results of `evaluate`. For tasks that predict a number, R² replaces the root mean
   square error, which has a unit. A task weighs √n, as in Stouffer's sum of tests, where n is the number of its labels,
-  for yes and no the size 4·n·p·(1 − p) of a balanced sample that says as much: the noise of a task with few labels must
-  not choose. Tasks without a value do not count; the score is None if no task has one.
+  for yes and no the size 4·n·p·(1 − p) of a balanced sample that says as much, and for times to an event twice the
+  number of events, at most n: the noise of a task with few labels must not choose. Tasks without a value do not count;
+  the score is None if no task has one.
   """
   asked = cfg.train.validate.metric
   if asked:
@@ -116,7 +117,7 @@ def validation_score(cfg: config.Config, tasks: Mapping[str, Mapping[str, Any]])
     value = found["metrics"].get("r2" if main == "rmse" else main)
     if value is not None:
       positive = found.get("positive", 0.5)
-      weight = math.sqrt(4 * found["labels"] * positive * (1 - positive))
+      weight = math.sqrt(found["labels"] * min(4 * positive * (1 - positive), 2 * found.get("observed", 0.5)))
       total, weights = total + weight * value, weights + weight
   return total / weights if weights else None
 

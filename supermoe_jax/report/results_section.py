@@ -96,7 +96,9 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
       if task.get("observed") is not None:
         about += f", {percent(task['observed'])} with an event"
         days = [
-          f"{number(d['days'])} days {percent(d['predicted'])} ({percent(d['observed'])})" for d in task["by_day"]
+          f"{number(d['days'])} days {percent(d['predicted'])} ({percent(d['observed'])})"
+          for d in task["by_day"]
+          if d["observed"] is not None
         ]
         about += f"; predicted share with an event by then (and its Kaplan-Meier estimate): {', '.join(days)}"
       if task.get("classes") is not None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.evaluation.answer_forms import AmountMetrics
+from supermoe_jax.evaluation.answer_forms import AmountMetrics, SurvivalMetrics
 from supermoe_jax.seesaw.compare import RunResult
 from supermoe_jax.seesaw.gains import relative_gain
 
@@ -62,11 +62,13 @@ def _reached(alone: RunResult, task: str) -> float | None:
 
   It is the validation loss if a metric gives it, else the training loss. A single-task model learns few labels by
   heart; the training loss would ask the shared model to do the same. No metric gives the loss of an amount: its errors
-  are in the amount's unit.
+  are in the amount's unit. Times to an event are followed further in validation than in training, so that their losses
+  do not compare.
   """
+  if alone.main_metric.get(task) in (AmountMetrics.main, SurvivalMetrics.main):
+    return alone.losses.get(task)
   metrics, b = alone.tasks.get(task, {}).get("validation", {}), alone.constants.get(task)
   log_loss, rmse = metrics.get("log_loss"), metrics.get("rmse")
   if b and log_loss is not None:
     return log_loss / b
-  is_amount = alone.main_metric.get(task) == AmountMetrics.main
-  return rmse**2 / b if b and rmse is not None and not is_amount else alone.losses.get(task)
+  return rmse**2 / b if b and rmse is not None else alone.losses.get(task)

@@ -117,6 +117,21 @@ def test_the_interval_of_an_observed_chance_covers_the_truth_as_often_as_it_says
   assert 0.92 <= inside / 400 <= 0.98
 
 
+def test_nothing_is_measured_beyond_the_last_edge_that_anyone_is_followed_to() -> None:
+  value = np.array([[0.5, 1], [7.0, 0], [3.5, 1], [7.0, 0]], np.float32)
+  for last in (0.7, 0.9):  # what is predicted by day 15 is nobody's business
+    chances = np.tile([0.25, 0.25, 0.5, last], (4, 1))
+    found = survival.survival_metrics(value, chances, EDGES)
+    assert found["share_error"] == pytest.approx(0)
+    happened = np.array([[1, 1, 1], [0, 0, 0], [0, 0, 1], [0, 0, 0]])
+    assert found["brier"] == pytest.approx(np.mean(np.square(happened - chances[:, :3]), axis=0) @ [1, 2, 4] / 7)
+  listed = survival.calibration_by_day(value, chances, EDGES)
+  assert [d["observed"] for d in listed] == [0.25, 0.25, 0.5, None]
+  assert listed[-1]["interval"] is None and listed[-1]["followed"] == 0
+  everyone = np.array([[0.5, 1], [3.5, 1]], np.float32)
+  assert survival.known_edges(everyone, EDGES) == 4  # after the events of all nothing is unknown
+
+
 def test_many_edges_are_listed_up_to_eight_with_the_last() -> None:
   edges = tuple(range(1, 18))
   listed = survival.calibration_by_day(np.array([[17.0, 0.0], [2.0, 1.0]]), np.full((2, 17), 0.5), edges)
@@ -180,3 +195,12 @@ def test_labels_without_an_order_are_said_to_have_none() -> None:
   assert results_words(result) == [
     "days_to_refill: no two of its 3 labels in test have an order, so there is no concordance"
   ]
+
+
+@pytest.mark.parametrize("events", [0, 1, 2])
+def test_trees_of_hazards_take_any_number_of_events(events: int) -> None:
+  value = np.tile(np.float32([16.0, 0.0]), (700, 1))
+  value[:events] = 3.5, 1.0
+  x = np.random.default_rng(0).normal(size=(700, 3)).astype(np.float32)
+  chances = linear_probes.HazardProbe(x, value, tuple(range(1, 17)))(x[:5])
+  assert chances.shape == (5, 16) and ((chances >= 0) & (chances < 0.1)).all()

@@ -170,6 +170,11 @@ def test_the_score_is_the_mean_of_main_metrics_or_the_one_that_is_named(tmp_path
   assert validation.validation_score(cfg, tasks) == pytest.approx(
     (balanced**0.5 * 0.75 + 5 * 0.25) / (balanced**0.5 + 5)
   )
+  rare: dict[str, Any] = {"days_to_buy": {"labels": 5000, "observed": 0.002, "metrics": {"concordance": 0.9}}}
+  weight = (2 * 10) ** 0.5  # of ten events
+  assert validation.validation_score(cfg, {"age": tasks["age"]} | rare) == pytest.approx(
+    (5 * 0.25 + weight * 0.9) / (5 + weight)
+  )
   unknown: dict[str, Any] = {"bought": {"labels": 3, "positive": 0.0, "metrics": {"auc": None}}}
   assert validation.validation_score(cfg, tasks | unknown) == 0.25
   assert validation.validation_score(cfg, unknown) is None

@@ -330,6 +330,11 @@ def test_what_a_number_reaches_alone_is_its_squared_error(planned: config.Config
   # The error of an amount has the amount's unit and says nothing of its loss.
   amounts = [dataclasses.replace(run, main_metric={"quiet": "spearman"}) for run in runs]
   assert study_weights.with_references(planned, {"quiet": amounts}).train.weighting.references == {"quiet": 0.9}
+  # Times to an event are followed further in validation than in training.
+  times = [
+    dataclasses.replace(alone, tasks={"quiet": {"validation": {"log_loss": 3.0}}}, main_metric={"quiet": "concordance"})
+  ]
+  assert study_weights.with_references(planned, {"quiet": times}).train.weighting.references == {"quiet": 0.9}
   none = [dataclasses.replace(alone, tasks={})]  # without a metric it is the loss in training
   assert study_weights.with_references(planned, {"quiet": none}).train.weighting.references == {"quiet": 0.9}
 
