@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from supermoe_jax.config.kind_checks import check_condition, require
+from supermoe_jax.config.kind_checks import AGGREGATES, check_condition, require
 from supermoe_jax.config.tasks.condition import comparisons, parse_condition
 from supermoe_jax.errors import nearest
 
 if TYPE_CHECKING:
   from supermoe_jax.config.schema import Data
 
-PATH = "config.data.aggregates"
+PATH = AGGREGATES
 
 # The settings that name fields or conditions, and have no meaning without aggregates.
 _ADDED = ("sums", "means", "trends", "distinct", "conditions")

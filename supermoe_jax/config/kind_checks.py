@@ -27,6 +27,9 @@ if TYPE_CHECKING:
   from supermoe_jax.config.schema import Config, Data
 
 
+AGGREGATES = "config.data.aggregates"  # the key of the settings that hold conditions too
+
+
 @functools.singledispatch
 def check_kind(task: Task, path: str, config: Config) -> None:
   """Raises ConfigError, with the key `path` in its message, for settings of a task that can never work.
@@ -63,10 +66,7 @@ def _(task: EventLabel, path: str, config: Config) -> None:
     require(kind == "numeric", f"{path}: name the values of {task.field!r} that are positive; it is a {kind} field.")
   for name in task.given:
     require(name in data.fields, f"{path}.given: {name!r} is not a field{nearest(name, data.fields)}")
-    kind = data.fields[name].kind
-    require(
-      kind not in ("numeric", "vector"), f"{path}.given: {name!r} is a {kind} field; only categorical ones can be."
-    )
+    require(data.fields[name].kind != "numeric", f"{path}.given: {name!r} is numeric; only categorical fields can be.")
     require(data.fields[name].input, f"{path}.given: {name!r} is no input, so it has no embeddings.")
     require(name != task.field, f"{path}.given holds {name!r}, the field that is asked for.")
   require(task.per_snapshot > 0, f"{path}.per_snapshot={task.per_snapshot} must be positive.")
@@ -199,9 +199,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_single_values(path: str, field: str, data: Data) -> None:
-  """Raises ConfigError for a field of lists."""
+  """Raises ConfigError for a field of lists or vectors."""
   require(
-    field not in data.fields or not data.fields[field].many,
+    field not in data.fields or (not data.fields[field].many and data.fields[field].kind != "vector"),
     f"{path}: {field!r} holds lists, which are inputs only; a task needs a field of single values.",
   )
 
@@ -268,10 +268,11 @@ def require_condition(path: str, where: str, data: Data) -> None:
 
 def check_condition(key: str, where: str, data: Data) -> None:
   """Raises ConfigError for the condition of the config key `key` as `require_condition` does."""
+  unseen = "" if key.startswith(AGGREGATES) else ", input=False"  # aggregates are of inputs
   for compared in comparisons(parse_condition(where, key)):
     name = compared.field
     if compared.function:
-      _require_function(key, where, compared, data)
+      _require_function(key, where, compared, data, unseen or ", encoding='log1p'")
       continue
     require(name in data.fields, f"{key}={where!r}: {name!r} is not a field{nearest(name, data.fields)}")
     field = data.fields[name]
@@ -284,7 +285,7 @@ def check_condition(key: str, where: str, data: Data) -> None:
     require(
       field.kind == "vocabulary" and not field.buckets,
       f"{key}={where!r}: values of {name!r} share codes, so that a condition cannot tell them apart; name a second "
-      f"field of the same column, such as {name}_asked=dict(column={field.column or name!r}, input=False).",
+      f"field of the same column, such as {name}_asked=dict(column={field.column or name!r}{unseen}).",
     )
     require(
       compared.operator in ("==", "!=", "in", "not in"),
@@ -293,7 +294,7 @@ def check_condition(key: str, where: str, data: Data) -> None:
     )
 
 
-def _require_function(key: str, where: str, compared: Comparison, data: Data) -> None:
+def _require_function(key: str, where: str, compared: Comparison, data: Data, setting: str) -> None:
   """Raises ConfigError unless the data have whole moments, and numbers that the function can take."""
   function, name = compared.function, compared.field
   require(
@@ -312,12 +313,12 @@ def _require_function(key: str, where: str, compared: Comparison, data: Data) ->
   require(
     field.table == "events",
     f"{key}={where!r}: {name!r} is of the table of users (config.data.fields.{name}.table), the same at every event; "
-    f"compare it without {function}().",
+    + ("leave it out." if key.startswith(AGGREGATES) else f"compare it without {function}()."),
   )
   require(
     field.encoding != "quantile" or function in ("max", "min"),
     f"{key}={where!r}: a quantile keeps no amounts to add; set config.data.fields.{name}.encoding='log1p', or name a "
-    f"second field, such as {name}_asked=dict(column={field.column or name!r}, kind='numeric', input=False).",
+    f"second field, such as {name}_asked=dict(column={field.column or name!r}, kind='numeric'{setting}).",
   )
 
 

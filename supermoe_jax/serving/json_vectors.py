@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from supermoe_jax.serving.json_values import SPACES, ColumnKind, ValueProblem, described, json_array
+from supermoe_jax.serving.json_values import ColumnKind, ValueProblem, described, json_array
+from supermoe_jax.serving.text_numbers import SPACES, number_of_text
 
 
 def vector_reader(kind: ColumnKind, size: int, separator: str) -> Callable[[Any], bytes | None]:
@@ -24,7 +25,7 @@ def vector_reader(kind: ColumnKind, size: int, separator: str) -> Callable[[Any]
     numbers = value
     if isinstance(value, str) and kind.name == "text" and not kind.list:
       array = json_array(value)
-      numbers = [_number(part) for part in value.split(separator)] if array is None else array
+      numbers = [_number(part, kind) for part in value.split(separator)] if array is None else array
     if not isinstance(numbers, list | tuple):
       raise ValueProblem(f"{described(value)} is not a list of {size} numbers")
     if not numbers:
@@ -39,11 +40,12 @@ def vector_reader(kind: ColumnKind, size: int, separator: str) -> Callable[[Any]
   return read
 
 
-def _number(part: str) -> float | str:
+def _number(part: str, kind: ColumnKind) -> float | str:
   try:
-    return float(part.strip(SPACES))
+    number = number_of_text(part.strip(SPACES), kind.decimal, kind.thousands)
   except ValueError:
     return part
+  return part if number is None else number
 
 
 def _float32(number: int | float) -> float:

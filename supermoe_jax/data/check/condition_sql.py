@@ -88,11 +88,14 @@ def _sql(data: config.Data, condition: Condition) -> str:
   if condition.function:
     return f"coalesce({_moment_sql(data, condition, operator)}, false)"
   numeric = data.fields[condition.field].kind == "numeric"
-  constants = [
-    repr(c) if numeric else readers.literal(c if isinstance(c, str) else f"{c:g}") for c in condition.constants
-  ]
+  constants = [repr(c) if numeric else readers.literal(_text(c)) for c in condition.constants]
   values = f"({', '.join(constants)})" if operator.endswith("IN") else constants[0]
   return f"coalesce(e.{field_column(data, condition.field)} {operator} {values}, false)"
+
+
+def _text(constant: str | float) -> str:
+  """Returns a constant as a value of a vocabulary: whole numbers have no decimal point."""
+  return str(int(constant)) if isinstance(constant, float) and constant.is_integer() else str(constant)
 
 
 def _moment_sql(data: config.Data, compared: Comparison, operator: str) -> str:

@@ -209,7 +209,7 @@ class _Derivations:
 
   def _distinct(self, field: str) -> Derivation:
     column, many = f"e.{field_column(self._data, field)}", self._data.fields[field].many
-    values = f"flatten(list({column}[1:{many}]))" if many else f"list(DISTINCT {column})"
+    values = f"list({column}[1:{many}])" if many else f"list(DISTINCT {column})"
     name = self._column(values, f"{{inside}} AND {column} IS NOT NULL")
     if field in self._dataset.encoders.numeric:
       return lambda row: self._distinct_numbers(field, row[name] or ())
@@ -223,7 +223,9 @@ class _Derivations:
       first = Vocabulary(encoder.values[:known], encoder.counts[:known], encoder.buckets)
 
     def interval(row: Row) -> DerivedBounds:
-      now, then = (len({e.code(v) for v in row[name] or ()} - {ABSENT}) for e in (encoder, first))
+      found = itertools.chain(*(row[name] or ())) if many else row[name] or ()
+      values = set(found)
+      now, then = (len({e.code(v) for v in values} - {ABSENT}) for e in (encoder, first))
       return DerivedBounds(math.log1p(min(now, then)), math.log1p(now + 1 if added else now))
 
     return interval

@@ -139,8 +139,8 @@ def _values(data: config.Data, file: TableFile, fields: dict[str, str]) -> tuple
       values[field_column(data, name)] = value_sql.list_sql(alias, kind, field.separator, json=json)
       continue
     if field.kind == "vector":
-      numbers = vector_sql.numbers_sql(alias, kind, field.separator)
-      values[field_column(data, name)] = f"CASE WHEN len({numbers}) > 0 THEN {numbers} END"
+      numbers = vector_sql.numbers_sql(alias, kind, field.separator, file.text)
+      values[field_column(data, name)] = f"CASE WHEN ({text}) IS NOT NULL AND len({numbers}) > 0 THEN {numbers} END"
       finite = f"len(list_filter({numbers}, lambda x: isfinite(x))) = {field.size}"
       whole = f"len({numbers}) = {field.size} AND {finite}"
       bad.append(f"({text}) IS NOT NULL AND NOT coalesce({whole} OR len({numbers}) = 0, false)")

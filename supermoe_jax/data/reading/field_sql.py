@@ -257,13 +257,13 @@ def _read_vector(
   """Returns the SQL that reads the keys of vectors from a column, and the fault of a value that is no vector."""
   kind = file.columns[column]
   try:
-    key = vector_sql.key_sql(f"e.{alias}", kind, field)
+    key = vector_sql.key_sql(f"e.{alias}", kind, field, file.text)
   except TypeError:
     raise DataError(
       f"{file.path}: column {column!r} (config.data.fields.{name}) is of type {kind[: readers.SHOWN_TYPE]}, which "
       "holds no lists of numbers; name a column of lists, or set another kind."
     ) from None
   bad = f"bad_{alias}"
-  values = {alias: key, bad: vector_sql.bad_sql(f"e.{alias}", kind, field)}
+  values = {alias: key, bad: vector_sql.bad_sql(f"e.{alias}", kind, field, file.text)}
   wanted = f"a list of {field.size} finite numbers, as config.data.fields.{name}.size says"
   return values, Fault(f"unparsable_field_{name}", column, f"{bad} IS NOT NULL", bad, wanted)

@@ -50,7 +50,11 @@ def lines_options(path: FilePath, *, lenient: bool) -> str:
     with contextlib.suppress(OSError, EOFError, ValueError), text_lines.open_bytes(path) as raw:
       start = raw.read(FIRST_BYTES).removeprefix(b"\xef\xbb\xbf")
       lines = [line for part in start.split(b"\n") if (line := part.strip())][:2]
-  of_lines = len(lines) == 2 and lines[0].startswith(b"{") and (lines[1].startswith(b"{") or _is_json(lines[0]))
+  of_lines = False
+  if len(lines) == 2:
+    opened = [line.startswith(b"{") for line in lines]
+    whole = [is_open and _is_json(line) for is_open, line in zip(opened, lines, strict=True)]
+    of_lines = (opened[0] and opened[1]) or whole[0] or (whole[1] and not lines[0].startswith(b"["))
   layout = ", format = 'newline_delimited'" if of_lines else ""
   return f"hive_partitioning = false, ignore_errors = {lenient and of_lines}{layout}"
 

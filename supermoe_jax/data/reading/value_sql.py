@@ -89,13 +89,13 @@ def number_sql(column: str, kind: str, text: TextFormat = PLAIN_TEXT) -> str:
     TypeError: values of this type are never numbers.
   """
   if kind == "VARCHAR":
-    return f"TRY_CAST({_plain_number_sql(f'trim({column})', text)} AS DOUBLE)"
+    return f"TRY_CAST({plain_number_sql(f'trim({column})', text)} AS DOUBLE)"
   if is_number(kind) or kind == "BOOLEAN":
     return f"{column}::DOUBLE"
   raise TypeError(kind)
 
 
-def _plain_number_sql(value: str, text: TextFormat) -> str:
+def plain_number_sql(value: str, text: TextFormat) -> str:
   """Returns the SQL of a number's text with a decimal point and ungrouped digits; other texts become no number."""
   if text.thousands:
     group = f"[{SPACES}]" if text.thousands in SPACES else re.escape(text.thousands)

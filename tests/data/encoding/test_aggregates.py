@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import pathlib
@@ -199,6 +200,32 @@ def test_check_finds_a_wrong_aggregate(rich: Dataset, monkeypatch: pytest.Monkey
   monkeypatch.setattr(Aggregator, "__call__", wrong)
   with pytest.raises(CheckError, match=f"aggregate '{name}': .* holds .*, the raw files give"):
     check.check_dataset(rich.path)
+
+
+def test_check_derives_lists_vectors_and_conditions_on_long_numbers_of_a_vocabulary(tmp_path: pathlib.Path) -> None:
+  log, clock = tmp_path / "e.jsonl", datetime.datetime(2024, 1, 1)
+  rows = [
+    {
+      "user": f"u{i % 7}",
+      "at": str(clock + datetime.timedelta(hours=5 * i)),
+      "sku": 1_234_567 + i % 5,
+      "tags": "p|q" if i % 3 else "r",
+      "look": f"{i}|1|0.5" if i % 4 else "",  # an empty text is no vector
+    }
+    for i in range(200)
+  ]
+  log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data = {
+    "path": str(tmp_path / "dataset"),
+    "sources": {"e": {"files": [str(log)], "user": "user", "time": "at"}},
+    "fields": {"sku": {}, "tags": {"many": 2}, "look": {"kind": "vector", "size": 3}},
+    "split": {"train_end": "2024-01-25", "test": ["2024-02-05"], "validation": ["2024-01-25"]},
+    "aggregates": {"distinct": ["tags", "sku"], "conditions": {"one": "sku == 1234569"}},
+  }
+  prepare.prepare(config.resolve({"data": data, "tasks": {"next": {"kind": "next_event", "field": "sku"}}}))
+  dataset = Dataset(tmp_path / "dataset")
+  assert dataset.aggregator is not None and "distinct tags all" in dataset.aggregator.names
+  check.check_dataset(dataset.path)
 
 
 def test_a_misspelt_value_of_a_condition_is_an_error(tmp_path: pathlib.Path) -> None:

@@ -41,10 +41,11 @@ def test_a_damaged_line_of_json_is_named_or_dropped_and_counted(tmp_path, make_d
   assert counts["sources"]["log"]["dropped"] == {"unreadable_line": 2} and counts["rows_read"] == 8
 
 
-def test_a_damaged_first_line_of_json_is_named_or_dropped_too(tmp_path, make_data, read):
+@pytest.mark.parametrize("damaged", ['{"user": "u9", "ti', "user log"])
+def test_a_damaged_first_line_of_json_is_named_or_dropped_too(damaged, tmp_path, make_data, read):
   good = [f'{{"user": "u{i}", "time": {JUNE_1}, "item": "x"}}\n' for i in range(3)]
   file = tmp_path / "shots.jsonl"
-  file.write_text('{"user": "u9", "ti\n' + "".join(good))
+  file.write_text(damaged + "\n" + "".join(good))
   with pytest.raises(DataError, match=r"shots\.jsonl: line 1 is no JSON: "):
     read(make_data(file))
   histories, counts = read(make_data(file, on_bad_rows="drop"))

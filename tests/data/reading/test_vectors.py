@@ -57,6 +57,18 @@ def test_a_vector_of_an_event_is_read_as_it_was_written(kind, fitted, tmp_path, 
   assert counts["nulls"]["look"] == 1
 
 
+def test_numbers_with_a_decimal_comma_make_a_vector(fitted, tmp_path):
+  looks = ["0,5|-1|2,0", "1.003,0|0|0,25", None]
+  source = {"delimiter": ";", "decimal": ",", "thousands": "."}
+  rows = good_rows(look=looks)
+  lines = [";".join(rows)] + [";".join("" if v is None else str(v) for v in row) for row in zip(*rows.values())]
+  file = tmp_path / "e.csv"
+  file.write_text("\n".join(lines) + "\n")
+  _, (a, b), _ = fitted(file, source=source)
+  np.testing.assert_allclose(a[1], X, rtol=2e-3)
+  np.testing.assert_allclose(b, [[1003.0, 0.0, 0.25]], rtol=2e-3)
+
+
 def test_the_vector_of_an_item_is_stored_once(fitted, write):
   items = write("items.jsonl", {"sku": ["x", "y", "z"], "look": [X, Y, [9.0, 9.0, 9.0]]})
   source = {"items": {"file": str(items), "key": "item", "table_key": "sku"}}
@@ -151,8 +163,9 @@ def test_beam_prepares_no_vectors_and_says_so(make_data, tmp_path, write):
 def test_tasks_about_vectors_are_errors(make_data, tmp_path):
   fields = {**LOOK, "price": {"kind": "numeric"}}
   tasks = [
-    ({"kind": "next_event", "field": "look"}, "not a vocabulary field"),
-    ({"kind": "event_label", "field": "price", "given": ["look"]}, "'look' is a vector field"),
+    ({"kind": "next_event", "field": "look"}, "'look' holds lists, which are inputs only"),
+    ({"kind": "event_label", "field": "look", "positive": ["x"]}, "'look' holds lists, which are inputs only"),
+    ({"kind": "event_label", "field": "price", "given": ["look"]}, "'look' holds lists"),
     ({"kind": "next_event", "field": "item", "where": "look == 1"}, "'look' holds lists"),
   ]
   data = config.to_dict(make_data(tmp_path / "e.csv", fields=fields))
