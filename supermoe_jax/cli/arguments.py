@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import TextFormat
-from supermoe_jax.config.tables import check_text_format
+from supermoe_jax.config.text_settings import check_text_format
 from supermoe_jax.errors import ConfigError
 
 if TYPE_CHECKING:

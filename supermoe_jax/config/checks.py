@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from supermoe_jax.config.aggregate_checks import check_aggregates
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, parse_time
-from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
 from supermoe_jax.config.task_checks import require as _require
+from supermoe_jax.config.text_settings import check_text_format
 from supermoe_jax.errors import nearest
 
 

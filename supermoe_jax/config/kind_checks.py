@@ -7,7 +7,6 @@ import itertools
 from typing import TYPE_CHECKING
 
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY
-from supermoe_jax.config.tables import check_text_format
 from supermoe_jax.config.tasks.condition import Comparison, comparisons, parse_condition
 from supermoe_jax.config.tasks.kinds import (
   Contrast,
@@ -21,6 +20,7 @@ from supermoe_jax.config.tasks.kinds import (
   UserLabel,
 )
 from supermoe_jax.config.tasks.task import Task
+from supermoe_jax.config.text_settings import check_text_format
 from supermoe_jax.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from supermoe_jax import atomic_files, config
-from supermoe_jax.config.tables import PLAIN_TEXT, setting_text
+from supermoe_jax.config.tables import PLAIN_TEXT
+from supermoe_jax.config.text_settings import setting_text
 from supermoe_jax.data.reading import field_sql, readers, value_sql
 from supermoe_jax.data.reading.readers import TableFile
 from supermoe_jax.data.reading.text_files import clean_copies, text_lines

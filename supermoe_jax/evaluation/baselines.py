@@ -147,7 +147,7 @@ class FittedModel(NamedTuple):
   loss: str = ""
 
   def described(self) -> dict[str, Any]:
-    """Returns what `evaluation.json` says of the model."""
+    """Returns the counts and the loss, as `evaluation.json` holds them."""
     counts: dict[str, Any] = {"snapshots": self.snapshots, "users": self.users}
     return {**counts, "loss": self.loss} if self.loss else counts
 

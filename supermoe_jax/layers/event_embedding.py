@@ -118,7 +118,7 @@ class EventEmbedding(nnx.Module):
     return x
 
   def without_some_vectors(self, vectors: jax.Array, share: float, key: jax.Array) -> jax.Array:
-    """Returns `vectors [B, L, V]`, each of which is absent with the probability `share`."""
+    """Returns `vectors [B, L, V]`, where random vectors, a `share` of all, are absent."""
     kept = jax.random.bernoulli(key, 1 - share, (*vectors.shape[:-1], len(self.vector_sizes)))
     return jnp.where(kept[..., np.repeat(np.arange(len(self.vector_sizes)), self.vector_sizes)], vectors, jnp.nan)
 

@@ -340,3 +340,9 @@ def test_stray_rows_are_found_in_the_parts(tmp_path: pathlib.Path) -> None:
   far = [dataclasses.replace(case.views[0], time=year * 31_556_952_000_000) for year in (0, 100)]
   one, _ = assert_same(written(tmp_path, dataclasses.replace(case, views=(*case.views, *far)), duplicates="drop"))
   assert [row["time"] for row in one.manifest["stray_times"]["rows"]] == [far[0].time, far[1].time]
+
+
+def test_vectors_are_refused_by_name(tmp_path: pathlib.Path) -> None:
+  data = config.Data(fields={"look": config.Field(kind="vector", size=3)})
+  with pytest.raises(ConfigError, match=r"fields\.look\.kind='vector': Beam prepares no vectors"):
+    pipeline.Beam("DirectRunner").open(config.Config(data=data), tmp_path)

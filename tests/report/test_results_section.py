@@ -1,4 +1,4 @@
-"""What the report says of a run beside its baselines, and of its amounts."""
+"""The report compares a run with its baselines, and describes its amounts."""
 
 import types
 

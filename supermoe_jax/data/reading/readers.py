@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import duckdb
 
 from supermoe_jax.config import TextFormat
-from supermoe_jax.config.tables import PLAIN_TEXT, setting_text
+from supermoe_jax.config.tables import PLAIN_TEXT
+from supermoe_jax.config.text_settings import setting_text
 from supermoe_jax.data.reading import derived_columns, json_files, remote
 from supermoe_jax.data.reading.derived_columns import DerivedColumn
 from supermoe_jax.data.reading.remote import FilePath, RemoteFile

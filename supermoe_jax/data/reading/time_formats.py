@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import duckdb
 
 from supermoe_jax.config import format_time
-from supermoe_jax.config.tables import setting_text
+from supermoe_jax.config.text_settings import setting_text
 from supermoe_jax.data.reading.readers import literal
 
 _DATES = (

@@ -124,7 +124,7 @@ def _while_labelling(kind: Any, name: str, function: str, wrong: Callable[..., A
 
 
 def _window(kind: Any, name: str, shift: tuple[int, int] = (0, 0), censored: bool = True) -> Patch:
-  """Lets the windows of a task begin and end so many events later, or be known beyond the end of their period."""
+  """Moves the windows of a task by some events, or makes labels known beyond the end of their period."""
 
   def window(block: Any, snapshots: Any, times: Any, days: float) -> Any:
     start, stop, known = future_window(block, snapshots, times, days)

@@ -151,15 +151,6 @@ def test_saved_vectors_are_read_again(fitted, write, tmp_path):
   assert again.table().equals(encoder.table())
 
 
-def test_beam_prepares_no_vectors_and_says_so(make_data, tmp_path, write):
-  pytest.importorskip("apache_beam")
-  from supermoe_jax.data.beam.pipeline import Beam
-
-  data = make_data(write("e.jsonl", good_rows(look=[X, Y, X])), fields=LOOK)
-  with pytest.raises(ConfigError, match=r"fields\.look\.kind='vector': Beam prepares no vectors"):
-    Beam("direct").open(config.Config(data=data), tmp_path)
-
-
 def test_tasks_about_vectors_are_errors(make_data, tmp_path):
   fields = {**LOOK, "price": {"kind": "numeric"}}
   tasks = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from supermoe_jax.config.tables import setting_text
+from supermoe_jax.config.text_settings import setting_text
 
 NULL_WORDS = frozenset(
   ("NULL", "Null", "null", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "None", "none", "\\N", "NIL", "nil")

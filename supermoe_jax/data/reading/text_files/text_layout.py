@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from supermoe_jax.config import TextFormat
-from supermoe_jax.config.tables import setting_text
+from supermoe_jax.config.text_settings import setting_text
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.data.reading.text_files.text_lines import unpacked_name
 from supermoe_jax.errors import DataError
