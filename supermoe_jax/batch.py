@@ -115,6 +115,26 @@ class Batch(NamedTuple):
   slices: dict[str, Slices]
 
 
+class ValueCounts(NamedTuple):
+  """The place of a user's own counts of a field's most frequent values among the aggregates.
+
+  Column `first + w·values + v` counts the value of code v + 2 in window w; the last window is the whole history.
+  """
+
+  first: int
+  windows: int
+  values: int
+
+  @property
+  def columns(self) -> slice:
+    """Returns the columns of the aggregates, `windows · values` of them."""
+    return slice(self.first, self.first + self.windows * self.values)
+
+  def of(self, aggregates: Array) -> Array:
+    """Returns the counts among `aggregates [..., A]`: `[..., windows, values]`."""
+    return aggregates[..., self.columns].reshape(*aggregates.shape[:-1], self.windows, self.values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Schema:
   """The sizes and names of a dataset that a model is built from.
@@ -130,6 +150,7 @@ class Schema:
     extra_columns: the field of each further column of the codes, after the columns of `categorical`.
     shares: for each field that uses another field's table, the name of that other field.
     vectors: the number of numbers of each vector field. These fields have a column in the codes too.
+    value_counts: the fields whose values the aggregates count, in the order of their columns.
   """
 
   sources: tuple[str, ...]
@@ -142,6 +163,7 @@ class Schema:
   extra_columns: tuple[str, ...] = ()
   shares: Mapping[str, str] = dataclasses.field(default_factory=dict)
   vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  value_counts: Mapping[str, ValueCounts] = dataclasses.field(default_factory=dict)
 
   def field(self, name: str) -> int:
     """Returns the column of a categorical field in the codes."""

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
+from supermoe_jax.batch import ValueCounts
 from supermoe_jax.layers import time_gaps
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
@@ -153,24 +154,35 @@ class EventEmbedding(nnx.Module):
 class QueryEmbedding(nnx.Module):
   """Embedding of a snapshot: of the gap to its last event, the calendar of its time τ and, if any, its aggregates.
 
+  Counts of values are left out, see `layers.own_counts`.
+
   Calendar and gap count for nothing at first. A random vector stands for all snapshots, as for all events of a type:
   a norm multiplies the gradients of a vector of zeros by a thousand.
   """
 
   def __init__(
-    self, d_model: int, calendar: int, aggregates: int, *, time_unit: time_gaps.Unit = "seconds", rngs: nnx.Rngs
+    self,
+    d_model: int,
+    calendar: int,
+    aggregates: int,
+    counts: Sequence[ValueCounts] = (),
+    *,
+    time_unit: time_gaps.Unit = "seconds",
+    rngs: nnx.Rngs,
   ):
     self.time_unit = time_unit
+    counted = [range(c.columns.start, c.columns.stop) for c in counts]
+    self.read = tuple(i for i in range(aggregates) if not any(i in columns for columns in counted))
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
     set_bias(self.calendar, jax.random.normal(rngs.params(), (d_model,)) * d_model**-0.5)
     self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
-    self.aggregates = linear(aggregates, d_model, names=(None, "embed"), rngs=rngs) if aggregates else None
-    self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if aggregates else None
+    self.aggregates = linear(len(self.read), d_model, names=(None, "embed"), rngs=rngs) if self.read else None
+    self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.read else None
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""
     x = self.calendar(calendar) + self.gap(time_gaps.gap_basis(gap, self.time_unit))
     if self.aggregates is not None and self.mlp is not None:
-      hidden = self.aggregates(aggregates)
+      hidden = self.aggregates(aggregates[..., np.array(self.read)])
       x = x + hidden + self.mlp(hidden)
     return x

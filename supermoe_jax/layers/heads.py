@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supermoe_jax.batch import ValueCounts
 from supermoe_jax.layers.catalogue import Catalogue
+from supermoe_jax.layers.own_counts import CountsScore, CountsVector
 from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.sharding import linear, set_bias
 
@@ -26,6 +28,19 @@ class LinearHead(nnx.Module):
   def start_at(self, answer: jax.Array) -> None:
     """Sets the biases to a constant answer `[outputs]`, the mean of the first answers to many states."""
     set_bias(self.linear, answer)
+
+
+class FutureValuesHead(LinearHead):
+  """Linear head with a number per value, to which the user's own counts of that value add."""
+
+  def __init__(self, d_model: int, outputs: int, counts: ValueCounts, *, rngs: nnx.Rngs):
+    super().__init__(d_model, outputs, rngs=rngs)
+    self.own_counts = CountsScore(counts, outputs)
+
+  def __call__(self, z: jax.Array, aggregates: jax.Array | None = None) -> jax.Array:
+    """Maps `z [..., D]` and the snapshots' `aggregates [..., A]` to `[..., outputs]`; None counts nothing."""
+    answers = super().__call__(z)
+    return answers if aggregates is None else answers + self.own_counts(aggregates)
 
 
 class EventLabelHead(nnx.Module):
@@ -58,11 +73,20 @@ class NextValueHead(nnx.Module):
   values.
   """
 
-  def __init__(self, d_model: int, table: EmbeddingTable, *, bias: bool = True, rngs: nnx.Rngs):
-    """Creates a head over the values of `table`; it does not keep the table."""
+  def __init__(
+    self,
+    d_model: int,
+    table: EmbeddingTable,
+    counts: ValueCounts | None = None,
+    *,
+    bias: bool = True,
+    rngs: nnx.Rngs,
+  ):
+    """Creates a head over the values of `table`, which it does not keep; `counts`: the user's own counts of values."""
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
     zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
+    self.own_counts = None if counts is None else CountsVector([counts], d_model, rngs=rngs)
 
   def start_at(self, answer: jax.Array) -> None:
     """Sets the values' own scores to `answer [values]`; a head without a bias stays as it is."""
@@ -70,9 +94,17 @@ class NextValueHead(nnx.Module):
       rows = self.bias.get_value()
       self.bias[...] = jnp.pad(answer, (2, rows.size - 2 - len(answer))).reshape(rows.shape)
 
-  def state(self, h: jax.Array) -> jax.Array:
-    """Returns the vectors `[..., D]` that are compared with the catalogue."""
-    return self.query(h)
+  def state(self, h: jax.Array, aggregates: jax.Array) -> jax.Array:
+    """Returns the vectors that are compared with the catalogue, `[B, sites, D]`.
+
+    `h` is `[B, sites, D]`. Its last S sites are the snapshots, to which the user's counts in `aggregates [B, S, A]`
+    add. No counts are known at events.
+    """
+    query = self.query(h)
+    if self.own_counts is None:
+      return query
+    own = self.own_counts(aggregates)
+    return query + jnp.pad(own, ((0, 0), (query.shape[1] - own.shape[1], 0), (0, 0)))
 
   def catalogue(self, table: EmbeddingTable) -> Catalogue:
     """Returns the catalogue that states are compared with."""

@@ -15,7 +15,7 @@ from flax import nnx
 from supermoe_jax import config
 from supermoe_jax.batch import Batch, Features, Schema, Targets
 from supermoe_jax.layers.event_embedding import EventEmbedding
-from supermoe_jax.layers.heads import EventLabelHead, LinearHead, NextValueHead
+from supermoe_jax.layers.heads import EventLabelHead, FutureValuesHead, LinearHead, NextValueHead
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
@@ -146,7 +146,9 @@ class SuperMoE(nnx.Module):
     if given is not None and given.shape[-1]:
       raise ValueError(f"task {name!r} is no event label: it takes no given")
     if isinstance(head, NextValueHead):
-      return head.state(self.states(name, encoded, events=events))
+      return head.state(self.states(name, encoded, events=events), encoded.aggregates)
+    if isinstance(head, FutureValuesHead):
+      return head(self.view(name, encoded), encoded.aggregates)
     assert isinstance(head, LinearHead)
     return head(self.view(name, encoded))
 
@@ -169,9 +171,12 @@ def _head(
   if task.answer == "catalogue":
     next_event = cast(config.NextEvent, task)
     table = events.table(next_event.field)
-    return NextValueHead(d_model, table, bias=next_event.softmax == "full", rngs=rngs)
+    counts = schema.value_counts.get(next_event.field)
+    return NextValueHead(d_model, table, counts, bias=next_event.softmax == "full", rngs=rngs)
   if task.about_events:
     return EventLabelHead(d_model, rngs=rngs)
+  if isinstance(task, config.FutureValues) and task.field in schema.value_counts:
+    return FutureValuesHead(d_model, schema.outputs[name], schema.value_counts[task.field], rngs=rngs)
   many = task.answer in ("multilabel", "multiclass", "survival") or schema.outputs[name] > 1
   return LinearHead(d_model, schema.outputs[name] if many else None, rngs=rngs)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import Schema
+from supermoe_jax.batch import FIRST_VALUE, Schema, ValueCounts
 from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Vocabulary
@@ -62,7 +62,22 @@ def schema_of_sizes(
     extra_columns=cfg.data.extra_value_fields,
     shares={name: field.shares for name, field in fields.items() if field.shares},
     vectors={name: fields[name].size for name in codes if fields[name].kind == "vector"},
+    value_counts=_value_counts(cfg.data, codes),
   )
+
+
+def _value_counts(data: config.Data, codes: Mapping[str, int]) -> dict[str, ValueCounts]:
+  """Returns where the counts of each field's values lie among the aggregates, in the order of `Aggregator.names`."""
+  wanted, places = data.aggregates, dict[str, ValueCounts]()
+  if not wanted.enabled or not wanted.top_values:
+    return places
+  windows = len(wanted.windows_days) + 1
+  means = sum(f.kind == "numeric" and f.input and f.table == "events" for f in data.fields.values())
+  first = windows * (len(data.sources) + 1 + means)
+  for name in wanted.fields:
+    places[name] = ValueCounts(first, windows, min(wanted.top_values, codes[name] - FIRST_VALUE))
+    first = places[name].columns.stop + 1  # the number of distinct values follows
+  return {name: place for name, place in places.items() if place.values}
 
 
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:

@@ -277,3 +277,13 @@ def test_settings_that_are_not_used_change_no_hash(tmp_path: pathlib.Path) -> No
   assert config.resolve(raw).data_hash() == base.data_hash()
   shown = config.to_dict(base, later=False)["data"]["aggregates"]
   assert shown.keys() == {"enabled", "windows_days", "top_values", "fields"}
+
+
+def test_the_schema_says_where_the_counts_of_values_lie(every_task_dataset: Dataset) -> None:
+  aggregator, places = every_task_dataset.aggregator, every_task_dataset.schema.value_counts
+  assert aggregator is not None and list(places) == list(aggregator.values)
+  for field, place in places.items():
+    _, values = aggregator.values[field]
+    assert place.values == len(values)
+    wanted = [f"{field} {value} {window}" for window in aggregator.windows for value in values]
+    assert aggregator.names[place.columns] == wanted
