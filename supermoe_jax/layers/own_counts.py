@@ -17,22 +17,18 @@ from supermoe_jax import sharding
 from supermoe_jax.batch import ValueCounts
 from supermoe_jax.sharding import linear
 
-# Counts are standardised numbers, many at once; at their own scale they would learn faster than all else.
-_SCALE = 0.3
-
-
 class CountsVector(nnx.Module):
   """Linear map of the counts of some fields to a vector; it starts at 0."""
 
-  def __init__(self, counts: Sequence[ValueCounts], d_model: int, *, rngs: nnx.Rngs):
-    """Creates the map from the counts of at least one field."""
-    self.counts = tuple(counts)
+  def __init__(self, counts: Sequence[ValueCounts], d_model: int, *, scale: float = 1.0, rngs: nnx.Rngs):
+    """Creates the map from `scale` times the counts of at least one field; a small scale lets the map learn slowly."""
+    self.counts, self.scale = tuple(counts), scale
     size = sum(c.windows * c.values for c in counts)
     self.linear = linear(size, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
 
   def __call__(self, aggregates: jax.Array) -> jax.Array:
     """Maps `aggregates [..., A]` to `[..., D]`."""
-    return self.linear(_SCALE * jnp.concatenate([aggregates[..., c.columns] for c in self.counts], axis=-1))
+    return self.linear(self.scale * jnp.concatenate([aggregates[..., c.columns] for c in self.counts], axis=-1))
 
 
 class CountsScore(nnx.Module):

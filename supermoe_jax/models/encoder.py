@@ -21,6 +21,11 @@ from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.layers.transformer import Block, Context, Stack
 
 
+# Scale of the standardised counts that join z. At 1 they outrun what the blocks learn, to the harm of rare labels; at
+# 0.1 the labels of users, which depend on many counts, learn too slowly.
+COUNTS_SCALE = 0.3
+
+
 class ExpertRecord(NamedTuple):
   """Record of the MoE layers' routing; every array has a leading dimension of M layers (M = 0 without any).
 
@@ -87,7 +92,7 @@ def make_embeddings(
 def make_counts_vector(model: config.Model, schema: Schema, rngs: nnx.Rngs) -> CountsVector | None:
   """Returns the map by which a user's own counts of values join z; None if the aggregates hold no counts."""
   counts = tuple(schema.value_counts.values())
-  return CountsVector(counts, model.d_model, rngs=rngs) if counts else None
+  return CountsVector(counts, model.d_model, scale=COUNTS_SCALE, rngs=rngs) if counts else None
 
 
 def embed_rows(
