@@ -45,6 +45,7 @@ def test_churn_types_of_events_and_amounts_are_proposed_and_can_be_prepared(
     "action_soon": config.FutureValues(field="action", top=3, horizon_days=7.0),
     "revenue_sum": config.FutureAmount(field="revenue", horizon_days=7.0),
   }
+  assert cfg.data.aggregates.fields == ("page", "action")  # the counts that answers about their values read
   labels = prepare.prepare(cfg)["labels"]
   assert all(count["known"] for of_task in labels.values() for count in of_task.values())
 
