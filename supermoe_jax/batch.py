@@ -130,10 +130,6 @@ class ValueCounts(NamedTuple):
     """Returns the columns of the aggregates, `windows · values` of them."""
     return slice(self.first, self.first + self.windows * self.values)
 
-  def of(self, aggregates: Array) -> Array:
-    """Returns the counts among `aggregates [..., A]`: `[..., windows, values]`."""
-    return aggregates[..., self.columns].reshape(*aggregates.shape[:-1], self.windows, self.values)
-
 
 @dataclasses.dataclass(frozen=True)
 class Schema:

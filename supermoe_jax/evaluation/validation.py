@@ -21,10 +21,10 @@ from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, metrics
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
+from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.monitoring.metrics_log import SPEED, read_rows, truncate_rows
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
-from supermoe_jax.training.task_statistics import TaskStatistics
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 

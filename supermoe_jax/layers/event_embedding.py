@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from supermoe_jax import sharding
-from supermoe_jax.batch import ValueCounts
 from supermoe_jax.layers import time_gaps
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, EmbeddingTable, Layout
@@ -18,6 +17,10 @@ from supermoe_jax.sharding import linear, set_bias
 
 # Knots of numeric fields, in standard deviations, since these fields are standardised.
 NUMERIC_KNOTS = np.array([-1.0, 0.0, 1.0, 2.0])
+
+# Scale of the standardised counts of values that join a representation. At 1 they outrun what the blocks learn, to the
+# harm of rare labels; at 0.1 the labels of users, which depend on many counts, learn too slowly.
+COUNTS_SCALE = 0.3
 
 
 class EventEmbedding(nnx.Module):
@@ -154,7 +157,8 @@ class EventEmbedding(nnx.Module):
 class QueryEmbedding(nnx.Module):
   """Embedding of a snapshot: of the gap to its last event, the calendar of its time τ and, if any, its aggregates.
 
-  Counts of values are left out, see `layers.own_counts`.
+  All aggregates also join the representation after the blocks, see `add_aggregates`. Counts of values do that alone:
+  there are hundreds of them, and in the token they drown the few numbers that every task needs.
 
   Calendar and gap count for nothing at first. A random vector stands for all snapshots, as for all events of a type:
   a norm multiplies the gradients of a vector of zeros by a thousand.
@@ -165,19 +169,23 @@ class QueryEmbedding(nnx.Module):
     d_model: int,
     calendar: int,
     aggregates: int,
-    counts: Sequence[ValueCounts] = (),
+    counts: Sequence[slice] = (),
     *,
     time_unit: time_gaps.Unit = "seconds",
     rngs: nnx.Rngs,
   ):
+    """Creates the embedding of A aggregates, of which the columns `counts` are counts of values."""
     self.time_unit = time_unit
-    counted = [range(c.columns.start, c.columns.stop) for c in counts]
-    self.read = tuple(i for i in range(aggregates) if not any(i in columns for columns in counted))
+    counted = {i for columns in counts for i in range(columns.start, columns.stop)}
+    self.scale = tuple(COUNTS_SCALE if i in counted else 1.0 for i in range(aggregates))
+    self.read = tuple(i for i in range(aggregates) if i not in counted)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
     set_bias(self.calendar, jax.random.normal(rngs.params(), (d_model,)) * d_model**-0.5)
     self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
     self.aggregates = linear(len(self.read), d_model, names=(None, "embed"), rngs=rngs) if self.read else None
     self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.read else None
+    late = linear(aggregates, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if aggregates else None
+    self.late = late
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""
@@ -186,3 +194,7 @@ class QueryEmbedding(nnx.Module):
       hidden = self.aggregates(aggregates[..., np.array(self.read)])
       x = x + hidden + self.mlp(hidden)
     return x
+
+  def add_aggregates(self, z: jax.Array, aggregates: jax.Array) -> jax.Array:
+    """Returns `z [B, S, D]` plus a linear map, 0 at first, of `aggregates [B, S, A]`."""
+    return z if self.late is None else z + self.late(aggregates * jnp.array(self.scale, aggregates.dtype))

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from supermoe_jax.batch import ValueCounts
+from supermoe_jax import sharding
 from supermoe_jax.layers.catalogue import Catalogue
-from supermoe_jax.layers.own_counts import CountsScore, CountsVector
 from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.sharding import linear, set_bias
 
@@ -31,16 +30,28 @@ class LinearHead(nnx.Module):
 
 
 class FutureValuesHead(LinearHead):
-  """Linear head with a number per value, to which the user's own counts of that value add."""
+  """Linear head with a number per value, to which the user's own counts of that value add; these start at 0.
 
-  def __init__(self, d_model: int, outputs: int, counts: ValueCounts, *, rngs: nnx.Rngs):
+  The weight of a window is a part that all values share plus one of the value's own.
+  """
+
+  def __init__(self, d_model: int, outputs: int, counts: tuple[int, int, int], *, rngs: nnx.Rngs):
+    """Creates a head over `outputs` values; `counts` is a `batch.ValueCounts`. Values without counts have none."""
     super().__init__(d_model, outputs, rngs=rngs)
-    self.own_counts = CountsScore(counts, outputs)
+    self.first, self.windows, self.values = counts
+    self.counted, self.outputs = min(outputs, self.values), outputs
+    self.shared = sharding.param(jnp.zeros(self.windows), None)
+    self.own = sharding.param(jnp.zeros((self.windows, self.counted)), None, None)
 
   def __call__(self, z: jax.Array, aggregates: jax.Array | None = None) -> jax.Array:
     """Maps `z [..., D]` and the snapshots' `aggregates [..., A]` to `[..., outputs]`; None counts nothing."""
     answers = super().__call__(z)
-    return answers if aggregates is None else answers + self.own_counts(aggregates)
+    if aggregates is None:
+      return answers
+    columns = aggregates[..., self.first : self.first + self.windows * self.values]
+    counts = columns.reshape(*columns.shape[:-1], self.windows, self.values)[..., : self.counted]
+    score = jnp.einsum("...wv,wv->...v", counts, self.shared.get_value()[:, None] + self.own.get_value())
+    return answers + jnp.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, self.outputs - self.counted)])
 
 
 class EventLabelHead(nnx.Module):
@@ -74,19 +85,15 @@ class NextValueHead(nnx.Module):
   """
 
   def __init__(
-    self,
-    d_model: int,
-    table: EmbeddingTable,
-    counts: ValueCounts | None = None,
-    *,
-    bias: bool = True,
-    rngs: nnx.Rngs,
+    self, d_model: int, table: EmbeddingTable, counts: slice | None = None, *, bias: bool = True, rngs: nnx.Rngs
   ):
-    """Creates a head over the values of `table`, which it does not keep; `counts`: the user's own counts of values."""
+    """Creates a head over the values of `table`, which it does not keep; `counts`: the columns of own counts."""
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
     zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
-    self.own_counts = None if counts is None else CountsVector([counts], d_model, rngs=rngs)
+    self.counts = counts
+    width = 0 if counts is None else counts.stop - counts.start
+    self.own = linear(width, d_model, names=(None, "heads"), bias=False, zero=True, rngs=rngs) if width else None
 
   def start_at(self, answer: jax.Array) -> None:
     """Sets the values' own scores to `answer [values]`; a head without a bias stays as it is."""
@@ -95,15 +102,14 @@ class NextValueHead(nnx.Module):
       self.bias[...] = jnp.pad(answer, (2, rows.size - 2 - len(answer))).reshape(rows.shape)
 
   def state(self, h: jax.Array, aggregates: jax.Array) -> jax.Array:
-    """Returns the vectors that are compared with the catalogue, `[B, sites, D]`.
+    """Returns the vectors that are compared with the catalogue, from `h`; both are `[B, sites, D]`.
 
-    `h` is `[B, sites, D]`. Its last S sites are the snapshots, to which the user's counts in `aggregates [B, S, A]`
-    add. No counts are known at events.
+    The last S sites are the snapshots, to which the user's counts in `aggregates [B, S, A]` add. Events have none.
     """
     query = self.query(h)
-    if self.own_counts is None:
+    if self.own is None:
       return query
-    own = self.own_counts(aggregates)
+    own = self.own(aggregates[..., self.counts])
     return query + jnp.pad(own, ((0, 0), (query.shape[1] - own.shape[1], 0), (0, 0)))
 
   def catalogue(self, table: EmbeddingTable) -> Catalogue:

@@ -14,7 +14,7 @@ from supermoe_jax.batch import Features, Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
-from supermoe_jax.models.encoder import Encoded, embed_rows, make_counts_vector, make_embeddings, no_experts
+from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no_experts
 
 
 class ExpertMlps(nnx.Module):
@@ -163,7 +163,6 @@ class GRUEncoder(nnx.Module):
     self.query_mlp = Mlp(d, 2 * d, rngs=rngs)
     self.dropout, self.value_dropout = nnx.Dropout(model.dropout), model.value_dropout
     self.norm = nnx.RMSNorm(d, rngs=rngs)
-    self.own_counts = make_counts_vector(model, schema, rngs)
     self.experts, self.k = model.experts, model.experts_per_token
 
   def __call__(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
@@ -182,11 +181,10 @@ class GRUEncoder(nnx.Module):
     seen, last = position[:, length:], visible.end[:, length:] - 1
     before = jnp.take_along_axis(states, jnp.maximum(last, 0)[..., None], axis=1)
     before = jnp.where((seen > 0)[..., None], before, 0.0)
-    z = self.norm(drop(before) + self.query_mlp(queries))
-    if self.own_counts is not None:
-      z = z + self.own_counts(features.query_aggregates)
+    state, aggregates = self.norm(drop(before) + self.query_mlp(queries)), features.query_aggregates
+    z = self.query_embedding.add_aggregates(state, aggregates)
     record = no_experts(self.experts, self.k, batch, length, snapshots)
-    return Encoded(self.norm(drop(states)), z, None, None, record, features.query_aggregates)
+    return Encoded(self.norm(drop(states)), z, None, None, record, aggregates)
 
 
 def _recurrent(cell: nnx.GRUCell, x: jax.Array, first: jax.Array) -> jax.Array:

@@ -15,15 +15,9 @@ from supermoe_jax.batch import ABSENT, CALENDAR, Features, Schema
 from supermoe_jax.layers.attention import visibility, with_task_tokens
 from supermoe_jax.layers.event_embedding import EventEmbedding, QueryEmbedding
 from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput, Stats
-from supermoe_jax.layers.own_counts import CountsVector
 from supermoe_jax.layers.routing import RoutingSums
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.layers.transformer import Block, Context, Stack
-
-
-# Scale of the standardised counts that join z. At 1 they outrun what the blocks learn, to the harm of rare labels; at
-# 0.1 the labels of users, which depend on many counts, learn too slowly.
-COUNTS_SCALE = 0.3
 
 
 class ExpertRecord(NamedTuple):
@@ -51,7 +45,7 @@ class Encoded(NamedTuple):
     views: `[B, S, T, D]`, each task's view of a user; None where every task sees z itself.
     gates: float32 `[B, S, T, E]`, the weights of the experts that a view is mixed from; None where no gates mix views.
     experts: record of the MoE layers.
-    aggregates: `[B, S, A]`, those of the features: some heads read a user's own counts of values in them.
+    aggregates: `[B, S, A]`, those of the features; some heads read a user's own counts of values in them.
   """
 
   events: jax.Array
@@ -85,14 +79,8 @@ def make_embeddings(
     layout=layout,
     rngs=rngs,
   )
-  counts = tuple(schema.value_counts.values())
+  counts = [place.columns for place in schema.value_counts.values()]
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, counts, time_unit=model.time_unit, rngs=rngs)
-
-
-def make_counts_vector(model: config.Model, schema: Schema, rngs: nnx.Rngs) -> CountsVector | None:
-  """Returns the map by which a user's own counts of values join z; None if the aggregates hold no counts."""
-  counts = tuple(schema.value_counts.values())
-  return CountsVector(counts, model.d_model, scale=COUNTS_SCALE, rngs=rngs) if counts else None
 
 
 def embed_rows(
@@ -151,7 +139,6 @@ class Encoder(nnx.Module):
     make = _make_block(model, balance_bias, self.tokens)
     self.stack = Stack(make, model.layers, model.moe_every, remat=model.remat, rngs=rngs)
     self.norm = nnx.RMSNorm(d, rngs=rngs)
-    self.own_counts = make_counts_vector(model, schema, rngs)
     self.experts, self.k = model.experts, model.experts_per_token
     # These come last and depend on names, so that all other parameters are the same whatever tasks there are.
     key = rngs.params()
@@ -182,14 +169,13 @@ class Encoder(nnx.Module):
     end = length + snapshots
     x, experts = self.stack(x, context, dropless=dropless, rngs=rngs)
     x = self.norm(x)
-    z, views = x[:, length:end], None
+    aggregates, views = features.query_aggregates, None
+    z = self.query_embedding.add_aggregates(x[:, length:end], aggregates)
     if self.task_vectors is not None:
-      views = x[:, end:].reshape(batch, snapshots, self.tokens, d)
-    if self.own_counts is not None:
-      own = self.own_counts(features.query_aggregates)
-      z, views = z + own, None if views is None else views + own[:, :, None]
+      tokens = x[:, end:].reshape(batch, snapshots, self.tokens, d)
+      views = self.query_embedding.add_aggregates(tokens, aggregates[:, :, None])
     record = self._record(experts, batch, length, snapshots)
-    return Encoded(x[:, :length], z, views, None, record, features.query_aggregates)
+    return Encoded(x[:, :length], z, views, None, record, aggregates)
 
   def _with_task_tokens(self, context: Context, features: Features) -> Context:
     batch, snapshots = features.query_valid.shape

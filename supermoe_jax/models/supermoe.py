@@ -171,12 +171,13 @@ def _head(
   if task.answer == "catalogue":
     next_event = cast(config.NextEvent, task)
     table = events.table(next_event.field)
-    counts = schema.value_counts.get(next_event.field)
-    return NextValueHead(d_model, table, counts, bias=next_event.softmax == "full", rngs=rngs)
+    own = schema.value_counts.get(next_event.field)
+    columns = None if own is None else own.columns
+    return NextValueHead(d_model, table, columns, bias=next_event.softmax == "full", rngs=rngs)
   if task.about_events:
     return EventLabelHead(d_model, rngs=rngs)
-  if isinstance(task, config.FutureValues) and task.field in schema.value_counts:
-    return FutureValuesHead(d_model, schema.outputs[name], schema.value_counts[task.field], rngs=rngs)
+  if task.answer == "multilabel" and (counts := schema.value_counts.get(cast(config.FutureValues, task).field)):
+    return FutureValuesHead(d_model, schema.outputs[name], counts, rngs=rngs)
   many = task.answer in ("multilabel", "multiclass", "survival") or schema.outputs[name] > 1
   return LinearHead(d_model, schema.outputs[name] if many else None, rngs=rngs)
 

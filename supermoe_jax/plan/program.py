@@ -23,8 +23,8 @@ from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.plan import arithmetic, hlo, shapes
 from supermoe_jax.plan.chips import Topology
+from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program
-from supermoe_jax.training.task_statistics import TaskStatistics
 
 
 class CompiledStep(NamedTuple):

@@ -16,9 +16,9 @@ from supermoe_jax import config
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.training import losses
+from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import place_on_mesh
-from supermoe_jax.training.task_statistics import TaskStatistics
 
 # Number of training batches that cosines are averaged over.
 BATCHES = 8

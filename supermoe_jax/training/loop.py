@@ -28,13 +28,14 @@ from supermoe_jax.errors import ConfigError, RunError, Stopped
 from supermoe_jax.models import parameters
 from supermoe_jax.training import task_statistics
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter, code_hash, versions
+from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.monitoring.metrics_log import MetricsLog
 from supermoe_jax.training.monitoring.profiler import Profiler
 from supermoe_jax.training.run_directory import check_directory, check_encoding, claim_directory
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.stopping import Signals, save_batch
-from supermoe_jax.training.task_statistics import Measured, TaskStatistics
+from supermoe_jax.training.task_statistics import Measured
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 

@@ -16,7 +16,7 @@ module `weighting` gives the weights w.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,21 @@ from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training import weighting
 from supermoe_jax.training.answer_forms import form_by_loss
 from supermoe_jax.training.sampled_softmax import drawing_rows, drawn_codes, log_expected_count, sampled_softmax
-from supermoe_jax.training.task_statistics import TaskStatistics
+
+
+class TaskStatistics(NamedTuple):
+  """Constants of a task, measured on training rows: numbers on the host, or scalars inside a step.
+
+  Attributes:
+    rate: ρ, the mean of Σ δω per row; 0 if no label was met.
+    constant_loss: b, the mean loss per label of the best constant prediction.
+    snapshot_weight: ω of a label at a snapshot, for a task that asks at events too. Events are far more frequent. This
+      weight gives events and snapshots half of the loss each, since the snapshots' tokens hold the user representation.
+  """
+
+  rate: Any
+  constant_loss: Any
+  snapshot_weight: Any = 1.0
 
 
 class TaskLoss(NamedTuple):

@@ -21,10 +21,10 @@ from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.layers.table import Layout, TableRows
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, row_optimizers, step_metrics, table_step, weighting
+from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.optimizer import make_optimizer, schedule
 from supermoe_jax.training.row_optimizers import RowState
 from supermoe_jax.training.step_metrics import StepMetrics
-from supermoe_jax.training.task_statistics import TaskStatistics
 
 # Training settings that the compiled step does not depend on.
 RUN_ONLY = (

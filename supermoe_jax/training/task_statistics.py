@@ -5,31 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, Batch
 from supermoe_jax.training.answer_forms import form_by_loss
+from supermoe_jax.training.losses import TaskStatistics
 
 # `measure_tasks` reads at most this many times `n_batches` while it waits for rare labels.
 LONGEST = 16
-
-
-class TaskStatistics(NamedTuple):
-  """Constants of a task, measured on training rows: numbers on the host, or scalars inside a step.
-
-  Attributes:
-    rate: ρ, the mean of Σ δω per row; 0 if no label was met.
-    constant_loss: b, the mean loss per label of the best constant prediction.
-    snapshot_weight: ω of a label at a snapshot, for a task that asks at events too. Events are far more frequent. This
-      weight gives events and snapshots half of the loss each, since the snapshots' tokens hold the user representation.
-  """
-
-  rate: Any
-  constant_loss: Any
-  snapshot_weight: Any = 1.0
 
 
 class Measured(NamedTuple):

@@ -14,9 +14,8 @@ from supermoe_jax.batch import Batch, Targets
 from supermoe_jax.models.supermoe import safe_value
 from supermoe_jax.training import losses, task_statistics
 from supermoe_jax.training.answer_forms import FORMS
-from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training.losses import TaskLoss, TaskStatistics
 from supermoe_jax.training.sampled_softmax import draw_items, log_expected_count, sampled_softmax
-from supermoe_jax.training.task_statistics import TaskStatistics
 from tests.fixtures.grids import quick_few
 
 BINARY = config.FutureEvent(source="visits")

@@ -18,9 +18,9 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import auxiliary
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, task_statistics, weighting
+from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.sampled_softmax import drawing_rows
 from supermoe_jax.training.step import model_constructor
-from supermoe_jax.training.task_statistics import TaskStatistics
 from tests.fixtures.grids import quick_few
 from tests.fixtures.short_runs import ONE_BLOCK, only
 

@@ -98,7 +98,9 @@ def test_no_snapshot_starts_at_zero_before_a_norm(aggregates: int) -> None:
 def test_the_first_gradient_is_spread_over_the_model(every_task: config.Config, every_task_dataset: Dataset) -> None:
   """A snapshot that started at 0 had nearly all of the first squared gradient in its calendar's few parameters."""
   cfg = config.override(every_task, [*ONE_BLOCK, "--config.exclude_tasks=('alike',)"])
-  schema = every_task_dataset.schema.__class__(**{**vars(every_task_dataset.schema), "aggregates": 0, "value_counts": {}})
+  schema = every_task_dataset.schema.__class__(
+    **{**vars(every_task_dataset.schema), "aggregates": 0, "value_counts": {}}
+  )
   batch = next(iter(training_batches.training_batches(every_task_dataset, cfg)))
   batch = batch._replace(features=batch.features._replace(query_aggregates=batch.features.query_aggregates[..., :0]))
   measured = task_statistics.measure_tasks(cfg.active_tasks, schema.outputs, [batch], 1).statistics
