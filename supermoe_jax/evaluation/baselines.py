@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
 from supermoe_jax.data.tasks.time_to_event import TimeToEventKind
 from supermoe_jax.evaluation import linear_probes
+from supermoe_jax.evaluation.answer_forms import form_of
 
 # Users that the models on aggregates are fitted on. More users would not change a linear model of a few hundred inputs,
 # and a record takes about a millisecond.
@@ -30,6 +31,9 @@ FITTED_USERS = 20_000
 # than one, many hardly more so: of 2,430 users of Complete Journey 8 each lift the AUC of a costly purchase from .798
 # to .825, and 24 each to .829.
 FITTED_SNAPSHOTS = 20_000
+
+# Names of baselines in tables, beside each form's usual model on aggregates.
+TREES, OWN_COUNTS = "aggregates + boosted trees", "own counts + logistic"
 
 AT_ONCE = 1024  # questions whose aggregates are computed at a time
 
@@ -153,23 +157,26 @@ class FittedModel(NamedTuple):
 
 
 class AggregateModels:
-  """Models on the hand-made aggregates alone, one for each task whose labels belong to snapshots.
+  """Models on the hand-made aggregates alone, for each task whose labels belong to snapshots.
 
-  They are linear; of amounts they are boosted trees, with the loss that is better on validation snapshots, and of times
-  boosted trees of the hazards. Each model is fitted on training snapshots that have a label of the task, in the task's
-  sample space if it has one: every user's last one, and others drawn by a seed, at most `FITTED_SNAPSHOTS` in all. A
-  label of the table of users is the same at all of them, and one of several values takes a model a value; these are
-  fitted on the users' last ones alone. The last ones are followed for a short time only, so a model of times is fitted
-  on drawn ones alone, a quarter as many, because each is a row for every interval.
+  They are linear, and of yes or no boosted trees too; of amounts they are boosted trees, with the loss that is better
+  on validation snapshots, and of times boosted trees of the hazards. Of several values whose counts are among the
+  aggregates they are linear models of the user's own counts of the value and of all that counts no value.
+
+  Each model is fitted on training snapshots that have a label of the task, in the task's sample space if it has one:
+  every user's last one, and others drawn by a seed, at most `FITTED_SNAPSHOTS` in all. A label of the table of users is
+  the same at all of them, and a linear model of all aggregates for each of several values takes long; these are fitted
+  on the users' last ones alone. The last ones are followed for a short time only, so a model of times is fitted on
+  drawn ones alone, a quarter as many, because each is a row for every interval.
 
   Attributes:
-    fitted: the models, by task.
+    fitted: the models of each task, by the baselines' names.
   """
 
   def __init__(self, dataset: Dataset, cfg: config.Config):
     """Fits the models of the config's active tasks."""
     self._dataset = dataset
-    self.fitted: dict[str, FittedModel] = {}
+    self.fitted: dict[str, dict[str, FittedModel]] = {}
     tasks = {n: t for n, t in cfg.active_views.items() if not t.asks_at_events}
     if not dataset.schema.aggregates or not tasks:
       return
@@ -181,7 +188,8 @@ class AggregateModels:
     held = {n: _Rows() for n, t in tasks.items() if t.answer == "amount"}
     users = min(len(dataset), FITTED_USERS)
     most = max(FITTED_SNAPSHOTS // max(users, 1), 1)
-    each = {n: 1 if t.user_column or t.answer == "multilabel" else most for n, t in tasks.items()}
+    counts = {n: self._own_counts(n, t) for n, t in tasks.items() if t.answer == "multilabel"}
+    each = {n: 1 if t.user_column or counts.get(n, True) is None else most for n, t in tasks.items()}
     each |= {n: max(most // 4, 1) for n, t in tasks.items() if t.answer == "survival"}
     rng = np.random.default_rng(0)
     for index in range(users):  # records are shuffled: any prefix is a sample
@@ -201,29 +209,50 @@ class AggregateModels:
       if not rows[name].users:
         continue
       x, y = rows[name].arrays()
+      probes: dict[str, linear_probes.Predictor] = {}
+      usual, loss = form_of(task).aggregate_model, ""
       if task.answer == "amount":
         held_rows = held[name].arrays() if held[name].users else (x[:0], y[:0])
         probe = linear_probes.fit_amount_probe(x, y, *held_rows)
-        self.fitted[name] = FittedModel(probe, len(y), rows[name].users, probe.loss)
+        probes[usual], loss = probe, probe.loss
       elif isinstance(task, config.TimeToEvent):
-        self.fitted[name] = FittedModel(linear_probes.HazardProbe(x, y, task.edges), len(y), rows[name].users)
+        probes[usual] = linear_probes.HazardProbe(x, y, task.edges)
+      elif (columns := counts.get(name)) is not None:
+        probes[OWN_COUNTS] = linear_probes.OwnCountsProbe(x, y, columns)
       else:
-        fitted = linear_probes.fit_probe(task.answer, x, y, dataset.schema.outputs[name])
-        self.fitted[name] = FittedModel(fitted, len(y), rows[name].users)
+        probes[usual] = linear_probes.fit_probe(task.answer, x, y, dataset.schema.outputs[name])
+      if task.answer == "binary":
+        probes[TREES] = linear_probes.TreesProbe(x, y)
+      self.fitted[name] = {n: FittedModel(p, len(y), rows[name].users, loss) for n, p in probes.items()}
 
-  def predictions(self, questions: Sequence[Query]) -> dict[str, np.ndarray]:
-    """Returns the answers for each task to each question; empty without aggregates.
+  def _own_counts(self, name: str, task: config.LabelledTask) -> list[np.ndarray] | None:
+    """Returns the aggregates that a model of each value reads: its counts, and what counts no value.
+
+    None if the values are not counted.
+    """
+    schema = self._dataset.schema
+    counts = schema.value_counts.get(cast(config.FutureValues, task).field)
+    if counts is None:
+      return None
+    every = np.arange(schema.aggregates)
+    plain = np.setdiff1d(every, np.concatenate([every[c.columns] for c in schema.value_counts.values()]))
+    own = every[counts.columns].reshape(counts.windows, counts.values).T
+    return [np.concatenate([plain, *own[value : value + 1]]) for value in range(schema.outputs[name])]
+
+  def predictions(self, questions: Sequence[Query]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the answers for each task, by the baselines' names, to each question; empty without aggregates.
 
     Answers are probabilities `[n]`, `[n, values]`, `[n, C]` or by each edge `[n, K]`, or numbers `[n]`.
     """
     if not self.fitted:
       return {}
-    parts: dict[str, list[np.ndarray]] = {t: [] for t in self.fitted}
+    parts: dict[str, dict[str, list[np.ndarray]]] = {t: {n: [] for n in m} for t, m in self.fitted.items()}
     for start in range(0, len(questions), AT_ONCE):
       rows = at_questions(self._dataset, questions[start : start + AT_ONCE])
-      for task, model in self.fitted.items():
-        parts[task].append(model.predict(rows))
-    return {t: np.concatenate(p) for t, p in parts.items()}
+      for task, models in self.fitted.items():
+        for name, model in models.items():
+          parts[task][name].append(model.predict(rows))
+    return {t: {n: np.concatenate(p) for n, p in of_task.items()} for t, of_task in parts.items()}
 
 
 class _Rows:

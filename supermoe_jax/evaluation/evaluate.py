@@ -116,10 +116,10 @@ def evaluate(
       questions = snapshot_batches.query_batches(run.dataset, run.cfg, split=SPLITS[split], most=most)
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
-    found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n)) for n, t in tasks.items()}
-    for name, model in aggregates.fitted.items() if aggregates else ():
+    found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n, {})) for n, t in tasks.items()}
+    for name, models in aggregates.fitted.items() if aggregates else ():
       if (measures := found[name]) is not None:
-        measures[0]["fitted"] = {form_of(tasks[name]).aggregate_model: model.described()}
+        measures[0]["fitted"] = {baseline: model.described() for baseline, model in models.items()}
     answers = {n: v[1] for n, v in found.items() if v is not None}
     measured[split] = {n: v[0] for n, v in found.items() if v is not None}
     if write:
@@ -216,7 +216,7 @@ def _task(
   task: config.LabelledTask,
   collected: _Collected,
   compare: bool,
-  by_aggregates: np.ndarray | None,
+  by_aggregates: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, Any], ScoredAnswers] | None:
   """Returns the metrics and baselines of one task, and the answers that they measure; None without a known label."""
   label = collected.labels[name]
@@ -257,8 +257,7 @@ def _task(
       others["own gap"] = baselines.own_gaps(
         run.dataset, run.cfg, name, [collected.questions[i] for i in asked.question]
       )
-  if by_aggregates is not None:
-    others[measured.aggregate_model] = by_aggregates[asked.question]
+  others |= {baseline: answers[asked.question] for baseline, answers in by_aggregates.items()}
   out["baselines"] = {b: measured.measure(asked.value, answer, users) for b, answer in others.items()}
   scores = {b: measured.scores(answer) for b, answer in others.items()}
   return out, _answers(run, form, asked, measured.scores(predicted), scores, collected)
@@ -379,7 +378,7 @@ def results_words(result: Mapping[str, Any], split: str = "test") -> list[str]:
 
 def _fitted_words(name: str, fitted: Mapping[str, Mapping[str, Any]]) -> str:
   """Returns the number of snapshots that a task's model is fitted on, and the loss of boosted trees."""
-  ((_, model),) = fitted.items()
+  model = next(iter(fitted.values()))  # all are fitted on the same ones
   loss = f", {LOSSES[model['loss']]}" if "loss" in model else ""
   return f"{name} {model['snapshots']:,} of {model['users']:,} users{loss}"
 

@@ -86,3 +86,24 @@ def test_amounts_without_a_poisson_deviance_are_learnt_by_log1p(label: np.ndarra
   x = np.linspace(0, 1, 60)[:, None]
   assert linear_probes.fit_amount_probe(x, label, x, label).loss == "log1p"
   assert linear_probes.fit_amount_probe(x, np.abs(label), x[:0], label[:0]).loss == "log1p"
+
+
+def test_trees_find_what_no_line_does_and_know_one_class() -> None:
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3000, 4)).astype(np.float32)
+  label = (x[:, 0] * x[:, 1] > 0).astype(np.float32)
+  trees, line = (make(x[:2000], label[:2000])(x[2000:]) for make in (linear_probes.TreesProbe, linear_probes.Probe))
+  assert roc_auc_score(label[2000:], trees) > 0.9 > 0.6 > roc_auc_score(label[2000:], line)
+  assert np.all(linear_probes.TreesProbe(x[:10], np.ones(10))(x[:3]) == 1)
+
+
+def test_each_value_has_a_model_of_its_own_inputs() -> None:
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2000, 4)).astype(np.float32)
+  label = np.stack([x[:, 0] + x[:, 1] > 0, x[:, 2] - x[:, 3] > 0], axis=1).astype(np.float32)
+  probe = linear_probes.OwnCountsProbe(x, label, [np.array([0, 1]), np.array([2])])
+  chances = probe(x)
+  assert chances.shape == (2000, 2)
+  assert roc_auc_score(label[:, 0], chances[:, 0]) > 0.99
+  assert 0.7 < roc_auc_score(label[:, 1], chances[:, 1]) < 0.85  # it may not read the fourth
+  np.testing.assert_array_equal(chances[:, 1], linear_probes.Probe(x[:, [2]], label[:, 1])(x[:, [2]]))
