@@ -24,7 +24,6 @@ from supermoe_jax.data.reading.field_sql import field_columns
 from supermoe_jax.data.reading.readers import literal
 from supermoe_jax.data.reading.sources import Reading, SourceReader
 
-
 TIE = 'hash("user", time)'
 
 # The number of days since 1970; DuckDB's division rounds towards 0.
