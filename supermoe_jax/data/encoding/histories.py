@@ -192,4 +192,5 @@ def counts_before(codes: np.ndarray, top: int, bounds: np.ndarray) -> np.ndarray
   chosen = np.flatnonzero((codes >= FIRST_VALUE) & (codes < top + FIRST_VALUE))
   first = np.searchsorted(distinct, chosen, side="right")  # the first bound that each event lies before
   cells = np.bincount(first * top + codes[chosen] - FIRST_VALUE, minlength=(len(distinct) + 1) * top)
-  return np.cumsum(cells.reshape(len(distinct) + 1, top)[:-1], axis=0)[place.reshape(bounds.shape)]
+  counts = cells.reshape(len(distinct) + 1, top)[:-1]
+  return np.cumsum(counts, axis=0, out=counts)[place.reshape(bounds.shape)]

@@ -131,10 +131,14 @@ class Hashing:
       return bucket
     return f"CASE WHEN ({bucket}) // {self.buckets} = {self.part} THEN ({bucket}) % {self.buckets} END"
 
+  def codes_sql(self, values: str) -> str:
+    """Returns a query of the columns `value` and `code`, for a join; `values` is a query of distinct values."""
+    return f"SELECT value, ({FIRST_VALUE} + {self.bucket_sql('value')})::INTEGER AS code FROM ({values})"
+
   def code_sql(self, column: str, table: str) -> str:
-    """Returns the SQL of a column's code."""
-    del table
-    return f"coalesce({FIRST_VALUE} + {self.bucket_sql(column)}, {ABSENT})"
+    """Returns the SQL of a column's code; `table` names the query `codes_sql`, joined by an outer join on `value`."""
+    del column
+    return f"coalesce({table}.code, {ABSENT})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -17,15 +17,12 @@ import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.data.encoding.splits import training_user_sql, user_hash_sql
+from supermoe_jax.data.encoding.vocabulary import Encoders, Hashing
 from supermoe_jax.data.preparation.log_database import BATCH_ROWS, LogDatabase
 from supermoe_jax.data.preparation.log_statistics import FieldStatistics, LogStatistics
 from supermoe_jax.data.reading.field_sql import field_columns
 from supermoe_jax.data.reading.readers import literal
 from supermoe_jax.data.reading.sources import Reading, SourceReader
-
-if TYPE_CHECKING:
-  from supermoe_jax.data.encoding.vocabulary import Encoders
-
 
 TIE = 'hash("user", time)'
 
@@ -240,9 +237,13 @@ class EventTables:
         if self._data.fields[name].many:
           place[name] = place.get(name, 0) + 1
           column = f"{column}[{place[name]}]"
-        if (known := encoder.table()) is not None:
-          con.register(table, known)
-          joins.append(f"LEFT JOIN {table} ON {column} = {table}.value")
+        if isinstance(encoder, Hashing):
+          # MD5 takes long, so each value is hashed once instead of at each of its events.
+          joined = f"({encoder.codes_sql(f'SELECT DISTINCT {column} AS value FROM events e')}) {table}"
+        else:
+          con.register(table, encoder.table())
+          joined = table
+        joins.append(f"LEFT JOIN {joined} ON {column} = {table}.value")
         codes.append(f"({encoder.code_sql(column, table)})::INTEGER AS code_{i}")
       numbers = [f"e.{self._columns[name]} AS number_{i}" for i, name in enumerate(encoders.numeric)]
       columns = ", ".join(["u.uid", "e.time", "e.source", "e.training", *codes, *numbers])

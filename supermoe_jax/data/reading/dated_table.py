@@ -87,14 +87,13 @@ def _load_file(
   values = {
     "user": value_sql.text_sql('e."user"', file.columns[task.user]),
     "time": times.sql,
-    "raw_time": value_sql.text_sql("e.time", file.columns[task.time]),
+    "raw_time": "e.time",
     "value": text,
     "number": _number_sql(task, text, file.text if file.columns[task.column] == "VARCHAR" else PLAIN_TEXT),
   }
   faults = [
     Fault("null_user", task.user, '"user" IS NULL'),
-    Fault("null_time", task.time, "raw_time IS NULL"),
-    Fault("unparsable_time", task.time, "time IS NULL", "raw_time", "a time"),
+    *field_sql.time_faults(task.time, file.columns[task.time]),
   ]
   if task.type != "multiclass" and not task.positive:
     what = "0 or 1" if task.type == "binary" else "a number"

@@ -58,6 +58,19 @@ class Fault:
     return f"column {self.column!r} holds {value!r}, which is not {self.kind}"
 
 
+def time_faults(column: str, kind: str) -> list[Fault]:
+  """Returns the faults of a column of times: no value, or one that is no time.
+
+  The rows have the columns `time` and `raw_time`, the value as the file holds it, of the DuckDB type `kind`.
+  """
+  # Writing times as text takes long, so only the unreadable ones are written.
+  text = value_sql.text_sql("raw_time", kind)
+  return [
+    Fault("null_time", column, f"time IS NULL AND {text} IS NULL"),
+    Fault("unparsable_time", column, "time IS NULL", text, "a time"),
+  ]
+
+
 def fault_sql(faults: Sequence[Fault]) -> str:
   """Returns the SQL of two columns: `fault`, the number from 1 of a row's first fault or 0, and `bad_value`."""
   which = " ".join(f"WHEN {f.condition} THEN {i}" for i, f in enumerate(faults, 1))

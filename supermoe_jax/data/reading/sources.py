@@ -27,6 +27,7 @@ from supermoe_jax.data.reading.field_sql import (
   field_columns,
   read_sql,
   stored_type,
+  time_faults,
 )
 from supermoe_jax.data.reading.joined_tables import JoinedTable
 from supermoe_jax.data.reading.readers import TableFile
@@ -285,14 +286,13 @@ class SourceReader:
     values = {
       "user": value_sql.text_sql('e."user"', user_type),
       "time": reading.sql,
-      "raw_time": value_sql.text_sql("e.time", time_type),
+      "raw_time": "e.time",
       "no_item": "i.key IS NULL" if items else "false",
       "no_user_row": "u.key IS NULL" if users else "false",
     }
     faults = [
       Fault("null_user", source.user, '"user" IS NULL'),
-      Fault("null_time", source.time, "raw_time IS NULL"),
-      Fault("unparsable_time", source.time, "time IS NULL", "raw_time", "a time"),
+      *time_faults(source.time, time_type),
     ]
     own, absent = {}, []
     for field, column in carried(self._data, name).items():
