@@ -71,6 +71,7 @@ class FakeDataset:
   encoders = None
   schema = types.SimpleNamespace(
     aggregates=6,
+    value_counts={},
     outputs={"pages": 2, "plan": CLASSES, "age": 1, "quiet": 1, "next_page": ITEMS},
     categorical={"page": ITEMS + 2},
     field={"page": 0}.get,
