@@ -45,7 +45,8 @@ class Encoded(NamedTuple):
     views: `[B, S, T, D]`, each task's view of a user; None where every task sees z itself.
     gates: float32 `[B, S, T, E]`, the weights of the experts that a view is mixed from; None where no gates mix views.
     experts: record of the MoE layers.
-    aggregates: `[B, S, A]`, those of the features; some heads read a user's own counts of values in them.
+    aggregates: `[B, S, A]`, those of the features, in which some heads read a user's own counts of values; in training
+      half of the snapshots have none.
   """
 
   events: jax.Array
@@ -175,7 +176,7 @@ class Encoder(nnx.Module):
       tokens = x[:, end:].reshape(batch, snapshots, self.tokens, d)
       views = self.query_embedding.add_aggregates(tokens, aggregates[:, :, None])
     record = self._record(experts, batch, length, snapshots)
-    return Encoded(x[:, :length], z, views, None, record, aggregates)
+    return Encoded(x[:, :length], z, views, None, record, shown_counts(features, training=rngs is not None))
 
   def _with_task_tokens(self, context: Context, features: Features) -> Context:
     batch, snapshots = features.query_valid.shape
@@ -202,6 +203,15 @@ class Encoder(nnx.Module):
       task_expert = chosen.reshape(len(chosen), batch, snapshots, self.tokens, self.k)
     events, own = stats.expert[:, :, :length], stats.expert[:, :, length:end]
     return ExpertRecord(out.sums, stats._replace(expert=own), task_expert, events)
+
+
+def shown_counts(features: Features, *, training: bool) -> jax.Array:
+  """Returns the aggregates `[B, S, A]` that heads read; in training half of the snapshots, by a hash, have none.
+
+  Where heads always read a user's counts, these would be left out of z, which other models read alone.
+  """
+  shown = features.query_aggregates
+  return jnp.where(shift(features, 2)[..., None] > 0, shown, 0.0) if training else shown
 
 
 def shift(features: Features, tasks: int) -> jax.Array:

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from supermoe_jax.layers.table import ONE_DEVICE
-from supermoe_jax.models.encoder import embed_rows, make_embeddings
-from tests.fixtures.small_model import MODEL, SCHEMA, random_features
+from supermoe_jax.models.encoder import embed_rows, make_embeddings, shown_counts
+from tests.fixtures.small_model import MODEL, SCHEMA, B, S, random_features
 
 
 def _events(rate: float, seed: int | None) -> np.ndarray:
@@ -40,3 +40,18 @@ def test_a_hidden_value_is_an_absent_one_and_as_many_are_hidden_as_asked(rate: f
   )
   assert (shown <= full).all() and (shown == shown.astype(int)).all()
   assert shown.sum() / (60 * full.sum()) == pytest.approx(1 - rate, abs=0.03)
+
+
+def test_heads_miss_the_counts_of_half_of_the_snapshots_in_training_alone() -> None:
+  features = [random_features(seed)._replace(query_time=random_times(seed)) for seed in range(40)]
+  shown = np.stack([np.asarray(shown_counts(f, training=True)) for f in features])
+  whole = np.stack([f.query_aggregates for f in features])
+  there = (shown != 0).any(axis=-1)
+  np.testing.assert_array_equal(shown, np.where(there[..., None], whole, 0))
+  assert there.mean() == pytest.approx(0.5, abs=0.05)
+  np.testing.assert_array_equal(shown_counts(features[0], training=False), whole[0])
+  np.testing.assert_array_equal(shown_counts(features[0], training=True), shown[0])  # it depends on nothing else
+
+
+def random_times(seed: int) -> np.ndarray:
+  return np.random.default_rng(seed).uniform(0, 1e4, (B, S)).astype(np.float32)
