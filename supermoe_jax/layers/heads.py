@@ -91,8 +91,8 @@ class NextValueHead(nnx.Module):
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
     zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
-    self.counts = counts
-    width = 0 if counts is None else counts.stop - counts.start
+    self.first, self.stop = (0, 0) if counts is None else (counts.start, counts.stop)
+    width = self.stop - self.first
     self.own = linear(width, d_model, names=(None, "heads"), bias=False, zero=True, rngs=rngs) if width else None
 
   def start_at(self, answer: jax.Array) -> None:
@@ -109,7 +109,7 @@ class NextValueHead(nnx.Module):
     query = self.query(h)
     if self.own is None:
       return query
-    own = self.own(aggregates[..., self.counts])
+    own = self.own(aggregates[..., self.first : self.stop])
     return query + jnp.pad(own, ((0, 0), (query.shape[1] - own.shape[1], 0), (0, 0)))
 
   def catalogue(self, table: EmbeddingTable) -> Catalogue:
