@@ -74,7 +74,7 @@ class UserTable(TextFormat):
 
 @dataclasses.dataclass(frozen=True)
 class Aggregates:
-  """Point-in-time statistics given to every query token, from events strictly before the snapshot.
+  """Point-in-time statistics of every snapshot, from events strictly before it. The model and the baselines read them.
 
   For each window, which ends at the snapshot, and for the whole history there are always the number of events of each
   source, the number of distinct event times, and the mean of each numeric field as the model reads it. The settings

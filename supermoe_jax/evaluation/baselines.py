@@ -160,7 +160,7 @@ class AggregateModels:
   """Models on the hand-made aggregates alone, for each task whose labels belong to snapshots.
 
   They are linear, and of yes or no boosted trees too; of amounts they are boosted trees, with the loss that is better
-  on validation snapshots, and of times boosted trees of the hazards. Of several values whose counts are among the
+  on validation snapshots, and of times boosted trees of the hazards. Of several values whose counts are all among the
   aggregates they are linear models of the user's own counts of the value and of all that counts no value.
 
   Each model is fitted on training snapshots that have a label of the task, in the task's sample space if it has one:
@@ -228,16 +228,16 @@ class AggregateModels:
   def _own_counts(self, name: str, task: config.LabelledTask) -> list[np.ndarray] | None:
     """Returns the aggregates that a model of each value reads: its counts, and what counts no value.
 
-    None if the values are not counted.
+    None if not all values are counted.
     """
     schema = self._dataset.schema
     counts = schema.value_counts.get(cast(config.FutureValues, task).field)
-    if counts is None:
+    if counts is None or counts.values < schema.outputs[name]:
       return None
     every = np.arange(schema.aggregates)
     plain = np.setdiff1d(every, np.concatenate([every[c.columns] for c in schema.value_counts.values()]))
     own = every[counts.columns].reshape(counts.windows, counts.values).T
-    return [np.concatenate([plain, *own[value : value + 1]]) for value in range(schema.outputs[name])]
+    return [np.concatenate([plain, columns]) for columns in own[: schema.outputs[name]]]
 
   def predictions(self, questions: Sequence[Query]) -> dict[str, dict[str, np.ndarray]]:
     """Returns the answers for each task, by the baselines' names, to each question; empty without aggregates.

@@ -43,11 +43,8 @@ class FutureValuesHead(LinearHead):
     self.shared = sharding.param(jnp.zeros(self.windows), None)
     self.own = sharding.param(jnp.zeros((self.windows, self.counted)), None, None)
 
-  def __call__(self, z: jax.Array, aggregates: jax.Array | None = None) -> jax.Array:
-    """Maps `z [..., D]` and the snapshots' `aggregates [..., A]` to `[..., outputs]`; None counts nothing."""
-    answers = super().__call__(z)
-    if aggregates is None:
-      return answers
+  def add_counts(self, answers: jax.Array, aggregates: jax.Array) -> jax.Array:
+    """Returns `answers [..., outputs]` plus the scores of the user's counts in `aggregates [..., A]`."""
     columns = aggregates[..., self.first : self.first + self.windows * self.values]
     counts = columns.reshape(*columns.shape[:-1], self.windows, self.values)[..., : self.counted]
     score = jnp.einsum("...wv,wv->...v", counts, self.shared.get_value()[:, None] + self.own.get_value())
@@ -91,7 +88,8 @@ class NextValueHead(nnx.Module):
     self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
     zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
-    self.first, self.stop = (0, 0) if counts is None else (counts.start, counts.stop)
+    self.first: int = counts.start if counts else 0
+    self.stop: int = counts.stop if counts else 0
     width = self.stop - self.first
     self.own = linear(width, d_model, names=(None, "heads"), bias=False, zero=True, rngs=rngs) if width else None
 

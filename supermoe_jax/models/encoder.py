@@ -114,7 +114,7 @@ class Encoder(nnx.Module):
 
   With `conditioning="token"` each snapshot gets T task tokens, the snapshot's embedding plus a learned vector of the
   task. A task token sees its snapshot, and what the snapshot sees. The routers see the task. The states of the task
-  tokens are the tasks' views, which depend on the same events only.
+  tokens, plus the map of the aggregates, are the tasks' views, which depend on the same events only.
   """
 
   def __init__(
@@ -183,7 +183,8 @@ class Encoder(nnx.Module):
     visible, position = with_task_tokens(context.visible, context.position, snapshots, self.tokens)
     task = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), (batch, snapshots, self.tokens))
     if self.shuffled:
-      task = (task + shift(features, self.tokens)[..., None]) % self.tokens
+      # Of a hash its last bit chooses what `shown_counts` hides, so it is left out here.
+      task = (task + shift(features, 2 * self.tokens)[..., None] // 2) % self.tokens
     none = jnp.full(context.valid.shape, -1, jnp.int32)
     return Context(
       position=position,
@@ -206,9 +207,10 @@ class Encoder(nnx.Module):
 
 
 def shown_counts(features: Features, *, training: bool) -> jax.Array:
-  """Returns the aggregates `[B, S, A]` that heads read; in training half of the snapshots, by a hash, have none.
+  """Returns the aggregates `[B, S, A]` that heads read; in training half of the snapshots have none.
 
-  Where heads always read a user's counts, these would be left out of z, which other models read alone.
+  Where heads always read a user's counts, these would be left out of z, which other models read alone. A hash of the
+  snapshot chooses the half, always the same one, so that a batch means the same however it is split.
   """
   shown = features.query_aggregates
   return jnp.where(shift(features, 2)[..., None] > 0, shown, 0.0) if training else shown

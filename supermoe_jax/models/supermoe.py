@@ -147,10 +147,9 @@ class SuperMoE(nnx.Module):
       raise ValueError(f"task {name!r} is no event label: it takes no given")
     if isinstance(head, NextValueHead):
       return head.state(self.states(name, encoded, events=events), encoded.aggregates)
-    if isinstance(head, FutureValuesHead):
-      return head(self.view(name, encoded), encoded.aggregates)
     assert isinstance(head, LinearHead)
-    return head(self.view(name, encoded))
+    answers = head(self.view(name, encoded))
+    return head.add_counts(answers, encoded.aggregates) if isinstance(head, FutureValuesHead) else answers
 
 
 def safe_value(targets: Targets) -> jax.Array:

@@ -8,10 +8,11 @@ from flax import nnx
 
 from supermoe_jax import config
 from supermoe_jax.batch import Features
-from supermoe_jax.models.encoder import shift
+from supermoe_jax.models.encoder import Encoded, shift, shown_counts
 from tests.fixtures import grids
 from tests.fixtures.small_model import (
   LABELLED,
+  SCHEMA,
   SETTINGS,
   TASKS,
   B,
@@ -57,6 +58,35 @@ def test_every_task_answers_at_its_sites_in_its_own_shape() -> None:
   asked = jax.eval_shape(lambda e, g: NONE.answers("click", e, events=False, given=g), encoded, given)
   assert asked.shape == (B, 2 * S)
   assert jax.eval_shape(lambda e: NONE.answers("next", e, events=False), encoded).shape == (B, S, 16)
+
+
+@pytest.mark.parametrize("kind", ["none", "token"])
+def test_counts_of_values_reach_z_and_the_answers_about_these_values(kind: str) -> None:
+  made, counts = model(kind), SCHEMA.value_counts["item"]
+  more = FEATURES._replace(query_aggregates=FEATURES.query_aggregates.copy())
+  more.query_aggregates[..., counts.first] += 1  # the first item's count in the first window
+
+  @jax.jit
+  def run(features: Features) -> tuple[Encoded, jax.Array, jax.Array, jax.Array]:
+    encoded = made.encode(features, dropless=True)
+    hidden = encoded._replace(aggregates=jnp.zeros_like(encoded.aggregates))
+    topics = made.answers("topics", encoded, events=False) - made.answers("topics", hidden, events=False)
+    next_item = made.answers("next", encoded, events=True) - made.answers("next", hidden, events=True)
+    return encoded, topics, next_item, made.answers("quiet", encoded, events=False)
+
+  (before, topics, next_item, quiet), (after, *others) = run(FEATURES), run(more)
+  np.testing.assert_array_equal(before.events, after.events)
+  assert np.all(np.any(np.asarray(before.z != after.z), axis=-1))
+  moved = np.abs(np.asarray(others[0] - topics)).max(axis=(0, 1))
+  assert moved[0] > 1e-3 and np.all(moved[1:] < 1e-4)  # the score of the item itself
+  assert np.all(np.asarray(next_item)[:, :L] == 0) and np.all(np.any(np.asarray(next_item)[:, L:] != 0, axis=-1))
+  assert np.all(np.asarray(others[2]) != np.asarray(quiet))  # through z
+
+
+def test_heads_see_no_counts_where_training_hides_them() -> None:
+  encoded = jax.jit(lambda f: NONE.encode(f, dropless=True, rngs=nnx.Rngs(0)))(FEATURES)
+  np.testing.assert_array_equal(encoded.aggregates, shown_counts(FEATURES, training=True))
+  np.testing.assert_array_equal(shown_counts(FEATURES, training=False), FEATURES.query_aggregates)
 
 
 def test_a_task_without_labels_has_neither_head_nor_view() -> None:

@@ -1,4 +1,4 @@
-"""Computes point-in-time aggregates of users' histories, an optional input of every query token.
+"""Computes point-in-time aggregates of users' histories, an optional input at every snapshot.
 
 Shapes: N events of a block of users, S snapshots of all of them, A aggregates.
 """

@@ -133,7 +133,8 @@ class Hashing:
 
   def codes_sql(self, values: str) -> str:
     """Returns a query of the columns `value` and `code`, for a join; `values` is a query of distinct values."""
-    return f"SELECT value, ({FIRST_VALUE} + {self.bucket_sql('value')})::INTEGER AS code FROM ({values})"
+    codes = f"SELECT value, ({FIRST_VALUE} + {self.bucket_sql('value')})::INTEGER AS code FROM ({values})"
+    return f"SELECT value, code FROM ({codes}) WHERE code IS NOT NULL"  # values of other parts need no row
 
   def code_sql(self, column: str, table: str) -> str:
     """Returns the SQL of a column's code; `table` names the query `codes_sql`, joined by an outer join on `value`."""

@@ -74,7 +74,7 @@ def _value_counts(data: config.Data, codes: Mapping[str, int]) -> dict[str, Valu
   windows = len(wanted.windows_days) + 1
   means = sum(f.kind == "numeric" and f.input and f.table == "events" for f in data.fields.values())
   first = windows * (len(data.sources) + 1 + means)
-  for name in wanted.fields:
+  for name in dict.fromkeys(wanted.fields):
     places[name] = ValueCounts(first, windows, min(wanted.top_values, codes[name] - FIRST_VALUE))
     first = places[name].columns.stop + 1  # the number of distinct values follows
   return {name: place for name, place in places.items() if place.values}

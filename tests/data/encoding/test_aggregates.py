@@ -21,6 +21,8 @@ from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctFi
 from supermoe_jax.data.encoding.distinct_counts import distinct_between
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
 from supermoe_jax.data.encoding.numeric import Numeric
+from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
+from supermoe_jax.data.format.schema import make_aggregator, make_schema
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.plan import shapes
@@ -279,11 +281,25 @@ def test_settings_that_are_not_used_change_no_hash(tmp_path: pathlib.Path) -> No
   assert shown.keys() == {"enabled", "windows_days", "top_values", "fields"}
 
 
-def test_the_schema_says_where_the_counts_of_values_lie(every_task_dataset: Dataset) -> None:
-  aggregator, places = every_task_dataset.aggregator, every_task_dataset.schema.value_counts
-  assert aggregator is not None and list(places) == list(aggregator.values)
+@pytest.mark.parametrize("fields", [("p",), ("q", "p"), ("p", "p", "q")])
+def test_the_schema_says_where_the_counts_of_values_lie(fields: tuple[str, ...]) -> None:
+  values = {"p": [f"p{i}" for i in range(12)], "q": ["q0", "q1"]}  # more and fewer than are counted
+  shown = {"kind": "numeric", "input": False}, {"kind": "numeric"}, {"kind": "numeric", "table": "users"}
+  data = {
+    "path": "nowhere",
+    "sources": {"visits": {"files": "visits.csv"}, "buys": {"files": "buys.csv"}},
+    "fields": {"p": {}, "q": {}, "hidden": shown[0], "seen": shown[1], "age": shown[2], "spend": shown[1]},
+    "users": {"files": "users.csv"},
+    "aggregates": {"top_values": 5, "fields": fields, "windows_days": (2.0, 9.0), "sums": ("spend",)},
+    "split": {"train_end": "2024-03-01", "validation": ("2024-03-01",), "test": ("2024-04-01",)},
+  }
+  cfg = config.resolve({"data": data, "tasks": {"next": {"kind": "next_event", "field": "p"}}})
+  vocabularies = {n: Vocabulary(tuple(v), tuple(range(len(v), 0, -1))) for n, v in values.items()}
+  encoders = Encoders(vocabularies, {n: Numeric(0.0, 1.0) for n in ("hidden", "seen", "age", "spend")}, {})
+  aggregator, places = make_aggregator(cfg.data, encoders), make_schema(cfg, encoders).value_counts
+  assert aggregator is not None and list(places) == list(dict.fromkeys(fields))
   for field, place in places.items():
-    _, values = aggregator.values[field]
-    assert place.values == len(values)
-    wanted = [f"{field} {value} {window}" for window in aggregator.windows for value in values]
+    counted = values[field][:5]
+    assert place.values == len(counted) and place.windows == 3
+    wanted = [f"{field} {value} {window}" for window in ("2d", "9d", "all") for value in counted]
     assert aggregator.names[place.columns] == wanted
