@@ -166,5 +166,8 @@ def test_shifts_depend_on_the_snapshot_alone_and_take_every_value() -> None:
   shifts = np.asarray(shift(many, T))
   share = np.bincount(shifts[:, 0], minlength=T) / n
   assert np.abs(share - 1 / T).max() < 0.03
+  # The shifts of tasks say nothing of what training hides from the heads.
+  of_tasks, hidden = np.asarray(shift(many, 2 * T))[:, 0] // 2, np.asarray(shift(many, 2))[:, 0]
+  assert np.abs([hidden[of_tasks == t].mean() - 0.5 for t in range(T)]).max() < 0.08
   turned = Features(*(part[::-1] for part in many))
   np.testing.assert_array_equal(np.asarray(shift(turned, T))[::-1], shifts)
