@@ -236,6 +236,7 @@ def load_json(path: pathlib.Path) -> Config:
   raw = json.loads(path.read_text())
   # Version 0.1.0 had no other, and did not name it.
   raw["model"].setdefault("time_unit", "hours")
+  raw["model"].setdefault("aggregates", "token")
   for task in raw["tasks"].values():
     if task["kind"] == NextEvent.kind:
       task.setdefault("ties", "order")

@@ -179,6 +179,9 @@ class Model:
   remat: Literal["none", "dots", "full"] = "none"  # recomputed in the backward pass; dots: all but products
   max_events: int = 256
   time_unit: Literal["seconds", "hours"] = "seconds"  # unit u of log(1 + gap / u) in all encodings of time gaps
+  # Where aggregates enter. beside: all join z, the token reads all but counts of values, which heads read; token: the
+  # token reads all, as in version 0.1.0.
+  aggregates: Literal["beside", "token"] = "beside"
   dropout: float = 0.1
   value_dropout: float = 0.0  # in training each categorical value of an event is absent with this probability
   encoder: Literal["transformer", "gru"] = "transformer"  # gru: `layers` recurrent layers instead of blocks, no experts

@@ -169,14 +169,17 @@ class QueryEmbedding(nnx.Module):
     d_model: int,
     calendar: int,
     aggregates: int,
-    counts: Sequence[slice] = (),
+    counts: Sequence[slice] | None = None,
     *,
     time_unit: time_gaps.Unit = "seconds",
     rngs: nnx.Rngs,
   ):
-    """Creates the embedding of A aggregates, of which the columns `counts` are counts of values."""
+    """Creates the embedding of A aggregates, of which the columns `counts` are counts of values.
+
+    Where `counts` is None the token reads all of them, and none joins the representation.
+    """
     self.time_unit = time_unit
-    counted = {i for columns in counts for i in range(columns.start, columns.stop)}
+    counted = {i for columns in counts or () for i in range(columns.start, columns.stop)}
     self.scale = tuple(COUNTS_SCALE if i in counted else 1.0 for i in range(aggregates))
     self.read = tuple(i for i in range(aggregates) if i not in counted)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
@@ -184,8 +187,8 @@ class QueryEmbedding(nnx.Module):
     self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
     self.aggregates = linear(len(self.read), d_model, names=(None, "embed"), rngs=rngs) if self.read else None
     self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.read else None
-    late = linear(aggregates, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if aggregates else None
-    self.late = late
+    late = aggregates if counts is not None else 0
+    self.late = linear(late, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if late else None
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""

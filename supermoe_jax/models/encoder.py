@@ -80,7 +80,8 @@ def make_embeddings(
     layout=layout,
     rngs=rngs,
   )
-  counts = [place.columns for place in schema.value_counts.values()]
+  beside = model.aggregates == "beside"
+  counts = [place.columns for place in schema.value_counts.values()] if beside else None
   return events, QueryEmbedding(d, CALENDAR, schema.aggregates, counts, time_unit=model.time_unit, rngs=rngs)
 
 

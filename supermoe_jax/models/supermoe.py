@@ -5,6 +5,7 @@ This is the project's own design for the method whose abstract is arXiv 2207.046
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import cast
 
@@ -53,6 +54,8 @@ class SuperMoE(nnx.Module):
     """
     self.tasks = dict(tasks)
     self.view_names = tuple(n for n, t in tasks.items() if t.has_labels)
+    if model.aggregates == "token":
+      schema = dataclasses.replace(schema, value_counts={})
     d = model.d_model
     self.encoder: Encoder | GRUEncoder
     if model.encoder == "gru":
