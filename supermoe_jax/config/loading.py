@@ -234,7 +234,7 @@ def load_json(path: pathlib.Path) -> Config:
       f"Run 'supermoe train --config … --workdir {path.parent}' first."
     )
   raw = json.loads(path.read_text())
-  # Version 0.1.0 had no other, and did not name it.
+  # Version 0.1.0 had no others, and did not name them.
   raw["model"].setdefault("time_unit", "hours")
   raw["model"].setdefault("aggregates", "token")
   for task in raw["tasks"].values():

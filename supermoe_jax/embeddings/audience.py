@@ -30,7 +30,7 @@ from supermoe_jax.data.reading.text_files.text_layout import DataInHeaderError
 from supermoe_jax.embeddings import selection as selection_lib
 from supermoe_jax.embeddings.exact_neighbors import unit_vectors
 from supermoe_jax.errors import ConfigError, DataError, nearest
-from supermoe_jax.evaluation import intervals, linear_probes
+from supermoe_jax.evaluation import intervals, probes
 from supermoe_jax.progress import ProgressBar
 
 METHODS = ("logistic", "centroid")
@@ -157,7 +157,7 @@ def seed_scores(method: str, vectors: np.ndarray, seeds: np.ndarray, seed: int =
     if len(others) > OTHERS:
       others = np.random.default_rng(seed).choice(others, OTHERS, replace=False)
     rows = np.concatenate([seeds, others])
-    model = linear_probes.logistic_pipeline(vectors).fit(vectors[rows], np.arange(len(rows)) < len(seeds))
+    model = probes.logistic_pipeline(vectors).fit(vectors[rows], np.arange(len(rows)) < len(seeds))
     return np.asarray(model.decision_function(vectors))
   if method == "centroid":
     spread = vectors.std(axis=0)

@@ -20,7 +20,7 @@ from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
 from supermoe_jax.data.tasks.time_to_event import TimeToEventKind
-from supermoe_jax.evaluation import linear_probes
+from supermoe_jax.evaluation import probes
 from supermoe_jax.evaluation.answer_forms import form_of
 
 # Users that the models on aggregates are fitted on. More users would not change a linear model of a few hundred inputs,
@@ -145,7 +145,7 @@ class FittedModel(NamedTuple):
     loss: the loss of boosted trees; empty for linear models.
   """
 
-  predict: linear_probes.Predictor
+  predict: probes.Predictor
   snapshots: int
   users: int
   loss: str = ""
@@ -189,7 +189,8 @@ class AggregateModels:
     users = min(len(dataset), FITTED_USERS)
     most = max(FITTED_SNAPSHOTS // max(users, 1), 1)
     counts = {n: self._own_counts(n, t) for n, t in tasks.items() if t.answer == "multilabel"}
-    each = {n: 1 if t.user_column or counts.get(n, True) is None else most for n, t in tasks.items()}
+    last_only = {n for n, t in tasks.items() if t.user_column} | {n for n, columns in counts.items() if columns is None}
+    each = {n: 1 if n in last_only else most for n in tasks}
     each |= {n: max(most // 4, 1) for n, t in tasks.items() if t.answer == "survival"}
     rng = np.random.default_rng(0)
     for index in range(users):  # records are shuffled: any prefix is a sample
@@ -209,21 +210,21 @@ class AggregateModels:
       if not rows[name].users:
         continue
       x, y = rows[name].arrays()
-      probes: dict[str, linear_probes.Predictor] = {}
+      made: dict[str, probes.Predictor] = {}
       usual, loss = form_of(task).aggregate_model, ""
       if task.answer == "amount":
         held_rows = held[name].arrays() if held[name].users else (x[:0], y[:0])
-        probe = linear_probes.fit_amount_probe(x, y, *held_rows)
-        probes[usual], loss = probe, probe.loss
+        probe = probes.fit_amount_probe(x, y, *held_rows)
+        made[usual], loss = probe, probe.loss
       elif isinstance(task, config.TimeToEvent):
-        probes[usual] = linear_probes.HazardProbe(x, y, task.edges)
+        made[usual] = probes.HazardProbe(x, y, task.edges)
       elif (columns := counts.get(name)) is not None:
-        probes[OWN_COUNTS] = linear_probes.OwnCountsProbe(x, y, columns)
+        made[OWN_COUNTS] = probes.OwnCountsProbe(x, y, columns)
       else:
-        probes[usual] = linear_probes.fit_probe(task.answer, x, y, dataset.schema.outputs[name])
+        made[usual] = probes.fit_probe(task.answer, x, y, dataset.schema.outputs[name])
       if task.answer == "binary":
-        probes[TREES] = linear_probes.TreesProbe(x, y)
-      self.fitted[name] = {n: FittedModel(p, len(y), rows[name].users, loss) for n, p in probes.items()}
+        made[TREES] = probes.TreesProbe(x, y)
+      self.fitted[name] = {n: FittedModel(p, len(y), rows[name].users, loss) for n, p in made.items()}
 
   def _own_counts(self, name: str, task: config.LabelledTask) -> list[np.ndarray] | None:
     """Returns the aggregates that a model of each value reads: its counts, and what counts no value.

@@ -20,7 +20,7 @@ from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking, survival
 from supermoe_jax.evaluation.answer_forms import SurvivalMetrics, form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
-from supermoe_jax.evaluation.linear_probes import LOSSES
+from supermoe_jax.evaluation.probes import LOSSES
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 

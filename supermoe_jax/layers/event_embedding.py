@@ -174,30 +174,32 @@ class QueryEmbedding(nnx.Module):
     time_unit: time_gaps.Unit = "seconds",
     rngs: nnx.Rngs,
   ):
-    """Creates the embedding of A aggregates, of which the columns `counts` are counts of values.
+    """Creates the embedding; `counts` names the columns of the A aggregates that count values.
 
-    Where `counts` is None the token reads all of them, and none joins the representation.
+    With `counts=None` the token reads every aggregate, and no aggregate joins the representation.
     """
     self.time_unit = time_unit
     counted = {i for columns in counts or () for i in range(columns.start, columns.stop)}
     self.scale = tuple(COUNTS_SCALE if i in counted else 1.0 for i in range(aggregates))
-    self.read = tuple(i for i in range(aggregates) if i not in counted)
+    self.token_columns = tuple(i for i in range(aggregates) if i not in counted)
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
     set_bias(self.calendar, jax.random.normal(rngs.params(), (d_model,)) * d_model**-0.5)
     self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
-    self.aggregates = linear(len(self.read), d_model, names=(None, "embed"), rngs=rngs) if self.read else None
-    self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.read else None
-    late = aggregates if counts is not None else 0
-    self.late = linear(late, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if late else None
+    self.aggregates = (
+      linear(len(self.token_columns), d_model, names=(None, "embed"), rngs=rngs) if self.token_columns else None
+    )
+    self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.token_columns else None
+    joining = aggregates if counts is not None else 0
+    self.into_z = linear(joining, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if joining else None
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""
     x = self.calendar(calendar) + self.gap(time_gaps.gap_basis(gap, self.time_unit))
     if self.aggregates is not None and self.mlp is not None:
-      hidden = self.aggregates(aggregates[..., np.array(self.read)])
+      hidden = self.aggregates(aggregates[..., np.array(self.token_columns)])
       x = x + hidden + self.mlp(hidden)
     return x
 
   def add_aggregates(self, z: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Returns `z [B, S, D]` plus a linear map, 0 at first, of `aggregates [B, S, A]`."""
-    return z if self.late is None else z + self.late(aggregates * jnp.array(self.scale, aggregates.dtype))
+    return z if self.into_z is None else z + self.into_z(aggregates * jnp.array(self.scale, aggregates.dtype))

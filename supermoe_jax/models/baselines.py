@@ -14,7 +14,7 @@ from supermoe_jax.batch import Features, Schema
 from supermoe_jax.layers.attention import visibility
 from supermoe_jax.layers.moe import Mlp
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
-from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no_experts, shown_counts
+from supermoe_jax.models.encoder import Encoded, embed_rows, make_embeddings, no_experts, shown_aggregates
 
 
 class ExpertMlps(nnx.Module):
@@ -184,7 +184,9 @@ class GRUEncoder(nnx.Module):
     state, aggregates = self.norm(drop(before) + self.query_mlp(queries)), features.query_aggregates
     z = self.query_embedding.add_aggregates(state, aggregates)
     record = no_experts(self.experts, self.k, batch, length, snapshots)
-    return Encoded(self.norm(drop(states)), z, None, None, record, shown_counts(features, training=rngs is not None))
+    return Encoded(
+      self.norm(drop(states)), z, None, None, record, shown_aggregates(features, training=rngs is not None)
+    )
 
 
 def _recurrent(cell: nnx.GRUCell, x: jax.Array, first: jax.Array) -> jax.Array:

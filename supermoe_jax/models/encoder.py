@@ -177,15 +177,15 @@ class Encoder(nnx.Module):
       tokens = x[:, end:].reshape(batch, snapshots, self.tokens, d)
       views = self.query_embedding.add_aggregates(tokens, aggregates[:, :, None])
     record = self._record(experts, batch, length, snapshots)
-    return Encoded(x[:, :length], z, views, None, record, shown_counts(features, training=rngs is not None))
+    return Encoded(x[:, :length], z, views, None, record, shown_aggregates(features, training=rngs is not None))
 
   def _with_task_tokens(self, context: Context, features: Features) -> Context:
     batch, snapshots = features.query_valid.shape
     visible, position = with_task_tokens(context.visible, context.position, snapshots, self.tokens)
     task = jnp.broadcast_to(jnp.arange(self.tokens, dtype=jnp.int32), (batch, snapshots, self.tokens))
     if self.shuffled:
-      # Of a hash its last bit chooses what `shown_counts` hides, so it is left out here.
-      task = (task + shift(features, 2 * self.tokens)[..., None] // 2) % self.tokens
+      # Of a hash its last bit chooses what `shown_aggregates` hides, so it is left out here.
+      task = (task + snapshot_hash(features, 2 * self.tokens)[..., None] // 2) % self.tokens
     none = jnp.full(context.valid.shape, -1, jnp.int32)
     return Context(
       position=position,
@@ -207,18 +207,18 @@ class Encoder(nnx.Module):
     return ExpertRecord(out.sums, stats._replace(expert=own), task_expert, events)
 
 
-def shown_counts(features: Features, *, training: bool) -> jax.Array:
+def shown_aggregates(features: Features, *, training: bool) -> jax.Array:
   """Returns the aggregates `[B, S, A]` that heads read; in training half of the snapshots have none.
 
   Where heads always read a user's counts, these would be left out of z, which other models read alone. A hash of the
   snapshot chooses the half, always the same one, so that a batch means the same however it is split.
   """
   shown = features.query_aggregates
-  return jnp.where(shift(features, 2)[..., None] > 0, shown, 0.0) if training else shown
+  return jnp.where(snapshot_hash(features, 2)[..., None] > 0, shown, 0.0) if training else shown
 
 
-def shift(features: Features, tasks: int) -> jax.Array:
-  """Returns an int32 in [0, T) for each snapshot `[B, S]`: a hash of its own place in time and of nothing else."""
+def snapshot_hash(features: Features, size: int) -> jax.Array:
+  """Returns an int32 in [0, size) for each snapshot `[B, S]`: a hash of its own place in time and of nothing else."""
 
   def bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
@@ -229,7 +229,7 @@ def shift(features: Features, tasks: int) -> jax.Array:
     h = (h ^ part) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     h = h ^ (h >> 16)
-  return (h % jnp.uint32(tasks)).astype(jnp.int32)
+  return (h % jnp.uint32(size)).astype(jnp.int32)
 
 
 def no_experts(experts: int, k: int, batch: int, length: int, snapshots: int, tokens: int = 0) -> ExpertRecord:

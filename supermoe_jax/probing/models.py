@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse
 
 from supermoe_jax.errors import ConfigError
-from supermoe_jax.evaluation import linear_probes
+from supermoe_jax.evaluation import probes
 from supermoe_jax.probing.label_table import Label
 
 MODELS = ("logistic", "lightgbm", "mlp")
@@ -42,21 +42,19 @@ MOST_THREADS = 8
 class ProbeModel(Protocol):
   """A function that fits one kind of probe and predicts with it."""
 
-  def __call__(
-    self, x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int
-  ) -> np.ndarray:
+  def __call__(self, x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
     """Fits on the rows `fit` of `x [n, D]` and predicts the rows `asked [m]`.
 
     Returns: probabilities `[m]` (binary) or `[m, C]` (multiclass), or numbers `[m]`.
     """
 
 
-def logistic(x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-  """Fits and applies the linear probe of `evaluation.linear_probes`: logistic regression, or ridge for numbers."""
-  return linear_probes.fit_probe(label.kind, x[fit], label.value[fit], label.outputs)(x[asked])
+def logistic(x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+  """Fits and applies the linear probe of `evaluation.probes`: logistic regression, or ridge for numbers."""
+  return probes.fit_probe(label.kind, x[fit], label.value[fit], label.outputs)(x[asked])
 
 
-def boosted(x: linear_probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+def boosted(x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
   """Fits and applies LightGBM's gradient-boosted trees; classes without a fitted row get the probability 0."""
   import lightgbm
 
@@ -120,7 +118,7 @@ def describe_model(model: ProbeModel) -> dict[str, Any]:
     return dict(LIGHTGBM)
   if dataclasses.is_dataclass(model) and not isinstance(model, type):
     return dataclasses.asdict(model)
-  return {"C": linear_probes.REGULARISATION, "standardised": True, "sparse C": linear_probes.SPARSE_REGULARISATION}
+  return {"C": probes.REGULARISATION, "standardised": True, "sparse C": probes.SPARSE_REGULARISATION}
 
 
 def default_threads() -> int:

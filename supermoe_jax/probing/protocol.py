@@ -16,8 +16,8 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from supermoe_jax.evaluation import intervals, metrics
 from supermoe_jax.evaluation.answer_forms import FORMS
 from supermoe_jax.evaluation.intervals import Interval
-from supermoe_jax.evaluation.linear_probes import Inputs
 from supermoe_jax.evaluation.metrics import Metrics
+from supermoe_jax.evaluation.probes import Inputs
 from supermoe_jax.probing import resampling
 from supermoe_jax.probing.label_table import Label
 from supermoe_jax.probing.models import ProbeModel

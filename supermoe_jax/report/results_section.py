@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supermoe_jax.evaluation import metrics
-from supermoe_jax.evaluation.linear_probes import LOSSES
+from supermoe_jax.evaluation.probes import LOSSES
 from supermoe_jax.report.figures import scores
 from supermoe_jax.report.figures.drawing import number, percent
 from supermoe_jax.report.figures.scores import ScorePoint, ScoreRow
@@ -109,8 +109,11 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
         about += f"; any value of the next moment is right, {task['right_values']:.1f} a question"
       if task.get("full_moments"):
         about += f" ({percent(task['full_moments'])} of the questions have most_values of them, and more may be cut)"
-      for model, fitted in task.get("fitted", {}).items():
-        about += f"; {model} fitted on {fitted['snapshots']:,} training snapshots of {fitted['users']:,} users"
+      if models := task.get("fitted"):
+        fitted = next(iter(models.values()))  # the models of a task are fitted on the same snapshots
+        about += (
+          f"; {' and '.join(models)} fitted on {fitted['snapshots']:,} training snapshots of {fitted['users']:,} users"
+        )
         about += f" ({LOSSES[fitted['loss']]})" if "loss" in fitted else ""
       values = [(m, [v, *(task["baselines"].get(b, {}).get(m) for b in baselines)]) for m, v in task["metrics"].items()]
       rows.append({"task": name, "about": about, "metrics": values})

@@ -1,12 +1,16 @@
 """Baselines know what a user did before the moment that is asked about, and nothing later."""
 
+import pathlib
 import types
 
 import numpy as np
 
 from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
+from supermoe_jax.data.preparation import prepare
 from supermoe_jax.evaluation import baselines
+from tests.fixtures.small_log import raw_config, write_log
 
 
 class OneUser:
@@ -61,3 +65,25 @@ def test_the_best_value_of_a_moment_is_ranked_without_the_others() -> None:
   assert baselines.popularity_ranks(several, None).tolist() == [1, 2, np.inf]
   seen = [np.array([2, 4]), np.array([3, 2]), np.array([], int)]
   assert baselines.popularity_ranks(several, seen).tolist() == [2, 2, np.inf]
+
+
+def test_each_value_is_predicted_by_its_own_counts_where_all_are_counted(tmp_path: pathlib.Path) -> None:
+  write_log(tmp_path)
+  raw = raw_config(tmp_path)
+  raw["tasks"]["pages"]["top"] = 3  # of the 4 that aggregates count
+  cfg = config.resolve(raw)
+  prepare.prepare(cfg)
+  dataset = Dataset(cfg.data.path)
+  models = baselines.AggregateModels(dataset, cfg)
+  assert list(models.fitted["pages"]) == ["own counts + logistic"]
+  assert models.fitted["pages"]["own counts + logistic"].snapshots > models.fitted["paid"][baselines.TREES].snapshots
+  aggregator = dataset.aggregator
+  assert aggregator is not None
+  columns = models._own_counts("pages", cfg.labelled_tasks["pages"])
+  assert columns is not None
+  for page, of_page in zip(aggregator.values["page"][1], columns, strict=False):
+    read = {aggregator.names[i] for i in of_page}
+    assert {n for n in read if n.startswith("page ")} == {f"page {page} {window}" for window in aggregator.windows}
+    assert read >= {"recency", "tenure", "moments all", "distinct page"}
+  questions = [Query(0, dataset[0]["user"], 0, config.parse_time("2024-05-20", ""), 1, 0)]
+  assert models.predictions(questions)["pages"]["own counts + logistic"].shape == (1, 3)

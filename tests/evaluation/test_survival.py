@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supermoe_jax import config
-from supermoe_jax.evaluation import influence, linear_probes, survival
+from supermoe_jax.evaluation import influence, probes, survival
 from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.concordance import pair_counts
 from supermoe_jax.evaluation.evaluate import results_words
@@ -183,9 +183,9 @@ def test_boosted_trees_learn_hazards_from_censored_times() -> None:
   x = rng.integers(0, 2, (20_000, 1)).astype(np.float32)
   days, until = rng.exponential(np.where(x[:, 0] > 0, 4, 12)), rng.choice(EDGES, 20_000)
   value = np.stack([np.minimum(days, until), days < until], axis=1).astype(np.float32)
-  chances = linear_probes.HazardProbe(x, value, EDGES)(np.array([[0.0], [1.0]], np.float32))
+  chances = probes.HazardProbe(x, value, EDGES)(np.array([[0.0], [1.0]], np.float32))
   np.testing.assert_allclose(chances, 1 - np.exp(-np.array(EDGES) / np.array([[12.0], [4.0]])), atol=0.03)
-  same = linear_probes.HazardProbe(x, np.tile(np.float32([15.0, 0.0]), (20_000, 1)), EDGES)(x[:2])
+  same = probes.HazardProbe(x, np.tile(np.float32([15.0, 0.0]), (20_000, 1)), EDGES)(x[:2])
   np.testing.assert_array_equal(same, np.zeros((2, 4)))
 
 
@@ -202,5 +202,5 @@ def test_trees_of_hazards_take_any_number_of_events(events: int) -> None:
   value = np.tile(np.float32([16.0, 0.0]), (700, 1))
   value[:events] = 3.5, 1.0
   x = np.random.default_rng(0).normal(size=(700, 3)).astype(np.float32)
-  chances = linear_probes.HazardProbe(x, value, tuple(range(1, 17)))(x[:5])
+  chances = probes.HazardProbe(x, value, tuple(range(1, 17)))(x[:5])
   assert chances.shape == (5, 16) and (np.diff(chances, axis=1) >= 0).all() and chances.max() < 0.9

@@ -65,7 +65,7 @@ def test_all_aggregates_join_a_representation_and_count_for_nothing_at_first() -
   new = QueryEmbedding(D, CALENDAR, A, [COUNTS.columns], rngs=nnx.Rngs(0))
   np.testing.assert_array_equal(new.add_aggregates(jnp.asarray(z), aggregates), z)
   embedding = noise(lambda: QueryEmbedding(D, CALENDAR, A, [COUNTS.columns], rngs=nnx.Rngs(0)))
-  kernel = np.asarray(embedding.late.kernel.get_value())
+  kernel = np.asarray(embedding.into_z.kernel.get_value())
   for column in range(A):
     moved = embedding.add_aggregates(z, raised(aggregates, column)) - embedding.add_aggregates(z, aggregates)
     wanted = kernel[column] * (COUNTS_SCALE if column in COUNTED else 1)

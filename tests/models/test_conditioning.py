@@ -9,7 +9,7 @@ from flax import nnx
 
 from supermoe_jax import config, device_mesh, sharding
 from supermoe_jax.batch import Batch, Features
-from supermoe_jax.models.encoder import shift
+from supermoe_jax.models.encoder import snapshot_hash
 from tests.fixtures import grids
 from tests.fixtures.small_model import (
   LABELLED,
@@ -253,7 +253,7 @@ def loud_router(**settings):
 def test_the_router_is_told_the_task_or_a_shifted_one(task_ids: str) -> None:
   told = np.broadcast_to(np.arange(T), (B, S, T))
   if task_ids == "shuffled":
-    told = (told + np.asarray(shift(FEATURES, 2 * T))[..., None] // 2) % T
+    told = (told + np.asarray(snapshot_hash(FEATURES, 2 * T))[..., None] // 2) % T
   kind = {"true": "token", "shuffled": "shuffled"}[task_ids]
   out = run(kind)(FEATURES, state=nnx.state(loud_router()))
   assert out.task_expert.shape == (2, B, S, T, K)

@@ -1,4 +1,4 @@
-"""Shapes of a model's answers, what it refuses, how its tasks begin and learn, and what shifts are."""
+"""Shapes of a model's answers, what it refuses, how its tasks begin and learn, and what the hash of a snapshot is."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from supermoe_jax import config
 from supermoe_jax.batch import Features
-from supermoe_jax.models.encoder import Encoded, shift, shown_counts
+from supermoe_jax.models.encoder import Encoded, shown_aggregates, snapshot_hash
 from tests.fixtures import grids
 from tests.fixtures.small_model import (
   LABELLED,
@@ -85,8 +85,8 @@ def test_counts_of_values_reach_z_and_the_answers_about_these_values(kind: str) 
 
 def test_heads_see_no_counts_where_training_hides_them() -> None:
   encoded = jax.jit(lambda f: NONE.encode(f, dropless=True, rngs=nnx.Rngs(0)))(FEATURES)
-  np.testing.assert_array_equal(encoded.aggregates, shown_counts(FEATURES, training=True))
-  np.testing.assert_array_equal(shown_counts(FEATURES, training=False), FEATURES.query_aggregates)
+  np.testing.assert_array_equal(encoded.aggregates, shown_aggregates(FEATURES, training=True))
+  np.testing.assert_array_equal(shown_aggregates(FEATURES, training=False), FEATURES.query_aggregates)
 
 
 def test_a_task_without_labels_has_neither_head_nor_view() -> None:
@@ -155,7 +155,7 @@ def test_the_loss_of_a_task_moves_no_other_head_or_vector() -> None:
     assert (rows > 0).tolist() == [s == t for s in range(T)]
 
 
-def test_shifts_depend_on_the_snapshot_alone_and_take_every_value() -> None:
+def test_the_hash_depends_on_the_snapshot_alone_and_takes_every_value() -> None:
   rng = np.random.default_rng(0)
   n = 3000
   many = FEATURES._replace(
@@ -163,11 +163,11 @@ def test_shifts_depend_on_the_snapshot_alone_and_take_every_value() -> None:
     query_gap=rng.uniform(0, 500, (n, 1)).astype(np.float32),
     query_time=rng.uniform(0, 5000, (n, 1)).astype(np.float32),
   )
-  shifts = np.asarray(shift(many, T))
+  shifts = np.asarray(snapshot_hash(many, T))
   share = np.bincount(shifts[:, 0], minlength=T) / n
   assert np.abs(share - 1 / T).max() < 0.03
   # The shifts of tasks say nothing of what training hides from the heads.
-  of_tasks, hidden = np.asarray(shift(many, 2 * T))[:, 0] // 2, np.asarray(shift(many, 2))[:, 0]
+  of_tasks, hidden = np.asarray(snapshot_hash(many, 2 * T))[:, 0] // 2, np.asarray(snapshot_hash(many, 2))[:, 0]
   assert np.abs([hidden[of_tasks == t].mean() - 0.5 for t in range(T)]).max() < 0.08
   turned = Features(*(part[::-1] for part in many))
-  np.testing.assert_array_equal(np.asarray(shift(turned, T))[::-1], shifts)
+  np.testing.assert_array_equal(np.asarray(snapshot_hash(turned, T))[::-1], shifts)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from supermoe_jax.layers.table import ONE_DEVICE
-from supermoe_jax.models.encoder import embed_rows, make_embeddings, shown_counts
+from supermoe_jax.models.encoder import embed_rows, make_embeddings, shown_aggregates
 from tests.fixtures.small_model import MODEL, SCHEMA, B, S, random_features
 
 
@@ -44,13 +44,13 @@ def test_a_hidden_value_is_an_absent_one_and_as_many_are_hidden_as_asked(rate: f
 
 def test_heads_miss_the_counts_of_half_of_the_snapshots_in_training_alone() -> None:
   features = [random_features(seed)._replace(query_time=random_times(seed)) for seed in range(40)]
-  shown = np.stack([np.asarray(shown_counts(f, training=True)) for f in features])
+  shown = np.stack([np.asarray(shown_aggregates(f, training=True)) for f in features])
   whole = np.stack([f.query_aggregates for f in features])
   there = (shown != 0).any(axis=-1)
   np.testing.assert_array_equal(shown, np.where(there[..., None], whole, 0))
   assert there.mean() == pytest.approx(0.5, abs=0.05)
-  np.testing.assert_array_equal(shown_counts(features[0], training=False), whole[0])
-  np.testing.assert_array_equal(shown_counts(features[0], training=True), shown[0])  # it depends on nothing else
+  np.testing.assert_array_equal(shown_aggregates(features[0], training=False), whole[0])
+  np.testing.assert_array_equal(shown_aggregates(features[0], training=True), shown[0])  # it depends on nothing else
 
 
 def random_times(seed: int) -> np.ndarray:

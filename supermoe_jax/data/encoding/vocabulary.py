@@ -121,9 +121,6 @@ class Hashing:
     part, bucket = divmod(_bucket(value, self.buckets * self.parts, self.half), self.buckets)
     return FIRST_VALUE + bucket if part == self.part else ABSENT
 
-  def table(self) -> None:
-    """Returns None: hashing needs no table."""
-
   def bucket_sql(self, column: str) -> str:
     """Returns the SQL of the bucket, from 0, of a column's value; NULL for a value of another part."""
     bucket = bucket_sql(column, self.buckets * self.parts, self.half)

@@ -171,7 +171,7 @@ def _hashed(log: LogDatabase, encoder: Vocabulary | Hashing, values: str) -> dic
 
   `values` is a query as `LogDatabase.values_sql` returns it.
   """
-  known = encoder.table()
+  known = encoder.table() if isinstance(encoder, Vocabulary) else None
   join, tables = ("", {}) if known is None else ("ANTI JOIN known USING (value)", {"known": known})
   ((distinct, colliding),) = log.query(
     "SELECT coalesce(sum(n), 0)::BIGINT, coalesce(sum(n) FILTER (n > 1), 0)::BIGINT FROM ("
