@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     "sources": {"purchases": purchases},
     "fields": fields,
     "split": split,
-    "aggregates": {"top_values": 30, "fields": ("category",)},
+    "aggregates": {"top_values": 30, "fields": ("category",), "sums": ("value",), "trends": ("value",)},
   }
   tasks = {
     "churn": {"kind": "future_event", "negate": True},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PATH = AGGREGATES
 
 # The settings that name fields or conditions, and have no meaning without aggregates.
-_ADDED = ("sums", "means", "trends", "distinct", "conditions")
+_ADDED = ("sums", "means", "trends", "distinct", "conditions", "factors")
 
 
 def check_aggregates(data: Data) -> None:
@@ -46,6 +46,11 @@ def check_aggregates(data: Data) -> None:
     require(name in data.fields, f"{PATH}.distinct: {name!r} is not a field{nearest(name, data.fields)}")
     require(data.fields[name].kind != "vector", f"{PATH}.distinct: {name!r} is a vector field; leave it out.")
     _require_input(f"{PATH}.distinct", name, data)
+  categorical = [n for n, f in data.fields.items() if f.kind in ("vocabulary", "hash")]
+  for name in aggregates.factors:
+    require(name in categorical, f"{PATH}.factors: {name!r} is not a categorical field{nearest(name, categorical)}")
+    _require_input(f"{PATH}.factors", name, data)
+  require(aggregates.factor_size > 0, f"{PATH}.factor_size={aggregates.factor_size} must be positive.")
   for name, condition in aggregates.conditions.items():
     key = f"{PATH}.conditions.{name}"
     require(bool(condition.strip()), f"{key} is empty; write it as in \"type == 'buy' and amount >= 50\".")

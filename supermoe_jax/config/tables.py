@@ -84,7 +84,8 @@ class Aggregates:
   sum over a window minus the amount of the sum over the window of the same length before it; the whole history has no
   trend. `distinct`: log1p of the number of distinct values. Values outside the vocabulary count as one value, and so do
   values that share a hash's bucket. `conditions`: log1p of the number of events that fulfil a condition in the language
-  of a task's `where`, such as `{"returns": "quantity < 0"}`.
+  of a task's `where`, such as `{"returns": "quantity < 0"}`. `factors`: what all values of a field that the user has
+  had say, in a few numbers, learned from which values users of training share; see `data/encoding/factors.py`.
   """
 
   enabled: bool = True
@@ -96,6 +97,8 @@ class Aggregates:
   trends: tuple[str, ...] = _added(())  # numeric fields
   distinct: tuple[str, ...] = _added(())  # any fields
   conditions: Mapping[str, str] = dataclasses.field(default_factory=dict, metadata=ADDED_LATER)  # name → condition
+  factors: tuple[str, ...] = _added(())  # categorical fields
+  factor_size: int = _added(64)  # largest number of factors of a field
 
   @property
   def amounts(self) -> tuple[str, ...]:

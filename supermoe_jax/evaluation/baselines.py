@@ -236,7 +236,10 @@ class AggregateModels:
     if counts is None or counts.values < schema.outputs[name]:
       return None
     every = np.arange(schema.aggregates)
-    plain = np.setdiff1d(every, np.concatenate([every[c.columns] for c in schema.value_counts.values()]))
+    assert self._dataset.aggregator is not None  # it has counts
+    # Factors are left out: with them the regressions of rare values are worse.
+    others = [every[c.columns] for c in schema.value_counts.values()] + [every[self._dataset.aggregator.factor_columns]]
+    plain = np.setdiff1d(every, np.concatenate(others))
     own = every[counts.columns].reshape(counts.windows, counts.values).T
     return [np.concatenate([plain, columns]) for columns in own[: schema.outputs[name]]]
 

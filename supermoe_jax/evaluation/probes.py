@@ -15,6 +15,8 @@ import scipy.sparse
 import threadpoolctl
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -33,6 +35,10 @@ Predictor = Callable[[Inputs], np.ndarray]
 REGULARISATION = 0.05
 SPARSE_REGULARISATION = 5.0
 
+# The strengths among which `choose_regularisation` chooses: wide inputs and few labels need the strong ones.
+REGULARISATIONS = (0.0003, 0.003, 0.02, 0.1)
+CHOOSING_FOLDS = 4
+
 # One thread for trees on a few thousand rows: several wait for each other, beside other processes for minutes.
 _on_one_thread = threadpoolctl.threadpool_limits.wrap(limits=1)
 
@@ -49,14 +55,32 @@ _TREES: dict[str, Any] = {
 LOSSES = {"poisson": "Poisson deviance", "log1p": "squared error of log1p"}
 
 
-def logistic_pipeline(x: Inputs) -> Pipeline:
+def logistic_pipeline(x: Inputs, strength: float = REGULARISATION) -> Pipeline:
   """Returns standardisation (of dense inputs) and logistic regression for inputs like `x`, not yet fitted.
 
-  The regression is multinomial if need be.
+  The regression is multinomial if need be. `strength` is C for dense inputs.
   """
   if scipy.sparse.issparse(x):
     return make_pipeline(LogisticRegression(C=SPARSE_REGULARISATION, solver="lbfgs", max_iter=1000))
-  return make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, solver="newton-cholesky"))
+  return make_pipeline(StandardScaler(), LogisticRegression(C=strength, solver="newton-cholesky"))
+
+
+def choose_regularisation(x: Inputs, label: np.ndarray) -> float:
+  """Returns the C with the least log loss in folds over the rows, for dense `x [n, D]` and `label [n]` of 0 and 1.
+
+  Labels too few for folds get `REGULARISATION`.
+  """
+  if min(np.sum(label == 0), np.sum(label == 1)) < CHOOSING_FOLDS:
+    return REGULARISATION
+  folds = StratifiedKFold(CHOOSING_FOLDS, shuffle=True, random_state=0)
+  losses = np.zeros(len(REGULARISATIONS))
+  for fit, held in folds.split(x, label):
+    scaler = StandardScaler().fit(x[fit])
+    model = LogisticRegression(solver="lbfgs", warm_start=True, max_iter=200)
+    for i, strength in enumerate(REGULARISATIONS):  # from strong to weak, each from the one before
+      model.set_params(C=strength).fit(scaler.transform(x[fit]), label[fit])
+      losses[i] += log_loss(label[held], model.predict_proba(scaler.transform(x[held])), labels=[0, 1])
+  return REGULARISATIONS[int(np.argmin(losses))]
 
 
 def ridge_pipeline(x: Inputs) -> Pipeline:

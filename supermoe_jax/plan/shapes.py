@@ -39,7 +39,8 @@ def _aggregates(data: config.Data) -> int:
   usual = Aggregator(wanted.windows_days, tuple(data.sources), numeric, values)
   windows = len(usual.windows)
   added = windows * sum(map(len, (wanted.sums, wanted.means, wanted.distinct, wanted.conditions)))
-  return len(usual.names) + added + (windows - 1) * len(wanted.trends)
+  factors = wanted.factor_size * len(wanted.factors)
+  return len(usual.names) + added + (windows - 1) * len(wanted.trends) + factors
 
 
 def batch_shapes(cfg: config.Config, schema: Schema, tie_rate: float = 0.0) -> Batch:

@@ -50,7 +50,15 @@ class ProbeModel(Protocol):
 
 
 def logistic(x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-  """Fits and applies the linear probe of `evaluation.probes`: logistic regression, or ridge for numbers."""
+  """Fits and applies the linear probe of `evaluation.probes`: logistic regression, or ridge for numbers.
+
+  For a yes or no and dense inputs the rows to fit on choose the regularisation: the best of one side is not that of a
+  wider or narrower one.
+  """
+  y = label.value[fit]
+  if label.kind == "binary" and not scipy.sparse.issparse(x) and 0 < np.mean(y) < 1:
+    strength = probes.choose_regularisation(x[fit], y)
+    return np.asarray(probes.logistic_pipeline(x, strength).fit(x[fit], y).predict_proba(x[asked])[:, 1])
   return probes.fit_probe(label.kind, x[fit], label.value[fit], label.outputs)(x[asked])
 
 
@@ -118,7 +126,8 @@ def describe_model(model: ProbeModel) -> dict[str, Any]:
     return dict(LIGHTGBM)
   if dataclasses.is_dataclass(model) and not isinstance(model, type):
     return dataclasses.asdict(model)
-  return {"C": probes.REGULARISATION, "standardised": True, "sparse C": probes.SPARSE_REGULARISATION}
+  chosen = {"C": probes.REGULARISATION, "C of yes or no": "best of " + ", ".join(map(str, probes.REGULARISATIONS))}
+  return {**chosen, "standardised": True, "sparse C": probes.SPARSE_REGULARISATION}
 
 
 def default_threads() -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN, Features
 from supermoe_jax.data.dataset import windows
 from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, number_encoder
 from supermoe_jax.data.encoding.vectors import VectorScale, concatenated
@@ -330,6 +331,8 @@ class Preprocessing:
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, "buckets": encoder.buckets}
     saved["numeric"] = {n: dataclasses.asdict(e) for n, e in self.numeric.items()}
     saved["aggregator"] = None if self.aggregator is None else self.aggregator.to_json()
+    for i, of in enumerate(self.aggregator.factors.values() if self.aggregator else ()):
+      of.factors.save(path / f"factors-{i}.npy")
     saved["statistics"] = {"mean": self._mean.tolist(), "scale": self._scale.tolist()}
     for i, (name, items) in enumerate(self.items.items()):
       file = f"items-{i}"
@@ -370,8 +373,9 @@ class Preprocessing:
     spec, aggregator = spec_from_json(saved["spec"]), saved["aggregator"]
     if aggregator is not None:
       encodings = {n: "log1p" if f.log1p else "standardise" for n, f in spec.fields.items()}
+      fitted = {n: Factors.load(path / f"factors-{i}.npy") for i, n in enumerate(aggregator.get("factors", ()))}
       aggregator = Aggregator.from_json(
-        aggregator, lambda name, where: bind_aggregate(name, where, categorical, numeric, encodings)
+        aggregator, lambda name, where: bind_aggregate(name, where, categorical, numeric, encodings), fitted
       )
     return cls(spec, categorical, numeric, aggregator, saved["statistics"], items)
 

@@ -82,7 +82,7 @@ def assert_same(cfg: config.Config) -> tuple[Dataset, Dataset]:
   for i in range(len(one)):
     (a,), (b,) = one._source.__getitems__([i]), two._source.__getitems__([i])
     assert a == b
-  files = [{f.name: f.read_bytes() for f in (d.path / "encoders").iterdir()} for d in (one, two)]
+  files = [{f.name: f.read_bytes() for f in (d.path / "encoders").rglob("*.*")} for d in (one, two)]
   assert files[0] == files[1]
   assert pq.read_table(one.path / "users.parquet").equals(pq.read_table(two.path / "users.parquet"))
   assert sorted(f.name for f in two.path.iterdir()) == sorted(f.name for f in one.path.iterdir())

@@ -7,6 +7,7 @@ a field that is encoded as quantiles is not derived.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from supermoe_jax.data.check.condition_sql import asked_sql, events_sql
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.numeric import LARGEST, MOST_DEVIATIONS, Numeric
 from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Vocabulary
@@ -146,6 +148,8 @@ class _Derivations:
     for name, where in wanted.conditions.items():
       out[f"count {name} {window}"] = self._count(asked_sql(self._data, where))
     if days is None:
+      for name, of in self._aggregator.factors.items():
+        out |= self._factors(name, of.factors)
       last, first = self._column("max(e.time)"), self._column("min(e.time)")
       out["recency"] = lambda row: _point(math.log1p((row["at"] - row[last]) / HOUR))
       out["tenure"] = lambda row: _point(math.log1p((row["at"] - row[first]) / HOUR))
@@ -229,6 +233,33 @@ class _Derivations:
       return DerivedBounds(math.log1p(min(now, then)), math.log1p(now + 1 if added else now))
 
     return interval
+
+  def _factors(self, field: str, factors: Factors) -> dict[str, Derivation]:
+    """Returns the factors of a field: how often the user had each code, times the stored weights and directions."""
+    column, many = f"e.{field_column(self._data, field)}", self._data.fields[field].many
+    name = self._column(f"list({column}{f'[1:{many}]' if many else ''})", f"{{inside}} AND {column} IS NOT NULL")
+    encoder = self._dataset.encoders.categorical[field]
+    assert not isinstance(encoder, Vectors)  # config.resolve checked
+
+    def derive(row: Row) -> np.ndarray:
+      values = itertools.chain(*(row[name] or ())) if many else row[name] or ()
+      entries = np.zeros(len(factors.weight))
+      for code, n in collections.Counter(map(encoder.code, values)).items():
+        if code < len(entries):  # a value that an append added has no factors
+          entries[code] = factors.weight[code] * math.log1p(n)
+      return entries @ factors.direction / (np.linalg.norm(entries) or 1.0)
+
+    def one(i: int) -> Derivation:
+      return lambda row: _point(float(self._once(name, row, derive)[i]))
+
+    return {f"factor {field} {i + 1}": one(i) for i in range(factors.size)}
+
+  def _once(self, name: str, row: Row, derive: Callable[[Row], np.ndarray]) -> np.ndarray:
+    """Returns `derive(row)`, which the row keeps for the other factors of the field."""
+    kept = f"factors {name}"
+    if kept not in row:
+      row[kept] = derive(row)
+    return np.asarray(row[kept])
 
   def _distinct_numbers(self, field: str, numbers: Iterable[float]) -> DerivedBounds:
     """Returns the interval of the count of distinct numbers: two that nearly agree may be one after encoding."""

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
+from supermoe_jax.data.encoding import factors
 from supermoe_jax.data.encoding.distinct_counts import distinct_between
+from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.histories import UserBlock, counts_before
 from supermoe_jax.data.encoding.numeric import LARGEST, Numeric
 
@@ -50,6 +52,14 @@ class DistinctField:
 
 
 @dataclasses.dataclass(frozen=True)
+class FactoredField:
+  """The columns of codes of a field, several for lists, and its factors."""
+
+  columns: tuple[int, ...]
+  factors: Factors
+
+
+@dataclasses.dataclass(frozen=True)
 class EventCount:
   """A condition as the config writes it, and the function that evaluates it."""
 
@@ -64,8 +74,8 @@ class Aggregator:
   For each trailing window and the whole history: log1p of the number of events of each source, of distinct event times,
   and of occurrences of the most frequent values of the chosen fields; the mean of each numeric field. For the whole
   history only: log1p hours since the last and the first event, and log1p of the number of distinct values of each
-  chosen field. `config.Aggregates` defines the sums, averages, trends, distinct values and conditions that a config may
-  add.
+  chosen field. `config.Aggregates` defines the sums, averages, trends, distinct values, conditions and factors that a
+  config may add.
   """
 
   windows_days: tuple[float, ...]
@@ -78,6 +88,7 @@ class Aggregator:
   trends: tuple[str, ...] = ()
   distinct: Mapping[str, DistinctField] = dataclasses.field(default_factory=dict)
   conditions: Mapping[str, EventCount] = dataclasses.field(default_factory=dict)
+  factors: Mapping[str, FactoredField] = dataclasses.field(default_factory=dict)
 
   @property
   def windows(self) -> list[str]:
@@ -97,7 +108,14 @@ class Aggregator:
     names += [f"trend {n} {w}" for w in windows[:-1] for n in self.trends]
     names += [f"distinct {n} {w}" for n in self.distinct for w in windows]
     names += [f"count {n} {w}" for w in windows for n in self.conditions]
+    names += [f"factor {n} {i}" for n, of in self.factors.items() for i in range(1, of.factors.size + 1)]
     return [*names, "recency", "tenure"]
+
+  @property
+  def factor_columns(self) -> slice:
+    """Returns the columns of the factors among the aggregates."""
+    last = len(self.names) - 2  # recency and tenure follow
+    return slice(last - sum(of.factors.size for of in self.factors.values()), last)
 
   def __call__(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     """Returns the aggregates of snapshots, float32 `[S, A]`.
@@ -139,6 +157,10 @@ class Aggregator:
     if self.conditions:
       fulfilled = np.stack([condition.holds(block) for condition in self.conditions.values()], axis=1)
       columns.append(_flat(np.log1p(_windowed(_counts(fulfilled)[bounds]))))
+    for of in self.factors.values():
+      added, squares = of.factors.added(block.codes[:, list(of.columns)], block.owner)
+      sums = _sums_before(block, np.column_stack([added, squares]), bounds[-1], first)
+      columns.append(factors.of_sums(sums[:, :-1], sums[:, -1]))
     hour = MICROSECONDS_PER_DAY / 24
     columns.append(np.log1p((time - block.time[bounds[-1] - 1]) / hour)[:, None])
     columns.append(np.log1p((time - block.time[first]) / hour)[:, None])
@@ -175,17 +197,22 @@ class Aggregator:
     return columns
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the settings as values of JSON, for `from_json`."""
-    saved = dataclasses.asdict(dataclasses.replace(self, conditions={}))
-    return {**saved, "conditions": {name: condition.where for name, condition in self.conditions.items()}}
+    """Returns the settings as values of JSON, for `from_json`; of the factors only the columns of their fields."""
+    saved = dataclasses.asdict(dataclasses.replace(self, conditions={}, factors={}))
+    saved["conditions"] = {name: condition.where for name, condition in self.conditions.items()}
+    saved["factors"] = {name: of.columns for name, of in self.factors.items()}
+    return saved
 
   @classmethod
-  def from_json(cls, saved: Mapping[str, Any], bind: Callable[[str, str], BlockCondition]) -> Aggregator:
+  def from_json(
+    cls, saved: Mapping[str, Any], bind: Callable[[str, str], BlockCondition], fitted: Mapping[str, Factors]
+  ) -> Aggregator:
     """Returns the aggregator that `to_json` saved; exports of an earlier version lack the settings added later.
 
     Args:
       saved: the values of JSON.
       bind: returns the function that evaluates a condition, from its name and its text.
+      fitted: the factors by field.
     """
     return cls(
       tuple(saved["windows_days"]),
@@ -198,6 +225,7 @@ class Aggregator:
       tuple(saved.get("trends", ())),
       {n: DistinctField(tuple(of["columns"]), of["numeric"]) for n, of in saved.get("distinct", {}).items()},
       {n: EventCount(where, bind(n, where)) for n, where in saved.get("conditions", {}).items()},
+      {n: FactoredField(tuple(columns), fitted[n]) for n, columns in saved.get("factors", {}).items()},
     )
 
 

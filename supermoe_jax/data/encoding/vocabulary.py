@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN
-from supermoe_jax.data.encoding import vectors
+from supermoe_jax.data.encoding import factors, vectors
+from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric, number_encoder
 from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.errors import DataError
@@ -158,11 +159,12 @@ LabelEncoder = Classes | Numeric
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-  """Encoders of all fields, in config order, and of the user labels that need one (classes, numbers)."""
+  """Encoders of all fields, in config order, of the user labels that need one (classes, numbers), and factors."""
 
   categorical: Mapping[str, Categorical]
   numeric: Mapping[str, NumberEncoder]
   labels: Mapping[str, LabelEncoder] = dataclasses.field(default_factory=dict)
+  factors: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the vocabularies as Parquet (value, count), the vectors, and the rest as `encoders.json`."""
@@ -193,6 +195,12 @@ class Encoders:
       # A vocabulary without buckets does not name them, so that older datasets keep their encoding hash.
       buckets = {"buckets": encoder.buckets} if encoder.buckets else {}
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, **buckets}
+    if self.factors:  # not named where there are none, so that older datasets keep their encoding hash
+      saved["factors"] = {}
+    for name, of in self.factors.items():
+      file = f"{factors.DIRECTORY}/{urllib.parse.quote(name, safe='')}.npy"
+      of.save(path / file)
+      saved["factors"][name] = {"file": file, "sha256": of.sha256}
     (path / "encoders.json").write_text(json.dumps(saved, indent=1) + "\n")
 
   @classmethod
@@ -222,4 +230,6 @@ class Encoders:
       n: Classes(tuple(e["values"]), tuple(e["counts"])) if "values" in e else Numeric(**e)
       for n, e in saved["labels"].items()
     }
-    return cls(categorical, {n: number_encoder(s) for n, s in saved["numeric"].items()}, labels)
+    numeric = {n: number_encoder(s) for n, s in saved["numeric"].items()}
+    fitted = {n: Factors.load(path / of["file"]) for n, of in saved.get("factors", {}).items()}
+    return cls(categorical, numeric, labels, fitted)

@@ -8,7 +8,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, Schema, ValueCounts
-from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount
+from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount, FactoredField
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Vocabulary
 from supermoe_jax.data.tasks import KINDS, TaskKind
@@ -117,6 +117,7 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
     wanted.trends,
     {name: _distinct_field(name, data, encoders) for name in wanted.distinct},
     conditions,
+    {name: FactoredField(_code_columns(name, data, encoders), encoders.factors[name]) for name in wanted.factors},
   )
 
 
@@ -134,8 +135,13 @@ def bind_aggregate(
 def _distinct_field(name: str, data: config.Data, encoders: Encoders) -> DistinctField:
   if name in encoders.numeric:
     return DistinctField((list(encoders.numeric).index(name),), numeric=True)
+  return DistinctField(_code_columns(name, data, encoders))
+
+
+def _code_columns(name: str, data: config.Data, encoders: Encoders) -> tuple[int, ...]:
+  """Returns a field's columns of codes: one, or several for a field of lists."""
   further = [i for i, n in enumerate(data.extra_value_fields, len(encoders.categorical)) if n == name]
-  return DistinctField((list(encoders.categorical).index(name), *further))
+  return (list(encoders.categorical).index(name), *further)
 
 
 def make_comparison(

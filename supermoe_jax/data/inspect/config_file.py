@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
-from supermoe_jax.data.inspect import column_roles, label_tables, proposed_tasks, text_dialect
+from supermoe_jax.data.inspect import column_roles, label_tables, proposed_aggregates, proposed_tasks, text_dialect
 from supermoe_jax.data.reading import json_files, paths, readers
 from supermoe_jax.data.reading.remote import FilePath
 from supermoe_jax.errors import DataError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 QUANTILES = (0.7, 0.85)  # of the events' times: the end of the training period, and the test snapshot
 LEAST_ROUNDED_UNITS = 20  # units (days, hours, …) that the log must span for snapshot times to be rounded to them
 SNAPSHOTS = 4  # the least number of training snapshots
-MOST_COUNTED = 60  # values of a field that aggregates count for each user
 
 _Comments = dict[tuple[str, ...], str]  # path of keys → comment on the key's line
 
@@ -83,9 +82,10 @@ def propose(tables: Sequence[InspectedTable]) -> str:
       task = _identifier(label.name if _identifier(label.name) not in tasks else f"{table.name}_{label.name}")
       tasks[task] = label_tables.dated_task(table, label, _patterns(table.files))
       comments["tasks", task] = f"{table.name}: labels with times, not events; {label.distinct:,} values"
-  if "aggregates" not in data and (counted := _counted(fields, tasks)):
-    data["aggregates"] = {"top_values": MOST_COUNTED, "fields": counted}
-    comments["data", "aggregates", "fields"] = "how often each user had each of their most frequent values"
+  proposed = proposed_aggregates.propose_aggregates(sources, items, fields, tasks)
+  if proposed and "aggregates" not in data:
+    data["aggregates"] = {key: value for key, (value, _) in proposed.items()}
+    comments.update({("data", "aggregates", key): comment for key, (_, comment) in proposed.items() if comment})
   raw = {"data": data, "tasks": tasks}
   docstring = f'"""Events of {", ".join(t.name for t in sources)}, as proposed by `supermoe inspect`."""'
   body = "\n".join(_config_lines(raw, comments, (), "  "))
@@ -93,13 +93,6 @@ def propose(tables: Sequence[InspectedTable]) -> str:
     f"{docstring}\n\nimport ml_collections\n\n\ndef get_config() -> ml_collections.ConfigDict:\n"
     f"  return ml_collections.ConfigDict({body})\n"
   )
-
-
-def _counted(fields: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """Returns the fields whose values tasks ask about and aggregates can count."""
-  asked = dict.fromkeys(t["field"] for t in tasks.values() if t["kind"] in ("next_event", "future_values"))
-  plain = [n for n in asked if fields[n].get("kind", "vocabulary") == "vocabulary" and "many" not in fields[n]]
-  return [n for n in plain if not fields[n].get("buckets")]
 
 
 def _is_source(table: InspectedTable, tables: Sequence[InspectedTable]) -> bool:

@@ -7,8 +7,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from supermoe_jax import config
-from supermoe_jax.data.encoding import vectors
+from supermoe_jax.batch import FIRST_VALUE
+from supermoe_jax.data.encoding import factors, vectors
+from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.numeric import MAX_KNOTS, NumberEncoder, Numeric, Quantile
 from supermoe_jax.data.encoding.vectors import Vectors
 from supermoe_jax.data.encoding.vocabulary import Categorical, Encoders, Hashing, LabelEncoder, Vocabulary
@@ -18,12 +22,14 @@ from supermoe_jax.data.reading.field_sql import field_columns
 from supermoe_jax.data.reading.vector_sql import vectors_table
 from supermoe_jax.errors import DataError
 
+FACTORED_USERS = 50_000  # the first ones in the order of the ids' hashes, so a sample
+
 
 def fit_encoders(log: LogDatabase, data: config.Data, labels: Mapping[str, LabelEncoder] | None = None) -> Encoders:
   """Returns encoders fitted on the events of training; `labels` are the encoders of user labels.
 
   Raises:
-    DataError: a field has no value in training, or none that is frequent enough.
+    DataError: a field has no value in training, or none that is frequent enough or that factors can be fitted on.
   """
   categorical: dict[str, Categorical] = {}
   numeric: dict[str, NumberEncoder] = {}
@@ -42,7 +48,34 @@ def fit_encoders(log: LogDatabase, data: config.Data, labels: Mapping[str, Label
       categorical[name] = _fit_vocabulary(log, field.shares or name, data.fields[field.shares or name])
   for name in categorical:
     categorical[name] = categorical[data.fields[name].shares or name]
-  return Encoders(categorical, numeric, labels or {})
+  fitted = {name: _fit_factors(log, name, categorical[name]) for name in data.aggregates.factors}
+  return Encoders(categorical, numeric, labels or {}, fitted)
+
+
+def _fit_factors(log: LogDatabase, name: str, encoder: Categorical) -> Factors:
+  """Returns the factors of a field, fitted on the events of training of `FACTORED_USERS` users at most."""
+  assert not isinstance(encoder, Vectors)  # config.resolve checked
+  column, field = field_columns(log.data)[name], log.data.fields[name]
+  value = f"unnest({column}[:{field.many}])" if field.many else column
+  events = f'{log.events_sql} JOIN ordered_users USING ("user") WHERE training AND uid < {FACTORED_USERS}'
+  counted = log.arrow(
+    f"SELECT uid, value, count(*) AS n FROM (SELECT uid, {value} AS value FROM {events}) WHERE value IS NOT NULL "
+    "GROUP BY uid, value ORDER BY uid, value"
+  )
+  values = counted["value"].combine_chunks().dictionary_encode()
+  code = np.array([encoder.code(v) for v in values.dictionary.to_pylist()], np.int64)[values.indices.to_numpy()]
+  user, count = (counted[n].to_numpy() for n in ("uid", "n"))
+  user, code, count = user[code >= FIRST_VALUE], code[code >= FIRST_VALUE], count[code >= FIRST_VALUE]
+  if not len(user):
+    raise DataError(
+      f"config.data.aggregates.factors: none of the {FACTORED_USERS:,} users that factors are fitted on has a known "
+      f"value of field {name!r} in training; leave the field out of the factors."
+    )
+  # Values may share a code, as those in a bucket do.
+  pair, place = np.unique(user * encoder.n_codes + code, return_inverse=True)
+  summed = np.bincount(place.reshape(-1), count).astype(np.int64)
+  user, code = np.divmod(pair, encoder.n_codes)
+  return factors.fit_factors(user, code, summed, encoder.n_codes, log.data.aggregates.factor_size)
 
 
 def _fit_vocabulary(log: LogDatabase, name: str, field: config.Field) -> Vocabulary:

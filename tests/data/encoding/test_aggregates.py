@@ -152,9 +152,9 @@ def test_an_aggregator_comes_back_from_json_and_from_that_of_an_earlier_version(
     return dear
 
   saved = json.loads(json.dumps(AGGREGATOR.to_json()))
-  assert Aggregator.from_json(saved, bind) == AGGREGATOR and asked == [("dear", "spend > 12")]
+  assert Aggregator.from_json(saved, bind, {}) == AGGREGATOR and asked == [("dear", "spend > 12")]
   early = {k: saved[k] for k in ("windows_days", "sources", "numeric", "values")}
-  assert Aggregator.from_json(early, bind) == Aggregator((2.0, 10.0), ("till",), {}, {})
+  assert Aggregator.from_json(early, bind, {}) == Aggregator((2.0, 10.0), ("till",), {}, {})
 
 
 RICH = {
@@ -274,7 +274,7 @@ def test_settings_that_are_not_used_change_no_hash(tmp_path: pathlib.Path) -> No
   for key, value in RICH.items():
     used = {**raw, "data": {**raw["data"], "aggregates": {**raw["data"]["aggregates"], key: value}}}
     assert config.resolve(used).data_hash() != base.data_hash(), key
-  unset = {"sums": [], "means": [], "trends": [], "distinct": [], "conditions": {}}
+  unset = {"sums": [], "means": [], "trends": [], "distinct": [], "conditions": {}, "factors": []}
   raw["data"]["aggregates"] |= unset
   assert config.resolve(raw).data_hash() == base.data_hash()
   shown = config.to_dict(base, later=False)["data"]["aggregates"]

@@ -1,0 +1,127 @@
+"""Turns the values that a user has had into a few numbers: the factors of the matrix of users and values.
+
+The matrix holds log(1 + n) · w for n events of a user with a value, its rows scaled to unit length; w is the value's
+weight, larger for a value that few users have. The factors are its first right singular vectors. So users that have had
+similar values have similar numbers, also where no two of their values are the same.
+
+Source: latent semantic analysis, https://doi.org/10.1002/(SICI)1097-4571(199009)41:6%3C391::AID-ASI1%3E3.0.CO;2-9; as a
+view of users in the RecSys Challenge 2025, https://github.com/antklen/recsys_challenge_2025.
+
+Shapes: N events with m values each, S snapshots, V codes, R factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Self
+
+import numpy as np
+
+DIRECTORY = "factors"  # within the directory of a dataset's encoders
+LEAST_WEIGHT = 0.05  # of a value that every user has
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factors:
+  """The factors of a field.
+
+  Attributes:
+    weight: float32 `[V]`, the weight of each code, 0 for absent, unknown and codes added after fitting.
+    direction: float32 `[V, R]`, the right singular vectors.
+  """
+
+  weight: np.ndarray
+  direction: np.ndarray
+
+  @property
+  def size(self) -> int:
+    """Returns R."""
+    return self.direction.shape[1]
+
+  def added(self, codes: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what each event adds to its user's factors before scaling, and to the square of the row's length.
+
+    An event with a value that the user has had k times adds log(2 + k) − log(1 + k) of that value. So factors at every
+    snapshot are sums over events.
+
+    Args:
+      codes: `[N, m]`, the codes of events.
+      owner: `[N]`, the user of each event; users are in order.
+
+    Returns: float64 `[N, R]` and `[N]`.
+    """
+    many = codes.shape[1]
+    code = np.minimum(codes.reshape(-1).astype(np.int64), len(self.weight))
+    weight = np.append(self.weight, 0.0).astype(np.float64)[code]
+    before = _times_before(code + np.repeat(owner, many) * (len(self.weight) + 1))
+    gained = weight * np.log1p(1 / (1 + before))
+    length = np.square(weight) * (np.square(np.log1p(before + 1)) - np.square(np.log1p(before)))
+    direction = np.concatenate([self.direction, np.zeros((1, self.size), np.float32)])
+    out = np.zeros((len(codes), self.size))
+    for column in range(many):  # one value of a list after the other, so that only one [N, R] is in memory
+      out += gained[column::many, None] * direction[code[column::many]]
+    return out, length.reshape(-1, many).sum(axis=1)
+
+  def save(self, file: pathlib.Path) -> None:
+    """Writes the factors to a file of NumPy's, from which `load` reads them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, np.column_stack([self.weight, self.direction]), allow_pickle=False)
+
+  @classmethod
+  def load(cls, file: pathlib.Path) -> Self:
+    """Reads the file that `save` wrote."""
+    table = np.load(file, allow_pickle=False)
+    return cls(np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1:]))
+
+  @property
+  def sha256(self) -> str:
+    """Returns a hash of the numbers."""
+    return hashlib.sha256(self.weight.tobytes() + self.direction.tobytes()).hexdigest()
+
+
+def of_sums(total: np.ndarray, square: np.ndarray) -> np.ndarray:
+  """Returns the factors of snapshots from the sums of `Factors.added`: `[S, R]`, `[S]` → float64 `[S, R]`.
+
+  The factors of a user without a value are 0.
+  """
+  return total / np.sqrt(np.where(square > 0, square, 1.0))[:, None]
+
+
+def fit_factors(user: np.ndarray, code: np.ndarray, count: np.ndarray, codes: int, size: int) -> Factors:
+  """Fits the factors of a field.
+
+  Args:
+    user: int64 `[n]`, the user of each entry of the matrix.
+    code: int64 `[n]`, its code, that of a known value; no pair of user and code occurs twice.
+    count: int64 `[n]`, how often the user had the value.
+    codes: V.
+    size: the largest number of factors; there are fewer where users or values are.
+  """
+  from scipy import sparse
+  from sklearn.utils.extmath import randomized_svd
+
+  row = np.unique(user, return_inverse=True)[1].reshape(-1)
+  users = int(row.max()) + 1
+  having = np.bincount(code, minlength=codes)
+  weight = np.where(having > 0, np.maximum(np.log(users / (1 + having)), LEAST_WEIGHT), 0.0)
+  entry = np.log1p(count) * weight[code]
+  length = np.sqrt(np.bincount(row, entry**2, users))
+  held = np.flatnonzero(having)
+  column = np.searchsorted(held, code)
+  matrix = sparse.csr_matrix((entry / length[row], (row, column)), shape=(users, len(held)))
+  found = randomized_svd(matrix, min(size, users, len(held)), random_state=0)[2]
+  direction = np.zeros((codes, len(found)), np.float32)
+  direction[held] = found.T
+  return Factors(weight.astype(np.float32), direction)
+
+
+def _times_before(value: np.ndarray) -> np.ndarray:
+  """Returns how often each entry's value occurred before it: int64 `[N]`."""
+  order = np.argsort(value, kind="stable")
+  ordered = value[order]
+  first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+  out = np.empty(len(value), np.int64)
+  out[order] = np.arange(len(value)) - np.repeat(first, np.diff(np.append(first, len(value))))
+  return out

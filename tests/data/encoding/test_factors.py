@@ -1,0 +1,196 @@
+"""Factors of the values that users have had: against plain references, through preparation, append and check."""
+
+from __future__ import annotations
+
+import collections
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supermoe_jax import config
+from supermoe_jax.batch import FIRST_VALUE
+from supermoe_jax.data.append import append
+from supermoe_jax.data.check import check
+from supermoe_jax.data.check.check import CheckError
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.encoding.aggregates import Aggregator, FactoredField
+from supermoe_jax.data.encoding.factors import LEAST_WEIGHT, Factors, fit_factors
+from supermoe_jax.data.encoding.histories import UserHistory, end_to_end
+from supermoe_jax.data.encoding.vocabulary import Encoders
+from supermoe_jax.data.preparation import prepare
+from supermoe_jax.errors import ConfigError, DataError
+from supermoe_jax.plan import shapes
+from tests.fixtures.small_log import raw_config, write_log
+
+DAY = config.MICROSECONDS_PER_DAY
+
+
+def some_factors(rng: np.random.Generator, codes: int = 7, size: int = 3) -> Factors:
+  weight = rng.random(codes).astype(np.float32)
+  weight[:FIRST_VALUE] = 0
+  return Factors(weight, rng.normal(size=(codes, size)).astype(np.float32))
+
+
+def plain_factors(of: Factors, codes: np.ndarray) -> np.ndarray:
+  """The factors of a user with these codes, by counting them."""
+  row = np.zeros(len(of.weight))
+  for code, n in collections.Counter(codes.ravel().tolist()).items():
+    if code < len(row):
+      row[code] = of.weight[code] * math.log(1 + n)
+  return row @ of.direction / (np.sqrt((row**2).sum()) or 1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 99_999), st.lists(st.integers(1, 25), min_size=1, max_size=4), st.integers(1, 3))
+def test_factors_of_snapshots_equal_a_plain_reference(seed: int, lengths: list[int], many: int) -> None:
+  rng = np.random.default_rng(seed)
+  of = some_factors(rng)
+  histories = [
+    UserHistory(
+      f"u{i}",
+      np.arange(n, dtype=np.int64) * DAY,
+      np.zeros(n, np.int32),
+      rng.integers(0, 9, (n, many)).astype(np.int32),  # 7 and 8 were added after fitting
+      np.zeros((n, 0), np.float32),
+      n,
+    )
+    for i, n in enumerate(lengths)
+  ]
+  aggregator = Aggregator((), ("till",), {}, {}, factors={"shop": FactoredField(tuple(range(many)), of)})
+  place = [aggregator.names.index(f"factor shop {i}") for i in (1, 2, 3)]
+  user = np.repeat(np.arange(len(lengths)), 2)
+  n_events = np.array([int(rng.integers(1, lengths[u] + 1)) for u in user])
+  rows = aggregator(end_to_end(histories), user, n_events * DAY, n_events)
+  for row, u, n in zip(rows, user, n_events):
+    np.testing.assert_allclose(row[place], plain_factors(of, histories[u].codes[:n]), atol=1e-5)
+
+
+def test_fitted_directions_are_singular_vectors_of_the_weighted_matrix() -> None:
+  rng = np.random.default_rng(0)
+  counts = rng.poisson(1.0, (30, 8))
+  counts[:, 0] += 1  # a value that every user has
+  user, value = np.nonzero(counts)
+  of = fit_factors(user * 10, value + FIRST_VALUE, counts[user, value], 8 + FIRST_VALUE + 5, 8)
+  weight = np.maximum(np.log(30 / (1 + (counts > 0).sum(0))), LEAST_WEIGHT)
+  np.testing.assert_allclose(of.weight, [0, 0, *weight, 0, 0, 0, 0, 0], rtol=1e-6)
+  assert of.weight[FIRST_VALUE] == np.float32(LEAST_WEIGHT)
+  matrix = np.log1p(counts) * weight
+  matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+  wanted = np.linalg.svd(matrix, full_matrices=False)[2]
+  got = of.direction[FIRST_VALUE : FIRST_VALUE + 8].T
+  np.testing.assert_allclose(np.abs(np.sum(got * wanted, axis=1)), 1.0, atol=1e-4)
+  assert not of.direction[:FIRST_VALUE].any() and not of.direction[FIRST_VALUE + 8 :].any()
+
+
+def test_users_of_one_kind_are_near_without_a_common_value() -> None:
+  # Ann and Bob share no value, but both share values with the others of their kind.
+  kinds = {"ann": "ab", "k1": "abcd", "k2": "abcd", "bob": "cd", "eve": "wx", "l1": "wxyz", "l2": "wxyz"}
+  pairs = [(i, ord(v) - 95) for i, values in enumerate(kinds.values()) for v in values]
+  user, code = map(np.array, zip(*pairs))
+  of = fit_factors(user, code, np.ones(len(user), np.int64), 40, 2)
+  held = [np.array([ord(v) - 95 for v in values]) for values in kinds.values()]
+  ann, bob, eve = (plain_factors(of, held[i]) for i in (0, 3, 4))
+  assert ann @ bob > 0.2 > 0.01 > abs(ann @ eve)
+
+
+def test_there_are_no_more_factors_than_users_or_values() -> None:
+  user, code = np.array([0, 0, 1]), np.array([2, 3, 2])
+  assert fit_factors(user, code, np.ones(3, np.int64), 9, 64).size == 2
+  assert fit_factors(user[:1], code[:1], np.ones(1, np.int64), 9, 64).size == 1
+
+
+CHOSEN = {"factors": ["page", "device", "tags"], "factor_size": 2}
+
+
+def write_tagged_log(folder: pathlib.Path) -> dict:
+  write_log(folder)
+  raw = raw_config(folder)
+  raw["data"]["fields"]["tags"] = {"column": "page", "sources": ["visits"], "many": 2}
+  raw["data"]["aggregates"] |= CHOSEN
+  return raw
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> dict:
+  raw = write_tagged_log(tmp_path_factory.mktemp("factors"))
+  prepare.prepare(config.resolve(raw))
+  return raw
+
+
+def test_a_dataset_has_factors_that_come_back_from_its_files_and_that_check_derives_again(raw: dict) -> None:
+  dataset = Dataset(raw["data"]["path"])
+  assert dataset.aggregator is not None
+  names = [n for n in dataset.aggregator.names if n.startswith("factor ")]
+  assert dataset.aggregator.names[dataset.aggregator.factor_columns] == names
+  assert names == [f"factor {field} {i}" for field in CHOSEN["factors"] for i in (1, 2)]
+  again = Encoders.load(dataset.path / "encoders")
+  for name, of in dataset.encoders.factors.items():
+    np.testing.assert_array_equal(again.factors[name].direction, of.direction)
+  assert shapes.largest_schema(dataset.config).aggregates == dataset.schema.aggregates
+  assert (dataset.aggregate_scale < 1e30)[[dataset.aggregator.names.index(n) for n in names]].all()
+  check.check_dataset(dataset.path)
+
+
+@pytest.mark.parametrize("field", CHOSEN["factors"])
+def test_check_finds_a_wrong_factor(raw: dict, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+  right = Aggregator.__call__
+
+  def wrong(self: Aggregator, *args: np.ndarray) -> np.ndarray:
+    rows = right(self, *args)
+    rows[-1, self.names.index(f"factor {field} 2")] += 0.001
+    return rows
+
+  monkeypatch.setattr(Aggregator, "__call__", wrong)
+  with pytest.raises(CheckError, match=f"aggregate 'factor {field} 2': .* holds .*, the raw files give"):
+    check.check_dataset(raw["data"]["path"])
+
+
+def test_factors_are_fitted_on_training_only(tmp_path: pathlib.Path) -> None:
+  raw = write_tagged_log(tmp_path)
+  raw["data"]["split"] |= {"log_end": "2024-05-20", "test": []}  # the same training, without its last weeks
+  prepare.prepare(config.resolve(raw))
+  whole = write_tagged_log(tmp_path)
+  whole["data"]["path"] = str(tmp_path / "whole")
+  prepare.prepare(config.resolve(whole))
+  one, two = (Dataset(r["data"]["path"]).encoders.factors for r in (raw, whole))
+  assert {n: f.sha256 for n, f in one.items()} == {n: f.sha256 for n, f in two.items()}
+
+
+def test_an_append_keeps_the_factors(tmp_path: pathlib.Path) -> None:
+  raw = write_tagged_log(tmp_path)
+  prepare.prepare(config.resolve(raw))
+  before = Dataset(raw["data"]["path"]).encoders.factors
+  more = tmp_path / "more.csv"
+  more.write_text("user,time,page,device,seconds\n" + "".join(f"1,2024-06-2{i},page99,web,1\n" for i in range(9)))
+  append.append(pathlib.Path(raw["data"]["path"]), {"visits": [str(more)]})
+  dataset = Dataset(raw["data"]["path"])
+  assert {n: f.sha256 for n, f in dataset.encoders.factors.items()} == {n: f.sha256 for n, f in before.items()}
+  check.check_dataset(dataset.path)
+
+
+def test_values_that_no_sampled_user_has_are_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  raw = write_tagged_log(tmp_path)
+  monkeypatch.setattr("supermoe_jax.data.preparation.fitting.FACTORED_USERS", 0)
+  with pytest.raises(DataError, match=r"none of the 0 users .* field 'page' in training; leave the field out"):
+    prepare.prepare(config.resolve(raw))
+
+
+@pytest.mark.parametrize(
+  ("chosen", "message"),
+  [
+    ({"factors": ["pag"]}, r"aggregates\.factors: 'pag' is not a categorical field; did you mean 'page'"),
+    ({"factors": ["amount"]}, r"aggregates\.factors: 'amount' is not a categorical field"),
+    ({"factors": ["page", "page"]}, r"aggregates\.factors=.* names a field twice"),
+    ({"factors": ["page"], "factor_size": 0}, r"aggregates\.factor_size=0 must be positive"),
+    ({"factors": ["page"], "enabled": False}, r"aggregates\.factors=.* has no meaning with enabled=False"),
+  ],
+)
+def test_impossible_factors_name_the_key(tmp_path: pathlib.Path, chosen: dict, message: str) -> None:
+  raw = raw_config(tmp_path)
+  raw["data"]["aggregates"] = chosen
+  with pytest.raises(ConfigError, match=message):
+    config.resolve(raw)
