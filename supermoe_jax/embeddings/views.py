@@ -23,7 +23,7 @@ import numpy as np
 
 from supermoe_jax.distributed import processes
 from supermoe_jax.embeddings.exact_neighbors import unit_vectors
-from supermoe_jax.errors import ConfigError, nearest
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.training.run import Run
 
 logger = processes.first_process_only(logging.getLogger(__name__))
@@ -130,6 +130,6 @@ def view_places(path: pathlib.Path, manifest: Mapping[str, Any], wanted: Sequenc
     raise ConfigError(f"--views {' '.join(wanted)}: {path} has no views; leave it out, or embed with --views.")
   for name in wanted:
     if name not in known:
-      raise ConfigError(f"--views: {path} has no view {name!r}{nearest(name, known)} (views: {', '.join(known)}).")
+      raise ConfigError(f"--views: {path} has no view {name!r}; name some of {', '.join(known)}.")
   chosen = [np.arange(v["start"], v["start"] + v["width"]) for name, v in known.items() if name in wanted]
   return np.concatenate(chosen)
