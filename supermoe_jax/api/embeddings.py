@@ -131,6 +131,7 @@ def probe(
   protocol: Protocol | None = None,
   text: config.TextFormat | None = None,
   time_format: str = "",
+  views: Sequence[str] = (),
   progress: bool = False,
 ) -> ProbeReport:
   """Fits probes on frozen embeddings and reports how well they predict labels, with intervals.
@@ -149,11 +150,12 @@ def probe(
     protocol: folds, repeats, seed; see `probing.protocol.Protocol`.
     text: how a file of labels is written; by default as a plain CSV file.
     time_format: the strptime format of the labels' times; by default ISO 8601.
+    views: the views of `embeddings` to probe, if these were written with views; by default all.
     progress: whether to show a bar.
 
   Raises:
     DataError: labels and embeddings share no user, or no label can be measured.
-    ConfigError: a model is unknown or not installed.
+    ConfigError: a model is unknown or not installed, or the embeddings lack one of `views`.
   """
   named = {
     "embeddings": pathlib.Path(embeddings),
@@ -177,6 +179,7 @@ def probe(
       kinds=kinds,
       text=text or config.TextFormat(),
       time_format=time_format,
+      views=views,
     )
     return ProbeReport(probe_lib.probe(table, judged, rest, options))
 

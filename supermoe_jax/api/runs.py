@@ -95,6 +95,7 @@ class Run(run_lib.Run):
     since: str | os.PathLike[str] | None = None,
     columns: Sequence[str] = (),
     dtype: str = "float32",
+    views: bool = False,
     progress: bool = False,
   ) -> Embeddings:
     """Writes the embedding of every user with an event before a time.
@@ -107,6 +108,8 @@ class Run(run_lib.Run):
       since: an earlier directory of this run's embeddings; only users with new events are computed.
       columns: columns of the user table to add to the rows.
       dtype: the dtype of the vectors in the files, float32 or float16.
+      views: whether to write vectors of named views, each normalised: "state", the encoder's vector at length 1, and,
+        if the config has them, "aggregates" and "factors"; by default the encoder's vector alone.
       progress: whether to show a bar.
 
     Raises:
@@ -118,7 +121,9 @@ class Run(run_lib.Run):
     times = [time.isoformat() if isinstance(time, datetime.date) else time for time in given]
     earlier = None if since is None else pathlib.Path(since)
     with progress_lib.shown(progress):
-      embed_lib.embed(self, times, folder, overwrite=overwrite, since=earlier, columns=columns, dtype=dtype)
+      embed_lib.embed(
+        self, times, folder, overwrite=overwrite, since=earlier, columns=columns, dtype=dtype, views=views
+      )
     return Embeddings(folder)
 
   def report(self) -> pathlib.Path:

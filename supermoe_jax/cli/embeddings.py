@@ -36,6 +36,12 @@ def add_embedding_verbs(verbs: Verbs) -> None:
   verb.add_argument(
     "--dtype", default="float32", choices=("float32", "float16"), help="number type of the vectors in the files"
   )
+  verb.add_argument(
+    "--views",
+    action="store_true",
+    help="write vectors of named views, each normalised: state, the encoder's vector at length 1; and, if the config "
+    "has them, the aggregates of the user's history and the factors of fields. Default: the encoder's vector alone",
+  )
   add_processes(verb)
   verb.set_defaults(run=_embed)
 
@@ -44,15 +50,18 @@ def _embed(args: argparse.Namespace) -> None:
   from supermoe_jax.distributed import processes
 
   processes.initialize(processes.find_place(args.coordinator, args.processes, args.process))
-  from supermoe_jax.embeddings import embed
+  from supermoe_jax.embeddings import embed, views
 
   out = args.out or args.workdir / "embeddings"
   options = {"overwrite": args.overwrite, "since": args.since, "columns": args.columns, "dtype": args.dtype}
+  options["views"] = args.views
   manifest = embed.embed(open_run(args), args.as_of, out, **options)
   processes.leave()
   if not processes.is_first():
     return
   print(f"{manifest['rows']:,} embeddings of width {manifest['width']} in {manifest['parts']} part(s): {out}")
+  if "views" in manifest:
+    print(f"  views: {views.views_text(manifest)}")
   for time, count in manifest["as_of"].items():
     late = "; note: the log ends before this time" if count["after_log_end"] else ""
     print(f"  as of {time}: {count['rows']:,} users, {count['users_without_events_before']:,} without events yet{late}")

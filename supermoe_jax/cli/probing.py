@@ -37,6 +37,14 @@ def add_probing_verbs(verbs: Verbs) -> None:
     "column of users and either one column of lists or columns of numbers. How a CSV file is written is guessed, "
     "and said. Repeat it for several. Without --embeddings the others are compared with the first",
   )
+  verb.add_argument(
+    "--views",
+    nargs="+",
+    default=(),
+    metavar="VIEW",
+    help="views of --embeddings to probe, such as state aggregates, if 'supermoe embed --views' wrote them; default: "
+    "all. To compare views with all numbers, name the same directory with --other",
+  )
   verb.add_argument("--labels", required=True, type=pathlib.Path, help="label table: Parquet, CSV, JSON lines")
   verb.add_argument(
     "--label",
@@ -132,6 +140,7 @@ def _probe(args: argparse.Namespace) -> int:
     kinds=kinds,
     text=text_format(args),
     time_format=args.time_format,
+    views=args.views,
   )
   beside = [o.name for o in others] + list(("aggregates",) if options.beside is None else options.beside)
   means = [f"mean({pattern})" for pattern in table.groups]

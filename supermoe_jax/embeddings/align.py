@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from supermoe_jax import atomic_files
 from supermoe_jax.embeddings import embedding_files, part_files, selection
 from supermoe_jax.embeddings.exact_neighbors import ExactSearch, VectorSpace, unit_vectors
+from supermoe_jax.embeddings.views import views_text
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.progress import ProgressBar
 
@@ -82,7 +83,7 @@ def align_embeddings(
     seed: seed of the halves and of samples.
 
   Raises:
-    ConfigError: `out` is `new` or `old`, or `max_drift` is out of range.
+    ConfigError: `out` is `new` or `old`, `max_drift` is out of range, or a directory has views.
     DriftError: the embeddings moved further than `max_drift`; nothing is written.
     DataError: a directory is damaged, the two share too few users, or `out` cannot be replaced or written.
   """
@@ -93,6 +94,13 @@ def align_embeddings(
   atomic_files.check_replaceable(out, embedding_files.KIND, part_files.NAMES)
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
+  manifest, before = (embedding_files.read_embedding_manifest(path) for path in (new, old))
+  for path, found in ((new, manifest), (old, before)):
+    if "views" in found:
+      raise ConfigError(
+        f"{path} has views ({views_text(found)}), and turning whole vectors would mix their numbers; align embeddings "
+        "that were written without --views."
+      )
   pairs = shared_users(new, old, seed)
   turn = procrustes(pairs.new[pairs.fitted], pairs.old[pairs.fitted])
   drift = measure_alignment(pairs, turn, seed)
@@ -102,8 +110,6 @@ def align_embeddings(
       f"{drift['users']:,} users that it was not fitted on), more than --max-drift={max_drift:g}; nothing was written. "
       "If both have the same users and tasks, look for a change in the data or the config before you raise it."
     )
-  manifest = embedding_files.read_embedding_manifest(new)
-  before = embedding_files.read_embedding_manifest(old)
   manifest |= {
     "width": len(turn),
     "aligned_to": {

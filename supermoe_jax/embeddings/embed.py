@@ -35,6 +35,7 @@ from supermoe_jax.embeddings import embedding_files, part_files, user_columns
 from supermoe_jax.embeddings.embedding_files import KIND
 from supermoe_jax.embeddings.incremental import EarlierEmbeddings, ReusedRows
 from supermoe_jax.embeddings.part_files import RowStyle
+from supermoe_jax.embeddings.views import Views, views_of
 from supermoe_jax.errors import ConfigError, DataError, RunError
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
@@ -82,6 +83,7 @@ def embed(
   since: pathlib.Path | None = None,
   columns: Sequence[str] = (),
   dtype: str = "float32",
+  views: bool = False,
   rows_per_part: int = ROWS_PER_PART,
 ) -> dict[str, Any]:
   """Writes one row for each time and user with an event before that time, and returns the manifest.
@@ -97,6 +99,7 @@ def embed(
       since are computed.
     columns: columns of the user table to carry along.
     dtype: float32 or float16, the type of the vectors in the files.
+    views: whether vectors hold the views of module `views`; without, they are z.
     rows_per_part: about how many rows share a file.
 
   Raises:
@@ -113,7 +116,8 @@ def embed(
     raise DataError(f"{out} holds embeddings and is not overwritten; name another --out, or add --overwrite.")
   if since is not None and not (since / "manifest.json").is_file() and (since / "embeddings").is_dir():
     since = since / "embeddings"
-  job = _EmbeddingJob(run, times, columns, dtype, max(1, rows_per_part // len(times)), since)
+  layout = views_of(run) if views else None
+  job = _EmbeddingJob(run, times, columns, dtype, layout, max(1, rows_per_part // len(times)), since)
   try:
     if not processes.is_first():
       processes.meet("the directory is there")
@@ -146,12 +150,15 @@ class _EmbeddingJob:
     times: Mapping[str, int | None],
     columns: Sequence[str],
     dtype: str,
+    views: Views | None,
     users_per_part: int,
     since: pathlib.Path | None,
   ):
     self._run, self._times, self._columns, self._users_per_part = run, dict(times), tuple(columns), users_per_part
     manifest = run.dataset.manifest
-    self._style = RowStyle(manifest["user_type"] == "integer", run.cfg.model.d_model, dtype)
+    self._views = views
+    width = run.cfg.model.d_model if views is None else views.width
+    self._style = RowStyle(manifest["user_type"] == "integer", width, dtype)
     self._about: dict[str, Any] = {
       "kind": KIND,
       "run": str(run.workdir),
@@ -159,9 +166,10 @@ class _EmbeddingJob:
       "config_hash": run.cfg.hash(),
       "data_hash": run.cfg.data_hash(),
       "dataset": {"digest": manifest["digest"], "records": run.dataset.records},
-      "width": run.cfg.model.d_model,
+      "width": width,
       "dtype": dtype,
       "columns": list(columns),
+      **({} if views is None else {"views": views.about()}),
     }
     self._earlier: EarlierEmbeddings | None = None
     if since is not None:
@@ -261,8 +269,10 @@ class _EmbeddingJob:
     found: list[Query] = []
     vectors = [np.zeros((0, self._style.width), np.float32)]
     for batch, z in self._encoded(reader, bar):
+      n = len(batch.questions)
       found += batch.questions
-      vectors.append(z[: len(batch.questions)])
+      # `z` and `batch` are both of this process' rows: those of the questions, and padding behind them.
+      vectors.append(z[:n] if self._views is None else self._views(z[:n], batch.features.query_aggregates[:n, 0]))
     done = collections.Counter(computed=len(asked), kept=len(users) - len(asked))
     if not self._writes or not len(users):
       return done

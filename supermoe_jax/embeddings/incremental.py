@@ -19,6 +19,7 @@ from supermoe_jax.data.dataset.dataset import Dataset, read_user_rows
 from supermoe_jax.data.encoding.splits import user_hash
 from supermoe_jax.embeddings import embedding_files, part_files
 from supermoe_jax.embeddings.part_files import RowStyle
+from supermoe_jax.embeddings.views import views_text
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.training.run import Run
 
@@ -77,6 +78,12 @@ class EarlierEmbeddings:
           f"--since {path}: {name} was {self.manifest.get(key)!r} there and is {manifest[key]!r} now; vectors of "
           "different kinds do not belong in one table. Leave out --since to embed all users."
         )
+    if self.manifest.get("views") != manifest.get("views"):
+      raise ConfigError(
+        f"--since {path}: its views are {views_text(self.manifest)}, and those of this command {views_text(manifest)}; "
+        "vectors of different kinds do not belong in one table. Use --views for both or for neither, or leave out "
+        "--since to embed all users."
+      )
     self.records, self.grown = _news(path, self.manifest["dataset"], run.dataset)
     # Users are ordered by their hashes, both in the earlier files and in the dataset.
     self._parts = _with_firsts(embedding_files.part_paths(path))

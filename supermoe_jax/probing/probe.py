@@ -277,7 +277,14 @@ def read_inputs(
   kinds: Mapping[str, label_table.LabelKind] | None = None,
   text: config.TextFormat = PLAIN_TEXT,
   time_format: str = "",
+  views: Sequence[str] = (),
 ) -> tuple[LabelTable, list[UserVectors]]:
-  """Reads a label table and the `named` embeddings; see `label_table.read_label_table` and `vectors.read_vectors`."""
+  """Reads a label table and the `named` embeddings; see `label_table.read_label_table` and `vectors.read_vectors`.
+
+  `views` are those to keep of the first embeddings, which are judged.
+  """
   table = label_table.read_label_table(labels, user, time, wanted, kinds, text, time_format)
-  return table, [vectors.read_vectors(name, path, user, time) for name, path in named.items()]
+  judged = next(iter(named))
+  return table, [
+    vectors.read_vectors(name, path, user, time, views if name == judged else ()) for name, path in named.items()
+  ]

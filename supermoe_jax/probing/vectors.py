@@ -81,18 +81,25 @@ def _listed(times: Sequence[int], most: int = 6) -> str:
   return ", ".join(format_time(t) for t in times[:most]) + (" …" if len(times) > most else "")
 
 
-def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | None = None) -> UserVectors:
+def read_vectors(
+  name: str, path: pathlib.Path, user: str = USER, time: str | None = None, views: Sequence[str] = ()
+) -> UserVectors:
   """Reads a directory of 'supermoe embed', or another system's Parquet or CSV file (or directory of Parquet files).
 
   A file of another system has a column of users (`user`, or else `user_id`) and, optionally, of times (`time`, or else
   `as_of`). Its vectors are one column of lists of equal length, or columns of numbers. Other columns are left out and
   named in `about`, and so are the delimiter and the settings of `config.TextFormat` that a CSV file was read with.
 
+  `views` names the views to keep of a directory that was written with `--views`; empty: all numbers.
+
   Raises:
+    ConfigError: the embeddings have no views, or none of these names.
     DataError: the file or one of its values cannot be used, or a user (and time) has two rows.
   """
   if (path / "manifest.json").is_file():
-    return _of_run(name, path)
+    return _of_run(name, path, views)
+  if views:
+    raise ConfigError(f"--views {' '.join(views)}: {path} was not written by 'supermoe embed --views'; leave it out.")
   if path.is_dir():
     files = sorted(path.glob("*.parquet"))
     if not files:
@@ -119,15 +126,21 @@ def read_vectors(name: str, path: pathlib.Path, user: str = USER, time: str | No
   return _checked(path, UserVectors(name, users, times, x, {**about, "columns_left_out": left_out}))
 
 
-def _of_run(name: str, path: pathlib.Path) -> UserVectors:
+def _of_run(name: str, path: pathlib.Path, views: Sequence[str] = ()) -> UserVectors:
   manifest = embedding_files.read_embedding_manifest(path)
   table = embedding_files.read_embeddings(path, ["user_id", "as_of", "embedding"])
   users = _users(path, table["user_id"].combine_chunks(), "user_id")
   times = table["as_of"].combine_chunks().cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
   about = {k: manifest.get(k) for k in ("run", "step", "config_hash", "data_hash", "dataset", "width", "rows")}
-  return _checked(
-    path, UserVectors(name, users, times, embedding_files.embedding_vectors(table), {"directory": str(path), **about})
-  )
+  x = embedding_files.embedding_vectors(table)
+  if "views" in manifest:
+    about["views"] = [v["name"] for v in manifest["views"] if not views or v["name"] in views]
+  if views:
+    from supermoe_jax.embeddings.views import view_places  # imports JAX, which other files do not need
+
+    x = x[:, view_places(path, manifest, views)]
+    about["width"] = x.shape[1]
+  return _checked(path, UserVectors(name, users, times, x, {"directory": str(path), **about}))
 
 
 def _table(file: pathlib.Path, keys: Collection[str]) -> tuple[pa.Table, dict[str, object]]:

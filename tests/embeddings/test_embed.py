@@ -227,6 +227,12 @@ def test_two_processes_share_the_parts_and_write_the_same_rows(
   )
   manifest = embedding_files.read_embedding_manifest(tmp_path / "out")
   assert manifest["users"]["computed"] == len(run.dataset) and manifest["rows"] == len(alone)
+  embed.embed(run, DAYS, tmp_path / "alone-views", views=True)
+  together, alone = (embedding_files.read_embeddings(tmp_path / f"{name}-views") for name in ("out", "alone"))
+  assert together["user_id"].equals(alone["user_id"])
+  np.testing.assert_allclose(
+    embedding_files.embedding_vectors(together), embedding_files.embedding_vectors(alone), atol=1e-5
+  )
 
 
 def test_user_columns_come_along(run: Run, log_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

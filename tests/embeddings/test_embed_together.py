@@ -75,13 +75,14 @@ def wrote(monkeypatch: pytest.MonkeyPatch, together: Together) -> list[tuple[int
   return found
 
 
+@pytest.mark.parametrize("views", [False, True])
 def test_two_processes_share_the_parts_and_write_the_same_rows(
-  run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+  views: bool, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  embed.embed(run, DAYS, tmp_path / "alone", columns=["plan"], rows_per_part=32)
+  embed.embed(run, DAYS, tmp_path / "alone", columns=["plan"], views=views, rows_per_part=32)
   together = Together(monkeypatch)
   parts = wrote(monkeypatch, together)
-  manifests = together.embed(run, tmp_path / "out", columns=["plan"], rows_per_part=32)
+  manifests = together.embed(run, tmp_path / "out", columns=["plan"], views=views, rows_per_part=32)
   assert sorted(parts) == [(0, 0), (0, 2), (1, 1)]
   one, other = embedding_files.read_embeddings(tmp_path / "out"), embedding_files.read_embeddings(tmp_path / "alone")
   assert one.drop_columns(["embedding"]).equals(other.drop_columns(["embedding"]))
