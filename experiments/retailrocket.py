@@ -11,7 +11,13 @@ Preparing gives 2,174 users, 97,381 events (75,374 views, 12,456 carts, 9,551 pu
 4.8 % of them at the time of another one of their user, and 14,584 training, 1,607 validation and 1,864 test snapshots.
 Of the 1,421 events asked about at test snapshots 107 are purchases, and 318 snapshots are followed by any event within
 two weeks. The shop's items change: 38.6 % of those after the training period are unseen in it. These users were chosen
-for having bought, so that rates say nothing of others. Training was tried for a few steps only: no result is known.
+for having bought, so that rates say nothing of others.
+
+One seed, test; in brackets the better of boosted trees and a regression on the aggregates. Spearman's correlation:
+purchases .260 (.249; the last window .120), orders .275 (.247; .121). Concordance: next purchase .913 (.896; the own
+gap .545). AUC: leaves .848 (.867), a purchase of two items .821 (.929), two weeks .896 (.906). Items are too new to be
+known: next item NDCG@10 .003 (the user's own most frequent .030), and whether the next event is a purchase, given its
+item, AUC .461. Training took 43 minutes on a core of an Intel Xeon that other work shared.
 """
 
 import pathlib

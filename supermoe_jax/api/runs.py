@@ -109,7 +109,7 @@ class Run(run_lib.Run):
       columns: columns of the user table to add to the rows.
       dtype: the dtype of the vectors in the files, float32 or float16.
       views: whether to write vectors of named views, each normalised: "state", the encoder's vector at length 1, and,
-        if the config has them, "aggregates" and "factors"; by default the encoder's vector alone.
+        if the config has them, "aggregates", "counts" and "factors"; by default the encoder's vector alone.
       progress: whether to show a bar.
 
     Raises:

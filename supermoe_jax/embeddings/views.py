@@ -1,12 +1,14 @@
 """Lays out embeddings as views: named parts of a vector, each normalised; 'supermoe embed --views' writes them.
 
     state       z, scaled to length 1
-    aggregates  the standardised aggregates of the user's events before the time
-    factors     the aggregates that are coordinates of factored fields, named "factor FIELD i"
+    aggregates  the standardised aggregates of the user's events before the time, without the following
+    counts      of the aggregates that count single values, those of the whole history
+    factors     the aggregates that are factors of fields, named "factor FIELD i"
 
 Each number of z mixes many facts. A model that is fitted on frozen vectors, above all one of trees, does better with
-numbers that stand for one fact each, as aggregates do. A view without numbers is left out. This module alone knows the
-views; the manifest of a directory lists them for its readers.
+numbers that stand for one fact each, as aggregates do. Counts of values in recent windows are left out, since they are
+hundreds of numbers that are nearly always 0: a linear model of few labels is worse with them than without. A view
+without numbers is left out. This module alone knows the views; the manifest of a directory lists them for its readers.
 
 Shapes: R rows, D the width of z, A aggregates.
 """
@@ -16,11 +18,12 @@ from __future__ import annotations
 import logging
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from supermoe_jax.batch import ValueCounts
 from supermoe_jax.distributed import processes
 from supermoe_jax.embeddings.exact_neighbors import unit_vectors
 from supermoe_jax.errors import ConfigError
@@ -28,7 +31,7 @@ from supermoe_jax.training.run import Run
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 
-STATE, AGGREGATES, FACTORS = "state", "aggregates", "factors"
+STATE, AGGREGATES, COUNTS, FACTORS = "state", "aggregates", "counts", "factors"
 
 # Aggregates are clipped to this many deviations. The deviation of an aggregate that hardly varies in training is tiny.
 # A later value may lie thousands of them away; alone it would decide every distance, and it could overflow float16.
@@ -63,12 +66,12 @@ class Views:
     width: the number of all numbers of a vector.
   """
 
-  def __init__(self, width: int, aggregates: Sequence[str] = ()):
-    """Lays out z of `width` numbers, and the `aggregates` of these names."""
+  def __init__(self, width: int, aggregates: Sequence[str] = (), counts: Collection[ValueCounts] = ()):
+    """Lays out z of `width` numbers, and the `aggregates` of these names, among which values are counted at `counts`."""
     self._names = tuple(aggregates)
     self.views = [View(STATE, 0, width, None)]
     self.width = width
-    for name, places in split_aggregates(aggregates).items():
+    for name, places in split_aggregates(aggregates, counts).items():
       self.views.append(View(name, self.width, len(places), places))
       self.width += len(places)
 
@@ -98,11 +101,15 @@ class Views:
     return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
 
 
-def split_aggregates(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def split_aggregates(names: Sequence[str], counts: Collection[ValueCounts]) -> dict[str, tuple[int, ...]]:
   """Returns which of the aggregates of these names each view holds; a view without any is left out."""
-  found: dict[str, list[int]] = {AGGREGATES: [], FACTORS: []}
+  every = np.arange(len(names))
+  counted = {i for of in counts for i in every[of.columns].tolist()}
+  whole = [i for of in counts for i in every[of.columns][-of.values :].tolist()]  # the last window
+  found: dict[str, list[int]] = {AGGREGATES: [], COUNTS: whole, FACTORS: []}
   for i, name in enumerate(names):
-    found[FACTORS if _FACTOR.fullmatch(name) else AGGREGATES].append(i)
+    if i not in counted:
+      found[FACTORS if _FACTOR.fullmatch(name) else AGGREGATES].append(i)
   return {view: tuple(places) for view, places in found.items() if places}
 
 
@@ -111,7 +118,8 @@ def views_of(run: Run) -> Views:
   aggregator = run.dataset.aggregator
   if aggregator is None:
     logger.info(f"{run.dataset.path} has no aggregates (config.data.aggregates): the embeddings hold only the state.")
-  return Views(run.cfg.model.d_model, () if aggregator is None else aggregator.names)
+    return Views(run.cfg.model.d_model)
+  return Views(run.cfg.model.d_model, aggregator.names, run.dataset.schema.value_counts.values())
 
 
 def views_text(manifest: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -22,8 +23,8 @@ import numpy as np
 
 from supermoe_jax.batch import ABSENT, FIRST_VALUE, UNKNOWN, Features
 from supermoe_jax.data.dataset import windows
+from supermoe_jax.data.encoding import factors
 from supermoe_jax.data.encoding.aggregates import Aggregator
-from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory
 from supermoe_jax.data.encoding.numeric import NumberEncoder, number_encoder
 from supermoe_jax.data.encoding.vectors import VectorScale, concatenated
@@ -331,15 +332,14 @@ class Preprocessing:
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, "buckets": encoder.buckets}
     saved["numeric"] = {n: dataclasses.asdict(e) for n, e in self.numeric.items()}
     saved["aggregator"] = None if self.aggregator is None else self.aggregator.to_json()
-    for i, of in enumerate(self.aggregator.factors.values() if self.aggregator else ()):
-      of.factors.save(path / f"factors-{i}.npy")
+    if self.aggregator is not None:
+      factors.save_factors(path, {n: of.factors for n, of in self.aggregator.factors.items()})
     saved["statistics"] = {"mean": self._mean.tolist(), "scale": self._scale.tolist()}
     for i, (name, items) in enumerate(self.items.items()):
       file = f"items-{i}"
       vectors = {n: v for n, v in items.values.items() if isinstance(v, np.ndarray)}
       values = {n: None if n in vectors else v for n, v in items.values.items()}  # in the order of the fields
-      held = {"keys": list(items.rows), "values": values}
-      (path / f"{file}.json").write_text(json.dumps(held) + "\n")
+      (path / f"{file}.json").write_text(json.dumps({"keys": list(items.rows), "values": values}) + "\n")
       for n, rows in vectors.items():
         np.save(path / f"{file}-{list(values).index(n)}.npy", rows, allow_pickle=False)
       np.save(path / f"{file}.npy", items.index, allow_pickle=False)
@@ -363,20 +363,19 @@ class Preprocessing:
     items = {}
     for name, file in saved["items"].items():
       held = json.loads((path / f"{file}.json").read_text())
-      index = np.load(path / f"{file}.npy", allow_pickle=False)
       of_fields = {
         n: np.load(path / f"{file}-{i}.npy", mmap_mode="r", allow_pickle=False) if v is None else v
         for i, (n, v) in enumerate(held["values"].items())
       }
-      items[name] = ItemValues({k: i for i, k in enumerate(held["keys"])}, of_fields, index)
+      rows = {k: i for i, k in enumerate(held["keys"])}
+      items[name] = ItemValues(rows, of_fields, np.load(path / f"{file}.npy", allow_pickle=False))
     numeric = {n: number_encoder(of) for n, of in saved["numeric"].items()}
     spec, aggregator = spec_from_json(saved["spec"]), saved["aggregator"]
     if aggregator is not None:
       encodings = {n: "log1p" if f.log1p else "standardise" for n, f in spec.fields.items()}
-      fitted = {n: Factors.load(path / f"factors-{i}.npy") for i, n in enumerate(aggregator.get("factors", ()))}
-      aggregator = Aggregator.from_json(
-        aggregator, lambda name, where: bind_aggregate(name, where, categorical, numeric, encodings), fitted
-      )
+      fitted = factors.load_factors(path, aggregator.get("factors", ()))
+      bind = functools.partial(bind_aggregate, categorical=categorical, numeric=numeric, encodings=encodings)
+      aggregator = Aggregator.from_json(aggregator, bind, fitted)
     return cls(spec, categorical, numeric, aggregator, saved["statistics"], items)
 
 

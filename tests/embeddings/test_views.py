@@ -12,16 +12,31 @@ import pytest
 
 import supermoe_jax as sm
 from supermoe_jax import cli, config
+from supermoe_jax.batch import ValueCounts
 from supermoe_jax.data.append import append
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.embeddings import embed, embedding_files, part_files, views
-from supermoe_jax.embeddings.views import Views
+from supermoe_jax.embeddings.views import Views, split_aggregates
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.training.run import Run
 from tests.fixtures import embedding_folder
 from tests.fixtures.messages import messages
 
 DAYS = ["2024-03-01", "2024-05-20"]
+
+# The log has 4 counted pages in five windows.
+OTHERS, COUNTS = 23, 4
+WIDTH = 16 + OTHERS + COUNTS
+VIEWS = f"state 16, aggregates {OTHERS}, counts {COUNTS}"
+
+
+def is_other(name: str) -> bool:
+  """Whether an aggregate counts no single page."""
+  return not name.startswith("page ")
+
+
+def is_whole_count(name: str) -> bool:
+  return name.startswith("page ") and name.endswith(" all")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +78,13 @@ def test_the_views_are_the_unit_z_and_the_clipped_aggregates_of_the_same_user_an
   written: pathlib.Path, run: Run
 ) -> None:
   z, aggregates = by_hand(run, written)
-  found, width = vectors(written), aggregates.shape[1]
-  assert found.shape == (len(z), 16 + width) and width == run.dataset.schema.aggregates > 10
+  names, found = run.dataset.aggregator.names, vectors(written)
+  others, counts = ([i for i, name in enumerate(names) if chosen(name)] for chosen in (is_other, is_whole_count))
+  assert len(others) == OTHERS > 10 and len(counts) == COUNTS and found.shape == (len(z), WIDTH)
   np.testing.assert_allclose(found[:, :16], z / np.linalg.norm(z, axis=1, keepdims=True), atol=1e-5)
-  np.testing.assert_allclose(found[:, 16:], np.clip(aggregates, -10, 10) / np.sqrt(width), atol=1e-6)
+  for first, places in ((16, others), (16 + OTHERS, counts)):
+    wanted = np.clip(aggregates[:, places], -10, 10) / np.sqrt(len(places))
+    np.testing.assert_allclose(found[:, first : first + len(places)], wanted, atol=1e-6)
   assert len(np.unique(aggregates, axis=0)) > len(aggregates) / 2  # an exchange of rows would be seen
   assert 0.3 < np.linalg.norm(found[:, 16:], axis=1).mean() < 3
 
@@ -74,10 +92,12 @@ def test_the_views_are_the_unit_z_and_the_clipped_aggregates_of_the_same_user_an
 def test_the_manifest_lists_the_views(written: pathlib.Path, plain: pathlib.Path, run: Run) -> None:
   manifest, before = (embedding_files.read_embedding_manifest(path) for path in (written, plain))
   names = run.dataset.aggregator.names
-  assert manifest["width"] == 16 + len(names)
+  others, counts = [n for n in names if is_other(n)], [n for n in names if is_whole_count(n)]
+  assert manifest["width"] == WIDTH
   assert manifest["views"] == [
     {"name": "state", "start": 0, "width": 16, "columns": None},
-    {"name": "aggregates", "start": 16, "width": len(names), "columns": names},
+    {"name": "aggregates", "start": 16, "width": OTHERS, "columns": others},
+    {"name": "counts", "start": 16 + OTHERS, "width": COUNTS, "columns": counts},
   ]
   assert set(manifest) - set(before) == {"views"} and before["width"] == 16
   same = set(before) - {"width", "seconds"}
@@ -90,14 +110,15 @@ def test_without_the_flag_vectors_are_z_and_other_columns_are_the_same(
   np.testing.assert_allclose(vectors(plain), by_hand(run, plain)[0], atol=1e-5)
   one, other = embedding_files.read_embeddings(written), embedding_files.read_embeddings(plain)
   assert one.drop_columns(["embedding"]).equals(other.drop_columns(["embedding"]))
-  assert one.schema.field("embedding").type.list_size == 16 + run.dataset.schema.aggregates
+  assert one.schema.field("embedding").type.list_size == WIDTH
   assert other.schema.field("embedding").type.list_size == 16
 
 
 def test_columns_are_split_by_their_names_and_each_view_is_divided_by_its_own_width() -> None:
-  """A counted field that is called "factor" stays among the aggregates."""
+  """A field that is called "factor" is none; of counts only the last window is kept."""
   names = ["events visits all", "factor page 0", "factor 3 30d", "factor page 1", "factor 4 all", "recency"]
   layout = Views(2, names)
+  assert split_aggregates(names, [ValueCounts(2, 3, 1)]) == {"aggregates": (0, 5), "counts": (4,), "factors": (1,)}
   assert [(v["name"], v["start"], v["width"], v["columns"]) for v in layout.about()] == [
     ("state", 0, 2, None),
     ("aggregates", 2, 4, [names[i] for i in (0, 2, 4, 5)]),
@@ -115,7 +136,7 @@ def test_columns_are_split_by_their_names_and_each_view_is_divided_by_its_own_wi
 def test_half_the_bits_hold_the_views_too(written: pathlib.Path, run: Run, tmp_path: pathlib.Path) -> None:
   embed.embed(run, DAYS, tmp_path / "half", views=True, dtype="float16")
   kind = embedding_files.read_embeddings(tmp_path / "half").schema.field("embedding").type
-  assert kind == pa.list_(pa.float16(), 16 + run.dataset.schema.aggregates)
+  assert kind == pa.list_(pa.float16(), WIDTH)
   np.testing.assert_allclose(vectors(tmp_path / "half"), vectors(written), atol=2e-3)
 
 
@@ -164,7 +185,7 @@ def test_a_refresh_equals_embedding_all_and_refuses_other_views(run: Run, tmp_pa
   refreshed, whole, earlier = (vectors(tmp_path / name) for name in ("refreshed", "whole", "earlier"))
   np.testing.assert_allclose(refreshed, whole, atol=1e-5)
   assert (np.abs(refreshed - earlier)[:, 16:].max(axis=1) > 1e-3).sum() == 2
-  text = f"state 16, aggregates {len(grown.dataset.aggregator.names)}"
+  text = VIEWS
   with pytest.raises(ConfigError, match=f"its views are none, and those of this command {text}; .* or leave out"):
     embed.embed(grown, later, tmp_path / "mixed", views=True, since=tmp_path / "plain")
   with pytest.raises(ConfigError, match=f"its views are {text}, and those of this command none"):
@@ -230,13 +251,12 @@ def probe(written: pathlib.Path, labels: pathlib.Path, *more: Any) -> dict[str, 
 
 def test_probe_picks_views(written: pathlib.Path, plain: pathlib.Path, labels: pathlib.Path) -> None:
   """The aggregates' view, standardised by the probe, scores as the aggregates do; the whole has both."""
-  width = len(embedding_files.read_embedding_manifest(written)["views"][1]["columns"])
   other = ["--other", f"whole={written}", "--beside", "aggregates"]
   found = probe(written, labels, "--views", "aggregates", *other)
   about = found["features"]
-  assert (about["embeddings"]["width"], about["embeddings"]["views"]) == (width, ["aggregates"])
-  assert (about["whole"]["width"], about["whole"]["views"]) == (16 + width, ["state", "aggregates"])
-  assert about["aggregates"]["width"] == width
+  assert (about["embeddings"]["width"], about["embeddings"]["views"]) == (OTHERS, ["aggregates"])
+  assert (about["whole"]["width"], about["whole"]["views"]) == (WIDTH, ["state", "aggregates", "counts"])
+  assert about["aggregates"]["width"] == OTHERS + 5 * COUNTS  # of every window
   state = probe(written, labels, "--views", "state", "--other", f"plain={plain}")["features"]
   assert state["embeddings"]["width"] == state["plain"]["width"] == 16 and "views" not in state["plain"]
 
@@ -260,7 +280,7 @@ def test_views_that_are_not_there_are_an_error_that_names_those_that_are(
   written: pathlib.Path, plain: pathlib.Path, labels: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   assert not probe(written, labels, "--views", "factors")
-  assert "has no view 'factors'; name some of state, aggregates." in capsys.readouterr().err
+  assert "has no view 'factors'; name some of state, aggregates, counts." in capsys.readouterr().err
   assert not probe(plain, labels, "--views", "state")
   assert "has no views; leave it out, or embed with --views" in capsys.readouterr().err
   assert not probe(labels, labels, "--views", "state")
@@ -272,10 +292,7 @@ def test_the_command_and_the_api_write_the_same(
 ) -> None:
   arguments = ["--workdir", str(workdir), "--as-of", *DAYS, "--out", str(tmp_path / "command"), "--views"]
   assert cli.main(["embed", *arguments]) == 0
-  width = vectors(written).shape[1]
-  assert (
-    f"of width {width}" in (said := capsys.readouterr().out) and f"views: state 16, aggregates {width - 16}" in said
-  )
+  assert f"of width {WIDTH}" in (said := capsys.readouterr().out) and f"views: {VIEWS}" in said
   embeddings = sm.Run(workdir).embed(DAYS, tmp_path / "api", views=True)
   np.testing.assert_allclose(embeddings.vectors(), vectors(written), atol=1e-5)
   np.testing.assert_array_equal(vectors(tmp_path / "command"), embeddings.vectors())

@@ -15,11 +15,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from typing import Self
+import urllib.parse
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-DIRECTORY = "factors"  # within the directory of a dataset's encoders
+DIRECTORY = "factors"  # within the directory of a dataset's encoders, or of an exported encoder
 LEAST_WEIGHT = 0.05  # of a value that every user has
 
 
@@ -64,21 +65,28 @@ class Factors:
       out += gained[column::many, None] * direction[code[column::many]]
     return out, length.reshape(-1, many).sum(axis=1)
 
-  def save(self, file: pathlib.Path) -> None:
-    """Writes the factors to a file of NumPy's, from which `load` reads them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, np.column_stack([self.weight, self.direction]), allow_pickle=False)
-
-  @classmethod
-  def load(cls, file: pathlib.Path) -> Self:
-    """Reads the file that `save` wrote."""
-    table = np.load(file, allow_pickle=False)
-    return cls(np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1:]))
-
   @property
   def sha256(self) -> str:
     """Returns a hash of the numbers."""
     return hashlib.sha256(self.weight.tobytes() + self.direction.tobytes()).hexdigest()
+
+
+def save_factors(path: pathlib.Path, found: Mapping[str, Factors]) -> None:
+  """Writes the factors of fields into a directory within `path`, from which `load_factors` reads them."""
+  for name, of in found.items():
+    file = _file(path, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, np.column_stack([of.weight, of.direction]), allow_pickle=False)
+
+
+def load_factors(path: pathlib.Path, names: Iterable[str]) -> dict[str, Factors]:
+  """Reads the factors of the named fields that `save_factors` wrote."""
+  tables = {name: np.load(_file(path, name), allow_pickle=False) for name in names}
+  return {n: Factors(np.ascontiguousarray(t[:, 0]), np.ascontiguousarray(t[:, 1:])) for n, t in tables.items()}
+
+
+def _file(path: pathlib.Path, name: str) -> pathlib.Path:
+  return path / DIRECTORY / f"{urllib.parse.quote(name, safe='')}.npy"
 
 
 def of_sums(total: np.ndarray, square: np.ndarray) -> np.ndarray:

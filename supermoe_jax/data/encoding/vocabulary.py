@@ -196,11 +196,8 @@ class Encoders:
       buckets = {"buckets": encoder.buckets} if encoder.buckets else {}
       saved["categorical"][name] = {"kind": "vocabulary", "file": file, **buckets}
     if self.factors:  # not named where there are none, so that older datasets keep their encoding hash
-      saved["factors"] = {}
-    for name, of in self.factors.items():
-      file = f"{factors.DIRECTORY}/{urllib.parse.quote(name, safe='')}.npy"
-      of.save(path / file)
-      saved["factors"][name] = {"file": file, "sha256": of.sha256}
+      saved["factors"] = {name: of.sha256 for name, of in self.factors.items()}
+    factors.save_factors(path, self.factors)
     (path / "encoders.json").write_text(json.dumps(saved, indent=1) + "\n")
 
   @classmethod
@@ -231,5 +228,4 @@ class Encoders:
       for n, e in saved["labels"].items()
     }
     numeric = {n: number_encoder(s) for n, s in saved["numeric"].items()}
-    fitted = {n: Factors.load(path / of["file"]) for n, of in saved.get("factors", {}).items()}
-    return cls(categorical, numeric, labels, fitted)
+    return cls(categorical, numeric, labels, factors.load_factors(path, saved.get("factors", ())))

@@ -182,7 +182,7 @@ def append_days(folder: pathlib.Path, way: str, seed: int, end: str, n: int) -> 
   # Values out of vocabulary are never taken to be equal.
   assert one["reading"].pop("duplicate_rows") <= two["reading"].pop("duplicate_rows")
   assert one == two
-  for a in sorted((wanted.path / "encoders").iterdir()):
+  for a in sorted((wanted.path / "encoders").rglob("*.*")):
     assert a.read_bytes() == (got.path / "encoders" / a.name).read_bytes()
   return True
 
