@@ -25,7 +25,7 @@ from tests.fixtures.messages import messages
 DAYS = ["2024-03-01", "2024-05-20"]
 
 # The log has 4 counted pages in five windows.
-OTHERS, COUNTS = 23, 4
+OTHERS, COUNTS = 28, 4
 WIDTH = 16 + OTHERS + COUNTS
 VIEWS = f"state 16, aggregates {OTHERS}, counts {COUNTS}"
 

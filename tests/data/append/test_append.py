@@ -183,7 +183,7 @@ def append_days(folder: pathlib.Path, way: str, seed: int, end: str, n: int) -> 
   assert one["reading"].pop("duplicate_rows") <= two["reading"].pop("duplicate_rows")
   assert one == two
   for a in sorted((wanted.path / "encoders").rglob("*.*")):
-    assert a.read_bytes() == (got.path / "encoders" / a.name).read_bytes()
+    assert a.read_bytes() == (got.path / a.relative_to(wanted.path)).read_bytes()
   return True
 
 

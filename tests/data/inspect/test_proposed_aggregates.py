@@ -1,0 +1,64 @@
+"""Aggregates that `inspect` proposes: counts, sums and trends of amounts, factors of fields of many shared values."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from supermoe_jax import config
+from supermoe_jax.data.dataset.dataset import Dataset
+from supermoe_jax.data.inspect.inspect import inspect
+from supermoe_jax.data.preparation import prepare
+
+JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000
+Write = Callable[..., pathlib.Path]
+EVENTS = 600
+
+
+def orders(**changes: Any) -> dict[str, list[Any]]:
+  """Ten events a day of 20 visitors: what they bought, in which of three ways, how much, and the number of the order."""
+  places = range(EVENTS)
+  return {
+    "visitor": [f"v{i % 20}" for i in places],
+    "page": [f"p{i * 7 % 50}" for i in places],
+    "way": [["shop", "post", "van"][i % 3] for i in places],
+    "receipt": [f"r{i * 7919 % 401}" for i in places],  # 1.5 events each: shared by hardly anyone
+    "revenue": [0.5 + i % 30 for i in places],
+    "time": [JUNE_1 + i * 8_640 for i in places],
+  } | changes
+
+
+def proposed(folder: pathlib.Path, *files: pathlib.Path) -> config.Config:
+  file = folder / "proposed.py"
+  file.write_text(inspect([str(f) for f in files]).config)
+  return config.load(str(file), [f"--config.data.path={folder / 'dataset'}"])
+
+
+def test_factors_are_of_fields_of_many_values_that_users_share(write: Write, tmp_path: pathlib.Path) -> None:
+  cfg = proposed(tmp_path, write("orders.csv", orders()))
+  assert {"page", "way", "receipt"} <= set(cfg.data.fields)
+  assert cfg.data.aggregates.factors == ("page",)
+  assert cfg.data.aggregates.sums == cfg.data.aggregates.trends == ("revenue",)
+  prepare.prepare(cfg)
+  dataset = Dataset(tmp_path / "dataset")
+  assert dataset.aggregator is not None
+  assert {"factor page 1", "sum revenue all", "trend revenue 7d"} <= set(dataset.aggregator.names)
+
+
+def test_the_three_fields_of_the_most_values_get_factors(write: Write, tmp_path: pathlib.Path) -> None:
+  sizes = {"page": 50, "brand": 31, "shelf": 60, "town": 40}
+  columns = {name: [f"{name}{(i * 7 + i // 20) % size}" for i in range(EVENTS)] for name, size in sizes.items()}
+  cfg = proposed(tmp_path, write("orders.csv", orders(**columns)))
+  assert sorted(cfg.data.aggregates.factors) == ["page", "shelf", "town"]
+
+
+def test_values_of_a_table_of_items_get_factors(write: Write, tmp_path: pathlib.Path) -> None:
+  items = {"page": [f"p{i}" for i in range(50)], "topic": [f"t{i % 35}" for i in range(50)]}
+  cfg = proposed(tmp_path, write("orders.csv", orders()), write("pages.csv", items))
+  assert cfg.data.aggregates.factors == ("page", "topic")
+
+
+def test_a_log_without_such_fields_gets_none(write: Write, tmp_path: pathlib.Path) -> None:
+  few = orders(page=[f"p{i % 7}" for i in range(EVENTS)], receipt=["x"] * EVENTS)
+  assert proposed(tmp_path, write("orders.csv", few)).data.aggregates.factors == ()
