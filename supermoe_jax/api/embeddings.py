@@ -131,7 +131,7 @@ def probe(
   protocol: Protocol | None = None,
   text: config.TextFormat | None = None,
   time_format: str = "",
-  views: Sequence[str] = (),
+  views: str | Sequence[str] = (),
   progress: bool = False,
 ) -> ProbeReport:
   """Fits probes on frozen embeddings and reports how well they predict labels, with intervals.
@@ -179,7 +179,7 @@ def probe(
       kinds=kinds,
       text=text or config.TextFormat(),
       time_format=time_format,
-      views=views,
+      views=(views,) if isinstance(views, str) else views,
     )
     return ProbeReport(probe_lib.probe(table, judged, rest, options))
 

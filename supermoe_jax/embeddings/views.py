@@ -67,7 +67,7 @@ class Views:
   """
 
   def __init__(self, width: int, aggregates: Sequence[str] = (), counts: Collection[ValueCounts] = ()):
-    """Lays out z of `width` numbers, and the `aggregates` of these names, among which values are counted at `counts`."""
+    """Lays out z of `width` numbers, and the `aggregates` of these names, among which `counts` count values."""
     self._names = tuple(aggregates)
     self.views = [View(STATE, 0, width, None)]
     self.width = width
@@ -90,7 +90,8 @@ class Views:
   def __call__(self, z: np.ndarray, aggregates: np.ndarray) -> np.ndarray:
     """Returns the vectors of users with these `z [R, D]` and standardised `aggregates [R, A]`: float32 `[R, width]`.
 
-    A view of n aggregates is divided by √n: its length is then about 1, as that of the state is. A z of zeros stays so.
+    A view of n aggregates is divided by √n: its length is then about 1, as that of the state is, or less where the
+    aggregates vary less than standardised numbers do, as factors. A z of zeros stays so.
     """
     parts = []
     for view in self.views:

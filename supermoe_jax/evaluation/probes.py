@@ -16,7 +16,7 @@ import threadpoolctl
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -65,16 +65,16 @@ def logistic_pipeline(x: Inputs, strength: float = REGULARISATION) -> Pipeline:
   return make_pipeline(StandardScaler(), LogisticRegression(C=strength, solver="newton-cholesky"))
 
 
-def choose_regularisation(x: Inputs, label: np.ndarray) -> float:
-  """Returns the C with the least log loss in folds over the rows, for dense `x [n, D]` and `label [n]` of 0 and 1.
+def choose_regularisation(x: Inputs, label: np.ndarray, owner: np.ndarray) -> float:
+  """Returns the C with the least log loss in folds over users, for dense `x [n, D]` and `label [n]` of 0 and 1.
 
-  Labels too few for folds get `REGULARISATION`.
+  `owner [n]` are the users of the rows; a user's rows share a fold. Labels of too few users get `REGULARISATION`.
   """
-  if min(np.sum(label == 0), np.sum(label == 1)) < CHOOSING_FOLDS:
+  if min(len(np.unique(owner[label == y])) for y in (0, 1)) < CHOOSING_FOLDS:
     return REGULARISATION
-  folds = StratifiedKFold(CHOOSING_FOLDS, shuffle=True, random_state=0)
+  folds = StratifiedGroupKFold(CHOOSING_FOLDS, shuffle=True, random_state=0)
   losses = np.zeros(len(REGULARISATIONS))
-  for fit, held in folds.split(x, label):
+  for fit, held in folds.split(x, label, owner):
     scaler = StandardScaler().fit(x[fit])
     model = LogisticRegression(solver="lbfgs", warm_start=True, max_iter=200)
     for i, strength in enumerate(REGULARISATIONS):  # from strong to weak, each from the one before

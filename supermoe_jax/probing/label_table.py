@@ -43,12 +43,14 @@ class Label(NamedTuple):
     value: float64 `[n]`: 0 and 1, indices of classes, or numbers; NaN for a missing label.
     classes: the column's value for each index; for a binary label the negative, then the positive one; empty for
       numbers.
+    owner: `[n]`, numbers of the rows' users, for models that divide users; None: each row is another user's.
   """
 
   name: str
   kind: LabelKind
   value: np.ndarray
   classes: tuple[str, ...] = ()
+  owner: np.ndarray | None = None
 
   @property
   def outputs(self) -> int:

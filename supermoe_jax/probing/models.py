@@ -57,7 +57,8 @@ def logistic(x: probes.Inputs, label: Label, fit: np.ndarray, asked: np.ndarray,
   """
   y = label.value[fit]
   if label.kind == "binary" and not scipy.sparse.issparse(x) and 0 < np.mean(y) < 1:
-    strength = probes.choose_regularisation(x[fit], y)
+    owner = np.arange(len(y)) if label.owner is None else label.owner[fit]
+    strength = probes.choose_regularisation(x[fit], y, owner)
     return np.asarray(probes.logistic_pipeline(x, strength).fit(x[fit], y).predict_proba(x[asked])[:, 1])
   return probes.fit_probe(label.kind, x[fit], label.value[fit], label.outputs)(x[asked])
 

@@ -183,6 +183,7 @@ def predict_all(
     UnmeasurableLabel: see `make_folds`.
   """
   laid = make_folds(label, rows, protocol)
+  label = label._replace(owner=np.unique(rows.user, return_inverse=True)[1].reshape(-1))
 
   def answer(name: str, kind: str, number: int) -> np.ndarray:
     split = laid[number]

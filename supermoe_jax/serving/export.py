@@ -89,7 +89,17 @@ def export_encoder(
       f"config.model.max_events={longest}."
     )
   atomic_files.check_replaceable(
-    out, KIND, (MANIFEST, "program-*.stablehlo", PARAMETERS, "preprocessing.json", "vocabulary-*.json", "items-*.*")
+    out,
+    KIND,
+    (
+      MANIFEST,
+      "program-*.stablehlo",
+      PARAMETERS,
+      "preprocessing.json",
+      "vocabulary-*.json",
+      "items-*.*",
+      "factors-*.npy",
+    ),
   )
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise DataError(f"{out} holds an exported encoder and is not overwritten; name another --out, or add --overwrite.")

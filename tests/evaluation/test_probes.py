@@ -108,3 +108,19 @@ def test_each_value_has_a_model_of_its_own_inputs() -> None:
   assert roc_auc_score(label[:, 0], chances[:, 0]) > 0.99
   assert 0.7 < roc_auc_score(label[:, 1], chances[:, 1]) < 0.85  # it may not read the fourth
   np.testing.assert_array_equal(chances[:, 1], probes.Probe(x[:, [2]], label[:, 1])(x[:, [2]]))
+
+
+def test_the_strength_of_the_regularisation_fits_the_labels_and_never_sees_a_user_twice() -> None:
+  rng = np.random.default_rng(0)
+  signal = rng.normal(size=(4000, 4))
+  clear = (signal @ np.ones(4) + 0.5 * rng.normal(size=4000) > 0).astype(float)
+  assert probes.choose_regularisation(signal, clear, np.arange(4000)) == max(probes.REGULARISATIONS)
+  # Eight rows a user, all alike but for a little noise, and a label of the user that nothing says: over rows the wide
+  # inputs would know each user again, and the weakest strength would win.
+  user = np.repeat(np.arange(60), 8)
+  wide = rng.normal(size=(60, 200))[user] + 0.1 * rng.normal(size=(480, 200))
+  label = rng.permutation(np.arange(60) % 2).astype(float)[user]
+  assert probes.choose_regularisation(wide, label, user) == min(probes.REGULARISATIONS)
+  assert probes.choose_regularisation(wide, label, np.arange(480)) == max(probes.REGULARISATIONS)
+  few = probes.choose_regularisation(wide[:40], label[:40], user[:40])
+  assert few == probes.REGULARISATION  # five users

@@ -243,11 +243,10 @@ class _Derivations:
 
     def derive(row: Row) -> np.ndarray:
       values = itertools.chain(*(row[name] or ())) if many else row[name] or ()
-      entries = np.zeros(len(factors.weight))
-      for code, n in collections.Counter(map(encoder.code, values)).items():
-        if code < len(entries):  # a value that an append added has no factors
-          entries[code] = factors.weight[code] * math.log1p(n)
-      return entries @ factors.direction / (np.linalg.norm(entries) or 1.0)
+      counted = collections.Counter(map(encoder.code, values))
+      codes = [code for code in counted if code < len(factors.weight)]  # a value that an append added has no factors
+      entries = np.array([factors.weight[code] * math.log1p(counted[code]) for code in codes])
+      return entries @ factors.direction[codes] / (np.linalg.norm(entries) or 1.0)
 
     def one(i: int) -> Derivation:
       return lambda row: _point(float(self._once(name, row, derive)[i]))

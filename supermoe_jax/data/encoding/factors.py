@@ -20,8 +20,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-DIRECTORY = "factors"  # within the directory of a dataset's encoders, or of an exported encoder
+from supermoe_jax.batch import ABSENT
+
 LEAST_WEIGHT = 0.05  # of a value that every user has
+LEAST_SINGULAR = 1e-6  # singular value of a factor, as a share of the largest
+DECIMALS = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,15 +57,15 @@ class Factors:
     Returns: float64 `[N, R]` and `[N]`.
     """
     many = codes.shape[1]
-    code = np.minimum(codes.reshape(-1).astype(np.int64), len(self.weight))
-    weight = np.append(self.weight, 0.0).astype(np.float64)[code]
-    before = _times_before(code + np.repeat(owner, many) * (len(self.weight) + 1))
+    code = codes.reshape(-1).astype(np.int64)
+    code[code >= len(self.weight)] = ABSENT  # added after fitting
+    weight = self.weight[code].astype(np.float64)
+    before = _times_before(code + np.repeat(owner, many) * len(self.weight))
     gained = weight * np.log1p(1 / (1 + before))
     length = np.square(weight) * (np.square(np.log1p(before + 1)) - np.square(np.log1p(before)))
-    direction = np.concatenate([self.direction, np.zeros((1, self.size), np.float32)])
     out = np.zeros((len(codes), self.size))
     for column in range(many):  # one value of a list after the other, so that only one [N, R] is in memory
-      out += gained[column::many, None] * direction[code[column::many]]
+      out += gained[column::many, None] * self.direction[code[column::many]]
     return out, length.reshape(-1, many).sum(axis=1)
 
   @property
@@ -72,11 +75,9 @@ class Factors:
 
 
 def save_factors(path: pathlib.Path, found: Mapping[str, Factors]) -> None:
-  """Writes the factors of fields into a directory within `path`, from which `load_factors` reads them."""
+  """Writes the factors of fields into the directory `path`, from which `load_factors` reads them."""
   for name, of in found.items():
-    file = _file(path, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, np.column_stack([of.weight, of.direction]), allow_pickle=False)
+    np.save(_file(path, name), np.column_stack([of.weight, of.direction]), allow_pickle=False)
 
 
 def load_factors(path: pathlib.Path, names: Iterable[str]) -> dict[str, Factors]:
@@ -86,7 +87,7 @@ def load_factors(path: pathlib.Path, names: Iterable[str]) -> dict[str, Factors]
 
 
 def _file(path: pathlib.Path, name: str) -> pathlib.Path:
-  return path / DIRECTORY / f"{urllib.parse.quote(name, safe='')}.npy"
+  return path / f"factors-{urllib.parse.quote(name, safe='')}.npy"
 
 
 def of_sums(total: np.ndarray, square: np.ndarray) -> np.ndarray:
@@ -107,6 +108,7 @@ def fit_factors(user: np.ndarray, code: np.ndarray, count: np.ndarray, codes: in
     codes: V.
     size: the largest number of factors; there are fewer where users or values are.
   """
+  import threadpoolctl
   from scipy import sparse
   from sklearn.utils.extmath import randomized_svd
 
@@ -119,10 +121,13 @@ def fit_factors(user: np.ndarray, code: np.ndarray, count: np.ndarray, codes: in
   held = np.flatnonzero(having)
   column = np.searchsorted(held, code)
   matrix = sparse.csr_matrix((entry / length[row], (row, column)), shape=(users, len(held)))
-  found = randomized_svd(matrix, min(size, users, len(held)), random_state=0)[2]
+  with threadpoolctl.threadpool_limits(1):
+    _, singular, found = randomized_svd(matrix, min(size, users, len(held)), random_state=0)
+  found = found[singular > LEAST_SINGULAR * singular[0]]  # of the others no direction is better than another
   direction = np.zeros((codes, len(found)), np.float32)
-  direction[held] = found.T
-  return Factors(weight.astype(np.float32), direction)
+  # Rounded, since the last digits depend on the machine, and the hash of the encoding must not.
+  direction[held] = np.round(found.T, DECIMALS)
+  return Factors(np.round(weight, DECIMALS).astype(np.float32), direction)
 
 
 def _times_before(value: np.ndarray) -> np.ndarray:

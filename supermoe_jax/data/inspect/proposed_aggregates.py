@@ -58,8 +58,10 @@ def _summed(fields: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Mapping
 def _factored(
   sources: Sequence[InspectedTable], items: Mapping[str, InspectedTable], fields: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-  """Returns the fields of the most values that several users may share, in the order of the config."""
-  reading = {f.get("column", n): n for n, f in fields.items() if f.get("kind", "vocabulary") in ("vocabulary", "hash")}
+  """Returns the fields of the most values that several users may share, in the order of the config.
+
+  Fields of lists are left out: their statistics count lists, not values.
+  """
   values: dict[str, int] = {}
   for table in sources:
     # How often events hold a value of a table of items is not known; each value is of many items or of many events.
@@ -68,8 +70,17 @@ def _factored(
       [(column, 1) for column, _ in items[table.name].having("vocabulary", "hash")] if table.name in items else []
     )
     for column, repeats in [*own, *joined]:
-      if column.name in reading and LEAST_VALUES <= column.distinct <= column.present / repeats:
-        name = reading[column.name]
+      name = _field(fields, table.name, column.name)
+      if name and LEAST_VALUES <= column.distinct <= column.present / repeats:
         values[name] = max(column.distinct, values.get(name, 0))
   most = sorted(values, key=lambda n: -values[n])[:MOST_FACTORED]
   return [n for n in fields if n in most]
+
+
+def _field(fields: Mapping[str, Mapping[str, Any]], source: str, column: str) -> str | None:
+  """Returns the field of single categorical values that reads a column of a source; None without one."""
+  for name, of in fields.items():
+    categorical = of.get("kind", "vocabulary") in ("vocabulary", "hash") and "many" not in of
+    if categorical and of.get("column", name) == column and source in of.get("sources", (source,)):
+      return name
+  return None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE
@@ -62,7 +63,8 @@ def _fit_factors(log: LogDatabase, name: str, encoder: Categorical) -> Factors:
     f"SELECT uid, value, count(*) AS n FROM (SELECT uid, {value} AS value FROM {events}) WHERE value IS NOT NULL "
     "GROUP BY uid, value ORDER BY uid, value"
   )
-  values = counted["value"].combine_chunks().dictionary_encode()
+  # All values together may have more bytes than the usual type of text can hold.
+  values = counted["value"].cast(pa.large_string()).combine_chunks().dictionary_encode()
   code = np.array([encoder.code(v) for v in values.dictionary.to_pylist()], np.int64)[values.indices.to_numpy()]
   user, count = (counted[n].to_numpy() for n in ("uid", "n"))
   user, code, count = user[code >= FIRST_VALUE], code[code >= FIRST_VALUE], count[code >= FIRST_VALUE]

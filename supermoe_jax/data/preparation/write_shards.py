@@ -55,7 +55,12 @@ class RecordMaker:
     labels = sum(task.asked_events * task.asked_values for task in self.tasks.values())
     self._width = width = (labels + self.schema.aggregates) / SNAPSHOT_NUMBERS
     own = times is None or cfg.data.split.snapshots != "calendar"
-    self._event, self._user = max(1.0, width if own else 0.0), 0.0 if times is None else len(times.snapshots) * width
+    # An event's part of the factors of a field is there four times while they are summed.
+    factors = (
+      4 * max((of.factors.size for of in self._aggregator.factors.values()), default=0) if self._aggregator else 0
+    )
+    self._event = max(1.0, width if own else 0.0, factors / SNAPSHOT_NUMBERS)
+    self._user = 0.0 if times is None else len(times.snapshots) * width
 
   def new_counts(self) -> RecordCounts:
     """Returns counts that have counted nothing yet."""

@@ -194,3 +194,20 @@ def test_impossible_factors_name_the_key(tmp_path: pathlib.Path, chosen: dict, m
   raw["data"]["aggregates"] = chosen
   with pytest.raises(ConfigError, match=message):
     config.resolve(raw)
+
+
+def test_the_numbers_do_not_depend_on_the_last_digits_of_a_product() -> None:
+  rng = np.random.default_rng(3)
+  counts = rng.poisson(0.4, (300, 60))
+  user, value = np.nonzero(counts)
+  of = fit_factors(user, value + FIRST_VALUE, counts[user, value], 62, 20)
+  turned = rng.permutation(len(user))  # the same matrix, whose sums take another order
+  again = fit_factors(user[turned], value[turned] + FIRST_VALUE, counts[user, value][turned], 62, 20)
+  assert of.sha256 == again.sha256
+  assert np.array_equal(np.round(of.direction, 6), of.direction.astype(np.float64).round(6).astype(np.float32))
+
+
+def test_directions_without_weight_are_left_out() -> None:
+  # Two values that all users have alike: one direction, however many are asked for.
+  user, code = np.repeat(np.arange(9), 2), np.tile([2, 3], 9)
+  assert fit_factors(user, code, np.ones(18, np.int64), 5, 64).size == 1

@@ -17,7 +17,7 @@ EVENTS = 600
 
 
 def orders(**changes: Any) -> dict[str, list[Any]]:
-  """Ten events a day of 20 visitors: what they bought, in which of three ways, how much, and the number of the order."""
+  """Ten events a day of 20 visitors: what they bought, how it was sent, for how much, and the order's number."""
   places = range(EVENTS)
   return {
     "visitor": [f"v{i % 20}" for i in places],
@@ -62,3 +62,11 @@ def test_values_of_a_table_of_items_get_factors(write: Write, tmp_path: pathlib.
 def test_a_log_without_such_fields_gets_none(write: Write, tmp_path: pathlib.Path) -> None:
   few = orders(page=[f"p{i % 7}" for i in range(EVENTS)], receipt=["x"] * EVENTS)
   assert proposed(tmp_path, write("orders.csv", few)).data.aggregates.factors == ()
+
+
+def test_a_column_of_one_name_in_two_sources_is_each_source_s_own_field(write: Write, tmp_path: pathlib.Path) -> None:
+  lists = [[f"p{i % 9}", f"p{(i // 9) % 9}", f"p{i % 7}"] for i in range(EVENTS)]
+  clicks = {"visitor": orders()["visitor"], "time": orders()["time"], "page": ["|".join(v) for v in lists]}
+  cfg = proposed(tmp_path, write("orders.csv", orders()), write("clicks.csv", clicks))
+  assert cfg.data.fields["page"].many == 0 and cfg.data.fields["clicks_page"].many > 0
+  assert cfg.data.aggregates.factors == ("page",)
