@@ -22,7 +22,7 @@ from supermoe_jax.data.encoding.factors import LEAST_WEIGHT, Factors, fit_factor
 from supermoe_jax.data.encoding.histories import UserHistory, end_to_end
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.preparation import prepare
-from supermoe_jax.errors import ConfigError, DataError
+from supermoe_jax.errors import DataError
 from supermoe_jax.plan import shapes
 from tests.fixtures.small_log import raw_config, write_log
 
@@ -177,23 +177,6 @@ def test_values_that_no_sampled_user_has_are_an_error(tmp_path: pathlib.Path, mo
   monkeypatch.setattr("supermoe_jax.data.preparation.fitting.FACTORED_USERS", 0)
   with pytest.raises(DataError, match=r"none of the 0 users .* field 'page' in training; leave the field out"):
     prepare.prepare(config.resolve(raw))
-
-
-@pytest.mark.parametrize(
-  ("chosen", "message"),
-  [
-    ({"factors": ["pag"]}, r"aggregates\.factors: 'pag' is not a categorical field; did you mean 'page'"),
-    ({"factors": ["amount"]}, r"aggregates\.factors: 'amount' is not a categorical field"),
-    ({"factors": ["page", "page"]}, r"aggregates\.factors=.* names a field twice"),
-    ({"factors": ["page"], "factor_size": 0}, r"aggregates\.factor_size=0 must be positive"),
-    ({"factors": ["page"], "enabled": False}, r"aggregates\.factors=.* has no meaning with enabled=False"),
-  ],
-)
-def test_impossible_factors_name_the_key(tmp_path: pathlib.Path, chosen: dict, message: str) -> None:
-  raw = raw_config(tmp_path)
-  raw["data"]["aggregates"] = chosen
-  with pytest.raises(ConfigError, match=message):
-    config.resolve(raw)
 
 
 def test_the_numbers_do_not_depend_on_the_last_digits_of_a_product() -> None:

@@ -6,38 +6,22 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.inspect.inspect import inspect
 from supermoe_jax.data.preparation import prepare
+from tests.fixtures.proposed_configs import proposed, visits
 
-JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000
 Write = Callable[..., pathlib.Path]
 EVENTS = 600
 
 
 def orders(**changes: Any) -> dict[str, list[Any]]:
-  """Ten events a day of 20 visitors: what they bought, how it was sent, for how much, and the order's number."""
-  places = range(EVENTS)
-  return {
-    "visitor": [f"v{i % 20}" for i in places],
-    "page": [f"p{i * 7 % 50}" for i in places],
-    "way": [["shop", "post", "van"][i % 3] for i in places],
-    "receipt": [f"r{i * 7919 % 401}" for i in places],  # 1.5 events each: shared by hardly anyone
-    "revenue": [0.5 + i % 30 for i in places],
-    "time": [JUNE_1 + i * 8_640 for i in places],
-  } | changes
-
-
-def proposed(folder: pathlib.Path, *files: pathlib.Path) -> config.Config:
-  file = folder / "proposed.py"
-  file.write_text(inspect([str(f) for f in files]).config)
-  return config.load(str(file), [f"--config.data.path={folder / 'dataset'}"])
+  """The visits, each with a number of an order that hardly any two share."""
+  return visits(receipt=[f"r{i * 7919 % 401}" for i in range(EVENTS)], **changes)
 
 
 def test_factors_are_of_fields_of_many_values_that_users_share(write: Write, tmp_path: pathlib.Path) -> None:
   cfg = proposed(tmp_path, write("orders.csv", orders()))
-  assert {"page", "way", "receipt"} <= set(cfg.data.fields)
+  assert {"page", "action", "receipt"} <= set(cfg.data.fields)
   assert cfg.data.aggregates.factors == ("page",)
   assert cfg.data.aggregates.sums == cfg.data.aggregates.trends == ("revenue",)
   prepare.prepare(cfg)
@@ -60,7 +44,7 @@ def test_values_of_a_table_of_items_get_factors(write: Write, tmp_path: pathlib.
 
 
 def test_a_log_without_such_fields_gets_none(write: Write, tmp_path: pathlib.Path) -> None:
-  few = orders(page=[f"p{i % 7}" for i in range(EVENTS)], receipt=["x"] * EVENTS)
+  few = visits(page=[f"p{i % 7}" for i in range(EVENTS)])
   assert proposed(tmp_path, write("orders.csv", few)).data.aggregates.factors == ()
 
 

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.inspect.inspect import inspect
 from supermoe_jax.data.preparation import prepare
+from tests.fixtures.proposed_configs import JUNE_1, proposed, visits
 
-JUNE_1 = config.parse_time("2020-06-01", "") // 1_000_000
 Write = Callable[..., pathlib.Path]
-
-
-def visits(days: int = 60, **changes: Any) -> dict[str, list[Any]]:
-  """Ten events a day of 20 visitors, with a page, an action and an amount."""
-  places = range(10 * days)
-  return {
-    "visitor": [f"v{i % 20}" for i in places],
-    "page": [f"p{i * 7 % 50}" for i in places],
-    "action": [["see", "try", "buy"][i % 3] for i in places],
-    "revenue": [0.5 + i % 30 for i in places],
-    "time": [JUNE_1 + i * 8_640 for i in places],
-  } | changes
-
-
-def proposed(folder: pathlib.Path, *files: pathlib.Path) -> config.Config:
-  file = folder / "proposed.py"
-  file.write_text(inspect([str(f) for f in files]).config)
-  return config.load(str(file), [f"--config.data.path={folder / 'dataset'}"])
 
 
 def test_churn_types_of_events_and_amounts_are_proposed_and_can_be_prepared(
