@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import pathlib
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,10 +35,6 @@ STATE, AGGREGATES, COUNTS, FACTORS = "state", "aggregates", "counts", "factors"
 # Aggregates are clipped to this many deviations. The deviation of an aggregate that hardly varies in training is tiny.
 # A later value may lie thousands of them away; alone it would decide every distance, and it could overflow float16.
 LARGEST = 10.0
-
-# The names of counts begin in the same way if the counted field is called "factor". They end with a window, such as 30d
-# or all, and not with a number.
-_FACTOR = re.compile(r"factor .+ \d+")
 
 
 class View(NamedTuple):
@@ -66,12 +61,18 @@ class Views:
     width: the number of all numbers of a vector.
   """
 
-  def __init__(self, width: int, aggregates: Sequence[str] = (), counts: Collection[ValueCounts] = ()):
-    """Lays out z of `width` numbers, and the `aggregates` of these names, among which `counts` count values."""
+  def __init__(
+    self,
+    width: int,
+    aggregates: Sequence[str] = (),
+    counts: Collection[ValueCounts] = (),
+    factors: slice = slice(0),
+  ):
+    """Lays out z of `width` numbers, then `aggregates` of these names, of which `counts` and `factors` give places."""
     self._names = tuple(aggregates)
     self.views = [View(STATE, 0, width, None)]
     self.width = width
-    for name, places in split_aggregates(aggregates, counts).items():
+    for name, places in split_aggregates(len(aggregates), counts, factors).items():
       self.views.append(View(name, self.width, len(places), places))
       self.width += len(places)
 
@@ -102,16 +103,17 @@ class Views:
     return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
 
 
-def split_aggregates(names: Sequence[str], counts: Collection[ValueCounts]) -> dict[str, tuple[int, ...]]:
-  """Returns which of the aggregates of these names each view holds; a view without any is left out."""
-  every = np.arange(len(names))
-  counted = {i for of in counts for i in every[of.columns].tolist()}
-  whole = [i for of in counts for i in every[of.columns][-of.values :].tolist()]  # the last window
-  found: dict[str, list[int]] = {AGGREGATES: [], COUNTS: whole, FACTORS: []}
-  for i, name in enumerate(names):
-    if i not in counted:
-      found[FACTORS if _FACTOR.fullmatch(name) else AGGREGATES].append(i)
-  return {view: tuple(places) for view, places in found.items() if places}
+def split_aggregates(size: int, counts: Collection[ValueCounts], factors: slice) -> dict[str, tuple[int, ...]]:
+  """Returns which of `size` aggregates each view holds; a view without any is left out."""
+  every = np.arange(size)
+  counted = [every[of.columns] for of in counts]
+  whole = [columns[-of.values :] for of, columns in zip(counts, counted, strict=True)]  # of the last window
+  found = {
+    AGGREGATES: np.setdiff1d(every, np.concatenate([*counted, every[factors]])),
+    COUNTS: np.concatenate([every[:0], *whole]),
+    FACTORS: every[factors],
+  }
+  return {view: tuple(places.tolist()) for view, places in found.items() if len(places)}
 
 
 def views_of(run: Run) -> Views:
@@ -120,7 +122,8 @@ def views_of(run: Run) -> Views:
   if aggregator is None:
     logger.info(f"{run.dataset.path} has no aggregates (config.data.aggregates): the embeddings hold only the state.")
     return Views(run.cfg.model.d_model)
-  return Views(run.cfg.model.d_model, aggregator.names, run.dataset.schema.value_counts.values())
+  counts = run.dataset.schema.value_counts.values()
+  return Views(run.cfg.model.d_model, aggregator.names, counts, aggregator.factor_columns)
 
 
 def views_text(manifest: Mapping[str, Any]) -> str:

@@ -76,10 +76,11 @@ def choose_regularisation(x: Inputs, label: np.ndarray, owner: np.ndarray) -> fl
   losses = np.zeros(len(REGULARISATIONS))
   for fit, held in folds.split(x, label, owner):
     scaler = StandardScaler().fit(x[fit])
+    known, asked = scaler.transform(x[fit]), scaler.transform(x[held])
     model = LogisticRegression(solver="lbfgs", warm_start=True, max_iter=200)
     for i, strength in enumerate(REGULARISATIONS):  # from strong to weak, each from the one before
-      model.set_params(C=strength).fit(scaler.transform(x[fit]), label[fit])
-      losses[i] += log_loss(label[held], model.predict_proba(scaler.transform(x[held])), labels=[0, 1])
+      chance = model.set_params(C=strength).fit(known, label[fit]).predict_proba(asked)
+      losses[i] += log_loss(label[held], chance, labels=[0, 1])
   return REGULARISATIONS[int(np.argmin(losses))]
 
 

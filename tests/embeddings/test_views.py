@@ -16,7 +16,7 @@ from supermoe_jax.batch import ValueCounts
 from supermoe_jax.data.append import append
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.embeddings import embed, embedding_files, part_files, views
-from supermoe_jax.embeddings.views import Views, split_aggregates
+from supermoe_jax.embeddings.views import Views
 from supermoe_jax.errors import ConfigError, DataError
 from supermoe_jax.training.run import Run
 from tests.fixtures import embedding_folder
@@ -114,23 +114,24 @@ def test_without_the_flag_vectors_are_z_and_other_columns_are_the_same(
   assert other.schema.field("embedding").type.list_size == 16
 
 
-def test_columns_are_split_by_their_names_and_each_view_is_divided_by_its_own_width() -> None:
-  """A field that is called "factor" is none; of counts only the last window is kept."""
-  names = ["events visits all", "factor page 0", "factor 3 30d", "factor page 1", "factor 4 all", "recency"]
-  layout = Views(2, names)
-  assert split_aggregates(names, [ValueCounts(2, 3, 1)]) == {"aggregates": (0, 5), "counts": (4,), "factors": (1,)}
+def test_each_view_holds_its_columns_divided_by_the_root_of_its_own_width() -> None:
+  """Of counts only the last window is kept."""
+  names = ["events visits all", "page a 30d", "page a all", "factor page 1", "factor page 2", "recency"]
+  layout = Views(2, names, [ValueCounts(1, 2, 1)], slice(3, 5))
   assert [(v["name"], v["start"], v["width"], v["columns"]) for v in layout.about()] == [
     ("state", 0, 2, None),
-    ("aggregates", 2, 4, [names[i] for i in (0, 2, 4, 5)]),
-    ("factors", 6, 2, [names[1], names[3]]),
+    ("aggregates", 2, 2, [names[0], names[5]]),
+    ("counts", 4, 1, [names[2]]),
+    ("factors", 5, 2, [names[3], names[4]]),
   ]
   z = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
-  aggregates = np.array([[1, 2, 3, 4, 5, 6], [-1e6, 1e6, 10, 11, -10, 0]], np.float32)
+  aggregates = np.array([[1, 2, 3, 4, 5, 6], [-1e6, 1e6, 11, 10, -10, 0]], np.float32)
   found = layout(z, aggregates)
-  assert layout.width == 8 and found.dtype == np.float32
+  assert layout.width == 7 and found.dtype == np.float32
   half = np.sqrt(2)
-  expected = [[0.6, 0.8, 0.5, 1.5, 2.5, 3, 2 / half, 4 / half], [0, 0, -5, 5, -5, 0, 10 / half, 10 / half]]
+  expected = [[0.6, 0.8, 1 / half, 6 / half, 3, 4 / half, 5 / half], [0, 0, -10 / half, 0, 10, 10 / half, -10 / half]]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert [v["name"] for v in Views(2, names).about()] == ["state", "aggregates"]
 
 
 def test_half_the_bits_hold_the_views_too(written: pathlib.Path, run: Run, tmp_path: pathlib.Path) -> None:
@@ -268,7 +269,7 @@ def test_picked_views_are_the_columns_that_the_manifest_names(tmp_path: pathlib.
   path = embedding_folder.write(tmp_path / "written", x)
   manifest = json.loads((path / "manifest.json").read_text())
   (path / "manifest.json").write_text(
-    json.dumps(manifest | {"views": Views(3, ["recency", "factor a 0", "b"]).about()})
+    json.dumps(manifest | {"views": Views(3, ["b", "factor a 1", "recency"], factors=slice(1, 2)).about()})
   )
   order = [0, 1, 2, 5]
   np.testing.assert_array_equal(probed.read_vectors("x", path, views=["factors", "state"]).x, x[:, order])

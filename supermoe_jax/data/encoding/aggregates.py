@@ -158,9 +158,8 @@ class Aggregator:
       fulfilled = np.stack([condition.holds(block) for condition in self.conditions.values()], axis=1)
       columns.append(_flat(np.log1p(_windowed(_counts(fulfilled)[bounds]))))
     for of in self.factors.values():
-      added, squares = of.factors.added(block.codes[:, list(of.columns)], block.owner)
-      sums = _sums_before(block, np.column_stack([added, squares]), bounds[-1], first)
-      columns.append(factors.of_sums(sums[:, :-1], sums[:, -1]))
+      added = of.factors.added(block.codes[:, list(of.columns)], block.owner)
+      columns.append(factors.of_sums(_sums_before(block, added, bounds[-1], first)))
     hour = MICROSECONDS_PER_DAY / 24
     columns.append(np.log1p((time - block.time[bounds[-1] - 1]) / hour)[:, None])
     columns.append(np.log1p((time - block.time[first]) / hour)[:, None])
@@ -259,7 +258,7 @@ def _sums_before(block: UserBlock, x: np.ndarray, bounds: np.ndarray, first: np.
   """
   sums = np.zeros((len(x) + 1, x.shape[1]))
   if x.shape[1]:
-    x = x.astype(np.float64)
+    x = x.astype(np.float64, copy=False)
     for start, stop in zip(block.offsets[:-1].tolist(), block.offsets[1:].tolist()):
       # np.cumsum is the same behind a wrapper, which takes longer than the sums of one user.
       np.add.accumulate(x[start:stop], axis=0, out=sums[start + 1 : stop + 1])

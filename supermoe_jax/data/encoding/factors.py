@@ -44,17 +44,17 @@ class Factors:
     """Returns R."""
     return self.direction.shape[1]
 
-  def added(self, codes: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what each event adds to its user's factors before scaling, and to the square of the row's length.
+  def added(self, codes: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Returns what each event adds to its user's factors before scaling and, last, to the square of the row's length.
 
     An event with a value that the user has had k times adds log(2 + k) − log(1 + k) of that value. So factors at every
-    snapshot are sums over events.
+    snapshot follow from sums over events; see `of_sums`.
 
     Args:
       codes: `[N, m]`, the codes of events.
       owner: `[N]`, the user of each event; users are in order.
 
-    Returns: float64 `[N, R]` and `[N]`.
+    Returns: float64 `[N, R + 1]`.
     """
     many = codes.shape[1]
     code = codes.reshape(-1).astype(np.int64)
@@ -62,11 +62,12 @@ class Factors:
     weight = self.weight[code].astype(np.float64)
     before = _times_before(code + np.repeat(owner, many) * len(self.weight))
     gained = weight * np.log1p(1 / (1 + before))
-    length = np.square(weight) * (np.square(np.log1p(before + 1)) - np.square(np.log1p(before)))
-    out = np.zeros((len(codes), self.size))
-    for column in range(many):  # one value of a list after the other, so that only one [N, R] is in memory
-      out += gained[column::many, None] * self.direction[code[column::many]]
-    return out, length.reshape(-1, many).sum(axis=1)
+    square = np.square(weight) * (np.square(np.log1p(before + 1)) - np.square(np.log1p(before)))
+    out = np.zeros((len(codes), self.size + 1))
+    for column in range(many):  # one value of a list after the other, so that only one [N, R] more is in memory
+      out[:, :-1] += gained[column::many, None] * self.direction[code[column::many]]
+    out[:, -1] = square.reshape(-1, many).sum(axis=1)
+    return out
 
   @property
   def sha256(self) -> str:
@@ -90,12 +91,13 @@ def _file(path: pathlib.Path, name: str) -> pathlib.Path:
   return path / f"factors-{urllib.parse.quote(name, safe='')}.npy"
 
 
-def of_sums(total: np.ndarray, square: np.ndarray) -> np.ndarray:
-  """Returns the factors of snapshots from the sums of `Factors.added`: `[S, R]`, `[S]` → float64 `[S, R]`.
+def of_sums(sums: np.ndarray) -> np.ndarray:
+  """Returns the factors of snapshots from their sums of `Factors.added`: `[S, R + 1]` → float64 `[S, R]`.
 
   The factors of a user without a value are 0.
   """
-  return total / np.sqrt(np.where(square > 0, square, 1.0))[:, None]
+  square = sums[:, -1:]
+  return sums[:, :-1] / np.sqrt(np.where(square > 0, square, 1.0))
 
 
 def fit_factors(user: np.ndarray, code: np.ndarray, count: np.ndarray, codes: int, size: int) -> Factors:
@@ -108,7 +110,7 @@ def fit_factors(user: np.ndarray, code: np.ndarray, count: np.ndarray, codes: in
     codes: V.
     size: the largest number of factors; there are fewer where users or values are.
   """
-  import threadpoolctl
+  import threadpoolctl  # these take long to import, and reading factors needs none of them
   from scipy import sparse
   from sklearn.utils.extmath import randomized_svd
 
