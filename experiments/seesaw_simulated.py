@@ -65,16 +65,14 @@ def get_config(folder: str = "runs/seesaw_simulated/data") -> ml_collections.Con
     "tuned_static": (),
     "uncertainty": ("train.weighting.method=uncertainty",),
     "famo": ("train.weighting.method=famo",),
-    # mu = 1: fixed weights, one over what each task's loss is alone.
-    "seesaw": ("train.weighting.method=seesaw", "train.weighting.mu=1.0"),
-    "seesaw_mu03": ("train.weighting.method=seesaw", "train.weighting.mu=0.3"),
-    "seesaw_mu3": ("train.weighting.method=seesaw", "train.weighting.mu=3.0"),
+    "seesaw": ("train.weighting.method=seesaw",),
+    "equal_pulls": ("train.weighting.method=seesaw", "train.weighting.labels_exponent=0.0"),
     "pcgrad": ("train.weighting.method=pcgrad",),
     "cagrad": ("train.weighting.method=cagrad",),
     "token": (token,),
     "token_shuffled": (token, "model.task_ids=shuffled"),
     "missing_negative": ("train.missing=negative",),
-    "token_seesaw": (token, "train.weighting.method=seesaw", "train.weighting.mu=1.0"),
+    "token_seesaw": (token, "train.weighting.method=seesaw"),
   }
   # A task's reference is the better, on validation, of the same encoder with experts and without.
   single = {"experts": (), "dense": dense}

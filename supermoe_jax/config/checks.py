@@ -307,7 +307,7 @@ def _check_sizes(config: Config) -> None:
 
 def _check_validation(config: Config) -> None:
   train, validate = config.train, config.train.validate
-  for name in ("every", "snapshots"):
+  for name in ("every", "snapshots", "task_patience"):
     _require(
       getattr(validate, name) >= 0,
       f"config.train.validate.{name}={getattr(validate, name)} must not be negative.",
@@ -321,6 +321,11 @@ def _check_validation(config: Config) -> None:
     validate.every % train.checkpoint_every == 0,
     f"config.train.validate.every={validate.every} must be a multiple of config.train.checkpoint_every="
     f"{train.checkpoint_every}: what is validated is a checkpoint.",
+  )
+  _require(
+    not validate.task_patience or bool(validate.every),
+    f"config.train.validate.task_patience={validate.task_patience} stops tasks by validation, but "
+    "config.train.validate.every is 0: set the number of steps between validations.",
   )
   if validate.metric:
     task, _, metric = validate.metric.partition("/")

@@ -240,7 +240,7 @@ def load_json(path: pathlib.Path) -> Config:
   for task in raw["tasks"].values():
     if task["kind"] == NextEvent.kind:
       task.setdefault("ties", "order")
-  for key in ("window", "temperature"):  # of a method that version 0.1.0 had
+  for key in ("window", "temperature", "mu", "warmup_steps", "references"):  # of methods that version 0.1.0 had
     raw["train"]["weighting"].pop(key, None)
   return resolve(raw)
 

@@ -210,17 +210,16 @@ class Weighting:
   """The method that weights the tasks' losses; weights sum to the number of tasks. See `training/weighting.py`.
 
   `equal`: equal weights. `static`: the tasks' `weight`s. `uncertainty`: learned precisions. `famo`: weights that make
-  all log losses fall at the same rate. `seesaw`: most weight to the task furthest behind its single-task loss.
-  `pcgrad`, `cagrad`: weights from the tasks' gradients at the representation, an approximation of those methods.
+  all log losses fall at the same rate. `seesaw`: each task pulls on the encoder by the number of its labels, times its
+  `weight`. `pcgrad`, `cagrad`: weights from the tasks' gradients at the representation, an approximation of those
+  methods.
   """
 
   method: Literal["equal", "static", "uncertainty", "famo", "seesaw", "pcgrad", "cagrad"] = "static"
   learning_rate: float = 0.025  # uncertainty, famo: Adam's rate for the log weights
   weight_decay: float = 1e-3  # famo: decay of the log weights
-  decay: float = 0.98  # seesaw: decay per step of the moving average of a loss
-  mu: float = 1.0  # seesaw: large is plain log-loss balancing, 1 fixed weights π/R, small serves the worst task only
-  warmup_steps: int = 50  # seesaw: losses after these steps are the references of tasks without one
-  references: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seesaw: loss alone / constant loss
+  decay: float = 0.9  # seesaw: decay per measurement of the moving average of a squared gradient
+  labels_exponent: float = 0.5  # seesaw: β, a pull is proportional to n^β for n labels; 0: all tasks pull alike
   c: float = 0.4  # cagrad: distance from the mean gradient, as a share of its length
 
 
@@ -230,6 +229,8 @@ class Tables:
 
   optimizer: Literal["adagrad", "adam", "sgd"] = "adagrad"  # adagrad: a sum per row; adam: moments of touched rows
   learning_rate: float = 0.05  # peak; follows the schedule of `train.learning_rate`
+  # adagrad: a row starts as if it had had this many updates, so that one that is seldom met moves little.
+  prior_updates: float = dataclasses.field(default=0.0, metadata=ADDED_LATER)
   weight_decay: float = 0.0  # decoupled; a row decays in the steps that touch it
   dtype: Literal["float32", "bfloat16"] = "float32"  # type of the rows; optimizer state stays float32
   rounding: Literal["nearest", "stochastic"] = "stochastic"  # rounding of bfloat16 rows
@@ -244,6 +245,9 @@ class Validate:
   snapshots: int = 0  # largest number of snapshots, the same ones each time; 0: all
   metric: str = ""  # metric of the best checkpoint, "task/metric"; empty: mean of the main metrics by √labels
   checkpoints_kept: int = 1  # number of best checkpoints, kept in addition to the newest
+  # A task whose main metric was best this many validations ago trains only its head from there on; 0: every task goes
+  # on to the end.
+  task_patience: int = dataclasses.field(default=0, metadata=ADDED_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

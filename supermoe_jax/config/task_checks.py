@@ -73,11 +73,9 @@ def check_weighting(config: Config) -> None:
         task.weight == 1.0,
         f"config.tasks.{name}.weight has no effect with {path}.method={weighting.method!r}; remove it.",
       )
-  for name in weighting.references:
-    require(name in config.tasks, f"{path}.references: {name!r} is not a task{nearest(name, config.tasks)}")
-    require(weighting.references[name] > 0, f"{path}.references.{name} must be positive.")
-  for key in ("learning_rate", "mu", "c", "warmup_steps"):
+  for key in ("learning_rate", "c"):
     require(getattr(weighting, key) > 0, f"{path}.{key}={getattr(weighting, key)} must be positive.")
+  require(weighting.labels_exponent >= 0, f"{path}.labels_exponent={weighting.labels_exponent} must not be negative.")
   require(0 < weighting.decay < 1, f"{path}.decay={weighting.decay} must be in (0, 1).")
   if weighting.method in ("pcgrad", "cagrad"):
     require(

@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -21,10 +21,10 @@ from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, metrics
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
-from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.monitoring.metrics_log import SPEED, read_rows, truncate_rows
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
+from supermoe_jax.training.task_losses import TaskStatistics
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 
@@ -83,6 +83,7 @@ class Validation:
     tasks = {n: t["metrics"] for n, t in found["splits"]["validation"].items()}
     reached = validation_score(self._cfg, found["splits"]["validation"])
     row = {"step": step, "score": reached, "tasks": tasks, SPEED: {"seconds": round(clock.monotonic() - begun, 1)}}
+    before = self.stopped()
     self._rows.append(row)
     if processes.is_first():
       with (self._workdir / FILE).open("a") as file:
@@ -90,11 +91,44 @@ class Validation:
     main = ", ".join(f"{n} {m} {_cell(tasks[n][m])}" for n, m in found["main_metric"].items() if n in tasks)
     best = " (the best so far)" if step in self.best()[:1] else ""
     logger.info(f"validation at step {step}: score {_cell(reached)}{best}; {main}")
+    for name, best_step in self.stopped().items():
+      if name not in before:
+        logger.info(
+          f"task {name}: {found['main_metric'][name]} was best at step {best_step}; from step {step} on its loss moves "
+          "its head only, and not the encoder (config.train.validate.task_patience="
+          f"{self._cfg.train.validate.task_patience})"
+        )
     return row
 
   def best(self) -> list[int]:
     """Returns the steps of the best rows, the best first, at most `config.train.validate.checkpoints_kept`."""
     return _ordered(self._rows)[: self._cfg.train.validate.checkpoints_kept]
+
+  def stopped(self) -> dict[str, int]:
+    """Returns the tasks that no longer pull on the encoder, and the step at which each was best."""
+    return stopped_tasks(self._cfg, self._rows)
+
+
+def stopped_tasks(cfg: config.Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+  """Returns the tasks that have stopped by `rows` of `validation.jsonl`, and the step at which each was best.
+
+  A task stops when its main metric was best `config.train.validate.task_patience` validations ago, and stays so.
+  """
+  patience = cfg.train.validate.task_patience
+  out: dict[str, int] = {}
+  for name, task in cfg.active_views.items() if patience else ():
+    metric = evaluate.main_metric(cfg, task)
+    best_step, best, since = 0, -math.inf, 0
+    for row in rows:
+      value = row["tasks"].get(name, {}).get(metric)
+      if value is None:
+        continue
+      reached = metrics.improvement(metric, value, 0.0)
+      best_step, best, since = (row["step"], reached, 0) if reached > best else (best_step, best, since + 1)
+      if since >= patience:
+        out[name] = best_step
+        break
+  return out
 
 
 def validation_score(cfg: config.Config, tasks: Mapping[str, Mapping[str, Any]]) -> float | None:

@@ -12,6 +12,16 @@ from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.sharding import linear, set_bias
 
 
+@jax.custom_vjp
+def scaled_gradient(x: jax.Array, scale: jax.Array | float) -> jax.Array:
+  """Returns x unchanged, and multiplies the gradient that passes back through it by `scale`."""
+  del scale
+  return x
+
+
+scaled_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g * jnp.asarray(scale, g.dtype), None))
+
+
 class LinearHead(nnx.Module):
   """Linear head with one number per state (a yes-or-no logit or a regression), or `outputs` numbers."""
 

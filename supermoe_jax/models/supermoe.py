@@ -16,7 +16,7 @@ from flax import nnx
 from supermoe_jax import config
 from supermoe_jax.batch import Batch, Features, Schema, Targets
 from supermoe_jax.layers.event_embedding import EventEmbedding
-from supermoe_jax.layers.heads import EventLabelHead, FutureValuesHead, LinearHead, NextValueHead
+from supermoe_jax.layers.heads import EventLabelHead, FutureValuesHead, LinearHead, NextValueHead, scaled_gradient
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
@@ -121,7 +121,15 @@ class SuperMoE(nnx.Module):
       view = jnp.repeat(view, task.asked_events, axis=1)
     return jnp.concatenate([encoded.events, view], axis=1) if events else view
 
-  def answers(self, name: str, encoded: Encoded, *, events: bool, given: jax.Array | None = None) -> jax.Array:
+  def answers(
+    self,
+    name: str,
+    encoded: Encoded,
+    *,
+    events: bool,
+    given: jax.Array | None = None,
+    pulls: jax.Array | float = 1.0,
+  ) -> jax.Array:
     """Returns a task's answers: logits, or numbers for a regression.
 
     Args:
@@ -130,6 +138,7 @@ class SuperMoE(nnx.Module):
       events: whether a task that also asks at events does so here; the L events come first. Other tasks ask at the
         snapshots only.
       given: for event labels only, int32 `[B, sites, G]`, the codes of the asked events' G fields `task.given_fields`.
+      pulls: the factor of the gradient that leaves the head, towards states and tables.
 
     Returns: `[B, S]` (binary, regression, amount), `[B, S, outputs]` (multi-label, multi-class, hazards,
       zero-inflated amount), `[B, sites]` (event label; sites as in `states`) or `[B, sites, D]` (next event: the states
@@ -145,13 +154,15 @@ class SuperMoE(nnx.Module):
       if given is None or given.shape != wanted:
         found = None if given is None else given.shape
         raise ValueError(f"task {name!r} needs given of shape {wanted} (B, sites, fields), not {found}")
-      return head(h, self.encoder.event_embedding.values(task.given_fields, given))
+      known = self.encoder.event_embedding.values(task.given_fields, given)
+      return head(scaled_gradient(h, pulls), scaled_gradient(known, pulls))
     if given is not None and given.shape[-1]:
       raise ValueError(f"task {name!r} is no event label: it takes no given")
     if isinstance(head, NextValueHead):
-      return head.state(self.states(name, encoded, events=events), encoded.aggregates)
+      h = self.states(name, encoded, events=events)
+      return head.state(scaled_gradient(h, pulls), encoded.aggregates)
     assert isinstance(head, LinearHead)
-    answers = head(self.view(name, encoded))
+    answers = head(scaled_gradient(self.view(name, encoded), pulls))
     return head.add_counts(answers, encoded.aggregates) if isinstance(head, FutureValuesHead) else answers
 
 

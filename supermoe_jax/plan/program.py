@@ -23,8 +23,8 @@ from supermoe_jax.errors import ConfigError
 from supermoe_jax.layers.table import TableRows
 from supermoe_jax.plan import arithmetic, hlo, shapes
 from supermoe_jax.plan.chips import Topology
-from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program
+from supermoe_jax.training.task_losses import TaskStatistics
 
 
 class CompiledStep(NamedTuple):
@@ -71,7 +71,7 @@ def compile_step(
     shapes.batch_shapes(cfg, schema, tie_rate),
   )
   number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
-  statistics = {name: TaskStatistics(number, number, number) for name in cfg.active_tasks}
+  statistics = {name: TaskStatistics(*[number] * len(TaskStatistics._fields)) for name in cfg.active_tasks}
   begun = time.monotonic()
   with jax.set_mesh(mesh):
     traced = compiled_program(cfg, schema, mesh).step.trace(state, batch, statistics)

@@ -15,10 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from supermoe_jax import config
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
-from supermoe_jax.training import losses
-from supermoe_jax.training.losses import TaskStatistics
+from supermoe_jax.training import task_losses
 from supermoe_jax.training.run import Run
+from supermoe_jax.training.sampled_softmax import drawn_codes
 from supermoe_jax.training.step import place_on_mesh
+from supermoe_jax.training.task_losses import TaskStatistics
 
 # Number of training batches that cosines are averaged over.
 BATCHES = 8
@@ -67,5 +68,5 @@ class _Static:
 def _gram(static: _Static, variables: nnx.State, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> jax.Array:
   model = nnx.merge(static.graph, variables, copy=True)
   encoded = model.encode(batch.features, dropless=True)
-  drawn = losses.drawn_codes(model, batch, jax.random.key(0))
-  return losses.gradient_products(model, encoded, batch, statistics, static.norm, drawn)
+  drawn = drawn_codes(model, batch, jax.random.key(0))
+  return task_losses.gradient_products(model, encoded, batch, statistics, static.norm, drawn)

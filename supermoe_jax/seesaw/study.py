@@ -150,7 +150,7 @@ class _Study:
 
   def _single(self, path: str, task: str, overrides: Sequence[str]) -> config.Config:
     others = tuple(n for n in self.cfg.tasks if n != task)
-    weighing = dataclasses.replace(self.cfg.train.weighting, method="equal", references={})
+    weighing = dataclasses.replace(self.cfg.train.weighting, method="equal")
     tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in self.cfg.tasks.items()}
     train = dataclasses.replace(self.cfg.train, weighting=weighing)
     alone = dataclasses.replace(self.cfg, tasks=tasks, exclude_tasks=others, train=train)
@@ -170,9 +170,6 @@ class _Study:
     references = {t: self._results(_RunGroup(SINGLE, t, self.singles[t][n], seeds)) for t, n in chosen.items() if n}
     if self.plan.tuned in self.variants:
       self.variants[self.plan.tuned] = self._tuned_static(references)
-    for name, cfg in self.variants.items():
-      if cfg.train.weighting.method == "seesaw" and not cfg.train.weighting.references:
-        self.variants[name] = study_weights.with_references(cfg, references)
     jobs = [_RunGroup(name, None, cfg, seeds) for name, cfg in self.variants.items()]
     self._execute("variants", jobs, lambda: self._report(references, chosen))
     report = self._report(references, chosen)

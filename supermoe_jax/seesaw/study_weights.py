@@ -1,15 +1,14 @@
-"""Makes configs with static task weights to try, scores them, and sets the references of the seesaw weights."""
+"""Makes configs with static task weights to try, and scores them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.evaluation.answer_forms import AmountMetrics, SurvivalMetrics
 from supermoe_jax.seesaw.compare import RunResult
 from supermoe_jax.seesaw.gains import relative_gain
 
@@ -25,7 +24,7 @@ def weighted_configs(base: config.Config, plan: config.Seesaw) -> list[config.Co
   draws = fixed_weights(base)
   rng, spread, tasks = np.random.default_rng(0), math.log(plan.static_spread), list(base.active_tasks)
   draws += [rng.uniform(-spread, spread, len(tasks)) for _ in range(plan.static_candidates - len(draws))]
-  weighing = dataclasses.replace(base.train.weighting, method="static", references={})
+  weighing = dataclasses.replace(base.train.weighting, method="static")
   out = []
   for draw in draws:
     weights = np.exp(draw) * len(tasks) / np.exp(draw).sum()
@@ -44,31 +43,3 @@ def mean_validation_gain(result: RunResult, alone: Mapping[str, RunResult]) -> f
       gains.append(relative_gain(result.main_metric[task], mine, reference))
   known = [g for g in gains if g is not None]
   return float(np.mean(known)) if known else -math.inf
-
-
-def with_references(cfg: config.Config, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-  """Returns the config with the single-task losses as the references of the seesaw weights."""
-  known = {}
-  for task in cfg.active_tasks:
-    values = [v for v in (_reached(r, task) for r in references.get(task, ())) if v is not None and v > 0]
-    if values:
-      known[task] = round(float(np.mean(values)), 5)
-  weighing = dataclasses.replace(cfg.train.weighting, references=known)
-  return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, weighting=weighing))
-
-
-def _reached(alone: RunResult, task: str) -> float | None:
-  """Returns the final loss of a single-task run over b, the loss of the best constant prediction.
-
-  It is the validation loss if a metric gives it, else the training loss. A single-task model learns few labels by
-  heart; the training loss would ask the shared model to do the same. No metric gives the loss of an amount: its errors
-  are in the amount's unit. Times to an event are followed further in validation than in training, so that their losses
-  do not compare.
-  """
-  if alone.main_metric.get(task) in (AmountMetrics.main, SurvivalMetrics.main):
-    return alone.losses.get(task)
-  metrics, b = alone.tasks.get(task, {}).get("validation", {}), alone.constants.get(task)
-  log_loss, rmse = metrics.get("log_loss"), metrics.get("rmse")
-  if b and log_loss is not None:
-    return log_loss / b
-  return rmse**2 / b if b and rmse is not None else alone.losses.get(task)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -28,13 +28,13 @@ from supermoe_jax.errors import ConfigError, RunError, Stopped
 from supermoe_jax.models import parameters
 from supermoe_jax.training import task_statistics
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter, code_hash, versions
-from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.monitoring.metrics_log import MetricsLog
 from supermoe_jax.training.monitoring.profiler import Profiler
 from supermoe_jax.training.run_directory import check_directory, check_encoding, claim_directory
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.stopping import Signals, save_batch
+from supermoe_jax.training.task_losses import TaskStatistics
 from supermoe_jax.training.task_statistics import Measured
 
 logger = processes.first_process_only(logging.getLogger(__name__))
@@ -63,6 +63,9 @@ class Validator(Protocol):
 
   def best(self) -> Sequence[int]:
     """Returns the steps of the checkpoints to keep, the best first."""
+
+  def stopped(self) -> Collection[str]:
+    """Returns the tasks that no longer pull on the encoder."""
 
 
 # Makes a run's validator from the config, the dataset, the run directory, the mesh, and whether to show a bar.
@@ -192,12 +195,12 @@ def _train(
     for name, size in sharding.replicated(mesh, state.model).items():
       logger.warning(f"{name} ({size / 2**20:.1f} MiB) lies whole on every device: it does not divide over the mesh")
     do_step = compiled_program(cfg, dataset.schema, mesh).step
-    constants = jax.device_put(jax.tree.map(np.float32, statistics), NamedSharding(mesh, PartitionSpec()))
     begun, several = step, cfg.train.steps_per_call
     count = parameters.count_parameters(state.model, cfg.model.experts_per_token / cfg.model.experts)
     flops = utilisation.flops_a_token(cfg.model, count)
     with MetricsLog(workdir, step, cfg, progress, waiting, flops) as log:
       _validate(validator, step, state, statistics, log)  # a run that was cut before a validation makes up for it
+      constants = _place_constants(statistics, validator, mesh)
       while step < cfg.train.steps:
         with log.taking_input():
           taken = [next(stream) for _ in range(several)]
@@ -220,19 +223,29 @@ def _train(
         if stopped and step < cfg.train.steps:
           writer.wait()
           raise Stopped(f"{stopped}: {workdir} is saved at step {step} of {cfg.train.steps}; the same command goes on")
-        _validate(validator, step, state, statistics, log)
+        if _validate(validator, step, state, statistics, log):
+          constants = _place_constants(statistics, validator, mesh)
   return step
 
 
 def _validate(
   validator: Validator | None, step: int, state: TrainState, statistics: dict[str, TaskStatistics], log: MetricsLog
-) -> None:
-  """Validates the checkpoint of `step` and logs its scores, if that is due."""
-  if validator is not None and validator.due(step):
-    row = validator.validate(step, state.model, statistics)
-    values = {f"validation/{n}/{m}": value for n, found in row["tasks"].items() for m, value in found.items()}
-    log.scalars(step, {"validation/score": row["score"], **values})
-    log.begin()
+) -> bool:
+  """Validates the checkpoint of `step` and logs its scores, if that is due; returns whether it was."""
+  if validator is None or not validator.due(step):
+    return False
+  row = validator.validate(step, state.model, statistics)
+  values = {f"validation/{n}/{m}": value for n, found in row["tasks"].items() for m, value in found.items()}
+  log.scalars(step, {"validation/score": row["score"], **values})
+  log.begin()
+  return True
+
+
+def _place_constants(statistics: Mapping[str, TaskStatistics], validator: Validator | None, mesh: Mesh) -> Any:
+  """Returns the tasks' constants on the mesh; tasks that the validator has stopped do not pull."""
+  stopped = validator.stopped() if validator else ()
+  now = {n: s._replace(pulls=0.0 if n in stopped else 1.0) for n, s in statistics.items()}
+  return jax.device_put(jax.tree.map(np.float32, now), NamedSharding(mesh, PartitionSpec()))
 
 
 def _report_versions(before: Mapping[str, str]) -> None:

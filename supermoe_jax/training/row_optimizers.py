@@ -26,30 +26,47 @@ class RowOptimizer(Protocol):
     """Returns the state of `rows [..., D]` before the first step; it has the leading dimensions of the rows."""
     ...
 
-  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
-    """Returns float32 rows and their slots after one step, from `row, gradient [..., D]`, slots and learning rate."""
+  def move(
+    self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array, typical: jax.Array
+  ) -> tuple[jax.Array, RowState]:
+    """Returns float32 rows and their slots after one step.
+
+    Args:
+      row: `[..., D]`, the rows before the step.
+      slots: their state.
+      gradient: `[..., D]`.
+      rate: the learning rate.
+      typical: the mean of g² over all numbers that the step moves in this table.
+    """
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RowAdagrad:
-  """Adagrad with one sum of squares a row: `s += mean(g²)`, `row -= rate · g / (√s + ε)`.
+  """Adagrad with one sum of squares a row: `s += mean(g²)`, `row -= rate · g / (√(s + n · typical) + ε)`.
 
-  A row's steps shrink with its own gradients, however often other rows are touched. The state takes four bytes a row.
+  A row's steps shrink with its own gradients, however often other rows are touched. With n = 0 its first step has the
+  length of the rate, so that rows that are met once or twice learn these events by heart. With `prior_updates` n a row
+  moves as if it had had n updates of the table's typical gradient before. The state takes four bytes a row.
 
-  Source: Adagrad, https://jmlr.org/papers/v12/duchi11a.html; row-wise as in arXiv 1906.00091 and TorchRec.
+  Source: Adagrad, https://jmlr.org/papers/v12/duchi11a.html; row-wise as in arXiv 1906.00091 and TorchRec. The prior is
+  this project's own.
   """
 
+  prior_updates: float = 0.0
   epsilon: float = 1e-8
 
   def initial_state(self, rows: jax.Array | jax.ShapeDtypeStruct) -> RowState:
     """Returns the state before the first step; see `RowOptimizer`."""
     return {"sum": jnp.zeros(rows.shape[:-1], jnp.float32)}
 
-  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
+  def move(
+    self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array, typical: jax.Array
+  ) -> tuple[jax.Array, RowState]:
     """Returns rows and slots after one step; see `RowOptimizer`."""
     total = slots["sum"] + jnp.mean(jnp.square(gradient), axis=-1)
-    return row - rate * gradient / (jnp.sqrt(total) + self.epsilon)[..., None], {"sum": total}
+    before = self.prior_updates * typical if self.prior_updates else 0.0
+    return row - rate * gradient / (jnp.sqrt(total + before) + self.epsilon)[..., None], {"sum": total}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +89,9 @@ class LazyAdam:
     # Two separate arrays, since a step is donated each buffer.
     return {"mean": jnp.zeros(rows.shape, jnp.float32), "square": jnp.zeros(rows.shape, jnp.float32), "steps": steps}
 
-  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
+  def move(
+    self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array, typical: jax.Array
+  ) -> tuple[jax.Array, RowState]:
     """Returns rows and slots after one step; see `RowOptimizer`."""
     steps = slots["steps"] + 1
     mean = self.b1 * slots["mean"] + (1 - self.b1) * gradient
@@ -92,14 +111,16 @@ class Sgd:
     """Returns the state before the first step; see `RowOptimizer`."""
     return {}
 
-  def move(self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array) -> tuple[jax.Array, RowState]:
+  def move(
+    self, row: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array, typical: jax.Array
+  ) -> tuple[jax.Array, RowState]:
     """Returns rows and slots after one step; see `RowOptimizer`."""
     return row - rate * gradient, {}
 
 
 def make_row_optimizer(tables: config.Tables) -> RowOptimizer:
   """Returns the optimizer that a config names."""
-  made: dict[str, RowOptimizer] = {"adagrad": RowAdagrad(), "adam": LazyAdam(), "sgd": Sgd()}
+  made: dict[str, RowOptimizer] = {"adagrad": RowAdagrad(tables.prior_updates), "adam": LazyAdam(), "sgd": Sgd()}
   return made[tables.optimizer]
 
 

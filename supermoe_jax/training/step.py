@@ -21,10 +21,10 @@ from supermoe_jax.layers.routing import BalanceBias, rebalanced
 from supermoe_jax.layers.table import Layout, TableRows
 from supermoe_jax.models.supermoe import SuperMoE
 from supermoe_jax.training import losses, row_optimizers, step_metrics, table_step, weighting
-from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.optimizer import make_optimizer, schedule
 from supermoe_jax.training.row_optimizers import RowState
 from supermoe_jax.training.step_metrics import StepMetrics
+from supermoe_jax.training.task_losses import TaskStatistics
 
 # Training settings that the compiled step does not depend on.
 RUN_ONLY = (
@@ -142,10 +142,8 @@ class StepProgram(NamedTuple):
 
 
 def compiled_program(cfg: config.Config, schema: Schema, mesh: Mesh) -> StepProgram:
-  """Returns the program of a config; a process compiles it once for all seeds, task weights and references."""
-  weighing = dataclasses.replace(cfg.train.weighting, references={})
-  same_for_all = {n: getattr(config.Train(), n) for n in RUN_ONLY}
-  train = dataclasses.replace(cfg.train, weighting=weighing, **same_for_all)
+  """Returns the program of a config; a process compiles it once for all seeds and task weights."""
+  train = dataclasses.replace(cfg.train, **{n: getattr(config.Train(), n) for n in RUN_ONLY})
   tasks = {n: dataclasses.replace(t, weight=1.0) for n, t in cfg.active_tasks.items()}
   same = dataclasses.replace(cfg, tasks=tasks, exclude_tasks=(), train=train, seesaw=config.Seesaw())
   # The order of keys has no meaning in a config; in a schema it is the order of the columns.
@@ -280,7 +278,7 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     after, slots = table_step.move_all_rows(
       table_step.table_values(rows), state.slots, touched, rule, cfg.model.d_model
     )
-    seen = losses.observed_losses(told.sums.tasks, statistics)
+    seen = losses.observed_losses(told.sums.tasks, statistics)._replace(pull=told.sums.pull)
     if weigher.needs_after:
       again = plan.fetch(after)
       _, then = step_metrics.accumulate_over_parts(

@@ -12,7 +12,7 @@ from supermoe_jax import sharding
 from supermoe_jax.batch import Batch
 from supermoe_jax.layers.routing import RoutingSums, auxiliary
 from supermoe_jax.training import losses, table_step
-from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training.task_losses import TaskLoss
 
 T = TypeVar("T")
 
@@ -61,9 +61,10 @@ class StepMetrics(NamedTuple):
 
 
 class PassSums(NamedTuple):
-  """The quantities of a pass over some rows that are summed over micro-batches; see `StepMetrics`."""
+  """The quantities of a pass over some rows that are summed over micro-batches; see `StepMetrics` and `Loss`."""
 
   tasks: dict[str, TaskLoss]
+  pull: jax.Array
   routing: RoutingSums
   routed: jax.Array
   dropped: jax.Array
@@ -90,7 +91,7 @@ def pass_report(out: losses.Loss) -> PassReport:
   """Returns the report of a pass, from its loss."""
   routing, stats = out.encoded.experts.sums, out.encoded.experts.stats
   by_task = jnp.sum(stats.task_dropped, axis=0)
-  sums = PassSums(out.tasks, routing, stats.routed, stats.dropped, by_task, *out.slices)
+  sums = PassSums(out.tasks, out.pull, routing, stats.routed, stats.dropped, by_task, *out.slices)
   return PassReport(sums, PassMeans(out.total, out.weights))
 
 

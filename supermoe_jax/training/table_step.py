@@ -188,32 +188,32 @@ def move_rows(
   m = rows.shape[1] * rows.shape[2] // d
   names = (None, "rows", None)
   slot_names = {n: names[: s.ndim] for n, s in slots.items()}
-  rate, scale = jnp.asarray(rule.rate, jnp.float32), jnp.asarray(rule.scale, jnp.float32)
+  scale = jnp.asarray(rule.scale, jnp.float32)
+  numbers = jnp.stack([jnp.asarray(rule.rate, jnp.float32), scale, jnp.square(scale) * _mean_square(gradient, d)])
 
   def code(row: jax.Array) -> jax.Array:
     here = m // sharding.ways("rows")  # stripes of this device
     return row // here * m + sharding.index("rows") * here + row % here
 
   def all_(
-    rows: jax.Array, slots: RowState, gradient: jax.Array, rate: jax.Array, scale: jax.Array, finite: jax.Array
+    rows: jax.Array, slots: RowState, gradient: jax.Array, numbers: jax.Array, finite: jax.Array
   ) -> tuple[jax.Array, RowState]:
     row = jnp.arange(rows.size // d, dtype=jnp.int32)
     before = rows.reshape(-1, d), {n: s.reshape(-1, d) if s.ndim == 3 else s.reshape(-1) for n, s in slots.items()}
     its = gradient.astype(jnp.float32).reshape(-1, d)
-    now = rule._replace(rate=rate, scale=scale)
-    after = _moved(before[0].astype(jnp.float32), before[1], its, code(row), rows.dtype, now)
+    after = _moved(before[0].astype(jnp.float32), before[1], its, code(row), rows.dtype, rule, numbers)
     flat, moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     return flat.reshape(rows.shape), {n: moved[n].reshape(s.shape) for n, s in slots.items()}
 
   def some(
-    rows: jax.Array, slots: RowState, row: jax.Array, gradient: jax.Array, rate: jax.Array, scale: jax.Array
+    rows: jax.Array, slots: RowState, row: jax.Array, gradient: jax.Array, numbers: jax.Array
   ) -> tuple[jax.Array, RowState]:
     def move(kept: Kept, row: jax.Array, gradient: jax.Array) -> Kept:
       lines, slots = kept
       there = row != NONE
       value = take_rows(lines, row, there, d).astype(jnp.float32)
       mine = {n: take_rows(s, row, there, d) for n, s in slots.items()}
-      after, mine = _moved(value, mine, gradient, code(row), lines.dtype, rule._replace(rate=rate, scale=scale))
+      after, mine = _moved(value, mine, gradient, code(row), lines.dtype, rule, numbers)
       return put_rows(lines, row, after), {n: put_rows(s, row, mine[n]) for n, s in slots.items()}
 
     kept = rows.reshape(-1, rows.shape[-1]), {n: s.reshape(-1, *s.shape[2:]) for n, s in slots.items()}
@@ -222,11 +222,11 @@ def move_rows(
 
   outputs = names, slot_names
   if not isinstance(gradient, Touched):
-    inputs: Any = (names, slot_names, names, (), (), ())
-    return sharding.on_shards(all_, inputs, outputs, rows, slots, gradient, rate, scale, jnp.asarray(rule.finite))
-  inputs = (names, slot_names, ("rows",), ("rows", None), (), ())
+    inputs: Any = (names, slot_names, names, (None,), ())
+    return sharding.on_shards(all_, inputs, outputs, rows, slots, gradient, numbers, jnp.asarray(rule.finite))
+  inputs = (names, slot_names, ("rows",), ("rows", None), (None,))
   touched = jnp.where(rule.finite, gradient.row, NONE)
-  return sharding.on_shards(some, inputs, outputs, rows, slots, touched, gradient.gradient, rate, scale)
+  return sharding.on_shards(some, inputs, outputs, rows, slots, touched, gradient.gradient, numbers)
 
 
 def _in_parts(
@@ -265,12 +265,29 @@ def move_all_rows(
   return {n: value for n, (value, _) in moved.items()}, {n: kept for n, (_, kept) in moved.items()}
 
 
+def _mean_square(gradient: Gradient, width: int) -> jax.Array:
+  """Returns the mean of g² over all numbers of the rows that have a gradient; 0 without such rows."""
+  square = square_norm({"": gradient})
+  rows = jnp.sum(gradient.row != NONE) if isinstance(gradient, Touched) else gradient.size // width
+  return square / (jnp.maximum(rows, 1) * width)
+
+
 def _moved(
-  before: jax.Array, slots: RowState, gradient: jax.Array, code: jax.Array, dtype: jnp.dtype, rule: MoveRule
+  before: jax.Array,
+  slots: RowState,
+  gradient: jax.Array,
+  code: jax.Array,
+  dtype: jnp.dtype,
+  rule: MoveRule,
+  numbers: jax.Array,
 ) -> tuple[jax.Array, RowState]:
-  """Moves float32 rows `before [..., D]` of the codes `code [...]`, and rounds them to `dtype`."""
-  after, slots = rule.optimizer.move(before, slots, gradient * rule.scale, jnp.asarray(rule.rate))
-  after = after - rule.rate * rule.decay * before
+  """Moves float32 rows `before [..., D]` of the codes `code [...]`, and rounds them to `dtype`.
+
+  `numbers [3]` are the rule's rate and scale, and the mean of g² over all numbers of the rows that move.
+  """
+  rate, scale, typical = numbers
+  after, slots = rule.optimizer.move(before, slots, gradient * scale, rate, typical)
+  after = after - rate * rule.decay * before
   if rule.key is None:
     return after.astype(dtype), slots
   return row_optimizers.round_stochastically(after, dtype, code, rule.key), slots

@@ -12,7 +12,7 @@ import numpy as np
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, Batch
 from supermoe_jax.training.answer_forms import form_by_loss
-from supermoe_jax.training.losses import TaskStatistics
+from supermoe_jax.training.task_losses import TaskStatistics
 
 # `measure_tasks` reads at most this many times `n_batches` while it waits for rare labels.
 LONGEST = 16
@@ -32,11 +32,12 @@ class Measured(NamedTuple):
 
 
 class _LabelSums:
-  """Sums over a task's labels so far: their number, Σω at events and at snapshots, and moments of the labels."""
+  """Sums over a task's labels so far: their number, Σω and Σω² at events and at snapshots, and the labels' moments."""
 
   def __init__(self, outputs: int):
-    self.labels = 0
+    self.labels = self.labelled_rows = 0
     self.at_events = self.at_snapshots = 0.0
+    self.squares_at_events = self.squares_at_snapshots = 0.0  # Σω²
     self.first, self.second = np.zeros(outputs), np.zeros(outputs)
     self.sets: list[tuple[np.ndarray, np.ndarray]] = []  # the codes of moments of several values, and their weights
 
@@ -80,14 +81,20 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
   if not task.has_labels:
     pairs = int(np.sum(batch.slices[name].known))
     sums.labels += pairs
+    sums.labelled_rows += pairs
     sums.at_snapshots += 2.0 * pairs  # each slice must find the other
+    sums.squares_at_snapshots += 2.0 * pairs
     return
   targets = batch.targets[name]
   known = np.asarray(targets.known)
   events = batch.features.codes.shape[1] if task.asks_at_events else 0
   sums.labels += int(known.sum())
-  sums.at_events += float(targets.weight[:, :events].sum())
-  sums.at_snapshots += float(targets.weight[:, events:].sum())
+  sums.labelled_rows += int(known.any(axis=1).sum())
+  weights = np.asarray(targets.weight, np.float64)
+  sums.at_events += float(weights[:, :events].sum())
+  sums.at_snapshots += float(weights[:, events:].sum())
+  sums.squares_at_events += float(np.square(weights[:, :events]).sum())
+  sums.squares_at_snapshots += float(np.square(weights[:, events:]).sum())
   value, weight = targets.value[known], targets.weight[known].astype(np.float64)
   if targets.also.shape[-1]:
     codes = np.concatenate([value[:, None], targets.also[known]], axis=1)
@@ -103,11 +110,29 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
   weight = sums.weight
   if not task.has_labels:
     slices = weight / max(rows, 1) * size
-    return TaskStatistics(weight / max(rows, 1), math.log(slices - 1) if slices > 3 else 1.0)
-  constant_loss = _constant_loss(task, sums, weight)
+    constant_loss = math.log(slices - 1) if slices > 3 else 1.0
+    return TaskStatistics(weight / max(rows, 1), constant_loss, 1.0, *_independent_labels(task, sums, rows, 1.0))
+  constant_loss, rate, of_snapshot = _constant_loss(task, sums, weight), weight / max(rows, 1), 1.0
   if sums.at_events and sums.at_snapshots:
-    return TaskStatistics(2 * sums.at_events / rows, constant_loss, sums.at_events / sums.at_snapshots)
-  return TaskStatistics(weight / max(rows, 1), constant_loss)
+    rate, of_snapshot = 2 * sums.at_events / rows, sums.at_events / sums.at_snapshots
+  return TaskStatistics(rate, constant_loss, of_snapshot, *_independent_labels(task, sums, rows, of_snapshot))
+
+
+def _independent_labels(task: config.Task, sums: _LabelSums, rows: int, of_snapshot: float) -> tuple[float, float]:
+  """Returns `independent` and `averaged` of `TaskStatistics`; 1 and 1 without a label.
+
+  All snapshots of a row ask for one label of their user, which counts once. Weights that differ make labels count for
+  less: Σω labels of weight 1 count as (Σω)² / Σω². Each value of a multi-label answer is a label.
+  """
+  if not sums.labelled_rows or not sums.weight:
+    return 1.0, 1.0
+  if task.user_column:
+    share = sums.labelled_rows / rows
+    return share, share
+  total = sums.at_events + of_snapshot * sums.at_snapshots
+  squares = sums.squares_at_events + of_snapshot**2 * sums.squares_at_snapshots
+  values = len(sums.first) if task.answer == "multilabel" else 1
+  return values * total**2 / squares / rows, total / rows
 
 
 def _constant_loss(task: config.Task, sums: _LabelSums, weight: float) -> float:

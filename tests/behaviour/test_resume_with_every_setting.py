@@ -91,7 +91,6 @@ def test_a_run_of_every_kind_of_task_resumes_with_the_state_of_its_weights(
       "--config.model.conditioning=token",
       "--config.train.task_information=0.01",
       "--config.train.weighting.method=seesaw",
-      "--config.train.weighting.warmup_steps=3",
       *STEPS,
     ],
   )

@@ -32,7 +32,6 @@ KEPT = (
   "--config.train.tables.optimizer=adam",
   "--config.train.tables.weight_decay=0.1",
   "--config.train.weighting.method=seesaw",
-  "--config.train.weighting.warmup_steps=2",
 )
 
 # Further settings that change no number by more than the order of a sum.

@@ -117,6 +117,64 @@ def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
   assert without_speed(validation.validation_rows(folder)) == without_speed(validation.validation_rows(whole))
 
 
+def rows_of(scores: list[float | None]) -> list[dict[str, Any]]:
+  return [{"step": 100 * (i + 1), "tasks": {"quiet": {"auc": score}}} for i, score in enumerate(scores)]
+
+
+def test_a_task_stops_when_its_best_is_long_ago_and_stays_so(cfg: config.Config) -> None:
+  def stopped(patience: int, *scores: float | None) -> dict[str, int]:
+    change = f"--config.train.validate.task_patience={patience}"
+    asked = config.override(cfg, ["--config.train.validate.every=4", change]) if patience else cfg
+    return validation.stopped_tasks(asked, rows_of(list(scores)))
+
+  rising, falling = (0.5, 0.6, 0.7, 0.8), (0.8, 0.7, 0.6)
+  assert stopped(2, *rising) == {} == stopped(0, *falling) == stopped(3, *falling)
+  assert stopped(2, *falling) == {"quiet": 100}
+  assert stopped(2, 0.7, 0.8, 0.7, 0.7, 0.9) == {"quiet": 200}  # what it reaches later does not count
+  assert stopped(2, 0.8, 0.7, 0.9, 0.8) == {}
+  assert stopped(2, 0.8, None, None, 0.7) == {}  # a validation without a score says nothing
+  assert stopped(2, 0.8, 0.8, 0.8) == {"quiet": 100}
+
+
+def test_a_run_with_a_stopped_task_says_so_and_ends_alike_however_it_is_cut(
+  validated: tuple[pathlib.Path, list[str]],
+  validated_cfg: config.Config,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  patient = config.override(validated_cfg, ["--config.train.validate.task_patience=1"])
+
+  def stops_at_4(cfg: config.Config, rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {"quiet": 2} if any(r["step"] == 4 for r in rows) else {}
+
+  monkeypatch.setattr(validation, "stopped_tasks", stops_at_4)
+
+  def trained(folder: pathlib.Path) -> None:
+    loop.train(patient, folder, validation=validation.validation_of(patient))
+
+  with messages() as said:
+    trained(tmp_path / "whole")
+  (line,) = [s for s in said if s.startswith("task quiet:")]
+  assert "was best at step 2; from step 4 on its loss moves its head only" in line
+
+  validate = Validation.validate
+  with monkeypatch.context() as patch:
+
+    def cut_at_8(self: Validation, step: int, *rest: Any) -> Any:
+      if step == 8:
+        raise KeyboardInterrupt
+      return validate(self, step, *rest)
+
+    patch.setattr(Validation, "validate", cut_at_8)
+    with pytest.raises(KeyboardInterrupt):
+      trained(tmp_path / "cut")
+  trained(tmp_path / "cut")
+  ends = [jax.tree.leaves(Run(w).variables) for w in (tmp_path / "whole", tmp_path / "cut", validated[0])]
+  for mine, wanted in zip(ends[1], ends[0], strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+  assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(ends[0], ends[2], strict=True))
+
+
 def test_what_cannot_be_opened_says_what_is_there(
   validated: tuple[pathlib.Path, list[str]], workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +265,8 @@ def test_every_form_of_answer_names_its_metrics(tmp_path: pathlib.Path) -> None:
     ("snapshots=-1", r"validate\.snapshots=-1 must not be negative"),
     ("metric=auc", r"validate\.metric='auc' must be task/metric"),
     ("checkpoints_kept=0", r"validate\.checkpoints_kept=0 must be positive"),
+    ("task_patience=-1", r"validate\.task_patience=-1 must not be negative"),
+    ("task_patience=2", r"task_patience=2 stops tasks by validation, but config\.train\.validate\.every is 0"),
   ],
 )
 def test_settings_that_cannot_work_are_refused(cfg: config.Config, change: str, problem: str) -> None:

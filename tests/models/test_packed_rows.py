@@ -12,9 +12,9 @@ from supermoe_jax import config
 from supermoe_jax.batch import Batch
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.training import losses, task_statistics
-from supermoe_jax.training.losses import TaskLoss
+from supermoe_jax.training import task_losses, task_statistics
 from supermoe_jax.training.step import model_constructor
+from supermoe_jax.training.task_losses import TaskLoss
 from tests.fixtures.small_model import filled, noise, packed, rows_of
 from tests.fixtures.unpacking import alone, users
 
@@ -61,7 +61,9 @@ def test_the_loss_of_packed_rows_is_the_sum_of_the_users_alone(
     model = nnx.merge(graph, state, copy=True)
     encoded = model.encode(batch.features, dropless=True)
     drawn = {"sampled": jnp.array([[2, 5, 3, 2, 9, 4]])}  # one draw of a sampled softmax's values
-    return {n: losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in model.view_names}
+    return {
+      n: task_losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in model.view_names
+    }
 
   size = rich.train.batch_rows
   several, met = 0, dict.fromkeys(rich.active_views, 0.0)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from supermoe_jax import config
 from supermoe_jax.batch import Batch, Targets
 from supermoe_jax.models.supermoe import safe_value
-from supermoe_jax.training import losses, task_statistics
+from supermoe_jax.training import losses, task_losses, task_statistics
 from supermoe_jax.training.answer_forms import FORMS
-from supermoe_jax.training.losses import TaskLoss, TaskStatistics
 from supermoe_jax.training.sampled_softmax import draw_items, log_expected_count, sampled_softmax
+from supermoe_jax.training.task_losses import TaskLoss, TaskStatistics
 from tests.fixtures.grids import quick_few
 
 BINARY = config.FutureEvent(source="visits")
@@ -36,7 +36,7 @@ def test_micro_batches_add_up_to_the_whole_batch(seed: int, cut: int, rate: floa
   def loss(rows: slice) -> float:
     asked = targets(value[rows].astype(np.float32), known[rows])
     each = FORMS["binary"].loss(jnp.asarray(logits[rows], jnp.float32), safe_value(asked))
-    return float(losses.combine({"t": losses.task_loss(asked, each)}, measured, jnp.ones(1), 8))
+    return float(losses.combine({"t": task_losses.task_loss(asked, each)}, measured, jnp.ones(1), 8))
 
   assert loss(slice(0, cut)) + loss(slice(cut, 8)) == pytest.approx(loss(slice(0, 8)), rel=1e-5)
 
@@ -47,7 +47,7 @@ def test_normalising_by_the_rate_is_unbiased_and_by_the_batch_is_not() -> None:
   every = rng.exponential(size=20_000).astype(np.float32)
   known = rng.random(20_000) < 0.02
   measured = TaskStatistics(float(known.mean()), 1.0)
-  normalise = jax.jit(losses.normalised, static_argnums=(2, 3))
+  normalise = jax.jit(task_losses.normalised, static_argnums=(2, 3))
   means: dict[str, list[float]] = {"rate": [], "batch": []}
   for _ in range(400):
     rows = rng.integers(0, 20_000, 64)
@@ -66,17 +66,17 @@ def test_a_task_sums_weighed_losses_and_weights_of_known_labels_alone() -> None:
   weight = np.float32([[0.5, 2.0, 9.0], [9.0, 0.0, 4.0]])
   asked = targets(np.zeros((2, 3), np.float32), known)._replace(weight=weight)
   loss = jnp.float32([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-  out = losses.task_loss(asked, loss)
+  out = task_losses.task_loss(asked, loss)
   assert (float(out.total), float(out.weight)) == (0.5 * 1 + 2 * 2 + 4 * 6, 0.5 + 2 + 4)
-  by_site = losses.task_loss(asked, loss, jnp.float32([1.0, 10.0, 100.0]))
+  by_site = task_losses.task_loss(asked, loss, jnp.float32([1.0, 10.0, 100.0]))
   assert (float(by_site.total), float(by_site.weight)) == (0.5 + 10 * 4 + 100 * 24, 0.5 + 20 + 400)
 
 
 def test_a_sum_is_divided_by_the_constant_loss_only() -> None:
   part = TaskLoss(jnp.float32(6.0), jnp.float32(4.0))
-  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "sum")) == 3.0
-  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "batch")) == 0.75
-  assert float(losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "rate")) == 0.75
+  assert float(task_losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "sum")) == 3.0
+  assert float(task_losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "batch")) == 0.75
+  assert float(task_losses.normalised(part, TaskStatistics(0.5, 2.0), 8, "rate")) == 0.75
 
 
 def test_no_gradient_flows_through_the_weights() -> None:
@@ -146,7 +146,7 @@ def test_info_nce_equals_a_plain_loop() -> None:
     total += np.log(sum(np.exp(v) for v in scores.values())) - scores[i, 1 - s]
 
   def nce(z: jax.Array) -> tuple[jax.Array, TaskLoss]:
-    found = losses.info_nce(z, jnp.asarray(known), 0.2)
+    found = task_losses.info_nce(z, jnp.asarray(known), 0.2)
     return found.total, found
 
   (_, out), gradient = jax.jit(jax.value_and_grad(nce, has_aux=True))(jnp.asarray(z, jnp.float32))

@@ -17,10 +17,10 @@ from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import auxiliary
 from supermoe_jax.models.supermoe import SuperMoE
-from supermoe_jax.training import losses, task_statistics, weighting
-from supermoe_jax.training.losses import TaskStatistics
+from supermoe_jax.training import losses, task_losses, task_statistics, weighting
 from supermoe_jax.training.sampled_softmax import drawing_rows
 from supermoe_jax.training.step import model_constructor
+from supermoe_jax.training.task_losses import TaskStatistics
 from tests.fixtures.grids import quick_few
 from tests.fixtures.short_runs import ONE_BLOCK, only
 
@@ -66,7 +66,7 @@ def weighed(every_task: config.Config, every_task_dataset: Dataset, measured: di
   def get(method: str):
     few = few_of(every_task, method)
     graph, model = nnx.split(model_constructor(few, every_task_dataset.schema)())
-    weigher = weighting.make_weigher(config.Weighting(method=method, warmup_steps=1), few.active_tasks)
+    weigher = weighting.make_weigher(config.Weighting(method=method), few.active_tasks)
     state = weigher.initial()
     if method in ("uncertainty", "famo"):
       state["log"] = jnp.linspace(-0.5, 0.5, len(few.active_tasks))
@@ -78,7 +78,7 @@ def weighed(every_task: config.Config, every_task_dataset: Dataset, measured: di
         return out.total, out
 
       (_, out), gradient = jax.value_and_grad(objective, has_aux=True)(model)
-      seen = out.seen._replace(after=0.9 * out.seen.mean)
+      seen = out.seen._replace(after=0.9 * out.seen.mean, pull=out.pull)
       return out, gradient, weigher.update(state, seen)
 
     jitted = jax.jit(step)
@@ -206,13 +206,13 @@ def test_every_task_trains_the_representation_that_is_exported(
   graph, variables = nnx.split(model_constructor(cfg, every_task_dataset.schema)())
   variables = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), variables)
 
-  def losses_of(z: jax.Array | None) -> dict[str, losses.TaskLoss]:
+  def losses_of(z: jax.Array | None) -> dict[str, task_losses.TaskLoss]:
     model = nnx.merge(graph, variables, copy=True)
     encoded = model.encoder(batch.features, dropless=True)
     encoded = model.share(encoded if z is None else encoded._replace(z=z))
     drawn = losses.drawn_codes(model, batch, KEY)
     labelled = {n: t for n, t in model.tasks.items() if t.has_labels}
-    return {n: losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in labelled}
+    return {n: task_losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in labelled}
 
   z = jax.jit(lambda: nnx.merge(graph, variables, copy=True).encoder(batch.features, dropless=True).z)()
   moved = jax.jit(jax.jacrev(lambda z: {n: loss.total for n, loss in losses_of(z).items()}))(z)
@@ -279,7 +279,7 @@ def test_rows_that_draw_need_not_divide_over_the_devices(
   right = jax.random.randint(KEY, (24, 5, 2), 2, 9).at[:, ::2, 1].set(0)
 
   def loss(state: jax.Array) -> jax.Array:
-    return losses._next_value_loss(sampling, "sampled", task, state, right, drawn)
+    return task_losses._next_value_loss(sampling, "sampled", task, state, right, drawn, 1.0)
 
   wanted = jax.jit(loss)(state)
   with jax.set_mesh(device_mesh.make_mesh(config.Mesh(8))):
@@ -354,6 +354,6 @@ def test_the_snapshots_of_a_task_about_events_carry_half_of_its_weight(
       events += weight[:, : every_task.model.max_events].sum()
       snapshots += weight[:, every_task.model.max_events :].sum()
     assert measured[name].snapshot_weight * snapshots == pytest.approx(events, rel=0.15)
-    weight = losses.snapshot_weight(every_task.tasks[name], measured[name], 3, 5)
+    weight = task_losses.snapshot_weight(every_task.tasks[name], measured[name], 3, 5)
     assert weight.tolist() == pytest.approx([1, 1, 1] + [measured[name].snapshot_weight] * 2)
-  assert losses.snapshot_weight(every_task.tasks["quiet"], measured["quiet"], 3, 5) == 1.0
+  assert task_losses.snapshot_weight(every_task.tasks["quiet"], measured["quiet"], 3, 5) == 1.0

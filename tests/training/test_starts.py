@@ -13,7 +13,7 @@ from supermoe_jax.batch import CALENDAR
 from supermoe_jax.data.dataset import training_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.event_embedding import QueryEmbedding
-from supermoe_jax.training import losses, step, task_statistics
+from supermoe_jax.training import losses, step, task_losses, task_statistics
 from supermoe_jax.training.answer_forms import FORMS
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import create_state, model_constructor
@@ -65,7 +65,7 @@ def test_the_first_answers_are_the_base_rates(every_task: config.Config, every_t
       encoded = jax.eval_shape(lambda m, f: m.encode(f, dropless=True), model, batch.features)
       silent = model.share(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), encoded))
       drawn = losses.drawn_codes(model, batch, jax.random.key(0))
-      found = losses.labelled_loss(
+      found = task_losses.labelled_loss(
         model, name, silent, batch.targets[name], statistics._replace(snapshot_weight=1), drawn
       )
       total, labels = total + float(found.total), labels + float(found.weight)
@@ -109,8 +109,10 @@ def test_the_first_gradient_is_spread_over_the_model(every_task: config.Config, 
   def total(variables: nnx.State) -> jax.Array:
     model = nnx.merge(graph, variables, copy=True)
     encoded, drawn = model.encode(batch.features, dropless=True), losses.drawn_codes(model, batch, jax.random.key(0))
-    found = {n: losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in cfg.active_views}
-    return sum(losses.normalised(f, measured[n], len(batch.features.length), "rate") for n, f in found.items())
+    found = {
+      n: task_losses.labelled_loss(model, n, encoded, batch.targets[n], measured[n], drawn) for n in cfg.active_views
+    }
+    return sum(task_losses.normalised(f, measured[n], len(batch.features.length), "rate") for n, f in found.items())
 
   gradient = nnx.to_flat_state(jax.jit(jax.grad(total))(variables))
   square = {path: float(jnp.sum(jnp.square(v.get_value()))) for path, v in gradient}

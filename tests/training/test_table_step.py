@@ -37,7 +37,14 @@ def named(value: object) -> str:
 
 
 # Every optimizer and every mesh; `test_any_ids_give_the_rows_of_a_dense_reference` holds two more pairs.
-FEW = [("adam", (2, 2, 2)), ("adagrad", (8, 1, 1)), ("adam", (1, 4, 2)), ("sgd", (3, 1, 1)), ("adam", (1, 1, 1))]
+FEW = [
+  ("adam", (2, 2, 2)),
+  ("adagrad with a prior", (2, 2, 2)),
+  ("adagrad", (8, 1, 1)),
+  ("adam", (1, 4, 2)),
+  ("sgd", (3, 1, 1)),
+  ("adam", (1, 1, 1)),
+]
 
 
 @pytest.mark.slow

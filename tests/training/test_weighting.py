@@ -16,13 +16,12 @@ from supermoe_jax.training.weighting import ObservedLosses, Weigher, WeightInput
 METHODS = ("equal", "static", "uncertainty", "famo", "seesaw", "pcgrad", "cagrad")
 GRADIENT = ("pcgrad", "cagrad")
 NAMES = ("a", "b", "c")
-SETTINGS = {"warmup_steps": 4, "mu": 0.7}
 
 
 def make(method: str, names: tuple[str, ...] = NAMES) -> Weigher:
   prior = {"a": 1.0, "b": 2.0, "c": 0.5} if method in ("static", "seesaw") else dict.fromkeys(NAMES, 1.0)
   tasks = {n: config.FutureEvent(source="s", weight=prior[n]) for n in names}
-  return weighting.make_weigher(config.Weighting(method=method, **SETTINGS), tasks)
+  return weighting.make_weigher(config.Weighting(method=method), tasks)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +50,22 @@ def gram_of(seed: int, tasks: int = 3) -> np.ndarray:
 
 def observed(seed: int, present: np.ndarray) -> WeightInputs:
   gram = gram_of(seed, len(present)) * np.outer(present, present)
-  return WeightInputs(present, gram.astype(np.float32), key(seed))
+  return inputs(present, gram.astype(np.float32), key(seed))
+
+
+def inputs(present: np.ndarray, gram: np.ndarray | None, key: jax.Array, order: tuple[int, ...] = (0, 1, 2)):
+  labels = np.float32([2.0, 8.0, 0.5]) if len(present) == 3 else np.ones(len(present), np.float32)
+  here = labels[list(order)] if len(present) == 3 else labels
+  return WeightInputs(present, gram, key, here, 2 * here)
 
 
 def seen(rng: np.random.Generator, present: np.ndarray) -> ObservedLosses:
   count = np.where(present, rng.integers(1, 50, len(present)), 0).astype(np.float32)
   mean = rng.uniform(0.1, 2.0, len(present))
   after = np.where(present, mean * rng.uniform(0.8, 1.1, len(present)), 0.0)
+  pull = count * rng.uniform(0.01, 3.0, len(present))
   return ObservedLosses(
-    *(v.astype(np.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after))
+    *(v.astype(np.float32 if v.dtype != bool else bool) for v in (present, count * mean, count, after, pull))
   )
 
 
@@ -74,7 +80,7 @@ def course(jitted, method: str, seed: int, names: tuple[str, ...] = NAMES, absen
     whole = seen(rng, present)
     part = ObservedLosses(*(part[order] for part in whole))
     gram = gram_of(seed + step) * np.outer(present, present)
-    at = WeightInputs(part.present, gram[np.ix_(order, order)].astype(np.float32), key(step))
+    at = inputs(part.present, gram[np.ix_(order, order)].astype(np.float32), key(step), tuple(order))
     w = weights(state, at)
     new = update(state, part)
     yield np.asarray(part.present), state, np.asarray(w), new
@@ -132,7 +138,7 @@ def after_steps(method: str, losses: list[list[float]], afters: list[list[float]
   for i, loss in enumerate(losses):
     after = None if afters is None else np.array(afters[i], np.float32)
     state = update(state, ObservedLosses(there, np.array(loss, np.float32), one, after))
-  return np.asarray(weigher.weights(state, WeightInputs(there, None, jax.random.key(0))))
+  return np.asarray(weigher.weights(state, inputs(there, None, jax.random.key(0))))
 
 
 def test_uncertainty_gives_less_to_the_larger_loss_and_settles_at_its_inverse() -> None:
@@ -152,28 +158,44 @@ def test_famo_divides_equal_shares_by_the_losses_after_the_step() -> None:
   np.testing.assert_allclose(w / w[0], [1, 0.5, 0.25], rtol=1e-5)
 
 
-def test_seesaw_is_log_loss_balancing_until_references_are_known_and_then_serves_those_behind() -> None:
-  prior = np.array([1.0, 2.0, 0.5])
-  early = after_steps("seesaw", [[0.5, 1.0, 2.0]] * 2)
-  balanced = prior / np.array([0.5, 1.0, 2.0])
-  np.testing.assert_allclose(early, 3 * balanced / balanced.sum(), rtol=1e-4)
-  flat = [[1.0, 1.0, 1.0]] * 4  # the warm-up ends: references are 1
-  later = after_steps("seesaw", flat + [[0.2, 1.0, 1.0]] * 400)
-  behind = later * np.array([0.2, 1.0, 1.0]) / prior
-  assert behind[0] < behind[1] and behind[1] == pytest.approx(behind[2], rel=1e-4)
-  expected = (0.2 / 1.0) ** (1 / SETTINGS["mu"])
-  assert behind[0] / behind[1] == pytest.approx(expected, rel=0.02)
+def after_pulls(pulls: list[list[float]], labels: tuple[float, ...] = (1.0, 1.0, 1.0), **settings: float) -> np.ndarray:
+  """The seesaw weights after steps whose batches have these sums of squared gradients and numbers of labels."""
+  tasks = {n: config.FutureEvent(source="s", weight=w) for n, w in zip(NAMES, (1.0, 2.0, 0.5))}
+  weigher = weighting.make_weigher(config.Weighting(method="seesaw", **settings), tasks)
+  state, update, there = weigher.initial(), jax.jit(weigher.update), np.ones(3, bool)
+  count = np.float32(labels)
+  for pull in pulls:
+    state = update(state, ObservedLosses(there, count, count, None, np.float32(pull)))
+  return np.asarray(weigher.weights(state, inputs(there, None, jax.random.key(0))))
 
 
-def test_seesaw_takes_given_references() -> None:
-  tasks = {n: config.FutureEvent(source="s") for n in NAMES}
-  w = weighting.make_weigher(
-    config.Weighting(method="seesaw", mu=1.0, references={"a": 0.5, "b": 1.0, "c": 2.0}), tasks
-  )
-  state = w.initial()
-  state = w.update(state, ObservedLosses(jnp.ones(3, bool), jnp.ones(3), jnp.ones(3), None))
-  found = np.asarray(w.weights(state, observed(0, np.array([True] * 3))))
-  np.testing.assert_allclose(found / found[1], [2.0, 1.0, 0.5], rtol=1e-5)
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_seesaw_makes_a_task_pull_by_the_number_of_its_labels(exponent: float) -> None:
+  labels, square = np.array([4.0, 16.0, 1.0]), np.array([8.0, 2.0, 90.0])
+  w = after_pulls([list(square)] * 3, tuple(labels), labels_exponent=exponent)
+  at = inputs(np.ones(3, bool), None, key(0))
+  norm = np.sqrt(square / labels / np.asarray(at.averaged))  # of the mean over a row's labels
+  wanted = np.array([1.0, 2.0, 0.5]) * np.asarray(at.independent) ** exponent
+  np.testing.assert_allclose(w * norm / (w * norm)[0], wanted / wanted[0], rtol=1e-5)
+
+
+def test_seesaw_weights_follow_the_gradients_of_the_run() -> None:
+  """Weights that a state cancels out of would be the same at the start, in the middle and at the end."""
+  first, middle = after_pulls([]), after_pulls([[1.0, 1.0, 4.0]] * 4)
+  last = after_pulls([[1.0, 1.0, 4.0]] * 4 + [[9.0, 1.0, 4.0]] * 200)
+  assert middle[2] / middle[1] == pytest.approx(first[2] / first[1] / 2, rel=1e-5)
+  assert last[0] / last[1] == pytest.approx(middle[0] / middle[1] / 3, rel=0.05)
+
+
+def test_seesaw_measures_often_at_first_and_seldom_later() -> None:
+  weigher = make("seesaw")
+  state, measured = weigher.initial(), []
+  one, there = np.ones(3, np.float32), np.ones(3, bool)
+  for _ in range(64):
+    measured.append(bool(weigher.measures(state)))
+    state = weigher.update(state, ObservedLosses(there, one, one, None, one))
+  assert all(measured[: weighting.FIRST_MEASURED]) and sum(measured) == weighting.FIRST_MEASURED + 3
+  assert not any(weigher.measures(make(m).initial()) for m in METHODS for weigher in [make(m)] if m != "seesaw")
 
 
 def test_pcgrad_equals_projection_of_the_gradients_themselves() -> None:
@@ -183,7 +205,7 @@ def test_pcgrad_equals_projection_of_the_gradients_themselves() -> None:
   tasks = {n: config.FutureEvent(source="s") for n in "ab"}
   weigher = weighting.make_weigher(config.Weighting(method="pcgrad"), tasks)
   gram = jnp.asarray(g @ g.T, jnp.float32)
-  w = np.asarray(weigher.weights({}, WeightInputs(jnp.ones(2, bool), gram, jax.random.key(0))))
+  w = np.asarray(weigher.weights({}, inputs(jnp.ones(2, bool), gram, jax.random.key(0))))
   cut = [g[0] - (g[0] @ g[1]) / (g[1] @ g[1]) * g[1], g[1] - (g[0] @ g[1]) / (g[0] @ g[0]) * g[0]]
   wanted = cut[0] + cut[1]
   mine = w @ g
@@ -193,9 +215,7 @@ def test_pcgrad_equals_projection_of_the_gradients_themselves() -> None:
 def test_pcgrad_leaves_gradients_that_agree() -> None:
   weigher = make("pcgrad")
   gram = jnp.asarray(np.ones((3, 3)) + np.eye(3), jnp.float32)
-  np.testing.assert_allclose(
-    weigher.weights({}, WeightInputs(jnp.ones(3, bool), gram, jax.random.key(0))), 1.0, rtol=1e-6
-  )
+  np.testing.assert_allclose(weigher.weights({}, inputs(jnp.ones(3, bool), gram, jax.random.key(0))), 1.0, rtol=1e-6)
 
 
 def test_cagrad_raises_the_worst_agreement_and_stays_near_the_mean() -> None:
@@ -205,9 +225,7 @@ def test_cagrad_raises_the_worst_agreement_and_stays_near_the_mean() -> None:
   for _ in range(20):
     g = rng.normal(size=(3, 6))
     g[2] -= 0.7 * g[0]
-    w = np.asarray(
-      weigher.weights({}, WeightInputs(jnp.ones(3, bool), jnp.asarray(g @ g.T, jnp.float32), jax.random.key(0)))
-    )
+    w = np.asarray(weigher.weights({}, inputs(jnp.ones(3, bool), jnp.asarray(g @ g.T, jnp.float32), jax.random.key(0))))
     mean = g.mean(0)
     radius = 0.5 * np.linalg.norm(mean)
     # Undo the scaling to weights of sum T: d = mean + λ g_w lies on the ball's border.

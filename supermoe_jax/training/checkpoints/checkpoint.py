@@ -27,8 +27,8 @@ from supermoe_jax import config
 from supermoe_jax.distributed import processes
 from supermoe_jax.errors import RunError
 from supermoe_jax.training.checkpoints import checksums, reshard_tables
-from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.step import TrainState
+from supermoe_jax.training.task_losses import TaskStatistics
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 

@@ -20,9 +20,9 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.distributed import processes
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training import table_step
-from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.step_metrics import StepMetrics
+from supermoe_jax.training.task_losses import TaskLoss
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 

@@ -16,10 +16,10 @@ from supermoe_jax.data.preparation import prepare
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoints.checkpoint import CheckpointWriter
-from supermoe_jax.training.losses import TaskStatistics
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.run_directory import check_encoding, claim_directory
 from supermoe_jax.training.step import create_state
+from supermoe_jax.training.task_losses import TaskStatistics
 from tests.fixtures.short_runs import short
 from tests.fixtures.small_log import raw_config, write_log
 

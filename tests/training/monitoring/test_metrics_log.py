@@ -11,11 +11,11 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.models.parameters import Parameters
-from supermoe_jax.training.losses import TaskLoss
 from supermoe_jax.training.monitoring import utilisation
 from supermoe_jax.training.monitoring.metrics_log import MetricsLog, summarise_steps
 from supermoe_jax.training.step_metrics import StepMetrics
 from supermoe_jax.training.table_step import TableCounts
+from supermoe_jax.training.task_losses import TaskLoss
 
 
 def step(total: float, weight: float, dropped: int = 0, *, loss: float = 1.0, skipped: int = 0) -> StepMetrics:
