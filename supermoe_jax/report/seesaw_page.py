@@ -54,11 +54,12 @@ def _page(report: Report, file: pathlib.Path) -> dict[str, Any]:
     "warnings": sentences.warnings(report),
     "sentences": {n: sentences.describe_variant(report, n).removeprefix(f"{n}: ") for n in variants},
     "marks": sentences.MARKS,
+    "unit": sentences.UNIT,
     "few_seeds": sentences.FEW_SEEDS,
     "intervals": sum(v != "unknown" for v in judged),
     "gains": gains_figures.draw_gains("gains", report) if drawn else None,
     "trade_off": gains_figures.draw_trade_off("trade-off", report)
-    if any(v["harm"]["seeds"] for v in variants.values())
+    if any(v["of_mean_gains"]["harm"] is not None and v["harm"]["seeds"] for v in variants.values())
     else None,
     "shares": gains_figures.draw_shares("shares", report) if _has_shares(report) else None,
     "details": {n: _details(f"v{i}", v) for i, (n, v) in enumerate(variants.items())},

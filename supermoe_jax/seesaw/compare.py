@@ -1,181 +1,25 @@
 """Makes the seesaw report: each task's gain or loss in a shared model against a model of its own, over paired seeds.
 
 This module is pure statistics: `RunResult`s go in, the content of `seesaw.json` comes out. Gains Δ and their summaries
-are in percent of the single-task score; intervals are 95 % Student-t intervals over seeds.
+are in percent of what the single-task model has over a constant answer; intervals are 95 % Student-t intervals over
+seeds.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, reduces_seesaw, relative_gain, verdict
+from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, reduces_seesaw, verdict
+from supermoe_jax.seesaw.run_result import RunResult, plain
 from supermoe_jax.seesaw.sentences import Report, report_sentences
+from supermoe_jax.seesaw.study_scores import StudyScores
 
-# The variant name of all single-task references.
-SINGLE = "single"
-
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-  """The result of one trained and evaluated model.
-
-  `tasks[task][split][metric]` are its scores. `losses[task]` are training losses over the loss of the best constant
-  prediction, `constants[task]`. `weights` has `step` and each task's weights at these steps; `cosine` has the `matrix`
-  of gradient cosines in the order of its `tasks`; `expert_load[task]` has the `load [M, E]` of the MoE layers and, if
-  gates mix the tasks' views, a `gate [E]`.
-  """
-
-  variant: str
-  seed: int
-  task: str | None
-  config_hash: str
-  tasks: Mapping[str, Mapping[str, Mapping[str, float | None]]]
-  main_metric: Mapping[str, str]
-  losses: Mapping[str, float | None]
-  parameters: int
-  active_parameters: int
-  seconds: float
-  weights: Mapping[str, Sequence[float | None]] | None = None
-  cosine: Mapping[str, Any] | None = None
-  expert_load: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-  constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self) -> None:
-    if (self.variant == SINGLE) != (self.task is not None):
-      raise ValueError(f"run of {self.variant!r} with task={self.task!r}: runs of {SINGLE!r}, and no others, name one.")
-
-  @classmethod
-  def from_json(cls, found: Mapping[str, Any]) -> RunResult:
-    """Reads the output of `to_json`. Raises ValueError if a key is missing or unknown."""
-    fields = {f.name for f in dataclasses.fields(cls)}
-    optional = {"weights", "cosine", "expert_load", "constants"}
-    if wrong := (fields - optional - set(found)) | (set(found) - fields):
-      what = f"variant {found.get('variant')!r}, seed {found.get('seed')!r}"
-      raise ValueError(
-        f"run result of {what}: missing or unknown keys {sorted(wrong)}; run it again with this version."
-      )
-    return cls(**{**found, **{k: found.get(k) or {} for k in ("expert_load", "constants")}})
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns the run as JSON types; numbers that are not finite become None."""
-    out: dict[str, Any] = _plain(dataclasses.asdict(self))
-    return out
-
-  def score(self, task: str, split: str = "test") -> float | None:
-    """Returns the main metric of `task` on `split`; None if there is none or it is not finite."""
-    metrics = self.tasks.get(task, {}).get(split) or {}
-    return _finite(metrics.get(self.main_metric.get(task, "")))
-
-
-def _finite(value: Any) -> float | None:
-  return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _plain(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {k: _plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple, np.ndarray)):
-    return [_plain(v) for v in value]
-  if isinstance(value, np.generic):
-    value = value.item()
-  return _finite(value) if isinstance(value, float) else value
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-class _StudyScores:
-  """The scores and gains of a split by variant, task and seed, and the tasks that can be compared."""
-
-  def __init__(
-    self,
-    runs: Sequence[RunResult],
-    tasks: Sequence[str],
-    variants: Sequence[str],
-    seeds: Sequence[int],
-    split: str = "test",
-  ):
-    self.singles: dict[str, dict[int, RunResult]] = {}
-    self.shared: dict[str, dict[int, RunResult]] = {v: {} for v in variants}
-    for run in sorted(runs, key=lambda r: r.seed):
-      of = self.shared.setdefault(run.variant, {}) if run.task is None else self.singles.setdefault(run.task, {})
-      if run.seed in of:
-        what = run.variant if run.task is None else f"{SINGLE} of task {run.task}"
-        raise ValueError(f"two runs of {what} with seed {run.seed}; remove the one that does not belong to the study.")
-      of[run.seed] = run
-    every = [r for of in (*self.shared.values(), *self.singles.values()) for r in of.values()]
-    self.tasks = list(dict.fromkeys([*tasks, *(t for r in every for t in (*r.main_metric, *r.tasks)), *self.singles]))
-    self.seeds = sorted({*seeds, *(r.seed for r in every)})
-    self.metric: dict[str, str | None] = {}
-    for task in self.tasks:
-      found = sorted({r.main_metric[task] for r in every if task in r.main_metric})
-      if len(found) > 1:
-        raise ValueError(f"task {task} has the main metrics {', '.join(found)} in one study; run it again with one.")
-      self.metric[task] = found[0] if found else None
-    self.single = {t: _scores(self.singles.get(t, {}), t, split) for t in self.tasks}
-    self.score = {v: {t: _scores(of, t, split) for t in self.tasks} for v, of in self.shared.items()}
-    self.compared = [t for t in self.tasks if self.single[t] and any(s[t] for s in self.score.values())]
-    # Trained tasks without a score in any run are unmeasured; the rest may get their scores as the study goes on.
-    scored = {t for t in self.tasks if self.single[t] or any(s[t] for s in self.score.values())}
-    trained = {t for r in every for t in (r.main_metric if r.task is None else [r.task])}
-    self.unmeasured = [t for t in self.tasks if t in trained and t not in scored]
-    self.waiting = [t for t in self.tasks if t not in self.compared and t not in self.unmeasured]
-    self.gains = {v: {t: self._gains(v, t) for t in self.tasks} for v in self.shared}
-
-  def _gains(self, variant: str, task: str) -> dict[int, float]:
-    single, score, metric = self.single[task], self.score[variant][task], self.metric[task] or ""
-    found = {s: relative_gain(metric, score[s], single[s]) for s in score if s in single}
-    return {s: g for s, g in found.items() if g is not None}
-
-  def complete(self, variant: str) -> list[int]:
-    """Returns the seeds in which every compared task has a gain; in other seeds, means would be over fewer tasks."""
-    gains = self.gains[variant]
-    return [s for s in self.seeds if self.compared and all(s in gains[t] for t in self.compared)]
-
-  def summaries(self, variant: str) -> dict[str, dict[int, float]]:
-    """Returns each summary over the compared tasks, by complete seed."""
-    rows = {s: [self.gains[variant][t][s] for t in self.compared] for s in self.complete(variant)}
-    return {name: {s: of(row) for s, row in rows.items()} for name, of in SUMMARIES.items()}
-
-  def missing(self) -> list[str]:
-    """Returns a sentence for each missing run, score or gain, by variant or task."""
-    out = []
-    for task in self.unmeasured:
-      out.append(f"task {task}: no run has its metric ({self.metric[task]}) on test, so it is left out.")
-    for task in self.tasks:
-      runs = self.singles.get(task, {})
-      out += _lack(f"{SINGLE} {task}", "no run", [s for s in self.seeds if s not in runs])
-      if task not in self.unmeasured:
-        out += _lack(f"{SINGLE} {task}", f"no {self.metric[task]}", [s for s in runs if s not in self.single[task]])
-    for task in self.tasks:
-      alone = self.single[task]
-      unpaired = {v: [s for s in of[task] if s not in alone] for v, of in self.score.items()}
-      where = f"task {task}, in {sum(map(bool, unpaired.values()))} of {len(unpaired)} variants"
-      every = sorted({s for of in unpaired.values() for s in of})
-      out += _lack(where, "scores without a single-task score to compare with", every)
-    for variant, runs in self.shared.items():
-      out += _lack(variant, "no run", [s for s in self.seeds if s not in runs])
-      for task in (t for t in self.tasks if t not in self.unmeasured):
-        score, gains, where = self.score[variant][task], self.gains[variant][task], f"{variant}, task {task}"
-        out += _lack(where, f"no {self.metric[task] or 'metric'}", [s for s in runs if s not in score])
-        zero = [s for s in score if s in self.single[task] and s not in gains]
-        out += _lack(where, "no gain, as the single-task score is 0", zero)
-    return out
-
-
-def _scores(runs: Mapping[int, RunResult], task: str, split: str) -> dict[int, float]:
-  found = {s: r.score(task, split) for s, r in runs.items()}
-  return {s: v for s, v in found.items() if v is not None}
-
-
-def _lack(what: str, cause: str, seeds: Sequence[int]) -> list[str]:
-  return [f"{what}: {cause} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})."] if seeds else []
+# Version of the report: 2 measures gains by what a single-task model has over a constant answer, 1 by its raw score.
+FORMAT = 2
 
 
 def on_validation(runs: Sequence[RunResult], variants: Sequence[str]) -> dict[str, Any]:
@@ -185,7 +29,7 @@ def on_validation(runs: Sequence[RunResult], variants: Sequence[str]) -> dict[st
     fewest tasks, ties broken by the highest mean gain; None while no variant has all tasks in two seeds. The mean alone
     would follow the tasks with few labels, whose gains are mostly chance.
   """
-  study = _StudyScores(runs, (), variants, (), split="validation")
+  study = StudyScores(runs, (), variants, (), split="validation")
   standing: dict[str, dict[str, Any]] = {}
   for name in variants:
     found = {t: verdict(estimate(study.gains[name][t].values())) for t in study.compared}
@@ -223,14 +67,17 @@ def make_report(
 
   Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. A variant's
     `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are computed in each seed with a gain for all `compared` tasks,
-    then averaged. Seed noise alone makes harm and index larger and the worst gain lower. `of_mean_gains` computes them
-    from the tasks' mean gains instead, which is less biased but has no interval. `expert_load` is of the one seed
-    `expert_load_seed`: experts have no order, so a mean over seeds would mean nothing.
+    then averaged. Seed noise alone makes harm and index larger and the worst gain lower, because the mean of
+    max(0, −Δ) also counts the seeds in which a task lost by chance. `of_mean_gains` computes them from the tasks' mean
+    gains instead, which is less biased but has no interval. A task of `no_better` has no gain, because its single-task
+    model is no better than a constant answer; `over_constant` of `single` says by how much the others are.
+    `expert_load` is of the one seed `expert_load_seed`: experts have no order, so a mean over seeds would mean nothing.
   Raises: ValueError: two runs of one seed, or two main metrics of one task.
   """
-  study = _StudyScores(runs, tasks, variants, seeds)
+  study = StudyScores(runs, tasks, variants, seeds)
   labels, possible = labels or {}, possible or {}
   out: Report = {
+    "format": FORMAT,
     "tasks": {
       t: {
         "metric": study.metric[t],
@@ -243,11 +90,13 @@ def make_report(
     "references": dict(references or {}),
     "compared": study.compared,
     "waiting": study.waiting,
+    "no_better": study.no_better,
     "seeds": study.seeds,
     "tuned": tuned,
     "single": {
       t: {
         "score": estimate(study.single[t].values()),
+        "over_constant": estimate(study.over_constant[t].values()),
         "share_of_possible": _share(study.single[t], possible.get(t)),
         **_sizes(study.singles.get(t, {})),
       }
@@ -261,7 +110,7 @@ def make_report(
     if bounds["bayes"] == bounds["constant"]:
       out["missing"].append(f"task {task}: the best possible score is that of a constant, so no share of it is given.")
   out["words"] = report_sentences(out)
-  found: Report = _plain(out)
+  found: Report = plain(out)
   return found
 
 
@@ -281,7 +130,7 @@ def _sizes(runs: Mapping[int, RunResult]) -> dict[str, int | None]:
 
 
 def _variant(
-  study: _StudyScores, name: str, tuned: str, overrides: Sequence[str], possible: Mapping[str, Mapping[str, float]]
+  study: StudyScores, name: str, tuned: str, overrides: Sequence[str], possible: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
   runs, gains, summaries = study.shared[name], study.gains[name], study.summaries(name)
   tasks: dict[str, dict[str, Any]] = {}
@@ -315,7 +164,7 @@ def _variant(
   }
 
 
-def _versus(study: _StudyScores, summaries: Mapping[str, Mapping[int, float]], tuned: str) -> dict[str, Any]:
+def _versus(study: StudyScores, summaries: Mapping[str, Mapping[int, float]], tuned: str) -> dict[str, Any]:
   """Returns the differences to the tuned variant in the seeds that both have."""
   other = study.summaries(tuned)
   out: dict[str, Any] = {}

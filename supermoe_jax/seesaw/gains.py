@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from supermoe_jax.evaluation.intervals import student_t
-from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
+from supermoe_jax.evaluation.metrics import improvement
 
 # An estimate over seeds: {"mean", "low", "high", "seeds"}; mean is None without a seed, low and high below two seeds.
 Estimate = dict[str, Any]
 
 
-def relative_gain(metric: str, score: float, single: float) -> float | None:
-  """Returns the gain Δ of `score` over the single-task score, in percent; positive is better for every metric.
+# What an answer that ignores the user scores on average, whatever the data.
+CONSTANT_SCORES = {
+  "auc": 0.5,
+  "mean_auc": 0.5,
+  "gauc": 0.5,
+  "concordance": 0.5,
+  "r2": 0.0,
+  "spearman": 0.0,
+  "gini": 0.0,
+}
 
-  Returns: None if the single-task score is 0, because a percentage of 0 is undefined.
-  Source: the form of arXiv 1904.08918.
+
+def constant_score(metric: str, measured: Mapping[str, float | None]) -> float | None:
+  """Returns the score of an answer that ignores the user, or None if it cannot be told from a model's metrics.
+
+  For the root mean square error it is that of the mean of the same labels, which R² compares with. For rankings it
+  depends on the data; see `constant_scores.popularity_scores`.
+
+  Args:
+    metric: the main metric of a task.
+    measured: the metrics of a model on the labels in question.
   """
-  if single == 0:
-    return None
-  return 100 * (single - score if metric in LOWER_IS_BETTER else score - single) / abs(single)
+  if metric == "rmse":
+    error, r2 = measured.get("rmse"), measured.get("r2")
+    # With R² = 1 the error is 0, and nothing is known about the spread of the labels.
+    return None if error is None or r2 is None or r2 >= 1 else error / math.sqrt(1 - r2)
+  return CONSTANT_SCORES.get(metric)
+
+
+def relative_gain(metric: str, score: float, single: float, over_constant: float) -> float | None:
+  """Returns the gain Δ of `score` over the single-task score; positive is better for every metric.
+
+  The unit is percent of what the single-task model has over a constant answer. An AUC of .55 against .50 and one of
+  .95 against .90 are equal steps in the metric; but the first single-task model knows nothing, and the second most of
+  what there is to know.
+
+  Args:
+    metric: the name of the metric.
+    score: the score of the shared model.
+    single: the score of the single-task model with the same seed.
+    over_constant: how much better than a constant answer single-task models are, in the metric's unit. It is a mean
+      over seeds where there are several, because a quotient of two noisy numbers has no mean.
+
+  Returns: None unless `over_constant` is positive: then there is nothing to measure a gain by.
+  """
+  return 100 * improvement(metric, score, single) / over_constant if over_constant > 0 else None
 
 
 def harm(gains: Sequence[float]) -> float:

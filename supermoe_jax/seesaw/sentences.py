@@ -13,6 +13,8 @@ from supermoe_jax.seesaw.gains import Estimate
 # With fewer seeds or test labels than this, a warning is written.
 FEW_SEEDS = 5
 FEW_LABELS = 500
+# The unit of gains, in words.
+UNIT = "percent of what the single-task model has over a constant answer"
 MARKS = {"lost": "▼", "gained": "▲"}
 
 # The content of seesaw.json; see `compare.make_report`.
@@ -63,6 +65,9 @@ def conclusion(found: Report) -> list[str]:
   """Returns sentences on the variants that reduce the seesaw, or the negative result, and on variants that lost."""
   tuned, variants = found["tuned"], found["variants"]
   if not found["compared"]:
+    if found["no_better"] and not found["waiting"]:
+      named = ", ".join(found["no_better"])
+      return [f"No single-task model is better than a constant answer ({named}): there is nothing to measure gains by."]
     return ["No task has both a single-task score and one in a shared model yet: there is nothing to compare."]
   judged = {n: v["versus_tuned"] for n, v in variants.items() if v["versus_tuned"]}
   judged = {n: v for n, v in judged.items() if v["harm"]["low"] is not None}
@@ -88,6 +93,7 @@ def conclusion(found: Report) -> list[str]:
       )
   if len(judged) > 1 and any(v["reduces_seesaw"] for v in judged.values()):
     out.append(f"That is of {len(judged)} variants compared; the intervals are not widened for their number.")
+  out.append(f"Gains are in {UNIT}.")
   if losing := {n: len(v["lost"]) for n, v in variants.items() if v["mean_gain"]["seeds"] > 1}:
     out.append(
       f"Against models trained for one task alone, {sum(n > 0 for n in losing.values())} of "
@@ -112,6 +118,12 @@ def warnings(found: Report) -> list[str]:
     out.append(
       f"Few test labels: {', '.join(f'{t} has {n:,}' for t, n in few.items())}. All seeds are scored on the same "
       "labels, so an interval over seeds does not cover variation between samples of labels."
+    )
+  weak = [t for t in found["compared"] if (low := found["single"][t]["over_constant"]["low"]) is not None and low <= 0]
+  if weak:
+    out.append(
+      f"Hardly better than a constant answer: the single-task models of {', '.join(weak)} may be no better at all, so "
+      "gains there are quotients of two small numbers."
     )
   if found["missing"]:
     out.append(
@@ -143,12 +155,20 @@ def describe_variant(found: Report, name: str) -> str:
   if unknown := [t for t in gains if t not in judged]:
     out += f"{', ' if judged else ''}no verdict from one seed on {', '.join(unknown)}"
   if this["mean_gain"]["seeds"]:
-    mean, harm = (
-      interval_in_sentence(this["mean_gain"], unit="%"),
-      interval_in_sentence(this["harm"], unit="%", plus=False),
-    )
-    out += f"; mean gain {mean}, harm {harm}"
+    out += f"; mean gain {interval_in_sentence(this['mean_gain'], unit='%')}, {_harm(this)}"
   return f"{out}. {_difference(found, name)}"
+
+
+def _harm(this: dict[str, Any]) -> str:
+  """Describes a variant's harm, first as it follows from the tasks' mean gains, and then as a mean over seeds."""
+  by_seed = interval_in_sentence(this["harm"], unit="%", plus=False)
+  less_biased = this["of_mean_gains"]["harm"]
+  if less_biased is None:
+    return f"harm {by_seed}"
+  return (
+    f"harm {signed(less_biased, plus=False)}% of the mean gains, {by_seed} in the mean over seeds, which noise makes "
+    "larger: it counts every loss by chance and no gain by chance"
+  )
 
 
 def _difference(found: Report, name: str) -> str:
@@ -180,14 +200,20 @@ def cell(found: Estimate, *, mark: str = "", plus: bool = True) -> str:
 
 
 def gains_table(found: Report) -> list[list[str]]:
-  """Returns rows in percent; the first is the heading: variant, Δ of each task, Δm, worst Δ, harm H, tasks lost."""
+  """Returns rows in percent; the first is the heading.
+
+  The columns are the variant, Δ of each task, Δm, the worst Δ and the harm H of the tasks' mean gains, both as means
+  over seeds, and the number of tasks lost.
+  """
   tasks = list(found["tasks"])
-  rows = [["variant", *tasks, "Δm", "worst Δ", "H", "lost"]]
+  rows = [["variant", *tasks, "Δm", "worst Δ", "H", "worst Δ by seed", "H by seed", "lost"]]
   for name, this in found["variants"].items():
     # A space replaces a missing mark, so that the numbers of a column align.
     gains = [cell(v["gain"], mark=MARKS.get(v["verdict"], " ")) for v in (this["tasks"][t] for t in tasks)]
     judged = sum(this["tasks"][t]["verdict"] != "unknown" for t in found["compared"])
-    summaries = [cell(this["mean_gain"]), cell(this["worst_gain"]), cell(this["harm"], plus=False)]
+    of_means = this["of_mean_gains"]
+    summaries = [cell(this["mean_gain"]), signed(of_means["worst_gain"]), signed(of_means["harm"], plus=False)]
+    summaries += [cell(this["worst_gain"]), cell(this["harm"], plus=False)]
     rows.append([name, *gains, *summaries, f"{len(this['lost'])}/{judged}" if judged else "–"])
   return rows
 
@@ -201,8 +227,9 @@ def gains_markdown(found: Report) -> str:
   rows = gains_table(found)
   rule = line(["---", *["---:"] * (len(rows[0]) - 1)])
   legend = (
-    "Gain Δ over a model trained for the task alone, in percent, ± half of the 95 % t interval over "
+    f"Gain Δ over a model trained for the task alone, in {UNIT}, ± half of the 95 % t interval over "
     f"{_count(len(found['seeds']), 'seed')}, paired by seed. ▼ lost, ▲ gained: the interval excludes 0. Δm: mean over "
-    "tasks. H: harm, the mean of max(0, −Δ)."
+    "tasks. H: harm, the mean of max(0, −Δ) over tasks. Worst Δ and H are of the tasks' mean gains; by seed, they are "
+    "means over seeds, which noise makes worse, because a loss by chance counts and a gain by chance does not."
   )
   return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), "", legend, ""])

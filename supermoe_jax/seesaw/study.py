@@ -26,7 +26,7 @@ from supermoe_jax.errors import ConfigError, StudyError, nearest
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.seesaw import compare, sentences, study_weights
-from supermoe_jax.seesaw.compare import SINGLE, RunResult
+from supermoe_jax.seesaw.run_result import SINGLE, RunResult
 from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
 from supermoe_jax.training.run_directory import check_directory
 

@@ -21,9 +21,10 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.evaluation import evaluate
+from supermoe_jax.evaluation.metrics import Metrics
 from supermoe_jax.models import parameters
-from supermoe_jax.seesaw import gradient_cosines
-from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.seesaw import constant_scores, gradient_cosines
+from supermoe_jax.seesaw.run_result import RunResult
 from supermoe_jax.training import loop
 from supermoe_jax.training.monitoring.metrics_log import read_rows
 from supermoe_jax.training.run import Run
@@ -101,6 +102,7 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
     weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
     cosine=gradient_cosines.gradient_cosines(run) if len(cfg.active_views) > 1 else None,
     expert_load=found["expert_load"],
+    constant_scores=constant_scores.main_scores(_popularity(cfg), found["main_metric"]),
   )
   shutil.rmtree(workdir)
   return result
@@ -123,6 +125,11 @@ def _study_queries(cfg: config.Config) -> Mapping[str, Sequence[QueryBatch]]:
   return _cached_queries(_QueryKey(dataclasses.replace(cfg, exclude_tasks=())))
 
 
+def _popularity(cfg: config.Config) -> Mapping[str, Mapping[str, Metrics]]:
+  """Returns the metrics of the most popular values by split and ranking task; all runs of a process share them."""
+  return _cached_popularity(_QueryKey(dataclasses.replace(cfg, exclude_tasks=())), cfg.evaluate.cutoffs)
+
+
 class _QueryKey:
   """A cache key for query batches; equal for configs with the same queries."""
 
@@ -143,6 +150,12 @@ def _cached_queries(asked: _QueryKey) -> Mapping[str, Sequence[QueryBatch]]:
   dataset = Dataset(asked.cfg.data.path)
   splits = ("validation", "test")
   return {s: list(snapshot_batches.query_batches(dataset, asked.cfg, split=SPLITS[s])) for s in splits}
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_popularity(asked: _QueryKey, cutoffs: tuple[int, ...]) -> Mapping[str, Mapping[str, Metrics]]:
+  cfg = dataclasses.replace(asked.cfg, evaluate=dataclasses.replace(asked.cfg.evaluate, cutoffs=cutoffs))
+  return {s: constant_scores.popularity_scores(cfg, b) for s, b in _cached_queries(asked).items()}
 
 
 def _final_loss(rows: Sequence[Mapping[str, Any]], task: str, constant_loss: float) -> float | None:

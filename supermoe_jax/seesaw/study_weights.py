@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.evaluation.metrics import improvement
 from supermoe_jax.seesaw.gains import relative_gain
+from supermoe_jax.seesaw.run_result import RunResult
 
 
 def fixed_weights(base: config.Config) -> list[np.ndarray]:
@@ -35,11 +36,16 @@ def weighted_configs(base: config.Config, plan: config.Seesaw) -> list[config.Co
 
 
 def mean_validation_gain(result: RunResult, alone: Mapping[str, RunResult]) -> float:
-  """Returns a run's mean gain on validation over the single-task runs `alone`; −∞ if no task can be compared."""
+  """Returns a run's mean gain on validation over the single-task runs `alone`; −∞ if no task can be compared.
+
+  A task whose single-task run is no better there than a constant answer cannot be compared.
+  """
   gains = []
   for task, other in alone.items():
     mine, reference = result.score(task, "validation"), other.score(task, "validation")
-    if mine is not None and reference is not None:
-      gains.append(relative_gain(result.main_metric[task], mine, reference))
+    constant = other.constant(task, "validation")
+    if mine is not None and reference is not None and constant is not None:
+      metric = result.main_metric[task]
+      gains.append(relative_gain(metric, mine, reference, improvement(metric, reference, constant)))
   known = [g for g in gains if g is not None]
   return float(np.mean(known)) if known else -math.inf

@@ -50,6 +50,8 @@ def test_a_whole_study(whole):
   assert len(page.all("figure")) == len(page.all("figcaption")) == 3 + 2 * 2
   assert drawing.INK not in text and "currentColor" in text
   assert "What is missing" not in page.text
+  assert page.text.count("percent of what the single-task model has over a constant answer") >= 3
+  assert "a loss by chance counts in them, and a gain by chance does not" in page.text
   assert "1.2M" in page.text and "of seed 0 alone" in page.text
   # The words stand before the first picture, the picture before the table.
   assert text.index("A negative result") < text.index("<svg") < text.index("<table")
@@ -122,7 +124,8 @@ def test_the_same_report_gives_the_same_picture(tmp_path):
 def test_names_of_crowded_points_do_not_cover_each_other():
   """Ten variants in one place: every name stands somewhere else."""
   found = {"mean": 0.5, "low": None, "high": None, "seeds": 1}
-  variants = {f"variant_{i}": {"harm": found, "mean_gain": {**found, "mean": i / 1000}} for i in range(10)}
+  same = {"harm": found, "of_mean_gains": {"harm": 0.5}}
+  variants = {f"variant_{i}": {**same, "mean_gain": {**found, "mean": i / 1000}} for i in range(10)}
   svg = gains_figures.draw_trade_off("t", {"variants": variants, "tuned": "variant_0"})
   root = xml.etree.ElementTree.fromstring(str(svg))
   places = {}

@@ -48,6 +48,9 @@ def test_a_study_of_other_tasks_or_data_is_named_but_not_shown(run) -> None:
   file.write_text(found_study(run, data_hash="other"))
   found = seesaw_section.find_study(run)
   assert found is not None and found["report"] is None and "prepared with another configuration" in found["reason"]
+  file.write_text(found_study(run, format=1))
+  found = seesaw_section.find_study(run)
+  assert found is not None and found["report"] is None and "another version" in found["reason"]
   file.write_text(json.dumps(make(study())))
   found = seesaw_section.find_study(run)
   assert found is not None and found["report"] is None and "other tasks" in found["reason"]

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from supermoe_jax.evaluation import metrics
 from supermoe_jax.seesaw import compare, gains
-from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.seesaw.run_result import RunResult
 from tests.fixtures.seesaw_runs import BAD, FINITE, GOOD, make, run, singles, study
 
 
@@ -45,23 +46,85 @@ def test_no_seed_has_no_mean():
   assert gains.estimate([]) == {"mean": None, "low": None, "high": None, "seeds": 0}
 
 
-def test_a_gain_is_relative_and_points_to_the_better():
-  assert gains.relative_gain("auc", 0.66, 0.6) == pytest.approx(10)
-  assert gains.relative_gain("rmse", 0.66, 0.6) == pytest.approx(-10)
-  assert gains.relative_gain("ndcg@10", 0.03, 0.06) == pytest.approx(-50)
-  assert all(gains.relative_gain(m, 0.9, 1.0) > 0 for m in ("rmse", "mae", "log_loss", "ece"))
-  assert gains.relative_gain("auc", -0.1, -0.2) == pytest.approx(50)  # higher is better even below 0
-  assert gains.relative_gain("auc", 0.5, 0.0) is None
+def test_a_gain_is_a_share_of_what_the_single_task_model_has_over_a_constant_answer():
+  assert gains.relative_gain("auc", 0.66, 0.6, 0.1) == pytest.approx(60)
+  assert gains.relative_gain("auc", 0.95, 0.9, 0.4) == pytest.approx(12.5)
+  assert gains.relative_gain("rmse", 0.66, 0.6, 0.2) == pytest.approx(-30)
+  assert gains.relative_gain("ndcg@10", 0.03, 0.06, 0.04) == pytest.approx(-75)
+  assert all(gains.relative_gain(m, 0.9, 1.0, 0.5) > 0 for m in ("rmse", "mae", "log_loss", "ece"))
+  assert gains.relative_gain("auc", 0.55, 0.5, 0.0) is None
+  assert gains.relative_gain("auc", 0.55, 0.49, -0.01) is None
+
+
+def test_the_score_of_a_constant_answer():
+  assert [gains.constant_score(m, {}) for m in ("auc", "mean_auc", "gauc", "concordance")] == [0.5] * 4
+  assert gains.constant_score("spearman", {}) == gains.constant_score("r2", {}) == 0
+  label, prediction = np.array([1.0, 2.0, 6.0]), np.array([1.5, 2.0, 4.0])
+  measured = metrics.regression_metrics(label, prediction)
+  constant = metrics.regression_metrics(label, np.full(3, label.mean()))
+  assert gains.constant_score("rmse", measured) == pytest.approx(constant["rmse"])
+  assert gains.constant_score("rmse", {"rmse": 1.0, "r2": None}) is None
+  assert gains.constant_score("ndcg@10", {"ndcg@10": 0.3}) is None
+
+
+def test_gains_are_measured_from_the_constant_answer_of_each_metric():
+  metric = {"churn": "auc", "spend": "rmse", "item": "ndcg@10"}
+  popular = {"item": {"validation": 0.05, "test": 0.1}}
+
+  def scored(variant, scores, r2, task=None):
+    tasks = {t: {"validation": {}, "test": {metric[t]: v}} for t, v in scores.items()}
+    if "spend" in tasks:
+      tasks["spend"]["test"]["r2"] = r2
+    main = {t: metric[t] for t in scores}
+    return run(variant, 0, scores, task, tasks=tasks, main_metric=main, constant_scores=popular)
+
+  alone = {"churn": 0.9, "spend": 2.0, "item": 0.3}
+  runs = [scored("single", {t: v}, 0.75, t) for t, v in alone.items()]  # a constant's error is 4
+  runs.append(scored("v", {"churn": 0.95, "spend": 2.5, "item": 0.2}, 1 - (2.5 / 4) ** 2))
+  found = make(runs)
+  assert found["compared"] == list(metric)
+  expected = {"churn": 12.5, "spend": -25.0, "item": -50.0}
+  assert {t: v["gain"]["mean"] for t, v in found["variants"]["v"]["tasks"].items()} == pytest.approx(expected)
+  over = {t: v["over_constant"]["mean"] for t, v in found["single"].items()}
+  assert over == pytest.approx({"churn": 0.4, "spend": 2.0, "item": 0.2})
+  assert any("percent of what the single-task model has over a constant answer" in w for w in found["words"])
+
+
+def test_a_single_task_model_that_is_no_better_than_a_constant_has_no_gain_and_is_named():
+  runs = study({"tuned": BAD, "good": GOOD})
+  runs += [run("single", s, {"spend": 3.0 + 0.01 * s}, "spend") for s in range(3)]
+  runs += [run(v, s + 3, {"spend": 2.9}) for v in ("tuned", "good") for s in range(1)]
+  found = make(runs)
+  assert found["no_better"] == ["spend"] and found["compared"] == ["churn", "basket"] and found["waiting"] == []
+  assert found["variants"]["good"]["tasks"]["spend"]["gain"]["mean"] is None
+  assert any(
+    "task spend: its single-task model is no better than a constant answer (rmse)" in m for m in found["missing"]
+  )
+  assert found["variants"]["good"]["mean_gain"]["mean"] == pytest.approx(np.mean(GOOD))
+
+
+def test_a_single_task_model_that_may_be_no_better_than_a_constant_is_warned_of():
+  runs = [run("single", s, {"churn": v}, "churn") for s, v in enumerate((0.49, 0.52, 0.55))]
+  runs += [run("v", s, {"churn": 0.53}) for s in range(3)]
+  words = make(runs)["words"]
+  assert any("Hardly better than a constant answer" in w and "churn" in w for w in words)
+
+
+def test_a_ranking_without_a_known_constant_has_no_gain_and_is_named():
+  tasks = {"item": {"validation": {}, "test": {"ndcg@10": 0.3}}}
+  ranked = {"tasks": tasks, "main_metric": {"item": "ndcg@10"}}
+  found = make([run("single", 0, {"item": 0.3}, "item", **ranked), run("v", 0, {"item": 0.3}, **ranked)])
+  assert found["compared"] == [] and any("constant answer is not in the results" in m for m in found["missing"])
 
 
 @given(st.lists(st.lists(FINITE, min_size=3, max_size=3), min_size=2, max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_summaries_against_a_slow_reference(rows):
   """Every summary of a variant, made per seed and then averaged, and made of the tasks' mean gains."""
-  score = {"churn": 0.6, "basket": 0.7, "spend": 2.0}
+  score, over = {"churn": 0.6, "basket": 0.7, "spend": 2.0}, {"churn": 0.1, "basket": 0.2, "spend": 1.0}
   runs = singles(range(len(rows)), score)
   for s, row in enumerate(rows):
-    better = {t: v * (1 + (-g if t == "spend" else g) / 100) for (t, v), g in zip(score.items(), row)}
+    better = {t: v + over[t] * (-g if t == "spend" else g) / 100 for (t, v), g in zip(score.items(), row)}
     runs.append(run("v", s, better))
   found = make(runs)["variants"]["v"]
   harms, worsts, means, index = [], [], [], []
@@ -96,9 +159,9 @@ def test_the_index_is_the_share_of_movement_that_was_loss():
 
 def test_gains_are_paired_by_seed():
   """Seeds that differ much, but alike for single and shared, give a narrow interval; shuffled pairs would not."""
-  level = [0.5, 0.6, 0.7, 0.8]
+  level = [0.6, 0.7, 0.8, 0.9]
   runs = [run("single", s, {"churn": v}, task="churn") for s, v in enumerate(level)]
-  runs += [run("v", s, {"churn": v * 1.01}) for s, v in enumerate(level)]
+  runs += [run("v", s, {"churn": v + 0.0025}) for s, v in enumerate(level)]
   found = make(runs)["variants"]["v"]["tasks"]["churn"]["gain"]
   assert (found["low"], found["high"]) == pytest.approx((1, 1))
   assert make(runs[::-1]) == make(runs)
@@ -199,22 +262,15 @@ def test_one_seed_has_no_verdict():
   assert "No variant shares two complete seeds" in found["words"][0]
 
 
-def test_a_single_score_of_zero_gives_no_gain_and_is_named():
-  runs = [run("single", 0, {"churn": 0.0}, task="churn"), run("v", 0, {"churn": 0.5})]
-  found = make(runs)
-  assert found["variants"]["v"]["tasks"]["churn"]["gain"]["mean"] is None
-  assert "v, task churn: no gain, as the single-task score is 0 (seed 0)." in found["missing"]
-
-
 def test_share_of_the_possible():
   runs = study({"tuned": [[0.0, 10.0], [2.0, 10.0]]})
   possible = {"churn": {"bayes": 0.75, "constant": 0.5}, "basket": {"bayes": 0.6, "constant": 0.6}}
   found = make(runs, possible=possible)
   tasks = found["variants"]["tuned"]["tasks"]
-  assert tasks["churn"]["share_of_possible"]["mean"] == pytest.approx(np.mean([0.0, 0.01]) / 0.25)
+  assert tasks["churn"]["share_of_possible"]["mean"] == pytest.approx(np.mean([1.0, 1.02]))
   assert tasks["basket"]["share_of_possible"] is None
   assert any("task basket: the best possible score is that of a constant" in m for m in found["missing"])
-  assert found["single"]["churn"]["share_of_possible"]["mean"] == pytest.approx(0)
+  assert found["single"]["churn"]["share_of_possible"]["mean"] == pytest.approx(1)
   assert found["tasks"]["churn"]["possible"] == possible["churn"]
 
 
@@ -267,8 +323,9 @@ def test_a_run_result_survives_json():
   two = RunResult.from_json(json.loads(text))
   assert two.losses == {"churn": None} and two.weights == {"step": [1], "churn": [2.0]}
   assert two.to_json() == one.to_json()
-  less = {k: v for k, v in one.to_json().items() if k not in ("weights", "cosine", "expert_load")}
+  less = {k: v for k, v in one.to_json().items() if k not in ("weights", "cosine", "expert_load", "constant_scores")}
   assert RunResult.from_json(less).expert_load == {}
+  assert RunResult.from_json(less).constant("churn") == 0.5  # the metric tells it, even in a file of an earlier version
   with pytest.raises(ValueError, match=r"variant 'v', seed 3.*'main_metric'"):
     RunResult.from_json({k: v for k, v in one.to_json().items() if k != "main_metric"})
   with pytest.raises(ValueError, match="'extra'"):
@@ -280,7 +337,7 @@ def validated(gains_by_variant):
   runs = []
   for r in study({v: [[-g for g in row] for row in rows] for v, rows in gains_by_variant.items()}):
     score = {t: s["test"][r.main_metric[t]] for t, s in r.tasks.items()}
-    mirrored = {t: {"test": r.tasks[t]["test"], "validation": {r.main_metric[t]: 1.0 - score[t]}} for t in score}
+    mirrored = {t: {"test": r.tasks[t]["test"], "validation": {r.main_metric[t]: 1.5 - score[t]}} for t in score}
     runs.append(dataclasses.replace(r, tasks=mirrored))
   return runs
 

@@ -80,7 +80,7 @@ def test_a_study_that_has_only_begun():
     "tuned: no run (seeds 0, 1).",
     "good: no run (seeds 0, 1).",
   ]
-  assert sentences.gains_table(found)[1] == ["tuned", "–", "–", "–", "–", "–"]
+  assert sentences.gains_table(found)[1] == ["tuned", *["–"] * 7]
 
 
 def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
@@ -92,10 +92,23 @@ def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
 def test_tables():
   found = make(study({"tuned": BAD, "good|v": GOOD}))
   rows = sentences.gains_table(found)
-  assert rows[0] == ["variant", "churn", "basket", "Δm", "worst Δ", "H", "lost"]
+  assert rows[0] == ["variant", "churn", "basket", "Δm", "worst Δ", "H", "worst Δ by seed", "H by seed", "lost"]
   assert rows[1][0] == "tuned" and rows[1][-1] == "1/2"
   assert rows[1][1] == "−3.03 ±0.38 ▼" and rows[1][2] == "+2.03 ±0.14 ▲"
-  assert all(len(r) == 7 for r in rows)
+  assert all(len(r) == 9 for r in rows)
   lines = sentences.gains_markdown(found).splitlines()
   assert lines[3].startswith("| good\\|v | ")
-  assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {8}
+  assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {10}
+  assert "percent of what the single-task model has over a constant answer" in lines[-1]
+
+
+def test_the_less_biased_harm_stands_first_and_the_text_says_why():
+  """Losses and gains by chance that average out leave no harm of the mean gains, and harm in the mean over seeds."""
+  found = make(study({"tuned": [[2.0, -2.0], [-2.0, 2.0], [1.0, -1.0], [-1.0, 1.0]]}))
+  assert found["variants"]["tuned"]["harm"]["mean"] > 0.7 and found["variants"]["tuned"]["of_mean_gains"]["harm"] < 1e-9
+  words = sentences.describe_variant(found, "tuned")
+  assert "harm 0.00% of the mean gains, 0.75% (" in words and "which noise makes larger" in words
+  rows = sentences.gains_table(found)
+  row = dict(zip(rows[0], rows[1]))
+  assert row["H"] == "0.00" and row["H by seed"].startswith("0.75")
+  assert "noise makes worse" in sentences.gains_markdown(found)

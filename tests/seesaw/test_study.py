@@ -18,7 +18,7 @@ from supermoe_jax.evaluation import evaluate
 from supermoe_jax.report.seesaw_page import write_study_files
 from supermoe_jax.seesaw import study as study_lib
 from supermoe_jax.seesaw import study_run, study_weights
-from supermoe_jax.seesaw.compare import RunResult
+from supermoe_jax.seesaw.run_result import RunResult
 from supermoe_jax.seesaw.study import study
 from supermoe_jax.seesaw.study_run import PlannedRun
 from supermoe_jax.training import loop
@@ -143,6 +143,8 @@ def test_a_run_leaves_what_evaluation_finds_and_nothing_else(
     assert result.losses[task] == pytest.approx(summed / constant)
     assert result.weights is not None and result.weights[task] == [r["weights"][task] for r in rows]
   assert result.weights is not None and result.weights["step"] == [2, 4, 6, 8, 10, 12]
+  ranked = {n for n, t in cfg.active_views.items() if t.answer == "catalogue"}
+  assert set(result.constant_scores) == ranked and all(result.constant(n) is not None for n in cfg.active_views)
   assert result.parameters > result.active_parameters > 0.5 * result.parameters
   assert result.cosine is not None and result.cosine["tasks"] == list(cfg.active_views)
   matrix = np.array(result.cosine["matrix"], float)
@@ -306,7 +308,7 @@ def test_static_weights_are_those_that_are_best_on_validation(
   drawn = [c.tasks["quiet"].weight for c in study_weights.weighted_configs(several, several.seesaw)]
   assert f"tasks.quiet.weight={max(drawn):g}" in report["variants"]["tuned_static"]["overrides"]
   assert max(drawn) > drawn[0] == 1.0
-  assert report["variants"]["tuned_static"]["mean_gain"]["mean"] == pytest.approx(-100 * 0.01 * max(drawn) / 0.6)
+  assert report["variants"]["tuned_static"]["mean_gain"]["mean"] == pytest.approx(-100 * 0.01 * max(drawn) / 0.1)
   assert any(f"best of 6 on validation: pages={2 - max(drawn):g}, quiet={max(drawn):g}" in line for line in said)
 
 
@@ -314,9 +316,11 @@ def test_candidates_are_compared_by_their_mean_gain_on_validation() -> None:
   def score(auc: float, rmse: float) -> dict[str, Any]:
     return {"churn": {"validation": {"auc": auc}}, "spend": {"validation": {"rmse": rmse}}}
 
-  alone = {t: seesaw_runs.run("single", 0, {t: 0.0}, t, tasks=score(0.5, 2.0)) for t in ("churn", "spend")}
-  result = seesaw_runs.run("v", 0, {"churn": 0.0, "spend": 0.0}, tasks=score(0.6, 1.9))
-  assert study_weights.mean_validation_gain(result, alone) == pytest.approx((20 + 5) / 2)
+  alone = {t: seesaw_runs.run("single", 0, {t: 0.0}, t, tasks=score(0.6, 2.0)) for t in ("churn", "spend")}
+  result = seesaw_runs.run("v", 0, {"churn": 0.0, "spend": 0.0}, tasks=score(0.62, 1.9))
+  assert study_weights.mean_validation_gain(result, alone) == pytest.approx((20 + 10) / 2)
+  unknowing = {**alone, "churn": seesaw_runs.run("single", 0, {"churn": 0.0}, "churn", tasks=score(0.5, 2.0))}
+  assert study_weights.mean_validation_gain(result, unknowing) == pytest.approx(10)
   assert study_weights.mean_validation_gain(seesaw_runs.run("v", 0, {}), alone) == -math.inf
 
 

@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 from supermoe_jax import atomic_files
 from supermoe_jax.report.figures.curves import step_axis
 from supermoe_jax.report.figures.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, STYLE, drawing, short
-from supermoe_jax.seesaw.sentences import Report, signed
+from supermoe_jax.seesaw.sentences import UNIT, Report, signed
 
 # The side of the zero line also separates lost from gained, for readers who cannot distinguish these colours.
 COLOURS = {"lost": ORANGE, "gained": BLUE, "even": GREY, "unknown": GREY}
@@ -59,12 +59,14 @@ def write_picture(found: Report, file: pathlib.Path) -> pathlib.Path:
   if kind not in ("svg", "png"):
     raise ValueError(f"{file}: a picture is written as .svg or .png; give it one of these endings.")
   width, height = _size(found)
-  height += 20  # room for the title
+  height += 34  # room for the title
   buffer = io.BytesIO()
   with matplotlib.rc_context(STYLE | _ALONE | {"svg.hashsalt": "gains"}):  # type: ignore[arg-type]
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     _draw_gain_bars(figure, found)
-    figure.suptitle("Gain over a model trained for the task alone, with 95% intervals over seeds", x=0.01, ha="left")
+    figure.suptitle(
+      f"Gain over a model trained for the task alone,\nin {UNIT}, with 95% intervals over seeds", x=0.01, ha="left"
+    )
     figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
   content = buffer.getvalue()
   if kind == "svg":
@@ -169,18 +171,25 @@ def draw_shares(name: str, found: Report) -> Markup:
 
 
 def draw_trade_off(name: str, found: Report) -> Markup:
-  """Draws every variant by its harm H and mean gain Δm; up and to the left is better."""
-  points = {n: (v["harm"], v["mean_gain"]) for n, v in found["variants"].items() if v["harm"]["mean"] is not None}
-  each = "; ".join(f"{n} {h['mean']:.2f} and {signed(m['mean'])}" for n, (h, m) in points.items())
+  """Draws every variant by the harm H of its mean gains and its mean gain Δm; up and to the left is better.
+
+  A faint line reaches to the mean of the seeds' harm, which noise makes larger.
+  """
+  points = {
+    n: (v["of_mean_gains"]["harm"], v["harm"]["mean"], v["mean_gain"])
+    for n, v in found["variants"].items()
+    if v["of_mean_gains"]["harm"] is not None and v["harm"]["mean"] is not None
+  }
+  each = "; ".join(f"{n} {x:.2f} and {signed(m['mean'])}" for n, (x, _, m) in points.items())
   with drawing(name, f"Harm and mean gain of each variant: {each}.", 470, 330) as canvas:
     axes = canvas.figure.subplots()
-    for variant, (x, y) in points.items():
+    for variant, (x, by_seed, y) in points.items():
       colour = ORANGE if variant == found["tuned"] else BLUE
-      if x["low"] is not None:
-        axes.plot([max(x["low"], 0), x["high"]], [y["mean"]] * 2, color=colour, linewidth=1, alpha=0.35)
-        axes.plot([x["mean"]] * 2, [y["low"], y["high"]], color=colour, linewidth=1, alpha=0.35)
-      axes.plot(x["mean"], y["mean"], "D" if variant == found["tuned"] else "o", color=colour, ms=6.5)
-    where = np.array([(x["mean"], y["mean"]) for x, y in points.values()])
+      axes.plot([x, by_seed], [y["mean"]] * 2, color=colour, linewidth=1, alpha=0.35)
+      if y["low"] is not None:
+        axes.plot([x, x], [y["low"], y["high"]], color=colour, linewidth=1, alpha=0.35)
+      axes.plot(x, y["mean"], "D" if variant == found["tuned"] else "o", color=colour, ms=6.5)
+    where = np.array([(x, y["mean"]) for x, _, y in points.values()])
     for of, limit in ((where[:, 0], axes.set_xlim), (where[:, 1], axes.set_ylim)):
       margin = max(0.14 * float(np.ptp(of)), 0.1)
       limit(float(of.min()) - margin, float(of.max()) + margin)
@@ -190,7 +199,7 @@ def draw_trade_off(name: str, found: Report) -> Markup:
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_locator(MaxNLocator(6))
       axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}%".replace("-", "−")))
-    axes.set_xlabel("harm H (further left is better)", fontsize=9)
+    axes.set_xlabel("harm H of mean gains (further left is better)", fontsize=9)
     axes.set_ylabel("mean gain Δm (higher is better)", fontsize=9)
     _name_points(canvas.figure, axes, list(points), where)
   return canvas.svg
