@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from supermoe_jax.config.seesaw import Seesaw
 from supermoe_jax.config.tables import ADDED_LATER, Aggregates, Source, UserTable
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
@@ -294,23 +295,6 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seesaw:
-  """The runs of `supermoe seesaw`: single-task references and variants of this config, over several seeds.
-
-  Variants and candidates are lists of overrides such as "train.weighting.method=seesaw". A task's single-task reference
-  is the candidate of `single` that is best on validation. Static weights are tuned for the variant named in `tuned`: it
-  gets the weighting that is best on validation among `static_candidates`, which are equal weights and random ones.
-  """
-
-  seeds: tuple[int, ...] = (0, 1, 2)  # the first seed also tunes
-  variants: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # empty: the standard variants
-  single: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # empty: this config with one task
-  tuned: str = "tuned_static"  # empty: no variant is tuned
-  static_candidates: int = 8
-  static_spread: float = 3.0  # weights are drawn log-uniformly from [1/spread, spread]
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
   """The settings of a whole run."""
 
@@ -320,7 +304,7 @@ class Config:
   model: Model = Model()
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
-  seesaw: Seesaw = Seesaw()
+  seesaw: Seesaw = dataclasses.field(default_factory=Seesaw)
 
   @property
   def labelled_tasks(self) -> dict[str, LabelledTask]:

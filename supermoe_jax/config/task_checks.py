@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 
 from supermoe_jax.config.kind_checks import check_kind, require
-from supermoe_jax.config.schema import Config, Seesaw
+from supermoe_jax.config.schema import Config
+from supermoe_jax.config.seesaw import Seesaw
 from supermoe_jax.config.tasks import LabelledTask
 from supermoe_jax.config.tasks.condition import parse_sample_space
 from supermoe_jax.errors import nearest
@@ -109,6 +110,15 @@ def check_study(study: Seesaw) -> None:
   path = "config.seesaw"
   require(len(study.seeds) >= 2, f"{path}.seeds={study.seeds}: an interval needs at least two seeds.")
   require(len(set(study.seeds)) == len(study.seeds), f"{path}.seeds={study.seeds} names a seed twice.")
+  require(
+    bool(study.rates) and min(study.rates) > 0 and len(set(study.rates)) == len(study.rates),
+    f"{path}.rates={study.rates}: name at least one factor of the learning rates, each positive and named once.",
+  )
+  require(
+    not study.null or "null" not in study.variants,
+    f"{path}.variants.null: the config trained again with other seeds has this name; choose another one, or set "
+    "null=False.",
+  )
   require(study.static_candidates > 0, f"{path}.static_candidates={study.static_candidates} must be positive.")
   require(study.static_spread > 1, f"{path}.static_spread={study.static_spread} must be more than 1.")
   require(

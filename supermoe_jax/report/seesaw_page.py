@@ -38,7 +38,7 @@ def write_study_page(report: Report, file: pathlib.Path) -> pathlib.Path:
     "interval": sentences.interval_in_sentence,
     "signed": sentences.signed,
   }
-  filters |= {"score": _score, "share": _share}
+  filters |= {"score": _score, "share": _share, "count": _count}
   atomic_files.write_file(file, rendering.render_template("seesaw.html.jinja", _page(report, file), filters))
   return file
 
@@ -50,7 +50,7 @@ def _page(report: Report, file: pathlib.Path) -> dict[str, Any]:
   return {
     "title": file.resolve().parent.name,
     "report": report,
-    "conclusion": [*sentences.conclusion(report), *sentences.choice(report)],
+    "conclusion": [*sentences.conclusion(report), *sentences.chance(report), *sentences.choice(report)],
     "warnings": sentences.warnings(report),
     "sentences": {n: sentences.describe_variant(report, n).removeprefix(f"{n}: ") for n in variants},
     "marks": sentences.MARKS,
@@ -104,6 +104,10 @@ def _command(overrides: list[str]) -> str:
 
 def _score(value: float | None) -> str:
   return "–" if value is None else f"{value:.4f}".replace("-", "−")
+
+
+def _count(value: float | None) -> str:
+  return "–" if value is None else f"{value:g}"
 
 
 def _share(found: Mapping[str, Any] | None) -> str:

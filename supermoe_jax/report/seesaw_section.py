@@ -39,7 +39,7 @@ def find_study(run: RunFiles) -> dict[str, Any] | None:
       **out,
       "reason": "",
       "report": report,
-      "conclusion": [*sentences.conclusion(report), *sentences.choice(report)],
+      "conclusion": [*sentences.conclusion(report), *sentences.chance(report), *sentences.choice(report)],
       "warnings": sentences.warnings(report),
       "marks": sentences.MARKS,
       "unit": sentences.UNIT,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, reduces_seesaw, verdict
+from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, reduces_seesaw, verdict, within_noise
 from supermoe_jax.seesaw.run_result import RunResult, plain
 from supermoe_jax.seesaw.sentences import Report, report_sentences
 from supermoe_jax.seesaw.study_scores import StudyScores
@@ -21,13 +21,25 @@ from supermoe_jax.seesaw.study_scores import StudyScores
 # Version of the report: 2 measures gains by what a single-task model has over a constant answer, 1 by its raw score.
 FORMAT = 2
 
+# The tuning of a model that nothing is known of.
+UNTUNED: Mapping[str, Any] = {"rate": None, "tries": None}
 
-def on_validation(runs: Sequence[RunResult], variants: Sequence[str]) -> dict[str, Any]:
+
+def on_validation(
+  runs: Sequence[RunResult], variants: Sequence[str], *, base: str = "", null: str = ""
+) -> dict[str, Any]:
   """Compares variants on validation, the split by which one may choose a configuration.
+
+  Args:
+    runs: the runs of a study.
+    variants: the variants to compare; `null` is never chosen.
+    base: the variant that `null` repeats; "" without one.
+    null: the variant that repeats `base` with other seeds; "" without one.
 
   Returns: `variants`, the tasks `lost` and the `mean_gain` of each variant; and `best`, the variant that loses on the
     fewest tasks, ties broken by the highest mean gain; None while no variant has all tasks in two seeds. The mean alone
-    would follow the tasks with few labels, whose gains are mostly chance.
+    would follow the tasks with few labels, whose gains are mostly chance. `alike` are the other variants whose mean
+    gain differs from that of `best` by no more than chance alone makes it; None without a null variant.
   """
   study = StudyScores(runs, (), variants, (), split="validation")
   standing: dict[str, dict[str, Any]] = {}
@@ -35,9 +47,13 @@ def on_validation(runs: Sequence[RunResult], variants: Sequence[str]) -> dict[st
     found = {t: verdict(estimate(study.gains[name][t].values())) for t in study.compared}
     mean = estimate(study.summaries(name)["mean_gain"].values())
     standing[name] = {"lost": [t for t, v in found.items() if v == "lost"], "mean_gain": mean}
-  judged = {n: s for n, s in standing.items() if s["mean_gain"]["seeds"] > 1}
+  judged = {n: s for n, s in standing.items() if s["mean_gain"]["seeds"] > 1 and n != null}
   best = min(judged, key=lambda n: (len(judged[n]["lost"]), -judged[n]["mean_gain"]["mean"]), default=None)
-  return {"variants": standing, "best": best}
+  noise, alike = _noise(study, base, null), None
+  if best is not None and noise is not None and noise["mean_gain"]["low"] is not None:
+    differences = {n: _differences(study, n, best)["mean_gain"]["mean"] for n in judged if n != best}
+    alike = [n for n, d in differences.items() if within_noise(d, noise["mean_gain"])]
+  return {"variants": standing, "best": best, "alike": alike}
 
 
 def make_report(
@@ -51,6 +67,10 @@ def make_report(
   possible: Mapping[str, Mapping[str, float]] | None = None,
   labels: Mapping[str, int] | None = None,
   references: Mapping[str, str | None] | None = None,
+  base: str = "",
+  null: str = "",
+  tuning: Mapping[str, Mapping[str, Any]] | None = None,
+  single_tuning: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Report:
   """Makes the report of a study, finished or not; `missing` names every gap.
 
@@ -64,6 +84,10 @@ def make_report(
     possible: for a task, if known, the best possible score (`bayes`) and the score of a `constant` answer.
     labels: for a task, the number of its test labels.
     references: for a task, the name of the candidate chosen as its single-task model.
+    base: the variant that `null` repeats; "" without one.
+    null: the variant that repeats `base` with other seeds; "" without one.
+    tuning: for a variant, the `rate` that was chosen, a factor of its learning rates, and the number of `tries`.
+    single_tuning: the same for the single-task model of a task.
 
   Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. A variant's
     `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are computed in each seed with a gain for all `compared` tasks,
@@ -71,7 +95,9 @@ def make_report(
     max(0, −Δ) also counts the seeds in which a task lost by chance. `of_mean_gains` computes them from the tasks' mean
     gains instead, which is less biased but has no interval. A task of `no_better` has no gain, because its single-task
     model is no better than a constant answer; `over_constant` of `single` says by how much the others are.
-    `expert_load` is of the one seed `expert_load_seed`: experts have no order, so a mean over seeds would mean nothing.
+    `noise` holds the differences of the null variant to its base: what chance alone does. `within_noise` of a
+    difference to the tuned variant says whether it is no larger. `expert_load` is of the one seed `expert_load_seed`:
+    experts have no order, so a mean over seeds would mean nothing.
   Raises: ValueError: two runs of one seed, or two main metrics of one task.
   """
   study = StudyScores(runs, tasks, variants, seeds)
@@ -93,17 +119,28 @@ def make_report(
     "no_better": study.no_better,
     "seeds": study.seeds,
     "tuned": tuned,
+    "base": base,
+    "null": null,
+    "noise": (noise := _noise(study, base, null)),
     "single": {
       t: {
         "score": estimate(study.single[t].values()),
         "over_constant": estimate(study.over_constant[t].values()),
         "share_of_possible": _share(study.single[t], possible.get(t)),
+        "tuning": dict((single_tuning or {}).get(t, UNTUNED)),
         **_sizes(study.singles.get(t, {})),
       }
       for t in study.tasks
     },
-    "variants": {v: _variant(study, v, tuned, overrides.get(v, ()), possible) for v in study.shared},
-    "validation": on_validation(runs, list(study.shared)),
+    "variants": {
+      v: {
+        **_variant(study, v, overrides.get(v, ()), possible),
+        "versus_tuned": _versus(study, v, tuned, noise) if v != tuned and tuned in study.shared else None,
+        "tuning": dict((tuning or {}).get(v, UNTUNED)),
+      }
+      for v in study.shared
+    },
+    "validation": on_validation(runs, list(study.shared), base=base, null=null),
     "missing": study.missing(),
   }
   for task, bounds in possible.items():
@@ -130,7 +167,7 @@ def _sizes(runs: Mapping[int, RunResult]) -> dict[str, int | None]:
 
 
 def _variant(
-  study: StudyScores, name: str, tuned: str, overrides: Sequence[str], possible: Mapping[str, Mapping[str, float]]
+  study: StudyScores, name: str, overrides: Sequence[str], possible: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
   runs, gains, summaries = study.shared[name], study.gains[name], study.summaries(name)
   tasks: dict[str, dict[str, Any]] = {}
@@ -154,7 +191,6 @@ def _variant(
     "gained": [t for t in study.compared if tasks[t]["verdict"] == "gained"],
     **{k: estimate(v.values()) for k, v in summaries.items()},
     "of_mean_gains": {k: SUMMARIES[k](means) if whole else None for k in ("worst_gain", "harm", "seesaw_index")},
-    "versus_tuned": _versus(study, summaries, tuned) if name != tuned and tuned in study.shared else None,
     **_sizes(runs),
     "seconds": float(np.mean([r.seconds for r in runs.values()])) if runs else None,
     "weights": _mean_weights([r.weights for r in runs.values() if r.weights]),
@@ -164,13 +200,25 @@ def _variant(
   }
 
 
-def _versus(study: StudyScores, summaries: Mapping[str, Mapping[int, float]], tuned: str) -> dict[str, Any]:
-  """Returns the differences to the tuned variant in the seeds that both have."""
-  other = study.summaries(tuned)
+def _differences(study: StudyScores, name: str, to: str) -> dict[str, Estimate]:
+  """Returns the differences of one variant's summaries to another's in the seeds that both have."""
+  summaries, other = study.summaries(name), study.summaries(to)
+  return {key: estimate(v - other[key][s] for s, v in summaries[key].items() if s in other[key]) for key in SUMMARIES}
+
+
+def _noise(study: StudyScores, base: str, null: str) -> dict[str, Estimate] | None:
+  """Returns the differences of the null variant to its base, which chance alone makes; None without both."""
+  return _differences(study, null, base) if base in study.shared and null in study.shared else None
+
+
+def _versus(study: StudyScores, name: str, tuned: str, noise: Mapping[str, Estimate] | None) -> dict[str, Any]:
+  """Returns the differences to the tuned variant, and whether chance alone makes such differences."""
   out: dict[str, Any] = {}
-  for key in ("harm", "worst_gain", "mean_gain"):
-    found = estimate(v - other[key][s] for s, v in summaries[key].items() if s in other[key])
-    out[key] = {**found, "significant": verdict(found) in ("lost", "gained")}
+  for key, found in _differences(study, name, tuned).items():
+    if key == "seesaw_index":
+      continue
+    within = within_noise(found["mean"], noise[key] if noise else None)
+    out[key] = {**found, "significant": verdict(found) in ("lost", "gained"), "within_noise": within}
   # While a task still waits for its runs, harm and the worst gain are not final.
   out["reduces_seesaw"] = not study.waiting and reduces_seesaw(out)
   return out

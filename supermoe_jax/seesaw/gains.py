@@ -99,6 +99,19 @@ def verdict(found: Estimate) -> str:
   return "lost" if found["high"] < 0 else "gained" if found["low"] > 0 else "even"
 
 
+def within_noise(difference: float | None, noise: Estimate | None) -> bool | None:
+  """Returns whether a difference is no larger than chance alone makes it; None if that is not known.
+
+  Args:
+    difference: the mean difference of two variants over seeds.
+    noise: the difference of two variants that differ in their seeds alone. Its interval says how large such a mean can
+      be, so the end of it that is further from 0 is the limit.
+  """
+  if difference is None or noise is None or noise["low"] is None:
+    return None
+  return abs(difference) <= max(abs(noise["low"]), abs(noise["high"]))
+
+
 def reduces_seesaw(difference: Mapping[str, Estimate]) -> bool:
   """Returns whether the differences to tuned static weights allow the claim "reduces the seesaw".
 

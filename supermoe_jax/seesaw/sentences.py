@@ -38,10 +38,15 @@ def interval_in_sentence(found: Estimate, *, unit: str = "", plus: bool = True) 
   return f"{signed(found['mean'], plus=plus)}{unit} ({within})"
 
 
+# The summaries that variants are compared by, with their names in sentences.
+_SUMMARIES = (("harm", "harm"), ("worst_gain", "worst gain"), ("mean_gain", "mean gain"))
+
+
 def report_sentences(found: Report) -> list[str]:
-  """Returns the report in sentences: the conclusion, the choice, warnings, and a sentence on each variant."""
+  """Returns the report in sentences: the conclusion, chance, the choice, warnings, and a sentence on each variant."""
   return [
     *conclusion(found),
+    *chance(found),
     *choice(found),
     *warnings(found),
     *(describe_variant(found, v) for v in found["variants"]),
@@ -53,12 +58,37 @@ def choice(found: Report) -> list[str]:
   standing, best = found["validation"]["variants"], found["validation"]["best"]
   if best is None:
     return []
-  lost = standing[best]["lost"]
-  return [
-    f"On validation {best} is best: of {_count(len(standing), 'variant')} it loses on the fewest tasks "
+  lost, alike = standing[best]["lost"], found["validation"]["alike"]
+  compared = len([n for n in standing if n != found["null"]])
+  out = [
+    f"On validation {best} is best: of {_count(compared, 'variant')} it loses on the fewest tasks "
     f"({', '.join(lost) or 'none'}), and of those that do its mean gain is highest, "
     f"{interval_in_sentence(standing[best]['mean_gain'], unit='%')}."
   ]
+  if alike:
+    out.append(
+      f"The mean gain of {', '.join(alike)} on validation differs from that of {best} by no more than chance alone "
+      "makes it, so the choice among them is arbitrary."
+    )
+  return out
+
+
+def chance(found: Report) -> list[str]:
+  """Returns sentences on what chance alone does, and on the variants whose differences are no larger than that."""
+  noise, null, base, tuned = found["noise"], found["null"], found["base"], found["tuned"]
+  if noise is None or not noise["harm"]["seeds"]:
+    return []
+  parts = [f"{what} by {interval_in_sentence(noise[key], unit=' points')}" for key, what in _SUMMARIES]
+  index = interval_in_sentence(noise["seesaw_index"])
+  out = [
+    f"What chance alone does: {null} is {base} trained again with other seeds, and changes {', '.join(parts)} and the "
+    f"seesaw index by {index}."
+  ]
+  differences = {n: v["versus_tuned"] for n, v in found["variants"].items() if v["versus_tuned"] and n != null}
+  within = [n for n, d in differences.items() if all(d[key]["within_noise"] for key, _ in _SUMMARIES)]
+  if within:
+    out.append(f"Not told from {tuned} by more than chance alone does, in any summary: {', '.join(within)}.")
+  return out
 
 
 def conclusion(found: Report) -> list[str]:
@@ -69,7 +99,7 @@ def conclusion(found: Report) -> list[str]:
       named = ", ".join(found["no_better"])
       return [f"No single-task model is better than a constant answer ({named}): there is nothing to measure gains by."]
     return ["No task has both a single-task score and one in a shared model yet: there is nothing to compare."]
-  judged = {n: v["versus_tuned"] for n, v in variants.items() if v["versus_tuned"]}
+  judged = {n: v["versus_tuned"] for n, v in variants.items() if v["versus_tuned"] and n != found["null"]}
   judged = {n: v for n, v in judged.items() if v["harm"]["low"] is not None}
   out = []
   if tuned not in variants or not variants[tuned]["harm"]["seeds"]:
@@ -89,12 +119,12 @@ def conclusion(found: Report) -> list[str]:
         f"{name} reduces the seesaw: against tuned static weights ({tuned}) harm changes by "
         f"{interval_in_sentence(v['harm'], unit=' points')}, the worst gain by "
         f"{interval_in_sentence(v['worst_gain'], unit=' points')} and the mean gain by "
-        f"{interval_in_sentence(v['mean_gain'], unit=' points')}."
+        f"{interval_in_sentence(v['mean_gain'], unit=' points')}.{_doubt(v, found)}"
       )
   if len(judged) > 1 and any(v["reduces_seesaw"] for v in judged.values()):
     out.append(f"That is of {len(judged)} variants compared; the intervals are not widened for their number.")
   out.append(f"Gains are in {UNIT}.")
-  if losing := {n: len(v["lost"]) for n, v in variants.items() if v["mean_gain"]["seeds"] > 1}:
+  if losing := {n: len(v["lost"]) for n, v in variants.items() if v["mean_gain"]["seeds"] > 1 and n != found["null"]}:
     out.append(
       f"Against models trained for one task alone, {sum(n > 0 for n in losing.values())} of "
       f"{_count(len(losing), 'variant')} lost on at least one of {_count(len(found['compared']), 'task')}."
@@ -118,6 +148,10 @@ def warnings(found: Report) -> list[str]:
     out.append(
       f"Few test labels: {', '.join(f'{t} has {n:,}' for t, n in few.items())}. All seeds are scored on the same "
       "labels, so an interval over seeds does not cover variation between samples of labels."
+    )
+  if found["noise"] is None and found["variants"]:
+    out.append(
+      "There is no null variant, a config trained again with other seeds: how much chance alone does is unknown."
     )
   weak = [t for t in found["compared"] if (low := found["single"][t]["over_constant"]["low"]) is not None and low <= 0]
   if weak:
@@ -172,19 +206,29 @@ def _harm(this: dict[str, Any]) -> str:
 
 
 def _difference(found: Report, name: str) -> str:
+  if name == found["null"]:
+    return f"This is {found['base']} trained again with other seeds: its difference to {found['base']} is chance alone."
   if name == found["tuned"]:
     return "These are the tuned static weights that the others are compared with."
   difference = found["variants"][name]["versus_tuned"]
   if difference is None or not difference["harm"]["seeds"]:
     return "There is no complete seed in common with tuned static weights."
   parts = []
-  for key, what in (("harm", "harm"), ("worst_gain", "worst gain"), ("mean_gain", "mean gain")):
+  for key, what in _SUMMARIES:
     text = f"{what} {interval_in_sentence(difference[key], unit=' points')}"
     if difference[key]["low"] is not None:
       text += ", significant" if difference[key]["significant"] else ", not significant"
+    if difference[key]["within_noise"]:
+      text += ", no larger than chance alone makes it"
     parts.append(text)
   last = "It reduces the seesaw." if difference["reduces_seesaw"] else "A smaller seesaw is not shown."
   return f"Against {found['tuned']}: {'; '.join(parts)}. {last}"
+
+
+def _doubt(difference: dict[str, Any], found: Report) -> str:
+  """Returns a sentence on the parts of a claim that chance alone could make; empty if there is none."""
+  within = [what for key, what in _SUMMARIES[:2] if difference[key]["within_noise"]]
+  return f" But {found['null']} differs from {found['base']} as much in {' and '.join(within)}." if within else ""
 
 
 def _count(n: int, what: str) -> str:
@@ -203,10 +247,10 @@ def gains_table(found: Report) -> list[list[str]]:
   """Returns rows in percent; the first is the heading.
 
   The columns are the variant, Δ of each task, Δm, the worst Δ and the harm H of the tasks' mean gains, both as means
-  over seeds, and the number of tasks lost.
+  over seeds, the number of tasks lost, and that of the configurations tried.
   """
   tasks = list(found["tasks"])
-  rows = [["variant", *tasks, "Δm", "worst Δ", "H", "worst Δ by seed", "H by seed", "lost"]]
+  rows = [["variant", *tasks, "Δm", "worst Δ", "H", "worst Δ by seed", "H by seed", "lost", "tries"]]
   for name, this in found["variants"].items():
     # A space replaces a missing mark, so that the numbers of a column align.
     gains = [cell(v["gain"], mark=MARKS.get(v["verdict"], " ")) for v in (this["tasks"][t] for t in tasks)]
@@ -214,7 +258,9 @@ def gains_table(found: Report) -> list[list[str]]:
     of_means = this["of_mean_gains"]
     summaries = [cell(this["mean_gain"]), signed(of_means["worst_gain"]), signed(of_means["harm"], plus=False)]
     summaries += [cell(this["worst_gain"]), cell(this["harm"], plus=False)]
-    rows.append([name, *gains, *summaries, f"{len(this['lost'])}/{judged}" if judged else "–"])
+    tries = this["tuning"]["tries"]
+    counts = [f"{len(this['lost'])}/{judged}" if judged else "–", "–" if tries is None else str(tries)]
+    rows.append([name, *gains, *summaries, *counts])
   return rows
 
 
@@ -230,6 +276,7 @@ def gains_markdown(found: Report) -> str:
     f"Gain Δ over a model trained for the task alone, in {UNIT}, ± half of the 95 % t interval over "
     f"{_count(len(found['seeds']), 'seed')}, paired by seed. ▼ lost, ▲ gained: the interval excludes 0. Δm: mean over "
     "tasks. H: harm, the mean of max(0, −Δ) over tasks. Worst Δ and H are of the tasks' mean gains; by seed, they are "
-    "means over seeds, which noise makes worse, because a loss by chance counts and a gain by chance does not."
+    "means over seeds, which noise makes worse, because a loss by chance counts and a gain by chance does not. Tries: "
+    "configurations that validation chose from."
   )
   return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), "", legend, ""])

@@ -7,27 +7,22 @@ WORKDIR/seesaw.html     the report with pictures, written by the command
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import fnmatch
-import hashlib
+import itertools
 import json
 import logging
-import multiprocessing
-import os
 import pathlib
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError, nearest
-from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.progress import ProgressBar
 from supermoe_jax.seesaw import compare, sentences, study_weights
+from supermoe_jax.seesaw.cached_runs import CachedRuns, RunGroup
 from supermoe_jax.seesaw.run_result import SINGLE, RunResult
-from supermoe_jax.seesaw.study_run import PlannedRun, end_with, execute
+from supermoe_jax.seesaw.tuning import Choice, Tuning
 from supermoe_jax.training.run_directory import check_directory
 
 logger = logging.getLogger(__name__)
@@ -46,29 +41,9 @@ STANDARD: dict[str, tuple[str, ...]] = {
 # Endings of overrides to weightings that start from the tasks' own weights.
 _PRIORS = ("=static", "=seesaw")
 
-# Random static weightings that are run with all seeds.
-FINALISTS = 3
-
-# Time between two looks for finished runs.
-POLL_SECONDS = 1.0
-
-# Version of run results, part of their hash: increase it when a run measures something else.
-FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _RunGroup:
-  """Runs of one config over seeds, which share one compilation."""
-
-  variant: str
-  task: str | None
-  cfg: config.Config
-  seeds: tuple[int, ...]
-
-  def seeded(self) -> Iterator[tuple[int, config.Config]]:
-    """Yields each seed with its config."""
-    for seed in self.seeds:
-      yield seed, dataclasses.replace(self.cfg, train=dataclasses.replace(self.cfg.train, seed=seed))
+# The variants that show what chance alone does: a config without overrides, and the same one with other seeds.
+BASE, NULL = "base", "null"
+NULL_OFFSET = 1000
 
 
 def study(
@@ -99,7 +74,7 @@ def study(
 
 
 class _Study:
-  """A study in progress: `run` tunes the references, runs them, tunes static weights and runs the variants."""
+  """A study in progress: `run` tunes the references, runs them, tunes the variants and runs them."""
 
   def __init__(
     self,
@@ -109,7 +84,7 @@ class _Study:
     only: Sequence[str],
     publish: Callable[[sentences.Report, pathlib.Path], object],
   ):
-    self.cfg, self.workdir, self.jobs, self._publish = cfg, workdir, jobs, publish
+    self.cfg, self.workdir, self._publish = cfg, workdir, publish
     self.plan = cfg.seesaw
     check_directory(workdir)
     if not cfg.data.split.has_snapshots("validation"):
@@ -118,23 +93,28 @@ class _Study:
       raise ConfigError("a study compares runs on test, but config.data.split.test is empty; name a time there.")
     dataset = Dataset(cfg.data.path)
     dataset.check_matches(cfg)
-    self._encoding = dataset.manifest["encoding_hash"]
     self._manifest = dataset.manifest
     self.tasks = list(cfg.active_views)
-    listed = dict(self.plan.variants) or STANDARD
+    listed, self.base = planned_variants(self.plan)
     for pattern in only:
-      if not fnmatch.filter(listed, pattern):
+      if not fnmatch.filter([*listed, NULL], pattern):
         raise ConfigError(f"--only: {pattern!r} matches no variant{nearest(pattern, listed)}")
-    names = [n for n in listed if not only or any(fnmatch.fnmatchcase(n, p) for p in only)]
+
+    def asked(name: str) -> bool:
+      return not only or any(fnmatch.fnmatchcase(name, p) for p in only)
+
+    names = [n for n in listed if asked(n)]
     self.variants = {n: self._varied(f"config.seesaw.variants.{n}", cfg, listed[n]) for n in names}
     self.overrides = {n: list(listed[n]) for n in names}
+    self.null = NULL if self.base in names and asked(NULL) else ""
     candidates = dict(self.plan.single) or {"same": ()}
     self.singles = {
       task: {n: self._single(f"config.seesaw.single.{n}", task, o) for n, o in candidates.items()}
       for task in self.tasks
     }
     (workdir / "runs").mkdir(parents=True, exist_ok=True)
-    self._failed: list[str] = []
+    self.runs = CachedRuns(workdir, dataset.manifest["encoding_hash"], jobs)
+    self.tuning = Tuning(self.runs, self.plan)
 
   def _varied(self, path: str, cfg: config.Config, overrides: Sequence[str]) -> config.Config:
     if any(o.startswith("train.weighting.method=") and not o.endswith(_PRIORS) for o in overrides):
@@ -159,215 +139,98 @@ class _Study:
   # ------------------------------------------------------------------------------------------------------------ stages
 
   def run(self) -> sentences.Report:
-    seeds, first = self.plan.seeds, self.plan.seeds[:1]
-    begun = clock.monotonic()
-    several = {t: c for t, c in self.singles.items() if len(c) > 1}
-    self._execute(
-      "tuning references", [_RunGroup(SINGLE, t, c, first) for t, cs in several.items() for c in cs.values()]
-    )
-    chosen = {t: self._best_single(t) for t in self.tasks}
-    self._execute("references", [_RunGroup(SINGLE, t, self.singles[t][n], seeds) for t, n in chosen.items() if n])
-    references = {t: self._results(_RunGroup(SINGLE, t, self.singles[t][n], seeds)) for t, n in chosen.items() if n}
-    if self.plan.tuned in self.variants:
-      self.variants[self.plan.tuned] = self._tuned_static(references)
-    jobs = [_RunGroup(name, None, cfg, seeds) for name, cfg in self.variants.items()]
-    self._execute("variants", jobs, lambda: self._report(references, chosen))
-    report = self._report(references, chosen)
-    self._publish(report, self.workdir)
-    logger.info(f"study of {len(self.variants)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
-    if self._failed:
+    seeds, begun = self.plan.seeds, clock.monotonic()
+    alone = self.tuning.references(self.singles)
+    chosen = {t: c for t, c in alone.items() if c is not None}
+    groups = {t: RunGroup(SINGLE, t, c.cfg, seeds) for t, c in chosen.items()}
+    self.runs.execute("references", list(groups.values()))
+    references = {t: self.runs.results(g) for t, g in groups.items()}
+    choices = self._tuned(references)
+    jobs = self._groups({n: c.cfg for n, c in choices.items()})
+
+    def report() -> sentences.Report:
+      return self._report(references, alone, choices, jobs)
+
+    self.runs.execute("variants", jobs, report)
+    found = report()
+    self._publish(found, self.workdir)
+    logger.info(f"study of {len(jobs)} variants and {len(seeds)} seeds: {clock.monotonic() - begun:.0f} s")
+    if failed := self.runs.failed:
       raise StudyError(
-        f"{len(self._failed)} runs failed, the others are kept: {'; '.join(self._failed[:3])}. The same command runs "
-        "what is missing."
+        f"{len(failed)} runs failed, the others are kept: {'; '.join(failed[:3])}. The same command runs what is "
+        "missing."
       )
-    return report
+    return found
 
-  def _best_single(self, task: str) -> str | None:
-    candidates = self.singles[task]
-    if len(candidates) == 1:
-      return next(iter(candidates))
-    scores = {}
-    for name, cfg in candidates.items():
-      for result in self._results(_RunGroup(SINGLE, task, cfg, self.plan.seeds[:1])):
-        score = result.score(task, "validation")
-        if score is not None:
-          scores[name] = -score if result.main_metric[task] in LOWER_IS_BETTER else score
-    return max(scores, key=lambda n: scores[n]) if scores else None
+  def _tuned(self, references: Mapping[str, Sequence[RunResult]]) -> dict[str, Choice]:
+    """Returns the tuned configuration of each variant, and adds what changed to its overrides."""
+    choices = self.tuning.variants(self.variants, references)
+    for name, choice in choices.items():
+      self.overrides[name] += choice.overrides(self.variants[name])
+    if (name := self.plan.tuned) in choices:
+      choices[name] = self.tuning.static_weights(name, choices[name], references)
+      tasks = choices[name].cfg.active_tasks
+      self.overrides[name] += [f"tasks.{n}.weight={t.weight:g}" for n, t in tasks.items()]
+    return choices
 
-  def _tuned_static(self, references: Mapping[str, Sequence[RunResult]]) -> config.Config:
-    """Returns the tuned variant's config with the static weights that are best on validation.
-
-    The first seed tries equal weights, the config's own, and random ones. All seeds then run the equal weights, the
-    config's own and the `FINALISTS` random ones with the highest mean gain. They are compared like variants.
-    """
-    base = self.variants[self.plan.tuned]
-    names = list(base.active_tasks)
-    candidates = {f"weights {i}": c for i, c in enumerate(study_weights.weighted_configs(base, self.plan))}
-    first = {n: _RunGroup(n, None, c, self.plan.seeds[:1]) for n, c in candidates.items()}
-    self._execute("tuning static weights", list(first.values()), together=True)
-    alone = {t: r[0] for t, r in references.items() if r}
-    scores = {
-      n: study_weights.mean_validation_gain(result, alone) for n, job in first.items() for result in self._results(job)
-    }
-    fixed = len(study_weights.fixed_weights(base))
-    others = sorted((n for n in list(candidates)[fixed:] if n in scores), key=lambda n: -scores[n])
-    final = {
-      n: _RunGroup(n, None, candidates[n], self.plan.seeds) for n in (*list(candidates)[:fixed], *others[:FINALISTS])
-    }
-    self._execute("the best static weights", list(final.values()), together=True)
-    runs = [r for results in references.values() for r in results]
-    runs += [r for job in final.values() for r in self._results(job)]
-    best = candidates[compare.on_validation(runs, list(final))["best"] or "weights 0"]
-    told = ", ".join(f"{n}={best.tasks[n].weight:g}" for n in names)
-    logger.info(f"static weights of {self.plan.tuned}, best of {len(scores)} on validation: {told}")
-    self.overrides[self.plan.tuned] += [f"tasks.{n}.weight={best.tasks[n].weight:g}" for n in names]
-    return best
+  def _groups(self, cfgs: Mapping[str, config.Config]) -> list[RunGroup]:
+    """Returns the runs of each variant; the null variant's are the base's with other seeds."""
+    seeds = self.plan.seeds
+    jobs = [RunGroup(name, None, cfg, seeds) for name, cfg in cfgs.items()]
+    if self.null:
+      offset = next(o for o in itertools.count(NULL_OFFSET, NULL_OFFSET) if not {s + o for s in seeds} & set(seeds))
+      jobs.append(RunGroup(self.null, None, cfgs[self.base], seeds, offset))
+    return jobs
 
   def _report(
-    self, references: Mapping[str, Sequence[RunResult]], chosen: Mapping[str, str | None]
+    self,
+    references: Mapping[str, Sequence[RunResult]],
+    alone: Mapping[str, Choice | None],
+    choices: Mapping[str, Choice],
+    jobs: Sequence[RunGroup],
   ) -> sentences.Report:
     runs = [r for results in references.values() for r in results]
-    for name, cfg in self.variants.items():
-      runs += self._results(_RunGroup(name, None, cfg, self.plan.seeds))
+    runs += [r for job in jobs for r in self.runs.results(job)]
     labels = {t: self._manifest["labels"][t]["test"]["known"] for t in self.tasks}
+    overrides = dict(self.overrides)
+    tuning = {n: {"rate": c.rate, "tries": c.tries} for n, c in choices.items()}
+    if self.null:  # it has the choice of its base and made none
+      overrides[self.null], tuning[self.null] = overrides[self.base], {**tuning[self.base], "tries": 0}
     report = compare.make_report(
       runs,
-      variants=list(self.variants),
+      variants=[job.variant for job in jobs],
       tuned=self.plan.tuned if self.plan.tuned in self.variants else "",
-      overrides=self.overrides,
+      base=self.base if self.null else "",
+      null=self.null,
+      overrides=overrides,
       possible=_possible(pathlib.Path(self.cfg.data.path)),
       labels=labels,
       seeds=self.plan.seeds,
-      references=chosen,
+      references={t: c.candidate if c else None for t, c in alone.items()},
+      tuning=tuning,
+      single_tuning={t: {"rate": c.rate, "tries": c.tries} for t, c in alone.items() if c},
     )
     report["data_hash"] = self.cfg.data_hash()
     file = self.workdir / "seesaw.json"
     atomic_files.write_file(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
-  # ----------------------------------------------------------------------------------------------------------- running
 
-  def _file(self, cfg: config.Config) -> pathlib.Path:
-    return self.workdir / "runs" / f"{_identity(cfg, self._encoding)}.json"
+def planned_variants(plan: config.Seesaw) -> tuple[dict[str, tuple[str, ...]], str]:
+  """Returns the overrides of each variant of a study but the null variant, and the name of the variant it repeats.
 
-  def _results(self, job: _RunGroup) -> list[RunResult]:
-    """Returns the results of the job's finished runs, in the order of the seeds."""
-    files = [(seed, self._file(cfg)) for seed, cfg in job.seeded()]
-    found = [(seed, RunResult.from_json(json.loads(f.read_text()))) for seed, f in files if f.is_file()]
-    return [dataclasses.replace(r, variant=job.variant, task=job.task) for _, r in found]
-
-  def _execute(
-    self, what: str, jobs: Sequence[_RunGroup], after: Callable[[], Any] | None = None, *, together: bool = False
-  ) -> None:
-    """Runs the missing seeds of jobs and calls `after` after each run.
-
-    With `together`, jobs differ in numbers only: each process takes several jobs and compiles once.
-    """
-    work = []
-    for job in jobs:
-      missing = [(seed, self._file(c), c) for seed, c in job.seeded() if not self._file(c).is_file()]
-      if missing:
-        work.append((job, missing))
-    total = sum(len(m) for _, m in work)
-    if not total:
-      return
-    logger.info(f"{what}: {total} runs")
-    groups = [work[i :: self.jobs] for i in range(self.jobs)] if together else [[w] for w in work]
-    planned = [
-      [PlannedRun(job.variant, job.task, c, file) for job, missing in group for _, file, c in missing]
-      for group in groups
-      if group
-    ]
-    with ProgressBar(total=total, desc=what, unit=" runs", dynamic_ncols=True) as bar:
-      for line, n in self._parallel(planned):
-        bar.update(n)
-        bar.write(line)
-        if after is not None:
-          after()
-
-  def _parallel(self, planned: Sequence[list[PlannedRun]]) -> Iterator[tuple[str, int]]:
-    """Executes groups of runs in the study's processes; yields for each finished run a line and the number 1."""
-    if self.jobs == 1:
-      for group in planned:
-        for run in group:
-          yield self._tell(run, *execute([run]))
-      return
-    context = multiprocessing.get_context("spawn")
-    limit = _ThreadLimit(self.jobs, self.workdir / "compiled")
-    with limit, concurrent.futures.ProcessPoolExecutor(self.jobs, context, end_with, (os.getpid(),)) as pool:
-      futures = {pool.submit(execute, group): group for group in planned}
-      try:
-        yield from self._as_they_end(futures)
-      except concurrent.futures.process.BrokenProcessPool as error:
-        raise StudyError(
-          f"a process of the study was killed (out of memory?): {error} The runs that ended are kept; the same "
-          "command runs what is missing, with a smaller --jobs if memory is short."
-        ) from error
-
-  def _as_they_end(
-    self, futures: dict[concurrent.futures.Future[list[str | None]], list[PlannedRun]]
-  ) -> Iterator[tuple[str, int]]:
-    """Yields a line for each run as soon as its result file exists, long before its group has ended."""
-    told: set[pathlib.Path] = set()
-    while futures:
-      done, _ = concurrent.futures.wait(futures, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
-      for run in [r for group in futures.values() for r in group if r.file not in told and r.file.is_file()]:
-        told.add(run.file)
-        yield self._tell(run, None)
-      for future in done:
-        for run, error in zip(futures.pop(future), future.result()):
-          if error is not None:
-            yield self._tell(run, error)
-
-  def _tell(self, run: PlannedRun, error: str | None) -> tuple[str, int]:
-    if error is not None:
-      self._failed.append(f"{run.name}: {error}")
-      return f"  {run.name}: failed: {error}", 1
-    result = RunResult.from_json(json.loads(run.file.read_text()))
-    scores = {t: result.score(t, "validation") for t in result.tasks}
-    told = " ".join(f"{t}={s:.4f}" for t, s in scores.items() if s is not None)
-    return f"  {run.name}: {told} (validation, {result.seconds:.0f} s)", 1
-
-
-class _ThreadLimit:
-  """A context that sets environment variables for the processes started in it, and restores them afterwards.
-
-  Each process gets its share of the cores instead of competing for all, and all share one compilation cache.
+  That is the first variant without overrides whose weights are not tuned; if there is none, it is added as `base`. The
+  name is empty if the plan asks for no null variant.
   """
-
-  def __init__(self, jobs: int, cache: pathlib.Path):
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    several = "true" if threads > 1 else "false"
-    flags = f"--xla_cpu_multi_thread_eigen={several} intra_op_parallelism_threads={threads}"
-    self._values = {
-      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
-      "OMP_NUM_THREADS": str(threads),
-      "OPENBLAS_NUM_THREADS": str(threads),
-      "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache.absolute())),
-    }
-
-  def __enter__(self) -> None:
-    self._old = {n: os.environ.get(n) for n in self._values}
-    os.environ.update(self._values)
-
-  def __exit__(self, *unused: object) -> None:
-    for name, value in self._old.items():
-      if value is None:
-        os.environ.pop(name, None)
-      else:
-        os.environ[name] = value
-
-
-def _identity(cfg: config.Config, encoding: str) -> str:
-  """Returns the name of a run's result: a hash of everything that it depends on, without the path of its data."""
-  whole = config.to_dict(dataclasses.replace(cfg, seesaw=config.Seesaw()))
-  whole["data"].pop("path")
-  inactive = [n for n in whole["tasks"] if n not in cfg.active_tasks]
-  for name in inactive:
-    whole["tasks"].pop(name)
-  whole.pop("exclude_tasks")
-  text = json.dumps([FORMAT, encoding, whole], sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+  listed = dict(plan.variants) or dict(STANDARD)
+  if not plan.null:
+    return listed, ""
+  plain = next((n for n, overrides in listed.items() if not overrides and n != plan.tuned), "")
+  if not plain:
+    names = itertools.chain([BASE], (f"{BASE}_{i}" for i in itertools.count(2)))
+    plain = next(n for n in names if n not in listed)
+    listed[plain] = ()
+  return listed, plain
 
 
 def _possible(dataset: pathlib.Path) -> dict[str, dict[str, float]] | None:

@@ -361,3 +361,43 @@ def test_the_choice_on_validation_is_told():
   rows = {"safe": [[0.1, 0.5], [0.0, 0.6], [-0.1, 0.4]]}
   (sentence,) = [w for w in make(validated(rows))["words"] if w.startswith("On validation")]
   assert "safe is best" in sentence and "(none)" in sentence
+
+
+SAME = [[0.5, 2.0], [0.7, 1.8], [0.3, 2.2]]
+AGAIN = [[0.9, 1.6], [0.5, 2.2], [0.1, 1.8]]
+
+
+def test_the_null_variant_shows_what_chance_alone_does():
+  found = make(study({"tuned": BAD, "base": SAME, "null": AGAIN}), base="base", null="null")
+  differences = [np.mean(a) - np.mean(b) for a, b in zip(AGAIN, SAME)]
+  mean, low, high = slow_interval(differences)
+  noise = found["noise"]["mean_gain"]
+  assert (noise["mean"], noise["low"], noise["high"]) == pytest.approx((mean, low, high))
+  assert set(found["noise"]) == {"mean_gain", "worst_gain", "harm", "seesaw_index"}
+  assert make(study({"tuned": BAD, "base": SAME}))["noise"] is None
+
+
+def test_a_difference_within_what_chance_does_is_marked():
+  near = [[g - 0.1 for g in row] for row in SAME]
+  runs = study({"tuned": SAME, "near": near, "far": BAD, "base": SAME, "null": AGAIN})
+  found = make(runs, base="base", null="null")["variants"]
+  assert found["near"]["versus_tuned"]["mean_gain"]["significant"]  # paired seeds agree, and yet it is nothing
+  assert found["near"]["versus_tuned"]["mean_gain"]["within_noise"]
+  assert not found["far"]["versus_tuned"]["worst_gain"]["within_noise"]
+  unknown = make(study({"tuned": SAME, "near": near}))["variants"]["near"]["versus_tuned"]
+  assert unknown["mean_gain"]["within_noise"] is None
+
+
+def test_the_limit_of_chance_is_the_further_end_of_its_interval():
+  noise = {"mean": 0.1, "low": -0.4, "high": 0.6, "seeds": 3}
+  assert gains.within_noise(-0.6, noise) and gains.within_noise(0.5, noise) and not gains.within_noise(0.61, noise)
+  assert gains.within_noise(0.1, gains.estimate([0.1])) is None and gains.within_noise(None, noise) is None
+
+
+def test_the_null_variant_is_never_chosen_and_what_is_no_better_than_chance_is_named():
+  best, near = [[0.2, 0.9], [0.1, 1.0], [0.0, 0.8]], [[0.15, 0.9], [0.1, 0.95], [0.0, 0.8]]
+  again = [[9.0, 9.0], [0.1, 0.2], [-0.2, 0.5]]
+  runs = validated({"best": best, "near": near, "far": BAD, "null": again})
+  found = compare.on_validation(runs, ["best", "near", "far", "null"], base="best", null="null")
+  assert found["best"] == "best" and "near" in found["alike"]
+  assert compare.on_validation(runs, ["best", "near", "far"])["alike"] is None

@@ -80,7 +80,7 @@ def test_a_study_that_has_only_begun():
     "tuned: no run (seeds 0, 1).",
     "good: no run (seeds 0, 1).",
   ]
-  assert sentences.gains_table(found)[1] == ["tuned", *["–"] * 7]
+  assert sentences.gains_table(found)[1] == ["tuned", *["–"] * 8]
 
 
 def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
@@ -92,13 +92,24 @@ def test_without_tuned_weights_nothing_is_said_of_the_seesaw():
 def test_tables():
   found = make(study({"tuned": BAD, "good|v": GOOD}))
   rows = sentences.gains_table(found)
-  assert rows[0] == ["variant", "churn", "basket", "Δm", "worst Δ", "H", "worst Δ by seed", "H by seed", "lost"]
-  assert rows[1][0] == "tuned" and rows[1][-1] == "1/2"
+  assert rows[0] == [
+    "variant",
+    "churn",
+    "basket",
+    "Δm",
+    "worst Δ",
+    "H",
+    "worst Δ by seed",
+    "H by seed",
+    "lost",
+    "tries",
+  ]
+  assert rows[1][0] == "tuned" and rows[1][-2:] == ["1/2", "–"]
   assert rows[1][1] == "−3.03 ±0.38 ▼" and rows[1][2] == "+2.03 ±0.14 ▲"
-  assert all(len(r) == 9 for r in rows)
+  assert all(len(r) == 10 for r in rows)
   lines = sentences.gains_markdown(found).splitlines()
   assert lines[3].startswith("| good\\|v | ")
-  assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {10}
+  assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {11}
   assert "percent of what the single-task model has over a constant answer" in lines[-1]
 
 
@@ -112,3 +123,34 @@ def test_the_less_biased_harm_stands_first_and_the_text_says_why():
   row = dict(zip(rows[0], rows[1]))
   assert row["H"] == "0.00" and row["H by seed"].startswith("0.75")
   assert "noise makes worse" in sentences.gains_markdown(found)
+
+
+def test_words_say_what_chance_alone_does_and_which_differences_are_no_larger():
+  same = [[0.5, 2.0], [0.7, 1.8], [0.3, 2.2]]
+  near = [[g - 0.1 for g in row] for row in same]
+  again = [[0.9, 1.6], [0.5, 2.2], [0.1, 1.8]]
+  runs = study({"tuned": same, "near": near, "far": BAD, "base": same, "null": again})
+  found = make(runs, base="base", null="null")
+  words = " ".join(found["words"])
+  assert "What chance alone does: null is base trained again with other seeds" in words
+  (within,) = [w for w in found["words"] if w.startswith("Not told from tuned by more than chance alone does")]
+  assert "near" in within and "far" not in within
+  assert "no larger than chance alone makes it" in sentences.describe_variant(found, "near")
+  assert "its difference to base is chance alone" in sentences.describe_variant(found, "null")
+  assert "of 3 variants none improves" in words  # the null variant is no candidate
+  assert not any("how much chance alone does is unknown" in w for w in found["words"])
+  without = make(study({"tuned": same, "near": near}))
+  assert any("how much chance alone does is unknown" in w for w in without["words"])
+
+
+def test_a_claim_that_chance_could_make_says_so():
+  again = [[BAD[0][0] + 30, 2.0], [BAD[1][0] - 30, 2.1], [BAD[2][0], 2.0]]
+  found = make(study({"tuned": BAD, "good": GOOD, "null": again}), base="tuned", null="null")
+  (claim,) = [w for w in found["words"] if w.startswith("good reduces the seesaw")]
+  assert "But null differs from tuned as much in harm" in claim
+
+
+def test_the_number_of_tries_stands_in_the_table():
+  found = make(study({"tuned": BAD, "good": GOOD}), tuning={"tuned": {"rate": 2.0, "tries": 27}})
+  rows = sentences.gains_table(found)
+  assert [r[-1] for r in rows] == ["tries", "27", "–"]

@@ -16,8 +16,9 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.report.seesaw_page import write_study_files
+from supermoe_jax.seesaw import cached_runs, study_run, study_weights
 from supermoe_jax.seesaw import study as study_lib
-from supermoe_jax.seesaw import study_run, study_weights
+from supermoe_jax.seesaw.cached_runs import RunGroup
 from supermoe_jax.seesaw.run_result import RunResult
 from supermoe_jax.seesaw.study import study
 from supermoe_jax.seesaw.study_run import PlannedRun
@@ -47,6 +48,8 @@ def planned(cfg: config.Config, dataset: Dataset) -> config.Config:
     "seeds": [0, 1],
     "variants": {"tuned_static": [], "dense": ["model.moe_every=0", "train.weighting.method=equal"]},
     "static_candidates": 2,
+    "rates": [1.0],
+    "null": False,
   }
   return config.resolve(raw)
 
@@ -93,7 +96,7 @@ def trained(group: Sequence[PlannedRun]) -> list[str | None]:
 def execute(request: pytest.FixtureRequest) -> Iterator[Execute]:
   """What executes a study's runs: they are made up, or trained and evaluated."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(study_lib, "execute", request.param)
+    patch.setattr(cached_runs, "execute", request.param)
     yield request.param
 
 
@@ -195,7 +198,7 @@ def test_the_same_call_runs_nothing_again_and_a_lost_run_only(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   done: list[PlannedRun] = []
-  monkeypatch.setattr(study_lib, "execute", lambda group: done.extend(group) or execute(group))
+  monkeypatch.setattr(cached_runs, "execute", lambda group: done.extend(group) or execute(group))
   copy = tmp_path / "study"
   shutil.copytree(folder, copy)
   before = (copy / "seesaw.json").read_text()
@@ -229,7 +232,7 @@ def test_a_tasks_reference_is_the_candidate_that_is_best_on_validation(
   scores = {"same": 0.6, "slow": 0.8, "dense": 0.7}
   known = {course.singles["quiet"][n].hash(): score for n, score in scores.items()}
 
-  def found(job: study_lib._RunGroup) -> list[RunResult]:
+  def found(job: RunGroup) -> list[RunResult]:
     score = known[job.cfg.hash()]
     return [
       seesaw_runs.run(
@@ -242,8 +245,10 @@ def test_a_tasks_reference_is_the_candidate_that_is_best_on_validation(
       )
     ]
 
-  monkeypatch.setattr(course, "_results", found)
-  assert course._best_single("quiet") == best
+  monkeypatch.setattr(course.runs, "results", found)
+  monkeypatch.setattr(course.runs, "execute", lambda *a: None)
+  chosen = course.tuning.references({"quiet": course.singles["quiet"]})["quiet"]
+  assert chosen is not None and (chosen.candidate, chosen.tries) == (best, 3)
 
 
 def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
@@ -276,7 +281,9 @@ def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random
   weighted = config.override(planned, ["--config.tasks.quiet.weight=3.0", "--config.seesaw.static_candidates=4"])
   tried = []
   monkeypatch.setattr(
-    study_lib._Study, "_execute", lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning" in what else None
+    cached_runs.CachedRuns,
+    "execute",
+    lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning static" in what else None,
   )
   monkeypatch.setattr(study_lib.compare, "make_report", lambda *a, **k: {"words": []})
   study(weighted, tmp_path / "s")
@@ -301,7 +308,7 @@ def test_static_weights_are_those_that_are_best_on_validation(
       run.file.write_text(json.dumps(result))
     return [None] * len(group)
 
-  monkeypatch.setattr(study_lib, "execute", leave)
+  monkeypatch.setattr(cached_runs, "execute", leave)
   several = config.override(planned, ["--config.seesaw.static_candidates=6"])
   with messages() as said:
     report = study(several, tmp_path / "s")
@@ -370,9 +377,124 @@ def test_a_failed_run_is_named_and_the_others_are_kept(
   lost = [f for f in (copy / "runs").glob("*.json") if json.loads(f.read_text())["variant"] == "dense"]
   for file in lost:
     file.unlink()
-  monkeypatch.setattr(study_lib, "execute", lambda group: ["RunError: no luck"] * len(group))
+  monkeypatch.setattr(cached_runs, "execute", lambda group: ["RunError: no luck"] * len(group))
   with pytest.raises(StudyError, match=r"2 runs failed.*dense, seed 0: RunError: no luck"):
     study(planned, copy)
   report = json.loads((copy / "seesaw.json").read_text())
   assert report["variants"]["tuned_static"]["mean_gain"]["mean"] is not None
   assert any("dense" in line for line in report["missing"])
+
+
+def with_plan(planned: config.Config, **changes: Any) -> config.Config:
+  raw = config.to_dict(planned)
+  raw["seesaw"].update(changes)
+  return config.resolve(raw)
+
+
+def executed(monkeypatch: pytest.MonkeyPatch, execute: Execute = made_up) -> list[PlannedRun]:
+  """Returns the list of runs that studies execute from now on."""
+  done: list[PlannedRun] = []
+  monkeypatch.setattr(cached_runs, "execute", lambda group: done.extend(group) or execute(group))
+  return done
+
+
+def test_a_study_trains_the_config_again_with_other_seeds(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  done = executed(monkeypatch)
+  plan = with_plan(planned, null=True, tuned="", variants={"dense": planned.seesaw.variants["dense"]})
+  report = study(plan, tmp_path / "s", publish=write_study_files)
+  assert list(report["variants"]) == ["dense", "base", "null"]
+  assert (report["base"], report["null"]) == ("base", "null")
+  seeds = {n: sorted(r.cfg.train.seed for r in done if r.variant == n) for n in ("base", "null")}
+  assert seeds == {"base": [0, 1], "null": [1000, 1001]}
+  one, other = (next(r.cfg for r in done if r.variant == n) for n in ("base", "null"))
+  assert dataclasses.replace(other, train=dataclasses.replace(other.train, seed=0)) == one
+  assert report["variants"]["null"]["seeds"] == [0, 1]  # paired with the seeds of the study
+  assert report["noise"]["mean_gain"]["seeds"] == 2 and report["noise"]["mean_gain"]["low"] is not None
+  assert "What chance alone does" in (tmp_path / "s" / "seesaw.html").read_text()
+  assert not [r for r in done if r.variant == "null" and r.task]
+
+
+def test_the_null_variant_repeats_the_first_variant_without_overrides(planned: config.Config) -> None:
+  plan = dataclasses.replace(planned.seesaw, null=True)
+  named = dataclasses.replace(plan, variants={"tuned_static": (), "x": ("train.steps=1",), "plain": (), "last": ()})
+  assert study_lib.planned_variants(named) == (dict(named.variants), "plain")
+  listed, base = study_lib.planned_variants(plan)
+  assert base == "base" and listed["base"] == () and list(listed) == [*plan.variants, "base"]
+  assert study_lib.planned_variants(planned.seesaw) == (dict(planned.seesaw.variants), "")
+
+
+def test_every_variant_and_reference_tries_the_same_learning_rates_and_validation_chooses(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Single-task models are best with half the rate, `dense` with twice the rate, and all others with their own."""
+  own = planned.train.learning_rate
+
+  def leave(group: Sequence[PlannedRun]) -> list[str | None]:
+    for run in group:
+      made_up([run])
+      wanted = 0.5 if run.task else 2.0 if not run.cfg.model.moe_every else 1.0
+      right = run.cfg.train.learning_rate == pytest.approx(own * wanted)
+      result = json.loads(run.file.read_text())
+      for task, metric in result["main_metric"].items():
+        result["tasks"][task] = {
+          s: {metric: 0.7 if right == (s == "validation") else 0.6} for s in ("validation", "test")
+        }
+      run.file.write_text(json.dumps(result))
+    return [None] * len(group)
+
+  done = executed(monkeypatch, leave)
+  report = study(with_plan(planned, rates=[0.5, 1.0, 2.0], null=True), tmp_path / "s", publish=write_study_files)
+  assert {t: a["tuning"] for t, a in report["single"].items()} == {
+    t: {"rate": 0.5, "tries": 3} for t in report["tasks"]
+  }
+  tuning = {n: v["tuning"] for n, v in report["variants"].items()}
+  assert tuning["dense"] == {"rate": 2.0, "tries": 3} and tuning["base"] == {"rate": 1.0, "tries": 3}
+  # Tuned weights try two weightings more, of which the equal ones are the config's own and were tried before.
+  assert tuning["tuned_static"] == {"rate": 1.0, "tries": 4}
+  assert tuning["null"] == {"rate": 1.0, "tries": 0}
+  tables = planned.train.tables.learning_rate
+  expected = [f"train.learning_rate={2 * own:.9g}", f"train.tables.learning_rate={2 * tables:.9g}"]
+  assert report["variants"]["dense"]["overrides"][-2:] == expected
+  assert len({r.file for r in done}) == len(done)
+  page = (tmp_path / "s" / "seesaw.html").read_text()
+  assert ">tries<" in page and "keeps the one that is best on" in page
+  final = [r.cfg for r in done if r.variant == "dense" and r.cfg.train.seed == 1]
+  assert [(c.train.learning_rate, c.train.tables.learning_rate) for c in final] == [
+    pytest.approx((2 * own, 2 * tables))
+  ]
+
+
+def test_with_one_rate_nothing_is_tried(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  done = executed(monkeypatch)
+  report = study(with_plan(planned, tuned="", rates=[1.0]), tmp_path / "s")
+  assert len(done) == 2 * (2 + 2)  # seeds × (tasks + variants)
+  assert {v["tuning"]["tries"] for v in report["variants"].values()} == {0}
+
+
+def test_runs_of_equal_configs_are_done_once(
+  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  done = executed(monkeypatch)
+  dense = ["model.moe_every=0", "train.weighting.method=equal"]
+  plan = with_plan(planned, tuned="", variants={"one": dense, "other": dense})
+  report = study(plan, tmp_path / "s")
+  assert len({r.file for r in done}) == len(done) == 2 * (2 + 1)
+  assert report["variants"]["one"]["tasks"] == report["variants"]["other"]["tasks"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"rates": []}, "at least one factor"),
+    ({"rates": [1.0, -1.0]}, "each positive"),
+    ({"rates": [1.0, 1.0]}, "named once"),
+    ({"null": True, "variants": {"null": [], "tuned_static": []}}, "set null=False"),
+  ],
+)
+def test_a_plan_that_cannot_work_is_an_error(planned: config.Config, changes: dict[str, Any], message: str) -> None:
+  with pytest.raises(ConfigError, match=message):
+    with_plan(planned, **changes)
