@@ -20,6 +20,7 @@ from supermoe_jax.config.schema import (
   Field,
   Mesh,
   Model,
+  Seesaw,
   Split,
   Tables,
   Train,
@@ -29,7 +30,6 @@ from supermoe_jax.config.schema import (
   parse_time,
   to_dict,
 )
-from supermoe_jax.config.seesaw import Seesaw
 from supermoe_jax.config.tables import Aggregates, ItemTable, Source, TextFormat, UserTable
 from supermoe_jax.config.tasks import (
   TASK_KINDS,

@@ -15,6 +15,7 @@ from supermoe_jax.config.schema import Evaluate as Evaluate
 from supermoe_jax.config.schema import Field as Field
 from supermoe_jax.config.schema import Mesh as Mesh
 from supermoe_jax.config.schema import Model as Model
+from supermoe_jax.config.schema import Seesaw as Seesaw
 from supermoe_jax.config.schema import Split as Split
 from supermoe_jax.config.schema import Tables as Tables
 from supermoe_jax.config.schema import Train as Train
@@ -23,7 +24,6 @@ from supermoe_jax.config.schema import Weighting as Weighting
 from supermoe_jax.config.schema import format_time as format_time
 from supermoe_jax.config.schema import parse_time as parse_time
 from supermoe_jax.config.schema import to_dict as to_dict
-from supermoe_jax.config.seesaw import Seesaw as Seesaw
 from supermoe_jax.config.tables import Aggregates as Aggregates
 from supermoe_jax.config.tables import ItemTable as ItemTable
 from supermoe_jax.config.tables import Source as Source

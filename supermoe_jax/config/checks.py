@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from supermoe_jax.config.aggregate_checks import check_aggregates
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, parse_time
-from supermoe_jax.config.task_checks import check_study, check_tasks, check_weighting
+from supermoe_jax.config.task_checks import check_study, check_tasks, check_user_folds, check_weighting
 from supermoe_jax.config.task_checks import require as _require
 from supermoe_jax.config.text_settings import check_text_format
 from supermoe_jax.errors import nearest
@@ -18,6 +18,7 @@ def check_config(config: Config) -> None:
   check_tasks(config)
   _check_sizes(config)
   check_weighting(config)
+  check_user_folds(config)
   check_study(config.seesaw)
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from supermoe_jax.config.seesaw import Seesaw
 from supermoe_jax.config.tables import ADDED_LATER, Aggregates, Source, UserTable
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
@@ -96,9 +95,7 @@ class Split:
   train_start: str = ""  # earliest training snapshot; empty: `every_days` after the first event (calendar), or no bound
   train_end: str = ""
   snapshots: Literal["calendar", "every_events", "end"] = "calendar"
-  every_days: float = (
-    5.0  # calendar: distance of training snapshots, back from train_end; whole weeks would meet one weekday only
-  )
+  every_days: float = 5.0  # calendar: distance, back from train_end; whole weeks would meet one weekday only
   every_events: int = 10  # every_events: k
   validation: tuple[str, ...] = ()  # snapshot times; empty (temporal): none, so that train_end may lie later
   test: tuple[str, ...] = ()  # empty (temporal): none, and validation windows may reach to the end of the log
@@ -275,6 +272,8 @@ class Train:
   norm: Literal["rate", "batch", "sum"] = "rate"  # divisor of a task's summed loss: ρ·B, Σδω, or none
   missing: Literal["masked", "negative"] = "masked"  # negative: a control that treats unknown labels as 0
   weighting: Weighting = Weighting()
+  user_folds: int = dataclasses.field(default=0, metadata=ADDED_LATER)  # see `data/dataset/user_folds.py`; 0: none
+  user_fold: int = dataclasses.field(default=0, metadata=ADDED_LATER)  # the fold whose users of user labels are tested
   balance_rate: float = 0.0  # step size of the routers' bias (loss-free balancing, arXiv 2408.15664); 0: no bias
   checkpoint_every: int = 200
   checkpoints_kept: int = 2  # number of newest checkpoints
@@ -295,6 +294,26 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Seesaw:
+  """The runs of `supermoe seesaw`: single-task references and variants of this config, over several seeds.
+
+  Variants and candidates are lists of overrides such as "train.weighting.method=seesaw". A task's single-task reference
+  is the candidate of `single` that is best on validation, and every model tries the `rates`. The variant named in
+  `tuned` gets the static weights that are best on validation among `static_candidates`: equal and random ones.
+  """
+
+  seeds: tuple[int, ...] = (0, 1, 2)  # the first seed also tunes
+  variants: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # empty: the standard variants
+  single: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # empty: this config with one task
+  rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors of both learning rates to try; (1.0,): nothing is tried
+  null: bool = True  # trains the variant without overrides again with other seeds: what chance alone does
+  user_folds: int = 5  # each seed tests another fold of the users of user labels; 0: all test the dataset's own
+  tuned: str = "tuned_static"  # empty: no variant is tuned
+  static_candidates: int = 8
+  static_spread: float = 3.0  # weights are drawn log-uniformly from [1/spread, spread]
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """The settings of a whole run."""
 
@@ -304,7 +323,7 @@ class Config:
   model: Model = Model()
   train: Train = Train()
   evaluate: Evaluate = Evaluate()
-  seesaw: Seesaw = dataclasses.field(default_factory=Seesaw)
+  seesaw: Seesaw = Seesaw()
 
   @property
   def labelled_tasks(self) -> dict[str, LabelledTask]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fnmatch
 
 from supermoe_jax.config.kind_checks import check_kind, require
-from supermoe_jax.config.schema import Config
-from supermoe_jax.config.seesaw import Seesaw
+from supermoe_jax.config.schema import Config, Seesaw
 from supermoe_jax.config.tasks import LabelledTask
 from supermoe_jax.config.tasks.condition import parse_sample_space
 from supermoe_jax.errors import nearest
@@ -102,6 +101,31 @@ def check_weighting(config: Config) -> None:
     require(getattr(model, key) > 0, f"config.model.{key}={getattr(model, key)} must be positive.")
 
 
+def check_user_folds(config: Config) -> None:
+  """Raises ConfigError for folds of users that the dataset cannot give."""
+  train, path = config.train, "config.train.user_folds"
+  if not train.user_folds:
+    require(train.user_fold == 0, f"config.train.user_fold={train.user_fold} needs {path}: name the number of folds.")
+    return
+  require(
+    train.user_folds >= 2, f"{path}={train.user_folds} must be at least 2, or 0 for the dataset's own test users."
+  )
+  require(
+    0 <= train.user_fold < train.user_folds,
+    f"config.train.user_fold={train.user_fold} must lie in [0, {train.user_folds}), which {path} allows.",
+  )
+  require(
+    can_fold_users(config),
+    f"{path}={train.user_folds} needs a split of another mode than 'user', which fits vocabularies on its training "
+    "users, and no task of kind 'dated_label', whose snapshots hold no user labels; set it to 0.",
+  )
+
+
+def can_fold_users(config: Config) -> bool:
+  """Returns whether runs of this data can deal the users of user labels anew without another preparation."""
+  return config.data.split.mode != "user" and not any(t.asks_at_rows for t in config.labelled_tasks.values())
+
+
 def check_study(study: Seesaw) -> None:
   """Raises ConfigError for a `supermoe seesaw` study that can never work.
 
@@ -113,6 +137,10 @@ def check_study(study: Seesaw) -> None:
   require(
     bool(study.rates) and min(study.rates) > 0 and len(set(study.rates)) == len(study.rates),
     f"{path}.rates={study.rates}: name at least one factor of the learning rates, each positive and named once.",
+  )
+  require(
+    study.user_folds == 0 or study.user_folds >= 2,
+    f"{path}.user_folds={study.user_folds} must be at least 2, or 0 for the dataset's own test users.",
   )
   require(
     not study.null or "null" not in study.variants,

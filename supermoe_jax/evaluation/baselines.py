@@ -9,6 +9,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import ABSENT
+from supermoe_jax.data.dataset import user_folds
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.encoding.histories import UserBlock
@@ -194,7 +195,7 @@ class AggregateModels:
     each |= {n: max(most // 4, 1) for n, t in tasks.items() if t.answer == "survival"}
     rng = np.random.default_rng(0)
     for index in range(users):  # records are shuffled: any prefix is a sample
-      record = dataset[index]
+      record = user_folds.dealt_record(dataset[index], cfg)
       known = {n: _known(record, t, n, spaces[n]) for n, t in tasks.items()}
       split = record["snapshot_split"]
       fit = {n: _fitted(np.flatnonzero((split == TRAIN) & known[n]), each[n], t, rng) for n, t in tasks.items()}

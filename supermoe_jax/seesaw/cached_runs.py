@@ -50,10 +50,11 @@ class RunGroup:
   seeds: tuple[int, ...]
   offset: int = 0
 
-  def seeded(self) -> Iterator[tuple[int, config.Config]]:
-    """Yields each seed with its config."""
-    for seed in self.seeds:
-      train = dataclasses.replace(self.cfg.train, seed=seed + self.offset)
+  def seeded(self, user_folds: int = 0) -> Iterator[tuple[int, config.Config]]:
+    """Yields each seed with its config; with `user_folds` each seed has the next fold of users."""
+    for i, seed in enumerate(self.seeds):
+      fold = i % user_folds if user_folds else 0
+      train = dataclasses.replace(self.cfg.train, seed=seed + self.offset, user_folds=user_folds, user_fold=fold)
       yield seed, dataclasses.replace(self.cfg, train=train)
 
 
@@ -64,9 +65,17 @@ class CachedRuns:
     failed: a message for each run that failed.
   """
 
-  def __init__(self, workdir: pathlib.Path, encoding: str, jobs: int):
-    """Keeps results in `workdir`, of a dataset with the hash `encoding`; `jobs` processes train in parallel."""
+  def __init__(self, workdir: pathlib.Path, encoding: str, jobs: int, user_folds: int = 0):
+    """Keeps results in a directory and runs what is missing.
+
+    Args:
+      workdir: the study's directory.
+      encoding: the hash of the dataset's encoding.
+      jobs: processes that train in parallel.
+      user_folds: the number of folds of users that the seeds go through; 0 for the dataset's own test users.
+    """
     self.failed: list[str] = []
+    self._user_folds = user_folds
     self._workdir, self._encoding, self._jobs = workdir, encoding, jobs
 
   def file(self, cfg: config.Config) -> pathlib.Path:
@@ -75,7 +84,7 @@ class CachedRuns:
 
   def results(self, job: RunGroup) -> list[RunResult]:
     """Returns the results of the job's finished runs, in the order of the seeds."""
-    files = [(seed, self.file(cfg)) for seed, cfg in job.seeded()]
+    files = [(seed, self.file(cfg)) for seed, cfg in job.seeded(self._user_folds)]
     found = [(seed, RunResult.from_json(json.loads(f.read_text()))) for seed, f in files if f.is_file()]
     return [dataclasses.replace(r, variant=job.variant, task=job.task, seed=seed) for seed, r in found]
 
@@ -89,11 +98,11 @@ class CachedRuns:
     work: list[list[PlannedRun]] = []
     planned: set[pathlib.Path] = set()
     for job in jobs:
-      missing = {self.file(c): PlannedRun(job.variant, job.task, c, self.file(c)) for _, c in job.seeded()}
-      missing = {f: run for f, run in missing.items() if f not in planned and not f.is_file()}
-      planned |= set(missing)
+      runs = [PlannedRun(job.variant, job.task, c, self.file(c)) for _, c in job.seeded(self._user_folds)]
+      missing = [run for run in runs if run.file not in planned and not run.file.is_file()]
+      planned |= {run.file for run in missing}
       if missing:
-        work.append(list(missing.values()))
+        work.append(missing)
     total = len(planned)
     if not total:
       return

@@ -71,6 +71,8 @@ def make_report(
   null: str = "",
   tuning: Mapping[str, Mapping[str, Any]] | None = None,
   single_tuning: Mapping[str, Mapping[str, Any]] | None = None,
+  folds: Mapping[str, int] | None = None,
+  asked_share: float = 0.0,
 ) -> Report:
   """Makes the report of a study, finished or not; `missing` names every gap.
 
@@ -88,6 +90,9 @@ def make_report(
     null: the variant that repeats `base` with other seeds; "" without one.
     tuning: for a variant, the `rate` that was chosen, a factor of its learning rates, and the number of `tries`.
     single_tuning: the same for the single-task model of a task.
+    folds: for a task whose seeds test different users, the number of folds of the users. Its `labels` are those of all
+      seeds together.
+    asked_share: (tested users / training users) of these folds, by which their intervals are widened.
 
   Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. A variant's
     `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are computed in each seed with a gain for all `compared` tasks,
@@ -100,7 +105,8 @@ def make_report(
     experts have no order, so a mean over seeds would mean nothing.
   Raises: ValueError: two runs of one seed, or two main metrics of one task.
   """
-  study = StudyScores(runs, tasks, variants, seeds)
+  folds = folds or {}
+  study = StudyScores(runs, tasks, variants, seeds, folded=folds, asked_share=asked_share)
   labels, possible = labels or {}, possible or {}
   out: Report = {
     "format": FORMAT,
@@ -109,6 +115,7 @@ def make_report(
         "metric": study.metric[t],
         "lower_is_better": study.metric[t] in LOWER_IS_BETTER,
         "labels": labels.get(t),
+        "folds": folds.get(t),
         "possible": dict(possible[t]) if t in possible else None,
       }
       for t in study.tasks
@@ -124,8 +131,8 @@ def make_report(
     "noise": (noise := _noise(study, base, null)),
     "single": {
       t: {
-        "score": estimate(study.single[t].values()),
-        "over_constant": estimate(study.over_constant[t].values()),
+        "score": study.estimate(study.single[t].values(), t),
+        "over_constant": study.estimate(study.over_constant[t].values(), t),
         "share_of_possible": _share(study.single[t], possible.get(t)),
         "tuning": dict((single_tuning or {}).get(t, UNTUNED)),
         **_sizes(study.singles.get(t, {})),
@@ -172,10 +179,10 @@ def _variant(
   runs, gains, summaries = study.shared[name], study.gains[name], study.summaries(name)
   tasks: dict[str, dict[str, Any]] = {}
   for task in study.tasks:
-    score, found = study.score[name][task], estimate(gains[task].values())
+    score, found = study.score[name][task], study.estimate(gains[task].values(), task)
     share = _share(score, possible.get(task))
     tasks[task] = {
-      "score": estimate(score.values()),
+      "score": study.estimate(score.values(), task),
       "gain": found,
       "verdict": verdict(found),
       "share_of_possible": share,
@@ -189,7 +196,7 @@ def _variant(
     "tasks": tasks,
     "lost": [t for t in study.compared if tasks[t]["verdict"] == "lost"],
     "gained": [t for t in study.compared if tasks[t]["verdict"] == "gained"],
-    **{k: estimate(v.values()) for k, v in summaries.items()},
+    **{k: study.estimate(v.values()) for k, v in summaries.items()},
     "of_mean_gains": {k: SUMMARIES[k](means) if whole else None for k in ("worst_gain", "harm", "seesaw_index")},
     **_sizes(runs),
     "seconds": float(np.mean([r.seconds for r in runs.values()])) if runs else None,
@@ -203,7 +210,9 @@ def _variant(
 def _differences(study: StudyScores, name: str, to: str) -> dict[str, Estimate]:
   """Returns the differences of one variant's summaries to another's in the seeds that both have."""
   summaries, other = study.summaries(name), study.summaries(to)
-  return {key: estimate(v - other[key][s] for s, v in summaries[key].items() if s in other[key]) for key in SUMMARIES}
+  return {
+    key: study.estimate(v - other[key][s] for s, v in summaries[key].items() if s in other[key]) for key in SUMMARIES
+  }
 
 
 def _noise(study: StudyScores, base: str, null: str) -> dict[str, Estimate] | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from supermoe_jax.evaluation.intervals import student_t
+from supermoe_jax.evaluation.intervals import interval_from_folds, student_t
 from supermoe_jax.evaluation.metrics import improvement
 
 # An estimate over seeds: {"mean", "low", "high", "seeds"}; mean is None without a seed, low and high below two seeds.
@@ -85,10 +85,14 @@ SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
 }
 
 
-def estimate(values: Iterable[float]) -> Estimate:
-  """Returns the mean over seeds, one value each, with its 95 % Student-t interval if there are two seeds or more."""
+def estimate(values: Iterable[float], asked_share: float = 0.0) -> Estimate:
+  """Returns the mean over seeds, one value each, with its 95 % Student-t interval if there are two seeds or more.
+
+  Where seeds are folds of users, `asked_share` is (tested users / training users), by which the interval is widened,
+  because folds share most of their training users; see `intervals.interval_from_folds`.
+  """
   listed = list(values)
-  mean, low, high = student_t(listed)
+  mean, low, high = interval_from_folds(listed, asked_share) if asked_share else student_t(listed)
   return {"mean": mean, "low": low, "high": high, "seeds": len(listed)}
 
 

@@ -15,18 +15,18 @@ from supermoe_jax.seesaw.gains import constant_score
 SINGLE = "single"
 
 # Parts that files of earlier versions lack, and that are then empty.
-_EMPTY = ("expert_load", "constants", "constant_scores")
+_EMPTY = ("expert_load", "constants", "constant_scores", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
   """The result of one trained and evaluated model.
 
-  `tasks[task][split][metric]` are its scores. `losses[task]` are training losses over the loss of the best constant
-  prediction, `constants[task]`. `constant_scores[task][split]` are the main metrics of an answer that ignores the user,
-  where a metric does not tell them by itself; see `constant`. `weights` has `step` and each task's weights at these
-  steps; `cosine` has the `matrix` of gradient cosines in the order of its `tasks`; `expert_load[task]` has the
-  `load [M, E]` of the MoE layers and, if gates mix the tasks' views, a `gate [E]`.
+  `tasks[task][split][metric]` are its scores on `labels[task][split]` labels. `losses[task]` are training losses over
+  the loss of the best constant prediction, `constants[task]`. `constant_scores[task][split]` are the main metrics of an
+  answer that ignores the user, where a metric does not tell them by itself; see `constant`. `weights` has `step` and
+  each task's weights at these steps; `cosine` has the `matrix` of gradient cosines in the order of its `tasks`;
+  `expert_load[task]` has the `load [M, E]` of the MoE layers and, if gates mix the tasks' views, a `gate [E]`.
   """
 
   variant: str
@@ -43,6 +43,7 @@ class RunResult:
   cosine: Mapping[str, Any] | None = None
   expert_load: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  labels: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
   constant_scores: Mapping[str, Mapping[str, float | None]] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:

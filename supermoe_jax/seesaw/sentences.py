@@ -143,11 +143,22 @@ def warnings(found: Report) -> list[str]:
       f"Few seeds: {only}these estimates rest on {_count(fewest, 'seed')}. With fewer than {FEW_SEEDS} an interval is "
       "wide or none, and a difference that is not called one may well be there."
     )
-  few = {t: a["labels"] for t, a in found["tasks"].items() if a["labels"] is not None and a["labels"] < FEW_LABELS}
-  if few:
+  few = {t: a for t, a in found["tasks"].items() if a["labels"] is not None and a["labels"] < FEW_LABELS}
+  if same := [f"{t} has {a['labels']:,}" for t, a in few.items() if not a["folds"]]:
     out.append(
-      f"Few test labels: {', '.join(f'{t} has {n:,}' for t, n in few.items())}. All seeds are scored on the same "
-      "labels, so an interval over seeds does not cover variation between samples of labels."
+      f"Few test labels: {', '.join(same)}. All seeds are scored on the same labels, so an interval over seeds does "
+      "not cover variation between samples of labels."
+    )
+  if several := [f"{t} has {a['labels']:,}" for t, a in few.items() if a["folds"]]:
+    out.append(
+      f"Few test labels: {', '.join(several)}. Each seed tests other users, so an interval over seeds covers variation "
+      "between samples of labels."
+    )
+  short = {t: a["folds"] for t, a in found["tasks"].items() if a["folds"] and a["folds"] > len(found["seeds"])}
+  if short:
+    out.append(
+      f"Some users are not tested: {', '.join(short)} have {max(short.values())} folds of users and the study has "
+      f"{_count(len(found['seeds']), 'seed')}, each of which tests one."
     )
   if found["noise"] is None and found["variants"]:
     out.append(

@@ -17,6 +17,7 @@ import time as clock
 from collections.abc import Callable, Mapping, Sequence
 
 from supermoe_jax import atomic_files, config
+from supermoe_jax.config.task_checks import can_fold_users
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError, nearest
 from supermoe_jax.seesaw import compare, sentences, study_weights
@@ -113,7 +114,9 @@ class _Study:
       for task in self.tasks
     }
     (workdir / "runs").mkdir(parents=True, exist_ok=True)
-    self.runs = CachedRuns(workdir, dataset.manifest["encoding_hash"], jobs)
+    self.folded = folded_tasks(cfg)
+    folds = self.plan.user_folds if self.folded else 0
+    self.runs = CachedRuns(workdir, dataset.manifest["encoding_hash"], jobs, folds)
     self.tuning = Tuning(self.runs, self.plan)
 
   def _varied(self, path: str, cfg: config.Config, overrides: Sequence[str]) -> config.Config:
@@ -192,6 +195,9 @@ class _Study:
     runs = [r for results in references.values() for r in results]
     runs += [r for job in jobs for r in self.runs.results(job)]
     labels = {t: self._manifest["labels"][t]["test"]["known"] for t in self.tasks}
+    # Seeds beyond the number of folds test the same users again.
+    tested = {t: references.get(t, ())[: self.plan.user_folds] for t in self.folded}
+    labels |= {t: sum(r.labels.get(t, {}).get("test", 0) for r in of) for t, of in tested.items()}
     overrides = dict(self.overrides)
     tuning = {n: {"rate": c.rate, "tries": c.tries} for n, c in choices.items()}
     if self.null:  # it has the choice of its base and made none
@@ -205,6 +211,8 @@ class _Study:
       overrides=overrides,
       possible=_possible(pathlib.Path(self.cfg.data.path)),
       labels=labels,
+      folds=dict.fromkeys(self.folded, self.plan.user_folds),
+      asked_share=asked_share(self.cfg),
       seeds=self.plan.seeds,
       references={t: c.candidate if c else None for t, c in alone.items()},
       tuning=tuning,
@@ -214,6 +222,19 @@ class _Study:
     file = self.workdir / "seesaw.json"
     atomic_files.write_file(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+def folded_tasks(cfg: config.Config) -> list[str]:
+  """Returns the active tasks whose users each seed deals anew; none if the data cannot, or the plan has no folds."""
+  if not cfg.seesaw.user_folds or not can_fold_users(cfg):
+    return []
+  return [n for n, t in cfg.active_views.items() if t.user_column]
+
+
+def asked_share(cfg: config.Config) -> float:
+  """Returns (tested users / training users) of a fold of the study's users; 0 without folds."""
+  folds, rest = cfg.seesaw.user_folds, 1 - cfg.data.split.user_validation
+  return (rest / folds) / (rest - rest / folds) if folds else 0.0
 
 
 def planned_variants(plan: config.Seesaw) -> tuple[dict[str, tuple[str, ...]], str]:

@@ -102,6 +102,7 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
     weights={"step": [r["step"] for r in rows], **{t: [r["weights"][t] for r in rows] for t in cfg.active_tasks}},
     cosine=gradient_cosines.gradient_cosines(run) if len(cfg.active_views) > 1 else None,
     expert_load=found["expert_load"],
+    labels={t: {s: found["splits"][s].get(t, {}).get("labels", 0) for s in found["splits"]} for t in cfg.active_views},
     constant_scores=constant_scores.main_scores(_popularity(cfg), found["main_metric"]),
   )
   shutil.rmtree(workdir)
@@ -136,7 +137,9 @@ class _QueryKey:
   def __init__(self, cfg: config.Config):
     self.cfg = cfg
     tasks = {n: config.to_dict(dataclasses.replace(t, weight=1.0)) for n, t in cfg.tasks.items()}
-    self._same = json.dumps([cfg.data.path, tasks, cfg.model.max_events, cfg.evaluate.batch_rows], sort_keys=True)
+    folds = [cfg.train.user_folds, cfg.train.user_fold]
+    given = [cfg.data.path, tasks, cfg.model.max_events, cfg.evaluate.batch_rows, folds]
+    self._same = json.dumps(given, sort_keys=True)
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, _QueryKey) and self._same == other._same

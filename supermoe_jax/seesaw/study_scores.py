@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from supermoe_jax.evaluation.metrics import improvement
-from supermoe_jax.seesaw.gains import SUMMARIES, relative_gain
+from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, relative_gain
 from supermoe_jax.seesaw.run_result import SINGLE, RunResult
 
 
@@ -36,7 +36,10 @@ class StudyScores:
     variants: Sequence[str],
     seeds: Sequence[int],
     split: str = "test",
+    folded: Collection[str] = (),
+    asked_share: float = 0.0,
   ):
+    self._folded, self._asked_share = folded, asked_share
     self.singles: dict[str, dict[int, RunResult]] = {}
     self.shared: dict[str, dict[int, RunResult]] = {v: {} for v in variants}
     for run in sorted(runs, key=lambda r: r.seed):
@@ -84,6 +87,14 @@ class StudyScores:
     """Returns what a task's gains are measured by; 0 if it is not known."""
     found = self.over_constant[task].values()
     return sum(found) / len(found) if found else 0.0
+
+  def estimate(self, values: Iterable[float], task: str = "") -> Estimate:
+    """Returns the mean over seeds with its interval, of a task, or of a summary of all compared tasks.
+
+    The interval is widened where seeds are folds of users, for a summary if one of its tasks is scored so.
+    """
+    folded = task in self._folded if task else any(t in self._folded for t in self.compared)
+    return estimate(values, self._asked_share if folded else 0.0)
 
   def complete(self, variant: str) -> list[int]:
     """Returns the seeds in which every compared task has a gain; in other seeds, means would be over fewer tasks."""

@@ -401,3 +401,19 @@ def test_the_null_variant_is_never_chosen_and_what_is_no_better_than_chance_is_n
   found = compare.on_validation(runs, ["best", "near", "far", "null"], base="best", null="null")
   assert found["best"] == "best" and "near" in found["alike"]
   assert compare.on_validation(runs, ["best", "near", "far"])["alike"] is None
+
+
+def test_intervals_over_folds_of_users_are_wider():
+  """Folds share most of their training users, so their scores vary less than those of independent samples would."""
+  runs = study({"tuned": BAD, "good": GOOD})
+  plain = make(runs)["variants"]["good"]
+  folded = make(runs, folds={"churn": 3}, asked_share=0.5)["variants"]["good"]
+  wider = math.sqrt((1 / 3 + 0.5) / (1 / 3))
+
+  def width(found):
+    return found["high"] - found["low"]
+
+  assert width(folded["tasks"]["churn"]["gain"]) == pytest.approx(wider * width(plain["tasks"]["churn"]["gain"]))
+  assert folded["tasks"]["basket"] == plain["tasks"]["basket"]
+  assert width(folded["mean_gain"]) == pytest.approx(wider * width(plain["mean_gain"]))
+  assert width(folded["versus_tuned"]["harm"]) == pytest.approx(wider * width(plain["versus_tuned"]["harm"]))

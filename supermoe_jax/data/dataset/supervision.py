@@ -18,6 +18,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import Targets
+from supermoe_jax.data.dataset import user_folds
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.windows import pad
 from supermoe_jax.data.encoding.histories import UserHistory
@@ -41,7 +42,7 @@ class Supervision:
     task's `out_space_weight`, and a label that training cannot use is unknown. Without, samples outside the sample
     space are left out, because metrics are about the sample space itself.
     """
-    labelled = cfg.labelled_tasks
+    labelled, self._cfg = cfg.labelled_tasks, cfg
     self.tasks = {n: labelled[n] for n in cfg.active_tasks if n in labelled}
     self._training = training
     self._fill = training and cfg.train.missing == "negative"
@@ -63,6 +64,7 @@ class Supervision:
     The arrays of an event label are `[S, m]`, its `given` is `[S, m, G]`.
     """
     labels = _EventLabels(self._kinds_at_events, history)
+    record = user_folds.dealt_record(record, self._cfg)
     out = {}
     for name, task in self.tasks.items():
       if task.about_events:

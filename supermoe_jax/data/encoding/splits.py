@@ -15,10 +15,29 @@ def user_split(user: str, split: config.Split) -> int:
 
   With mode `user` all of the user's snapshots belong there.
   """
-  share = int.from_bytes(hashlib.md5(user.encode()).digest()[:8], "little") / 2**64
+  share = _user_share(user)
   if share < split.user_test:
     return TEST
   return VALIDATION if share < split.user_test + split.user_validation else TRAIN
+
+
+def fold_split(user: str, split: config.Split, fold: int, folds: int) -> int:
+  """Assigns a user to TRAIN, VALIDATION or TEST in a fold of user labels.
+
+  The validation users are those of `user_split`, in every fold: what is chosen by validation is then never chosen by a
+  user who is tested. All other users are dealt into `folds` parts by the same hash. Fold k tests part k and trains on
+  the others, so over all folds each of these users is tested once, by a model that was not trained on the user's label.
+  """
+  share, test = _user_share(user), split.user_test
+  if user_split(user, split) == VALIDATION:
+    return VALIDATION
+  place = (share if share < test else share - split.user_validation) / (1 - split.user_validation)
+  return TEST if min(int(place * folds), folds - 1) == fold else TRAIN
+
+
+def _user_share(user: str) -> float:
+  """Returns a number in [0, 1) by the user's hash."""
+  return int.from_bytes(hashlib.md5(user.encode()).digest()[:8], "little") / 2**64
 
 
 def user_split_sql(column: str, split: config.Split) -> str:
