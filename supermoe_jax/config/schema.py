@@ -243,8 +243,7 @@ class Validate:
   snapshots: int = 0  # largest number of snapshots, the same ones each time; 0: all
   metric: str = ""  # metric of the best checkpoint, "task/metric"; empty: mean of the main metrics by √labels
   checkpoints_kept: int = 1  # number of best checkpoints, kept in addition to the newest
-  # A task whose main metric was best this many validations ago trains only its head from there on; 0: every task goes
-  # on to the end.
+  # A task whose main metric was best this many validations ago trains only its head from there on; 0: none does.
   task_patience: int = dataclasses.field(default=0, metadata=ADDED_LATER)
 
 

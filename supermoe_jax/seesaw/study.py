@@ -20,7 +20,7 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.config.task_checks import can_fold_users
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError, nearest
-from supermoe_jax.seesaw import compare, sentences, study_weights
+from supermoe_jax.seesaw import compare, sentences
 from supermoe_jax.seesaw.cached_runs import CachedRuns, RunGroup
 from supermoe_jax.seesaw.run_result import SINGLE, RunResult
 from supermoe_jax.seesaw.tuning import Choice, Tuning

@@ -44,7 +44,7 @@ class Loss(NamedTuple):
   """The loss of a batch and its parts.
 
   Attributes:
-    total: float32, the whole loss, which a step differentiates.
+    total: float32, the loss that a step differentiates.
     tasks: the sums of each task.
     seen: which tasks have a label in the batch, and their losses, `[T]` each.
     weights: float32 `[T]`, the task weights w.

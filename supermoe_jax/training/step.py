@@ -27,7 +27,7 @@ from supermoe_jax.training.step_metrics import StepMetrics
 from supermoe_jax.training.task_losses import TaskStatistics
 
 # Training settings that the compiled step does not depend on.
-RUN_ONLY = (
+RUN_ONLY: tuple[str, ...] = (
   "seed",
   "workers",
   "checkpoint_every",
@@ -35,8 +35,8 @@ RUN_ONLY = (
   "validate",
   "log_every",
   "nonfinite_steps",
-  "hang_seconds",
 )
+RUN_ONLY += ("hang_seconds", "user_folds", "user_fold")
 
 
 class TrainState(NamedTuple):

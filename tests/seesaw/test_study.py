@@ -268,17 +268,6 @@ def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
   assert weights == {"tuned_static": {"pages": 1.0, "quiet": 3.0}, "dense": {"pages": 1.0, "quiet": 1.0}}
 
 
-def test_seesaw_weights_refer_to_what_a_task_reaches_alone_on_validation(
-  folder: pathlib.Path, planned: config.Config
-) -> None:
-  runs = {t: [r for r in results(folder) if r.task == t] for t in ("pages", "quiet")}
-  cfg = config.override(planned, ["--config.train.weighting.method=seesaw"])
-  known = study_weights.with_references(cfg, runs).train.weighting.references
-  for task, found in runs.items():
-    reached = [r.tasks[task]["validation"]["log_loss"] / r.constants[task] for r in found]
-    assert known[task] == pytest.approx(sum(reached) / len(reached), abs=1e-4)
-
-
 def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random_ones(
   planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
