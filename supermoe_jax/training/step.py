@@ -27,16 +27,8 @@ from supermoe_jax.training.step_metrics import StepMetrics
 from supermoe_jax.training.task_losses import TaskStatistics
 
 # Training settings that the compiled step does not depend on.
-RUN_ONLY: tuple[str, ...] = (
-  "seed",
-  "workers",
-  "checkpoint_every",
-  "checkpoints_kept",
-  "validate",
-  "log_every",
-  "nonfinite_steps",
-)
-RUN_ONLY += ("hang_seconds", "user_folds", "user_fold")
+RUN_ONLY: tuple[str, ...] = ("seed", "workers", "checkpoint_every", "checkpoints_kept", "validate", "log_every")
+RUN_ONLY += ("nonfinite_steps", "hang_seconds", "user_folds", "user_fold")
 
 
 class TrainState(NamedTuple):
