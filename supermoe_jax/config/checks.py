@@ -252,10 +252,11 @@ def _check_sizes(config: Config) -> None:
   _check_validation(config)
   for name in ("nonfinite_steps", "hang_seconds"):
     _require(getattr(train, name) >= 0, f"config.train.{name}={getattr(train, name)} must not be negative.")
-  _require(
-    train.tables.weight_decay >= 0,
-    f"config.train.tables.weight_decay={train.tables.weight_decay} must not be negative.",
-  )
+  for name in ("weight_decay", "prior_updates"):
+    _require(
+      getattr(train.tables, name) >= 0,
+      f"config.train.tables.{name}={getattr(train.tables, name)} must not be negative.",
+    )
   _require(
     model.d_model % (2 * model.heads) == 0,
     f"config.model.d_model={model.d_model} must be a multiple of 2 × heads={2 * model.heads} (rotary positions).",

@@ -237,6 +237,7 @@ def load_json(path: pathlib.Path) -> Config:
   # Version 0.1.0 had no others, and did not name them.
   raw["model"].setdefault("time_unit", "hours")
   raw["model"].setdefault("aggregates", "token")
+  raw["train"]["tables"].setdefault("prior_updates", 0.0)
   for task in raw["tasks"].values():
     if task["kind"] == NextEvent.kind:
       task.setdefault("ties", "order")

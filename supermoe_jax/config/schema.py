@@ -228,7 +228,7 @@ class Tables:
   optimizer: Literal["adagrad", "adam", "sgd"] = "adagrad"  # adagrad: a sum per row; adam: moments of touched rows
   learning_rate: float = 0.05  # peak; follows the schedule of `train.learning_rate`
   # adagrad: a row starts as if it had had this many updates, so that one that is seldom met moves little.
-  prior_updates: float = dataclasses.field(default=0.0, metadata=ADDED_LATER)
+  prior_updates: float = 100.0
   weight_decay: float = 0.0  # decoupled; a row decays in the steps that touch it
   dtype: Literal["float32", "bfloat16"] = "float32"  # type of the rows; optimizer state stays float32
   rounding: Literal["nearest", "stochastic"] = "stochastic"  # rounding of bfloat16 rows

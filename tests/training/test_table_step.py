@@ -210,6 +210,18 @@ def test_bfloat16_rows_on_eight_devices_are_those_on_one() -> None:
   np.testing.assert_allclose(*results, rtol=0.02, atol=0.02)
 
 
+def test_by_default_a_row_that_is_met_seldom_moves_little() -> None:
+  """One update of the table's typical gradient is not learned by heart; a row with many has its own pace."""
+  rate = config.Tables().learning_rate
+  optimizer = row_optimizers.make_row_optimizer(config.Tables())
+  gradient = jnp.full((2, WIDTH), 3.0)  # the typical one of the table
+  row, slots = jnp.zeros((2, WIDTH)), {"sum": jnp.float32([0.0, 9.0 * 10_000])}
+  moved, _ = optimizer.move(row, slots, gradient, jnp.float32(rate), jnp.float32(9.0))
+  seldom, often = np.abs(np.asarray(moved))[:, 0] / rate
+  assert 0 < seldom < 0.2
+  assert often == pytest.approx(1 / 100, rel=0.01)
+
+
 @pytest.mark.parametrize(
   ("name", "per_line"),
   quick_few([("adagrad", 1), ("adam", 4), ("sgd", 4)], itertools.product(OPTIMIZERS, [1, 4])),
