@@ -97,17 +97,19 @@ class _Study:
     self._manifest = dataset.manifest
     self.tasks = list(cfg.active_views)
     listed, self.base = planned_variants(self.plan)
+    known = [*listed, *([NULL] if self.base else [])]
     for pattern in only:
-      if not fnmatch.filter([*listed, NULL], pattern):
-        raise ConfigError(f"--only: {pattern!r} matches no variant{nearest(pattern, listed)}")
+      if not fnmatch.filter(known, pattern):
+        raise ConfigError(f"--only: {pattern!r} matches no variant{nearest(pattern, known)}")
 
     def asked(name: str) -> bool:
       return not only or any(fnmatch.fnmatchcase(name, p) for p in only)
 
-    names = [n for n in listed if asked(n)]
+    self.null = NULL if self.base and asked(NULL) else ""
+    # The null variant is of no use without the variant that it repeats.
+    names = [n for n in listed if asked(n) or (self.null and n == self.base)]
     self.variants = {n: self._varied(f"config.seesaw.variants.{n}", cfg, listed[n]) for n in names}
     self.overrides = {n: list(listed[n]) for n in names}
-    self.null = NULL if self.base in names and asked(NULL) else ""
     candidates = dict(self.plan.single) or {"same": ()}
     self.singles = {
       task: {n: self._single(f"config.seesaw.single.{n}", task, o) for n, o in candidates.items()}

@@ -418,6 +418,17 @@ def test_the_null_variant_repeats_the_first_variant_without_overrides(planned: c
   assert study_lib.planned_variants(planned.seesaw) == (dict(planned.seesaw.variants), "")
 
 
+def test_the_null_variant_can_be_asked_for_and_brings_the_variant_that_it_repeats(
+  planned: config.Config, tmp_path: pathlib.Path
+) -> None:
+  course = study_lib._Study(with_plan(planned, null=True), tmp_path, 1, ["null"], print)
+  assert (list(course.variants), course.null) == (["base"], "null")
+  course = study_lib._Study(with_plan(planned, null=True), tmp_path, 1, ["dense"], print)
+  assert (list(course.variants), course.null) == (["dense"], "")
+  with pytest.raises(ConfigError, match="'null' matches no variant"):
+    study_lib._Study(planned, tmp_path, 1, ["null"], print)
+
+
 def test_every_variant_and_reference_tries_the_same_learning_rates_and_validation_chooses(
   planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
