@@ -17,9 +17,6 @@ from supermoe_jax.errors import ConfigError
 MICROSECONDS_PER_DAY = 86_400_000_000
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
 @dataclasses.dataclass(frozen=True)
 class Field:
   """A value that events carry, such as an item or a price; together the fields describe events to the model.
@@ -151,9 +148,6 @@ class Data:
   def extra_value_fields(self) -> tuple[str, ...]:
     """Returns the fields of the further columns of an event's codes, which follow one column per categorical field."""
     return tuple(n for n, f in self.fields.items() if f.kind != "numeric" for _ in range(f.many - 1))
-
-
-# ----------------------------------------------------------------------------------------------------- model, training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -324,25 +324,6 @@ def test_candidates_are_compared_by_their_mean_gain_on_validation() -> None:
   assert study_weights.mean_validation_gain(seesaw_runs.run("v", 0, {}), alone) == -math.inf
 
 
-def test_what_a_number_reaches_alone_is_its_squared_error(planned: config.Config) -> None:
-  alone = seesaw_runs.run("single", 0, {"quiet": 0.0}, "quiet", constants={"quiet": 4.0}, losses={"quiet": 0.9})
-  errors = [{"quiet": {"validation": {"rmse": e}}} for e in (1.0, 2.0)]
-  runs = [dataclasses.replace(alone, tasks=tasks) for tasks in errors]
-  assert study_weights.with_references(planned, {"quiet": runs}).train.weighting.references == {
-    "quiet": (0.25 + 1.0) / 2
-  }
-  # The error of an amount has the amount's unit and says nothing of its loss.
-  amounts = [dataclasses.replace(run, main_metric={"quiet": "spearman"}) for run in runs]
-  assert study_weights.with_references(planned, {"quiet": amounts}).train.weighting.references == {"quiet": 0.9}
-  # Times to an event are followed further in validation than in training.
-  times = [
-    dataclasses.replace(alone, tasks={"quiet": {"validation": {"log_loss": 3.0}}}, main_metric={"quiet": "concordance"})
-  ]
-  assert study_weights.with_references(planned, {"quiet": times}).train.weighting.references == {"quiet": 0.9}
-  none = [dataclasses.replace(alone, tasks={})]  # without a metric it is the loss in training
-  assert study_weights.with_references(planned, {"quiet": none}).train.weighting.references == {"quiet": 0.9}
-
-
 def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
   planned: config.Config, tmp_path: pathlib.Path
 ) -> None:
