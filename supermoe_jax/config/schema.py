@@ -199,7 +199,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-  """The method that weights the tasks' losses; weights sum to the number of tasks. See `training/weighting.py`.
+  """The method that weights the tasks' losses; weights sum to the number of tasks. See `training/weighting`.
 
   `equal`: equal weights. `static`: the tasks' `weight`s. `uncertainty`: learned precisions. `famo`: weights that make
   all log losses fall at the same rate. `seesaw`: each task pulls on the encoder by the number of its labels, times its

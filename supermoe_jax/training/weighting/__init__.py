@@ -4,7 +4,7 @@ A weigher gives weights w `[T]`, positive, of sum T, through which no gradient f
 earlier batches shaped. So the weight of a task that is present does not depend on which other tasks are present. A
 batch without a label of a task leaves the task's part of the state unchanged.
 
-The methods of others, with which `seesaw` is compared, are in `comparison_weighers`, which is read only if a config
+The methods of others, with which `seesaw` is compared, are in the module `comparisons`, which is read only if a config
 names one of them.
 
 Shapes: T tasks, in the order of their names. For the symbols a, b, δ, ω, ℓ and L^ see `losses`.
@@ -159,6 +159,6 @@ def make_weigher(settings: config.Weighting, tasks: Mapping[str, config.Task]) -
     return Weigher(prior)
   if settings.method == "seesaw":
     return SeesawWeights(prior, settings.labels_exponent, settings.decay)
-  others = importlib.import_module("supermoe_jax.training.comparison_weighers")
-  weigher: Weigher = others.make_comparison(settings, tasks)
+  others = importlib.import_module("supermoe_jax.training.weighting.comparisons")
+  weigher: Weigher = others.comparison_weigher(settings, tasks)
   return weigher

@@ -188,7 +188,7 @@ def _sum_to_present(w: jax.Array, present: jax.Array) -> jax.Array:
   return jnp.where(present, w * jnp.sum(present) / jnp.where(total > 0, total, 1.0), 1.0)
 
 
-def make_comparison(settings: config.Weighting, tasks: Mapping[str, config.Task]) -> Weigher:
+def comparison_weigher(settings: config.Weighting, tasks: Mapping[str, config.Task]) -> Weigher:
   """Returns the weigher of a config that names a method of others, for `tasks`, in their order."""
   equal = (1.0,) * len(tasks)
   if settings.method == "uncertainty":
