@@ -16,7 +16,7 @@ from supermoe_jax import progress as progress_lib
 from supermoe_jax.api.tables import write_tables
 from supermoe_jax.embeddings import embedding_files
 from supermoe_jax.embeddings import neighbors as neighbors_lib
-from supermoe_jax.evaluation.evaluate import aligned_table
+from supermoe_jax.evaluation.results_table import aligned_table
 from supermoe_jax.probing import probe as probe_lib
 from supermoe_jax.probing import probe_tables
 from supermoe_jax.probing.protocol import Protocol

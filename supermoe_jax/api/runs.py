@@ -15,6 +15,7 @@ from supermoe_jax import progress as progress_lib
 from supermoe_jax.api.embeddings import Embeddings
 from supermoe_jax.embeddings import embed as embed_lib
 from supermoe_jax.evaluation import evaluate as evaluate_lib
+from supermoe_jax.evaluation import results_table
 from supermoe_jax.evaluation.validation import validation_of
 from supermoe_jax.report.page import write_report
 from supermoe_jax.training import loop
@@ -56,9 +57,9 @@ class Evaluation:
     return pa.Table.from_pylist(rows, schema=_METRICS)
 
   def __repr__(self) -> str:
-    split = evaluate_lib.shown_split(self.result)
-    table = evaluate_lib.aligned_table(evaluate_lib.results_table(self.result, split))
-    return "\n".join([table, *evaluate_lib.results_words(self.result, split)])
+    split = results_table.shown_split(self.result)
+    table = results_table.aligned_table(results_table.results_table(self.result, split))
+    return "\n".join([table, *results_table.results_words(self.result, split)])
 
 
 _METRICS = pa.schema(

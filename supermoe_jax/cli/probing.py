@@ -118,7 +118,7 @@ def _probe(args: argparse.Namespace) -> int:
   except ValueError as error:
     return _usage(str(error))
   from supermoe_jax import atomic_files
-  from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.evaluation import results_table
   from supermoe_jax.probing import models, probe, probe_tables, protocol
 
   out = _out(args.out, next(iter(named.values())))
@@ -153,7 +153,7 @@ def _probe(args: argparse.Namespace) -> int:
   atomic_files.write_file(
     out, json.dumps({"labels_file": str(args.labels), **result}, indent=1, ensure_ascii=False) + "\n"
   )
-  print(evaluate.aligned_table(probe_tables.probe_table(result)))
+  print(results_table.aligned_table(probe_tables.probe_table(result)))
   print(*probe_tables.probe_notes(result), sep="\n")
   print(f"all figures: {out}")
   for r in result["requirements"]:

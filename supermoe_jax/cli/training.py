@@ -135,13 +135,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-  from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.evaluation import evaluate, results_table
 
   run = open_run(args)
   result = evaluate.evaluate(run)
-  split = evaluate.shown_split(result)
-  print(evaluate.aligned_table(evaluate.results_table(result, split)))
-  for sentence in evaluate.results_words(result, split):
+  split = results_table.shown_split(result)
+  print(results_table.aligned_table(results_table.results_table(result, split)))
+  for sentence in results_table.results_words(result, split):
     print(sentence)
   where = "" if split == "test" else " on validation"
   also = ", also on validation" if split == "test" and result["splits"]["validation"] else ""
@@ -152,12 +152,12 @@ def _seesaw(args: argparse.Namespace) -> None:
   if args.jobs < 1:
     raise ConfigError(f"--jobs={args.jobs} must be at least 1.")
   cfg = config.load(args.config, args.overrides)
-  from supermoe_jax.evaluation import evaluate
+  from supermoe_jax.evaluation import results_table
   from supermoe_jax.report.seesaw_page import write_study_files
   from supermoe_jax.seesaw import sentences, study
 
   report = study.study(cfg, args.workdir, jobs=args.jobs, only=args.only, publish=write_study_files)
-  print(evaluate.aligned_table(sentences.gains_table(report)))
+  print(results_table.aligned_table(sentences.gains_table(report)))
   print(*report["words"], sep="\n")
   print(f"all figures: {args.workdir / 'seesaw.json'}; with pictures: {args.workdir / 'seesaw.html'}")
 

@@ -241,7 +241,8 @@ def load_json(path: pathlib.Path) -> Config:
   for task in raw["tasks"].values():
     if task["kind"] == NextEvent.kind:
       task.setdefault("ties", "order")
-  for key in ("window", "temperature", "mu", "warmup_steps", "references"):  # of methods that version 0.1.0 had
+  # Settings of methods that version 0.1.0 had.
+  for key in ("window", "temperature", "decay", "mu", "warmup_steps", "references"):
     raw["train"]["weighting"].pop(key, None)
   return resolve(raw)
 

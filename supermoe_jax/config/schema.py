@@ -210,8 +210,8 @@ class Weighting:
   method: Literal["equal", "static", "uncertainty", "famo", "seesaw", "pcgrad", "cagrad"] = "static"
   learning_rate: float = 0.025  # uncertainty, famo: Adam's rate for the log weights
   weight_decay: float = 1e-3  # famo: decay of the log weights
-  decay: float = 0.9  # seesaw: decay per measurement of the moving average of a squared gradient
-  labels_exponent: float = 0.5  # seesaw: β, a pull is proportional to n^β for n labels; 0: all tasks pull alike
+  gradient_decay: float = dataclasses.field(default=0.9, metadata=ADDED_LATER)  # seesaw: of ‖g‖², per measurement
+  labels_exponent: float = dataclasses.field(default=0.5, metadata=ADDED_LATER)  # seesaw: β; 0: all tasks pull alike
   c: float = 0.4  # cagrad: distance from the mean gradient, as a share of its length
 
 

@@ -76,7 +76,12 @@ def check_weighting(config: Config) -> None:
   for key in ("learning_rate", "c"):
     require(getattr(weighting, key) > 0, f"{path}.{key}={getattr(weighting, key)} must be positive.")
   require(weighting.labels_exponent >= 0, f"{path}.labels_exponent={weighting.labels_exponent} must not be negative.")
-  require(0 < weighting.decay < 1, f"{path}.decay={weighting.decay} must be in (0, 1).")
+  require(0 < weighting.gradient_decay < 1, f"{path}.gradient_decay={weighting.gradient_decay} must be in (0, 1).")
+  require(
+    weighting.method != "seesaw" or train.norm == "rate",
+    f"{path}.method='seesaw' needs config.train.norm='rate', by which it knows the gradient of a batch; "
+    f"norm={train.norm!r} divides otherwise.",
+  )
   if weighting.method in ("pcgrad", "cagrad"):
     require(
       model.conditioning in ("none", "mmoe", "ple"),

@@ -1,4 +1,4 @@
-"""Computes a run's baselines: constant answers, popularity, last windows, own gaps, and models on aggregates."""
+"""Computes a run's baselines, rankings aside: constant answers, last windows, own gaps, and models on aggregates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import ABSENT
 from supermoe_jax.data.dataset import user_folds
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
@@ -16,7 +15,6 @@ from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN, VALIDATION
 from supermoe_jax.data.format.schema import make_comparison
 from supermoe_jax.data.tasks import bind
-from supermoe_jax.data.tasks.event_condition import EventCondition
 from supermoe_jax.data.tasks.future_amount import FutureAmountKind
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.data.tasks.sample_space import LabelComparison, supervision
@@ -37,54 +35,6 @@ FITTED_SNAPSHOTS = 20_000
 TREES, OWN_COUNTS = "aggregates + boosted trees", "own counts + logistic"
 
 AT_ONCE = 1024  # questions whose aggregates are computed at a time
-
-
-def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
-  """Returns the ranks of targets by frequency in the training period; codes follow that order, from 2.
-
-  A question can have several targets. The rank is that of the most frequent one that can be recommended, and the other
-  targets do not count against it. A question without such a target has an infinite rank.
-
-  Args:
-    target: int `[n, t]` or `[n]`, the codes of each question's targets. A code below 2 is no target: the value was
-      unseen in training, or the question has fewer targets than t.
-    seen: for each question, the codes that cannot be recommended; None: every code can.
-
-  Returns: float `[n]`; 1 is best.
-  """
-  rank = np.full(len(target), np.inf)
-  for i, codes in enumerate(target.reshape(len(target), -1)):
-    hidden = seen[i] if seen is not None else np.zeros(0, np.int32)
-    right = codes[(codes >= 2) & ~np.isin(codes, hidden)]
-    if len(right):
-      rank[i] = right.min() - 1 - np.sum((hidden >= 2) & (hidden < right.min()))
-  return rank
-
-
-def personal_ranks(
-  dataset: Dataset, field: str, questions: Sequence[Query], target: np.ndarray, asked: EventCondition | None = None
-) -> np.ndarray:
-  """Returns the ranks of targets by frequency in the user's own history, then by frequency in the training period.
-
-  `target [n, t]` is as in `popularity_ranks`. In the user's history only events that fulfil the condition `asked`
-  count; None: all of them. The frequency in the training period is that in all events.
-  """
-  column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
-  rank, target = np.full(len(target), np.inf), target.reshape(len(target), -1)
-  user, codes = -1, np.zeros(0, np.int32)
-  for i, question in enumerate(questions):
-    if question.user != user:
-      user, record = question.user, dataset[question.user]
-      codes = record["codes"][:, column]
-      if asked is not None:
-        codes = np.where(asked(dataset.history(record)), codes, ABSENT)
-    right = target[i][target[i] >= 2] - 2
-    if not len(right):
-      continue
-    count = np.bincount(codes[: question.n_events], minlength=n_codes)[2:]
-    item = min(right, key=lambda r: (-count[r], r))
-    rank[i] = 1 + np.sum(count > count[item]) + np.sum(count[:item] == count[item])
-  return rank
 
 
 def constant(task: config.LabelledTask, rates: Sequence[float] | None, shape: tuple[int, ...]) -> np.ndarray:

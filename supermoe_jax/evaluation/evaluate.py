@@ -14,13 +14,12 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
-from supermoe_jax.data.tasks.event_condition import event_condition
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking, survival
 from supermoe_jax.evaluation.answer_forms import SurvivalMetrics, form_of
 from supermoe_jax.evaluation.breakdown import ScoredAnswers
-from supermoe_jax.evaluation.probes import LOSSES
+from supermoe_jax.evaluation.ranking_baselines import RankingBaselines
 from supermoe_jax.progress import ProgressBar
 from supermoe_jax.training.run import Run
 
@@ -102,6 +101,7 @@ def evaluate(
   begun = clock.monotonic()
   tasks = run.cfg.active_views
   aggregates = baselines.AggregateModels(run.dataset, run.cfg) if compare else None
+  rankings = RankingBaselines(run.dataset, run.cfg) if compare else None
   measured: dict[str, dict[str, Any]] = {}
   load: dict[str, Any] = {}
   answers: dict[str, ScoredAnswers] = {}
@@ -116,7 +116,7 @@ def evaluate(
       questions = snapshot_batches.query_batches(run.dataset, run.cfg, split=SPLITS[split], most=most)
     collected = _collect(run, split, questions, min(expected, most or expected) if progress else None)
     by_aggregates = aggregates.predictions(collected.questions) if aggregates else {}
-    found = {n: _task(run, n, t, collected, compare, by_aggregates.get(n, {})) for n, t in tasks.items()}
+    found = {n: _task(run, n, t, collected, split, rankings, by_aggregates.get(n, {})) for n, t in tasks.items()}
     for name, models in aggregates.fitted.items() if aggregates else ():
       if (measures := found[name]) is not None:
         measures[0]["fitted"] = {baseline: model.described() for baseline, model in models.items()}
@@ -215,7 +215,8 @@ def _task(
   name: str,
   task: config.LabelledTask,
   collected: _Collected,
-  compare: bool,
+  split: str,
+  rankings: RankingBaselines | None,
   by_aggregates: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, Any], ScoredAnswers] | None:
   """Returns the metrics and baselines of one task, and the answers that they measure; None without a known label."""
@@ -230,7 +231,7 @@ def _task(
       "the checkpoint cannot be measured; evaluate an earlier one with --checkpoint."
     )
   if task.answer == "catalogue":
-    return _ranking(run, name, cast(config.NextEvent, task), asked, collected, compare)
+    return _ranking(run, name, cast(config.NextEvent, task), asked, collected, split, rankings)
   users = np.array([q.user for q in collected.questions])[asked.question]
   form, measured = task.answer, form_of(task)
   predicted = measured.predictions(asked.answer)
@@ -246,7 +247,7 @@ def _task(
     out["by_day"] = survival.calibration_by_day(asked.value, predicted, measured.edges)
   out["metrics"] = measured.measure(asked.value, predicted, users)
   others: dict[str, np.ndarray] = {}
-  if compare:
+  if rankings is not None:
     rates = run.dataset.manifest["label_rates"].get(name)
     others["constant"] = baselines.constant(task, rates, predicted.shape)
     if form == "amount":
@@ -277,7 +278,13 @@ def _answers(
 
 
 def _ranking(
-  run: Run, name: str, task: config.NextEvent, asked: _TaskAnswers, collected: _Collected, compare: bool
+  run: Run,
+  name: str,
+  task: config.NextEvent,
+  asked: _TaskAnswers,
+  collected: _Collected,
+  split: str,
+  rankings: RankingBaselines | None,
 ) -> tuple[dict[str, Any], ScoredAnswers]:
   value, state = asked.value, asked.answer
   right = np.concatenate([value[:, None], collected.also[name][asked.question]], axis=1)
@@ -291,12 +298,9 @@ def _ranking(
       ranks.append(ranking.target_ranks(state[part], right[part] - 2, excluded, items, chunk))
   cutoffs = run.cfg.evaluate.cutoffs
   others: dict[str, np.ndarray] = {}
-  if compare:
-    others["most popular"] = baselines.popularity_ranks(right, seen)
-  if compare and not task.exclude_seen:
+  if rankings is not None:
     questions = [collected.questions[i] for i in asked.question]
-    where = event_condition(f"config.tasks.{name}", task.where, "", run.cfg.data, run.dataset.encoders)
-    others["own most frequent"] = baselines.personal_ranks(run.dataset, task.field, questions, right, where)
+    others = rankings.ranks(name, task, split, questions, right, seen)
   own = np.concatenate(ranks)
   out = {
     "labels": len(value),
@@ -305,6 +309,8 @@ def _ranking(
     "metrics": metrics.ranking_metrics(own, cutoffs),
     "baselines": {b: metrics.ranking_metrics(rank, cutoffs) for b, rank in others.items()},
   }
+  if rankings is not None:
+    out["co_occurrence"] = rankings.described(name)
   if right.shape[1] > 1:
     out["right_values"] = float(np.mean((right > 0).sum(axis=1)))  # mean number of right values of a question
     out["full_moments"] = float(np.mean((right > 0).all(axis=1)))  # share of questions that `most_values` may have cut
@@ -336,62 +342,3 @@ def _load(run: Run, name: str, task: config.LabelledTask, view: int, collected: 
     gate = collected.gate[chosen, view]
     out["gate"] = (gate.sum(axis=0) / max(len(gate), 1)).astype(np.float64).round(4).tolist()
   return out
-
-
-def shown_split(result: Mapping[str, Any]) -> str:
-  """Returns the split to show first: test, or validation if nothing was measured in test."""
-  return "test" if result["splits"]["test"] or not result["splits"]["validation"] else "validation"
-
-
-def results_table(result: Mapping[str, Any], split: str = "test") -> list[list[str]]:
-  """Returns the rows of a table of results: task, labels, metric, this run, each baseline; the first is the heading."""
-  tasks = result["splits"][split]
-  names = list(dict.fromkeys(b for t in tasks.values() for b in t["baselines"]))
-  rows = [["task", "labels", "metric", "supermoe", *names]]
-  for name, metric in result["main_metric"].items():
-    note = " (lower is better)" if metric in metrics.LOWER_IS_BETTER else ""
-    task = tasks.get(name, {"labels": 0, "metrics": {}, "baselines": {}})
-    cells = [_cell(task["metrics"].get(metric)), *(_cell(task["baselines"].get(b, {}).get(metric)) for b in names)]
-    rows.append([name, f"{task['labels']:,}", metric + note, *cells])
-  return rows
-
-
-def results_words(result: Mapping[str, Any], split: str = "test") -> list[str]:
-  """Returns sentences on what a table of results cannot show: missing labels, one class, one value."""
-  tasks, words = result["splits"][split], []
-  if missing := [name for name in result["main_metric"] if name not in tasks]:
-    words.append(f"without a label in {split}, so not measured there: {', '.join(missing)}")
-  for name, task in tasks.items():
-    metric = result["main_metric"][name]
-    if metric == "concordance" and task["metrics"].get(metric) is None:
-      words.append(f"{name}: no two of its {task['labels']:,} labels in {split} have an order, so there is no {metric}")
-    elif task["metrics"].get(metric) is None:
-      words.append(f"{name}: its {task['labels']:,} labels in {split} are all of one class, so there is no {metric}")
-    if task.get("values") == 1:
-      words.append(f"{name}: its field has one value in training, so every answer ranks it first")
-  if fitted := [_fitted_words(name, task["fitted"]) for name, task in tasks.items() if task.get("fitted")]:
-    words.append(f"the models on aggregates are fitted on training snapshots: {'; '.join(fitted)}")
-  if empty := [other for other in EVALUATED_SPLITS if not result["splits"].get(other, True) and other != split]:
-    words.append(f"nothing is measured in {', '.join(empty)}")
-  return words
-
-
-def _fitted_words(name: str, fitted: Mapping[str, Mapping[str, Any]]) -> str:
-  """Returns the number of snapshots that a task's model is fitted on, and the loss of boosted trees."""
-  model = next(iter(fitted.values()))  # all are fitted on the same ones
-  loss = f", {LOSSES[model['loss']]}" if "loss" in model else ""
-  return f"{name} {model['snapshots']:,} of {model['users']:,} users{loss}"
-
-
-def _cell(value: float | None) -> str:
-  return "–" if value is None else f"{value:.4f}"
-
-
-def aligned_table(rows: list[list[str]]) -> str:
-  """Returns a table as text that is aligned for the terminal."""
-  widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-  lines = [
-    "  ".join(c.ljust(w) if i in (0, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-    for row in rows
-  ]
-  return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])

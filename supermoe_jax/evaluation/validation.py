@@ -36,7 +36,7 @@ class Validation:
 
   A checkpoint is written before it is validated, and validated before the next step. A run that was cut in between
   validates the checkpoint that it resumes from. So the rows do not depend on where a run was cut. Validation never
-  changes the training.
+  changes the training, unless `task_patience` stops tasks.
   """
 
   def __init__(
@@ -98,6 +98,11 @@ class Validation:
           "its head only, and not the encoder (config.train.validate.task_patience="
           f"{self._cfg.train.validate.task_patience})"
         )
+    if len(self.stopped()) == len(self._cfg.active_tasks) > len(before):
+      logger.warning(
+        f"every task has stopped at step {step}: only heads learn from here on. Use --checkpoint best, and train for "
+        "fewer steps (config.train.steps)."
+      )
     return row
 
   def best(self) -> list[int]:
@@ -121,7 +126,7 @@ def stopped_tasks(cfg: config.Config, rows: Sequence[Mapping[str, Any]]) -> dict
     best_step, best, since = 0, -math.inf, 0
     for row in rows:
       value = row["tasks"].get(name, {}).get(metric)
-      if value is None:
+      if value is None or not math.isfinite(value):
         continue
       reached = metrics.improvement(metric, value, 0.0)
       best_step, best, since = (row["step"], reached, 0) if reached > best else (best_step, best, since + 1)

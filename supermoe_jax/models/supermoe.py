@@ -128,7 +128,7 @@ class SuperMoE(nnx.Module):
     *,
     events: bool,
     given: jax.Array | None = None,
-    pulls: jax.Array | float = 1.0,
+    gradient_scale: jax.Array | float = 1.0,
   ) -> jax.Array:
     """Returns a task's answers: logits, or numbers for a regression.
 
@@ -138,7 +138,7 @@ class SuperMoE(nnx.Module):
       events: whether a task that also asks at events does so here; the L events come first. Other tasks ask at the
         snapshots only.
       given: for event labels only, int32 `[B, sites, G]`, the codes of the asked events' G fields `task.given_fields`.
-      pulls: the factor of the gradient that leaves the head, towards states and tables.
+      gradient_scale: the factor of the gradient that leaves the head, towards states and tables.
 
     Returns: `[B, S]` (binary, regression, amount), `[B, S, outputs]` (multi-label, multi-class, hazards,
       zero-inflated amount), `[B, sites]` (event label; sites as in `states`) or `[B, sites, D]` (next event: the states
@@ -155,14 +155,14 @@ class SuperMoE(nnx.Module):
         found = None if given is None else given.shape
         raise ValueError(f"task {name!r} needs given of shape {wanted} (B, sites, fields), not {found}")
       known = self.encoder.event_embedding.values(task.given_fields, given)
-      return head(scaled_gradient(h, pulls), scaled_gradient(known, pulls))
+      return head(scaled_gradient(h, gradient_scale), scaled_gradient(known, gradient_scale))
     if given is not None and given.shape[-1]:
       raise ValueError(f"task {name!r} is no event label: it takes no given")
     if isinstance(head, NextValueHead):
       h = self.states(name, encoded, events=events)
-      return head.state(scaled_gradient(h, pulls), encoded.aggregates)
+      return head.state(scaled_gradient(h, gradient_scale), encoded.aggregates)
     assert isinstance(head, LinearHead)
-    answers = head(scaled_gradient(self.view(name, encoded), pulls))
+    answers = head(scaled_gradient(self.view(name, encoded), gradient_scale))
     return head.add_counts(answers, encoded.aggregates) if isinstance(head, FutureValuesHead) else answers
 
 

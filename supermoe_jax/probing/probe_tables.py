@@ -12,7 +12,7 @@ MOST_WITH_A_LINE_A_MODEL = 12
 
 
 def probe_table(result: Mapping[str, Any]) -> list[list[str]]:
-  """Returns rows for `evaluate.aligned_table`: label, its count, metric, model, judged vectors, comparisons.
+  """Returns rows for `results_table.aligned_table`: label, its count, metric, model, judged vectors, comparisons.
 
   A comparison has its score, and Δ, the judged vectors' score less the comparison's over the same users. Judged scores
   and Δ have 95 % intervals.

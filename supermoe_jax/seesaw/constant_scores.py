@@ -8,7 +8,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
-from supermoe_jax.evaluation import baselines, metrics
+from supermoe_jax.evaluation import metrics, ranking_baselines
 
 
 def popularity_scores(cfg: config.Config, batches: Sequence[QueryBatch]) -> dict[str, metrics.Metrics]:
@@ -37,7 +37,7 @@ def popularity_scores(cfg: config.Config, batches: Sequence[QueryBatch]) -> dict
     if task.excludes_seen:
       every = [codes for b in parts for codes in b.seen[name]]
       seen = [every[i] for i in np.flatnonzero(known)]
-    out[name] = metrics.ranking_metrics(baselines.popularity_ranks(right, seen), cfg.evaluate.cutoffs)
+    out[name] = metrics.ranking_metrics(ranking_baselines.popularity_ranks(right, seen), cfg.evaluate.cutoffs)
   return out
 
 

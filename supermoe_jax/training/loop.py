@@ -244,7 +244,7 @@ def _validate(
 def _place_constants(statistics: Mapping[str, TaskStatistics], validator: Validator | None, mesh: Mesh) -> Any:
   """Returns the tasks' constants on the mesh; tasks that the validator has stopped do not pull."""
   stopped = validator.stopped() if validator else ()
-  now = {n: s._replace(pulls=0.0 if n in stopped else 1.0) for n, s in statistics.items()}
+  now = {n: s._replace(gradient_scale=0.0 if n in stopped else 1.0) for n, s in statistics.items()}
   return jax.device_put(jax.tree.map(np.float32, now), NamedSharding(mesh, PartitionSpec()))
 
 

@@ -266,10 +266,13 @@ def move_all_rows(
 
 
 def _mean_square(gradient: Gradient, width: int) -> jax.Array:
-  """Returns the mean of g² over all numbers of the rows that have a gradient; 0 without such rows."""
-  square = square_norm({"": gradient})
-  rows = jnp.sum(gradient.row != NONE) if isinstance(gradient, Touched) else gradient.size // width
-  return square / (jnp.maximum(rows, 1) * width)
+  """Returns the mean of g² over all numbers of the rows whose gradient is not 0; 0 without such rows.
+
+  Rows of padding, whose number depends on the mesh, have no gradient.
+  """
+  rows = gradient.gradient if isinstance(gradient, Touched) else gradient
+  moved = jnp.any(rows.reshape(*rows.shape[:-1], -1, width) != 0, axis=-1)
+  return square_norm({"": gradient}) / (jnp.maximum(jnp.sum(moved), 1) * width)
 
 
 def _moved(

@@ -35,7 +35,7 @@ class TaskStatistics(NamedTuple):
     independent: n, how many independent labels of equal weight tell as much as a row's labels, on average.
     averaged: the square of a label's gradient over that of a row's mean, on average. It is `rate` for independent
       labels, and the share of rows with a label if all labels of a row are copies of one.
-    pulls: 1; 0 for a task that has stopped to pull on the encoder, so that its loss only moves its head.
+    gradient_scale: 1; 0 for a task that has stopped to pull on the encoder, so that its loss only moves its head.
   """
 
   rate: Any
@@ -43,7 +43,7 @@ class TaskStatistics(NamedTuple):
   snapshot_weight: Any = 1.0
   independent: Any = 1.0
   averaged: Any = 1.0
-  pulls: Any = 1.0
+  gradient_scale: Any = 1.0
 
 
 class TaskLoss(NamedTuple):
@@ -115,7 +115,7 @@ def task_sums(
   task = model.tasks[name]
   if task.has_labels:
     return labelled_loss(model, name, encoded, batch.targets[name], statistics, drawn)
-  z = scaled_gradient(slices[name], statistics.pulls)
+  z = scaled_gradient(slices[name], statistics.gradient_scale)
   return info_nce(z, batch.slices[name].known, cast(config.Contrast, task).temperature)
 
 
@@ -135,13 +135,13 @@ def labelled_loss(
   task, sites = model.tasks[name], targets.known.shape[1]
   events = encoded.events.shape[1] if task.asks_at_events else 0
   weight = jnp.broadcast_to(snapshot_weight(task, statistics, events, sites), (sites,))
-  pulls = statistics.pulls
+  scale = statistics.gradient_scale
   if encoded.views is None or model.sharing is not None:
-    return _loss_of_answers(model, name, encoded, targets, weight, drawn, pulls)
+    return _loss_of_answers(model, name, encoded, targets, weight, drawn, scale)
   half = jnp.where(jnp.arange(sites) < events, 1.0, 0.5) * weight
-  by_view = _loss_of_answers(model, name, encoded, targets, half, drawn, pulls)
+  by_view = _loss_of_answers(model, name, encoded, targets, half, drawn, scale)
   only_z, at_snapshots = encoded._replace(views=None), jax.tree.map(lambda x: x[:, events:], targets)
-  by_z = _loss_of_answers(model, name, only_z, at_snapshots, half[events:], drawn, pulls, events=False)
+  by_z = _loss_of_answers(model, name, only_z, at_snapshots, half[events:], drawn, scale, events=False)
   return jax.tree.map(jnp.add, by_view, by_z)
 
 
@@ -152,18 +152,18 @@ def _loss_of_answers(
   targets: Targets,
   weight: jax.Array,
   drawn: Mapping[str, jax.Array],
-  pulls: jax.Array | float,
+  scale: jax.Array | float,
   *,
   events: bool = True,
 ) -> TaskLoss:
   """Returns the sums of a task with weights `weight [sites]`; without `events` the sites are the snapshots' only."""
   task, value = model.tasks[name], safe_value(targets)
   given = targets.given if task.about_events else None
-  answers = model.answers(name, encoded, events=events, given=given, pulls=pulls)
+  answers = model.answers(name, encoded, events=events, given=given, gradient_scale=scale)
   if task.answer == "catalogue":
     also = jnp.where(jnp.asarray(targets.known)[..., None], targets.also, 0)
     right = jnp.concatenate([value[..., None], also], axis=-1)
-    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, right, drawn, pulls)
+    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, right, drawn, scale)
   else:
     loss = form_by_loss(task).loss(answers, value)
   return task_loss(targets, loss, weight)
@@ -176,22 +176,22 @@ def _next_value_loss(
   state: jax.Array,
   right: jax.Array,
   drawn: Mapping[str, jax.Array],
-  pulls: jax.Array | float,
+  scale: jax.Array | float,
 ) -> jax.Array:
   """Returns the softmax loss `[B, sites]`, full or sampled, of any of the codes `right [B, sites, m]`; 0: none."""
   table, head = model.encoder.event_embedding.table(task.field), model.heads[name]
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
     whole = head.catalogue(table)
-    return catalogue.cross_entropy(state, right, whole._replace(rows=scaled_gradient(whole.rows, pulls)))
+    return catalogue.cross_entropy(state, right, whole._replace(rows=scaled_gradient(whole.rows, scale)))
   every = drawing_rows(len(drawn[name]), task.negatives)
   # Look all rows up before some are left out, since the remaining rows may not divide over the batch's devices.
-  codes, vectors = drawn[name][::every].reshape(-1), scaled_gradient(table(drawn[name]), pulls)[::every]
+  codes, vectors = drawn[name][::every].reshape(-1), scaled_gradient(table(drawn[name]), scale)[::every]
   # Every device scores its own states against all drawn values, so the values' rows travel, not the states.
   others = sharding.constrain(vectors.reshape(codes.size, -1), None, None)
   flat = sharding.constrain(codes, None)
   log_count = log_expected_count(task.sampling, flat - 2, table.size - 2, codes.size)
-  return sampled_softmax(state, scaled_gradient(table(right), pulls), right, others, flat, log_count)
+  return sampled_softmax(state, scaled_gradient(table(right), scale), right, others, flat, log_count)
 
 
 class Representation(NamedTuple):
@@ -228,7 +228,7 @@ def measured_pull(
   """
 
   def square(name: str, at: Representation) -> jax.Array:
-    pulling = statistics[name]._replace(pulls=1.0)
+    pulling = statistics[name]._replace(gradient_scale=1.0)
     gradient = jax.grad(lambda at: sums(name, at, pulling).total)(at)
     return sum((jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
 

@@ -35,7 +35,7 @@ class _LabelSums:
   """Sums over a task's labels so far: their number, Σω and Σω² at events and at snapshots, and the labels' moments."""
 
   def __init__(self, outputs: int):
-    self.labels = self.labelled_rows = 0
+    self.labels = self.owners = 0  # owners: the users with a label, of each row
     self.at_events = self.at_snapshots = 0.0
     self.squares_at_events = self.squares_at_snapshots = 0.0  # Σω²
     self.first, self.second = np.zeros(outputs), np.zeros(outputs)
@@ -81,7 +81,7 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
   if not task.has_labels:
     pairs = int(np.sum(batch.slices[name].known))
     sums.labels += pairs
-    sums.labelled_rows += pairs
+    sums.owners += pairs
     sums.at_snapshots += 2.0 * pairs  # each slice must find the other
     sums.squares_at_snapshots += 2.0 * pairs
     return
@@ -89,7 +89,9 @@ def _add(sums: _LabelSums, name: str, task: config.Task, batch: Batch) -> None:
   known = np.asarray(targets.known)
   events = batch.features.codes.shape[1] if task.asks_at_events else 0
   sums.labels += int(known.sum())
-  sums.labelled_rows += int(known.any(axis=1).sum())
+  if task.user_column:
+    segment = np.asarray(batch.features.query_segment)
+    sums.owners += sum(len(np.unique(segment[i][known[i]])) for i in range(len(known)))
   weights = np.asarray(targets.weight, np.float64)
   sums.at_events += float(weights[:, :events].sum())
   sums.at_snapshots += float(weights[:, events:].sum())
@@ -121,14 +123,14 @@ def _statistics(task: config.Task, sums: _LabelSums, rows: int, size: int) -> Ta
 def _independent_labels(task: config.Task, sums: _LabelSums, rows: int, of_snapshot: float) -> tuple[float, float]:
   """Returns `independent` and `averaged` of `TaskStatistics`; 1 and 1 without a label.
 
-  All snapshots of a row ask for one label of their user, which counts once. Weights that differ make labels count for
-  less: Σω labels of weight 1 count as (Σω)² / Σω². Each value of a multi-label answer is a label.
+  All snapshots of a user ask for one label of the user, which counts once; so does a pair of slices, whose two
+  directions are nearly copies. Weights that differ make labels count for less: Σω labels of weight 1 count as (Σω)² /
+  Σω². Each value of a multi-label answer is a label.
   """
-  if not sums.labelled_rows or not sums.weight:
+  if not sums.weight:
     return 1.0, 1.0
-  if task.user_column:
-    share = sums.labelled_rows / rows
-    return share, share
+  if sums.owners:
+    return sums.owners / rows, sums.owners / rows
   total = sums.at_events + of_snapshot * sums.at_snapshots
   squares = sums.squares_at_events + of_snapshot**2 * sums.squares_at_snapshots
   values = len(sums.first) if task.answer == "multilabel" else 1

@@ -9,7 +9,7 @@ from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.preparation import prepare
-from supermoe_jax.evaluation import baselines
+from supermoe_jax.evaluation import baselines, ranking_baselines
 from tests.fixtures.small_log import raw_config, write_log
 
 
@@ -24,7 +24,19 @@ class OneUser:
 
 def test_own_frequency_does_not_count_the_event_that_is_asked_about() -> None:
   after_one_event = Query(0, "u", 0, 0, 1, 0)
-  assert baselines.personal_ranks(OneUser(), "item", [after_one_event], np.array([4])).tolist() == [3]
+  assert ranking_baselines.personal_ranks(OneUser(), "item", [after_one_event], np.array([4]))[0].tolist() == [3]
+
+
+def test_own_recency_ranks_the_last_value_first_and_new_ones_by_popularity() -> None:
+  class Often(OneUser):
+    """A user who had item 4, and then item 2 and item 5."""
+
+    def __getitem__(self, user: int) -> dict[str, np.ndarray]:
+      return {"codes": np.array([[4], [2], [5], [4]])}
+
+  after_three = [Query(0, "u", 0, 0, 3, 0)]
+  for place, item in enumerate((5, 2, 4, 3), 1):
+    assert ranking_baselines.personal_ranks(Often(), "item", after_three, np.array([item]))[1].tolist() == [place]
 
 
 def test_own_frequency_counts_the_events_that_the_question_is_about() -> None:
@@ -39,9 +51,9 @@ def test_own_frequency_counts_the_events_that_the_question_is_about() -> None:
 
   after_all = [Query(0, "u", 0, 0, 3, 0)]
   for item, among_all, among_earnest in ((2, 1, 2), (4, 2, 1), (3, 3, 3)):
-    assert baselines.personal_ranks(Often(), "item", after_all, np.array([item])).tolist() == [among_all]
-    found = baselines.personal_ranks(Often(), "item", after_all, np.array([item]), lambda earnest: earnest)
-    assert found.tolist() == [among_earnest]
+    assert ranking_baselines.personal_ranks(Often(), "item", after_all, np.array([item]))[0].tolist() == [among_all]
+    found = ranking_baselines.personal_ranks(Often(), "item", after_all, np.array([item]), lambda earnest: earnest)
+    assert found[0].tolist() == [among_earnest]
 
 
 def test_a_user_gives_the_last_snapshot_and_others_that_a_seed_draws() -> None:
@@ -61,10 +73,10 @@ def test_the_best_value_of_a_moment_is_ranked_without_the_others() -> None:
   after_both = Query(0, "u", 0, 0, 2, 0)
   several = np.array([[5, 4, 2], [5, 0, 3], [1, 0, 0]])
   # Own items 2 and 4 stand first, then 3, 5 and 6 by popularity.
-  assert baselines.personal_ranks(OneUser(), "item", [after_both] * 3, several).tolist() == [1, 3, np.inf]
-  assert baselines.popularity_ranks(several, None).tolist() == [1, 2, np.inf]
+  assert ranking_baselines.personal_ranks(OneUser(), "item", [after_both] * 3, several)[0].tolist() == [1, 3, np.inf]
+  assert ranking_baselines.popularity_ranks(several, None).tolist() == [1, 2, np.inf]
   seen = [np.array([2, 4]), np.array([3, 2]), np.array([], int)]
-  assert baselines.popularity_ranks(several, seen).tolist() == [2, 2, np.inf]
+  assert ranking_baselines.popularity_ranks(several, seen).tolist() == [2, 2, np.inf]
 
 
 def test_each_value_is_predicted_by_its_own_counts_where_all_are_counted(tmp_path: pathlib.Path) -> None:

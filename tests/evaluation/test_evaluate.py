@@ -11,7 +11,7 @@ from supermoe_jax import cli, config
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.encoding.splits import SPLITS, TEST
 from supermoe_jax.errors import ConfigError
-from supermoe_jax.evaluation import baselines, evaluate
+from supermoe_jax.evaluation import evaluate, ranking_baselines, results_table
 from supermoe_jax.training.run import Run
 from tests.fixtures.small_log import raw_config, write_log
 
@@ -33,7 +33,8 @@ def test_every_task_has_its_metrics_and_baselines_in_both_splits(result: dict, r
   for split in ("validation", "test"):
     tasks = result["splits"][split]
     assert set(tasks) == set(run.cfg.active_views)
-    assert set(tasks["next_page"]["baselines"]) == {"most popular", "own most frequent"}
+    own = {"own most frequent", "own most recent"}
+    assert set(tasks["next_page"]["baselines"]) == {"most popular", "co-occurrence", *own}
     assert set(tasks["quiet"]["baselines"]) == {"constant", "aggregates + logistic", "aggregates + boosted trees"}
     assert set(tasks["pages"]["baselines"]) == {"constant", "aggregates + logistic"}  # 5 values, 4 counted
     for name, task in tasks.items():
@@ -79,19 +80,19 @@ def test_loads_of_every_task_sum_to_one_per_layer(result: dict) -> None:
 
 
 def test_the_table_shows_each_task_beside_its_baselines(result: dict) -> None:
-  heading, *rows = evaluate.results_table(result)
+  heading, *rows = results_table.results_table(result)
   assert heading[:4] == ["task", "labels", "metric", "supermoe"]
   assert {r[0] for r in rows} == {"next_page", "quiet", "pages", "paid"}
   assert len({len(r) for r in rows}) == 1
-  assert "next_page" in evaluate.aligned_table([heading, *rows])
+  assert "next_page" in results_table.aligned_table([heading, *rows])
 
 
 def test_popularity_ranks_by_code_and_skips_what_was_seen() -> None:
   target = np.array([2, 5, 1, 6])
-  assert baselines.popularity_ranks(target, None).tolist() == [1, 4, np.inf, 5]
+  assert ranking_baselines.popularity_ranks(target, None).tolist() == [1, 4, np.inf, 5]
   assert target.tolist() == [2, 5, 1, 6]
   seen = [np.array([3]), np.array([2, 3, 9]), np.array([], int), np.array([6])]
-  assert baselines.popularity_ranks(target, seen).tolist() == [1, 2, np.inf, np.inf]
+  assert ranking_baselines.popularity_ranks(target, seen).tolist() == [1, 2, np.inf, np.inf]
 
 
 def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
@@ -102,8 +103,9 @@ def test_own_frequency_ranks_by_own_counts_then_by_popularity(run: Run) -> None:
   counts = np.bincount(record["codes"][:n, 0], minlength=run.dataset.schema.categorical["page"])[2:]
   order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
   for place, item in enumerate(order, 1):
-    assert baselines.personal_ranks(run.dataset, "page", [question], np.array([item + 2])).tolist() == [place]
-  assert baselines.personal_ranks(run.dataset, "page", [question], np.array([1])).tolist() == [np.inf]
+    frequent, _ = ranking_baselines.personal_ranks(run.dataset, "page", [question], np.array([item + 2]))
+    assert frequent.tolist() == [place]
+  assert ranking_baselines.personal_ranks(run.dataset, "page", [question], np.array([1]))[0].tolist() == [np.inf]
 
 
 def test_the_table_and_its_words_say_what_could_not_be_measured() -> None:
@@ -111,13 +113,13 @@ def test_the_table_and_its_words_say_what_could_not_be_measured() -> None:
   one_class = {"labels": 40, "metrics": {"auc": None}, "baselines": {}}
   main = {"left": "auc", "lost": "auc", "next": "ndcg@10"}
   result = {"main_metric": main, "splits": {"validation": {}, "test": {"next": ranked, "left": one_class}}}
-  assert evaluate.results_table(result) == [
+  assert results_table.results_table(result) == [
     ["task", "labels", "metric", "supermoe", "most popular"],
     ["left", "40", "auc", "–", "–"],
     ["lost", "0", "auc", "–", "–"],
     ["next", "6", "ndcg@10", "1.0000", "1.0000"],
   ]
-  assert evaluate.results_words(result) == [
+  assert results_table.results_words(result) == [
     "without a label in test, so not measured there: lost",
     "next: its field has one value in training, so every answer ranks it first",
     "left: its 40 labels in test are all of one class, so there is no auc",
@@ -127,12 +129,12 @@ def test_the_table_and_its_words_say_what_could_not_be_measured() -> None:
   lines = {"aggregates + logistic": {"snapshots": 200, "users": 100}}
   amounts = {n: {**one_class, "metrics": {"auc": 0.6}, "fitted": f} for n, f in (("spend", trees), ("left", lines))}
   fitted = {"main_metric": {"spend": "auc", "left": "auc"}, "splits": {"test": amounts}}
-  assert evaluate.results_words(fitted) == [
+  assert results_table.results_words(fitted) == [
     "the models on aggregates are fitted on training snapshots: spend 1,234 of 300 users, Poisson deviance; left 200 "
     "of 100 users"
   ]
   nothing = {"main_metric": {"left": "auc"}, "splits": {"test": {}}}
-  assert evaluate.results_table(nothing)[1:] == [["left", "0", "auc", "–"]]
+  assert results_table.results_table(nothing)[1:] == [["left", "0", "auc", "–"]]
 
 
 def test_a_run_without_validation_snapshots_is_measured_on_test(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

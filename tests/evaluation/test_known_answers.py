@@ -15,10 +15,11 @@ from sklearn import metrics as sk
 from supermoe_jax import config, device_mesh
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError
-from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics
+from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics, results_table
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -69,6 +70,7 @@ class FakeDataset:
 
   path = pathlib.Path("nowhere")
   encoders = None
+  tie_rate = 0.0
   schema = types.SimpleNamespace(
     aggregates=6,
     value_counts={},
@@ -106,15 +108,16 @@ class FakeDataset:
   def digits(user: int) -> np.ndarray:
     return (user >> np.arange(6)) & 1
 
-  def history(self, record: dict) -> types.SimpleNamespace:
-    return types.SimpleNamespace(block=np.array([record["number"]]))
+  def history(self, record: dict) -> UserHistory:
+    none = np.zeros((3, 0), np.float32)
+    return UserHistory(str(record["number"]), np.arange(3), np.zeros(3, np.int32), record["codes"], none, 2)
 
-  def histories(self, users: np.ndarray) -> np.ndarray:
-    return users
+  def histories(self, users: np.ndarray) -> UserBlock:
+    return end_to_end([self.history(self[int(u)]) for u in users])
 
-  def aggregates(self, block: np.ndarray, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
+  def aggregates(self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray) -> np.ndarray:
     assert set(zip(time.tolist(), n_events.tolist())) <= {(3, 1), (5, 2)}
-    return np.array([self.digits(u) for u in block[user].tolist()], np.float64)
+    return np.array([self.digits(int(block.users[u])) for u in user], np.float64)
 
 
 class FakeRun:
@@ -258,7 +261,8 @@ def test_a_value_seen_before_is_neither_recommended_nor_counted_as_better(make_r
     popular.append(np.inf if best is None else 1 + sum(c < min(right) for c in others))
   assert task["unseen_in_training"] == np.sum((label.value[label.known] < 2) & (run.also[label.known] < 2).all(axis=1))
   assert task["metrics"] == pytest.approx(metrics.ranking_metrics(np.array(rank), (2, 5)))
-  assert task["baselines"] == {"most popular": pytest.approx(metrics.ranking_metrics(np.array(popular), (2, 5)))}
+  assert list(task["baselines"]) == ["most popular", "co-occurrence"]
+  assert task["baselines"]["most popular"] == pytest.approx(metrics.ranking_metrics(np.array(popular), (2, 5)))
 
 
 def test_gauc_is_of_the_users_of_the_questions(make_run) -> None:
@@ -276,7 +280,7 @@ def test_each_kind_is_compared_with_its_baselines(make_run) -> None:
   run = make_run()
   tasks = evaluate.evaluate(run, progress=False)["splits"]["test"]
   assert {n: list(t["baselines"]) for n, t in tasks.items()} == {
-    "next_page": ["most popular", "own most frequent"],
+    "next_page": ["most popular", "own most frequent", "own most recent", "co-occurrence"],
     "click": ["constant"],
     "dwell": ["constant"],
     "quiet": ["constant", "aggregates + logistic", "aggregates + boosted trees"],
@@ -356,7 +360,7 @@ def test_a_task_without_any_label_is_left_out_of_the_metrics(make_run) -> None:
 def test_the_table_says_where_less_is_better(make_run) -> None:
   run = make_run()
   result = evaluate.evaluate(run, progress=False)
-  heading, *rows = evaluate.results_table(result)
+  heading, *rows = results_table.results_table(result)
   metric = {r[0]: r[2] for r in rows}
   assert metric["age"] == "rmse (lower is better)" and metric["quiet"] == "auc"
   assert set(heading[4:]) == {b for t in result["splits"]["test"].values() for b in t["baselines"]}

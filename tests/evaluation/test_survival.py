@@ -14,7 +14,7 @@ from supermoe_jax import config
 from supermoe_jax.evaluation import influence, probes, survival
 from supermoe_jax.evaluation.answer_forms import form_of
 from supermoe_jax.evaluation.concordance import pair_counts
-from supermoe_jax.evaluation.evaluate import results_words
+from supermoe_jax.evaluation.results_table import results_words
 
 EDGES = (1.0, 3.0, 7.0, 15.0)
 

@@ -210,6 +210,19 @@ def test_bfloat16_rows_on_eight_devices_are_those_on_one() -> None:
   np.testing.assert_allclose(*results, rtol=0.02, atol=0.02)
 
 
+def test_rows_of_padding_do_not_change_how_far_others_move() -> None:
+  """How many there are depends on the mesh."""
+  optimizer = OPTIMIZERS["adagrad with a prior"]
+  rows, gradient = (jax.random.normal(jax.random.key(i), (1, 6, 3)) for i in range(2))
+  moved = []
+  for padding in (0, 4):
+    padded = [jnp.pad(x, ((0, 0), (0, padding), (0, 0))) for x in (rows, gradient)]
+    rule = table_step.MoveRule(optimizer, 0.1)
+    after, _ = table_step.move_rows(padded[0], table_step.row_state(optimizer, padded[0], 3), padded[1], rule, 3)
+    moved.append(after[:, :6])
+  np.testing.assert_allclose(*moved, rtol=1e-6)
+
+
 def test_by_default_a_row_that_is_met_seldom_moves_little() -> None:
   """One update of the table's typical gradient is not learned by heart; a row with many has its own pace."""
   rate = config.Tables().learning_rate
@@ -224,7 +237,7 @@ def test_by_default_a_row_that_is_met_seldom_moves_little() -> None:
 
 @pytest.mark.parametrize(
   ("name", "per_line"),
-  quick_few([("adagrad", 1), ("adam", 4), ("sgd", 4)], itertools.product(OPTIMIZERS, [1, 4])),
+  quick_few([("adagrad with a prior", 1), ("adam", 4), ("sgd", 4)], itertools.product(OPTIMIZERS, [1, 4])),
 )
 def test_a_gradient_for_every_row_moves_rows_as_touching_all_of_them_does(name: str, per_line: int) -> None:
   optimizer = OPTIMIZERS[name]

@@ -120,6 +120,20 @@ def test_labels_of_users_count_once_and_those_of_values_each(measured: dict[str,
   assert measured["next_page"].independent < measured["next_page"].averaged == pytest.approx(measured["next_page"].rate)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_users_label_counts_once_a_user_also_in_rows_of_several(
+  few: config.Config, every_task_dataset: Dataset, packing: bool
+) -> None:
+  cfg = config.override(few, [f"--config.train.packing={packing}"])
+  batches = list(itertools.islice(training_batches.training_batches(every_task_dataset, cfg), 6))
+  found = task_statistics.measure_tasks(cfg.active_tasks, every_task_dataset.schema.outputs, batches, 6)
+  users = rows = 0
+  for batch in batches:
+    for known, owner in zip(batch.targets["tier"].known, batch.features.query_segment, strict=True):
+      users, rows = users + len({int(u) for u, k in zip(owner, known, strict=True) if k}), rows + 1
+  assert found.statistics["tier"].independent == found.statistics["tier"].averaged == pytest.approx(users / rows)
+
+
 def test_a_task_that_has_stopped_moves_its_head_and_nothing_else(
   few: config.Config, every_task_dataset: Dataset, measured: dict[str, TaskStatistics], batch: Batch
 ) -> None:
@@ -133,7 +147,7 @@ def test_a_task_that_has_stopped_moves_its_head_and_nothing_else(
       merged = nnx.merge(graph, model, copy=True)
       drawn, encoded = losses.drawn_codes(merged, batch, KEY), merged.encode(batch.features, dropless=True)
       slices = {n: losses._encoded_slices(merged, s, None)[0] for n, s in batch.slices.items()}
-      of = {n: measured[n]._replace(pulls=pulls) for n in names}
+      of = {n: measured[n]._replace(gradient_scale=pulls) for n in names}
       sums = [task_losses.task_sums(merged, n, encoded, slices, batch, of[n], drawn).total for n in names]
       return jnp.sum(jnp.stack(sums) * chosen)
 

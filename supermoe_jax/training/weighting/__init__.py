@@ -158,7 +158,7 @@ def make_weigher(settings: config.Weighting, tasks: Mapping[str, config.Task]) -
   if settings.method == "static":
     return Weigher(prior)
   if settings.method == "seesaw":
-    return SeesawWeights(prior, settings.labels_exponent, settings.decay)
+    return SeesawWeights(prior, settings.labels_exponent, settings.gradient_decay)
   others = importlib.import_module("supermoe_jax.training.weighting.comparisons")
   weigher: Weigher = others.comparison_weigher(settings, tasks)
   return weigher
