@@ -12,6 +12,9 @@ validation snapshot a user and 131,413 (109,361) training snapshots. In test 138
 in training and count as misses. An item of Beauty has up to 6 of 637 attributes; of Toys' 1,027 some items have up to
 31, and 5,054 values of events beyond the sixth are cut off.
 
+Counts of items that follow each other, without training, have test HR@10 .0863 and NDCG@10 .0548 (validation .1051 and
+.0680): more than this config.
+
 Beauty, on 2 cores of an AMD EPYC: 25 minutes of training beside other work. Ranked among all items, seen ones left out
 (the rows below the first are of versions before this one):
 
@@ -72,6 +75,7 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "snapshots_per_row": 12,
     "packing": True,
     "learning_rate": 1e-3,
+    "tables": {"prior_updates": 0.0},  # as measured
     "checkpoint_every": 1000,
     "log_every": 50,
   }

@@ -271,7 +271,8 @@ def _mean_square(gradient: Gradient, width: int) -> jax.Array:
   Rows of padding, whose number depends on the mesh, have no gradient.
   """
   rows = gradient.gradient if isinstance(gradient, Touched) else gradient
-  moved = jnp.any(rows.reshape(*rows.shape[:-1], -1, width) != 0, axis=-1)
+  per_line = rows.shape[-1] // width
+  moved = jnp.any(rows.reshape(*rows.shape[:-1], per_line, width) != 0, axis=-1)
   return square_norm({"": gradient}) / (jnp.maximum(jnp.sum(moved), 1) * width)
 
 
