@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 
 # Version of run results, part of their hash: increase it when a run measures something else.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,8 @@ def study(
       `report.seesaw_page.write_study_files`.
 
   Raises:
-    ConfigError: a variant is no valid config or needs other data, or a pattern in `only` matches no variant.
+    ConfigError: a variant is no valid config, needs other data or sets train.user_folds, or a pattern in `only` matches
+      no variant.
     DataError: there is no dataset, or it was prepared from another config.
     RunError: `workdir` cannot be a directory of runs.
     StudyError: runs failed; the results of the others are kept, and the same call runs only the missing ones.
@@ -87,6 +88,7 @@ class _Study:
   ):
     self.cfg, self.workdir, self._publish = cfg, workdir, publish
     self.plan = cfg.seesaw
+    _check_deals_no_users("config", cfg)
     check_directory(workdir)
     if not cfg.data.split.has_snapshots("validation"):
       raise ConfigError("a study chooses by validation, but config.data.split.validation is empty; name a time there.")
@@ -131,6 +133,7 @@ class _Study:
       raise ConfigError(f"{path}: {error}") from None
     if varied.data_hash() != cfg.data_hash() or varied.data.path != cfg.data.path:
       raise ConfigError(f"{path} changes the prepared data; a study has one dataset.")
+    _check_deals_no_users(path, varied)
     return dataclasses.replace(varied, seesaw=config.Seesaw())
 
   def _single(self, path: str, task: str, overrides: Sequence[str]) -> config.Config:
@@ -224,6 +227,15 @@ class _Study:
     file = self.workdir / "seesaw.json"
     atomic_files.write_file(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+def _check_deals_no_users(path: str, cfg: config.Config) -> None:
+  """Raises ConfigError if the config at `path` chooses a fold of users, which the study does for each seed."""
+  if cfg.train.user_folds:
+    raise ConfigError(
+      f"{path} sets train.user_folds={cfg.train.user_folds}, but a study deals the users of each seed; remove it, and "
+      "set config.seesaw.user_folds instead."
+    )
 
 
 def folded_tasks(cfg: config.Config) -> list[str]:

@@ -22,6 +22,7 @@ from supermoe_jax.data.dataset.snapshot_batches import QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.evaluation.metrics import Metrics
+from supermoe_jax.evaluation.validation import validation_of
 from supermoe_jax.models import parameters
 from supermoe_jax.seesaw import constant_scores, gradient_cosines
 from supermoe_jax.seesaw.run_result import RunResult
@@ -78,10 +79,9 @@ def execute(group: Sequence[PlannedRun]) -> list[str | None]:
 def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: str | None = None) -> RunResult:
   """Trains and evaluates one config in `workdir`, which is removed afterwards; an interrupted run is resumed."""
   begun = clock.monotonic()
-  # A study evaluates only the newest checkpoint at the end of a run.
-  unvalidated = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, validate=config.Validate()))
+  validated = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, validate=_validation_that_stops(cfg)))
   with _without_messages():
-    loop.train(unvalidated, workdir, progress=False)
+    loop.train(validated, workdir, validation=validation_of(validated), progress=False)
   run = Run(workdir)
   found = evaluate.evaluate(run, compare=False, progress=False, write=False, asked=_study_queries(cfg))
   rows = read_rows(workdir / "metrics.jsonl")
@@ -107,6 +107,17 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
   )
   shutil.rmtree(workdir)
   return result
+
+
+def _validation_that_stops(cfg: config.Config) -> config.Validate:
+  """Returns the validation during training that changes a run of `cfg`: the one that stops tasks; else none.
+
+  A study evaluates the newest checkpoint, so it keeps no best one and has no metric to choose it by.
+  """
+  given = cfg.train.validate
+  if not given.task_patience:
+    return config.Validate()
+  return config.Validate(every=given.every, snapshots=given.snapshots, task_patience=given.task_patience)
 
 
 @contextlib.contextmanager

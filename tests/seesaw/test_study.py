@@ -157,6 +157,31 @@ def test_a_run_leaves_what_evaluation_finds_and_nothing_else(
   assert np.abs(matrix - np.eye(len(matrix)))[known].max() > 0.01  # tasks are not orthogonal
 
 
+class _Watched(Exception):
+  """Ends a run where its training would begin."""
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_tasks_stop_in_a_study_as_in_any_other_run(
+  cfg: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+  begun: list[tuple[config.Config, Any]] = []
+
+  def watched(cfg: config.Config, *arguments: Any, validation: Any = None, **options: Any) -> int:
+    begun.append((cfg, validation))
+    raise _Watched
+
+  monkeypatch.setattr(study_run.loop, "train", watched)
+  asked = ["every=4", "snapshots=3", f"task_patience={patience}", "checkpoints_kept=2"]
+  stopping = config.override(cfg, [f"--config.train.validate.{a}" for a in asked])
+  with pytest.raises(_Watched):
+    study_run.run_one(stopping, tmp_path / "one", variant="stopping")
+  ((trained, validation),) = begun
+  wanted = config.Validate(every=4, snapshots=3, task_patience=2) if patience else config.Validate()
+  assert trained.train == dataclasses.replace(stopping.train, validate=wanted)
+  assert validation is not None
+
+
 def test_a_run_that_fails_is_told_and_the_next_is_done(
   planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,11 +355,23 @@ def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
   for overrides, message in (
     (["model.moe_evry=0"], r"config\.seesaw\.variants\.bad: .*has no key 'moe_evry'.*did you mean 'moe_every'"),
     (["data.split.every_days=9.0"], r"variants\.bad changes the prepared data"),
+    (["train.user_folds=3"], r"variants\.bad sets train\.user_folds=3.* set config\.seesaw\.user_folds instead"),
   ):
     raw = config.to_dict(planned)
     raw["seesaw"]["variants"]["bad"] = overrides
     with pytest.raises(ConfigError, match=message):
       study(config.resolve(raw), tmp_path / "s")
+  assert not (tmp_path / "s").exists()
+
+
+def test_the_config_and_the_references_of_a_study_choose_no_fold_of_users(
+  planned: config.Config, tmp_path: pathlib.Path
+) -> None:
+  with pytest.raises(ConfigError, match=r"config sets train\.user_folds=3.* set config\.seesaw\.user_folds instead"):
+    study(config.override(planned, ["--config.train.user_folds=3"]), tmp_path / "s")
+  alone = with_plan(planned, single={"folds": ["train.user_folds=3"]})
+  with pytest.raises(ConfigError, match=r"config\.seesaw\.single\.folds sets train\.user_folds=3"):
+    study(alone, tmp_path / "s")
   assert not (tmp_path / "s").exists()
 
 
