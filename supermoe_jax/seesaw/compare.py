@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax.evaluation.metrics import LOWER_IS_BETTER
-from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, reduces_seesaw, verdict, within_noise
+from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, reduces_seesaw, verdict, within_noise
 from supermoe_jax.seesaw.run_result import RunResult, plain
 from supermoe_jax.seesaw.sentences import Report, report_sentences
 from supermoe_jax.seesaw.study_scores import StudyScores
@@ -26,7 +26,12 @@ UNTUNED: Mapping[str, Any] = {"rate": None, "tries": None}
 
 
 def on_validation(
-  runs: Sequence[RunResult], variants: Sequence[str], *, base: str = "", null: str = ""
+  runs: Sequence[RunResult],
+  variants: Sequence[str],
+  *,
+  base: str = "",
+  null: str = "",
+  folds: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
   """Compares variants on validation, the split by which one may choose a configuration.
 
@@ -35,17 +40,18 @@ def on_validation(
     variants: the variants to compare; `null` is never chosen.
     base: the variant that `null` repeats; "" without one.
     null: the variant that repeats `base` with other seeds; "" without one.
+    folds: for a task whose seeds deal its users anew, the number of folds of the users.
 
   Returns: `variants`, the tasks `lost` and the `mean_gain` of each variant; and `best`, the variant that loses on the
     fewest tasks, ties broken by the highest mean gain; None while no variant has all tasks in two seeds. The mean alone
     would follow the tasks with few labels, whose gains are mostly chance. `alike` are the other variants whose mean
     gain differs from that of `best` by no more than chance alone makes it; None without a null variant.
   """
-  study = StudyScores(runs, (), variants, (), split="validation")
+  study = StudyScores(runs, (), variants, (), split="validation", folds=folds)
   standing: dict[str, dict[str, Any]] = {}
   for name in variants:
-    found = {t: verdict(estimate(study.gains[name][t].values())) for t in study.compared}
-    mean = estimate(study.summaries(name)["mean_gain"].values())
+    found = {t: verdict(study.estimate(study.gains[name][t].values(), t)) for t in study.compared}
+    mean = study.estimate(study.summaries(name)["mean_gain"].values())
     standing[name] = {"lost": [t for t, v in found.items() if v == "lost"], "mean_gain": mean}
   judged = {n: s for n, s in standing.items() if s["mean_gain"]["seeds"] > 1 and n != null}
   best = min(judged, key=lambda n: (len(judged[n]["lost"]), -judged[n]["mean_gain"]["mean"]), default=None)
@@ -72,7 +78,6 @@ def make_report(
   tuning: Mapping[str, Mapping[str, Any]] | None = None,
   single_tuning: Mapping[str, Mapping[str, Any]] | None = None,
   folds: Mapping[str, int] | None = None,
-  asked_share: float = 0.0,
 ) -> Report:
   """Makes the report of a study, finished or not; `missing` names every gap.
 
@@ -91,22 +96,21 @@ def make_report(
     tuning: for a variant, the `rate` that was chosen, a factor of its learning rates, and the number of `tries`.
     single_tuning: the same for the single-task model of a task.
     folds: for a task whose seeds test different users, the number of folds of the users. Its `labels` are those of all
-      seeds together.
-    asked_share: (tested users / training users) of these folds, by which their intervals are widened.
+      seeds together, and its intervals are widened.
 
   Returns: JSON types only. An estimate is {"mean", "low", "high", "seeds"}, `seeds` the number of seeds. A variant's
     `mean_gain`, `worst_gain`, `harm` and `seesaw_index` are computed in each seed with a gain for all `compared` tasks,
     then averaged. Seed noise alone makes harm and index larger and the worst gain lower, because the mean of
     max(0, −Δ) also counts the seeds in which a task lost by chance. `of_mean_gains` computes them from the tasks' mean
     gains instead, which is less biased but has no interval. A task of `no_better` has no gain, because its single-task
-    model is no better than a constant answer; `over_constant` of `single` says by how much the others are.
+    model is not better than a constant answer beyond chance; `over_constant` of `single` says by how much each is.
     `noise` holds the differences of the null variant to its base: what chance alone does. `within_noise` of a
     difference to the tuned variant says whether it is no larger. `expert_load` is of the one seed `expert_load_seed`:
     experts have no order, so a mean over seeds would mean nothing.
   Raises: ValueError: two runs of one seed, or two main metrics of one task.
   """
   folds = folds or {}
-  study = StudyScores(runs, tasks, variants, seeds, folded=folds, asked_share=asked_share)
+  study = StudyScores(runs, tasks, variants, seeds, folds=folds)
   labels, possible = labels or {}, possible or {}
   out: Report = {
     "format": FORMAT,
@@ -133,7 +137,7 @@ def make_report(
       t: {
         "score": study.estimate(study.single[t].values(), t),
         "over_constant": study.estimate(study.over_constant[t].values(), t),
-        "share_of_possible": _share(study.single[t], possible.get(t)),
+        "share_of_possible": _share(study, t, study.single[t], possible.get(t)),
         "tuning": dict((single_tuning or {}).get(t, UNTUNED)),
         **_sizes(study.singles.get(t, {})),
       }
@@ -147,7 +151,7 @@ def make_report(
       }
       for v in study.shared
     },
-    "validation": on_validation(runs, list(study.shared), base=base, null=null),
+    "validation": on_validation(runs, list(study.shared), base=base, null=null, folds=folds),
     "missing": study.missing(),
   }
   for task, bounds in possible.items():
@@ -158,11 +162,14 @@ def make_report(
   return found
 
 
-def _share(scores: Mapping[int, float], bounds: Mapping[str, float] | None) -> Estimate | None:
+def _share(
+  study: StudyScores, task: str, scores: Mapping[int, float], bounds: Mapping[str, float] | None
+) -> Estimate | None:
   """Estimates (score − constant) / (bayes − constant) over seeds; None if the bounds are unknown or equal."""
   if bounds is None or bounds["bayes"] == bounds["constant"]:
     return None
-  return estimate((m - bounds["constant"]) / (bounds["bayes"] - bounds["constant"]) for m in scores.values())
+  whole = bounds["bayes"] - bounds["constant"]
+  return study.estimate(((m - bounds["constant"]) / whole for m in scores.values()), task)
 
 
 def _sizes(runs: Mapping[int, RunResult]) -> dict[str, int | None]:
@@ -180,7 +187,7 @@ def _variant(
   tasks: dict[str, dict[str, Any]] = {}
   for task in study.tasks:
     score, found = study.score[name][task], study.estimate(gains[task].values(), task)
-    share = _share(score, possible.get(task))
+    share = _share(study, task, score, possible.get(task))
     tasks[task] = {
       "score": study.estimate(score.values(), task),
       "gain": found,

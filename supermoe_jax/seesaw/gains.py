@@ -61,6 +61,15 @@ def relative_gain(metric: str, score: float, single: float, over_constant: float
   return 100 * improvement(metric, score, single) / over_constant if over_constant > 0 else None
 
 
+def beyond_constant(over_constant: Estimate) -> bool:
+  """Returns whether single-task models are better than a constant answer beyond chance: their interval lies above 0.
+
+  Without an interval, which needs two seeds, the sign of the mean decides.
+  """
+  lead = over_constant["mean"] if over_constant["low"] is None else over_constant["low"]
+  return lead is not None and lead > 0
+
+
 def harm(gains: Sequence[float]) -> float:
   """Returns H, the mean of max(0, −Δ) over tasks, `gains [T]`."""
   return sum(max(0.0, -g) for g in gains) / len(gains)

@@ -97,7 +97,10 @@ def conclusion(found: Report) -> list[str]:
   if not found["compared"]:
     if found["no_better"] and not found["waiting"]:
       named = ", ".join(found["no_better"])
-      return [f"No single-task model is better than a constant answer ({named}): there is nothing to measure gains by."]
+      return [
+        f"No single-task model is better than a constant answer beyond chance ({named}): there is nothing to measure "
+        "gains by."
+      ]
     return ["No task has both a single-task score and one in a shared model yet: there is nothing to compare."]
   judged = {n: v["versus_tuned"] for n, v in variants.items() if v["versus_tuned"] and n != found["null"]}
   judged = {n: v for n, v in judged.items() if v["harm"]["low"] is not None}
@@ -163,12 +166,6 @@ def warnings(found: Report) -> list[str]:
   if found["noise"] is None and found["variants"]:
     out.append(
       "There is no null variant, a config trained again with other seeds: how much chance alone does is unknown."
-    )
-  weak = [t for t in found["compared"] if (low := found["single"][t]["over_constant"]["low"]) is not None and low <= 0]
-  if weak:
-    out.append(
-      f"Hardly better than a constant answer: the single-task models of {', '.join(weak)} may be no better at all, so "
-      "gains there are quotients of two small numbers."
     )
   if found["missing"]:
     out.append(

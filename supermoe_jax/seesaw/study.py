@@ -121,7 +121,8 @@ class _Study:
     self.folded = folded_tasks(cfg)
     folds = self.plan.user_folds if self.folded else 0
     self.runs = CachedRuns(workdir, dataset.manifest["encoding_hash"], jobs, folds)
-    self.tuning = Tuning(self.runs, self.plan)
+    self.folds = dict.fromkeys(self.folded, folds)
+    self.tuning = Tuning(self.runs, self.plan, self.folds)
 
   def _varied(self, path: str, cfg: config.Config, overrides: Sequence[str]) -> config.Config:
     if any(o.startswith("train.weighting.method=") and not o.endswith(_PRIORS) for o in overrides):
@@ -216,8 +217,7 @@ class _Study:
       overrides=overrides,
       possible=_possible(pathlib.Path(self.cfg.data.path)),
       labels=labels,
-      folds=dict.fromkeys(self.folded, self.plan.user_folds),
-      asked_share=asked_share(self.cfg),
+      folds=self.folds,
       seeds=self.plan.seeds,
       references={t: c.candidate if c else None for t, c in alone.items()},
       tuning=tuning,
@@ -243,12 +243,6 @@ def folded_tasks(cfg: config.Config) -> list[str]:
   if not cfg.seesaw.user_folds or not can_fold_users(cfg):
     return []
   return [n for n, t in cfg.active_views.items() if t.user_column]
-
-
-def asked_share(cfg: config.Config) -> float:
-  """Returns (tested users / training users) of a fold of the study's users; 0 without folds."""
-  folds, rest = cfg.seesaw.user_folds, 1 - cfg.data.split.user_validation
-  return (rest / folds) / (rest - rest / folds) if folds else 0.0
 
 
 def planned_variants(plan: config.Seesaw) -> tuple[dict[str, tuple[str, ...]], str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from supermoe_jax.evaluation.metrics import improvement
-from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, estimate, relative_gain
+from supermoe_jax.seesaw.gains import SUMMARIES, Estimate, beyond_constant, estimate, relative_gain
 from supermoe_jax.seesaw.run_result import SINGLE, RunResult
 
 
@@ -23,7 +23,7 @@ class StudyScores:
     over_constant: for each task, how much better its single-task model is than a constant answer, by seed.
     compared: the tasks with gains.
     unmeasured: trained tasks without a score in any run.
-    no_better: tasks whose single-task model is no better than a constant answer in the mean over seeds.
+    no_better: tasks whose single-task model is not better than a constant answer beyond chance.
     unknown_constant: tasks whose constant answer has no known score.
     waiting: the tasks that may be compared once more runs end.
     gains: the gain of each variant on each task, by seed.
@@ -36,10 +36,21 @@ class StudyScores:
     variants: Sequence[str],
     seeds: Sequence[int],
     split: str = "test",
-    folded: Collection[str] = (),
-    asked_share: float = 0.0,
+    folds: Mapping[str, int] | None = None,
   ):
-    self._folded, self._asked_share = folded, asked_share
+    """Sorts runs.
+
+    Args:
+      runs: the runs; at most one a seed for each variant and for each single task.
+      tasks: planned tasks; others of `runs` are added.
+      variants: planned variants; others of `runs` are added.
+      seeds: planned seeds; others of `runs` are added.
+      split: the split whose scores are compared.
+      folds: for a task whose seeds test different users, the number of folds of the users.
+
+    Raises: ValueError: two runs of one seed, or two main metrics of one task.
+    """
+    self._shares = {t: asked_share(n) for t, n in (folds or {}).items()}
     self.singles: dict[str, dict[int, RunResult]] = {}
     self.shared: dict[str, dict[int, RunResult]] = {v: {} for v in variants}
     for run in sorted(runs, key=lambda r: r.seed):
@@ -64,7 +75,7 @@ class StudyScores:
     both = [t for t in self.tasks if self.single[t] and any(s[t] for s in self.score.values())]
     self.unknown_constant = [t for t in both if not self.over_constant[t]]
     known = [t for t in both if self.over_constant[t]]
-    self.no_better = [t for t in known if self._mean_over_constant(t) <= 0]
+    self.no_better = [t for t in known if not beyond_constant(self.estimate(self.over_constant[t].values(), t))]
     self.compared = [t for t in known if t not in self.no_better]
     # Trained tasks without a score in any run are unmeasured; the rest may get their scores as the study goes on.
     scored = {t for t in self.tasks if self.single[t] or any(s[t] for s in self.score.values())}
@@ -74,6 +85,8 @@ class StudyScores:
     self.gains = {v: {t: self._gains(v, t) for t in self.tasks} for v in self.shared}
 
   def _gains(self, variant: str, task: str) -> dict[int, float]:
+    if task not in self.compared:
+      return {}
     single, score, metric = self.single[task], self.score[variant][task], self.metric[task] or ""
     over = self._mean_over_constant(task)
     found = {s: relative_gain(metric, score[s], single[s], over) for s in score if s in single}
@@ -84,17 +97,17 @@ class StudyScores:
     return {s: improvement(metric, v, constants[s]) for s, v in self.single[task].items() if s in constants}
 
   def _mean_over_constant(self, task: str) -> float:
-    """Returns what a task's gains are measured by; 0 if it is not known."""
+    """Returns what the gains of a compared task are measured by."""
     found = self.over_constant[task].values()
-    return sum(found) / len(found) if found else 0.0
+    return sum(found) / len(found)
 
   def estimate(self, values: Iterable[float], task: str = "") -> Estimate:
     """Returns the mean over seeds with its interval, of a task, or of a summary of all compared tasks.
 
     The interval is widened where seeds are folds of users, for a summary if one of its tasks is scored so.
     """
-    folded = task in self._folded if task else any(t in self._folded for t in self.compared)
-    return estimate(values, self._asked_share if folded else 0.0)
+    tasks = [task] if task else self.compared
+    return estimate(values, max((self._shares.get(t, 0.0) for t in tasks), default=0.0))
 
   def complete(self, variant: str) -> list[int]:
     """Returns the seeds in which every compared task has a gain; in other seeds, means would be over fewer tasks."""
@@ -129,8 +142,8 @@ class StudyScores:
         out += _lack(where, f"no {self.metric[task] or 'metric'}", [s for s in runs if s not in score])
     for task in self.no_better:
       out.append(
-        f"task {task}: its single-task model is no better than a constant answer ({self.metric[task]}), so there is "
-        "nothing to measure gains by, and the task is left out."
+        f"task {task}: its single-task model is not better than a constant answer beyond chance ({self.metric[task]}), "
+        "so there is nothing to measure gains by, and the task is left out."
       )
     for task in self.unknown_constant:
       out.append(
@@ -138,6 +151,11 @@ class StudyScores:
         "measure gains by, and the task is left out; run the study again with this version."
       )
     return out
+
+
+def asked_share(folds: int) -> float:
+  """Returns (tested users / training users) of one of so many folds, by which intervals are widened."""
+  return 1 / (folds - 1)
 
 
 def _scores(runs: Mapping[int, RunResult], task: str, split: str) -> dict[int, float]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.evaluation.metrics import improvement
-from supermoe_jax.seesaw.gains import relative_gain
+from supermoe_jax.seesaw.gains import mean_gain
 from supermoe_jax.seesaw.run_result import RunResult
+from supermoe_jax.seesaw.study_scores import StudyScores
 
 
 def fixed_weights(base: config.Config) -> list[np.ndarray]:
@@ -35,17 +35,20 @@ def weighted_configs(base: config.Config, plan: config.Seesaw) -> list[config.Co
   return out
 
 
-def mean_validation_gain(result: RunResult, alone: Mapping[str, RunResult]) -> float:
-  """Returns a run's mean gain on validation over the single-task runs `alone`; −∞ if no task can be compared.
+def mean_validation_gain(
+  result: RunResult, references: Mapping[str, Sequence[RunResult]], folds: Mapping[str, int] | None = None
+) -> float:
+  """Returns a run's mean gain on validation over the single-task runs of its seed; −∞ if no task can be compared.
 
-  A task whose single-task run is no better there than a constant answer cannot be compared.
+  As in the report, a task's gains are measured by what its single-task models have over a constant answer in the mean
+  over all seeds, and a task whose models are not better than that beyond chance is left out.
+
+  Args:
+    result: the run.
+    references: the single-task runs of each task, of all seeds.
+    folds: for a task whose seeds deal its users anew, the number of folds of the users.
   """
-  gains = []
-  for task, other in alone.items():
-    mine, reference = result.score(task, "validation"), other.score(task, "validation")
-    constant = other.constant(task, "validation")
-    if mine is not None and reference is not None and constant is not None:
-      metric = result.main_metric[task]
-      gains.append(relative_gain(metric, mine, reference, improvement(metric, reference, constant)))
-  known = [g for g in gains if g is not None]
-  return float(np.mean(known)) if known else -math.inf
+  runs = [result, *(r for of in references.values() for r in of)]
+  study = StudyScores(runs, (), (), (), split="validation", folds=folds)
+  gains = [g for t in study.compared for g in study.gains[result.variant][t].values()]
+  return mean_gain(gains) if gains else -math.inf

@@ -62,9 +62,9 @@ def _scaled(rate: float, factor: float) -> float:
 class Tuning:
   """Chooses configurations of a study on the validation split."""
 
-  def __init__(self, runs: CachedRuns, plan: config.Seesaw):
-    """Tunes by the rates and the static candidates of `plan`."""
-    self._runs, self._plan = runs, plan
+  def __init__(self, runs: CachedRuns, plan: config.Seesaw, folds: Mapping[str, int] | None = None):
+    """Tunes by the rates and the static candidates of `plan`; `folds` is the number of folds of tasks with folds."""
+    self._runs, self._plan, self._folds = runs, plan, folds
     self._first = plan.seeds[:1]
 
   def references(self, candidates: Mapping[str, Mapping[str, config.Config]]) -> dict[str, Choice | None]:
@@ -100,7 +100,7 @@ class Tuning:
 
     Args:
       cfgs: the variants' configs.
-      references: the single-task runs of each task, that of the first seed first.
+      references: the single-task runs of each task, of all seeds.
     """
     tried = {name: [Choice(with_rate(cfg, r), rate=r) for r in self._plan.rates] for name, cfg in cfgs.items()}
     if len(self._plan.rates) > 1:
@@ -111,12 +111,12 @@ class Tuning:
   def _best_rate(self, name: str, choices: Sequence[Choice], references: Mapping[str, Sequence[RunResult]]) -> Choice:
     if len(choices) == 1:
       return choices[0]
-    alone = {t: r[0] for t, r in references.items() if r}
     scored: list[tuple[float, Choice]] = []
     # Of equal scores the rate nearest to the config's own wins, also if no run has a score.
     for choice in sorted(choices, key=lambda c: max(c.rate, 1 / c.rate)):
       found = self._runs.results(RunGroup(name, None, choice.cfg, self._first))
-      scored.append((study_weights.mean_validation_gain(found[0], alone) if found else -math.inf, choice))
+      gain = study_weights.mean_validation_gain(found[0], references, self._folds) if found else -math.inf
+      scored.append((gain, choice))
     return dataclasses.replace(max(scored, key=lambda s: s[0])[1], tries=self._distinct(choices))
 
   def static_weights(self, name: str, chosen: Choice, references: Mapping[str, Sequence[RunResult]]) -> Choice:
@@ -130,9 +130,8 @@ class Tuning:
     candidates = {f"weights {i}": c for i, c in enumerate(weighted)}
     first = {n: RunGroup(n, None, c, self._first) for n, c in candidates.items()}
     self._runs.execute("tuning static weights", list(first.values()), together=True)
-    alone = {t: r[0] for t, r in references.items() if r}
     scores = {
-      n: study_weights.mean_validation_gain(result, alone)
+      n: study_weights.mean_validation_gain(result, references, self._folds)
       for n, job in first.items()
       for result in self._runs.results(job)
     }
@@ -143,7 +142,7 @@ class Tuning:
     self._runs.execute("the best static weights", list(final.values()), together=True)
     runs = [r for results in references.values() for r in results]
     runs += [r for job in final.values() for r in self._runs.results(job)]
-    best = candidates[compare.on_validation(runs, list(final))["best"] or "weights 0"]
+    best = candidates[compare.on_validation(runs, list(final), folds=self._folds)["best"] or "weights 0"]
     told = ", ".join(f"{n}={best.tasks[n].weight:g}" for n in names)
     logger.info(f"static weights of {name}, best of {len(scores)} on validation: {told}")
     again = chosen.tries > 0 and self._runs.file(chosen.cfg) in {self._runs.file(c) for c in weighted}

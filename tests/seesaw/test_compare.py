@@ -90,33 +90,6 @@ def test_gains_are_measured_from_the_constant_answer_of_each_metric():
   assert any("percent of what the single-task model has over a constant answer" in w for w in found["words"])
 
 
-def test_a_single_task_model_that_is_no_better_than_a_constant_has_no_gain_and_is_named():
-  runs = study({"tuned": BAD, "good": GOOD})
-  runs += [run("single", s, {"spend": 3.0 + 0.01 * s}, "spend") for s in range(3)]
-  runs += [run(v, s + 3, {"spend": 2.9}) for v in ("tuned", "good") for s in range(1)]
-  found = make(runs)
-  assert found["no_better"] == ["spend"] and found["compared"] == ["churn", "basket"] and found["waiting"] == []
-  assert found["variants"]["good"]["tasks"]["spend"]["gain"]["mean"] is None
-  assert any(
-    "task spend: its single-task model is no better than a constant answer (rmse)" in m for m in found["missing"]
-  )
-  assert found["variants"]["good"]["mean_gain"]["mean"] == pytest.approx(np.mean(GOOD))
-
-
-def test_a_single_task_model_that_may_be_no_better_than_a_constant_is_warned_of():
-  runs = [run("single", s, {"churn": v}, "churn") for s, v in enumerate((0.49, 0.52, 0.55))]
-  runs += [run("v", s, {"churn": 0.53}) for s in range(3)]
-  words = make(runs)["words"]
-  assert any("Hardly better than a constant answer" in w and "churn" in w for w in words)
-
-
-def test_a_ranking_without_a_known_constant_has_no_gain_and_is_named():
-  tasks = {"item": {"validation": {}, "test": {"ndcg@10": 0.3}}}
-  ranked = {"tasks": tasks, "main_metric": {"item": "ndcg@10"}}
-  found = make([run("single", 0, {"item": 0.3}, "item", **ranked), run("v", 0, {"item": 0.3}, **ranked)])
-  assert found["compared"] == [] and any("constant answer is not in the results" in m for m in found["missing"])
-
-
 @given(st.lists(st.lists(FINITE, min_size=3, max_size=3), min_size=2, max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_summaries_against_a_slow_reference(rows):
@@ -401,19 +374,3 @@ def test_the_null_variant_is_never_chosen_and_what_is_no_better_than_chance_is_n
   found = compare.on_validation(runs, ["best", "near", "far", "null"], base="best", null="null")
   assert found["best"] == "best" and "near" in found["alike"]
   assert compare.on_validation(runs, ["best", "near", "far"])["alike"] is None
-
-
-def test_intervals_over_folds_of_users_are_wider():
-  """Folds share most of their training users, so their scores vary less than those of independent samples would."""
-  runs = study({"tuned": BAD, "good": GOOD})
-  plain = make(runs)["variants"]["good"]
-  folded = make(runs, folds={"churn": 3}, asked_share=0.5)["variants"]["good"]
-  wider = math.sqrt((1 / 3 + 0.5) / (1 / 3))
-
-  def width(found):
-    return found["high"] - found["low"]
-
-  assert width(folded["tasks"]["churn"]["gain"]) == pytest.approx(wider * width(plain["tasks"]["churn"]["gain"]))
-  assert folded["tasks"]["basket"] == plain["tasks"]["basket"]
-  assert width(folded["mean_gain"]) == pytest.approx(wider * width(plain["mean_gain"]))
-  assert width(folded["versus_tuned"]["harm"]) == pytest.approx(wider * width(plain["versus_tuned"]["harm"]))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +60,7 @@ def made_up(group: Sequence[PlannedRun]) -> list[str | None]:
     rng = np.random.default_rng(int(cfg.hash(), 16))
     main = {t: evaluate.main_metric(cfg, task) for t, task in cfg.active_views.items()}
     found = {
-      t: {s: {m: rng.uniform(0.6, 0.7), "log_loss": rng.uniform(0.3, 0.6)} for s in evaluate.EVALUATED_SPLITS}
+      t: {s: {m: rng.uniform(0.64, 0.66), "log_loss": rng.uniform(0.3, 0.6)} for s in evaluate.EVALUATED_SPLITS}
       for t, m in main.items()
     }
     result = RunResult(
@@ -335,18 +334,6 @@ def test_static_weights_are_those_that_are_best_on_validation(
   assert max(drawn) > drawn[0] == 1.0
   assert report["variants"]["tuned_static"]["mean_gain"]["mean"] == pytest.approx(-100 * 0.01 * max(drawn) / 0.1)
   assert any(f"best of 6 on validation: pages={2 - max(drawn):g}, quiet={max(drawn):g}" in line for line in said)
-
-
-def test_candidates_are_compared_by_their_mean_gain_on_validation() -> None:
-  def score(auc: float, rmse: float) -> dict[str, Any]:
-    return {"churn": {"validation": {"auc": auc}}, "spend": {"validation": {"rmse": rmse}}}
-
-  alone = {t: seesaw_runs.run("single", 0, {t: 0.0}, t, tasks=score(0.6, 2.0)) for t in ("churn", "spend")}
-  result = seesaw_runs.run("v", 0, {"churn": 0.0, "spend": 0.0}, tasks=score(0.62, 1.9))
-  assert study_weights.mean_validation_gain(result, alone) == pytest.approx((20 + 10) / 2)
-  unknowing = {**alone, "churn": seesaw_runs.run("single", 0, {"churn": 0.0}, "churn", tasks=score(0.5, 2.0))}
-  assert study_weights.mean_validation_gain(result, unknowing) == pytest.approx(10)
-  assert study_weights.mean_validation_gain(seesaw_runs.run("v", 0, {}), alone) == -math.inf
 
 
 def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
