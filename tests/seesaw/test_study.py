@@ -4,83 +4,25 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from supermoe_jax import config
-from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.errors import ConfigError, StudyError
 from supermoe_jax.evaluation import evaluate
 from supermoe_jax.report.seesaw_page import write_study_files
-from supermoe_jax.seesaw import cached_runs, study_run, study_weights
+from supermoe_jax.seesaw import cached_runs, study_run
 from supermoe_jax.seesaw import study as study_lib
-from supermoe_jax.seesaw.cached_runs import RunGroup
 from supermoe_jax.seesaw.run_result import RunResult
 from supermoe_jax.seesaw.study import study
 from supermoe_jax.seesaw.study_run import PlannedRun
 from supermoe_jax.training import loop
 from supermoe_jax.training.monitoring.metrics_log import read_rows
 from supermoe_jax.training.run import Run
-from tests.fixtures import seesaw_runs
-from tests.fixtures.messages import messages
-
-SMALL = [
-  "--config.exclude_tasks=('next_page', 'paid')",
-  "--config.model.layers=1",
-  "--config.model.moe_every=1",
-  "--config.train.steps=3",
-  "--config.train.checkpoint_every=3",
-]
-
-Execute = Callable[[Sequence[PlannedRun]], list[str | None]]
-
-
-@pytest.fixture(scope="module")
-def planned(cfg: config.Config, dataset: Dataset) -> config.Config:
-  """Two tasks, two seeds, two variants."""
-  small = config.override(cfg, SMALL)
-  raw = config.to_dict(small)
-  raw["seesaw"] = {
-    "seeds": [0, 1],
-    "variants": {"tuned_static": [], "dense": ["model.moe_every=0", "train.weighting.method=equal"]},
-    "static_candidates": 2,
-    "rates": [1.0],
-    "null": False,
-  }
-  return config.resolve(raw)
-
-
-def made_up(group: Sequence[PlannedRun]) -> list[str | None]:
-  """Leaves what runs of these configs could have left, drawn by each config's hash."""
-  for run in group:
-    cfg, tasks = run.cfg, list(run.cfg.active_views)
-    rng = np.random.default_rng(int(cfg.hash(), 16))
-    main = {t: evaluate.main_metric(cfg, task) for t, task in cfg.active_views.items()}
-    found = {
-      t: {s: {m: rng.uniform(0.64, 0.66), "log_loss": rng.uniform(0.3, 0.6)} for s in evaluate.EVALUATED_SPLITS}
-      for t, m in main.items()
-    }
-    result = RunResult(
-      variant=run.variant,
-      task=run.task,
-      seed=cfg.train.seed,
-      config_hash=cfg.hash(),
-      tasks=found,
-      main_metric=main,
-      constants=dict.fromkeys(tasks, 0.7),
-      losses={t: rng.uniform(0.5, 1.0) for t in tasks},
-      parameters=1000,
-      active_parameters=900 if cfg.model.moe_every else 999,
-      seconds=1.0,
-      weights={"step": [1, 2, 3], **{t: [1.0, 1.1, 1.2] for t in tasks}},
-      cosine={"tasks": tasks, "matrix": (0.5 + 0.5 * np.eye(len(tasks))).tolist()} if len(tasks) > 1 else None,
-      expert_load={t: {"snapshots": 9, "load": [[0.25] * 4]} for t in tasks},
-    )
-    run.file.write_text(json.dumps(result.to_json()))
-  return [None] * len(group)
+from tests.fixtures.seesaw_plans import Execute, executed, made_up, with_plan
 
 
 def trained(group: Sequence[PlannedRun]) -> list[str | None]:
@@ -250,35 +192,6 @@ def test_single_task_runs_know_one_task_and_variants_all(folder: pathlib.Path, p
   assert all(r.cosine["tasks"] == ["pages", "quiet"] for r in runs if not r.task)
 
 
-@pytest.mark.parametrize(("metric", "best"), [("auc", "slow"), ("rmse", "same")])
-def test_a_tasks_reference_is_the_candidate_that_is_best_on_validation(
-  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, metric: str, best: str
-) -> None:
-  raw = config.to_dict(planned)
-  raw["seesaw"]["single"] = {"same": [], "slow": ["train.learning_rate=0.1"], "dense": ["model.moe_every=0"]}
-  course = study_lib._Study(config.resolve(raw), tmp_path, 1, (), print)
-  scores = {"same": 0.6, "slow": 0.8, "dense": 0.7}
-  known = {course.singles["quiet"][n].hash(): score for n, score in scores.items()}
-
-  def found(job: RunGroup) -> list[RunResult]:
-    score = known[job.cfg.hash()]
-    return [
-      seesaw_runs.run(
-        "single",
-        0,
-        {"quiet": 1 - score},
-        "quiet",
-        main_metric={"quiet": metric},
-        tasks={"quiet": {"validation": {metric: score}, "test": {metric: 1 - score}}},
-      )
-    ]
-
-  monkeypatch.setattr(course.runs, "results", found)
-  monkeypatch.setattr(course.runs, "execute", lambda *a: None)
-  chosen = course.tuning.references({"quiet": course.singles["quiet"]})["quiet"]
-  assert chosen is not None and (chosen.candidate, chosen.tries) == (best, 3)
-
-
 def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
   planned: config.Config, tmp_path: pathlib.Path
 ) -> None:
@@ -290,50 +203,6 @@ def test_a_single_task_run_knows_neither_the_other_tasks_nor_their_weights(
     assert alone.train.weighting.method == "equal"
   weights = {v: {n: t.weight for n, t in c.active_tasks.items()} for v, c in course.variants.items()}
   assert weights == {"tuned_static": {"pages": 1.0, "quiet": 3.0}, "dense": {"pages": 1.0, "quiet": 1.0}}
-
-
-def test_static_weights_are_searched_among_equal_ones_the_configs_own_and_random_ones(
-  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  weighted = config.override(planned, ["--config.tasks.quiet.weight=3.0", "--config.seesaw.static_candidates=4"])
-  tried = []
-  monkeypatch.setattr(
-    cached_runs.CachedRuns,
-    "execute",
-    lambda self, what, jobs, *a, **k: tried.extend(jobs) if "tuning static" in what else None,
-  )
-  monkeypatch.setattr(study_lib.compare, "make_report", lambda *a, **k: {"words": []})
-  study(weighted, tmp_path / "s")
-  weights = [{n: job.cfg.tasks[n].weight for n in ("pages", "quiet")} for job in tried]
-  assert len(weights) == 4 and weights[0] == {"pages": 1.0, "quiet": 1.0} and weights[1] == {"pages": 0.5, "quiet": 1.5}
-  assert all(sum(w.values()) == pytest.approx(2, abs=1e-3) for w in weights)
-  assert len({w["quiet"] for w in weights}) == 4
-
-
-def test_static_weights_are_those_that_are_best_on_validation(
-  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """The more a config weighs `quiet`, the better its runs are on validation, and the worse on test."""
-
-  def leave(group: Sequence[PlannedRun]) -> list[str | None]:
-    for run in group:
-      better = 0.0 if run.task else 0.01 * run.cfg.tasks["quiet"].weight
-      made_up([run])
-      result = json.loads(run.file.read_text())
-      for task, metric in result["main_metric"].items():
-        result["tasks"][task] = {"validation": {metric: 0.6 + better}, "test": {metric: 0.6 - better}}
-      run.file.write_text(json.dumps(result))
-    return [None] * len(group)
-
-  monkeypatch.setattr(cached_runs, "execute", leave)
-  several = config.override(planned, ["--config.seesaw.static_candidates=6"])
-  with messages() as said:
-    report = study(several, tmp_path / "s")
-  drawn = [c.tasks["quiet"].weight for c in study_weights.weighted_configs(several, several.seesaw)]
-  assert f"tasks.quiet.weight={max(drawn):g}" in report["variants"]["tuned_static"]["overrides"]
-  assert max(drawn) > drawn[0] == 1.0
-  assert report["variants"]["tuned_static"]["mean_gain"]["mean"] == pytest.approx(-100 * 0.01 * max(drawn) / 0.1)
-  assert any(f"best of 6 on validation: pages={2 - max(drawn):g}, quiet={max(drawn):g}" in line for line in said)
 
 
 def test_a_variant_that_cannot_be_is_an_error_before_anything_runs(
@@ -383,19 +252,6 @@ def test_a_failed_run_is_named_and_the_others_are_kept(
   assert any("dense" in line for line in report["missing"])
 
 
-def with_plan(planned: config.Config, **changes: Any) -> config.Config:
-  raw = config.to_dict(planned)
-  raw["seesaw"].update(changes)
-  return config.resolve(raw)
-
-
-def executed(monkeypatch: pytest.MonkeyPatch, execute: Execute = made_up) -> list[PlannedRun]:
-  """Returns the list of runs that studies execute from now on."""
-  done: list[PlannedRun] = []
-  monkeypatch.setattr(cached_runs, "execute", lambda group: done.extend(group) or execute(group))
-  return done
-
-
 def test_a_study_trains_the_config_again_with_other_seeds(
   planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,47 +290,6 @@ def test_the_null_variant_can_be_asked_for_and_brings_the_variant_that_it_repeat
     study_lib._Study(planned, tmp_path, 1, ["null"], print)
 
 
-def test_every_variant_and_reference_tries_the_same_learning_rates_and_validation_chooses(
-  planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """Single-task models are best with half the rate, `dense` with twice the rate, and all others with their own."""
-  own = planned.train.learning_rate
-
-  def leave(group: Sequence[PlannedRun]) -> list[str | None]:
-    for run in group:
-      made_up([run])
-      wanted = 0.5 if run.task else 2.0 if not run.cfg.model.moe_every else 1.0
-      right = run.cfg.train.learning_rate == pytest.approx(own * wanted)
-      result = json.loads(run.file.read_text())
-      for task, metric in result["main_metric"].items():
-        result["tasks"][task] = {
-          s: {metric: 0.7 if right == (s == "validation") else 0.6} for s in ("validation", "test")
-        }
-      run.file.write_text(json.dumps(result))
-    return [None] * len(group)
-
-  done = executed(monkeypatch, leave)
-  report = study(with_plan(planned, rates=[0.5, 1.0, 2.0], null=True), tmp_path / "s", publish=write_study_files)
-  assert {t: a["tuning"] for t, a in report["single"].items()} == {
-    t: {"rate": 0.5, "tries": 3} for t in report["tasks"]
-  }
-  tuning = {n: v["tuning"] for n, v in report["variants"].items()}
-  assert tuning["dense"] == {"rate": 2.0, "tries": 3} and tuning["base"] == {"rate": 1.0, "tries": 3}
-  # Tuned weights try two weightings more, of which the equal ones are the config's own and were tried before.
-  assert tuning["tuned_static"] == {"rate": 1.0, "tries": 4}
-  assert tuning["null"] == {"rate": 1.0, "tries": 0}
-  tables = planned.train.tables.learning_rate
-  expected = [f"train.learning_rate={2 * own:.9g}", f"train.tables.learning_rate={2 * tables:.9g}"]
-  assert report["variants"]["dense"]["overrides"][-2:] == expected
-  assert len({r.file for r in done}) == len(done)
-  page = (tmp_path / "s" / "seesaw.html").read_text()
-  assert ">tries<" in page and "keeps the one that is best on" in page
-  final = [r.cfg for r in done if r.variant == "dense" and r.cfg.train.seed == 1]
-  assert [(c.train.learning_rate, c.train.tables.learning_rate) for c in final] == [
-    pytest.approx((2 * own, 2 * tables))
-  ]
-
-
 def test_with_one_rate_nothing_is_tried(
   planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,58 +322,3 @@ def test_runs_of_equal_configs_are_done_once(
 def test_a_plan_that_cannot_work_is_an_error(planned: config.Config, changes: dict[str, Any], message: str) -> None:
   with pytest.raises(ConfigError, match=message):
     with_plan(planned, **changes)
-
-
-@pytest.fixture(scope="module")
-def with_user_label(cfg: config.Config, planned: config.Config) -> config.Config:
-  """The plan with a task about the table of users, whose users the seeds deal anew."""
-  asked = dataclasses.replace(planned, exclude_tasks=("next_page",))
-  return with_plan(asked, seeds=[3, 5, 7], user_folds=2, null=True, tuned="", variants={"plain": []})
-
-
-def test_each_seed_tests_another_fold_of_the_labelled_users(
-  with_user_label: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  def leave(group: Sequence[PlannedRun]) -> list[str | None]:
-    for run in group:
-      made_up([run])
-      result = json.loads(run.file.read_text())
-      result["labels"] = {t: {"test": 10 + run.cfg.train.user_fold} for t in result["tasks"]}
-      run.file.write_text(json.dumps(result))
-    return [None] * len(group)
-
-  done = executed(monkeypatch, leave)
-  plan = with_user_label
-  report = study(plan, tmp_path / "s", publish=write_study_files)
-  folds = {(r.variant, r.task, r.cfg.train.seed): (r.cfg.train.user_fold, r.cfg.train.user_folds) for r in done}
-  for task in report["tasks"]:
-    assert [folds["single", task, s] for s in (3, 5, 7)] == [(0, 2), (1, 2), (0, 2)]
-  assert [folds["plain", None, s] for s in (3, 5, 7)] == [(0, 2), (1, 2), (0, 2)]
-  assert [folds["null", None, s] for s in (1003, 1005, 1007)] == [(0, 2), (1, 2), (0, 2)]
-  assert {t: a["folds"] for t, a in report["tasks"].items()} == {"pages": None, "quiet": None, "paid": 2}
-  assert report["tasks"]["paid"]["labels"] == 10 + 11  # each user once, though three seeds test
-  assert any("paid has 21. Each seed tests other users" in w for w in report["words"])
-  assert "paid: each seed tests other users, in 2 folds" in " ".join(
-    (tmp_path / "s" / "seesaw.html").read_text().split()
-  )
-
-
-def test_folds_are_only_dealt_where_the_data_can(with_user_label: config.Config, planned: config.Config) -> None:
-  assert study_lib.folded_tasks(with_user_label) == ["paid"]
-  assert study_lib.folded_tasks(planned) == [] == study_lib.folded_tasks(with_plan(with_user_label, user_folds=0))
-  by_user = dataclasses.replace(with_user_label.data.split, mode="user")
-  other = dataclasses.replace(with_user_label, data=dataclasses.replace(with_user_label.data, split=by_user))
-  assert study_lib.folded_tasks(other) == []
-
-
-def test_runs_of_other_folds_are_asked_other_questions(with_user_label: config.Config) -> None:
-  def in_fold(fold: int) -> config.Config:
-    train = dataclasses.replace(with_user_label.train, user_folds=2, user_fold=fold)
-    return dataclasses.replace(with_user_label, train=train)
-
-  def asked(cfg: config.Config) -> set[str]:
-    found = study_run._study_queries(cfg)["test"]
-    return {q.user_id for b in found for q, known in zip(b.questions, b.labels["paid"].known) if known}
-
-  one, other = asked(in_fold(0)), asked(in_fold(1))
-  assert one and other and not one & other
