@@ -1,9 +1,9 @@
 """Deals the users of user labels anew into training, validation and test, when their records are read.
 
 A dataset holds one division of the users, by which a record's labels are known or not. With `config.train.user_folds`
-a run uses the division of one of several folds instead, so that over the folds every user outside of validation is
-tested whose label the dataset knows at some snapshot. The dataset is not changed: a record holds a user's label at all of the user's snapshots, and whether it is
-known at a snapshot follows from the user's part and the split of the snapshot.
+a run uses the division of one of several folds instead. Over the folds every user outside of validation is tested
+whose label the dataset knows at some snapshot. The dataset is not changed: a record holds a user's label at all of the
+user's snapshots, and whether it is known at a snapshot follows from the user's part and the split of the snapshot.
 """
 
 from __future__ import annotations
