@@ -109,12 +109,23 @@ def test_what_padding_holds_changes_neither_z_nor_views(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_other_rows_and_a_rows_place_change_neither_z_nor_views(kind: str) -> None:
+def test_other_rows_change_neither_z_nor_views(kind: str) -> None:
+  others = random_features(seed=5)
+  mixed = run(kind)(Features(*(np.concatenate([mine[:2], other[2:]]) for mine, other in zip(FEATURES, others))))
+  for name in ("z", "views", "gates"):
+    if getattr(mixed, name) is not None:
+      np.testing.assert_array_equal(getattr(mixed, name)[:2], getattr(plain(kind), name)[:2], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_rows_place_changes_z_and_views_by_no_more_than_the_order_of_sums(kind: str) -> None:
+  """On some processors a matrix product adds up the rows at its edge in another order."""
   others = random_features(seed=5)
   mixed = run(kind)(Features(*(np.concatenate([other[2:], mine[:2]]) for mine, other in zip(FEATURES, others))))
   for name in ("z", "views", "gates"):
     if getattr(mixed, name) is not None:
-      np.testing.assert_array_equal(getattr(mixed, name)[2:], getattr(plain(kind), name)[:2], err_msg=name)
+      moved, wanted = getattr(mixed, name)[2:], getattr(plain(kind), name)[:2]
+      np.testing.assert_allclose(moved, wanted, rtol=0, atol=PACKED_TOLERANCE, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

@@ -161,6 +161,7 @@ class _Length:
 
   def __init__(self, rows: int):
     self.length = np.zeros(rows)
+    self.query_segment = np.ones((rows, 2), np.int32)
 
 
 def test_constant_losses_are_those_of_the_best_constant() -> None:
