@@ -68,7 +68,7 @@ class Views:
     counts: Collection[ValueCounts] = (),
     factors: slice = slice(0),
   ):
-    """Lays out z of `width` numbers, then `aggregates` of these names, of which `counts` and `factors` give places."""
+    """Lays out z, `width` numbers, and then the aggregates; `counts` and `factors` are places among `aggregates`."""
     self._names = tuple(aggregates)
     self.views = [View(STATE, 0, width, None)]
     self.width = width

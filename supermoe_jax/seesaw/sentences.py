@@ -161,7 +161,7 @@ def warnings(found: Report) -> list[str]:
   if short:
     out.append(
       f"Some users are not tested: {', '.join(short)} have {max(short.values())} folds of users and the study has "
-      f"{_count(len(found['seeds']), 'seed')}, each of which tests one."
+      f"{_count(len(found['seeds']), 'seed')}. A seed tests one fold."
     )
   if found["noise"] is None and found["variants"]:
     out.append(

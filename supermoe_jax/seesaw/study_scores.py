@@ -154,7 +154,7 @@ class StudyScores:
 
 
 def asked_share(folds: int) -> float:
-  """Returns (tested users / training users) of one of so many folds, by which intervals are widened."""
+  """Returns the tested users of a fold over its training users. Intervals widen by this share."""
   return 1 / (folds - 1)
 
 

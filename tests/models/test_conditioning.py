@@ -119,13 +119,14 @@ def test_other_rows_change_neither_z_nor_views(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_rows_place_changes_z_and_views_by_no_more_than_the_order_of_sums(kind: str) -> None:
-  """On some processors a matrix product adds up the rows at its edge in another order."""
+  """On some processors the products of MMoE, PLE and GRU add up the rows at their edge in another order."""
+  most = PACKED_TOLERANCE if kind in ("mmoe", "ple", "gru") else 0.0
   others = random_features(seed=5)
   mixed = run(kind)(Features(*(np.concatenate([other[2:], mine[:2]]) for mine, other in zip(FEATURES, others))))
   for name in ("z", "views", "gates"):
     if getattr(mixed, name) is not None:
       moved, wanted = getattr(mixed, name)[2:], getattr(plain(kind), name)[:2]
-      np.testing.assert_allclose(moved, wanted, rtol=0, atol=PACKED_TOLERANCE, err_msg=name)
+      np.testing.assert_allclose(moved, wanted, rtol=0, atol=most, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

@@ -120,7 +120,7 @@ def test_every_variant_and_reference_tries_the_same_learning_rates_and_validatio
   }
   tuning = {n: v["tuning"] for n, v in report["variants"].items()}
   assert tuning["dense"] == {"rate": 2.0, "tries": 3} and tuning["base"] == {"rate": 1.0, "tries": 3}
-  # Tuned weights try two weightings more, of which the equal ones are the config's own and were tried before.
+  # The tuned variant tries two more weightings. The equal ones are the config's own, which the rates tried already.
   assert tuning["tuned_static"] == {"rate": 1.0, "tries": 4}
   assert tuning["null"] == {"rate": 1.0, "tries": 0}
   tables = planned.train.tables.learning_rate
