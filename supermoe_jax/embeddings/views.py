@@ -1,12 +1,13 @@
 """Lays out embeddings as views: named parts of a vector, each normalised; 'supermoe embed --views' writes them.
 
     state       z, scaled to length 1
+    answers     what the heads answer to the tasks that ask about users, before any link: logits of a yes or no
     aggregates  the standardised aggregates of the user's events before the time, without the following
     counts      of the aggregates that count single values, those of the whole history
     factors     the aggregates that are factors of fields, named "factor FIELD i"
 
 Each number of z mixes many facts. A model that is fitted on frozen vectors, above all one of trees, does better with
-numbers that stand for one fact each, as aggregates do. Counts of values in recent windows are left out, since they are
+numbers that stand for one fact each, as answers and aggregates do. Counts of values in recent windows are left out, since they are
 hundreds of numbers that are nearly always 0: a linear model of few labels is worse with them than without. A view
 without numbers is left out. This module alone knows the views; the manifest of a directory lists them for its readers.
 
@@ -30,9 +31,9 @@ from supermoe_jax.training.run import Run
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 
-STATE, AGGREGATES, COUNTS, FACTORS = "state", "aggregates", "counts", "factors"
+STATE, ANSWERS, AGGREGATES, COUNTS, FACTORS = "state", "answers", "aggregates", "counts", "factors"
 
-# Aggregates are clipped to this many deviations. The deviation of an aggregate that hardly varies in training is tiny.
+# Answers are clipped to this, and aggregates to this many deviations. The deviation of an aggregate that hardly varies in training is tiny.
 # A later value may lie thousands of them away; alone it would decide every distance, and it could overflow float16.
 LARGEST = 10.0
 
@@ -44,12 +45,14 @@ class View(NamedTuple):
     name: its name.
     start: the place of its first number in the vector.
     width: the number of its numbers.
-    places: which of the A aggregates it holds; None for z.
+    columns: the names of its numbers; None for z.
+    places: which of the A aggregates it holds; None for z and answers.
   """
 
   name: str
   start: int
   width: int
+  columns: tuple[str, ...] | None
   places: tuple[int, ...] | None
 
 
@@ -64,42 +67,44 @@ class Views:
   def __init__(
     self,
     width: int,
+    answers: Sequence[str] = (),
     aggregates: Sequence[str] = (),
     counts: Collection[ValueCounts] = (),
     factors: slice = slice(0),
   ):
-    """Lays out z, `width` numbers, and then the aggregates; `counts` and `factors` are places among `aggregates`."""
-    self._names = tuple(aggregates)
-    self.views = [View(STATE, 0, width, None)]
-    self.width = width
+    """Lays out z, `width` numbers, then the answers and the aggregates; `counts` and `factors` are places among these."""
+    self.views = [View(STATE, 0, width, None, None)]
+    if answers:
+      self.views.append(View(ANSWERS, width, len(answers), tuple(answers), None))
+    self.width = width + len(answers)
     for name, places in split_aggregates(len(aggregates), counts, factors).items():
-      self.views.append(View(name, self.width, len(places), places))
+      self.views.append(View(name, self.width, len(places), tuple(aggregates[i] for i in places), places))
       self.width += len(places)
 
   def about(self) -> list[dict[str, Any]]:
-    """Returns the views for the manifest: `name`, `start`, `width`, and as `columns` the aggregates' names or None."""
+    """Returns the views for the manifest: `name`, `start`, `width`, and as `columns` the names of numbers or None."""
     return [
-      {
-        "name": view.name,
-        "start": view.start,
-        "width": view.width,
-        "columns": None if view.places is None else [self._names[i] for i in view.places],
-      }
-      for view in self.views
+      {"name": v.name, "start": v.start, "width": v.width, "columns": None if v.columns is None else list(v.columns)}
+      for v in self.views
     ]
 
-  def __call__(self, z: np.ndarray, aggregates: np.ndarray) -> np.ndarray:
-    """Returns the vectors of users with these `z [R, D]` and standardised `aggregates [R, A]`: float32 `[R, width]`.
+  def __call__(self, encoded: np.ndarray, aggregates: np.ndarray) -> np.ndarray:
+    """Returns the vectors of users: float32 `[R, width]`.
 
-    A view of n aggregates is divided by √n: its length is then about 1, as that of the state is, or less where the
-    aggregates vary less than standardised numbers do, as factors. A z of zeros stays so.
+    A view of n answers or aggregates is divided by √n: its length is then about 1, as that of the state is, or less
+    where its numbers vary less than standardised ones do, as factors. A z of zeros stays so.
+
+    Args:
+      encoded: `[R, D + K]`, z and the K answers; see `Run.encode`.
+      aggregates: `[R, A]`, standardised.
     """
     parts = []
     for view in self.views:
-      if view.places is None:
-        parts.append(unit_vectors(z)[0])
+      own = encoded[:, view.start : view.start + view.width] if view.places is None else aggregates[:, list(view.places)]
+      if view.columns is None:
+        parts.append(unit_vectors(own)[0])
       else:
-        parts.append(np.clip(aggregates[:, list(view.places)], -LARGEST, LARGEST) / np.float32(np.sqrt(view.width)))
+        parts.append(np.clip(own, -LARGEST, LARGEST) / np.float32(np.sqrt(view.width)))
     return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
 
 
@@ -120,10 +125,10 @@ def views_of(run: Run) -> Views:
   """Returns the layout of a run's vectors with views."""
   aggregator = run.dataset.aggregator
   if aggregator is None:
-    logger.info(f"{run.dataset.path} has no aggregates (config.data.aggregates): the embeddings hold only the state.")
-    return Views(run.cfg.model.d_model)
+    logger.info(f"{run.dataset.path} has no aggregates (config.data.aggregates): no view holds any.")
+    return Views(run.cfg.model.d_model, run.answer_columns)
   counts = run.dataset.schema.value_counts.values()
-  return Views(run.cfg.model.d_model, aggregator.names, counts, aggregator.factor_columns)
+  return Views(run.cfg.model.d_model, run.answer_columns, aggregator.names, counts, aggregator.factor_columns)
 
 
 def views_text(manifest: Mapping[str, Any]) -> str:

@@ -18,6 +18,10 @@ from supermoe_jax.sharding import linear, set_bias
 # Knots of numeric fields, in standard deviations, since these fields are standardised.
 NUMERIC_KNOTS = np.array([-1.0, 0.0, 1.0, 2.0])
 
+# Knots of the aggregates that are neither counts of values nor factors, in standard deviations.
+AGGREGATE_KNOTS = np.array([-2.0, -1.25, -0.75, -0.25, 0.25, 0.75, 1.25, 2.0, 3.0])
+RAMPS = len(AGGREGATE_KNOTS) - 1
+
 # Scale of the standardised counts of values that join a representation. At 1 they outrun what the blocks learn, to the
 # harm of rare labels; at 0.1 the labels of users, which depend on many counts, learn too slowly.
 COUNTS_SCALE = 0.3
@@ -158,7 +162,8 @@ class QueryEmbedding(nnx.Module):
   """Embedding of a snapshot: of the gap to its last event, the calendar of its time τ and, if any, its aggregates.
 
   All aggregates also join the representation after the blocks, see `add_aggregates`. Counts of values do that alone:
-  there are hundreds of them, and in the token they drown the few numbers that every task needs.
+  there are hundreds of them, and in the token they drown the few numbers that every task needs. Those few, the plain
+  ones, enter as they are and as `aggregate_ramps`, since what they say of a user is seldom linear.
 
   Calendar and gap count for nothing at first. A random vector stands for all snapshots, as for all events of a type:
   a norm multiplies the gradients of a vector of zeros by a thousand.
@@ -169,37 +174,55 @@ class QueryEmbedding(nnx.Module):
     d_model: int,
     calendar: int,
     aggregates: int,
-    counts: Sequence[slice] | None = None,
+    plain: Sequence[int] | None = None,
+    factors: Sequence[int] = (),
     *,
     time_unit: time_gaps.Unit = "seconds",
     rngs: nnx.Rngs,
   ):
-    """Creates the embedding; `counts` names the columns of the A aggregates that count values.
+    """Creates the embedding; of the A aggregates `plain` are the columns of the plain ones, `factors` those of factors.
 
-    With `counts=None` the token reads every aggregate, and no aggregate joins the representation.
+    With `plain=None` the token reads every aggregate, as it is, and no aggregate joins the representation.
     """
     self.time_unit = time_unit
-    counted = {i for columns in counts or () for i in range(columns.start, columns.stop)}
-    self.scale = tuple(COUNTS_SCALE if i in counted else 1.0 for i in range(aggregates))
-    self.token_columns = tuple(i for i in range(aggregates) if i not in counted)
+    self.plain = tuple(plain or ())
+    self.token_columns = tuple(range(aggregates)) if plain is None else (*self.plain, *factors)
+    self.scale = tuple(1.0 if i in self.token_columns else COUNTS_SCALE for i in range(aggregates))
+    ramps = len(self.plain) * RAMPS
     self.calendar = linear(calendar, d_model, names=(None, "embed"), zero=True, rngs=rngs)
     set_bias(self.calendar, jax.random.normal(rngs.params(), (d_model,)) * d_model**-0.5)
     self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
     self.aggregates = (
-      linear(len(self.token_columns), d_model, names=(None, "embed"), rngs=rngs) if self.token_columns else None
+      linear(len(self.token_columns) + ramps, d_model, names=(None, "embed"), rngs=rngs) if self.token_columns else None
     )
     self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.token_columns else None
-    joining = aggregates if counts is not None else 0
+    joining = 0 if plain is None else aggregates + ramps
     self.into_z = linear(joining, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if joining else None
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""
     x = self.calendar(calendar) + self.gap(time_gaps.gap_basis(gap, self.time_unit))
     if self.aggregates is not None and self.mlp is not None:
-      hidden = self.aggregates(aggregates[..., np.array(self.token_columns)])
+      hidden = self.aggregates(self._with_ramps(aggregates[..., np.array(self.token_columns)], aggregates))
       x = x + hidden + self.mlp(hidden)
     return x
 
   def add_aggregates(self, z: jax.Array, aggregates: jax.Array) -> jax.Array:
-    """Returns `z [B, S, D]` plus a linear map, 0 at first, of `aggregates [B, S, A]`."""
-    return z if self.into_z is None else z + self.into_z(aggregates * jnp.array(self.scale, aggregates.dtype))
+    """Returns `z [B, S, D]` plus a linear map, 0 at first, of `aggregates [B, S, A]` and their ramps."""
+    if self.into_z is None:
+      return z
+    return z + self.into_z(self._with_ramps(aggregates * jnp.array(self.scale, aggregates.dtype), aggregates))
+
+  def _with_ramps(self, columns: jax.Array, aggregates: jax.Array) -> jax.Array:
+    """Returns `columns [..., C]` and, behind them, the ramps of the plain ones of `aggregates [..., A]`."""
+    return jnp.concatenate([columns, aggregate_ramps(aggregates, self.plain)], axis=-1) if self.plain else columns
+
+
+def aggregate_ramps(aggregates: jax.Array, columns: tuple[int, ...]) -> jax.Array:
+  """Returns the ramps of some columns of standardised `aggregates [..., A]`: `[..., columns · RAMPS]`.
+
+  They are 0 at the mean, so that an average user's aggregates count for nothing.
+  """
+  middle = time_gaps.ramps(jnp.zeros((), aggregates.dtype), AGGREGATE_KNOTS)
+  ramps = time_gaps.ramps(aggregates[..., np.array(columns)], AGGREGATE_KNOTS) - middle
+  return ramps.reshape(*aggregates.shape[:-1], -1)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from supermoe_jax import sharding
 from supermoe_jax.layers.catalogue import Catalogue
+from supermoe_jax.layers.event_embedding import RAMPS, aggregate_ramps
 from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.sharding import linear, set_bias
 
@@ -23,16 +24,32 @@ scaled_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g * jnp.as
 
 
 class LinearHead(nnx.Module):
-  """Linear head with one number per state (a yes-or-no logit or a regression), or `outputs` numbers."""
+  """Linear head with one number per state (a yes-or-no logit or a regression), or `outputs` numbers.
 
-  def __init__(self, d_model: int, outputs: int | None = None, *, rngs: nnx.Rngs):
+  The ramps of the user's plain aggregates add to the answers; they count for nothing at first. So what a piecewise
+  linear model of the aggregates knows costs no room in a representation that many tasks share. Source: a wide part
+  beside a deep one, arXiv 1606.07792.
+  """
+
+  def __init__(self, d_model: int, outputs: int | None = None, plain: tuple[int, ...] = (), *, rngs: nnx.Rngs):
+    """Creates a head; `plain` are the columns of the plain aggregates, see `batch.Schema.plain_aggregates`."""
     self.single = outputs is None
     self.linear = linear(d_model, outputs or 1, names=("embed", None), rngs=rngs)
+    self.plain = plain
+    wide = len(plain) * RAMPS
+    self.wide = linear(wide, outputs or 1, names=(None, None), bias=False, zero=True, rngs=rngs) if wide else None
 
   def __call__(self, z: jax.Array) -> jax.Array:
     """Maps `z [..., D]` to `[...]`, or to `[..., outputs]`, which keeps its last dimension when `outputs` is 1."""
     answers = self.linear(z)
     return answers[..., 0] if self.single else answers
+
+  def add_aggregates(self, answers: jax.Array, aggregates: jax.Array) -> jax.Array:
+    """Returns `answers [...]` or `[..., outputs]` plus the scores of the user's plain `aggregates [..., A]`."""
+    if self.wide is None:
+      return answers
+    added = self.wide(aggregate_ramps(aggregates, self.plain))
+    return answers + (added[..., 0] if self.single else added)
 
   def start_at(self, answer: jax.Array) -> None:
     """Sets the biases to a constant answer `[outputs]`, the mean of the first answers to many states."""
@@ -45,16 +62,19 @@ class FutureValuesHead(LinearHead):
   The weight of a window is a part that all values share plus one of the value's own.
   """
 
-  def __init__(self, d_model: int, outputs: int, counts: tuple[int, int, int], *, rngs: nnx.Rngs):
+  def __init__(
+    self, d_model: int, outputs: int, counts: tuple[int, int, int], plain: tuple[int, ...] = (), *, rngs: nnx.Rngs
+  ):
     """Creates a head over `outputs` values; `counts` is a `batch.ValueCounts`. Values without counts have none."""
-    super().__init__(d_model, outputs, rngs=rngs)
+    super().__init__(d_model, outputs, plain, rngs=rngs)
     self.first, self.windows, self.values = counts
     self.counted, self.outputs = min(outputs, self.values), outputs
     self.shared = sharding.param(jnp.zeros(self.windows), None)
     self.own = sharding.param(jnp.zeros((self.windows, self.counted)), None, None)
 
-  def add_counts(self, answers: jax.Array, aggregates: jax.Array) -> jax.Array:
-    """Returns `answers [..., outputs]` plus the scores of the user's counts in `aggregates [..., A]`."""
+  def add_aggregates(self, answers: jax.Array, aggregates: jax.Array) -> jax.Array:
+    """Returns `answers [..., outputs]` plus the scores of the user's counts and of the plain `aggregates [..., A]`."""
+    answers = super().add_aggregates(answers, aggregates)
     columns = aggregates[..., self.first : self.first + self.windows * self.values]
     counts = columns.reshape(*columns.shape[:-1], self.windows, self.values)[..., : self.counted]
     score = jnp.einsum("...wv,wv->...v", counts, self.shared.get_value()[:, None] + self.own.get_value())

@@ -39,6 +39,16 @@ def bends(x: jax.Array, knots: np.ndarray) -> jax.Array:
   return jnp.concatenate([x[..., None], jax.nn.relu(x[..., None] - knots.astype(x.dtype))], axis=-1)
 
 
+def ramps(x: jax.Array, knots: np.ndarray) -> jax.Array:
+  """Returns how far x has come from each knot to the next, from 0 to 1: `[…] → […, knots - 1]`.
+
+  A linear map of them is piecewise linear in x, and constant beyond the outer knots. Source: piecewise linear encoding,
+  arXiv 2203.05556.
+  """
+  low, high = knots[:-1].astype(x.dtype), knots[1:].astype(x.dtype)
+  return jnp.clip((x[..., None] - low) / (high - low), 0, 1)
+
+
 def gap_basis(hours: jax.Array, unit: Unit) -> jax.Array:
   """Returns the basis in which events and snapshots embed a gap in hours: `[…] → […, n]`; n is `basis_size(unit)`."""
   return bends(log_gap(hours, unit), log_knots(EMBEDDING_KNOTS[unit], unit))

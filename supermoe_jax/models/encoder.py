@@ -80,9 +80,9 @@ def make_embeddings(
     layout=layout,
     rngs=rngs,
   )
-  beside = model.aggregates == "beside"
-  counts = [place.columns for place in schema.value_counts.values()] if beside else None
-  return events, QueryEmbedding(d, CALENDAR, schema.aggregates, counts, time_unit=model.time_unit, rngs=rngs)
+  plain = schema.plain_aggregates if model.aggregates == "beside" else None
+  sizes = d, CALENDAR, schema.aggregates, plain, range(*schema.factors)
+  return events, QueryEmbedding(*sizes, time_unit=model.time_unit, rngs=rngs)
 
 
 def embed_rows(

@@ -55,7 +55,7 @@ class SuperMoE(nnx.Module):
     self.tasks = dict(tasks)
     self.view_names = tuple(n for n, t in tasks.items() if t.has_labels)
     if model.aggregates == "token":
-      schema = dataclasses.replace(schema, value_counts={})
+      schema = dataclasses.replace(schema, value_counts={}, factors=(0, schema.aggregates))  # none is plain
     d = model.d_model
     self.encoder: Encoder | GRUEncoder
     if model.encoder == "gru":
@@ -121,6 +121,19 @@ class SuperMoE(nnx.Module):
       view = jnp.repeat(view, task.asked_events, axis=1)
     return jnp.concatenate([encoded.events, view], axis=1) if events else view
 
+  @property
+  def answer_columns(self) -> tuple[str, ...]:
+    """Returns the names of the K numbers of `answer_row`: tasks, with the number of the output where there are many."""
+    sizes = [(n, h) for n, h in self.heads.items() if isinstance(h, LinearHead)]
+    return tuple(name if h.single else f"{name} {i}" for name, h in sizes for i in range(1, h.linear.out_features + 1))
+
+  def answer_row(self, encoded: Encoded) -> jax.Array:
+    """Returns the answers `[B, S, K]` of all tasks that ask about snapshots and rank no catalogue, before any link."""
+    asked = [n for n, head in self.heads.items() if isinstance(head, LinearHead)]
+    answers = [self.answers(name, encoded, events=False) for name in asked]
+    shape = encoded.z.shape[:2]
+    return jnp.concatenate([a.reshape(*shape, -1) for a in answers] or [jnp.zeros((*shape, 0))], axis=-1)
+
   def answers(
     self,
     name: str,
@@ -163,7 +176,7 @@ class SuperMoE(nnx.Module):
       return head.state(scaled_gradient(h, gradient_scale), encoded.aggregates)
     assert isinstance(head, LinearHead)
     answers = head(scaled_gradient(self.view(name, encoded), gradient_scale))
-    return head.add_counts(answers, encoded.aggregates) if isinstance(head, FutureValuesHead) else answers
+    return head.add_aggregates(answers, encoded.aggregates)
 
 
 def safe_value(targets: Targets) -> jax.Array:
@@ -190,9 +203,9 @@ def _head(
   if task.about_events:
     return EventLabelHead(d_model, rngs=rngs)
   if task.answer == "multilabel" and (counts := schema.value_counts.get(cast(config.FutureValues, task).field)):
-    return FutureValuesHead(d_model, schema.outputs[name], counts, rngs=rngs)
+    return FutureValuesHead(d_model, schema.outputs[name], counts, schema.plain_aggregates, rngs=rngs)
   many = task.answer in ("multilabel", "multiclass", "survival") or schema.outputs[name] > 1
-  return LinearHead(d_model, schema.outputs[name] if many else None, rngs=rngs)
+  return LinearHead(d_model, schema.outputs[name] if many else None, schema.plain_aggregates, rngs=rngs)
 
 
 def _sharing(model: config.Model, tasks: int, rngs: nnx.Rngs) -> MMoE | PLE | None:

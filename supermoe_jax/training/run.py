@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -104,13 +105,19 @@ class Run:
       found = self._answer(self.variables, *place_on_mesh(self._own((features, dict(given or {}))), self.mesh))
       return found if jax.process_count() == 1 else jax.tree.map(processes.whole, found)
 
-  def encode(self, features: Features) -> jax.Array:
+  def encode(self, features: Features, *, answers: bool = False) -> jax.Array:
     """Returns only the user representations, float32 `[B, D]`, of B rows of one snapshot each, as in `answer`.
 
-    Each process passes the rows of its own devices, see `device_mesh.host_rows`; the result covers all rows.
+    With `answers` the K numbers of `SuperMoE.answer_row` follow: `[B, D + K]`. Each process passes the rows of its own
+    devices, see `device_mesh.host_rows`; the result covers all rows.
     """
     with jax.set_mesh(self.mesh):
-      return self._encode(self.variables, place_on_mesh(features, self.mesh))
+      return _encoding(self._key, answers)(self.variables, place_on_mesh(features, self.mesh))
+
+  @property
+  def answer_columns(self) -> tuple[str, ...]:
+    """Returns the names of the K numbers; see `encode`."""
+    return nnx.merge(self.graph, self.variables, copy=True).answer_columns
 
   def event_experts(self, features: Features) -> np.ndarray:
     """Returns the experts of the events of B rows in each MoE layer: int32 `[M, B, L, K]`; padding has experts too.
@@ -131,10 +138,6 @@ class Run:
   @functools.cached_property
   def _answer(self) -> Callable[[nnx.State, Features, dict[str, jax.Array]], Answered]:
     return _answering(self._key)
-
-  @functools.cached_property
-  def _encode(self) -> Callable[[nnx.State, Features], jax.Array]:
-    return _encoding(self._key)
 
   @functools.cached_property
   def _key(self) -> _AnswerKey:
@@ -182,11 +185,14 @@ def _answering(key: _AnswerKey) -> Callable[[nnx.State, Features, dict[str, jax.
 
 
 @functools.lru_cache(maxsize=4)
-def _encoding(key: _AnswerKey) -> Callable[[nnx.State, Features], jax.Array]:
-  """Returns the compiled `(variables, features) → z [B, D]`, one for all runs of a model."""
+def _encoding(key: _AnswerKey, answers: bool) -> Callable[[nnx.State, Features], jax.Array]:
+  """Returns the compiled `(variables, features) → z [B, D]`, one for all runs of a model; `answers` follow if asked."""
 
   def encode(variables: nnx.State, features: Features) -> jax.Array:
-    return nnx.merge(key.graph, variables, copy=True).encode(features, dropless=True).z[:, 0]
+    model = nnx.merge(key.graph, variables, copy=True)
+    encoded = model.encode(features, dropless=True)
+    z = encoded.z[:, 0]
+    return jnp.concatenate([z, model.answer_row(encoded)[:, 0].astype(z.dtype)], axis=1) if answers else z
 
   return jax.jit(encode)
 

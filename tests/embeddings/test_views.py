@@ -26,8 +26,10 @@ DAYS = ["2024-03-01", "2024-05-20"]
 
 # The log has 4 counted pages in five windows.
 OTHERS, COUNTS = 28, 4
-WIDTH = 16 + OTHERS + COUNTS
-VIEWS = f"state 16, aggregates {OTHERS}, counts {COUNTS}"
+ANSWERS = [*(f"pages {i}" for i in range(1, 6)), "paid", "quiet"]
+BEFORE = 16 + len(ANSWERS)  # z and the answers
+WIDTH = BEFORE + OTHERS + COUNTS
+VIEWS = f"state 16, answers {len(ANSWERS)}, aggregates {OTHERS}, counts {COUNTS}"
 
 
 def is_other(name: str) -> bool:
@@ -58,11 +60,11 @@ def vectors(path: pathlib.Path) -> np.ndarray:
 
 
 def by_hand(run: Run, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-  """z `[n, D]` and standardised aggregates `[n, A]` of a directory's rows, each row asked about alone."""
+  """z and the answers `[n, D + K]`, and standardised aggregates `[n, A]`, of a directory's rows, each row asked about alone."""
   table = embedding_files.read_embeddings(path, ["user_id", "as_of"])
   rows = {}
   for batch in snapshot_batches.query_batches(run.dataset, run.cfg, times=[config.parse_time(d, "") for d in DAYS]):
-    z = np.asarray(run.encode(batch.features))
+    z = np.asarray(run.encode(batch.features, answers=True))
     for i, question in enumerate(batch.questions):
       block = run.dataset.histories(np.array([question.user]))
       time, n_events = np.array([question.time]), np.array([question.n_events])
@@ -81,8 +83,11 @@ def test_the_views_are_the_unit_z_and_the_clipped_aggregates_of_the_same_user_an
   names, found = run.dataset.aggregator.names, vectors(written)
   others, counts = ([i for i, name in enumerate(names) if chosen(name)] for chosen in (is_other, is_whole_count))
   assert len(others) == OTHERS > 10 and len(counts) == COUNTS and found.shape == (len(z), WIDTH)
+  z, answers = z[:, :16], z[:, 16:]
   np.testing.assert_allclose(found[:, :16], z / np.linalg.norm(z, axis=1, keepdims=True), atol=1e-5)
-  for first, places in ((16, others), (16 + OTHERS, counts)):
+  np.testing.assert_allclose(found[:, 16:BEFORE], answers / np.sqrt(len(ANSWERS)), atol=1e-5)
+  assert len(np.unique(answers, axis=0)) > len(answers) / 2
+  for first, places in ((BEFORE, others), (BEFORE + OTHERS, counts)):
     wanted = np.clip(aggregates[:, places], -10, 10) / np.sqrt(len(places))
     np.testing.assert_allclose(found[:, first : first + len(places)], wanted, atol=1e-6)
   assert len(np.unique(aggregates, axis=0)) > len(aggregates) / 2  # an exchange of rows would be seen
@@ -96,8 +101,9 @@ def test_the_manifest_lists_the_views(written: pathlib.Path, plain: pathlib.Path
   assert manifest["width"] == WIDTH
   assert manifest["views"] == [
     {"name": "state", "start": 0, "width": 16, "columns": None},
-    {"name": "aggregates", "start": 16, "width": OTHERS, "columns": others},
-    {"name": "counts", "start": 16 + OTHERS, "width": COUNTS, "columns": counts},
+    {"name": "answers", "start": 16, "width": len(ANSWERS), "columns": ANSWERS},
+    {"name": "aggregates", "start": BEFORE, "width": OTHERS, "columns": others},
+    {"name": "counts", "start": BEFORE + OTHERS, "width": COUNTS, "columns": counts},
   ]
   assert set(manifest) - set(before) == {"views"} and before["width"] == 16
   same = set(before) - {"width", "seconds"}
@@ -107,7 +113,7 @@ def test_the_manifest_lists_the_views(written: pathlib.Path, plain: pathlib.Path
 def test_without_the_flag_vectors_are_z_and_other_columns_are_the_same(
   written: pathlib.Path, plain: pathlib.Path, run: Run
 ) -> None:
-  np.testing.assert_allclose(vectors(plain), by_hand(run, plain)[0], atol=1e-5)
+  np.testing.assert_allclose(vectors(plain), by_hand(run, plain)[0][:, :16], atol=1e-5)
   one, other = embedding_files.read_embeddings(written), embedding_files.read_embeddings(plain)
   assert one.drop_columns(["embedding"]).equals(other.drop_columns(["embedding"]))
   assert one.schema.field("embedding").type.list_size == WIDTH
@@ -117,21 +123,25 @@ def test_without_the_flag_vectors_are_z_and_other_columns_are_the_same(
 def test_each_view_holds_its_columns_divided_by_the_root_of_its_own_width() -> None:
   """Of counts only the last window is kept."""
   names = ["events visits all", "page a 30d", "page a all", "factor page 1", "factor page 2", "recency"]
-  layout = Views(2, names, [ValueCounts(1, 2, 1)], slice(3, 5))
+  layout = Views(2, ["churn"], names, [ValueCounts(1, 2, 1)], slice(3, 5))
   assert [(v["name"], v["start"], v["width"], v["columns"]) for v in layout.about()] == [
     ("state", 0, 2, None),
-    ("aggregates", 2, 2, [names[0], names[5]]),
-    ("counts", 4, 1, [names[2]]),
-    ("factors", 5, 2, [names[3], names[4]]),
+    ("answers", 2, 1, ["churn"]),
+    ("aggregates", 3, 2, [names[0], names[5]]),
+    ("counts", 5, 1, [names[2]]),
+    ("factors", 6, 2, [names[3], names[4]]),
   ]
-  z = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+  z = np.array([[3.0, 4.0, -1.5], [0.0, 0.0, 99.0]], np.float32)
   aggregates = np.array([[1, 2, 3, 4, 5, 6], [-1e6, 1e6, 11, 10, -10, 0]], np.float32)
   found = layout(z, aggregates)
-  assert layout.width == 7 and found.dtype == np.float32
+  assert layout.width == 8 and found.dtype == np.float32
   half = np.sqrt(2)
-  expected = [[0.6, 0.8, 1 / half, 6 / half, 3, 4 / half, 5 / half], [0, 0, -10 / half, 0, 10, 10 / half, -10 / half]]
+  expected = [
+    [0.6, 0.8, -1.5, 1 / half, 6 / half, 3, 4 / half, 5 / half],
+    [0, 0, 10, -10 / half, 0, 10, 10 / half, -10 / half],
+  ]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
-  assert [v["name"] for v in Views(2, names).about()] == ["state", "aggregates"]
+  assert [v["name"] for v in Views(2, (), names).about()] == ["state", "aggregates"]
 
 
 def test_half_the_bits_hold_the_views_too(written: pathlib.Path, run: Run, tmp_path: pathlib.Path) -> None:
@@ -185,7 +195,7 @@ def test_a_refresh_equals_embedding_all_and_refuses_other_views(run: Run, tmp_pa
   embed.embed(grown, later, tmp_path / "whole", views=True)
   refreshed, whole, earlier = (vectors(tmp_path / name) for name in ("refreshed", "whole", "earlier"))
   np.testing.assert_allclose(refreshed, whole, atol=1e-5)
-  assert (np.abs(refreshed - earlier)[:, 16:].max(axis=1) > 1e-3).sum() == 2
+  assert (np.abs(refreshed - earlier)[:, BEFORE:].max(axis=1) > 1e-3).sum() == 2
   text = VIEWS
   with pytest.raises(ConfigError, match=f"its views are none, and those of this command {text}; .* or leave out"):
     embed.embed(grown, later, tmp_path / "mixed", views=True, since=tmp_path / "plain")
@@ -194,16 +204,16 @@ def test_a_refresh_equals_embedding_all_and_refuses_other_views(run: Run, tmp_pa
   assert not list(tmp_path.glob("mixed*"))
 
 
-def test_a_dataset_without_aggregates_gives_the_state_alone_and_says_so(
+def test_a_dataset_without_aggregates_gives_state_and_answers_and_says_so(
   run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(run.dataset, "aggregator", None)
   with messages() as said:
     layout = views.views_of(run)
-  assert [v["name"] for v in layout.about()] == ["state"] and layout.width == 16
+  assert [v["name"] for v in layout.about()] == ["state", "answers"] and layout.width == BEFORE
   assert len(said) == 1 and "has no aggregates (config.data.aggregates)" in said[0]
-  z = np.ones((3, 16), np.float32)
-  np.testing.assert_allclose(layout(z, np.zeros((3, 0), np.float32)), z / 4)
+  z = np.ones((3, BEFORE), np.float32)
+  np.testing.assert_allclose(layout(z, np.zeros((3, 0), np.float32))[:, :16], z[:, :16] / 4)
 
 
 def test_neighbours_audiences_and_the_report_take_vectors_with_views(
@@ -256,7 +266,7 @@ def test_probe_picks_views(written: pathlib.Path, plain: pathlib.Path, labels: p
   found = probe(written, labels, "--views", "aggregates", *other)
   about = found["features"]
   assert (about["embeddings"]["width"], about["embeddings"]["views"]) == (OTHERS, ["aggregates"])
-  assert (about["whole"]["width"], about["whole"]["views"]) == (WIDTH, ["state", "aggregates", "counts"])
+  assert (about["whole"]["width"], about["whole"]["views"]) == (WIDTH, ["state", "answers", "aggregates", "counts"])
   assert about["aggregates"]["width"] == OTHERS + 5 * COUNTS  # of every window
   state = probe(written, labels, "--views", "state", "--other", f"plain={plain}")["features"]
   assert state["embeddings"]["width"] == state["plain"]["width"] == 16 and "views" not in state["plain"]
@@ -269,7 +279,7 @@ def test_picked_views_are_the_columns_that_the_manifest_names(tmp_path: pathlib.
   path = embedding_folder.write(tmp_path / "written", x)
   manifest = json.loads((path / "manifest.json").read_text())
   (path / "manifest.json").write_text(
-    json.dumps(manifest | {"views": Views(3, ["b", "factor a 1", "recency"], factors=slice(1, 2)).about()})
+    json.dumps(manifest | {"views": Views(3, (), ["b", "factor a 1", "recency"], factors=slice(1, 2)).about()})
   )
   order = [0, 1, 2, 5]
   np.testing.assert_array_equal(probed.read_vectors("x", path, views=["factors", "state"]).x, x[:, order])
@@ -281,7 +291,7 @@ def test_views_that_are_not_there_are_an_error_that_names_those_that_are(
   written: pathlib.Path, plain: pathlib.Path, labels: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   assert not probe(written, labels, "--views", "factors")
-  assert "has no view 'factors'; name some of state, aggregates, counts." in capsys.readouterr().err
+  assert "has no view 'factors'; name some of state, answers, aggregates, counts." in capsys.readouterr().err
   assert not probe(plain, labels, "--views", "state")
   assert "has no views; leave it out, or embed with --views" in capsys.readouterr().err
   assert not probe(labels, labels, "--views", "state")

@@ -7,6 +7,7 @@ a field that is encoded as quantiles is not derived.
 
 from __future__ import annotations
 
+import calendar
 import collections
 import itertools
 import math
@@ -31,6 +32,12 @@ from supermoe_jax.data.reading import readers
 TOLERANCE = 1e-5  # of an aggregate, which is float32
 ROUNDING = 1e-6  # of an encoded number, in deviations
 HOUR = 3_600_000_000
+
+# Conditions that an event lies in a part of the week or of the day, by the names of habits.
+_HABITS = {
+  **{f"{day}": f"dayname(make_timestamp(e.time)) = '{day}'" for day in calendar.day_name},
+  **{f"{h:02d}-{h + 3:02d}h": f"hour(make_timestamp(e.time)) BETWEEN {h} AND {h + 2}" for h in range(0, 24, 3)},
+}
 
 
 class DerivedBounds(NamedTuple):
@@ -147,6 +154,8 @@ class _Derivations:
     out |= {f"distinct {name} {window}": self._distinct(name) for name in wanted.distinct}
     for name, where in wanted.conditions.items():
       out[f"count {name} {window}"] = self._count(asked_sql(self._data, where))
+    if wanted.habits and days in (None, max(wanted.windows_days, default=None)):
+      out |= {f"share of {part} {window}": self._share(sql) for part, sql in _HABITS.items()}
     if days is None:
       for name, of in self._aggregator.factors.items():
         out |= self._factors(name, of.factors)
@@ -167,6 +176,11 @@ class _Derivations:
 
   def _count(self, condition: str) -> Derivation:
     return self._logged("count(e.time)", f"{{inside}} AND {condition}")
+
+  def _share(self, condition: str) -> Derivation:
+    name = self._column("count(DISTINCT e.time)", f"{{inside}} AND {condition}")
+    moments = self._column("count(DISTINCT e.time)")
+    return lambda row: _point(row[name] / max(row[moments], 1))
 
   def _encoded_mean(self, field: str) -> Derivation:
     column, encoder = f"e.{field_column(self._data, field)}", self._dataset.encoders.numeric[field]

@@ -18,6 +18,9 @@ from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.histories import UserBlock, counts_before
 from supermoe_jax.data.encoding.numeric import LARGEST, Numeric
 
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+HOURS = 3  # of a part of the day
+
 # A function that returns whether each event of a block fulfils a condition: bool `[N]`.
 BlockCondition = Callable[[UserBlock], np.ndarray]
 
@@ -74,8 +77,8 @@ class Aggregator:
   For each trailing window and the whole history: log1p of the number of events of each source, of distinct event times,
   and of occurrences of the most frequent values of the chosen fields; the mean of each numeric field. For the whole
   history only: log1p hours since the last and the first event, and log1p of the number of distinct values of each
-  chosen field. `config.Aggregates` defines the sums, averages, trends, distinct values, conditions and factors that a
-  config may add.
+  chosen field. `config.Aggregates` defines the sums, averages, trends, distinct values, conditions, habits and factors
+  that a config may add.
   """
 
   windows_days: tuple[float, ...]
@@ -88,6 +91,7 @@ class Aggregator:
   trends: tuple[str, ...] = ()
   distinct: Mapping[str, DistinctField] = dataclasses.field(default_factory=dict)
   conditions: Mapping[str, EventCount] = dataclasses.field(default_factory=dict)
+  habits: bool = False
   factors: Mapping[str, FactoredField] = dataclasses.field(default_factory=dict)
 
   @property
@@ -108,8 +112,16 @@ class Aggregator:
     names += [f"trend {n} {w}" for w in windows[:-1] for n in self.trends]
     names += [f"distinct {n} {w}" for n in self.distinct for w in windows]
     names += [f"count {n} {w}" for w in windows for n in self.conditions]
+    names += [f"share of {part} {w}" for w in self._habit_windows for part in habit_names()]
     names += [f"factor {n} {i}" for n, of in self.factors.items() for i in range(1, of.factors.size + 1)]
     return [*names, "recency", "tenure"]
+
+  @property
+  def _habit_windows(self) -> dict[str, int]:
+    """Returns the windows of habits, the longest one and the whole history, and their places among all windows."""
+    days = self.windows_days
+    longest = [days.index(max(days))] if days else []
+    return {self.windows[i]: i for i in (*longest, len(days))} if self.habits else {}
 
   @property
   def factor_columns(self) -> slice:
@@ -157,6 +169,11 @@ class Aggregator:
     if self.conditions:
       fulfilled = np.stack([condition.holds(block) for condition in self.conditions.values()], axis=1)
       columns.append(_flat(np.log1p(_windowed(_counts(fulfilled)[bounds]))))
+    if self.habits:
+      parts = _counts(begins[:, None] & _habit_parts(block.time))
+      for i in self._habit_windows.values():
+        within, moments = (counts[bounds[-1]] - counts[bounds[i]] for counts in (parts, _count(begins)))
+        columns.append(within / np.maximum(moments, 1)[:, None])
     for of in self.factors.values():
       added = of.factors.added(block.codes[:, list(of.columns)], block.owner)
       columns.append(factors.of_sums(_sums_before(block, added, bounds[-1], first)))
@@ -224,8 +241,22 @@ class Aggregator:
       tuple(saved.get("trends", ())),
       {n: DistinctField(tuple(of["columns"]), of["numeric"]) for n, of in saved.get("distinct", {}).items()},
       {n: EventCount(where, bind(n, where)) for n, where in saved.get("conditions", {}).items()},
+      saved.get("habits", False),
       {n: FactoredField(tuple(columns), fitted[n]) for n, columns in saved.get("factors", {}).items()},
     )
+
+
+def habit_names() -> list[str]:
+  """Returns the names of the parts of the week and of the day whose shares are habits."""
+  return [*WEEKDAYS, *(f"{start:02d}-{start + HOURS:02d}h" for start in range(0, 24, HOURS))]
+
+
+def _habit_parts(time: np.ndarray) -> np.ndarray:
+  """Returns whether each time, in microseconds, lies in each part of `habit_names`: `[N]` → bool `[N, 15]`."""
+  day, within = np.divmod(time, int(MICROSECONDS_PER_DAY))
+  weekday = (day + 3) % len(WEEKDAYS)  # the first of 1970 was a Thursday
+  part = within // int(MICROSECONDS_PER_DAY * HOURS / 24)
+  return np.concatenate([weekday[:, None] == np.arange(len(WEEKDAYS)), part[:, None] == np.arange(24 // HOURS)], axis=1)
 
 
 def _windowed(before: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, Schema, ValueCounts
-from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount, FactoredField
+from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount, FactoredField, habit_names
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Vocabulary
 from supermoe_jax.data.tasks import KINDS, TaskKind
@@ -51,6 +51,7 @@ def schema_of_sizes(
   fields = cfg.data.fields
   numeric = [name for name, field in fields.items() if field.kind == "numeric"]
   labelled = cfg.labelled_tasks if tasks is None else tasks
+  value_counts, first_factor = _aggregate_places(cfg.data, codes)
   return Schema(
     sources=tuple(cfg.data.sources),
     categorical=dict(codes),
@@ -62,22 +63,28 @@ def schema_of_sizes(
     extra_columns=cfg.data.extra_value_fields,
     shares={name: field.shares for name, field in fields.items() if field.shares},
     vectors={name: fields[name].size for name in codes if fields[name].kind == "vector"},
-    value_counts=_value_counts(cfg.data, codes),
+    value_counts=value_counts,
+    factors=(first_factor, aggregates - 2) if aggregates else (0, 0),  # recency and tenure follow
   )
 
 
-def _value_counts(data: config.Data, codes: Mapping[str, int]) -> dict[str, ValueCounts]:
-  """Returns where the counts of each field's values lie among the aggregates, in the order of `Aggregator.names`."""
+def _aggregate_places(data: config.Data, codes: Mapping[str, int]) -> tuple[dict[str, ValueCounts], int]:
+  """Returns where the counts of each field's values lie among the aggregates, and the first column of the factors.
+
+  Both follow the order of `Aggregator.names`.
+  """
   wanted, places = data.aggregates, dict[str, ValueCounts]()
-  if not wanted.enabled or not wanted.top_values:
-    return places
+  if not wanted.enabled:
+    return places, 0
   windows = len(wanted.windows_days) + 1
   means = sum(f.kind == "numeric" and f.input and f.table == "events" for f in data.fields.values())
   first = windows * (len(data.sources) + 1 + means)
   for name in dict.fromkeys(wanted.fields):
     places[name] = ValueCounts(first, windows, min(wanted.top_values, codes[name] - FIRST_VALUE))
     first = places[name].columns.stop + 1  # the number of distinct values follows
-  return {name: place for name, place in places.items() if place.values}
+  first += windows * sum(map(len, (wanted.sums, wanted.means, wanted.distinct, wanted.conditions)))
+  first += (windows - 1) * len(wanted.trends) + wanted.habits * min(windows, 2) * len(habit_names())
+  return {name: place for name, place in places.items() if place.values}, first
 
 
 def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
@@ -117,6 +124,7 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
     wanted.trends,
     {name: _distinct_field(name, data, encoders) for name in wanted.distinct},
     conditions,
+    wanted.habits,
     {name: FactoredField(_code_columns(name, data, encoders), encoders.factors[name]) for name in wanted.factors},
   )
 

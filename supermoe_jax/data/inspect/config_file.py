@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from supermoe_jax.config import MICROSECONDS_PER_DAY, Split, format_time
+from supermoe_jax.config import MICROSECONDS_PER_DAY, Model, Split, format_time
 from supermoe_jax.data.inspect import column_roles, label_tables, proposed_aggregates, proposed_tasks, text_dialect
 from supermoe_jax.data.reading import json_files, paths, readers
 from supermoe_jax.data.reading.remote import FilePath
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 QUANTILES = (0.7, 0.85)  # of the events' times: the end of the training period, and the test snapshot
 LEAST_ROUNDED_UNITS = 20  # units (days, hours, …) that the log must span for snapshot times to be rounded to them
 SNAPSHOTS = 4  # the least number of training snapshots
+MOST_SCORED = 10_000  # values of the next event that every step scores; of more it scores a sample
+EVENTS_STEP = 32  # `model.max_events` is a multiple
 
 _Comments = dict[tuple[str, ...], str]  # path of keys → comment on the key's line
 
@@ -74,7 +76,10 @@ def propose(tables: Sequence[InspectedTable]) -> str:
       + f", or are {lines:,} bad lines" * bool(lines)
     )
   tasks: dict[str, Any] = {f"next_{target}": {"kind": "next_event", "field": target}}
-  for task, (settings, comment) in proposed_tasks.future_tasks(sources, data).items():
+  if _distinct(sources, items, fields, target) > MOST_SCORED:
+    tasks[f"next_{target}"]["softmax"] = "sampled"
+    comments["tasks", f"next_{target}", "softmax"] = "scores a sample of the many values in training"
+  for task, (settings, comment) in proposed_tasks.future_tasks(sources, items, data).items():
     tasks.setdefault(task, settings)
     comments["tasks", task] = comment
   for table in others if data["split"].get("mode") != "leave_one_out" else []:
@@ -86,13 +91,31 @@ def propose(tables: Sequence[InspectedTable]) -> str:
   if proposed and "aggregates" not in data:
     data["aggregates"] = {key: value for key, (value, _) in proposed.items()}
     comments.update({("data", "aggregates", key): comment for key, (_, comment) in proposed.items() if comment})
-  raw = {"data": data, "tasks": tasks}
+  raw: dict[str, Any] = {"data": data, "tasks": tasks}
+  if (events := _shown_events(sources)) < Model.max_events:
+    raw["model"] = {"max_events": events}
+    comments["model", "max_events"] = "holds the whole history of nine users in ten"
   docstring = f'"""Events of {", ".join(t.name for t in sources)}, as proposed by `supermoe inspect`."""'
   body = "\n".join(_config_lines(raw, comments, (), "  "))
   return (
     f"{docstring}\n\nimport ml_collections\n\n\ndef get_config() -> ml_collections.ConfigDict:\n"
     f"  return ml_collections.ConfigDict({body})\n"
   )
+
+
+def _distinct(
+  sources: Sequence[InspectedTable], items: Mapping[str, InspectedTable], fields: Mapping[str, Any], name: str
+) -> int:
+  """Returns the number of values of a field."""
+  joined = [(t, c) for t in sources for table in (t, items.get(t.name)) if table for c in table.columns]
+  reading = (c.distinct for t, c in joined if proposed_tasks.field_of_column(fields, t.name, c.name) == name)
+  return max(reading, default=0)
+
+
+def _shown_events(sources: Sequence[InspectedTable]) -> int:
+  """Returns a multiple of `EVENTS_STEP` events that holds the history of nine users in ten."""
+  many = sum(t.users[0].many for t in sources)
+  return max(-(-int(many) // EVENTS_STEP), 1) * EVENTS_STEP
 
 
 def _is_source(table: InspectedTable, tables: Sequence[InspectedTable]) -> bool:

@@ -1,9 +1,11 @@
-"""Proposes aggregates: counts of the values that tasks ask about, factors of fields of many values, sums of amounts."""
+"""Proposes aggregates: counts of the values that tasks ask about, sums of amounts, habits, factors of many values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from supermoe_jax.data.inspect.proposed_tasks import field_of_column
 
 if TYPE_CHECKING:
   from supermoe_jax.data.inspect.inspect import InspectedTable
@@ -37,7 +39,9 @@ def propose_aggregates(
   if summed := _summed(fields, tasks):
     out["sums"] = summed, "the user's totals of some windows"
     out["trends"] = summed, "the same against the window before"
+  out["habits"] = True, "on which weekdays and at which hours a user comes"
   if factored := _factored(sources, items, fields):
+    out["distinct"] = factored, "how many different values a user has had"
     out["factors"] = factored, "what all values that a user has had say, in 64 numbers a field"
   return out
 
@@ -70,17 +74,8 @@ def _factored(
       [(column, 1) for column, _ in items[table.name].having("vocabulary", "hash")] if table.name in items else []
     )
     for column, repeats in [*own, *joined]:
-      name = _field(fields, table.name, column.name)
+      name = field_of_column(fields, table.name, column.name)
       if name and LEAST_VALUES <= column.distinct <= column.present / repeats:
         values[name] = max(column.distinct, values.get(name, 0))
   most = sorted(values, key=lambda n: -values[n])[:MOST_FACTORED]
   return [n for n in fields if n in most]
-
-
-def _field(fields: Mapping[str, Mapping[str, Any]], source: str, column: str) -> str | None:
-  """Returns the field of single categorical values that reads a column of a source; None without one."""
-  for name, of in fields.items():
-    categorical = of.get("kind", "vocabulary") in ("vocabulary", "hash") and "many" not in of
-    if categorical and of.get("column", name) == column and source in of.get("sources", (source,)):
-      return name
-  return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import datetime
 import json
 import math
@@ -19,6 +20,7 @@ from supermoe_jax.data.check.check import CheckError
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount
 from supermoe_jax.data.encoding.distinct_counts import distinct_between
+from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
 from supermoe_jax.data.encoding.numeric import Numeric
 from supermoe_jax.data.encoding.vocabulary import Encoders, Vocabulary
@@ -46,6 +48,7 @@ AGGREGATOR = Aggregator(
   ("spend", "grams"),
   {"shop": DistinctField((0,)), "labels": DistinctField((1, 2)), "spend": DistinctField((0,), numeric=True)},
   {"dear": EventCount("spend > 12", dear)},
+  habits=True,
 )
 
 
@@ -97,6 +100,13 @@ def reference(user: UserHistory, time: int, n: int) -> dict[str, float]:
     out[f"distinct labels {window}"] = math.log1p(len({int(c) for i in events for c in user.codes[i, 1:]} - {0}))
     spends = {float(user.numeric[i, 0]) for i in events if not math.isnan(user.numeric[i, 0])}
     out[f"distinct spend {window}"] = math.log1p(len(spends))
+    if window != "2d":
+      at = {datetime.datetime.fromtimestamp(int(user.time[i]) / 1e6, datetime.UTC) for i in events}
+      for day in calendar.day_name:
+        out[f"share of {day} {window}"] = sum(f"{t:%A}" == day for t in at) / max(len(at), 1)
+      for hour in range(0, 24, 3):
+        shares = sum(hour <= t.hour < hour + 3 for t in at) / max(len(at), 1)
+        out[f"share of {hour:02d}-{hour + 3:02d}h {window}"] = shares
     out[f"count dear {window}"] = math.log1p(sum(float(user.numeric[i, 0]) > 0.5 for i in events))
   return out
 
@@ -114,7 +124,7 @@ def test_statistics_of_windows_equal_a_plain_reference(users: list[UserHistory],
   for row, i, at, n in zip(rows, owner, time, n_events):
     got = dict(zip(AGGREGATOR.names, row.tolist()))
     wanted = reference(users[i], int(at), int(n))
-    assert wanted.keys() == {k for k in got if k.split()[0] in ("sum", "average", "trend", "distinct", "count")}
+    assert wanted.keys() == {k for k in got if k.split()[0] in ("sum", "average", "trend", "distinct", "count", "share")}
     for name, value in wanted.items():
       assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
@@ -255,6 +265,7 @@ def test_a_misspelt_value_of_a_condition_is_an_error(tmp_path: pathlib.Path) -> 
     ({"factors": ["page", "page"]}, r"aggregates\.factors=.* names a field twice"),
     ({"factors": ["page"], "factor_size": 0}, r"aggregates\.factor_size=0 must be positive"),
     ({"factors": ["page"], "enabled": False}, r"aggregates\.factors=.* has no meaning with enabled=False"),
+    ({"habits": True, "enabled": False}, r"aggregates\.habits=True has no meaning with enabled=False"),
     ({"factors": ["secret"]}, r"aggregates\.factors holds 'secret', which the model must not see"),
     ({"conditions": {"a": "secret == 'x'"}}, r"conditions\.a holds 'secret', which the model must not see"),
     ({"conditions": {"a": " "}}, r"conditions\.a is empty; write it as in"),
@@ -280,15 +291,18 @@ def test_settings_that_are_not_used_change_no_hash(tmp_path: pathlib.Path) -> No
   for key, value in RICH.items():
     used = {**raw, "data": {**raw["data"], "aggregates": {**raw["data"]["aggregates"], key: value}}}
     assert config.resolve(used).data_hash() != base.data_hash(), key
-  unset = {"sums": [], "means": [], "trends": [], "distinct": [], "conditions": {}, "factors": []}
+  unset = {"sums": [], "means": [], "trends": [], "distinct": [], "conditions": {}, "factors": [], "habits": False}
   raw["data"]["aggregates"] |= unset
   assert config.resolve(raw).data_hash() == base.data_hash()
   shown = config.to_dict(base, later=False)["data"]["aggregates"]
   assert shown.keys() == {"enabled", "windows_days", "top_values", "fields"}
 
 
+RICHER = {"sums": ("spend",), "trends": ("spend",), "distinct": ("q",), "factors": ("p", "q"), "habits": True}
+
+
 @pytest.mark.parametrize("fields", [("p",), ("q", "p"), ("p", "p", "q")])
-def test_the_schema_says_where_the_counts_of_values_lie(fields: tuple[str, ...]) -> None:
+def test_the_schema_says_where_counts_of_values_and_factors_lie(fields: tuple[str, ...]) -> None:
   values = {"p": [f"p{i}" for i in range(12)], "q": ["q0", "q1"]}  # more and fewer than are counted
   shown = {"kind": "numeric", "input": False}, {"kind": "numeric"}, {"kind": "numeric", "table": "users"}
   data = {
@@ -296,16 +310,23 @@ def test_the_schema_says_where_the_counts_of_values_lie(fields: tuple[str, ...])
     "sources": {"visits": {"files": "visits.csv"}, "buys": {"files": "buys.csv"}},
     "fields": {"p": {}, "q": {}, "hidden": shown[0], "seen": shown[1], "age": shown[2], "spend": shown[1]},
     "users": {"files": "users.csv"},
-    "aggregates": {"top_values": 5, "fields": fields, "windows_days": (2.0, 9.0), "sums": ("spend",)},
+    "aggregates": {"top_values": 5, "fields": fields, "windows_days": (2.0, 9.0), **RICHER, "factor_size": 2},
     "split": {"train_end": "2024-03-01", "validation": ("2024-03-01",), "test": ("2024-04-01",)},
   }
   cfg = config.resolve({"data": data, "tasks": {"next": {"kind": "next_event", "field": "p"}}})
   vocabularies = {n: Vocabulary(tuple(v), tuple(range(len(v), 0, -1))) for n, v in values.items()}
   encoders = Encoders(vocabularies, {n: Numeric(0.0, 1.0) for n in ("hidden", "seen", "age", "spend")}, {})
-  aggregator, places = make_aggregator(cfg.data, encoders), make_schema(cfg, encoders).value_counts
+  encoders.factors.update({n: Factors(np.ones(9), np.ones((9, 2))) for n in "pq"})
+  aggregator, schema = make_aggregator(cfg.data, encoders), make_schema(cfg, encoders)
+  places = schema.value_counts
   assert aggregator is not None and list(places) == list(dict.fromkeys(fields))
   for field, place in places.items():
     counted = values[field][:5]
     assert place.values == len(counted) and place.windows == 3
     wanted = [f"{field} {value} {window}" for window in ("2d", "9d", "all") for value in counted]
     assert aggregator.names[place.columns] == wanted
+  names = aggregator.names
+  assert names[slice(*schema.factors)] == ["factor p 1", "factor p 2", "factor q 1", "factor q 2"]
+  others = {*range(*schema.factors), *(i for place in places.values() for i in range(len(names))[place.columns])}
+  assert schema.plain_aggregates == tuple(i for i in range(len(names)) if i not in others)
+  assert {"recency", "share of Monday all", "distinct p"} <= {names[i] for i in schema.plain_aggregates}

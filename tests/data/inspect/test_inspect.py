@@ -214,7 +214,7 @@ def test_more_than_a_hundred_thousand_values_are_hashed():
 
 def test_the_proposed_config_prepares_the_files(name, write, load, tmp_path):
   cfg = load(write(name, log()))
-  assert set(cfg.tasks) == {"next_item_id", "churn", "days_to_events", "price_sum"}
+  assert set(cfg.tasks) == {"next_item_id", "churn", "days_to_events", "events_times", "item_id_soon", "price_sum"}
   assert cfg.data.fields["price"].kind == "numeric"
   scratch = tmp_path / "scratch"
   scratch.mkdir()

@@ -23,6 +23,7 @@ def test_factors_are_of_fields_of_many_values_that_users_share(write: Write, tmp
   cfg = proposed(tmp_path, write("orders.csv", orders()))
   assert {"page", "action", "receipt"} <= set(cfg.data.fields)
   assert cfg.data.aggregates.factors == ("page",)
+  assert cfg.data.aggregates.habits
   assert cfg.data.aggregates.sums == cfg.data.aggregates.trends == ("revenue",)
   prepare.prepare(cfg)
   dataset = Dataset(tmp_path / "dataset")
