@@ -67,6 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
       "sums": ("value", "discount"),
       "trends": ("value",),
       "distinct": ("category", "product", "store"),
+      "paces": True,
       "habits": True,
       "factors": ("type", "product", "store"),
     },

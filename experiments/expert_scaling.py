@@ -3,17 +3,17 @@
     python experiments/expert_scaling.py simulated --out runs/expert_scaling/simulated.jsonl
     python experiments/expert_scaling.py complete_journey --out runs/expert_scaling/complete_journey.jsonl
     python experiments/expert_scaling.py movielens_1m:FOLDER --out runs/expert_scaling/movielens_1m.jsonl
-    python experiments/expert_scaling.py --picture runs/expert_scaling/*.jsonl --out runs/expert_scaling/expert_scaling
+    python experiments/expert_scaling.py --picture runs/expert_scaling/*.jsonl --out runs/expert_scaling/experts
 
-Every token visits two experts of E, or the one expert of E = 1, which is twice as wide: so all models multiply a token by
-equally many numbers, but for the router. Each run is a line of the file; the same command goes on after a stop. Further
-arguments override the config.
+Every token visits two experts of E, or the one expert of E = 1, which is twice as wide: so all models multiply a token
+by equally many numbers, but for the router. Each run is a line of the file; the same command goes on after a stop.
+Further arguments override the config.
 
 The last command draws one picture, OUT.svg, and writes its numbers to OUT.md. A gain is in percent of what the single
 expert has over an answer that ignores the user, on test, paired by seed; the picture shows the mean over the tasks that
 one expert answers beyond chance. Below, each log's tokens: which experts the events of a user segment visit. Segments
-are the first bits of the simulated users, and age groups in the real logs. No model reads the bits or the ages as input,
-and the ages are no task here.
+are the first bits of the simulated users, and age groups in the real logs. No model reads the bits or the ages as
+input, and the ages are no task here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def simulated() -> ml_collections.ConfigDict:
 
 # What each log changes in its shipped config, so that 21 runs take an hour, and the names of its user segments by SQL.
 LOGS: dict[str, tuple[tuple[str, ...], str]] = {
-  "simulated": ((), "SELECT \"user\", bits[1] || '' || bits[2] || bits[3] FROM 'runs/expert_scaling/simulated/truth.parquet'"),
+  "simulated": (
+    (),
+    "SELECT \"user\", bits[1] || '' || bits[2] || bits[3] FROM 'runs/expert_scaling/simulated/truth.parquet'",
+  ),
   "complete_journey": (
     (
       "--config.data.path=runs/expert_scaling/complete_journey",
@@ -96,9 +99,7 @@ def with_experts(cfg: config.Config, experts: int, seed: int) -> config.Config:
   """Returns the config with a number of experts, two of which a token visits; the only one is twice as wide."""
   one = experts == 1
   sizes = {"experts": experts, "experts_per_token": 1 if one else 2, "d_expert": cfg.model.d_expert * (2 if one else 1)}
-  return config.override(
-    cfg, [*(f"--config.model.{k}={v}" for k, v in sizes.items()), f"--config.train.seed={seed}"]
-  )
+  return config.override(cfg, [*(f"--config.model.{k}={v}" for k, v in sizes.items()), f"--config.train.seed={seed}"])
 
 
 def run_once(log: str, overrides: Sequence[str], experts: int, seed: int, folder: pathlib.Path) -> dict[str, Any]:

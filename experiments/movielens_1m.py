@@ -41,7 +41,7 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "fields": {"film": {"column": "movie_id"}, "genres": {}, "rating": {"kind": "numeric"}},
     "users": {"files": str(files / "users.parquet")},
     "split": {"mode": "leave_one_out"},
-    "aggregates": {"enabled": False},
+    "aggregates": {"windows_days": (), "factors": ("film",), "factor_size": 128, "factor_numbers": {"film": "rating"}},
   }
   tasks = {
     "next_film": {"kind": "next_event", "field": "film", "exclude_seen": True},

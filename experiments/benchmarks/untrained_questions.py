@@ -7,12 +7,13 @@ Written to FOLDER, derived straight from the raw tables:
 
     questions.parquet    by household and day, twelve questions about the 28 days from that day: `spends_more` than in
                          the 28 days before, `spends_half` of it at most, `spends_300` dollars or more, `comes_more`
-                         often; `new_store`, `new_categories` (five or more that are new to the household), `fuel`; and,
-                         of those who come, whether `weekend`s and `evening`s (from 17 h) have most of their baskets,
-                         `own_brand` has 35 % of what they spend, `discount`s 20 %, and `many_stores` (two or more)
-    aggregates.parquet   by household and day, the about 190 numbers that a team writes first: spend, baskets, lines,
+                         often; `new_store`, `new_categories` (five or more new ones), `fuel`; and, of those who come,
+                         whether `weekend`s and `evening`s (from 17 h) have most of their baskets, `own_brand` has 35 %
+                         of what they spend, `discount`s 20 %, and `many_stores` (two or more)
+    aggregates.parquet   by household and day, the 203 numbers that a team writes first: spend, baskets, lines,
                          discounts, own brand, stores, weekends, hours of 7, 28, 84 days and of all; recency, tenure,
-                         the mean gap; counts of the 60 most frequent categories and 20 departments in 28 days and in all
+                         the mean gap; counts of the 60 most frequent categories and 20 departments in 28 days and in
+                         all
 
 `supermoe probe` fits logistic regressions and LightGBM on 2017-10-01 and scores them on 2017-11-01; further options go
 to it. The encoder of `experiments/complete_journey.py` is asked about categories, churn and coupons of 28 days, so all
@@ -55,8 +56,9 @@ def write_tables(folder: pathlib.Path) -> None:
   for name in ("transactions", "products"):
     con.execute(f"CREATE VIEW {name} AS FROM '{tables / name}.parquet'")
   con.execute(
-    "CREATE TABLE lines AS SELECT household_id, basket_id, transaction_timestamp AS time, store_id, sales_value AS paid, "
-    "retail_disc AS saved, product_category AS category, department, coalesce(brand = 'Private', false) AS own "
+    "CREATE TABLE lines AS SELECT household_id, basket_id, transaction_timestamp AS time, store_id, "
+    "sales_value AS paid, retail_disc AS saved, product_category AS category, department, "
+    "coalesce(brand = 'Private', false) AS own "
     "FROM transactions LEFT JOIN products USING (product_id)"
   )
   con.execute(
@@ -69,8 +71,9 @@ def write_tables(folder: pathlib.Path) -> None:
       f"FROM lines WHERE {what} IS NOT NULL AND time < TIMESTAMP '{FIT}' GROUP BY {what} ORDER BY place LIMIT {most}"
     )
   con.execute(
-    "CREATE TABLE known AS SELECT l.*, a.day, date_diff('second', l.time, a.day) / 86400.0 AS ago, c.place AS top_category, "
-    "d.place AS top_department FROM asked a JOIN lines l USING (household_id) LEFT JOIN top_category c USING (category) "
+    "CREATE TABLE known AS SELECT l.*, a.day, date_diff('second', l.time, a.day) / 86400.0 AS ago, "
+    "c.place AS top_category, d.place AS top_department FROM asked a JOIN lines l USING (household_id) "
+    "LEFT JOIN top_category c USING (category) "
     f"LEFT JOIN top_department d USING (department) WHERE l.time < a.day + INTERVAL {HORIZON}"
   )
   con.execute(f"COPY ({_questions()}) TO '{folder / 'questions.parquet'}'")

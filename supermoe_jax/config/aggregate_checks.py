@@ -41,10 +41,11 @@ def check_aggregates(data: Data) -> None:
       f"{PATH}.{key}={given} has no meaning with enabled=False; remove it, or set enabled=True.",
     )
     require(len(set(given)) == len(given), f"{PATH}.{key}={given} names a field twice; name it once.")
-  require(
-    aggregates.enabled or not aggregates.habits,
-    f"{PATH}.habits=True has no meaning with enabled=False; remove it, or set enabled=True.",
-  )
+  for key in ("paces", "habits"):
+    require(
+      aggregates.enabled or not getattr(aggregates, key),
+      f"{PATH}.{key}=True has no meaning with enabled=False; remove it, or set enabled=True.",
+    )
   _check_numbers(data)
   for name in aggregates.distinct:
     require(name in data.fields, f"{PATH}.distinct: {name!r} is not a field{nearest(name, data.fields)}")
@@ -54,6 +55,10 @@ def check_aggregates(data: Data) -> None:
   for name in aggregates.factors:
     require(name in categorical, f"{PATH}.factors: {name!r} is not a categorical field{nearest(name, categorical)}")
     _require_input(f"{PATH}.factors", name, data)
+  for name, number in aggregates.factor_numbers.items():
+    key = f"{PATH}.factor_numbers.{name}"
+    require(name in aggregates.factors, f"{key}: config.data.aggregates.factors does not name {name!r}; add it there.")
+    _check_number(key, number, data)
   require(aggregates.factor_size > 0, f"{PATH}.factor_size={aggregates.factor_size} must be positive.")
   for name, condition in aggregates.conditions.items():
     key = f"{PATH}.conditions.{name}"
@@ -66,21 +71,26 @@ def check_aggregates(data: Data) -> None:
 
 def _check_numbers(data: Data) -> None:
   aggregates = data.aggregates
-  numeric = [n for n, f in data.fields.items() if f.kind == "numeric"]
   for key in ("sums", "means", "trends"):
     for name in getattr(aggregates, key):
-      require(name in numeric, f"{PATH}.{key}: {name!r} is not a numeric field{nearest(name, numeric)}")
-      _require_input(f"{PATH}.{key}", name, data)
-      field = data.fields[name]
-      require(
-        field.encoding != "quantile",
-        f"{PATH}.{key}: {name!r} is encoded as quantiles, which keep no amounts; set config.data.fields.{name}."
-        f"encoding='log1p', or name a second field, such as {name}_amount=dict(column={field.column or name!r}, "
-        "kind='numeric', encoding='log1p').",
-      )
+      _check_number(f"{PATH}.{key}", name, data)
   require(
     not aggregates.trends or bool(aggregates.windows_days),
     f"{PATH}.trends={aggregates.trends} needs windows to compare, but windows_days is empty; name at least one.",
+  )
+
+
+def _check_number(path: str, name: str, data: Data) -> None:
+  """Requires that `name` is a numeric field of the events whose encoding keeps amounts."""
+  numeric = [n for n, f in data.fields.items() if f.kind == "numeric"]
+  require(name in numeric, f"{path}: {name!r} is not a numeric field{nearest(name, numeric)}")
+  _require_input(path, name, data)
+  field = data.fields[name]
+  require(
+    field.encoding != "quantile",
+    f"{path}: {name!r} is encoded as quantiles, which keep no amounts; set config.data.fields.{name}."
+    f"encoding='log1p', or name a second field, such as {name}_amount=dict(column={field.column or name!r}, "
+    "kind='numeric', encoding='log1p').",
   )
 
 

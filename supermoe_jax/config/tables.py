@@ -82,12 +82,16 @@ class Aggregates:
 
   `sums` and `means`: the amount of the sum, and of the arithmetic mean, of the raw numbers. `trends`: the amount of the
   sum over a window minus the amount of the sum over the window of the same length before it; the whole history has no
-  trend. `distinct`: log1p of the number of distinct values. Values outside the vocabulary count as one value, and so do
-  values that share a hash's bucket. `conditions`: log1p of the number of events that fulfil a condition in the language
-  of a task's `where`, such as `{"returns": "quantity < 0"}`. `habits`: the shares of the distinct event times on each
-  weekday and in each three hours of the day, in the time of the log, for the longest window and for the whole history.
+  trend. `paces`: for every window the amounts of the number of distinct event times, and of the sums of `sums`, minus
+  the amounts that the user's own average over the whole history would give. `distinct`: log1p of the number of distinct
+  values. Values outside the vocabulary count as one value, and so do values that share a hash's bucket. `conditions`:
+  log1p of the number of events that fulfil a condition in the language of a task's `where`, such as
+  `{"returns": "quantity < 0"}`. `habits`: the shares of the distinct event times on each weekday and in each three
+  hours of the day, in the time of the log, for the longest window and for the whole history.
+
   `factors`: what all values of a field that the user has had say, in a few numbers, learned from which values users of
-  training share; see `data/encoding/factors.py`.
+  training share; see `data/encoding/factors.py`. `factor_numbers` adds what the numbers of these events say, as in
+  `{"film": "rating"}`: where they are above or below the usual number of the value.
   """
 
   enabled: bool = True
@@ -99,9 +103,11 @@ class Aggregates:
   trends: tuple[str, ...] = _added(())  # numeric fields
   distinct: tuple[str, ...] = _added(())  # any fields
   conditions: Mapping[str, str] = dataclasses.field(default_factory=dict, metadata=ADDED_LATER)  # name → condition
+  paces: bool = _added(False)
   habits: bool = _added(False)
   factors: tuple[str, ...] = _added(())  # categorical fields
   factor_size: int = _added(64)  # largest number of factors of a field
+  factor_numbers: Mapping[str, str] = dataclasses.field(default_factory=dict, metadata=ADDED_LATER)  # see `factors`
 
   @property
   def amounts(self) -> tuple[str, ...]:

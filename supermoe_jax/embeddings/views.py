@@ -7,9 +7,13 @@
     factors     the aggregates that are factors of fields, named "factor FIELD i"
 
 Each number of z mixes many facts. A model that is fitted on frozen vectors, above all one of trees, does better with
-numbers that stand for one fact each, as answers and aggregates do. Counts of values in recent windows are left out, since they are
-hundreds of numbers that are nearly always 0: a linear model of few labels is worse with them than without. A view
-without numbers is left out. This module alone knows the views; the manifest of a directory lists them for its readers.
+numbers that stand for one fact each, as answers and aggregates do. Counts of values in recent windows are left out,
+since they are hundreds of numbers that are nearly always 0: a linear model of few labels is worse with them than
+without. A view without numbers is left out. This module alone knows the views; the manifest of a directory lists them
+for its readers.
+
+Answers of tasks that an encoder was trained on are better before the end of training than after it. So a model that
+reads them is to be fitted on times after the training period, as the quickstart's are.
 
 Shapes: R rows, D the width of z, A aggregates.
 """
@@ -33,7 +37,8 @@ logger = processes.first_process_only(logging.getLogger(__name__))
 
 STATE, ANSWERS, AGGREGATES, COUNTS, FACTORS = "state", "answers", "aggregates", "counts", "factors"
 
-# Answers are clipped to this, and aggregates to this many deviations. The deviation of an aggregate that hardly varies in training is tiny.
+# Answers are clipped to this, and aggregates to this many deviations.
+# The deviation of an aggregate that hardly varies in training is tiny.
 # A later value may lie thousands of them away; alone it would decide every distance, and it could overflow float16.
 LARGEST = 10.0
 
@@ -72,7 +77,7 @@ class Views:
     counts: Collection[ValueCounts] = (),
     factors: slice = slice(0),
   ):
-    """Lays out z, `width` numbers, then the answers and the aggregates; `counts` and `factors` are places among these."""
+    """Lays out z, `width` numbers, then answers and aggregates; `counts` and `factors` are places among the latter."""
     self.views = [View(STATE, 0, width, None, None)]
     if answers:
       self.views.append(View(ANSWERS, width, len(answers), tuple(answers), None))
@@ -100,7 +105,9 @@ class Views:
     """
     parts = []
     for view in self.views:
-      own = encoded[:, view.start : view.start + view.width] if view.places is None else aggregates[:, list(view.places)]
+      own = (
+        encoded[:, view.start : view.start + view.width] if view.places is None else aggregates[:, list(view.places)]
+      )
       if view.columns is None:
         parts.append(unit_vectors(own)[0])
       else:

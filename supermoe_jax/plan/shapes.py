@@ -36,9 +36,12 @@ def _aggregates(data: config.Data) -> int:
   counted = tuple(str(i) for i in range(wanted.top_values))
   numeric = {n: 0 for n, f in data.fields.items() if f.kind == "numeric" and f.input and f.table == "events"}
   values = dict.fromkeys(wanted.fields, (0, counted))
-  usual = Aggregator(wanted.windows_days, tuple(data.sources), numeric, values, habits=wanted.habits)
+  usual = Aggregator(
+    wanted.windows_days, tuple(data.sources), numeric, values, paces=wanted.paces, habits=wanted.habits
+  )
   windows = len(usual.windows)
   added = windows * sum(map(len, (wanted.sums, wanted.means, wanted.distinct, wanted.conditions)))
+  added += (windows - 1) * len(wanted.sums) * wanted.paces
   factors = wanted.factor_size * len(wanted.factors)
   return len(usual.names) + added + (windows - 1) * len(wanted.trends) + factors
 

@@ -60,7 +60,7 @@ def vectors(path: pathlib.Path) -> np.ndarray:
 
 
 def by_hand(run: Run, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-  """z and the answers `[n, D + K]`, and standardised aggregates `[n, A]`, of a directory's rows, each row asked about alone."""
+  """z and answers `[n, D + K]`, and standardised aggregates `[n, A]`, of a directory's rows, each asked about alone."""
   table = embedding_files.read_embeddings(path, ["user_id", "as_of"])
   rows = {}
   for batch in snapshot_batches.query_batches(run.dataset, run.cfg, times=[config.parse_time(d, "") for d in DAYS]):

@@ -1,5 +1,7 @@
 """A user's own counts of values, in the layers that read them."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -48,7 +50,9 @@ def test_fewer_values_may_be_asked_about_than_are_counted() -> None:
   head, answers = noise(lambda: FutureValuesHead(D, 2, COUNTS, rngs=nnx.Rngs(0))), jnp.zeros((2, 5, 2))
   got = np.asarray(head.add_aggregates(answers, aggregates))
   assert got.shape == (2, 5, 2)
-  np.testing.assert_array_equal(head.add_aggregates(answers, raised(aggregates, 6, 9)), got)  # the third, in both windows
+  np.testing.assert_array_equal(
+    head.add_aggregates(answers, raised(aggregates, 6, 9)), got
+  )  # the third, in both windows
   assert np.all(np.asarray(head.add_aggregates(answers, raised(aggregates, 4)))[..., 0] != got[..., 0])
 
 
@@ -81,7 +85,7 @@ def test_all_aggregates_join_a_representation_and_count_for_nothing_at_first() -
 
 def ramp(x: np.ndarray) -> np.ndarray:
   """By its definition: for each pair of neighbouring knots, how far x has come from one to the other."""
-  return np.stack([np.interp(x, pair, (0, 1)) for pair in zip(AGGREGATE_KNOTS, AGGREGATE_KNOTS[1:])], axis=-1)
+  return np.stack([np.interp(x, pair, (0, 1)) for pair in itertools.pairwise(AGGREGATE_KNOTS)], axis=-1)
 
 
 def test_ramps_of_plain_aggregates_are_zero_at_the_mean_and_add_to_every_linear_head() -> None:

@@ -160,6 +160,9 @@ class _Derivations:
       for name, of in self._aggregator.factors.items():
         out |= self._factors(name, of.factors)
       last, first = self._column("max(e.time)"), self._column("min(e.time)")
+      if wanted.paces:
+        for name, length in zip(self._aggregator.windows, wanted.windows_days):
+          out |= {f"pace {n} {name}": self._pace(n, length, first) for n in ("moments", *wanted.sums)}
       out["recency"] = lambda row: _point(math.log1p((row["at"] - row[last]) / HOUR))
       out["tenure"] = lambda row: _point(math.log1p((row["at"] - row[first]) / HOUR))
     return out
@@ -225,6 +228,24 @@ class _Derivations:
 
     return interval
 
+  def _pace(self, what: str, days: float, first: str) -> Derivation:
+    """Returns the pace of a window; `first` is the column of the user's first time."""
+    length = int(days * MICROSECONDS_PER_DAY)
+    conditions = f"e.time >= a.time - {length}", "true"
+    if what == "moments":
+      names = [self._column("count(DISTINCT e.time)", condition) for condition in conditions]
+      read = [lambda row, name=name: (_point(row[name]), 0) for name in names]
+    else:
+      read = [self._summed(what, condition) for condition in conditions]
+
+    def interval(row: Row) -> DerivedBounds:
+      (now, _), (whole, _) = (of(row) for of in read)
+      share = min(days * MICROSECONDS_PER_DAY / max(row["at"] - row[first], 1), 1.0)
+      usual = [_signed_log(bound * share) for bound in whole]
+      return DerivedBounds(_signed_log(now.low) - usual[1], _signed_log(now.high) - usual[0])
+
+    return interval
+
   def _distinct(self, field: str) -> Derivation:
     column, many = f"e.{field_column(self._data, field)}", self._data.fields[field].many
     values = f"list({column}[1:{many}])" if many else f"list(DISTINCT {column})"
@@ -251,7 +272,11 @@ class _Derivations:
   def _factors(self, field: str, factors: Factors) -> dict[str, Derivation]:
     """Returns the factors of a field: how often the user had each code, times the stored weights and directions."""
     column, many = f"e.{field_column(self._data, field)}", self._data.fields[field].many
-    name = self._column(f"list({column}{f'[1:{many}]' if many else ''})", f"{{inside}} AND {column} IS NOT NULL")
+    held = f"{{inside}} AND {column} IS NOT NULL"
+    name = self._column(f"list({column}{f'[1:{many}]' if many else ''} ORDER BY e.position)", held)
+    numbered = self._data.aggregates.factor_numbers.get(field)
+    of_events = None if numbered is None else f"e.{field_column(self._data, numbered)}"
+    number = None if of_events is None else self._column(f"list({of_events} ORDER BY e.position)", held)
     encoder = self._dataset.encoders.categorical[field]
     assert not isinstance(encoder, Vectors)  # config.resolve checked
 
@@ -260,7 +285,22 @@ class _Derivations:
       counted = collections.Counter(map(encoder.code, values))
       codes = [code for code in counted if code < len(factors.weight)]  # a value that an append added has no factors
       entries = np.array([factors.weight[code] * math.log1p(counted[code]) for code in codes])
-      return entries @ factors.direction[codes] / (np.linalg.norm(entries) or 1.0)
+      found = entries @ factors.direction[codes] / (np.linalg.norm(entries) or 1.0)
+      return found if number is None else found + of_numbers(row, row[number] or ())
+
+    def of_numbers(row: Row, numbers: Sequence[float | None]) -> np.ndarray:
+      """Returns what the numbers add: the k-th event with a value counts by how much log(1 + k) grows."""
+      assert numbered is not None and factors.usual is not None and factors.above is not None
+      encode, encoding = self._dataset.encoders.numeric[numbered].encode, self._data.fields[numbered].encoding
+      times: collections.Counter[int] = collections.Counter()
+      entries = np.zeros(len(factors.weight))
+      for values, raw in zip(row[name] or (), numbers, strict=True):
+        for code in map(encoder.code, values if many else (values,)):
+          times[code] += 1
+          if raw is not None and code < len(entries):
+            gained = math.log1p(times[code]) - math.log1p(times[code] - 1)
+            entries[code] += factors.weight[code] * gained * (float(encode(raw, encoding)) - factors.usual[code])
+      return entries @ factors.above / math.sqrt(1 + float(entries @ entries))
 
     def one(i: int) -> Derivation:
       return lambda row: _point(float(self._once(name, row, derive)[i]))

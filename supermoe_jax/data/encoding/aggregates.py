@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from supermoe_jax.config import MICROSECONDS_PER_DAY
-from supermoe_jax.data.encoding import factors
 from supermoe_jax.data.encoding.distinct_counts import distinct_between
 from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.histories import UserBlock, counts_before
@@ -56,10 +55,11 @@ class DistinctField:
 
 @dataclasses.dataclass(frozen=True)
 class FactoredField:
-  """The columns of codes of a field, several for lists, and its factors."""
+  """The columns of codes of a field, several for lists, its factors, and the column of their numbers, if any."""
 
   columns: tuple[int, ...]
   factors: Factors
+  number: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Aggregator:
   For each trailing window and the whole history: log1p of the number of events of each source, of distinct event times,
   and of occurrences of the most frequent values of the chosen fields; the mean of each numeric field. For the whole
   history only: log1p hours since the last and the first event, and log1p of the number of distinct values of each
-  chosen field. `config.Aggregates` defines the sums, averages, trends, distinct values, conditions, habits and factors
-  that a config may add.
+  chosen field. `config.Aggregates` defines the sums, averages, trends, paces, distinct values, conditions, habits
+  and factors that a config may add.
   """
 
   windows_days: tuple[float, ...]
@@ -91,6 +91,7 @@ class Aggregator:
   trends: tuple[str, ...] = ()
   distinct: Mapping[str, DistinctField] = dataclasses.field(default_factory=dict)
   conditions: Mapping[str, EventCount] = dataclasses.field(default_factory=dict)
+  paces: bool = False
   habits: bool = False
   factors: Mapping[str, FactoredField] = dataclasses.field(default_factory=dict)
 
@@ -110,6 +111,7 @@ class Aggregator:
     names += [f"sum {n} {w}" for w in windows for n in self.sums]
     names += [f"average {n} {w}" for w in windows for n in self.means]
     names += [f"trend {n} {w}" for w in windows[:-1] for n in self.trends]
+    names += [f"pace {n} {w}" for w in windows[:-1] for n in ("moments", *self.sums) if self.paces]
     names += [f"distinct {n} {w}" for n in self.distinct for w in windows]
     names += [f"count {n} {w}" for w in windows for n in self.conditions]
     names += [f"share of {part} {w}" for w in self._habit_windows for part in habit_names()]
@@ -147,10 +149,8 @@ class Aggregator:
     per_source[np.arange(1, n + 1), block.source] = 1
     begins = np.diff(block.time, prepend=0) != 0  # an event at another time than the one before
     begins[block.offsets[:-1]] = True
-    columns = [
-      _flat(np.log1p(_windowed(np.cumsum(per_source, axis=0)[bounds]))),
-      _flat(np.log1p(_windowed(_count(begins)[bounds][..., None]))),
-    ]
+    moments = _windowed(_count(begins)[bounds][..., None])
+    columns = [_flat(np.log1p(_windowed(np.cumsum(per_source, axis=0)[bounds]))), _flat(np.log1p(moments))]
     numeric = block.numeric[:, list(self.numeric.values())]
     present = np.isfinite(numeric)
     total = _sums_before(block, np.where(present, numeric, 0.0), bounds, first)
@@ -162,8 +162,12 @@ class Aggregator:
       new[np.unique(block.owner * (int(codes.max(initial=0)) + 1) + codes, return_index=True)[1]] = True
       distinct = _count(new & (codes > 0))
       columns.append(np.log1p(distinct[bounds[-1]] - distinct[first])[:, None])
+    totals = moments
     if self.amounts:
-      columns += self._of_amounts(block, user, time, n_events, bounds)
+      of_amounts, sums = self._of_amounts(block, user, time, n_events, bounds)
+      columns, totals = columns + of_amounts, np.concatenate([totals, sums], axis=2)
+    if self.paces:
+      columns.append(self._paces(totals, (time - block.time[first]) / MICROSECONDS_PER_DAY))
     for field in self.distinct.values():
       columns.append(np.log1p(distinct_between(field(block), block.owner, bounds[:-1], bounds[-1])).T)
     if self.conditions:
@@ -172,11 +176,11 @@ class Aggregator:
     if self.habits:
       parts = _counts(begins[:, None] & _habit_parts(block.time))
       for i in self._habit_windows.values():
-        within, moments = (counts[bounds[-1]] - counts[bounds[i]] for counts in (parts, _count(begins)))
-        columns.append(within / np.maximum(moments, 1)[:, None])
+        columns.append((parts[bounds[-1]] - parts[bounds[i]]) / np.maximum(moments[:, i], 1))
     for of in self.factors.values():
-      added = of.factors.added(block.codes[:, list(of.columns)], block.owner)
-      columns.append(factors.of_sums(_sums_before(block, added, bounds[-1], first)))
+      number = None if of.number is None else block.numeric[:, of.number]
+      added = of.factors.added(block.codes[:, list(of.columns)], block.owner, number)
+      columns.append(of.factors.of_sums(_sums_before(block, added, bounds[-1], first)))
     hour = MICROSECONDS_PER_DAY / 24
     columns.append(np.log1p((time - block.time[bounds[-1] - 1]) / hour)[:, None])
     columns.append(np.log1p((time - block.time[first]) / hour)[:, None])
@@ -192,8 +196,8 @@ class Aggregator:
 
   def _of_amounts(
     self, block: UserBlock, user: np.ndarray, time: np.ndarray, n_events: np.ndarray, bounds: np.ndarray
-  ) -> list[np.ndarray]:
-    """Returns the columns of the sums, averages and trends of raw numbers."""
+  ) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns the columns of the sums, averages and trends of raw numbers, and the sums `[S, windows + 1, sums]`."""
     first, place = bounds[-2], {name: i for i, name in enumerate(self.amounts)}
     raw = np.stack([amount(block) for amount in self.amounts.values()], axis=1)
     present = np.isfinite(raw)
@@ -201,8 +205,9 @@ class Aggregator:
     before = _sums_before(block, filled, bounds, first)
     total = _windowed(before)
     average = total / np.maximum(_windowed(_counts(present)[bounds]), 1)
+    sums = total[..., [place[n] for n in self.sums]]
     columns = [
-      _flat(_signed_log(total[..., [place[n] for n in self.sums]])),
+      _flat(_signed_log(sums)),
       _flat(_signed_log(average[..., [place[n] for n in self.means]])),
     ]
     if self.trends:
@@ -210,13 +215,20 @@ class Aggregator:
       earlier = _sums_before(block, filled, self._starts(block, user, time, n_events, times=2), first)
       former = np.swapaxes(before[:-2] - earlier, 0, 1)
       columns.append(_flat(_signed_log(total[:, :-1, chosen]) - _signed_log(former[..., chosen])))
-    return columns
+    return columns, sums
+
+  def _paces(self, totals: np.ndarray, tenure: np.ndarray) -> np.ndarray:
+    """Returns the columns of the paces, from `totals [S, windows + 1, X]` and the `tenure [S]` in days."""
+    share = np.array(self.windows_days) / np.maximum(tenure, 1e-9)[:, None]
+    usual = totals[:, -1:] * np.minimum(share, 1.0)[..., None]
+    return _flat(_signed_log(totals[:, :-1]) - _signed_log(usual))
 
   def to_json(self) -> dict[str, Any]:
     """Returns the settings as values of JSON, for `from_json`; of the factors only the columns of their fields."""
     saved = dataclasses.asdict(dataclasses.replace(self, conditions={}, factors={}))
     saved["conditions"] = {name: condition.where for name, condition in self.conditions.items()}
     saved["factors"] = {name: of.columns for name, of in self.factors.items()}
+    saved["factor_numbers"] = {name: of.number for name, of in self.factors.items()}
     return saved
 
   @classmethod
@@ -241,8 +253,12 @@ class Aggregator:
       tuple(saved.get("trends", ())),
       {n: DistinctField(tuple(of["columns"]), of["numeric"]) for n, of in saved.get("distinct", {}).items()},
       {n: EventCount(where, bind(n, where)) for n, where in saved.get("conditions", {}).items()},
+      saved.get("paces", False),
       saved.get("habits", False),
-      {n: FactoredField(tuple(columns), fitted[n]) for n, columns in saved.get("factors", {}).items()},
+      {
+        n: FactoredField(tuple(columns), fitted[n], saved.get("factor_numbers", {}).get(n))
+        for n, columns in saved.get("factors", {}).items()
+      },
     )
 
 

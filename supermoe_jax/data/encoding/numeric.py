@@ -64,6 +64,13 @@ class Numeric:
     """Returns the SQL of `clips` of a column."""
     return f"abs(({column} - {self.mean!r}::DOUBLE) / {self.std!r}::DOUBLE) > {MOST_DEVIATIONS}"
 
+  def deviations_sql(self, column: str) -> str:
+    """Returns the SQL of `encode_all` of a column, in float64."""
+    return (
+      f"least(greatest(({column} - {self.mean!r}::DOUBLE) / {self.std!r}::DOUBLE, -{MOST_DEVIATIONS}), "
+      f"{MOST_DEVIATIONS} + 0 * {column})"  # least and greatest pass over NULL
+    )
+
   def _deviations(self, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
       return np.asarray((values - self.mean) / self.std)

@@ -8,7 +8,14 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import FIRST_VALUE, Schema, ValueCounts
-from supermoe_jax.data.encoding.aggregates import Aggregator, Amount, DistinctField, EventCount, FactoredField, habit_names
+from supermoe_jax.data.encoding.aggregates import (
+  Aggregator,
+  Amount,
+  DistinctField,
+  EventCount,
+  FactoredField,
+  habit_names,
+)
 from supermoe_jax.data.encoding.numeric import NumberEncoder, Numeric
 from supermoe_jax.data.encoding.vocabulary import Classes, Encoders, Vocabulary
 from supermoe_jax.data.tasks import KINDS, TaskKind
@@ -83,7 +90,8 @@ def _aggregate_places(data: config.Data, codes: Mapping[str, int]) -> tuple[dict
     places[name] = ValueCounts(first, windows, min(wanted.top_values, codes[name] - FIRST_VALUE))
     first = places[name].columns.stop + 1  # the number of distinct values follows
   first += windows * sum(map(len, (wanted.sums, wanted.means, wanted.distinct, wanted.conditions)))
-  first += (windows - 1) * len(wanted.trends) + wanted.habits * min(windows, 2) * len(habit_names())
+  first += (windows - 1) * (len(wanted.trends) + wanted.paces * (1 + len(wanted.sums)))
+  first += wanted.habits * min(windows, 2) * len(habit_names())
   return {name: place for name, place in places.items() if place.values}, first
 
 
@@ -124,8 +132,16 @@ def make_aggregator(data: config.Data, encoders: Encoders) -> Aggregator | None:
     wanted.trends,
     {name: _distinct_field(name, data, encoders) for name in wanted.distinct},
     conditions,
+    wanted.paces,
     wanted.habits,
-    {name: FactoredField(_code_columns(name, data, encoders), encoders.factors[name]) for name in wanted.factors},
+    {
+      name: FactoredField(
+        _code_columns(name, data, encoders),
+        encoders.factors[name],
+        list(encoders.numeric).index(wanted.factor_numbers[name]) if name in wanted.factor_numbers else None,
+      )
+      for name in wanted.factors
+    },
   )
 
 

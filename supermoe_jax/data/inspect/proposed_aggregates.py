@@ -39,6 +39,7 @@ def propose_aggregates(
   if summed := _summed(fields, tasks):
     out["sums"] = summed, "the user's totals of some windows"
     out["trends"] = summed, "the same against the window before"
+  out["paces"] = True, "whether a user comes, and spends, more than usual"
   out["habits"] = True, "on which weekdays and at which hours a user comes"
   if factored := _factored(sources, items, fields):
     out["distinct"] = factored, "how many different values a user has had"

@@ -49,25 +49,32 @@ def fit_encoders(log: LogDatabase, data: config.Data, labels: Mapping[str, Label
       categorical[name] = _fit_vocabulary(log, field.shares or name, data.fields[field.shares or name])
   for name in categorical:
     categorical[name] = categorical[data.fields[name].shares or name]
-  fitted = {name: _fit_factors(log, name, categorical[name]) for name in data.aggregates.factors}
+  fitted = {name: _fit_factors(log, name, categorical[name], numeric) for name in data.aggregates.factors}
   return Encoders(categorical, numeric, labels or {}, fitted)
 
 
-def _fit_factors(log: LogDatabase, name: str, encoder: Categorical) -> Factors:
+def _fit_factors(log: LogDatabase, name: str, encoder: Categorical, numeric: Mapping[str, NumberEncoder]) -> Factors:
   """Returns the factors of a field, fitted on the events of training of `FACTORED_USERS` users at most."""
   assert not isinstance(encoder, Vectors)  # config.resolve checked
   column, field = field_columns(log.data)[name], log.data.fields[name]
   value = f"unnest({column}[:{field.many}])" if field.many else column
+  number, numbered = "NULL::DOUBLE", log.data.aggregates.factor_numbers.get(name)
+  if numbered is not None:
+    of = numeric[numbered]
+    assert isinstance(of, Numeric)  # config.resolve checked
+    number = of.deviations_sql(field_columns(log.data)[numbered])
   events = f'{log.events_sql} JOIN ordered_users USING ("user") WHERE training AND uid < {FACTORED_USERS}'
   counted = log.arrow(
-    f"SELECT uid, value, count(*) AS n FROM (SELECT uid, {value} AS value FROM {events}) WHERE value IS NOT NULL "
+    "SELECT uid, value, count(*) AS n, coalesce(sum(number), 0) AS total, count(number) AS numbers FROM "
+    f"(SELECT uid, {value} AS value, {number} AS number FROM {events}) WHERE value IS NOT NULL "
     "GROUP BY uid, value ORDER BY uid, value"
   )
   # All values together may have more bytes than the usual type of text can hold.
   values = counted["value"].cast(pa.large_string()).combine_chunks().dictionary_encode()
   code = np.array([encoder.code(v) for v in values.dictionary.to_pylist()], np.int64)[values.indices.to_numpy()]
-  user, count = (counted[n].to_numpy() for n in ("uid", "n"))
-  user, code, count = user[code >= FIRST_VALUE], code[code >= FIRST_VALUE], count[code >= FIRST_VALUE]
+  known = code >= FIRST_VALUE
+  user, count, total, numbers = (counted[n].to_numpy()[known] for n in ("uid", "n", "total", "numbers"))
+  code = code[known]
   if not len(user):
     raise DataError(
       f"config.data.aggregates.factors: none of the {FACTORED_USERS:,} users that factors are fitted on has a known "
@@ -75,9 +82,11 @@ def _fit_factors(log: LogDatabase, name: str, encoder: Categorical) -> Factors:
     )
   # Values may share a code, as those in a bucket do.
   pair, place = np.unique(user * encoder.n_codes + code, return_inverse=True)
-  summed = np.bincount(place.reshape(-1), count).astype(np.int64)
+  summed, total, numbers = (np.bincount(place.reshape(-1), x) for x in (count, total, numbers))
   user, code = np.divmod(pair, encoder.n_codes)
-  return factors.fit_factors(user, code, summed, encoder.n_codes, log.data.aggregates.factor_size)
+  of_numbers = None if numbered is None else (total, numbers)
+  size = log.data.aggregates.factor_size
+  return factors.fit_factors(user, code, summed.astype(np.int64), encoder.n_codes, size, of_numbers)
 
 
 def _fit_vocabulary(log: LogDatabase, name: str, field: config.Field) -> Vocabulary:

@@ -57,7 +57,7 @@ class RecordMaker:
     own = times is None or cfg.data.split.snapshots != "calendar"
     # An event's part of the factors of a field is there four times while they are summed.
     factors = (
-      4 * max((of.factors.size for of in self._aggregator.factors.values()), default=0) if self._aggregator else 0
+      4 * max((of.factors.sums for of in self._aggregator.factors.values()), default=0) if self._aggregator else 0
     )
     self._event = max(1.0, width if own else 0.0, factors / SNAPSHOT_NUMBERS)
     self._user = 0.0 if times is None else len(times.snapshots) * width

@@ -48,6 +48,7 @@ AGGREGATOR = Aggregator(
   ("spend", "grams"),
   {"shop": DistinctField((0,)), "labels": DistinctField((1, 2)), "spend": DistinctField((0,), numeric=True)},
   {"dear": EventCount("spend > 12", dear)},
+  paces=True,
   habits=True,
 )
 
@@ -93,9 +94,15 @@ def reference(user: UserHistory, time: int, n: int) -> dict[str, float]:
       if field == "grams":
         out[f"average {field} {window}"] = signed_log(sum(inside) / len(inside) if inside else 0.0)
       if window != "all":
+        whole = sum(numbers(field, -1, time + 1))
+        share = min(days * DAY / (time - int(user.time[0])), 1) if time > user.time[0] else 1
+        out[f"pace {field} {window}"] = signed_log(sum(inside)) - signed_log(whole * share)
         former = numbers(field, begin - days * DAY, begin)
         out[f"trend {field} {window}"] = signed_log(sum(inside)) - signed_log(sum(former))
     events = [i for i in range(n) if user.time[i] >= begin]
+    if window != "all":
+      of_times = [len({int(user.time[i]) for i in range(n) if user.time[i] >= since}) for since in (begin, -1)]
+      out[f"pace moments {window}"] = math.log1p(of_times[0]) - math.log1p(of_times[1] * share)
     out[f"distinct shop {window}"] = math.log1p(len({int(user.codes[i, 0]) for i in events} - {0}))
     out[f"distinct labels {window}"] = math.log1p(len({int(c) for i in events for c in user.codes[i, 1:]} - {0}))
     spends = {float(user.numeric[i, 0]) for i in events if not math.isnan(user.numeric[i, 0])}
@@ -124,7 +131,9 @@ def test_statistics_of_windows_equal_a_plain_reference(users: list[UserHistory],
   for row, i, at, n in zip(rows, owner, time, n_events):
     got = dict(zip(AGGREGATOR.names, row.tolist()))
     wanted = reference(users[i], int(at), int(n))
-    assert wanted.keys() == {k for k in got if k.split()[0] in ("sum", "average", "trend", "distinct", "count", "share")}
+    assert wanted.keys() == {
+      k for k in got if k.split()[0] in ("sum", "average", "trend", "distinct", "count", "share", "pace")
+    }
     for name, value in wanted.items():
       assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
@@ -263,9 +272,15 @@ def test_a_misspelt_value_of_a_condition_is_an_error(tmp_path: pathlib.Path) -> 
     ({"factors": ["pag"]}, r"aggregates\.factors: 'pag' is not a categorical field; did you mean 'page'"),
     ({"factors": ["amount"]}, r"aggregates\.factors: 'amount' is not a categorical field"),
     ({"factors": ["page", "page"]}, r"aggregates\.factors=.* names a field twice"),
+    ({"factor_numbers": {"page": "seconds"}}, r"factors does not name 'page'; add it there"),
+    (
+      {"factors": ["page"], "factor_numbers": {"page": "secnds"}},
+      r"page: 'secnds' is not a numeric field; did you mean",
+    ),
     ({"factors": ["page"], "factor_size": 0}, r"aggregates\.factor_size=0 must be positive"),
     ({"factors": ["page"], "enabled": False}, r"aggregates\.factors=.* has no meaning with enabled=False"),
     ({"habits": True, "enabled": False}, r"aggregates\.habits=True has no meaning with enabled=False"),
+    ({"paces": True, "enabled": False}, r"aggregates\.paces=True has no meaning with enabled=False"),
     ({"factors": ["secret"]}, r"aggregates\.factors holds 'secret', which the model must not see"),
     ({"conditions": {"a": "secret == 'x'"}}, r"conditions\.a holds 'secret', which the model must not see"),
     ({"conditions": {"a": " "}}, r"conditions\.a is empty; write it as in"),
@@ -291,14 +306,31 @@ def test_settings_that_are_not_used_change_no_hash(tmp_path: pathlib.Path) -> No
   for key, value in RICH.items():
     used = {**raw, "data": {**raw["data"], "aggregates": {**raw["data"]["aggregates"], key: value}}}
     assert config.resolve(used).data_hash() != base.data_hash(), key
-  unset = {"sums": [], "means": [], "trends": [], "distinct": [], "conditions": {}, "factors": [], "habits": False}
+  unset = {
+    "sums": [],
+    "means": [],
+    "trends": [],
+    "distinct": [],
+    "conditions": {},
+    "factors": [],
+    "habits": False,
+    "paces": False,
+    "factor_numbers": {},
+  }
   raw["data"]["aggregates"] |= unset
   assert config.resolve(raw).data_hash() == base.data_hash()
   shown = config.to_dict(base, later=False)["data"]["aggregates"]
   assert shown.keys() == {"enabled", "windows_days", "top_values", "fields"}
 
 
-RICHER = {"sums": ("spend",), "trends": ("spend",), "distinct": ("q",), "factors": ("p", "q"), "habits": True}
+RICHER = {
+  "sums": ("spend",),
+  "trends": ("spend",),
+  "distinct": ("q",),
+  "factors": ("p", "q"),
+  "habits": True,
+  "paces": True,
+}
 
 
 @pytest.mark.parametrize("fields", [("p",), ("q", "p"), ("p", "p", "q")])

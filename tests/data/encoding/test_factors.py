@@ -18,7 +18,7 @@ from supermoe_jax.data.check import check
 from supermoe_jax.data.check.check import CheckError
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.encoding.aggregates import Aggregator, FactoredField
-from supermoe_jax.data.encoding.factors import LEAST_WEIGHT, Factors, fit_factors
+from supermoe_jax.data.encoding.factors import LEAST_WEIGHT, NUMBERS_WEIGHT, USUAL_PRIOR, Factors, fit_factors
 from supermoe_jax.data.encoding.histories import UserHistory, end_to_end
 from supermoe_jax.data.encoding.vocabulary import Encoders
 from supermoe_jax.data.preparation import prepare
@@ -29,44 +29,55 @@ from tests.fixtures.small_log import raw_config, write_log
 DAY = config.MICROSECONDS_PER_DAY
 
 
-def some_factors(rng: np.random.Generator, codes: int = 7, size: int = 3) -> Factors:
+def some_factors(rng: np.random.Generator, numbers: bool, codes: int = 7, size: int = 3) -> Factors:
   weight = rng.random(codes).astype(np.float32)
   weight[:FIRST_VALUE] = 0
-  return Factors(weight, rng.normal(size=(codes, size)).astype(np.float32))
+  direction, above = rng.normal(size=(2, codes, size)).astype(np.float32)
+  usual = rng.normal(size=codes).astype(np.float32)
+  return Factors(weight, direction, usual, above) if numbers else Factors(weight, direction)
 
 
-def plain_factors(of: Factors, codes: np.ndarray) -> np.ndarray:
-  """The factors of a user with these codes, by counting them."""
-  row = np.zeros(len(of.weight))
-  for code, n in collections.Counter(codes.ravel().tolist()).items():
-    if code < len(row):
-      row[code] = of.weight[code] * math.log(1 + n)
-  return row @ of.direction / (np.sqrt((row**2).sum()) or 1.0)
+def plain_factors(of: Factors, codes: np.ndarray, number: np.ndarray | None = None) -> np.ndarray:
+  """The factors of a user with these codes and numbers, event by event."""
+  row, beyond = np.zeros((2, len(of.weight)))
+  times: collections.Counter[int] = collections.Counter()
+  for i, values in enumerate(codes):
+    for code in values.tolist() if codes.ndim > 1 else [int(values)]:
+      times[code] += 1
+      if code < len(row):
+        row[code] = of.weight[code] * math.log(1 + times[code])
+        if number is not None and not np.isnan(number[i]):
+          beyond[code] += of.weight[code] * math.log(1 + 1 / times[code]) * (number[i] - of.usual[code])
+  found = row @ of.direction / (np.sqrt((row**2).sum()) or 1.0)
+  return found if number is None else found + beyond @ of.above / np.sqrt(1 + (beyond**2).sum())
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 99_999), st.lists(st.integers(1, 25), min_size=1, max_size=4), st.integers(1, 3))
-def test_factors_of_snapshots_equal_a_plain_reference(seed: int, lengths: list[int], many: int) -> None:
+@given(st.integers(0, 99_999), st.lists(st.integers(1, 25), min_size=1, max_size=4), st.integers(1, 3), st.booleans())
+def test_factors_of_snapshots_equal_a_plain_reference(seed: int, lengths: list[int], many: int, numbers: bool) -> None:
   rng = np.random.default_rng(seed)
-  of = some_factors(rng)
+  of = some_factors(rng, numbers)
   histories = [
     UserHistory(
       f"u{i}",
       np.arange(n, dtype=np.int64) * DAY,
       np.zeros(n, np.int32),
       rng.integers(0, 9, (n, many)).astype(np.int32),  # 7 and 8 were added after fitting
-      np.zeros((n, 0), np.float32),
+      np.where(rng.random((n, 1)) < 0.2, np.nan, rng.normal(size=(n, 1))).astype(np.float32),
       n,
     )
     for i, n in enumerate(lengths)
   ]
-  aggregator = Aggregator((), ("till",), {}, {}, factors={"shop": FactoredField(tuple(range(many)), of)})
+  aggregator = Aggregator(
+    (), ("till",), {}, {}, factors={"shop": FactoredField(tuple(range(many)), of, 0 if numbers else None)}
+  )
   place = [aggregator.names.index(f"factor shop {i}") for i in (1, 2, 3)]
   user = np.repeat(np.arange(len(lengths)), 2)
   n_events = np.array([int(rng.integers(1, lengths[u] + 1)) for u in user])
   rows = aggregator(end_to_end(histories), user, n_events * DAY, n_events)
   for row, u, n in zip(rows, user, n_events):
-    np.testing.assert_allclose(row[place], plain_factors(of, histories[u].codes[:n]), atol=1e-5)
+    seen = histories[u].numeric[:n, 0] if numbers else None
+    np.testing.assert_allclose(row[place], plain_factors(of, histories[u].codes[:n], seen), atol=1e-5)
 
 
 def test_fitted_directions_are_singular_vectors_of_the_weighted_matrix() -> None:
@@ -86,6 +97,30 @@ def test_fitted_directions_are_singular_vectors_of_the_weighted_matrix() -> None
   assert not of.direction[:FIRST_VALUE].any() and not of.direction[FIRST_VALUE + 8 :].any()
 
 
+def test_numbers_are_a_second_half_of_the_matrix_and_usual_ones_say_nothing() -> None:
+  rng = np.random.default_rng(1)
+  user, value = np.nonzero(rng.random((40, 6)) < 0.6)
+  code, one = value + FIRST_VALUE, np.ones(len(user), np.int64)
+  number = rng.normal(size=len(user)) + value
+  known = np.where(rng.random(len(user)) < 0.9, 1, 0)
+  of = fit_factors(user, code, one, 6 + FIRST_VALUE, 12, (number * known, known))
+  plain = fit_factors(user, code, one, 6 + FIRST_VALUE, 12)
+  np.testing.assert_array_equal(of.weight, plain.weight)
+  usual = [(number * known)[value == v].sum() / (known[value == v].sum() + USUAL_PRIOR) for v in range(6)]
+  np.testing.assert_allclose(of.usual[FIRST_VALUE:], usual, atol=1e-6)
+  matrix = np.zeros((2, 40, 6))
+  matrix[0, user, value] = math.log(2) * of.weight[code]
+  matrix[1, user, value] = matrix[0, user, value] * (number - np.array(usual)[value]) * known
+  matrix[0] /= np.maximum(np.linalg.norm(matrix[0], axis=1, keepdims=True), 1e-9)
+  matrix[1] *= NUMBERS_WEIGHT / np.sqrt(1 + np.sum(matrix[1] ** 2, axis=1, keepdims=True))
+  wanted = np.linalg.svd(np.concatenate(list(matrix), axis=1), full_matrices=False)[2]
+  got = np.concatenate([of.direction[FIRST_VALUE:], of.above[FIRST_VALUE:] / NUMBERS_WEIGHT]).T
+  np.testing.assert_allclose(np.abs(np.sum(got * wanted[: len(got)], axis=1)), 1.0, atol=1e-4)
+  assert of.size == 12 and of.sha256 != Factors(of.weight, of.direction).sha256
+  held = np.arange(FIRST_VALUE, FIRST_VALUE + 3)
+  np.testing.assert_allclose(plain_factors(of, held, of.usual[held]), plain_factors(of, held), atol=1e-6)
+
+
 def test_users_of_one_kind_are_near_without_a_common_value() -> None:
   # Ann and Bob share no value, but both share values with the others of their kind.
   kinds = {"ann": "ab", "k1": "abcd", "k2": "abcd", "bob": "cd", "eve": "wx", "l1": "wxyz", "l2": "wxyz"}
@@ -103,7 +138,11 @@ def test_there_are_no_more_factors_than_users_or_values() -> None:
   assert fit_factors(user[:1], code[:1], np.ones(1, np.int64), 9, 64).size == 1
 
 
-CHOSEN = {"factors": ["page", "device", "tags"], "factor_size": 2}
+CHOSEN = {
+  "factors": ["page", "device", "tags"],
+  "factor_size": 2,
+  "factor_numbers": {"page": "seconds", "tags": "seconds"},
+}
 
 
 def write_tagged_log(folder: pathlib.Path) -> dict:
@@ -130,6 +169,9 @@ def test_a_dataset_has_factors_that_come_back_from_its_files_and_that_check_deri
   again = Encoders.load(dataset.path / "encoders")
   for name, of in dataset.encoders.factors.items():
     np.testing.assert_array_equal(again.factors[name].direction, of.direction)
+    assert again.factors[name].sha256 == of.sha256
+    assert (of.usual is not None) == (name in CHOSEN["factor_numbers"])
+    assert of.usual is None or (np.abs(of.usual[FIRST_VALUE:]).max() > 0.01 and np.abs(of.above).max() > 0.01)
   assert shapes.largest_schema(dataset.config).aggregates == dataset.schema.aggregates
   assert (dataset.aggregate_scale < 1e30)[[dataset.aggregator.names.index(n) for n in names]].all()
   check.check_dataset(dataset.path)
