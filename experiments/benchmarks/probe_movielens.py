@@ -1,8 +1,8 @@
 """User attributes of MovieLens 1M from the films a user saw: features made by scikit-learn, judged by `supermoe probe`.
 
-    python experiments/benchmarks/probe_movielens.py DATA_FOLDER --out FOLDER [options …]
+    python experiments/benchmarks/probe_movielens.py DATA_FOLDER --out FOLDER [--run WORKDIR] [options …]
 
-DATA_FOLDER holds `sequence_files.parquet` (`user_id, movie_id, pos`) and `users.parquet` (`user_id, gender, age,
+DATA_FOLDER holds `sequences.parquet` (`user_id, movie_id, pos`) and `users.parquet` (`user_id, gender, age,
 occupation`). A history is all but the user's last two events. Written to FOLDER:
 
     labels.parquet   gender, age35 (35 and over), student (occupation 4 or 10)
@@ -11,7 +11,11 @@ occupation`). A history is all but the user's last two events. Written to FOLDER
     tfidf.json       a logistic regression on the TF-IDF itself: a sparse matrix of 3,400 columns, which no file holds
                      but the library's probes take
 
-Neither TF-IDF nor SVD sees a label. Further options, such as --embeddings, go to `supermoe probe`.
+    views.parquet    with --run: the views of `supermoe embed --views` of the same histories, by a run of
+                     experiments/movielens_1m.py with --config.exclude_tasks="('female','age_group','occupation')"
+
+Neither TF-IDF nor SVD sees a label, and such a run none either. `supermoe probe` compares the views with the SVD.
+Further options go to it.
 """
 
 import argparse
@@ -28,8 +32,12 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from supermoe_jax import cli
+from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.encoding.splits import VALIDATION
+from supermoe_jax.embeddings.views import views_of
 from supermoe_jax.probing import label_table, models
 from supermoe_jax.probing import protocol as protocol_lib
+from supermoe_jax.training.run import Run
 
 FACTORS = 64
 LEFT_OUT = 2  # a user's last events
@@ -39,6 +47,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("data", type=pathlib.Path, help="folder with sequences.parquet and users.parquet")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for features, labels and figures")
+  parser.add_argument("--run", type=pathlib.Path, help="a run whose views are probed")
   args, more = parser.parse_known_args()
   args.out.mkdir(parents=True, exist_ok=True)
   users, tfidf = features(args.data, args.out)
@@ -50,6 +59,9 @@ def main() -> int:
       f"{name}: TF-IDF, logistic regression: AUC {figures['value']:.4f} [{figures['low']:.4f}, {figures['high']:.4f}]"
     )
   files = ["--other", f"svd={args.out / 'svd.parquet'}", "--labels", str(args.out / "labels.parquet")]
+  if args.run is not None:
+    write_views(args.run, args.out / "views.parquet")
+    files += ["--embeddings", str(args.out / "views.parquet"), "--beside", "none"]
   return cli.main(["probe", *files, "--out", str(args.out / "svd.json"), *more])
 
 
@@ -67,6 +79,19 @@ def features(data: pathlib.Path, out: pathlib.Path) -> tuple[np.ndarray, csr_mat
   vectors = pa.FixedSizeListArray.from_arrays(pa.array(factors.reshape(-1)), FACTORS)
   pq.write_table(pa.table({"user_id": pa.array(users.astype(np.int64)), "factors": vectors}), out / "svd.parquet")
   return users, tfidf
+
+
+def write_views(workdir: pathlib.Path, file: pathlib.Path) -> None:
+  """Writes the views of a run at the validation snapshots, which see all but the last two events."""
+  run = Run(workdir)
+  layout, parts, users = views_of(run), [], []
+  for batch in snapshot_batches.query_batches(run.dataset, run.cfg, split=VALIDATION):
+    n = len(batch.questions)
+    encoded = np.asarray(run.encode(batch.features, answers=True))[:n]
+    parts.append(layout(encoded, batch.features.query_aggregates[:n, 0]))
+    users += [int(q.user_id) for q in batch.questions]
+  vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(parts).reshape(-1)), layout.width)
+  pq.write_table(pa.table({"user_id": pa.array(users, pa.int64()), "views": vectors}), file)
 
 
 def write_labels(data: pathlib.Path, out: pathlib.Path) -> None:

@@ -112,14 +112,14 @@ class PLE(nnx.Module):
       ]
     )
 
-  def __call__(self, z: jax.Array) -> jax.Array:
-    """Maps `z [B, S, D]` to the tasks' views `[B, S, T, D]`."""
+  def __call__(self, z: jax.Array) -> tuple[jax.Array, None]:
+    """Maps `z [B, S, D]` to the tasks' views `[B, S, T, D]`; None stands for gates, of which each level has its own."""
     shared: jax.Array | None = z
     own = [z] * len(self.levels[0].tasks)
     for level in self.levels:
       assert shared is not None  # only the last level returns none
       shared, own = level(shared, own)
-    return jnp.stack(own, axis=2)
+    return jnp.stack(own, axis=2), None
 
 
 class _Level(nnx.Module):

@@ -6,8 +6,9 @@ This is the project's own design for the method whose abstract is arXiv 2207.046
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,12 @@ from supermoe_jax.batch import Batch, Features, Schema, Targets
 from supermoe_jax.layers.event_embedding import EventEmbedding
 from supermoe_jax.layers.heads import EventLabelHead, FutureValuesHead, LinearHead, NextValueHead, scaled_gradient
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
-from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
+
+if TYPE_CHECKING:  # loaded only by a config that names one of them
+  from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
+
+BASELINES = "supermoe_jax.models.baselines"
 
 __all__ = ["Encoded", "Encoder", "ExpertRecord", "SuperMoE"]
 
@@ -59,7 +64,7 @@ class SuperMoE(nnx.Module):
     d = model.d_model
     self.encoder: Encoder | GRUEncoder
     if model.encoder == "gru":
-      self.encoder = GRUEncoder(model, schema, layout=layout, rngs=rngs)
+      self.encoder = importlib.import_module(BASELINES).GRUEncoder(model, schema, layout=layout, rngs=rngs)
     else:
       self.encoder = Encoder(model, schema, self.view_names, balance_bias=balance_bias, layout=layout, rngs=rngs)
     key = rngs.params()
@@ -99,12 +104,10 @@ class SuperMoE(nnx.Module):
 
   def share(self, encoded: Encoded) -> Encoded:
     """Fills in the views that MMoE or PLE makes of `encoded.z`; returns `encoded` unchanged without these layers."""
-    if isinstance(self.sharing, MMoE):
-      views, gates = self.sharing(encoded.z)
-      return encoded._replace(views=views, gates=gates)
-    if isinstance(self.sharing, PLE):
-      return encoded._replace(views=self.sharing(encoded.z))
-    return encoded
+    if self.sharing is None:
+      return encoded
+    views, gates = self.sharing(encoded.z)
+    return encoded._replace(views=views, gates=gates)
 
   def view(self, name: str, encoded: Encoded) -> jax.Array:
     """Returns the view that a task's head reads at the snapshots: `[B, S, D]`."""
@@ -120,19 +123,6 @@ class SuperMoE(nnx.Module):
     if task.about_events:
       view = jnp.repeat(view, task.asked_events, axis=1)
     return jnp.concatenate([encoded.events, view], axis=1) if events else view
-
-  @property
-  def answer_columns(self) -> tuple[str, ...]:
-    """Returns the names of the K numbers of `answer_row`: tasks, with the number of the output where there are many."""
-    sizes = [(n, h) for n, h in self.heads.items() if isinstance(h, LinearHead)]
-    return tuple(name if h.single else f"{name} {i}" for name, h in sizes for i in range(1, h.linear.out_features + 1))
-
-  def answer_row(self, encoded: Encoded) -> jax.Array:
-    """Returns the answers `[B, S, K]` of all tasks that ask about snapshots and rank no catalogue, before any link."""
-    asked = [n for n, head in self.heads.items() if isinstance(head, LinearHead)]
-    answers = [self.answers(name, encoded, events=False) for name in asked]
-    shape = encoded.z.shape[:2]
-    return jnp.concatenate([a.reshape(*shape, -1) for a in answers] or [jnp.zeros((*shape, 0))], axis=-1)
 
   def answers(
     self,
@@ -211,8 +201,12 @@ def _head(
 def _sharing(model: config.Model, tasks: int, rngs: nnx.Rngs) -> MMoE | PLE | None:
   """Returns the layer that makes the tasks' views of z; None if every task reads z or the encoder makes the views."""
   if tasks and model.conditioning == "mmoe":
-    return MMoE(model.d_model, model.view_hidden, model.view_experts, tasks, rngs=rngs)
+    return importlib.import_module(BASELINES).MMoE(
+      model.d_model, model.view_hidden, model.view_experts, tasks, rngs=rngs
+    )
   if tasks and model.conditioning == "ple":
     experts = model.view_experts, model.task_experts
-    return PLE(model.d_model, model.view_hidden, *experts, tasks, model.ple_levels, rngs=rngs)
+    return importlib.import_module(BASELINES).PLE(
+      model.d_model, model.view_hidden, *experts, tasks, model.ple_levels, rngs=rngs
+    )
   return None

@@ -21,6 +21,7 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.distributed import processes
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.layers.catalogue import Catalogue
+from supermoe_jax.layers.heads import LinearHead
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
 from supermoe_jax.training.run_directory import check_encoding
 from supermoe_jax.training.step import abstract_model, place_on_mesh
@@ -108,7 +109,7 @@ class Run:
   def encode(self, features: Features, *, answers: bool = False) -> jax.Array:
     """Returns only the user representations, float32 `[B, D]`, of B rows of one snapshot each, as in `answer`.
 
-    With `answers` the K numbers of `SuperMoE.answer_row` follow: `[B, D + K]`. Each process passes the rows of its own
+    With `answers` the K numbers of `answer_columns` follow: `[B, D + K]`. Each process passes the rows of its own
     devices, see `device_mesh.host_rows`; the result covers all rows.
     """
     with jax.set_mesh(self.mesh):
@@ -116,8 +117,13 @@ class Run:
 
   @property
   def answer_columns(self) -> tuple[str, ...]:
-    """Returns the names of the K numbers; see `encode`."""
-    return nnx.merge(self.graph, self.variables, copy=True).answer_columns
+    """Returns the names of the K numbers of `encode`: tasks, with the number of the output where there are many.
+
+    They are the answers, before any link, of all tasks that ask about snapshots and rank no catalogue.
+    """
+    model = nnx.merge(self.graph, self.variables, copy=True)
+    sizes = [(n, head) for n, head in model.heads.items() if isinstance(head, LinearHead)]
+    return tuple(name if h.single else f"{name} {i}" for name, h in sizes for i in range(1, h.linear.out_features + 1))
 
   def event_experts(self, features: Features) -> np.ndarray:
     """Returns the experts of the events of B rows in each MoE layer: int32 `[M, B, L, K]`; padding has experts too.
@@ -192,7 +198,9 @@ def _encoding(key: _AnswerKey, answers: bool) -> Callable[[nnx.State, Features],
     model = nnx.merge(key.graph, variables, copy=True)
     encoded = model.encode(features, dropless=True)
     z = encoded.z[:, 0]
-    return jnp.concatenate([z, model.answer_row(encoded)[:, 0].astype(z.dtype)], axis=1) if answers else z
+    asked = [n for n, head in model.heads.items() if answers and isinstance(head, LinearHead)]
+    rows = [model.answers(n, encoded, events=False)[:, 0].reshape(len(z), -1).astype(z.dtype) for n in asked]
+    return jnp.concatenate([z, *rows], axis=1)
 
   return jax.jit(encode)
 

@@ -61,7 +61,8 @@ def test_ple_equals_its_formula(levels: int, z: np.ndarray) -> None:
     assert (level.shared_gate is None) == (i + 1 == levels)
     if level.shared_gate is not None:
       shared = np.sum(gate(level.shared_gate, shared) * np.concatenate([*outputs, common], axis=2), axis=2)
-  views = jax.jit(lambda z: model(z))(z)
+  views, gates = jax.jit(lambda z: model(z))(z)
+  assert gates is None
   assert views.shape == (2, 3, T, D)
   np.testing.assert_allclose(views, np.stack(own, axis=2), rtol=1e-3, atol=1e-4)
 

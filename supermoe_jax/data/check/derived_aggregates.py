@@ -234,12 +234,12 @@ class _Derivations:
     conditions = f"e.time >= a.time - {length}", "true"
     if what == "moments":
       names = [self._column("count(DISTINCT e.time)", condition) for condition in conditions]
-      read = [lambda row, name=name: (_point(row[name]), 0) for name in names]
+      sums = []
     else:
-      read = [self._summed(what, condition) for condition in conditions]
+      names, sums = [], [self._summed(what, condition) for condition in conditions]
 
     def interval(row: Row) -> DerivedBounds:
-      (now, _), (whole, _) = (of(row) for of in read)
+      now, whole = [_point(row[name]) for name in names] or [of(row)[0] for of in sums]
       share = min(days * MICROSECONDS_PER_DAY / max(row["at"] - row[first], 1), 1.0)
       usual = [_signed_log(bound * share) for bound in whole]
       return DerivedBounds(_signed_log(now.low) - usual[1], _signed_log(now.high) - usual[0])

@@ -66,7 +66,7 @@ def test_windows_are_those_that_all_periods_have_room_for(
 def test_values_to_come_are_asked_about_of_a_field_with_neither_few_nor_very_many(
   write: Write, tmp_path: pathlib.Path, pages: int, asked: int | None
 ) -> None:
-  rows = visits(250, page=[f"page{i % pages}" for i in range(2500)])
+  rows = visits(250, page=[f"page{(i + i // pages) % pages}" for i in range(2500)])
   task = proposed(tmp_path, write("visits.csv", rows)).tasks.get("page_soon")
   assert task == (asked and config.FutureValues(field="page", top=asked, horizon_days=28.0))
 
@@ -81,9 +81,9 @@ def test_the_model_sees_the_whole_history_of_nine_users_in_ten(
 
 
 def test_a_next_event_of_very_many_values_scores_a_sample(write: Write, tmp_path: pathlib.Path) -> None:
-  rows = visits(2200)
+  rows = visits(2200, visitor=[f"v{i % 23}" for i in range(22_000)])
   for values, softmax in ((10_000, "full"), (10_001, "sampled")):
-    rows["page"] = [f"page{i % values}" for i in range(22_000)]
+    rows["page"] = [f"page{(i + i // values) % values}" for i in range(22_000)]
     assert proposed(tmp_path, write(f"visits{values}.csv", rows)).tasks["next_page"].softmax == softmax
 
 
