@@ -109,8 +109,9 @@ class Run(run_lib.Run):
       since: an earlier directory of this run's embeddings; only users with new events are computed.
       columns: columns of the user table to add to the rows.
       dtype: the dtype of the vectors in the files, float32 or float16.
-      views: whether to write vectors of named views, each normalised: "state", the encoder's vector at length 1, and,
-        if the config has them, "aggregates", "counts" and "factors"; by default the encoder's vector alone.
+      views: whether to write vectors of named views, each normalised: "state", the encoder's vector at length 1,
+        "answers" of the tasks and, if the config has them, "aggregates", "counts" and "factors"; by default the
+        encoder's vector alone.
       progress: whether to show a bar.
 
     Raises:
