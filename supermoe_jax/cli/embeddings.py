@@ -40,8 +40,8 @@ def add_embedding_verbs(verbs: Verbs) -> None:
     "--views",
     action="store_true",
     help="write vectors of named views, each normalised: state, the encoder's vector at length 1; answers of "
-    "the tasks; and, if the config has them, aggregates, counts of values and factors of fields. Default: the encoder's "
-    "vector alone",
+    "the tasks; and, if the config has them, aggregates, counts of values and factors of fields. Default: the "
+    "encoder's vector alone",
   )
   add_processes(verb)
   verb.set_defaults(run=_embed)
