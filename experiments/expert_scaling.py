@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from supermoe_jax import config
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.encoding.splits import TEST
+from supermoe_jax.evaluation.metrics import improvement
 from supermoe_jax.seesaw.gains import beyond_constant, constant_score, estimate, relative_gain
 from supermoe_jax.simulation.latent_users import SimulatedTask, Simulation
 from supermoe_jax.simulation.simulator import simulate, simulation_config
@@ -128,6 +129,7 @@ def run_once(log: str, overrides: Sequence[str], experts: int, seed: int, folder
     "log": log.partition(":")[0],
     "experts": experts,
     "seed": seed,
+    "overrides": list(overrides),
     "metric": main,
     "test": {n: t["metrics"][main[n]] for n, t in measured.items()},
     "validation": {n: t["metrics"][main[n]] for n, t in found["splits"]["validation"].items()},
@@ -147,7 +149,7 @@ def _leaves(run: Run) -> list[Any]:
 def segments(run: Run, log: str) -> dict[str, list[float]]:
   """Returns for each user segment the share of its events' choices that each expert of the last MoE layer gets."""
   users = run.cfg.data.users
-  query = LOGS[log.partition(":")[0]][1].format(users=users.files if users else "")
+  query = LOGS[log.partition(":")[0]][1].format(users=users.files[0] if users else "")
   named = {str(user): str(segment) for user, segment in duckdb.sql(query).fetchall() if segment is not None}
   counts: dict[str, np.ndarray] = {}
   for batch in snapshot_batches.query_batches(run.dataset, run.cfg, split=TEST, most=MOST_SHOWN):
@@ -172,8 +174,9 @@ def gains(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, list[float]]
   seeds = [s for s in SEEDS if (1, s) in by]
   out: dict[int, dict[str, list[float]]] = {}
   for task, metric in rows[0]["metric"].items():
-    over = estimate(by[1, s]["test"][task] - by[1, s]["constant"][task] for s in seeds)
-    if not beyond_constant(over):
+    known = [s for s in seeds if by[1, s]["constant"][task] is not None]
+    over = estimate(improvement(metric, by[1, s]["test"][task], by[1, s]["constant"][task]) for s in known)
+    if not known or not beyond_constant(over):
       continue
     for experts in sorted({e for e, _ in by} - {1}):
       own = [(by[experts, s]["test"][task], by[1, s]["test"][task]) for s in seeds if (experts, s) in by]
@@ -189,14 +192,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
   lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
   for experts in sorted({r["experts"] for r in rows}):
     own = [r for r in rows if r["experts"] == experts]
-    mean = "0" if experts == 1 else _interval(mean_gain(found[experts]))
+    mean = "0" if experts == 1 else _interval(_mean_gain(found[experts])) if experts in found else "–"
     scores = (f"{np.mean([r['test'][t] for r in own]):.4f}" for t in tasks)
     dropped = f"{100 * np.mean([r['dropped_share'] for r in own]):.1f} %"
     lines.append("| " + " | ".join([str(experts), f"{own[0]['parameters']:,}", dropped, mean, *scores]) + " |")
   return lines
 
 
-def mean_gain(of_tasks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _mean_gain(of_tasks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
   """Returns the mean over tasks of their gains, `{task: [seeds]}`, and its interval over seeds."""
   return estimate(np.mean(list(of_tasks.values()), axis=0))
 
@@ -213,9 +216,9 @@ def picture(logs: Mapping[str, Sequence[Mapping[str, Any]]], out: pathlib.Path) 
   for axes, heat, (log, rows) in zip(above, below, logs.items()):
     found = gains(rows)
     x = [1, *found]
-    for task in next(iter(found.values())):
+    for task in next(iter(found.values()), ()):
       axes.plot(x, [0, *(np.mean(found[e][task]) for e in found)], color="0.75", lw=0.8)
-    means = [mean_gain(found[e]) for e in found]
+    means = [_mean_gain(found[e]) for e in found]
     y = np.array([0, *(m["mean"] for m in means)])
     half = [0, *(0 if m["low"] is None else m["high"] - m["mean"] for m in means)]
     axes.errorbar(x, y, half, marker="o", capsize=3, color="#3d85c6", label="mean of the tasks, 95 % over seeds")
@@ -228,7 +231,7 @@ def picture(logs: Mapping[str, Sequence[Mapping[str, Any]]], out: pathlib.Path) 
       lift = np.array(list(shares.values())) / np.mean(list(shares.values()), axis=0).clip(1e-6)
       shown = heat.imshow(lift, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
       heat.set_yticks(range(len(shares)), list(shares))
-      heat.set(xlabel=f"expert, of {SHOWN_EXPERTS}", title="tokens of a user segment, over an even share")
+      heat.set(xlabel=f"expert, of {SHOWN_EXPERTS}", title="tokens of a user segment, over those of the mean segment")
       figure.colorbar(shown, ax=heat, shrink=0.8)
     else:
       heat.set_axis_off()
@@ -257,7 +260,10 @@ def main() -> None:
   arguments.out.parent.mkdir(parents=True, exist_ok=True)
   done = set()
   if arguments.out.exists():
-    done = {(r["experts"], r["seed"]) for r in map(json.loads, arguments.out.read_text().splitlines())}
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    if any(r["overrides"] != overrides for r in rows):
+      parser.error(f"{arguments.out} holds runs with other overrides, {rows[0]['overrides']}; name another --out")
+    done = {(r["experts"], r["seed"]) for r in rows}
   if arguments.one:
     folder = arguments.out.with_suffix("")
     once = functools.partial(run_once, arguments.log, overrides, arguments.one, folder=folder)

@@ -108,7 +108,7 @@ def _questions() -> str:
     "fuel": f"coalesce(bool_or(department = 'FUEL') FILTER ({later}), false)",
     "weekend": f"{baskets('isodow(time) >= 6')} / nullif({came}, 0) > 0.5",
     "evening": f"{baskets('hour(time) >= 17')} / nullif({came}, 0) > 0.5",
-    "own_brand": f"sum(paid) FILTER ({later} AND own) / nullif({spent}, 0) >= 0.35",
+    "own_brand": f"{of('sum(paid)', f'{later} AND own')} / nullif({spent}, 0) >= 0.35",
     "discount": f"sum(saved) FILTER ({later}) / nullif(sum(paid + saved) FILTER ({later}), 0) >= 0.2",
     "many_stores": f"nullif(count(DISTINCT store_id) FILTER ({later}), 0) >= 2",
   }

@@ -12,8 +12,9 @@ since they are hundreds of numbers that are nearly always 0: a linear model of f
 without. A view without numbers is left out. This module alone knows the views; the manifest of a directory lists them
 for its readers.
 
-Answers of tasks that an encoder was trained on are better before the end of training than after it. So a model that
-reads them is to be fitted on times after the training period, as the quickstart's are.
+Answers look better than they are on labels that the encoder was trained on. A model that reads them is to be fitted on
+times after the training period, as the quickstart's are. Labels of users are the same at all times: to predict them, or
+what follows from them, leave them out of training (`exclude_tasks`), or fit on users who were held out.
 
 Shapes: R rows, D the width of z, A aggregates.
 """

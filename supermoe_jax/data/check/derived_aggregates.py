@@ -289,17 +289,17 @@ class _Derivations:
       return found if number is None else found + of_numbers(row, row[number] or ())
 
     def of_numbers(row: Row, numbers: Sequence[float | None]) -> np.ndarray:
-      """Returns what the numbers add: the k-th event with a value counts by how much log(1 + k) grows."""
+      """Returns what the numbers of the first event with each value add."""
       assert numbered is not None and factors.usual is not None and factors.above is not None
       encode, encoding = self._dataset.encoders.numeric[numbered].encode, self._data.fields[numbered].encoding
-      times: collections.Counter[int] = collections.Counter()
+      met: set[int] = set()
       entries = np.zeros(len(factors.weight))
       for values, raw in zip(row[name] or (), numbers, strict=True):
         for code in map(encoder.code, values if many else (values,)):
-          times[code] += 1
-          if raw is not None and code < len(entries):
-            gained = math.log1p(times[code]) - math.log1p(times[code] - 1)
-            entries[code] += factors.weight[code] * gained * (float(encode(raw, encoding)) - factors.usual[code])
+          if raw is not None and code not in met and code < len(entries):
+            above = float(encode(raw, encoding)) - factors.usual[code]
+            entries[code] = factors.weight[code] * math.log(2) * above
+          met.add(code)
       return entries @ factors.above / math.sqrt(1 + float(entries @ entries))
 
     def one(i: int) -> Derivation:

@@ -4,9 +4,10 @@ The matrix holds log(1 + n) · w for n events of a user with a value, its rows s
 weight, larger for a value that few users have. The factors are its first right singular vectors. So users that have had
 similar values have similar numbers, also where no two of their values are the same.
 
-With the numbers of events, such as ratings, the matrix has a second half: log(1 + n) · w · (x − u), where x is the mean
-of the user's standardised numbers at the value, and u the usual number there. A row r of it is divided by √(1 + |r|²),
-so that few numbers weigh little, and weighs `NUMBERS_WEIGHT` as much as one of the first half.
+With the numbers of events, such as ratings, the matrix has a second half: log 2 · w · (x − u), where x is the
+standardised number of the user's first event with the value, and u the usual number there; 0 if that event has no
+number. A row r of it is divided by √(1 + |r|²), so that few numbers weigh little, and weighs `NUMBERS_WEIGHT` as much
+as one of the first half.
 
 Source: latent semantic analysis, https://doi.org/10.1002/(SICI)1097-4571(199009)41:6%3C391::AID-ASI1%3E3.0.CO;2-9; as a
 view of users in the RecSys Challenge 2025, https://github.com/antklen/recsys_challenge_2025.
@@ -62,8 +63,9 @@ class Factors:
   def added(self, codes: np.ndarray, owner: np.ndarray, number: np.ndarray | None = None) -> np.ndarray:
     """Returns what each event adds to its user's factors before scaling and, last, to the square of the row's length.
 
-    An event with a value that the user has had k times adds log(2 + k) − log(1 + k) of that value, and of how far its
-    number is above the usual one. So factors at every snapshot follow from sums over events; see `of_sums`.
+    An event with a value that the user has had k times adds log(2 + k) − log(1 + k) of that value, and the first one
+    adds how far its number is above the usual one. So factors at every snapshot follow from sums over events; see
+    `of_sums`.
 
     Args:
       codes: `[N, m]`, the codes of events.
@@ -80,23 +82,22 @@ class Factors:
     gained = weight * np.log1p(1 / (1 + before))
     square = np.square(weight) * (np.square(np.log1p(before + 1)) - np.square(np.log1p(before)))
     out = np.zeros((len(codes), self.sums))
-    self._fill(out[:, : self.size + 1], gained, square, code, self.direction)
+    self._fill(out[:, : self.size + 1], gained, square, code.reshape(-1, many), self.direction)
     if self.usual is not None and self.above is not None:
       assert number is not None
       above = np.nan_to_num(np.repeat(number.astype(np.float64), many) - self.usual[code])
-      entry = gained * above
-      earlier = _sums_before_each(code + np.repeat(owner, many) * len(self.weight), entry)
-      self._fill(out[:, self.size + 1 :], entry, np.square(earlier + entry) - np.square(earlier), code, self.above)
+      entry = np.where(before == 0, weight * np.log(2) * above, 0.0)
+      self._fill(out[:, self.size + 1 :], entry, np.square(entry), code.reshape(-1, many), self.above)
     return out
 
   def _fill(
     self, out: np.ndarray, entry: np.ndarray, square: np.ndarray, code: np.ndarray, direction: np.ndarray
   ) -> None:
-    """Fills `out [N, R + 1]` from `entry` and `square`, `[N · m]` like `code`."""
-    many = len(code) // max(len(out), 1)
-    for column in range(many):  # one value of a list after the other, so that only one [N, R] more is in memory
-      out[:, :-1] += entry[column::many, None] * direction[code[column::many]]
-    out[:, -1] = square.reshape(len(out), -1).sum(axis=1)
+    """Fills `out [N, R + 1]` from `entry` and `square`, `[N · m]`, of the codes `[N, m]`."""
+    entry = entry.reshape(code.shape)
+    for column in range(code.shape[1]):  # one value of a list after the other: only one [N, R] more is in memory
+      out[:, :-1] += entry[:, column, None] * direction[code[:, column]]
+    out[:, -1] = square.reshape(code.shape).sum(axis=1)
 
   def of_sums(self, sums: np.ndarray) -> np.ndarray:
     """Returns the factors of snapshots from their sums of `added`: float64 `[S, R]`. Those of no value are 0."""
@@ -141,7 +142,7 @@ def fit_factors(
   count: np.ndarray,
   codes: int,
   size: int,
-  numbers: tuple[np.ndarray, np.ndarray] | None = None,
+  number: np.ndarray | None = None,
 ) -> Factors:
   """Fits the factors of a field.
 
@@ -151,7 +152,7 @@ def fit_factors(
     count: int64 `[n]`, how often the user had the value.
     codes: V.
     size: the largest number of factors; there are fewer where users or values are.
-    numbers: the sum `[n]` of each entry's standardised numbers, and how many they are, for factors with numbers.
+    number: `[n]`, the standardised number of the first event of each entry, NaN without one, for factors with numbers.
   """
   import threadpoolctl  # these take long to import, and reading factors needs none of them
   from scipy import sparse
@@ -168,11 +169,12 @@ def fit_factors(
   shape = users, len(held)
   matrix = sparse.csr_matrix((entry / length[row], (row, column)), shape=shape)
   usual = np.zeros(codes)
-  if numbers is not None:
-    total, known = (np.bincount(code, x, codes) for x in numbers)
-    usual = np.round(total / (known + USUAL_PRIOR), DECIMALS).astype(np.float32).astype(np.float64)
-    above = np.where(numbers[1] > 0, numbers[0] / np.maximum(numbers[1], 1) - usual[code], 0.0)
-    beyond = entry * above
+  if number is not None:
+    known = np.isfinite(number)
+    total = np.bincount(code[known], number[known], codes)
+    usual = total / (np.bincount(code[known], minlength=codes) + USUAL_PRIOR)
+    usual = np.round(usual, DECIMALS).astype(np.float32).astype(np.float64)
+    beyond = np.log(2) * weight[code] * np.where(known, number - usual[code], 0.0)
     scale = NUMBERS_WEIGHT / np.sqrt(1.0 + np.bincount(row, beyond**2, users))
     matrix = sparse.hstack([matrix, sparse.csr_matrix((beyond * scale[row], (row, column)), shape=shape)]).tocsr()
   with threadpoolctl.threadpool_limits(1):
@@ -187,7 +189,7 @@ def fit_factors(
 
   rounded = np.round(weight, DECIMALS).astype(np.float32)
   direction = of_values(found[:, : len(held)])
-  if numbers is None:
+  if number is None:
     return Factors(rounded, direction)
   return Factors(rounded, direction, usual.astype(np.float32), of_values(NUMBERS_WEIGHT * found[:, len(held) :]))
 
@@ -199,15 +201,4 @@ def _times_before(value: np.ndarray) -> np.ndarray:
   first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
   out = np.empty(len(value), np.int64)
   out[order] = np.arange(len(value)) - np.repeat(first, np.diff(np.append(first, len(value))))
-  return out
-
-
-def _sums_before_each(value: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Returns the sum of `x [N]` over the earlier entries of the same value: float64 `[N]`."""
-  order = np.argsort(value, kind="stable")
-  ordered, total = value[order], np.append(0.0, np.cumsum(x[order]))
-  first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
-  begin = np.repeat(first, np.diff(np.append(first, len(value))))
-  out = np.empty(len(value))
-  out[order] = total[:-1] - total[begin]
   return out

@@ -66,10 +66,9 @@ class Numeric:
 
   def deviations_sql(self, column: str) -> str:
     """Returns the SQL of `encode_all` of a column, in float64."""
-    return (
-      f"least(greatest(({column} - {self.mean!r}::DOUBLE) / {self.std!r}::DOUBLE, -{MOST_DEVIATIONS}), "
-      f"{MOST_DEVIATIONS} + 0 * {column})"  # least and greatest pass over NULL
-    )
+    deviation = f"({column} - {self.mean!r}::DOUBLE) / {self.std!r}::DOUBLE"
+    within = f"least(greatest({deviation}, -{MOST_DEVIATIONS}), {MOST_DEVIATIONS})"
+    return f"CASE WHEN {column} IS NOT NULL THEN {within} END"  # least and greatest pass over NULL
 
   def _deviations(self, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):

@@ -26,8 +26,8 @@ def future_tasks(
 
   They are churn and the number of different times with an event, in several windows, and the days to the next event, by
   events of the largest table; whether each other table's events happen; which types of events happen, by a column of
-  types; which values, by the field of the most values up to `MOST_VALUES`; and the sum of an amount in several windows,
-  by the name of a numeric column.
+  types; which values, by the likeliest field of an item's kind with up to `MOST_VALUES`; and the sum of an amount in
+  several windows, by the name of a numeric column.
   """
   windows = _windows(sources, data["split"])
   if not windows:
@@ -59,9 +59,12 @@ def future_tasks(
       break
   if found := _valued(largest, items.get(largest.name), data["fields"]):
     field, size = found
-    add(f"{field}_soon", _values(field, min(size, ASKED_VALUES)), f"which values of {field} occur")
+    # Half of the values at most: training must have them all, and it is a part of the log.
+    add(f"{field}_soon", _values(field, min(size // 2, ASKED_VALUES)), f"which values of {field} occur")
   for column, field in _carried(sources, data["fields"], ("numeric",), AMOUNT_WORDS):
-    negative = column.low is not None and column.low < 0
+    # A standardised 0 comes back as 0 but for rounding, which may make it negative.
+    standardised = data["fields"][field].get("encoding", "standardise") == "standardise"
+    negative = column.low is not None and (column.low < 0 or (column.low == 0 and standardised))
     amount = {"kind": "future_amount", "field": field, **({"loss": "log1p"} if negative else {})}
     add(f"{field}_sum", amount, f"the sum of {field}", every_window=True)
     break
@@ -77,8 +80,12 @@ def _windows(sources: Sequence[InspectedTable], split: Mapping[str, Any]) -> lis
   if split.get("mode") == "leave_one_out":
     return []
   validation, test = (parse_time(split[k][-1], k) for k in ("validation", "test"))
-  last = max(t.events.last for t in sources if t.events)
-  room = min(test - validation, last - test) / MICROSECONDS_PER_DAY
+  first, last = (
+    pick(getattr(t.events, end) for t in sources if t.events) for pick, end in ((min, "first"), (max, "last"))
+  )
+  # Windows of most training snapshots must lie within training too.
+  room = min(test - validation, last - test, (parse_time(split["train_end"], "train_end") - first) / 2)
+  room /= MICROSECONDS_PER_DAY
   longest = next((days for days in HORIZONS if days <= room), None)
   if longest is None:
     return []

@@ -65,28 +65,28 @@ def _fit_factors(log: LogDatabase, name: str, encoder: Categorical, numeric: Map
     number = of.deviations_sql(field_columns(log.data)[numbered])
   events = f'{log.events_sql} JOIN ordered_users USING ("user") WHERE training AND uid < {FACTORED_USERS}'
   counted = log.arrow(
-    "SELECT uid, value, count(*) AS n, coalesce(sum(number), 0) AS total, count(number) AS numbers FROM "
-    f"(SELECT uid, {value} AS value, {number} AS number FROM {events}) WHERE value IS NOT NULL "
-    "GROUP BY uid, value ORDER BY uid, value"
+    "SELECT uid, value, count(*) AS n, min(time) AS first_time, first(ord ORDER BY time, ord) AS first_ord, "
+    "first(number ORDER BY time, ord) AS number FROM "
+    f"(SELECT uid, {value} AS value, {number} AS number, time, ord FROM {events}) WHERE value IS NOT NULL "
+    "GROUP BY uid, value ORDER BY uid, first_time, first_ord, value"
   )
   # All values together may have more bytes than the usual type of text can hold.
   values = counted["value"].cast(pa.large_string()).combine_chunks().dictionary_encode()
   code = np.array([encoder.code(v) for v in values.dictionary.to_pylist()], np.int64)[values.indices.to_numpy()]
   known = code >= FIRST_VALUE
-  user, count, total, numbers = (counted[n].to_numpy()[known] for n in ("uid", "n", "total", "numbers"))
+  user, count, first_number = (counted[n].to_numpy()[known] for n in ("uid", "n", "number"))
   code = code[known]
   if not len(user):
     raise DataError(
       f"config.data.aggregates.factors: none of the {FACTORED_USERS:,} users that factors are fitted on has a known "
       f"value of field {name!r} in training; leave the field out of the factors."
     )
-  # Values may share a code, as those in a bucket do.
-  pair, place = np.unique(user * encoder.n_codes + code, return_inverse=True)
-  summed, total, numbers = (np.bincount(place.reshape(-1), x) for x in (count, total, numbers))
+  # Values may share a code, as those in a bucket do. A user's rows are in the order of their first events.
+  pair, first, place = np.unique(user * encoder.n_codes + code, return_index=True, return_inverse=True)
+  summed = np.bincount(place.reshape(-1), count).astype(np.int64)
   user, code = np.divmod(pair, encoder.n_codes)
-  of_numbers = None if numbered is None else (total, numbers)
-  size = log.data.aggregates.factor_size
-  return factors.fit_factors(user, code, summed.astype(np.int64), encoder.n_codes, size, of_numbers)
+  of_first = None if numbered is None else first_number.astype(np.float64)[first]
+  return factors.fit_factors(user, code, summed, encoder.n_codes, log.data.aggregates.factor_size, of_first)
 
 
 def _fit_vocabulary(log: LogDatabase, name: str, field: config.Field) -> Vocabulary:

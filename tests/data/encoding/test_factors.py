@@ -46,8 +46,8 @@ def plain_factors(of: Factors, codes: np.ndarray, number: np.ndarray | None = No
       times[code] += 1
       if code < len(row):
         row[code] = of.weight[code] * math.log(1 + times[code])
-        if number is not None and not np.isnan(number[i]):
-          beyond[code] += of.weight[code] * math.log(1 + 1 / times[code]) * (number[i] - of.usual[code])
+        if number is not None and not np.isnan(number[i]) and times[code] == 1:
+          beyond[code] = of.weight[code] * math.log(2) * (number[i] - of.usual[code])
   found = row @ of.direction / (np.sqrt((row**2).sum()) or 1.0)
   return found if number is None else found + beyond @ of.above / np.sqrt(1 + (beyond**2).sum())
 
@@ -103,7 +103,7 @@ def test_numbers_are_a_second_half_of_the_matrix_and_usual_ones_say_nothing() ->
   code, one = value + FIRST_VALUE, np.ones(len(user), np.int64)
   number = rng.normal(size=len(user)) + value
   known = np.where(rng.random(len(user)) < 0.9, 1, 0)
-  of = fit_factors(user, code, one, 6 + FIRST_VALUE, 12, (number * known, known))
+  of = fit_factors(user, code, one, 6 + FIRST_VALUE, 12, np.where(known, number, np.nan))
   plain = fit_factors(user, code, one, 6 + FIRST_VALUE, 12)
   np.testing.assert_array_equal(of.weight, plain.weight)
   usual = [(number * known)[value == v].sum() / (known[value == v].sum() + USUAL_PRIOR) for v in range(6)]
@@ -119,6 +119,32 @@ def test_numbers_are_a_second_half_of_the_matrix_and_usual_ones_say_nothing() ->
   assert of.size == 12 and of.sha256 != Factors(of.weight, of.direction).sha256
   held = np.arange(FIRST_VALUE, FIRST_VALUE + 3)
   np.testing.assert_allclose(plain_factors(of, held, of.usual[held]), plain_factors(of, held), atol=1e-6)
+
+
+def test_the_usual_number_is_the_mean_of_users_first_numbers_and_absent_ones_say_nothing(
+  tmp_path: pathlib.Path,
+) -> None:
+  """Fitted from files: `b` is first met without a number, and `c` first with 9."""
+  rows = [("a", 1, 4.0), ("a", 2, 8.0), ("b", 3, None), ("b", 4, 8.0), ("c", 5, 9.0), ("c", 6, 1.0)]
+  lines = [f"{u},2024-01-0{day},{v},{'' if x is None else x}" for u in (1, 2) for v, day, x in rows]
+  (tmp_path / "log.csv").write_text(
+    "\n".join(["user_id,time,item,rating", *lines, "1,2024-02-01,a,5", "2,2024-02-01,a,5"])
+  )
+  data = {
+    "path": str(tmp_path / "dataset"),
+    "sources": {"log": {"files": str(tmp_path / "log.csv"), "time": "time"}},
+    "fields": {"item": {}, "rating": {"kind": "numeric"}},
+    "split": {"train_end": "2024-01-20", "validation": ("2024-01-20",), "test": ("2024-01-25",), "every_days": 3.0},
+    "aggregates": {"factors": ("item",), "factor_size": 2, "factor_numbers": {"item": "rating"}},
+  }
+  cfg = config.resolve({"data": data, "tasks": {"next": {"kind": "next_event", "field": "item"}}})
+  prepare.prepare(cfg)
+  dataset = Dataset(tmp_path / "dataset")
+  of, rating = dataset.encoders.factors["item"], dataset.encoders.numeric["rating"]
+  shrunk = {v: 2 * float(rating.encode(x)) / (2 + USUAL_PRIOR) for v, x in (("a", 4.0), ("c", 9.0))} | {"b": 0.0}
+  for value, wanted in shrunk.items():
+    assert of.usual[dataset.encoders.categorical["item"].code(value)] == pytest.approx(wanted, abs=1e-5)
+  check.check_dataset(dataset.path)
 
 
 def test_users_of_one_kind_are_near_without_a_common_value() -> None:
