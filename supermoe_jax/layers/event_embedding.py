@@ -193,11 +193,11 @@ class QueryEmbedding(nnx.Module):
     set_bias(self.calendar, jax.random.normal(rngs.params(), (d_model,)) * d_model**-0.5)
     self.gap = linear(time_gaps.basis_size(time_unit), d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs)
     self.aggregates = (
-      linear(len(self.token_columns) + ramps, d_model, names=(None, "embed"), rngs=rngs) if self.token_columns else None
+      linear(len(self.token_columns) + ramps, d_model, names=(None, "heads"), rngs=rngs) if self.token_columns else None
     )
     self.mlp = Mlp(d_model, 2 * d_model, rngs=rngs) if self.token_columns else None
     joining = 0 if plain is None else aggregates + ramps
-    self.into_z = linear(joining, d_model, names=(None, "embed"), bias=False, zero=True, rngs=rngs) if joining else None
+    self.into_z = linear(joining, d_model, names=(None, "heads"), bias=False, zero=True, rngs=rngs) if joining else None
 
   def __call__(self, calendar: jax.Array, gap: jax.Array, aggregates: jax.Array) -> jax.Array:
     """Embeds snapshots: `calendar [B, S, 6]`, `gap [B, S]`, `aggregates [B, S, A]` to `[B, S, D]`."""

@@ -126,7 +126,7 @@ def test_what_is_cut_off_goes_on_and_ends_as_if_nothing_had_been(
     parts.append(number)
     write(folder, number, *tables)
 
-  def killed(features: object) -> None:
+  def killed(features: object, *, answers: bool) -> None:
     raise KeyboardInterrupt
 
   for name, fault, error in (("encode", killed, KeyboardInterrupt), ("write_part", full, DataError)) * 2:
@@ -192,9 +192,9 @@ def test_rows_of_any_length_are_those_of_evaluation(
   """Evaluation lays every history out at the full length, embedding at the shortest that holds it."""
   lengths, encode = set(), run.encode
 
-  def seen(features: Features) -> jax.Array:
+  def seen(features: Features, *, answers: bool) -> jax.Array:
     lengths.add(features.segment.shape[1])
-    return encode(features)
+    return encode(features, answers=answers)
 
   monkeypatch.setattr(snapshot_batches, "SHORTEST", 12)
   monkeypatch.setattr(snapshot_batches, "PROGRAM_EVENTS", 1)
@@ -266,7 +266,7 @@ def test_a_vector_that_is_not_finite_is_an_error_that_names_the_user(
   run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   encode = run.encode
-  monkeypatch.setattr(run, "encode", lambda features: encode(features) * np.float32(1e6))
+  monkeypatch.setattr(run, "encode", lambda features, **which: encode(features, **which) * np.float32(1e6))
   with pytest.raises(RunError, match=r"of user '\d+' is not finite as float16 .* --dtype float32"):
     embed.embed(run, DAYS, tmp_path / "out", dtype="float16")
 
