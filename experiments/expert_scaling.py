@@ -97,7 +97,7 @@ def load(log: str, overrides: Sequence[str]) -> config.Config:
 
 
 def with_experts(cfg: config.Config, experts: int, seed: int) -> config.Config:
-  """Returns the config with a number of experts, two of which a token visits; the only one is twice as wide."""
+  """Returns the config with a number of experts. A token visits two of them. A single expert is twice as wide."""
   one = experts == 1
   sizes = {"experts": experts, "experts_per_token": 1 if one else 2, "d_expert": cfg.model.d_expert * (2 if one else 1)}
   return config.override(cfg, [*(f"--config.model.{k}={v}" for k, v in sizes.items()), f"--config.train.seed={seed}"])

@@ -13,9 +13,9 @@ On a core of an Intel Xeon training takes 13 minutes. One seed, test: next film 
 films, like AUC .804, gender .793, age group .794 and occupation .624 (mean one-vs-rest AUC). Tables without a prior
 (`train.tables.prior_updates=0`): .155, .805, .788, .792 and .623.
 
-These are of a config without aggregates. Now 128 factors of the films, and of which of them a user rates above the
-usual, are an input. They know the attributes of users that no task asks: see `results/user_vectors.md`. The five tasks
-were not run again.
+These figures are of a config without aggregates. This config also reads 128 factors. The factors say which films a user
+has seen, and which of them the user rates above the usual. They tell the attributes of users without any label: see
+`results/user_vectors.md`. The five tasks were not run again.
 
 The weights are set by hand, since at equal ones the labels of users, few and soon learned by heart, drown the next film
 (NDCG@10 .035 in version 0.1.0). `train.weighting.method="seesaw"`, which knows none of these weights, has .149, .805,

@@ -40,7 +40,10 @@ def main() -> None:
   fit, asked = (np.flatnonzero(rows["day"] == np.datetime64(day)) for day in (FIT, SCORE))
   aggregates = np.stack([rows[n] for n in rows if n not in ("user", "day", "buys", "active")], axis=1)
   vectors = [of_rows(read_vectors("embeddings", path), rows) for path in args.embeddings]
-  print(f"{args.label}: fitted on {len(fit):,} users, scored on {len(asked):,}, of whom {int(label[asked].sum())} do")
+  positive = int(label[asked].sum())
+  print(
+    f"{args.label}: models learn from {len(fit):,} users. They are scored on {len(asked):,}; {positive} have the label"
+  )
   draws = np.random.default_rng(0).integers(0, len(asked), (RESAMPLES, len(asked)))
   for name, model in (("lightgbm", models.boosted), ("logistic", models.logistic)):
     own = Label(args.label, "binary", label, ("0", "1"))

@@ -5,11 +5,14 @@
 
 Written to FOLDER, derived straight from the raw tables:
 
-    questions.parquet    by household and day, twelve questions about the 28 days from that day: `spends_more` than in
-                         the 28 days before, `spends_half` of it at most, `spends_300` dollars or more, `comes_more`
-                         often; `new_store`, `new_categories` (five or more new ones), `fuel`; and, of those who come,
-                         whether `weekend`s and `evening`s (from 17 h) have most of their baskets, `own_brand` has 35 %
-                         of what they spend, `discount`s 20 %, and `many_stores` (two or more)
+    questions.parquet    twelve yes or no questions about the 28 days from a day, a row a household and day.
+                         `spends_more`: the household spends more than in the 28 days before. `spends_half`: it spends
+                         half of that at most. `spends_300`: it spends 300 dollars or more. `comes_more`: it comes more
+                         often. `new_store`: it visits a store for the first time. `new_categories`: it buys five
+                         categories or more for the first time. `fuel`: it buys fuel. Five questions are about
+                         households that come at all. `weekend`: most baskets are of weekends. `evening`: most baskets
+                         are from 17 h on. `own_brand`: own brands get 35 % of the money. `discount`: discounts are
+                         20 %. `many_stores`: it visits two stores or more.
     aggregates.parquet   by household and day, the 203 numbers that a team writes first: spend, baskets, lines,
                          discounts, own brand, stores, weekends, hours of 7, 28, 84 days and of all; recency, tenure,
                          the mean gap; counts of the 60 most frequent categories and 20 departments in 28 days and in

@@ -113,7 +113,7 @@ class PLE(nnx.Module):
     )
 
   def __call__(self, z: jax.Array) -> tuple[jax.Array, None]:
-    """Maps `z [B, S, D]` to the tasks' views `[B, S, T, D]`; None stands for gates, of which each level has its own."""
+    """Maps `z [B, S, D]` to the tasks' views `[B, S, T, D]` and None. The gates of the levels are not returned."""
     shared: jax.Array | None = z
     own = [z] * len(self.levels[0].tasks)
     for level in self.levels:

@@ -7,7 +7,6 @@ a field that is encoded as quantiles is not derived.
 
 from __future__ import annotations
 
-import calendar
 import collections
 import itertools
 import math
@@ -22,7 +21,7 @@ from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.check.condition_sql import asked_sql, events_sql
 from supermoe_jax.data.check.raw_events import field_column
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.encoding.aggregates import Aggregator
+from supermoe_jax.data.encoding.aggregates import WEEKDAYS, Aggregator
 from supermoe_jax.data.encoding.factors import Factors
 from supermoe_jax.data.encoding.numeric import LARGEST, MOST_DEVIATIONS, Numeric
 from supermoe_jax.data.encoding.vectors import Vectors
@@ -35,7 +34,7 @@ HOUR = 3_600_000_000
 
 # Conditions that an event lies in a part of the week or of the day, by the names of habits.
 _HABITS = {
-  **{f"{day}": f"dayname(make_timestamp(e.time)) = '{day}'" for day in calendar.day_name},
+  **{day: f"dayname(make_timestamp(e.time)) = '{day}'" for day in WEEKDAYS},
   **{f"{h:02d}-{h + 3:02d}h": f"hour(make_timestamp(e.time)) BETWEEN {h} AND {h + 2}" for h in range(0, 24, 3)},
 }
 

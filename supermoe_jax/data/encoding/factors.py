@@ -126,7 +126,9 @@ def load_factors(path: pathlib.Path, names: Iterable[str]) -> dict[str, Factors]
   """Reads the factors of the named fields that `save_factors` wrote."""
   out = {}
   for name in names:
-    files = [f for f in (_file(path, name), _file(path, name, ".numbers")) if f.is_file() or f == _file(path, name)]
+    files = [_file(path, name)]
+    if (numbers := _file(path, name, ".numbers")).is_file():
+      files.append(numbers)
     tables = [np.load(file, allow_pickle=False) for file in files]
     out[name] = Factors(*(np.ascontiguousarray(part) for t in tables for part in (t[:, 0], t[:, 1:])))
   return out
