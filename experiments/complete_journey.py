@@ -4,10 +4,10 @@ supermoe prepare --config experiments/complete_journey.py
 supermoe train --config experiments/complete_journey.py --workdir runs/complete_journey
 supermoe evaluate --workdir runs/complete_journey
 
-`make quickstart` runs these commands, and embeds and reports. Test: churn AUC .8655 (boosted trees on aggregates: .867), 60
-categories mean AUC .824 (regressions of own counts: .822), coupon AUC .914 (trees: .908), NDCG@10 of any category of
-the next basket .586 (own most frequent: .561). Five seeds against version 0.1.0, before the aggregates held factors:
-`results/complete_journey_versions.md`.
+`make quickstart` runs these commands, and embeds and reports. Test: churn AUC .8655 (boosted trees on aggregates:
+.867), 60 categories mean AUC .824 (regressions of own counts: .822), coupon AUC .914 (trees: .908), NDCG@10 of any
+category of the next basket .586 (own most frequent: .561). Five seeds against version 0.1.0, before the aggregates
+held factors: `results/complete_journey_versions.md`.
 """
 
 import importlib.util
