@@ -58,35 +58,39 @@ def _fit_factors(log: LogDatabase, name: str, encoder: Categorical, numeric: Map
   assert not isinstance(encoder, Vectors)  # config.resolve checked
   column, field = field_columns(log.data)[name], log.data.fields[name]
   value = f"unnest({column}[:{field.many}])" if field.many else column
-  number, numbered = "NULL::DOUBLE", log.data.aggregates.factor_numbers.get(name)
-  if numbered is not None:
+  number, of_first, order = "NULL", "", "uid"
+  numbered = log.data.aggregates.factor_numbers.get(name)
+  if numbered is not None:  # finding the first events takes as long as all the rest, so nothing else asks for them
     of = numeric[numbered]
     assert isinstance(of, Numeric)  # config.resolve checked
     number = of.deviations_sql(field_columns(log.data)[numbered])
+    of_first = (
+      ", min(time) AS first_time, first(ord ORDER BY time, ord) AS first_ord, "
+      "first(number ORDER BY time, ord) AS number"
+    )
+    order = "uid, first_time, first_ord"
   events = f'{log.events_sql} JOIN ordered_users USING ("user") WHERE training AND uid < {FACTORED_USERS}'
   counted = log.arrow(
-    "SELECT uid, value, count(*) AS n, min(time) AS first_time, first(ord ORDER BY time, ord) AS first_ord, "
-    "first(number ORDER BY time, ord) AS number FROM "
+    f"SELECT uid, value, count(*) AS n{of_first} FROM "
     f"(SELECT uid, {value} AS value, {number} AS number, time, ord FROM {events}) WHERE value IS NOT NULL "
-    "GROUP BY uid, value ORDER BY uid, first_time, first_ord, value"
+    f"GROUP BY uid, value ORDER BY {order}, value"
   )
   # All values together may have more bytes than the usual type of text can hold.
   values = counted["value"].cast(pa.large_string()).combine_chunks().dictionary_encode()
   code = np.array([encoder.code(v) for v in values.dictionary.to_pylist()], np.int64)[values.indices.to_numpy()]
   known = code >= FIRST_VALUE
-  user, count, first_number = (counted[n].to_numpy()[known] for n in ("uid", "n", "number"))
-  code = code[known]
+  user, count, code = counted["uid"].to_numpy()[known], counted["n"].to_numpy()[known], code[known]
   if not len(user):
     raise DataError(
       f"config.data.aggregates.factors: none of the {FACTORED_USERS:,} users that factors are fitted on has a known "
       f"value of field {name!r} in training; leave the field out of the factors."
     )
-  # Values may share a code, as those in a bucket do. A user's rows are in the order of their first events.
+  # Values may share a code, as those in a bucket do. With numbers a user's rows are in the order of their first events.
   pair, first, place = np.unique(user * encoder.n_codes + code, return_index=True, return_inverse=True)
   summed = np.bincount(place.reshape(-1), count).astype(np.int64)
   user, code = np.divmod(pair, encoder.n_codes)
-  of_first = None if numbered is None else first_number.astype(np.float64)[first]
-  return factors.fit_factors(user, code, summed, encoder.n_codes, log.data.aggregates.factor_size, of_first)
+  numbers = None if numbered is None else counted["number"].to_numpy()[known][first].astype(np.float64)
+  return factors.fit_factors(user, code, summed, encoder.n_codes, log.data.aggregates.factor_size, numbers)
 
 
 def _fit_vocabulary(log: LogDatabase, name: str, field: config.Field) -> Vocabulary:
