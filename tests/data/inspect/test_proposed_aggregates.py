@@ -31,11 +31,34 @@ def test_factors_are_of_fields_of_many_values_that_users_share(write: Write, tmp
   assert {"factor page 1", "sum revenue all", "trend revenue 7d"} <= set(dataset.aggregator.names)
 
 
-def test_the_three_fields_of_the_most_values_get_factors(write: Write, tmp_path: pathlib.Path) -> None:
-  sizes = {"page": 50, "brand": 31, "shelf": 60, "town": 40}
-  columns = {name: [f"{name}{(i * 7 + i // 20) % size}" for i in range(EVENTS)] for name, size in sizes.items()}
-  cfg = proposed(tmp_path, write("orders.csv", orders(**columns)))
-  assert sorted(cfg.data.aggregates.factors) == ["page", "shelf", "town"]
+def of_sizes(sizes: dict[str, int]) -> dict[str, list[str]]:
+  """Columns of a number of values each."""
+  return {name: [f"{name}{(i * 7 + i // 20) % size}" for i in range(EVENTS)] for name, size in sizes.items()}
+
+
+def test_the_four_fields_of_the_most_values_get_factors(write: Write, tmp_path: pathlib.Path) -> None:
+  sizes = {"page": 50, "brand": 31, "shelf": 60, "town": 40, "shop": 33}
+  cfg = proposed(tmp_path, write("orders.csv", orders(**of_sizes(sizes))))
+  assert sorted(cfg.data.aggregates.factors) == ["page", "shelf", "shop", "town"]
+
+
+def test_fields_of_few_values_are_counted_though_no_task_asks_about_them(write: Write, tmp_path: pathlib.Path) -> None:
+  sizes = {"brand": 2, "aisle": 32, "floor": 31, "shelf": 33}
+  cfg = proposed(tmp_path, write("orders.csv", orders(**of_sizes(sizes))))
+  asked = {t.field for t in cfg.tasks.values() if t.kind in ("next_event", "future_values")}
+  assert not asked & {"brand", "floor", "aisle", "shelf"}
+  assert set(cfg.data.aggregates.fields) == {*asked, "brand", "floor"}  # there is no room for 32 more
+  assert {"aisle", "floor", "shelf"} <= set(cfg.data.aggregates.distinct)
+  assert "brand" not in cfg.data.aggregates.distinct
+  prepare.prepare(cfg)
+  names = Dataset(tmp_path / "dataset").aggregator.names
+  assert {"brand brand0 all", "brand brand1 all"} <= set(names)
+
+
+def test_other_amounts_are_added_up_after_those_that_tasks_ask_about(write: Write, tmp_path: pathlib.Path) -> None:
+  saved = {"saved": [0.5 + i % 11 / 7 for i in range(EVENTS)]}
+  cfg = proposed(tmp_path, write("orders.csv", orders(**saved)))
+  assert cfg.data.aggregates.sums == cfg.data.aggregates.trends == ("revenue", "saved")
 
 
 def test_values_of_a_table_of_items_get_factors(write: Write, tmp_path: pathlib.Path) -> None:
