@@ -133,15 +133,16 @@ class Run(run_lib.Run):
     return write_report(self.workdir)
 
   def __repr__(self) -> str:
-    tasks = ", ".join(self.cfg.active_tasks)
+    tasks, steps = ", ".join(self.cfg.active_tasks), self.cfg.train.steps
+    of = " by validation" if steps == "auto" else f" of {steps:,}"
     return (
-      f"Run({str(self.workdir)!r}: step {self.step:,} of {self.cfg.train.steps:,}, {len(self.dataset):,} users, "
+      f"Run({str(self.workdir)!r}: step {self.step:,}{of}, {len(self.dataset):,} users, "
       f"width {self.cfg.model.d_model}, tasks {tasks})"
     )
 
 
 def train(cfg: config.Config, workdir: str | os.PathLike[str], *, profile: bool = False, progress: bool = False) -> Run:
-  """Trains to `cfg.train.steps` and returns the run; the same call resumes a stopped run.
+  """Trains for `cfg.train.steps` and returns the run; the same call resumes a stopped run.
 
   Args:
     cfg: the config; its dataset must be prepared.

@@ -69,9 +69,9 @@ def add_checkpoint(verb: argparse.ArgumentParser) -> None:
   """Adds --checkpoint; see `open_run`."""
   verb.add_argument(
     "--checkpoint",
-    default="newest",
     metavar="WHICH",
-    help="checkpoint to read: newest, best (by validation, see config.train.validate) or a step; default: newest",
+    help="checkpoint to read: newest, best (by validation, see config.train.validate) or a step; default: newest, or "
+    "best where config.train.steps is 'auto'",
   )
 
 
@@ -105,11 +105,11 @@ def open_run(args: argparse.Namespace) -> Run:
   Raises:
     ConfigError: --checkpoint is neither newest, best nor a step.
   """
-  from supermoe_jax.evaluation import validation
-  from supermoe_jax.training.run import Run
+  from supermoe_jax.training.checkpoints import validated
+  from supermoe_jax.training.run import NEWEST, Run
 
   if args.checkpoint == "best":
-    return Run(args.workdir, validation.best_checkpoint(args.workdir))
-  if args.checkpoint != "newest" and not args.checkpoint.isdigit():
+    return Run(args.workdir, validated.best_checkpoint(args.workdir))
+  if args.checkpoint not in (None, NEWEST) and not args.checkpoint.isdigit():
     raise ConfigError(f"--checkpoint={args.checkpoint} must be newest, best or a step.")
-  return Run(args.workdir, None if args.checkpoint == "newest" else int(args.checkpoint))
+  return Run(args.workdir, int(args.checkpoint) if args.checkpoint not in (None, NEWEST) else args.checkpoint)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from supermoe_jax.config.rounds import round_ends
 from supermoe_jax.config.schema import (
   MICROSECONDS_PER_DAY,
   Config,
@@ -111,6 +112,7 @@ __all__ = [
   "read_config",
   "resolve",
   "resolve_prepared",
+  "round_ends",
   "save",
   "to_dict",
 ]

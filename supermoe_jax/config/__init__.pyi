@@ -8,6 +8,7 @@ from supermoe_jax.config.loading import read_config as read_config
 from supermoe_jax.config.loading import resolve as resolve
 from supermoe_jax.config.loading import resolve_prepared as resolve_prepared
 from supermoe_jax.config.loading import save as save
+from supermoe_jax.config.rounds import round_ends as round_ends
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY as MICROSECONDS_PER_DAY
 from supermoe_jax.config.schema import Config as Config
 from supermoe_jax.config.schema import Data as Data

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from supermoe_jax.config.aggregate_checks import check_aggregates
+from supermoe_jax.config.rounds import round_ends
 from supermoe_jax.config.schema import MICROSECONDS_PER_DAY, MOST_ROWS, Config, Data, Field, Split, parse_time
 from supermoe_jax.config.task_checks import check_study, check_tasks, check_user_folds, check_weighting
 from supermoe_jax.config.task_checks import require as _require
@@ -218,7 +219,6 @@ def _check_sizes(config: Config) -> None:
     "train": (
       train,
       (
-        "steps",
         "batch_rows",
         "snapshots_per_row",
         "learning_rate",
@@ -238,17 +238,26 @@ def _check_sizes(config: Config) -> None:
   for section, (values, names) in positive.items():
     for name in names:
       _require(getattr(values, name) > 0, f"config.{section}.{name}={getattr(values, name)} must be positive.")
+  last = round_ends(train.steps)[-1]
+  _require(last > 0, f"config.train.steps={train.steps} must be positive.")
   spread = train.accumulate * train.mesh.data * train.mesh.expert
   _require(
     train.accumulate == 1 or (train.batch_rows % spread == 0 and train.norm == "rate"),
     f"config.train.accumulate={train.accumulate} needs norm='rate', by which the losses of parts add up to that of the "
     f"whole, and batch_rows={train.batch_rows} that divide by accumulate × the devices that share a batch ({spread}).",
   )
-  for name in ("steps", "checkpoint_every", "log_every"):
+  for name in ("checkpoint_every", "log_every"):
     _require(
       getattr(train, name) % train.steps_per_call == 0,
       f"config.train.{name}={getattr(train, name)} must be a multiple of steps_per_call={train.steps_per_call}.",
     )
+  first = round_ends(train.steps)[0]
+  _require(
+    first % train.steps_per_call == 0,
+    f"config.train.steps={train.steps}"
+    + (f" has a first round of {first} steps, which" if train.steps == "auto" else "")
+    + f" must be a multiple of steps_per_call={train.steps_per_call}.",
+  )
   _check_validation(config)
   for name in ("nonfinite_steps", "hang_seconds"):
     _require(getattr(train, name) >= 0, f"config.train.{name}={getattr(train, name)} must not be negative.")
@@ -290,8 +299,9 @@ def _check_sizes(config: Config) -> None:
   for key in ("dropout", "value_dropout"):
     _require(0 <= getattr(model, key) < 1, f"config.model.{key}={getattr(model, key)} must be in [0, 1).")
   _require(
-    train.warmup_steps < train.steps,
-    f"config.train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}.",
+    train.warmup_steps < first,
+    f"config.train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}"
+    + ("." if train.steps != "auto" else f", whose first round has {first} steps."),
   )
   _require(
     train.batch_rows % ways == 0,
@@ -315,6 +325,11 @@ def _check_validation(config: Config) -> None:
       f"config.train.validate.{name}={getattr(validate, name)} must not be negative.",
     )
   _require(
+    train.steps != "auto" or config.data.split.has_snapshots("validation"),
+    "config.train.steps='auto' stops by validation, but config.data.split.validation is empty; name at least one time "
+    "there, or set a number of steps.",
+  )
+  _require(
     not validate.every or config.data.split.has_snapshots("validation"),
     f"config.train.validate.every={validate.every} needs validation snapshots, but config.data.split.validation is "
     "empty; name at least one time there, or set every=0.",
@@ -325,7 +340,7 @@ def _check_validation(config: Config) -> None:
     f"{train.checkpoint_every}: what is validated is a checkpoint.",
   )
   _require(
-    not validate.task_patience or bool(validate.every),
+    not validate.task_patience or bool(validate.every) or train.steps == "auto",
     f"config.train.validate.task_patience={validate.task_patience} stops tasks by validation, but "
     "config.train.validate.every is 0: set the number of steps between validations.",
   )

@@ -71,9 +71,11 @@ def _build(kind: Any, raw: Any, path: str) -> Any:
   origin = typing.get_origin(kind)
   if kind == Task:
     return _build_task(raw, path)
-  if origin in (typing.Union, types.UnionType):  # Optional[X]
-    inner = next(a for a in typing.get_args(kind) if a is not type(None))
-    return None if raw is None else _build(inner, raw, path)
+  if origin in (typing.Union, types.UnionType):  # Optional[X], or a number or a word
+    inner = [a for a in typing.get_args(kind) if a is not type(None)]
+    if len(inner) > 1:
+      return _build(next(a for a in inner if (typing.get_origin(a) is Literal) == isinstance(raw, str)), raw, path)
+    return None if raw is None else _build(inner[0], raw, path)
   if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     if not isinstance(raw, Mapping):
       raise ConfigError(f"{path} must be a mapping of keys to values, not {raw!r}.")
@@ -198,6 +200,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
       node = node[part]
     if node is None:
       raise ConfigError(f"{argument}: {key} is empty in the config file and can only be filled there.")
+  _allow_words(full, overrides)
   values = flags.FlagValues()
   tuples = _map_lists(full, tuple)  # config_flags parses an override by the type of the value that it replaces
   arguments = ["supermoe", *overrides]
@@ -209,6 +212,13 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
   except (flags.Error, ValueError, TypeError) as error:
     raise ConfigError(f"{' '.join(overrides)}: {error}") from None
   return resolve(holder.value.to_dict())
+
+
+def _allow_words(full: dict[str, Any], overrides: Sequence[str]) -> None:
+  """Gives `train.steps` the type of its override, a number or a word: an override is parsed by the type before it."""
+  given = [o.partition("=")[2] for o in overrides if o.removeprefix("--config.").partition("=")[0] == "train.steps"]
+  if given:
+    full["train"]["steps"] = 0 if given[-1].lstrip("+-").isdigit() else ""
 
 
 def _map_lists(value: Any, kind: type) -> Any:

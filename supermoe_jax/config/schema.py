@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from supermoe_jax.config.rounds import Steps
 from supermoe_jax.config.tables import ADDED_LATER, Aggregates, Source, UserTable
 from supermoe_jax.config.tasks import NOT_PREPARED, TASK_KINDS, LabelledTask, Task
 from supermoe_jax.errors import ConfigError
@@ -246,7 +247,7 @@ class Train:
   """The settings of optimisation."""
 
   seed: int = 0
-  steps: int = 1000
+  steps: Steps = 1000  # "auto": rounds of training until validation gains nothing; see `config.rounds`
   batch_rows: int = 32
   snapshots_per_row: int = 8
   packing: bool = False  # several users share a row and its snapshots; see data/dataset/packing.py

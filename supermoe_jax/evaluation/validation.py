@@ -1,4 +1,4 @@
-"""Validates a run while it trains: it measures every task, and finds the best checkpoints so far."""
+"""Validates a run while it trains: it measures every task, finds the best checkpoints so far, and ends the training."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from supermoe_jax import config
+from supermoe_jax.config.rounds import LEAST_GAIN
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.distributed import processes
-from supermoe_jax.errors import ConfigError, RunError
+from supermoe_jax.errors import ConfigError
 from supermoe_jax.evaluation import evaluate, metrics
-from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
-from supermoe_jax.training.monitoring.metrics_log import SPEED, read_rows, truncate_rows
+from supermoe_jax.training.checkpoints.checkpoint import RestoredModel
+from supermoe_jax.training.checkpoints.validated import VALIDATION, best_steps, validation_rows
+from supermoe_jax.training.monitoring.metrics_log import SPEED, truncate_rows
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import abstract_model
 from supermoe_jax.training.task_losses import TaskStatistics
 
 logger = processes.first_process_only(logging.getLogger(__name__))
 
-FILE = "validation.jsonl"
+# Steps of a training that would stop by itself, where no task has a value on validation.
+UNSCORED_STEPS = 1000
 
 
 class Validation:
@@ -36,7 +39,7 @@ class Validation:
 
   A checkpoint is written before it is validated, and validated before the next step. A run that was cut in between
   validates the checkpoint that it resumes from. So the rows do not depend on where a run was cut. Validation never
-  changes the training, unless `task_patience` stops tasks.
+  changes the training, unless `task_patience` stops tasks, or `config.train.steps` is "auto".
   """
 
   def __init__(
@@ -59,13 +62,14 @@ class Validation:
   def resume(self, step: int) -> None:
     """Reads the rows of a run that resumes at `step`, and drops the rows of later steps."""
     if processes.is_first():
-      truncate_rows(self._workdir / FILE, step)
+      truncate_rows(self._workdir / VALIDATION, step)
     self._rows = json.loads(processes.gather_text(json.dumps(validation_rows(self._workdir)))[0][1])
 
   def due(self, step: int) -> bool:
     """Returns whether the run is to be validated at `step`, and was not yet."""
-    every = self._cfg.train.validate.every
-    wanted = every > 0 and step > 0 and (step % every == 0 or step == self._cfg.train.steps)
+    every, steps = self._cfg.train.validate.every, self._cfg.train.steps
+    ends = config.round_ends(steps) if every or steps == "auto" else ()
+    wanted = step > 0 and ((every > 0 and step % every == 0) or step in ends)
     return wanted and all(row["step"] != step for row in self._rows)
 
   def validate(self, step: int, variables: nnx.State, statistics: dict[str, TaskStatistics]) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class Validation:
     before = self.stopped()
     self._rows.append(row)
     if processes.is_first():
-      with (self._workdir / FILE).open("a") as file:
+      with (self._workdir / VALIDATION).open("a") as file:
         file.write(json.dumps(row) + "\n")
     main = ", ".join(f"{n} {m} {_cell(tasks[n][m])}" for n, m in found["main_metric"].items() if n in tasks)
     best = " (the best so far)" if step in self.best()[:1] else ""
@@ -98,6 +102,8 @@ class Validation:
           "its head only, and not the encoder (config.train.validate.task_patience="
           f"{self._cfg.train.validate.task_patience})"
         )
+    if self.ended():
+      logger.info(self._reason())
     if len(self.stopped()) == len(self._cfg.active_tasks) > len(before):
       logger.warning(
         f"every task has stopped at step {step}: only heads learn from here on. Use --checkpoint best, and train for "
@@ -107,7 +113,25 @@ class Validation:
 
   def best(self) -> list[int]:
     """Returns the steps of the best rows, the best first, at most `config.train.validate.checkpoints_kept`."""
-    return _ordered(self._rows)[: self._cfg.train.validate.checkpoints_kept]
+    return best_steps(self._rows)[: self._cfg.train.validate.checkpoints_kept]
+
+  def ended(self) -> bool:
+    """Returns whether the training has ended: only a training that stops by itself ends before its last step."""
+    return self._cfg.train.steps == "auto" and last_round(self._rows) is not None
+
+  def _reason(self) -> str:
+    """Returns why the training ends, in a sentence."""
+    last, best = self._rows[-1], self.best()
+    ends = f"training ends at step {last['step']}"
+    if not best:
+      return f"{ends}: no task has a value on validation, so nothing says how long to train"
+    if last["step"] != best[0]:
+      score = next(row["score"] for row in self._rows if row["step"] == best[0])
+      reached = f"its score {_cell(last['score'])} is below {_cell(score)} at step {best[0]}"
+      return f"{ends}: {reached}, which other commands read"
+    if last["step"] == config.round_ends("auto")[-1]:
+      return f"{ends}, the end of its last round, which is still the best"
+    return f"{ends}, which is the best, but gains less than {LEAST_GAIN:g} over the rounds before"
 
   def stopped(self) -> dict[str, int]:
     """Returns the tasks that no longer pull on the encoder, and the step at which each was best."""
@@ -134,6 +158,29 @@ def stopped_tasks(cfg: config.Config, rows: Sequence[Mapping[str, Any]]) -> dict
         out[name] = best_step
         break
   return out
+
+
+def last_round(rows: Sequence[Mapping[str, Any]]) -> int | None:
+  """Returns the step at which a training that stops by itself has ended by `rows` of `validation.jsonl`, or None.
+
+  It ends with the first round whose score does not exceed all earlier rounds' by `LEAST_GAIN`, or with the last round.
+  Without any score it ends after `UNSCORED_STEPS`.
+  """
+  ends = config.round_ends("auto")
+  scores = {row["step"]: row["score"] for row in rows}
+  best: float | None = None
+  for end in ends:
+    if end not in scores:
+      return None
+    score = scores[end]
+    if score is None:
+      finished = best is not None or end >= UNSCORED_STEPS
+    else:
+      finished = best is not None and score < best + LEAST_GAIN
+      best = score if best is None else max(best, score)
+    if finished:
+      return end
+  return ends[-1]
 
 
 def validation_score(cfg: config.Config, tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -173,32 +220,6 @@ def validation_of(cfg: config.Config) -> type[Validation]:
       f"config.train.validate.metric={cfg.train.validate.metric!r}: the metrics of {name} are {', '.join(known)}."
     )
   return Validation
-
-
-def validation_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns all rows of a run directory; none if the run was not validated while it trained."""
-  return read_rows(workdir / FILE)
-
-
-def best_checkpoint(workdir: pathlib.Path) -> int:
-  """Returns the step of the checkpoint that was best on validation, among the checkpoints that still exist.
-
-  Raises:
-    RunError: no checkpoint that exists was validated.
-  """
-  there = set(Checkpoints(workdir).steps)
-  found = [step for step in _ordered(validation_rows(workdir)) if step in there]
-  if not found:
-    raise RunError(
-      f"{workdir} has no validated checkpoint; train with config.train.validate.every, or name --checkpoint newest."
-    )
-  return found[0]
-
-
-def _ordered(rows: list[dict[str, Any]]) -> list[int]:
-  """Returns the steps that have a score, the best first; of equal scores the earlier step first."""
-  scored = [r for r in rows if r["score"] is not None]
-  return [r["step"] for r in sorted(scored, key=lambda r: (-r["score"], r["step"]))]
 
 
 def _cell(value: float | None) -> str:

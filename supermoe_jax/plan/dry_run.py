@@ -38,6 +38,8 @@ def describe_run(cfg: config.Config) -> list[str]:
   count = parameters.count_parameters(found.state.model, cfg.model.experts_per_token / cfg.model.experts)
   rows, epoch, devices = train.batch_rows, stream.state(0)["rows_of_an_epoch"], mesh.devices.size
   leaves = program.array_leaves(found.state).values()
+  steps = config.round_ends(train.steps)[-1]
+  best = train.validate.checkpoints_kept if train.validate.every or train.steps == "auto" else 0
   lines = [
     f"mesh: {' × '.join(f'{n} {s}' for n, s in mesh.shape.items())}; {devices} of {jax.device_count()} devices "
     f"({mesh.devices.flat[0].device_kind}), {jax.process_count()} process(es)",
@@ -45,12 +47,12 @@ def describe_run(cfg: config.Config) -> list[str]:
     *(f"  table {line}" for line in _tables(found.state.model)),
     f"state (parameters and optimizer state): {bytes_text(sum(map(_bytes, leaves)))}, "
     f"{bytes_text(sum(map(program.shard_bytes, leaves)))} a device; "
-    f"{train.checkpoints_kept + (train.validate.checkpoints_kept if train.validate.every else 0)} checkpoints of that "
+    f"{train.checkpoints_kept + best} checkpoints of that "
     f"size are kept, one every {train.checkpoint_every:,} steps",
     f"a step: {rows:,} rows of {cfg.model.max_events} events and {train.snapshots_per_row} snapshots; "
     f"{len(cfg.active_tasks)} tasks ({', '.join(cfg.active_tasks)})",
-    f"data: {epoch:,} rows an epoch, so {epoch / rows:,.1f} steps; {train.steps:,} steps are "
-    f"{train.steps * rows / epoch:,.1f} epochs",
+    f"data: {epoch:,} rows an epoch, so {epoch / rows:,.1f} steps; "
+    f"{'at most ' if train.steps == 'auto' else ''}{steps:,} steps are {steps * rows / epoch:,.1f} epochs",
     *([f"  {stream.description}"] if stream.description else []),
     *_compiled(found),
   ]

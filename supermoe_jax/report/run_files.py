@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from supermoe_jax import config
 from supermoe_jax.data.dataset import dataset
 from supermoe_jax.errors import DataError
-from supermoe_jax.evaluation import validation
+from supermoe_jax.training.checkpoints import validated
 from supermoe_jax.training.monitoring.metrics_log import read_rows
 
 
@@ -51,7 +51,7 @@ def read_run(workdir: pathlib.Path) -> RunFiles:
     workdir,
     cfg,
     read_rows(workdir / "metrics.jsonl"),
-    validation.validation_rows(workdir),
+    validated.validation_rows(workdir),
     read_json(workdir / "evaluation.json"),
     read_json(pathlib.Path(cfg.data.path) / "manifest.json"),
     read_json(workdir / "embeddings" / "manifest.json"),

@@ -110,11 +110,14 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
 
 
 def _validation_that_stops(cfg: config.Config) -> config.Validate:
-  """Returns the validation during training that changes a run of `cfg`: the one that stops tasks; else none.
+  """Returns the validation during training that changes a run of `cfg`; else none.
 
-  A study evaluates the newest checkpoint, so it keeps no best one and has no metric to choose it by.
+  It is the one that stops tasks, or the training. Of another run a study evaluates the newest checkpoint, so it keeps
+  no best one and has no metric to choose it by.
   """
   given = cfg.train.validate
+  if cfg.train.steps == "auto":
+    return given
   if not given.task_patience:
     return config.Validate()
   return config.Validate(every=given.every, snapshots=given.snapshots, task_patience=given.task_patience)

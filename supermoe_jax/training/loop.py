@@ -67,6 +67,9 @@ class Validator(Protocol):
   def stopped(self) -> Collection[str]:
     """Returns the tasks that no longer pull on the encoder."""
 
+  def ended(self) -> bool:
+    """Returns whether the last validation has ended the training."""
+
 
 # Makes a run's validator from the config, the dataset, the run directory, the mesh, and whether to show a bar.
 MakeValidator = Callable[[config.Config, Dataset, pathlib.Path, Mesh, bool], Validator]
@@ -81,7 +84,7 @@ def train(
   progress: bool = True,
   profile: bool = False,
 ) -> int:
-  """Trains to `cfg.train.steps` and returns the last step; resumes from the newest whole checkpoint of `workdir`.
+  """Trains for `cfg.train.steps` and returns the last step; resumes from the newest whole checkpoint of `workdir`.
 
   On the same mesh a run that was cut anywhere and resumed equals an uninterrupted run bit for bit: its parameters, the
   order of its data, and its rows of `metrics.jsonl` except `speed`.
@@ -90,13 +93,14 @@ def train(
     cfg: the config.
     workdir: the run directory.
     validation: makes the validator, which judges checkpoints while the run trains:
-      `evaluation.validation.validation_of(cfg)`; needed if `cfg.train.validate.every` is set.
+      `evaluation.validation.validation_of(cfg)`; needed if `cfg.train.validate.every` is set, or `cfg.train.steps` is
+      "auto".
     place: this process' place among several, which all call this with the same config and directory; None: it is alone.
     progress: whether to show a bar on a terminal, and to log the metrics elsewhere.
     profile: whether to write a trace of a few steps to `workdir/profile`, for TensorBoard, XProf or Perfetto.
 
   Raises:
-    ConfigError: `cfg.train.validate.every` is set, and `validation` is missing.
+    ConfigError: the run is validated while it trains, and `validation` is missing.
     DataError: there is no dataset, or it was prepared from another config.
     RunError: `workdir` cannot be a run directory or holds a run of another config, or a run cannot go on; the message
       gives the reason.
@@ -105,9 +109,10 @@ def train(
   check_directory(workdir)
   dataset = Dataset(cfg.data.path)
   dataset.check_matches(cfg)
-  if cfg.train.validate.every and validation is None:
+  if _validates(cfg) and validation is None:
+    setting = "steps='auto'" if cfg.train.steps == "auto" else f"validate.every={cfg.train.validate.every}"
     raise ConfigError(
-      f"config.train.validate.every={cfg.train.validate.every} needs train(..., validation=validation_of(cfg)), from "
+      f"config.train.{setting} needs train(..., validation=validation_of(cfg)), from "
       "supermoe_jax.evaluation.validation."
     )
   version = {**versions(), "code": code_hash()}
@@ -164,10 +169,11 @@ def _train(
   batches = training_batches.training_batches(dataset, cfg, shard=shard, workers=cfg.train.workers)
   if batches.description:
     logger.info(batches.description)
-  stream = iter(batches)
+  stream, ends = iter(batches), config.round_ends(cfg.train.steps)
+  last, of = ends[-1], "" if cfg.train.steps == "auto" else f" of {cfg.train.steps}"
   about = {"config": config.to_dict(cfg)}
   validator: Validator | None = None
-  if make_validator is not None and cfg.train.validate.every:
+  if make_validator is not None and _validates(cfg):
     validator = make_validator(cfg, dataset, workdir, mesh, progress)
   with (
     contextlib.closing(stream),
@@ -184,12 +190,12 @@ def _train(
       state, position, statistics, waiting, before = found
       step = int(state.step)
       stream.set_state(position)
-      logger.info(f"resuming {workdir} at step {step} of {cfg.train.steps}")
+      logger.info(f"resuming {workdir} at step {step}{of}")
       _report_versions(before)
       writer.set_aside(checkpoints.damaged)
     if validator is not None:
       validator.resume(step)
-    if step >= cfg.train.steps and not (validator is not None and validator.due(step)):
+    if (step >= last or _ended(validator)) and not (validator is not None and validator.due(step)):
       logger.info(f"{workdir} is already trained to step {step}")
       return step
     for name, size in sharding.replicated(mesh, state.model).items():
@@ -201,7 +207,7 @@ def _train(
     with MetricsLog(workdir, step, cfg, progress, waiting, flops) as log:
       _validate(validator, step, state, statistics, log)  # a run that was cut before a validation makes up for it
       constants = _place_constants(statistics, validator, mesh)
-      while step < cfg.train.steps:
+      while step < last and not _ended(validator):
         with log.taking_input():
           taken = [next(stream) for _ in range(several)]
         profiler.before(step - begun, state)
@@ -216,13 +222,13 @@ def _train(
           if row["skipped"]:
             _check_skipped(row["skipped"], int(jax.device_get(state.skipped)), stream, cfg, workdir)
         stopped = signals.asked(range(step - several + 1, step + 1))
-        if stopped or step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps:
+        if stopped or step % cfg.train.checkpoint_every == 0 or step in ends:
           heartbeat.rest()  # writing may take long, and must not look like a step that hangs
           _check_finite(state, workdir, step)
           writer.save(step, state, stream.get_state(), statistics, log.waiting())
-        if stopped and step < cfg.train.steps:
+        if stopped and step < last:
           writer.wait()
-          raise Stopped(f"{stopped}: {workdir} is saved at step {step} of {cfg.train.steps}; the same command goes on")
+          raise Stopped(f"{stopped}: {workdir} is saved at step {step}{of}; the same command goes on")
         if _validate(validator, step, state, statistics, log):
           constants = _place_constants(statistics, validator, mesh)
   return step
@@ -239,6 +245,14 @@ def _validate(
   log.scalars(step, {"validation/score": row["score"], **values})
   log.begin()
   return True
+
+
+def _validates(cfg: config.Config) -> bool:
+  return cfg.train.validate.every > 0 or cfg.train.steps == "auto"
+
+
+def _ended(validator: Validator | None) -> bool:
+  return validator is not None and validator.ended()
 
 
 def _place_constants(statistics: Mapping[str, TaskStatistics], validator: Validator | None, mesh: Mesh) -> Any:

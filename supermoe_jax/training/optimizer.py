@@ -1,10 +1,11 @@
-"""Makes the optimizer of all parameters but the rows of tables: AdamW, with a warm-up and cosine schedule.
+"""Makes the optimizer of all parameters but the rows of tables: AdamW, with a warm-up and cosine schedules.
 
 Gradients arrive clipped, by a norm that includes the rows' gradients; see `step`.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -23,14 +24,23 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def schedule(train: config.Train) -> optax.Schedule:
-  """Returns a linear warm-up to the peak, then a cosine down to `final_learning_rate` of the peak at the last step."""
-  return optax.warmup_cosine_decay_schedule(
+  """Returns a linear warm-up to the peak, then a cosine down to `final_learning_rate` of the peak at the last step.
+
+  If training stops by itself, each round is such a cosine, and the warm-up belongs to the first.
+  """
+  ends = config.round_ends(train.steps)
+  first = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=train.learning_rate,
     warmup_steps=train.warmup_steps,
-    decay_steps=train.steps,
+    decay_steps=ends[0],
     end_value=train.learning_rate * train.final_learning_rate,
   )
+  if len(ends) == 1:
+    return first
+  lengths = (end - begun for begun, end in itertools.pairwise(ends))
+  later = (optax.cosine_decay_schedule(train.learning_rate, n, train.final_learning_rate) for n in lengths)
+  return optax.join_schedules([first, *later], list(ends[:-1]))
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:

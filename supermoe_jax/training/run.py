@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,11 @@ from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.layers.heads import LinearHead
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, RestoredModel
+from supermoe_jax.training.checkpoints.validated import usual_checkpoint
 from supermoe_jax.training.run_directory import check_encoding
 from supermoe_jax.training.step import abstract_model, place_on_mesh
+
+NEWEST: Literal["newest"] = "newest"
 
 
 class Answered(NamedTuple):
@@ -52,8 +55,10 @@ class Run:
   If there are several processes, each holds the same run, and all must make the same calls in the same order.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, checkpoint: int | None = None):
+  def __init__(self, workdir: str | pathlib.Path, checkpoint: int | Literal["newest"] | None = None):
     """Opens a run at the step `checkpoint`, or at its newest whole checkpoint.
+
+    Without `checkpoint`, a run whose training stops by itself opens at the best one on validation.
 
     Raises:
       ConfigError: `workdir` is not a run directory.
@@ -72,11 +77,13 @@ class Run:
     layouts = sharding.shardings(self.mesh, abstract)
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), abstract, layouts)
     checkpoints = Checkpoints(self.workdir)
+    if checkpoint is None:
+      checkpoint = usual_checkpoint(self.workdir, self.cfg.train.steps)
     if not checkpoints.steps:
       raise RunError(f"{self.workdir} holds no checkpoint yet; run 'supermoe train --workdir {self.workdir}' first.")
     check_encoding(self.workdir, self.dataset)
     with jax.set_mesh(self.mesh):
-      found = checkpoints.restore_model(placed, checkpoint)
+      found = checkpoints.restore_model(placed, None if checkpoint == NEWEST else checkpoint)
     assert found is not None
     self.step, self.variables, self.statistics = found
 

@@ -15,6 +15,7 @@ from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, validation
 from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
+from supermoe_jax.training.checkpoints.validated import VALIDATION, best_checkpoint, validation_rows
 from supermoe_jax.training.run import Run
 from tests.fixtures.grids import quick_few
 from tests.fixtures.messages import messages
@@ -62,7 +63,7 @@ def test_a_run_that_is_validated_learns_the_same(
 
 def test_a_row_is_what_evaluation_finds_at_its_step(validated: tuple[pathlib.Path, list[str]]) -> None:
   folder, said = validated
-  rows = validation.validation_rows(folder)
+  rows = validation_rows(folder)
   assert [r["step"] for r in rows] == [4, 8, 12]
   for row in (rows[0], rows[-1]):
     run = Run(folder, row["step"])
@@ -79,7 +80,7 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(
   folder = tmp_path / "run"
   shutil.copytree(validated[0], folder)
   assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [4, 12]
-  assert validation.best_checkpoint(folder) == 4
+  assert best_checkpoint(folder) == 4
   assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "best"]) == 0
   assert json.loads((folder / "evaluation.json").read_text())["step"] == 4
   assert "scores at step 4;" in capsys.readouterr().out
@@ -100,8 +101,8 @@ def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
       raise KeyboardInterrupt
     found = validate(self, step, *rest)
     if step == 8:
-      lines = (folder / validation.FILE).read_text()
-      (folder / validation.FILE).write_text(lines[:-20])  # the row was being written
+      lines = (folder / VALIDATION).read_text()
+      (folder / VALIDATION).write_text(lines[:-20])  # the row was being written
       raise KeyboardInterrupt
     return found
 
@@ -114,7 +115,7 @@ def test_a_run_that_is_cut_at_its_validation_ends_with_the_same_rows(
   again = iter([9.0, 8.0])
   monkeypatch.setattr(validation, "validation_score", lambda cfg, tasks: next(again))
   loop.train(validated_cfg, folder, validation=validation.validation_of(validated_cfg))
-  assert without_speed(validation.validation_rows(folder)) == without_speed(validation.validation_rows(whole))
+  assert without_speed(validation_rows(folder)) == without_speed(validation_rows(whole))
 
 
 def rows_of(scores: list[float | None]) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ def test_what_cannot_be_opened_says_what_is_there(
   with pytest.raises(RunError, match=r"holds no checkpoint 8; there are 12, 4\."):
     Run(folder, 8)
   with pytest.raises(RunError, match=r"no validated checkpoint.*config\.train\.validate\.every"):
-    validation.best_checkpoint(workdir)
+    best_checkpoint(workdir)
   assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "first"]) == 1
   assert "--checkpoint=first must be newest, best or a step" in capsys.readouterr().err
 
@@ -192,10 +193,10 @@ def test_a_run_validated_at_its_end_is_left_alone(
 ) -> None:
   copy = tmp_path / "run"
   shutil.copytree(validated[0], copy)
-  before = (copy / validation.FILE).read_bytes()
+  before = (copy / VALIDATION).read_bytes()
   with messages() as said:
     loop.train(validated_cfg, copy, validation=validation.validation_of(validated_cfg))
-  assert "already trained" in said[-1] and (copy / validation.FILE).read_bytes() == before
+  assert "already trained" in said[-1] and (copy / VALIDATION).read_bytes() == before
 
 
 def test_of_equal_scores_the_earlier_checkpoint_is_the_better_and_one_without_a_score_is_none() -> None:
@@ -209,7 +210,7 @@ def test_a_run_is_validated_every_so_many_steps_and_at_its_end(
   def due(every: int, *done: int) -> list[int]:
     asked = config.override(cfg, [f"--config.train.validate.every={every}"])
     found = Validation(asked, dataset, tmp_path, device_mesh.make_mesh(cfg.train.mesh))
-    (tmp_path / validation.FILE).write_text("".join(json.dumps({"step": s, "score": 0.0}) + "\n" for s in done))
+    (tmp_path / VALIDATION).write_text("".join(json.dumps({"step": s, "score": 0.0}) + "\n" for s in done))
     found.resume(12)
     return [step for step in range(13) if found.due(step)]
 

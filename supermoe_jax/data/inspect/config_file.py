@@ -95,6 +95,8 @@ def propose(tables: Sequence[InspectedTable]) -> str:
   if (events := _shown_events(sources)) < Model.max_events:
     raw["model"] = {"max_events": events}
     comments["model", "max_events"] = "holds the whole history of nine users in ten"
+  raw["train"] = {"steps": "auto"}
+  comments["train", "steps"] = "training stops when validation gains nothing"
   docstring = f'"""Events of {", ".join(t.name for t in sources)}, as proposed by `supermoe inspect`."""'
   body = "\n".join(_config_lines(raw, comments, (), "  "))
   return (

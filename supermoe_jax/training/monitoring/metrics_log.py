@@ -52,7 +52,11 @@ class MetricsLog:
     """
     mesh, self._flops = cfg.train.mesh, flops
     self._devices = mesh.data * mesh.expert * mesh.tensor
-    self._path, self._every, self._steps = workdir / "metrics.jsonl", cfg.train.log_every, cfg.train.steps
+    self._path, self._every, self._ends = (
+      workdir / "metrics.jsonl",
+      cfg.train.log_every,
+      config.round_ends(cfg.train.steps),
+    )
     self._waiting: list[StepMetrics] = [_read(each) for each in waiting]
     self._rows, self._compiled = cfg.train.batch_rows, False
     self._last: jax.Array | None = None  # the loss of the last step that was begun
@@ -64,7 +68,7 @@ class MetricsLog:
       truncate_rows(self._path, step)
       self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
     self._bar = ProgressBar(
-      total=cfg.train.steps,
+      total=self._ends[-1],
       initial=step,
       desc="training",
       unit=" steps",
@@ -107,7 +111,7 @@ class MetricsLog:
       jax.block_until_ready(metrics.loss)
       self._compiled = True
       self.begin()
-    return self._write(step) if step % self._every == 0 or step == self._steps else None
+    return self._write(step) if step % self._every == 0 or step in self._ends else None
 
   def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
     """Writes further numbers to TensorBoard."""
@@ -135,7 +139,8 @@ class MetricsLog:
     line = _line(row)
     self._bar.set_postfix_str(line)
     if not self._terminal and self._progress:
-      logger.info(f"step {step}/{self._steps} {line}")
+      most = "" if len(self._ends) == 1 else "at most "
+      logger.info(f"step {step}/{most}{self._ends[-1]} {line}")
     return row
 
   def _fetched(self) -> list[StepMetrics]:

@@ -21,6 +21,7 @@ def orders(**changes: Any) -> dict[str, list[Any]]:
 
 def test_factors_are_of_fields_of_many_values_that_users_share(write: Write, tmp_path: pathlib.Path) -> None:
   cfg = proposed(tmp_path, write("orders.csv", orders()))
+  assert cfg.train.steps == "auto"
   assert {"page", "action", "receipt"} <= set(cfg.data.fields)
   assert cfg.data.aggregates.factors == ("page",)
   assert cfg.data.aggregates.habits

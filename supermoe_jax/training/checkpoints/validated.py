@@ -1,0 +1,53 @@
+"""Finds the checkpoints of a run that were best on validation."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from supermoe_jax.errors import RunError
+from supermoe_jax.training.checkpoints.checkpoint import Checkpoints
+from supermoe_jax.training.monitoring.metrics_log import read_rows
+
+# The file of a run directory with a row for each validation: its `step`, `score` and the metrics of all `tasks`.
+VALIDATION = "validation.jsonl"
+
+
+def validation_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns all rows of a run directory; none if the run was not validated while it trained."""
+  return read_rows(workdir / VALIDATION)
+
+
+def best_steps(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+  """Returns the steps of rows that have a score, the best first; of equal scores the earlier step first."""
+  scored = [r for r in rows if r["score"] is not None]
+  return [r["step"] for r in sorted(scored, key=lambda r: (-r["score"], r["step"]))]
+
+
+def best_checkpoint(workdir: pathlib.Path) -> int:
+  """Returns the step of the checkpoint that was best on validation, among the checkpoints that still exist.
+
+  Raises:
+    RunError: no checkpoint that exists was validated.
+  """
+  found = _existing(workdir)
+  if not found:
+    raise RunError(
+      f"{workdir} has no validated checkpoint; train with config.train.validate.every or steps='auto', or name "
+      "--checkpoint newest."
+    )
+  return found[0]
+
+
+def usual_checkpoint(workdir: pathlib.Path, steps: int | str) -> int | None:
+  """Returns the step of the checkpoint that is read where none is named; None: the newest.
+
+  It is the best one of a run whose training stops by itself (`config.train.steps` is "auto"), once one was validated.
+  """
+  return next(iter(_existing(workdir)), None) if steps == "auto" else None
+
+
+def _existing(workdir: pathlib.Path) -> list[int]:
+  there = set(Checkpoints(workdir).steps)
+  return [step for step in best_steps(validation_rows(workdir)) if step in there]
