@@ -74,7 +74,12 @@ def _build(kind: Any, raw: Any, path: str) -> Any:
   if origin in (typing.Union, types.UnionType):  # Optional[X], or a number or a word
     inner = [a for a in typing.get_args(kind) if a is not type(None)]
     if len(inner) > 1:
-      return _build(next(a for a in inner if (typing.get_origin(a) is Literal) == isinstance(raw, str)), raw, path)
+      number, words = inner[0], typing.get_args(inner[1])
+      if raw in words:
+        return raw
+      if not isinstance(raw, number) or isinstance(raw, bool):
+        raise ConfigError(f"{path}={raw!r} must be of type {number.__name__}, or {' or '.join(map(repr, words))}.")
+      return raw
     return None if raw is None else _build(inner[0], raw, path)
   if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     if not isinstance(raw, Mapping):

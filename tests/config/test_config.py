@@ -28,7 +28,7 @@ def changed(raw: dict, key: str, value: object) -> dict:
   ("key", "value", "message"),
   [
     ("train.stepz", 3, r"config\.train\.stepz: unknown key; did you mean 'steps'\?"),
-    ("train.steps", "many", r"config\.train\.steps='many' must be of type int"),
+    ("train.steps", "many", r"config\.train\.steps='many' must be of type int, or 'auto'"),
     ("train.steps", True, r"config\.train\.steps=True must be of type int"),
     ("model.d_model", 18, r"d_model=18 must be a multiple of 2 × heads=4"),
     ("model.experts_per_token", 9, r"experts_per_token=9 exceeds experts=4"),
@@ -158,7 +158,8 @@ def test_overrides_take_the_type_of_the_value_they_replace(raw: dict, tmp_path: 
   ("argument", "message"),
   [
     ("--config.train.stepz=1", "config.train has no key 'stepz'; did you mean 'steps'"),
-    ("--config.train.steps=few", "invalid literal"),
+    ("--config.train.steps=few", "must be of type int, or .auto."),
+    ("--config.train.batch_rows=few", "invalid literal"),
     ("--config.train.steps", "write overrides as"),
     ("--config.data.sources.visits.items=x", "can only be filled there"),
   ],
