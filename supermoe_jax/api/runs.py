@@ -134,7 +134,7 @@ class Run(run_lib.Run):
 
   def __repr__(self) -> str:
     tasks, steps = ", ".join(self.cfg.active_tasks), self.cfg.train.steps
-    of = " by validation" if steps == "auto" else f" of {steps:,}"
+    of = ", training stops by itself" if steps == "auto" else f" of {steps:,}"
     return (
       f"Run({str(self.workdir)!r}: step {self.step:,}{of}, {len(self.dataset):,} users, "
       f"width {self.cfg.model.d_model}, tasks {tasks})"

@@ -256,7 +256,8 @@ def _check_sizes(config: Config) -> None:
     first % train.steps_per_call == 0,
     f"config.train.steps={train.steps}"
     + (f" has a first round of {first} steps, which" if train.steps == "auto" else "")
-    + f" must be a multiple of steps_per_call={train.steps_per_call}.",
+    + f" must be a multiple of steps_per_call={train.steps_per_call}"
+    + ("; 1, 5, 25 and 125 divide it." if train.steps == "auto" else "."),
   )
   _check_validation(config)
   for name in ("nonfinite_steps", "hang_seconds"):
@@ -346,6 +347,11 @@ def _check_validation(config: Config) -> None:
   )
   if validate.metric:
     task, _, metric = validate.metric.partition("/")
+    _require(
+      train.steps != "auto" or task in config.active_views or task not in config.labelled_tasks,
+      f"config.train.validate.metric={validate.metric!r} says when training stops, but config.exclude_tasks leaves the "
+      "task out; name a metric of another task.",
+    )
     _require(
       task in config.labelled_tasks and bool(metric),
       f"config.train.validate.metric={validate.metric!r} must be task/metric, of a task with labels"

@@ -205,7 +205,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
       node = node[part]
     if node is None:
       raise ConfigError(f"{argument}: {key} is empty in the config file and can only be filled there.")
-  _allow_words(full, overrides)
+  overrides = _allow_words(full, overrides)
   values = flags.FlagValues()
   tuples = _map_lists(full, tuple)  # config_flags parses an override by the type of the value that it replaces
   arguments = ["supermoe", *overrides]
@@ -219,11 +219,15 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
   return resolve(holder.value.to_dict())
 
 
-def _allow_words(full: dict[str, Any], overrides: Sequence[str]) -> None:
-  """Gives `train.steps` the type of its override, a number or a word: an override is parsed by the type before it."""
-  given = [o.partition("=")[2] for o in overrides if o.removeprefix("--config.").partition("=")[0] == "train.steps"]
+def _allow_words(full: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+  """Gives `train.steps` the type of its last override, number or word, by which it is parsed; drops earlier ones."""
+  given = [o for o in overrides if o.removeprefix("--config.").partition("=")[0] == "train.steps"]
   if given:
-    full["train"]["steps"] = 0 if given[-1].lstrip("+-").isdigit() else ""
+    try:
+      full["train"]["steps"] = int(given[-1].partition("=")[2], 0)
+    except ValueError:
+      full["train"]["steps"] = ""
+  return [o for o in overrides if o not in given[:-1] or o is given[-1]]
 
 
 def _map_lists(value: Any, kind: type) -> Any:

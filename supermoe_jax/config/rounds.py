@@ -11,7 +11,7 @@ from typing import Literal
 FIRST_ROUND = 125  # steps
 MOST_ROUNDS = 6
 
-# Least gain of the validation score for which a further round is trained.
+# Least gain of the validation score, as a share of it, for which a further round is trained.
 LEAST_GAIN = 1e-3
 
 Steps = int | Literal["auto"]

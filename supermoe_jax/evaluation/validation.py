@@ -80,10 +80,7 @@ class Validation:
     begun = clock.monotonic()
     model = RestoredModel(step, variables, statistics)
     run = Run.of(self._workdir, self._cfg, self._dataset, self._mesh, self._graph, model)
-    most = self._cfg.train.validate.snapshots
-    found = evaluate.evaluate(
-      run, compare=False, progress=self._progress, splits=("validation",), write=False, most=most
-    )
+    found = self._measured(run)
     tasks = {n: t["metrics"] for n, t in found["splits"]["validation"].items()}
     reached = validation_score(self._cfg, found["splits"]["validation"])
     row = {"step": step, "score": reached, "tasks": tasks, SPEED: {"seconds": round(clock.monotonic() - begun, 1)}}
@@ -103,35 +100,45 @@ class Validation:
           f"{self._cfg.train.validate.task_patience})"
         )
     if self.ended():
-      logger.info(self._reason())
-    if len(self.stopped()) == len(self._cfg.active_tasks) > len(before):
+      logger.info(self.reason())
+    elif len(self.stopped()) == len(self._cfg.active_tasks) > len(before):
       logger.warning(
         f"every task has stopped at step {step}: only heads learn from here on. Use --checkpoint best, and train for "
-        "fewer steps (config.train.steps)."
+        "fewer steps (config.train.steps, or 'auto')."
       )
     return row
 
+  def _measured(self, run: Run) -> dict[str, Any]:
+    """Returns the result of `evaluate`; without a validation snapshot, that of no task."""
+    if not self._dataset.manifest["snapshots"]["validation"]:
+      return {"splits": {"validation": {}}, "main_metric": {}}
+    most = self._cfg.train.validate.snapshots
+    return evaluate.evaluate(
+      run, compare=False, progress=self._progress, splits=("validation",), write=False, most=most
+    )
+
   def best(self) -> list[int]:
     """Returns the steps of the best rows, the best first, at most `config.train.validate.checkpoints_kept`."""
-    return best_steps(self._rows)[: self._cfg.train.validate.checkpoints_kept]
+    return best_steps(self._rows, self._cfg.train.steps)[: self._cfg.train.validate.checkpoints_kept]
 
   def ended(self) -> bool:
     """Returns whether the training has ended: only a training that stops by itself ends before its last step."""
     return self._cfg.train.steps == "auto" and last_round(self._rows) is not None
 
-  def _reason(self) -> str:
-    """Returns why the training ends, in a sentence."""
+  def reason(self) -> str:
+    """Returns why the training has ended, in a sentence."""
     last, best = self._rows[-1], self.best()
     ends = f"training ends at step {last['step']}"
     if not best:
       return f"{ends}: no task has a value on validation, so nothing says how long to train"
     if last["step"] != best[0]:
       score = next(row["score"] for row in self._rows if row["step"] == best[0])
-      reached = f"its score {_cell(last['score'])} is below {_cell(score)} at step {best[0]}"
-      return f"{ends}: {reached}, which other commands read"
+      reached = "it has no score" if last["score"] is None else f"its score {_cell(last['score'])} is not above"
+      at_best = f"{_cell(score)} at step {best[0]}"
+      return f"{ends}: {reached}{', unlike' if last['score'] is None else ''} {at_best}, which other commands read"
     if last["step"] == config.round_ends("auto")[-1]:
       return f"{ends}, the end of its last round, which is still the best"
-    return f"{ends}, which is the best, but gains less than {LEAST_GAIN:g} over the rounds before"
+    return f"{ends}, which is the best, but gains less than a thousandth over the rounds before"
 
   def stopped(self) -> dict[str, int]:
     """Returns the tasks that no longer pull on the encoder, and the step at which each was best."""
@@ -163,7 +170,8 @@ def stopped_tasks(cfg: config.Config, rows: Sequence[Mapping[str, Any]]) -> dict
 def last_round(rows: Sequence[Mapping[str, Any]]) -> int | None:
   """Returns the step at which a training that stops by itself has ended by `rows` of `validation.jsonl`, or None.
 
-  It ends with the first round whose score does not exceed all earlier rounds' by `LEAST_GAIN`, or with the last round.
+  It ends with the first round whose score does not exceed all earlier rounds' by the share `LEAST_GAIN` of it, or with
+  the last round.
   Without any score it ends after `UNSCORED_STEPS`.
   """
   ends = config.round_ends("auto")
@@ -176,7 +184,7 @@ def last_round(rows: Sequence[Mapping[str, Any]]) -> int | None:
     if score is None:
       finished = best is not None or end >= UNSCORED_STEPS
     else:
-      finished = best is not None and score < best + LEAST_GAIN
+      finished = best is not None and score < best + LEAST_GAIN * abs(best)
       best = score if best is None else max(best, score)
     if finished:
       return end

@@ -104,7 +104,9 @@ def _notes(run: RunFiles) -> Iterator[str]:
     if part is None:
       continue
     again = f"run 'supermoe {verb}' again to bring this up to date."
-    if part["step"] < run.step:
+    if run.best is not None and part["step"] != run.best:
+      yield f"{what} made at step {part['step']:,}, but step {run.best:,} is the best on validation; {again}"
+    elif run.best is None and part["step"] < run.step:
       yield f"{what} made at step {part['step']:,}, but the run has reached step {run.step:,}; {again}"
     if part.get("config_hash") not in (None, run.cfg.hash()):
       yield f"{what} made with another config than the one in this directory; {again}"

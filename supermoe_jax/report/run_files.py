@@ -33,6 +33,12 @@ class RunFiles(NamedTuple):
     return "config" in self.manifest and dataset.dataset_identity(self.manifest, wanted, appended=False) == wanted
 
   @property
+  def best(self) -> int | None:
+    """Returns the step of the best round of a training that stops by itself; None for others, and before any."""
+    steps = self.cfg.train.steps
+    return next(iter(validated.best_steps(self.validation, steps)), None) if steps == "auto" else None
+
+  @property
   def step(self) -> int:
     """Returns the last step in the evaluation, the embeddings and the metrics log; 0 without any."""
     parts = (self.evaluation, self.embeddings, self.rows[-1] if self.rows else None)

@@ -112,12 +112,12 @@ def run_one(cfg: config.Config, workdir: pathlib.Path, *, variant: str, task: st
 def _validation_that_stops(cfg: config.Config) -> config.Validate:
   """Returns the validation during training that changes a run of `cfg`; else none.
 
-  It is the one that stops tasks, or the training. Of another run a study evaluates the newest checkpoint, so it keeps
-  no best one and has no metric to choose it by.
+  It is the one that stops tasks, or the training. It has no metric to choose a checkpoint by, since single-task models
+  do not have every task. Of a run with a number of steps a study keeps and evaluates the newest checkpoint.
   """
   given = cfg.train.validate
   if cfg.train.steps == "auto":
-    return given
+    return dataclasses.replace(given, metric="")
   if not given.task_patience:
     return config.Validate()
   return config.Validate(every=given.every, snapshots=given.snapshots, task_patience=given.task_patience)

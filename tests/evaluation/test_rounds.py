@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from supermoe_jax import cli, config
+from supermoe_jax import cli, config, device_mesh
 from supermoe_jax.config import rounds
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.errors import ConfigError
+from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import validation
 from supermoe_jax.evaluation.validation import last_round, validation_of
 from supermoe_jax.seesaw import study_run
@@ -56,7 +56,7 @@ def stopped(auto: config.Config, dataset: Dataset, tmp_path_factory: pytest.Temp
   folder = tmp_path_factory.mktemp("auto") / "run"
   step, said = trained(auto, folder)
   assert step == 16
-  assert "training ends at step 16: its score 0.5500 is below 0.6000 at step 8, which other commands read" in said
+  assert "training ends at step 16: its score 0.5500 is not above 0.6000 at step 8, which other commands read" in said
   return folder
 
 
@@ -83,8 +83,10 @@ def test_every_round_is_a_cosine_and_only_the_first_has_a_warm_up(
     ([0.5, 0.6], None),
     ([0.5, 0.6, 0.6], 500),
     ([0.5, 0.4], 250),
-    ([0.5, 0.5009], 250),
-    ([0.5, 0.5011], None),
+    ([0.5, 0.5004], 250),
+    ([0.5, 0.5006], None),
+    ([-5000.0, -4999.0], 250),
+    ([-0.0009, -0.0001], None),
     ([0.5, 0.6, None], 500),
     ([None, None, None], None),
     ([None, None, None, None], 1000),
@@ -112,6 +114,60 @@ def test_the_best_round_is_read_unless_another_checkpoint_is_named(
     assert cli.main(["evaluate", "--workdir", str(folder), *named]) == 0
     assert json.loads((folder / "evaluation.json").read_text())["step"] == step
     assert f"at step {step};" in capsys.readouterr().out
+
+
+def test_the_report_is_about_the_best_round(stopped: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(stopped, folder)
+  assert cli.main(["evaluate", "--workdir", str(folder)]) == 0
+  assert cli.main(["report", "--workdir", str(folder)]) == 0
+  page = (folder / "report.html").read_text()
+  assert "step 16, of which 8 is the best on validation" in page
+  assert "to bring this up to date" not in page
+  assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "newest"]) == 0
+  assert cli.main(["report", "--workdir", str(folder)]) == 0
+  assert "made at step 16, but step 8 is the best on validation" in (folder / "report.html").read_text()
+
+
+def test_a_best_round_that_is_damaged_names_the_others(stopped: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(stopped, folder)
+  for file in (folder / "checkpoints" / "8" / "model").rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:10])
+  with pytest.raises(RunError, match=r"cannot be used \(8: .*Name another one with --checkpoint: 16\."):
+    Run(folder)
+  assert Run(folder, 16).step == 16
+
+
+@pytest.mark.parametrize(
+  ("scores", "reason"),
+  [
+    ((0.5, 0.6, 0.6), "its score 0.6000 is not above 0.6000 at step 8, which other commands read"),
+    ((0.5, 0.6, None), "it has no score, unlike 0.6000 at step 8, which other commands read"),
+    ((0.5, 0.6, 0.6001), "which is the best, but gains less than a thousandth over the rounds before"),
+    ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), "the end of its last round, which is still the best"),
+  ],
+)
+def test_the_log_says_why_training_ends(
+  auto: config.Config, dataset: Dataset, tmp_path: pathlib.Path, scores: tuple[float | None, ...], reason: str
+) -> None:
+  ends = config.round_ends("auto")[: len(scores)]
+  rows = [json.dumps({"step": s, "score": v, "tasks": {}}) + "\n" for s, v in zip(ends, scores)]
+  (tmp_path / "validation.jsonl").write_text("".join(rows))
+  judged = validation.Validation(auto, dataset, tmp_path, device_mesh.make_mesh(auto.train.mesh))
+  judged.resume(ends[-1])
+  assert judged.ended() and reason in judged.reason()
+
+
+def test_without_a_validation_snapshot_there_is_no_score(
+  auto: config.Config, dataset: Dataset, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(validation, "UNSCORED_STEPS", 4)
+  monkeypatch.setitem(dataset.manifest["snapshots"], "validation", 0)
+  monkeypatch.setattr(loop, "Dataset", lambda path: dataset)
+  assert loop.train(auto, tmp_path / "run", validation=validation_of(auto)) == 4
+  assert [row["score"] for row in validation_rows(tmp_path / "run")] == [None]
 
 
 def test_a_number_of_steps_reads_the_newest_checkpoint(
@@ -181,6 +237,8 @@ def test_the_number_of_steps_and_the_word_replace_each_other(cfg: config.Config)
   assert word.train.steps == "auto"
   assert config.override(word, ["--config.train.steps=30"]).train.steps == 30
   assert config.override(cfg, ["--config.train.steps=30", "--config.train.steps=auto"]).train.steps == "auto"
+  assert config.override(word, ["--config.train.steps=auto", "--config.train.steps=300"]).train.steps == 300
+  assert config.override(cfg, ["--config.train.steps=1_000"]).train.steps == 1000
   assert word.hash() != cfg.hash()
   for wrong in ("never", "1.5", ""):
     with pytest.raises(ConfigError, match="steps"):

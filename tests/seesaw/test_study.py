@@ -123,6 +123,28 @@ def test_tasks_stop_in_a_study_as_in_any_other_run(
   assert validation is not None
 
 
+def test_a_run_that_stops_by_itself_is_validated_without_a_metric_of_one_task(
+  cfg: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  begun: list[config.Config] = []
+
+  def watched(cfg: config.Config, *arguments: Any, **options: Any) -> int:
+    begun.append(cfg)
+    raise _Watched
+
+  monkeypatch.setattr(study_run.loop, "train", watched)
+  task = next(iter(cfg.labelled_tasks))
+  asked = [
+    "--config.train.steps=auto",
+    f"--config.train.validate.metric={task}/auc",
+    "--config.train.validate.snapshots=3",
+  ]
+  with pytest.raises(_Watched):
+    study_run.run_one(config.override(cfg, asked), tmp_path / "one", variant="stopping")
+  assert begun[0].train.steps == "auto"
+  assert begun[0].train.validate == config.Validate(snapshots=3)
+
+
 def test_a_run_that_fails_is_told_and_the_next_is_done(
   planned: config.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

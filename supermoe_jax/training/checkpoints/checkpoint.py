@@ -155,6 +155,11 @@ class Checkpoints:
       logger.warning(f"checkpoint {step} of {self.directory} cannot be used ({reason})")
     if not reasons:
       return None
+    if only is not None and (others := [step for step in self.steps if step != only]):
+      raise RunError(
+        f"a checkpoint of {self.directory} cannot be used ({'; '.join(reasons)}). Name another one with --checkpoint: "
+        f"{', '.join(map(str, others))}."
+      )
     raise RunError(
       f"no checkpoint of {self.directory} can be used ({'; '.join(reasons)}). They are damaged, or were written by "
       "another version of the code; nothing was changed. Put a copy back, or train again in another --workdir."

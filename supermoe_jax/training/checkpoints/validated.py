@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from supermoe_jax import config
 from supermoe_jax.errors import RunError
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints
 from supermoe_jax.training.monitoring.metrics_log import read_rows
@@ -19,9 +20,13 @@ def validation_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return read_rows(workdir / VALIDATION)
 
 
-def best_steps(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-  """Returns the steps of rows that have a score, the best first; of equal scores the earlier step first."""
-  scored = [r for r in rows if r["score"] is not None]
+def best_steps(rows: Sequence[Mapping[str, Any]], steps: int | Literal["auto"] = 0) -> list[int]:
+  """Returns the steps of rows that have a score, the best first; of equal scores the earlier step first.
+
+  Where `config.train.steps` is "auto" only ends of rounds count: between them the learning rate is high.
+  """
+  ends = config.round_ends("auto") if steps == "auto" else [r["step"] for r in rows]
+  scored = [r for r in rows if r["score"] is not None and r["step"] in ends]
   return [r["step"] for r in sorted(scored, key=lambda r: (-r["score"], r["step"]))]
 
 
@@ -31,7 +36,7 @@ def best_checkpoint(workdir: pathlib.Path) -> int:
   Raises:
     RunError: no checkpoint that exists was validated.
   """
-  found = _existing(workdir)
+  found = _existing(workdir, best_steps(validation_rows(workdir)))
   if not found:
     raise RunError(
       f"{workdir} has no validated checkpoint; train with config.train.validate.every or steps='auto', or name "
@@ -40,14 +45,17 @@ def best_checkpoint(workdir: pathlib.Path) -> int:
   return found[0]
 
 
-def usual_checkpoint(workdir: pathlib.Path, steps: int | str) -> int | None:
+def usual_checkpoint(workdir: pathlib.Path, steps: int | Literal["auto"]) -> int | None:
   """Returns the step of the checkpoint that is read where none is named; None: the newest.
 
-  It is the best one of a run whose training stops by itself (`config.train.steps` is "auto"), once one was validated.
+  It is the best round's end of a run whose training stops by itself (`config.train.steps` is "auto"), once one was
+  validated.
   """
-  return next(iter(_existing(workdir)), None) if steps == "auto" else None
+  if steps != "auto":
+    return None
+  return next(iter(_existing(workdir, best_steps(validation_rows(workdir), steps))), None)
 
 
-def _existing(workdir: pathlib.Path) -> list[int]:
+def _existing(workdir: pathlib.Path, steps: Sequence[int]) -> list[int]:
   there = set(Checkpoints(workdir).steps)
-  return [step for step in best_steps(validation_rows(workdir)) if step in there]
+  return [step for step in steps if step in there]

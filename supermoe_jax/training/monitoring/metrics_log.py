@@ -139,8 +139,8 @@ class MetricsLog:
     line = _line(row)
     self._bar.set_postfix_str(line)
     if not self._terminal and self._progress:
-      most = "" if len(self._ends) == 1 else "at most "
-      logger.info(f"step {step}/{most}{self._ends[-1]} {line}")
+      of = "/" if len(self._ends) == 1 else " of at most "
+      logger.info(f"step {step}{of}{self._ends[-1]} {line}")
     return row
 
   def _fetched(self) -> list[StepMetrics]:
