@@ -100,7 +100,7 @@ class Validation:
           f"{self._cfg.train.validate.task_patience})"
         )
     if self.ended():
-      logger.info(self.reason())
+      logger.log(logging.INFO if self.best() else logging.WARNING, self.reason())
     elif len(self.stopped()) == len(self._cfg.active_tasks) > len(before):
       logger.warning(
         f"every task has stopped at step {step}: only heads learn from here on. Use --checkpoint best, and train for "
@@ -171,8 +171,7 @@ def last_round(rows: Sequence[Mapping[str, Any]]) -> int | None:
   """Returns the step at which a training that stops by itself has ended by `rows` of `validation.jsonl`, or None.
 
   It ends with the first round whose score does not exceed all earlier rounds' by the share `LEAST_GAIN` of it, or with
-  the last round.
-  Without any score it ends after `UNSCORED_STEPS`.
+  the last round. Without any score it ends after `UNSCORED_STEPS`.
   """
   ends = config.round_ends("auto")
   scores = {row["step"]: row["score"] for row in rows}

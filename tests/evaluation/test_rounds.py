@@ -18,7 +18,7 @@ from supermoe_jax.evaluation import validation
 from supermoe_jax.evaluation.validation import last_round, validation_of
 from supermoe_jax.seesaw import study_run
 from supermoe_jax.training import loop
-from supermoe_jax.training.checkpoints.validated import validation_rows
+from supermoe_jax.training.checkpoints.validated import best_checkpoint, usual_checkpoint, validation_rows
 from supermoe_jax.training.optimizer import schedule
 from supermoe_jax.training.run import Run
 from tests.fixtures.messages import messages
@@ -114,6 +114,21 @@ def test_the_best_round_is_read_unless_another_checkpoint_is_named(
     assert cli.main(["evaluate", "--workdir", str(folder), *named]) == 0
     assert json.loads((folder / "evaluation.json").read_text())["step"] == step
     assert f"at step {step};" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_a_round_s_end_whatever_was_reached_within_a_round(
+  stopped: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  folder = tmp_path / "run"
+  shutil.copytree(stopped, folder)
+  shutil.copytree(folder / "checkpoints" / "16", folder / "checkpoints" / "14")
+  rows = validation_rows(folder)
+  within = {**rows[-1], "step": 14, "score": 0.9}
+  file = folder / "validation.jsonl"
+  file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], within, rows[-1]]))
+  assert (usual_checkpoint(folder, "auto"), best_checkpoint(folder)) == (8, 8)
+  file.write_text(json.dumps(within) + "\n")  # no round's end was validated yet
+  assert (usual_checkpoint(folder, "auto"), best_checkpoint(folder)) == (None, 14)
 
 
 def test_the_report_is_about_the_best_round(stopped: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -218,7 +233,8 @@ def test_without_a_score_training_goes_on_for_some_steps(
   monkeypatch.setattr(validation, "UNSCORED_STEPS", 8)
   step, said = trained(auto, tmp_path / "run", (None, None))
   assert step == 8
-  assert "training ends at step 8: no task has a value on validation, so nothing says how long to train" in said
+  reason = "training ends at step 8: no task has a value on validation, so nothing says how long to train"
+  assert f"warning: {reason}" in said
   assert Run(tmp_path / "run").step == 8
 
 

@@ -33,10 +33,14 @@ def best_steps(rows: Sequence[Mapping[str, Any]], steps: int | Literal["auto"] =
 def best_checkpoint(workdir: pathlib.Path) -> int:
   """Returns the step of the checkpoint that was best on validation, among the checkpoints that still exist.
 
+  Where `config.train.steps` is "auto" another checkpoint than a round's end counts only while no round's end exists.
+
   Raises:
+    ConfigError: `workdir` is not a run directory.
     RunError: no checkpoint that exists was validated.
   """
-  found = _existing(workdir, best_steps(validation_rows(workdir)))
+  rows, steps = validation_rows(workdir), config.load_json(workdir / "config.json").train.steps
+  found = _existing(workdir, best_steps(rows, steps)) or _existing(workdir, best_steps(rows))
   if not found:
     raise RunError(
       f"{workdir} has no validated checkpoint; train with config.train.validate.every or steps='auto', or name "

@@ -261,6 +261,7 @@ def test_the_config_of_sequences_and_a_json_object_prepares_them(values, load, t
   (tmp_path / "items.json").write_text(json.dumps(lists if values == "lists" else objects))
   cfg = load(tmp_path / "log.txt", tmp_path / "items.json")
   assert list(cfg.tasks) == ["next_item"] and cfg.data.split.mode == "leave_one_out"
+  assert cfg.train.steps == "auto"
   assert not cfg.data.aggregates.enabled
   expected = {"lists": {"item": 0, "values": 8}, "objects": {"item": 0, "brand": 0, "tags": 8}}[values]
   assert {name: field.many for name, field in cfg.data.fields.items()} == expected
