@@ -15,7 +15,7 @@ from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import evaluate, validation
 from supermoe_jax.evaluation.validation import Validation
 from supermoe_jax.training import loop
-from supermoe_jax.training.checkpoints.validated import VALIDATION, best_checkpoint, validation_rows
+from supermoe_jax.training.checkpoints.validated import VALIDATION, best_checkpoint, best_steps, validation_rows
 from supermoe_jax.training.run import Run
 from tests.fixtures.grids import quick_few
 from tests.fixtures.messages import messages
@@ -201,7 +201,7 @@ def test_a_run_validated_at_its_end_is_left_alone(
 
 def test_of_equal_scores_the_earlier_checkpoint_is_the_better_and_one_without_a_score_is_none() -> None:
   scores = {4: 0.5, 8: 0.5, 12: None, 16: 0.7, 20: -1.0}
-  assert validation._ordered([{"step": s, "score": v} for s, v in scores.items()]) == [16, 4, 8, 20]
+  assert best_steps([{"step": s, "score": v} for s, v in scores.items()]) == [16, 4, 8, 20]
 
 
 def test_a_run_is_validated_every_so_many_steps_and_at_its_end(
