@@ -221,13 +221,15 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 def _allow_words(full: dict[str, Any], overrides: Sequence[str]) -> list[str]:
   """Gives `train.steps` the type of its last override, number or word, by which it is parsed; drops earlier ones."""
-  given = [o for o in overrides if o.removeprefix("--config.").partition("=")[0] == "train.steps"]
-  if given:
-    try:
-      full["train"]["steps"] = int(given[-1].partition("=")[2], 0)
-    except ValueError:
-      full["train"]["steps"] = ""
-  return [o for o in overrides if o not in given[:-1] or o is given[-1]]
+  key = "--config.train.steps="
+  given = [o for o in overrides if o.startswith(key)]
+  if not given:
+    return list(overrides)
+  try:
+    full["train"]["steps"] = int(given[-1].removeprefix(key), 0)
+  except ValueError:
+    full["train"]["steps"] = ""
+  return [*(o for o in overrides if not o.startswith(key)), given[-1]]
 
 
 def _map_lists(value: Any, kind: type) -> Any:

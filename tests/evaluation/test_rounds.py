@@ -19,6 +19,7 @@ from supermoe_jax.evaluation.validation import last_round, validation_of
 from supermoe_jax.seesaw import study_run
 from supermoe_jax.training import loop
 from supermoe_jax.training.checkpoints.validated import best_checkpoint, usual_checkpoint, validation_rows
+from supermoe_jax.training.monitoring.metrics_log import MetricsLog
 from supermoe_jax.training.optimizer import schedule
 from supermoe_jax.training.run import Run
 from tests.fixtures.messages import messages
@@ -137,7 +138,7 @@ def test_the_report_is_about_the_best_round(stopped: pathlib.Path, tmp_path: pat
   assert cli.main(["evaluate", "--workdir", str(folder)]) == 0
   assert cli.main(["report", "--workdir", str(folder)]) == 0
   page = (folder / "report.html").read_text()
-  assert "step 16, of which 8 is the best on validation" in page
+  assert "step 16; step 8 is the best on validation" in page
   assert "to bring this up to date" not in page
   assert cli.main(["evaluate", "--workdir", str(folder), "--checkpoint", "newest"]) == 0
   assert cli.main(["report", "--workdir", str(folder)]) == 0
@@ -223,6 +224,27 @@ def test_a_run_that_was_cut_at_the_end_of_a_round_ends_alike(
   assert step == 16
   rows, wanted = ([{**r, "speed": None} for r in validation_rows(f)] for f in (folder, stopped))
   assert rows == wanted and [r["step"] for r in rows] == [4, 8, 16]
+  for mine, whole in zip(*(jax.tree.leaves(Run(f, "newest").variables) for f in (folder, stopped)), strict=True):
+    np.testing.assert_array_equal(mine, whole)
+
+
+def test_a_run_that_was_cut_within_a_round_ends_alike(
+  stopped: pathlib.Path, auto: config.Config, tmp_path: pathlib.Path
+) -> None:
+  folder, add = tmp_path / "run", MetricsLog.add
+  saving = config.override(auto, ["--config.train.checkpoint_every=6"])
+
+  def cut(self: MetricsLog, step: int, *rest: Any) -> Any:
+    if step == 14:
+      raise KeyboardInterrupt
+    return add(self, step, *rest)
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(MetricsLog, "add", cut)
+    trained(saving, folder)
+  assert Run(folder, "newest").step == 12
+  assert trained(saving, folder, SCORES[2:])[0] == 16
+  assert [(r["step"], r["score"]) for r in validation_rows(folder)] == list(zip((4, 8, 16), SCORES))
   for mine, whole in zip(*(jax.tree.leaves(Run(f, "newest").variables) for f in (folder, stopped)), strict=True):
     np.testing.assert_array_equal(mine, whole)
 

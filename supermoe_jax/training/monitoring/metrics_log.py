@@ -52,11 +52,8 @@ class MetricsLog:
     """
     mesh, self._flops = cfg.train.mesh, flops
     self._devices = mesh.data * mesh.expert * mesh.tensor
-    self._path, self._every, self._ends = (
-      workdir / "metrics.jsonl",
-      cfg.train.log_every,
-      config.round_ends(cfg.train.steps),
-    )
+    self._path, self._every = workdir / "metrics.jsonl", cfg.train.log_every
+    self._ends = config.round_ends(cfg.train.steps)
     self._waiting: list[StepMetrics] = [_read(each) for each in waiting]
     self._rows, self._compiled = cfg.train.batch_rows, False
     self._last: jax.Array | None = None  # the loss of the last step that was begun
