@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
   "heads": ("tensor",),
   "mlp": ("tensor",),
   "rows": ("data", "expert", "tensor"),
+  "sites": ("tensor",),  # of a row that several devices share
   "embed": (),
 }
 

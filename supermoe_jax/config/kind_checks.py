@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from supermoe_jax.config.schema import Config, Data
 
 
+MEMORIES = ("repeat", "recent", "follow")  # kinds of `NextEvent.memory`, see `layers.memory`
 AGGREGATES = "config.data.aggregates"  # the key of the settings that hold conditions too
 
 
@@ -46,6 +47,16 @@ def _(task: NextEvent, path: str, config: Config) -> None:
   require(data.fields[task.field].input, f"{path}.field={task.field!r} is no input, so it has no embeddings to rank.")
   require(task.negatives > 0, f"{path}.negatives={task.negatives} must be positive.")
   require(task.most_values > 0, f"{path}.most_values={task.most_values} must be positive.")
+  for kind in task.memory:
+    known = ", ".join(map(repr, MEMORIES))
+    require(
+      kind in MEMORIES, f"{path}.memory: {kind!r} is no kind of memory{nearest(kind, MEMORIES)}; there are {known}."
+    )
+  require(len(set(task.memory)) == len(task.memory), f"{path}.memory={task.memory} names a kind twice.")
+  require(
+    not (task.memory and task.where),
+    f"{path}: memory counts all events, but where={task.where!r} asks about some of them; leave one of the two out.",
+  )
   require_following_events(path, data)
   require_condition(path, task.where, data)
 

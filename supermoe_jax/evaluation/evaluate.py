@@ -7,7 +7,6 @@ import time as clock
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 
 from supermoe_jax import atomic_files, config
@@ -25,9 +24,6 @@ from supermoe_jax.training.run import Run
 
 EVALUATED_SPLITS = ("validation", "test")
 
-# Questions to rank at a time.
-RANKED_AT_ONCE = 1024
-
 
 class _Collected(NamedTuple):
   """All questions of a split with the model's answers, as host arrays in the order of the questions.
@@ -38,6 +34,7 @@ class _Collected(NamedTuple):
     labels: the labels of each task, `[n, …]`.
     seen: for each task that excludes seen values, the codes seen before each question.
     also: for each next-event task, int32 `[n, A]`, codes that are as right as the label.
+    ranks: for each next-event task, float `[n]`, the rank of each question's best right value, see `target_ranks`.
     expert: int32 `[M, n, K]`, the experts of the snapshots' own tokens.
     task_expert: int32 `[M, n, T, K]`, the experts of the tasks' tokens; None without such tokens.
     gate: float32 `[n, T, E]`, the tasks' gates over experts; None without gates.
@@ -48,6 +45,7 @@ class _Collected(NamedTuple):
   labels: dict[str, Labels]
   seen: dict[str, list[np.ndarray]]
   also: dict[str, np.ndarray]
+  ranks: dict[str, np.ndarray]
   expert: np.ndarray
   task_expert: np.ndarray | None
   gate: np.ndarray | None
@@ -175,6 +173,7 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
   expert: list[np.ndarray] = []
   task_expert: list[np.ndarray] = []
   gate: list[np.ndarray] = []
+  rankers = {n: ranking.QuestionRanks(run, n) for n, t in tasks.items() if t.answer == "catalogue"}
   bar = ProgressBar(
     total=expected, desc=f"evaluating {split}", unit=" snapshots", mininterval=1, disable=expected is None, leave=None
   )
@@ -195,6 +194,9 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
         seen.setdefault(name, []).extend(values)
       for name, codes in batch.also.items():
         also.setdefault(name, []).append(codes)
+      for name, ranker in rankers.items():
+        right = right_values(batch.labels[name], batch.also[name])
+        ranker.add(answers[name][-1], right, batch.seen.get(name), out.remembered.get(name, ()))
       bar.update(n)
   if not asked:
     raise ConfigError(f"there is no {split} snapshot to evaluate; see 'snapshots' in {run.dataset.path}/manifest.json.")
@@ -204,10 +206,17 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
     {n: Labels(*(np.concatenate(part) for part in zip(*parts))) for n, parts in labels.items()},
     seen,
     {n: np.concatenate(parts) for n, parts in also.items()},
+    {n: ranker.ranks() for n, ranker in rankers.items()},
     np.concatenate(expert, axis=1),
     np.concatenate(task_expert, axis=1) if task_expert else None,
     np.concatenate(gate) if gate else None,
   )
+
+
+def right_values(label: Labels, also: np.ndarray) -> np.ndarray:
+  """Returns the codes of each question's right values, int32 `[n, 1 + A]`; 0 where nothing is known."""
+  right = np.concatenate([label.value[:, None], also], axis=1)
+  return np.where(label.known[:, None], right, 0).astype(np.int32)
 
 
 def _task(
@@ -286,22 +295,15 @@ def _ranking(
   split: str,
   rankings: RankingBaselines | None,
 ) -> tuple[dict[str, Any], ScoredAnswers]:
-  value, state = asked.value, asked.answer
+  value = asked.value
   right = np.concatenate([value[:, None], collected.also[name][asked.question]], axis=1)
   seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
-  items, chunk = run.catalogue(name), run.cfg.evaluate.catalogue_chunk
-  ranks = []
-  with jax.set_mesh(run.mesh):
-    for at in range(0, len(value), RANKED_AT_ONCE):
-      part = slice(at, at + RANKED_AT_ONCE)
-      excluded = [s[s >= 2] - 2 for s in seen[part]] if seen is not None else None
-      ranks.append(ranking.target_ranks(state[part], right[part] - 2, excluded, items, chunk))
   cutoffs = run.cfg.evaluate.cutoffs
   others: dict[str, np.ndarray] = {}
   if rankings is not None:
     questions = [collected.questions[i] for i in asked.question]
     others = rankings.ranks(name, task, split, questions, right, seen)
-  own = np.concatenate(ranks)
+  own = collected.ranks[name][asked.question]
   out = {
     "labels": len(value),
     "values": run.dataset.schema.outputs[name],
@@ -311,6 +313,9 @@ def _ranking(
   }
   if rankings is not None:
     out["co_occurrence"] = rankings.described(name)
+  if task.memory:
+    gains = asked.answer[:, -len(task.memory) :]
+    out["memory"] = {kind: {"gain": float(g.mean()), "spread": float(g.std())} for kind, g in zip(task.memory, gains.T)}
   if right.shape[1] > 1:
     out["right_values"] = float(np.mean((right > 0).sum(axis=1)))  # mean number of right values of a question
     out["full_moments"] = float(np.mean((right > 0).all(axis=1)))  # share of questions that `most_values` may have cut

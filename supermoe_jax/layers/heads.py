@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +13,9 @@ from supermoe_jax.layers.catalogue import Catalogue
 from supermoe_jax.layers.event_embedding import RAMPS, aggregate_ramps
 from supermoe_jax.layers.table import EmbeddingTable
 from supermoe_jax.sharding import linear, set_bias
+
+if TYPE_CHECKING:  # loaded only by a config that names it
+  from supermoe_jax.layers.memory.head_memory import HeadMemory
 
 
 @jax.custom_vjp
@@ -112,33 +117,44 @@ class NextValueHead(nnx.Module):
   """
 
   def __init__(
-    self, d_model: int, table: EmbeddingTable, counts: slice | None = None, *, bias: bool = True, rngs: nnx.Rngs
+    self,
+    d_model: int,
+    table: EmbeddingTable,
+    counts: slice | None = None,
+    *,
+    bias: bool = True,
+    memory: HeadMemory | None = None,
+    rngs: nnx.Rngs,
   ):
-    """Creates a head over the values of `table`, which it does not keep; `counts`: the columns of own counts."""
-    self.query = linear(d_model, d_model, names=("embed", "heads"), rngs=rngs)
+    """Creates a head over the values of `table`, which it does not keep; `counts`: the columns of own counts.
+
+    The scores add what `memory` of K kinds remembers. At first they are nothing else.
+    """
+    self.query = linear(d_model, d_model, names=("embed", "heads"), zero=memory is not None, rngs=rngs)
     zeros = jnp.zeros(table.extent.shape)  # one per row
     self.bias = nnx.Param(zeros, logical=(None, "rows"), size=table.size) if bias else None
     self.first: int = counts.start if counts else 0
     self.stop: int = counts.stop if counts else 0
     width = self.stop - self.first
     self.own = linear(width, d_model, names=(None, "heads"), bias=False, zero=True, rngs=rngs) if width else None
+    self.memory = memory
 
   def start_at(self, answer: jax.Array) -> None:
-    """Sets the values' own scores to `answer [values]`; a head without a bias stays as it is."""
-    if self.bias is not None:
+    """Sets the values' own scores to `answer [values]`; a head without a bias, or with a memory, stays as it is."""
+    if self.bias is not None and self.memory is None:
       rows = self.bias.get_value()
       self.bias[...] = jnp.pad(answer, (2, rows.size - 2 - len(answer))).reshape(rows.shape)
 
   def state(self, h: jax.Array, aggregates: jax.Array) -> jax.Array:
-    """Returns the vectors that are compared with the catalogue, from `h`; both are `[B, sites, D]`.
+    """Returns what is compared with the catalogue, `[B, sites, D + K]`, from `h [B, sites, D]`: vectors and gains.
 
     The last S sites are the snapshots, to which the user's counts in `aggregates [B, S, A]` add. Events have none.
     """
     query = self.query(h)
-    if self.own is None:
-      return query
-    own = self.own(aggregates[..., self.first : self.stop])
-    return query + jnp.pad(own, ((0, 0), (query.shape[1] - own.shape[1], 0), (0, 0)))
+    if self.own is not None:
+      own = self.own(aggregates[..., self.first : self.stop])
+      query += jnp.pad(own, ((0, 0), (query.shape[1] - own.shape[1], 0), (0, 0)))
+    return query if self.memory is None else jnp.concatenate([query, self.memory.gain(h)], axis=-1)
 
   def catalogue(self, table: EmbeddingTable) -> Catalogue:
     """Returns the catalogue that states are compared with."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from supermoe_jax.layers.moe import Mlp, MoE, MoEOutput, Stats
 from supermoe_jax.layers.routing import RoutingSums
 from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.layers.transformer import Block, Context, Stack
+
+if TYPE_CHECKING:  # loaded only by a config that names a memory
+  from supermoe_jax.layers.memory.remembered import Remembered
 
 
 class ExpertRecord(NamedTuple):
@@ -47,6 +50,7 @@ class Encoded(NamedTuple):
     experts: record of the MoE layers.
     aggregates: `[B, S, A]`, those of the features, in which some heads read a user's own counts of values; in training
       half of the snapshots have none.
+    remembered: the counts of each task whose head has a memory, at the L events and S snapshots.
   """
 
   events: jax.Array
@@ -55,6 +59,7 @@ class Encoded(NamedTuple):
   gates: jax.Array | None
   experts: ExpertRecord
   aggregates: jax.Array
+  remembered: Mapping[str, tuple[Remembered, ...]] | None = None
 
 
 def task_key(key: jax.Array, name: str) -> jax.Array:

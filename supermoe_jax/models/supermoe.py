@@ -22,9 +22,12 @@ from supermoe_jax.layers.table import ONE_DEVICE, Layout
 from supermoe_jax.models.encoder import Encoded, Encoder, ExpertRecord, task_key
 
 if TYPE_CHECKING:  # loaded only by a config that names one of them
+  from supermoe_jax.layers.memory.head_memory import HeadMemory
+  from supermoe_jax.layers.memory.remembered import Remembered
   from supermoe_jax.models.baselines import PLE, GRUEncoder, MMoE
 
 BASELINES = "supermoe_jax.models.baselines"
+MEMORY = "supermoe_jax.layers.memory.head_memory"
 
 __all__ = ["Encoded", "Encoder", "ExpertRecord", "SuperMoE"]
 
@@ -99,8 +102,21 @@ class SuperMoE(nnx.Module):
     }
 
   def encode(self, features: Features, *, dropless: bool, rngs: nnx.Rngs | None = None) -> Encoded:
-    """Encodes rows as `Encoder` does, and fills in the tasks' views."""
-    return self.share(self.encoder(features, dropless=dropless, rngs=rngs))
+    """Encodes rows as `Encoder` does, and fills in the tasks' views and what their heads remember."""
+    encoded = self.share(self.encoder(features, dropless=dropless, rngs=rngs))
+    remembered = {n: m.counts(features, training=rngs is not None) for n, m in self.memories.items()}
+    return encoded._replace(remembered=remembered)
+
+  @property
+  def memories(self) -> dict[str, HeadMemory]:
+    """Returns the memories of the heads that have one, by task."""
+    heads = ((n, self.heads[n]) for n in self.view_names)
+    return {n: h.memory for n, h in heads if isinstance(h, NextValueHead) and h.memory is not None}
+
+  def remembered(self, name: str, encoded: Encoded, *, events: bool) -> tuple[Remembered, ...]:
+    """Returns what a next-event task's head remembers at the sites of `answers`: K kinds of counts, or none."""
+    counts = (encoded.remembered or {}).get(name, ())
+    return tuple(counts if events else (r.at(slice(encoded.events.shape[1], None)) for r in counts))
 
   def share(self, encoded: Encoded) -> Encoded:
     """Fills in the views that MMoE or PLE makes of `encoded.z`; returns `encoded` unchanged without these layers."""
@@ -108,6 +124,10 @@ class SuperMoE(nnx.Module):
       return encoded
     views, gates = self.sharing(encoded.z)
     return encoded._replace(views=views, gates=gates)
+
+  def kept_counts(self, encoded: Encoded) -> dict[str, tuple[Remembered, ...]]:
+    """Returns the counts of rows with one snapshot, by task, in a form that is small enough to be kept."""
+    return {n: m.at_snapshot(self.remembered(n, encoded, events=False)) for n, m in self.memories.items()}
 
   def view(self, name: str, encoded: Encoded) -> jax.Array:
     """Returns the view that a task's head reads at the snapshots: `[B, S, D]`."""
@@ -144,8 +164,8 @@ class SuperMoE(nnx.Module):
       gradient_scale: the factor of the gradient that leaves the head, towards states and tables.
 
     Returns: `[B, S]` (binary, regression, amount), `[B, S, outputs]` (multi-label, multi-class, hazards,
-      zero-inflated amount), `[B, sites]` (event label; sites as in `states`) or `[B, sites, D]` (next event: the states
-      that a catalogue is scored against).
+      zero-inflated amount), `[B, sites]` (event label; sites as in `states`) or `[B, sites, D + K]` (next event: the
+      states that a catalogue is scored against, with the gains of a memory's K kinds).
 
     Raises:
       ValueError: `given` is missing, has another shape, or is passed for a task that takes none.
@@ -189,7 +209,12 @@ def _head(
     table = events.table(next_event.field)
     own = schema.value_counts.get(next_event.field)
     columns = None if own is None else own.columns
-    return NextValueHead(d_model, table, columns, bias=next_event.softmax == "full", rngs=rngs)
+    memory = None
+    if next_event.memory:
+      place = d_model, schema.field(next_event.field), table.size, table.extent.stripes
+      layer, repeats = importlib.import_module(MEMORY).HeadMemory, not next_event.exclude_seen
+      memory = layer(next_event.memory, *place, repeats=repeats, rngs=rngs)
+    return NextValueHead(d_model, table, columns, bias=next_event.softmax == "full", memory=memory, rngs=rngs)
   if task.about_events:
     return EventLabelHead(d_model, rngs=rngs)
   if task.answer == "multilabel" and (counts := schema.value_counts.get(cast(config.FutureValues, task).field)):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import logging
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def _train(
     step, waiting = 0, list[Any]()
     if found is None:
       statistics, answers, _ = _measure(dataset, cfg)
-      _, state = create_state(cfg, dataset.schema, mesh, answers)
+      _, state = create_state(cfg, dataset.schema, mesh, answers, _followers(dataset, cfg))
     else:
       state, position, statistics, waiting, before = found
       step = int(state.step)
@@ -232,6 +233,14 @@ def _train(
         if _validate(validator, step, state, statistics, log):
           constants = _place_constants(statistics, validator, mesh)
   return step
+
+
+def _followers(dataset: Dataset, cfg: config.Config) -> dict[str, Any]:
+  """Returns what heads remember of followers, by task; the counting is loaded only by a config that names it."""
+  asked = [cast(config.NextEvent, task) for task in cfg.active_views.values() if task.answer == "catalogue"]
+  if not any(task.memory for task in asked):
+    return {}
+  return importlib.import_module("supermoe_jax.training.memory_counts").count_followers(dataset, cfg)
 
 
 def _validate(

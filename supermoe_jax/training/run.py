@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from supermoe_jax.training.checkpoints.validated import usual_checkpoint
 from supermoe_jax.training.run_directory import check_encoding
 from supermoe_jax.training.step import abstract_model, place_on_mesh
 
+if TYPE_CHECKING:  # loaded only by a config that names a memory
+  from supermoe_jax.layers.memory.remembered import Remembered
+
 NEWEST: Literal["newest"] = "newest"
 
 
@@ -36,10 +39,11 @@ class Answered(NamedTuple):
   Attributes:
     z: float32 `[B, D]`, the user representations.
     answers: for each task with labels, float32: `[B]` or `[B, outputs]` logits or numbers, `[B, m]` logits for the m
-      events that an event label asks about, or `[B, D]` states that rank a catalogue.
+      events that an event label asks about, or `[B, D + K]` states that rank a catalogue, with K gains of a memory.
     expert: int32 `[M, B, K]`, the experts of the snapshots' tokens in each MoE layer.
     task_expert: int32 `[M, B, T, K]`, the experts of the tasks' own tokens; None without such tokens.
     gate: float32 `[B, T, E]`, each task's gate over experts; None without gates.
+    remembered: the K kinds of counts of each next-event task whose head has a memory, of B rows with one site each.
   """
 
   z: jax.Array
@@ -47,6 +51,7 @@ class Answered(NamedTuple):
   expert: jax.Array
   task_expert: jax.Array | None
   gate: jax.Array | None
+  remembered: dict[str, tuple[Remembered, ...]]
 
 
 class Run:
@@ -192,7 +197,7 @@ def _answering(key: _AnswerKey) -> Callable[[nnx.State, Features, dict[str, jax.
     experts = encoded.experts
     tokens = None if experts.task_expert is None else experts.task_expert[:, :, 0]
     gate = None if encoded.gates is None else encoded.gates[:, 0]
-    return Answered(encoded.z[:, 0], answers, experts.stats.expert[:, :, 0], tokens, gate)
+    return Answered(encoded.z[:, 0], answers, experts.stats.expert[:, :, 0], tokens, gate, model.kept_counts(encoded))
 
   return jax.jit(answer)
 

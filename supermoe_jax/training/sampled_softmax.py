@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from supermoe_jax import config, sharding
 from supermoe_jax.batch import Batch
 from supermoe_jax.models.supermoe import SuperMoE
+
+if TYPE_CHECKING:  # loaded only by a config that names a memory
+  from supermoe_jax.layers.memory.remembered import Remembered
 
 
 def draw_items(how: str, items: int, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -70,6 +73,7 @@ def sampled_softmax(
   others: jax.Array,
   drawn: jax.Array,
   log_count: jax.Array,
+  remembered: tuple[Remembered, ...] = (),
 ) -> jax.Array:
   """Returns −log P(any of a site's targets), by N shared values: an estimate of the full softmax's loss.
 
@@ -77,15 +81,23 @@ def sampled_softmax(
   correction). A drawn value that is one of a site's own targets does not count against it. So the loss and its gradient
   converge to the full softmax's as N grows.
 
-  Shapes: `state [..., D]`, `own [..., m, D]`, `target [..., m]` (different codes, 0 for none but the first),
+  With K kinds of counts `remembered`, the last K numbers of a state are their gains, and the scores are exact for all
+  targets and drawn values.
+
+  Shapes: `state [..., D + K]`, `own [..., m, D]`, `target [..., m]` (different codes, 0 for none but the first),
   `others [N, D]`, `drawn, log_count [N]` → `[...]`; `own` holds the rows of `target`, and `others` the rows of `drawn`.
 
   Source: importance sampling of a softmax, https://doi.org/10.1109/TNN.2007.912312; log-Q correction for retrieval,
   https://doi.org/10.1145/3298689.3346996.
   """
   there = (target > 0) | (jnp.arange(target.shape[-1]) == 0)  # a site without a target has the row of code 0
-  mine = jnp.where(there, jnp.einsum("...d,...md->...m", state, own), -jnp.inf)
+  state, gains = state[..., : others.shape[1]], state[..., others.shape[1] :]
+  mine, theirs = jnp.einsum("...d,...md->...m", state, own), state @ others.T
+  for k, counts in enumerate(remembered):
+    mine += gains[..., k, None] * counts.logs_at(target)
+    theirs += gains[..., k, None] * counts.logs_of(drawn)
+  mine = jnp.where(there, mine, -jnp.inf)
   among = functools.reduce(jnp.logical_or, (drawn == target[..., i, None] for i in range(target.shape[-1])))
-  scores = jnp.where(among, -jnp.inf, state @ others.T - log_count)
+  scores = jnp.where(among, -jnp.inf, theirs - log_count)
   every = jax.nn.logsumexp(jnp.concatenate([mine, scores], axis=-1), axis=-1)
   return every - jax.nn.logsumexp(mine, axis=-1)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from supermoe_jax.training.optimizer import make_optimizer, schedule
 from supermoe_jax.training.row_optimizers import RowState
 from supermoe_jax.training.step_metrics import StepMetrics
 from supermoe_jax.training.task_losses import TaskStatistics
+
+if TYPE_CHECKING:  # loaded only by a config that names a memory
+  from supermoe_jax.layers.memory.head_memory import FollowRows
 
 # Training settings that the compiled step does not depend on.
 RUN_ONLY: tuple[str, ...] = ("seed", "workers", "checkpoint_every", "checkpoints_kept", "validate", "log_every")
@@ -87,15 +90,21 @@ def abstract_model(cfg: config.Config, schema: Schema, platform: str | None = No
 
 
 def create_state(
-  cfg: config.Config, schema: Schema, mesh: Mesh, answers: Mapping[str, np.ndarray] | None = None
+  cfg: config.Config,
+  schema: Schema,
+  mesh: Mesh,
+  answers: Mapping[str, np.ndarray] | None = None,
+  followers: Mapping[str, FollowRows] | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
   """Returns the model's structure and a new state, created in its place on the mesh; no host ever holds all of it.
 
-  The heads of the tasks in `answers` start at these constant answers `[outputs]`, see `task_statistics.Measured`.
+  The heads of the tasks in `answers` start at these constant answers `[outputs]`, see `task_statistics.Measured`. The
+  heads of the tasks in `followers` remember these counts; without them, a memory of followers is empty.
   """
   program = compiled_program(cfg, schema, mesh)
   with jax.set_mesh(mesh):
-    state = program.initial(jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed), dict(answers or {}))
+    keys = jax.random.key(cfg.train.seed), jax.random.PRNGKey(cfg.train.seed)
+    state = program.initial(*keys, dict(answers or {}), dict(followers or {}))
   everywhere = NamedSharding(mesh, PartitionSpec())
   return program.graph, state._replace(weighting=jax.device_put(initial_weights(cfg), everywhere))
 
@@ -104,7 +113,7 @@ def abstract_state(cfg: config.Config, schema: Schema, mesh: Mesh) -> TrainState
   """Returns the shapes and layouts of the state, without allocating it; a checkpoint is restored into them."""
   program, seed = compiled_program(cfg, schema, mesh), cfg.train.seed
   with jax.set_mesh(mesh):  # the keys are made inside `eval_shape`, since the mesh's devices may not exist
-    shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed), {}))
+    shapes = jax.eval_shape(lambda: program.initial(jax.random.key(seed), jax.random.PRNGKey(seed), {}, {}))
   return jax.tree.map(
     lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, program.layouts
   )
@@ -123,13 +132,13 @@ class StepProgram(NamedTuple):
   Attributes:
     graph: the model's structure.
     layouts: a `TrainState` of layouts.
-    initial: `(key of the parameters, key of the training, the heads' first answers) → TrainState`.
+    initial: `(key of the parameters, key of the training, the heads' first answers, followers) → TrainState`.
     step: see `make_step`.
   """
 
   graph: nnx.GraphDef
   layouts: TrainState
-  initial: Callable[[jax.Array, jax.Array, dict[str, np.ndarray]], TrainState]
+  initial: Callable[[jax.Array, jax.Array, dict[str, np.ndarray], dict[str, FollowRows]], TrainState]
   step: Step
 
 
@@ -162,10 +171,17 @@ def _program(key: _ProgramKey) -> StepProgram:
   optimizer, mover = make_optimizer(cfg.train), row_optimizers.make_row_optimizer(cfg.train.tables)
   weigher = weighting.make_weigher(cfg.train.weighting, cfg.active_tasks)
 
-  def initial(parameters: jax.Array, training: jax.Array, answers: Mapping[str, jax.Array]) -> TrainState:
+  def initial(
+    parameters: jax.Array,
+    training: jax.Array,
+    answers: Mapping[str, jax.Array],
+    followers: Mapping[str, FollowRows],
+  ) -> TrainState:
     made = model_constructor(cfg, schema, platform)(parameters)
     for name, answer in answers.items():
       made.heads[name].start_at(answer)
+    for name, rows in followers.items():
+      made.memories[name].fill(rows)
     model = nnx.state(made)
     moments = optimizer.init(nnx.filter_state(model, nnx.Param))
     slots = {n: table_step.row_state(mover, v, cfg.model.d_model) for n, v in table_step.table_values(model).items()}
@@ -215,12 +231,14 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
 
   def step(state: TrainState, batch: Batch, statistics: Mapping[str, TaskStatistics]) -> tuple[TrainState, StepMetrics]:
     key = jax.random.fold_in(state.key, state.step)
-    rows, params, biases = nnx.split_state(state.model, TableRows, nnx.Param, BalanceBias)
+    # What remains are counts that heads remember, which no step changes.
+    rows, params, biases, counts = nnx.split_state(state.model, TableRows, nnx.Param, BalanceBias, ...)
     plan = table_step.plan_tables(graph, state.model, batch, key)
     found = plan.fetch(table_step.table_values(rows))
 
     def merged(params: nnx.State, found: dict[str, jax.Array]) -> SuperMoE:
-      return nnx.merge(graph, table_step.with_table_values(rows, plan.readable(found)), params, biases, copy=True)
+      tables = table_step.with_table_values(rows, plan.readable(found))
+      return nnx.merge(graph, tables, params, biases, counts, copy=True)
 
     routing = None  # of the whole batch, which the regularisers of its parts depend on
     if cfg.train.accumulate > 1 and regularised:
@@ -280,7 +298,8 @@ def make_step(cfg: config.Config, graph: nnx.GraphDef, mesh: Mesh, layouts: Any)
     weights = kept_if_finite(weigher.update(state.weighting, seen), state.weighting)
     # Only the scanned MoE layers have biases: one variable [M, E], or none.
     balanced = jax.tree.map(lambda bias: rebalanced(bias, told.sums.routing.load, cfg.train.balance_rate), biases)
-    model = nnx.merge_state(moved, table_step.with_table_values(rows, after), kept_if_finite(balanced, biases))
+    tables = table_step.with_table_values(rows, after)
+    model = nnx.merge_state(moved, tables, kept_if_finite(balanced, biases), counts)
     skipped = (~finite).astype(jnp.int32)
     metrics = step_metrics.make_step_metrics(
       told,

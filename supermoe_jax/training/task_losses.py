@@ -9,7 +9,7 @@ gradient of its loss reaches the representation or a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from supermoe_jax.models.encoder import Encoded
 from supermoe_jax.models.supermoe import SuperMoE, safe_value
 from supermoe_jax.training.answer_forms import form_by_loss
 from supermoe_jax.training.sampled_softmax import drawing_rows, log_expected_count, sampled_softmax
+
+if TYPE_CHECKING:  # loaded only by a config that names a memory
+  from supermoe_jax.layers.memory.remembered import Remembered
 
 
 class TaskStatistics(NamedTuple):
@@ -163,7 +166,8 @@ def _loss_of_answers(
   if task.answer == "catalogue":
     also = jnp.where(jnp.asarray(targets.known)[..., None], targets.also, 0)
     right = jnp.concatenate([value[..., None], also], axis=-1)
-    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, right, drawn, scale)
+    remembered = model.remembered(name, encoded, events=events)
+    loss = _next_value_loss(model, name, cast(config.NextEvent, task), answers, right, remembered, drawn, scale)
   else:
     loss = form_by_loss(task).loss(answers, value)
   return task_loss(targets, loss, weight)
@@ -175,6 +179,7 @@ def _next_value_loss(
   task: config.NextEvent,
   state: jax.Array,
   right: jax.Array,
+  remembered: tuple[Remembered, ...],
   drawn: Mapping[str, jax.Array],
   scale: jax.Array | float,
 ) -> jax.Array:
@@ -183,7 +188,8 @@ def _next_value_loss(
   assert isinstance(head, NextValueHead)
   if task.softmax == "full":
     whole = head.catalogue(table)
-    return catalogue.cross_entropy(state, right, whole._replace(rows=scaled_gradient(whole.rows, scale)))
+    whole = whole._replace(rows=scaled_gradient(whole.rows, scale))
+    return catalogue.cross_entropy(state, right, whole, remembered=remembered)
   every = drawing_rows(len(drawn[name]), task.negatives)
   # Look all rows up before some are left out, since the remaining rows may not divide over the batch's devices.
   codes, vectors = drawn[name][::every].reshape(-1), scaled_gradient(table(drawn[name]), scale)[::every]
@@ -191,7 +197,8 @@ def _next_value_loss(
   others = sharding.constrain(vectors.reshape(codes.size, -1), None, None)
   flat = sharding.constrain(codes, None)
   log_count = log_expected_count(task.sampling, flat - 2, table.size - 2, codes.size)
-  return sampled_softmax(state, scaled_gradient(table(right), scale), right, others, flat, log_count)
+  own = scaled_gradient(table(right), scale)
+  return sampled_softmax(state, own, right, others, flat, log_count, remembered)
 
 
 class Representation(NamedTuple):

@@ -17,6 +17,7 @@ from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.layers.routing import BalanceBias
 from supermoe_jax.training import loop, task_statistics
 from supermoe_jax.training.checkpoints.checkpoint import Checkpoints, CheckpointWriter
+from supermoe_jax.training.memory_counts import count_followers
 from supermoe_jax.training.run import Run
 from supermoe_jax.training.step import TrainState, abstract_state, compiled_program, create_state, place_on_mesh
 from supermoe_jax.training.step_metrics import StepMetrics
@@ -53,8 +54,12 @@ def settled(every_task: config.Config, *settings: str) -> config.Config:
 
 @pytest.fixture(scope="module")
 def few(every_task: config.Config) -> config.Config:
-  """A full and a sampled softmax, and a task about snapshots."""
-  return settled(every_task, only(every_task, "next_page", "sampled", "quiet"))
+  """A full and a sampled softmax, both with a memory, and a task about snapshots."""
+  memory = (
+    "--config.tasks.next_page.memory=('repeat', 'follow')",
+    "--config.tasks.sampled.memory=('follow', 'recent')",
+  )
+  return settled(every_task, only(every_task, "next_page", "sampled", "quiet"), *memory)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def trained(
   cfg = on(cfg, sizes)
   mesh = device_mesh.make_mesh(cfg.train.mesh)
   if saved is None:
-    _, state = create_state(cfg, dataset.schema, mesh)
+    _, state = create_state(cfg, dataset.schema, mesh, followers=count_followers(dataset, cfg))
   else:
     found = Checkpoints(saved).restore(abstract_state(cfg, dataset.schema, mesh))
     assert found is not None

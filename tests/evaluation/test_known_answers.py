@@ -19,7 +19,7 @@ from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_
 from supermoe_jax.data.encoding.splits import TEST, TRAIN, VALIDATION
 from supermoe_jax.data.tasks.labels import Labels
 from supermoe_jax.errors import ConfigError
-from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics, results_table
+from supermoe_jax.evaluation import baselines, evaluate, event_experts, metrics, ranking, results_table
 from supermoe_jax.evaluation.ranking import target_ranks
 from supermoe_jax.layers.catalogue import Catalogue
 
@@ -172,6 +172,7 @@ class FakeRun:
       expert=self.padded(self.expert, features, 1),
       task_expert=None if self.task_expert is None else self.padded(self.task_expert, features, 1),
       gate=None if self.gate is None else self.padded(self.gate, features),
+      remembered={},
     )
 
   def catalogue(self, task: str):
@@ -247,7 +248,7 @@ def test_every_kind_has_the_metrics_of_its_form(make_run) -> None:
 
 def test_a_value_seen_before_is_neither_recommended_nor_counted_as_better(make_run, monkeypatch) -> None:
   """Of several values that are right, the best one is ranked without the others."""
-  monkeypatch.setattr(evaluate, "RANKED_AT_ONCE", 24)  # so that it takes several parts
+  monkeypatch.setattr(ranking, "RANKED_AT_ONCE", 24)  # so that it takes several parts
   run = make_run(exclude_seen=True)
   task = evaluate.evaluate(run, progress=False, write=False)["splits"]["test"]["next_page"]
   label, rows = run.labels["next_page"], np.asarray(run.items.rows).reshape(-1, 4)[2 : 2 + ITEMS]

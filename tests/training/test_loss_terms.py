@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from supermoe_jax import config
 from supermoe_jax.batch import Batch, Targets
+from supermoe_jax.layers.memory.remembered import Remembered
 from supermoe_jax.models.supermoe import safe_value
 from supermoe_jax.training import losses, task_losses, task_statistics
 from supermoe_jax.training.answer_forms import FORMS
@@ -132,6 +133,38 @@ def test_the_gradient_of_a_sampled_softmax_converges_to_that_of_the_full_one(how
   # The estimate of a logarithm is biased by 1 / draws, and by nothing else.
   assert bias[8] > 3 * bias[64] > 9 * max(bias[512] - 3 * noise, 0)
   assert bias[512] < 3 * noise + 0.02 * float(jnp.linalg.norm(wanted))
+
+
+def test_a_sampled_softmax_scores_what_is_remembered_exactly() -> None:
+  rng = np.random.default_rng(0)
+  rows, sites, items, d, draws = 2, 3, 30, 4, 12
+  remembered = Remembered(
+    rng.random((rows, sites, 5)).astype(np.float32),
+    rng.integers(0, items, (rows, 5, 6)).astype(np.int32),
+    rng.random((rows, 5, 6)).astype(np.float32),
+  )
+  counts = np.zeros((rows, sites, items))
+  for b, s, event, c in np.ndindex(rows, sites, 5, 6):
+    code = remembered.code[b, event, c]
+    counts[b, s, code] += (code > 0) * remembered.weight[b, s, event] * remembered.number[b, event, c]
+  vectors, state = rng.normal(size=(items, d)), rng.normal(size=(rows, sites, d + 1))
+  target = rng.integers(2, items, (rows, sites, 2)) * np.array([1, 0])
+  target[0, :, 1] = 1 + target[0, :, 0]
+  drawn, log_count = np.append(rng.integers(2, items, draws - 2), [7, 7]), rng.normal(size=draws)
+  score = state[..., :d] @ vectors.T + state[..., d:] * np.log1p(counts)
+  found = sampled_softmax(
+    *(jnp.asarray(x, jnp.float32) for x in (state, vectors[target])),
+    target,
+    vectors[drawn],
+    drawn,
+    log_count,
+    (remembered,),
+  )
+  for b, s in np.ndindex(rows, sites):
+    own = [score[b, s, t] for i, t in enumerate(target[b, s]) if t or not i]
+    others = [score[b, s, j] - q for j, q in zip(drawn, log_count) if j not in target[b, s]]
+    wanted = np.logaddexp.reduce(own + others) - np.logaddexp.reduce(own)
+    assert float(found[b, s]) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_info_nce_equals_a_plain_loop() -> None:

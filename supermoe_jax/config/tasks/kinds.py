@@ -35,6 +35,9 @@ class NextEvent(LabelledTask):
   ties: Literal["auto", "set", "order"] = "auto"  # simultaneous events
   where: str = ""  # only events that fulfil the condition are asked about; see `config.tasks.condition`
   most_values: int = 32  # set: values of a moment that count; more are left out, the first of the files stay
+  # Counts that add to the scores, each with a gain that the state decides: "repeat", the user's own earlier values;
+  # "recent", the same with less weight for older ones; "follow", values that followed the user's last ones in training.
+  memory: tuple[str, ...] = ()
 
   @property
   def answer(self) -> Answer:

@@ -21,6 +21,7 @@ NOT_PREPARED = (
   "sampling",
   "ties",
   "most_values",
+  "memory",
   "sample_space",
   "in_space_weight",
   "out_space_weight",

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
+from supermoe_jax.data.dataset import followers, pair_counts
+from supermoe_jax.data.dataset.followers import followers_of, gain_of_ranks
+from supermoe_jax.data.dataset.pair_counts import DECAY, FollowCounts, PairSetting
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
-from supermoe_jax.evaluation import ranking_baselines
-from supermoe_jax.evaluation.ranking_baselines import DECAY, CoOccurrence, CoOccurrenceSetting
 
 ITEMS = 7
 
@@ -64,12 +66,12 @@ def test_ranks_are_those_of_a_plain_reference(seed: int, simultaneous: bool, con
   log, rng = SmallLog(seed), np.random.default_rng(seed)
   asked = odd_times if conditioned else None
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(ranking_baselines, "WINDOWS", (2, 5))
-    patch.setattr(ranking_baselines, "AT_ONCE", 7)
-    patch.setattr(ranking_baselines, "COLLECTED", 20)
-    patch.setattr(ranking_baselines, "SCORES_AT_ONCE", 3 * ITEMS)
-    found = CoOccurrence(log, "item", simultaneous=simultaneous, asked=asked)
-  found.setting = CoOccurrenceSetting(int(rng.choice([2, 5])), 0.25, 0.5, 0.15, 0.7, 3)
+    patch.setattr(pair_counts, "WINDOWS", (2, 5))
+    patch.setattr(pair_counts, "AT_ONCE", 7)
+    patch.setattr(pair_counts, "COLLECTED", 20)
+    patch.setattr(pair_counts, "SCORES_AT_ONCE", 3 * ITEMS)
+    found = FollowCounts(log, "item", simultaneous=simultaneous, asked=asked)
+  found.setting = PairSetting(int(rng.choice([2, 5])), 0.25, 0.5, 0.15, 0.7, 3)
   setting = found.setting
   weights, counts = reference_weights(log, setting.window, simultaneous, asked)
   n = np.maximum(counts, 1)
@@ -99,12 +101,12 @@ def test_ranks_are_those_of_a_plain_reference(seed: int, simultaneous: bool, con
 
 def test_what_users_do_after_the_training_period_is_not_counted() -> None:
   log = SmallLog(3)
-  before = CoOccurrence(log, "item", simultaneous=False)
+  before = FollowCounts(log, "item", simultaneous=False)
   for history in log.users:
     history.codes[history.n_train :] = 2
-  after = CoOccurrence(log, "item", simultaneous=False)
+  after = FollowCounts(log, "item", simultaneous=False)
   assert before.pairs == after.pairs > 0
-  for window in ranking_baselines.WINDOWS:
+  for window in pair_counts.WINDOWS:
     np.testing.assert_array_equal(before._follow[window].toarray(), after._follow[window].toarray())
 
 
@@ -116,11 +118,42 @@ def test_validation_chooses_the_setting_that_ranks_it_best() -> None:
     codes = np.resize(pattern, (12, 1)).astype(np.int32)
     none = np.zeros((12, 0), np.float32)
     log.users[u] = UserHistory(history.user, np.arange(12), np.zeros(12, np.int32), codes, none, 12)
-  found = CoOccurrence(log, "item", simultaneous=False)
+  found = FollowCounts(log, "item", simultaneous=False)
   questions = [Query(u, str(u), 0, 0, 5 + u % 4, 0) for u in range(60)]
   target = np.array([log.users[q.user].codes[q.n_events] for q in questions])
   start = found.ranks(questions, target)
-  chosen = found.tune(questions, target, None, 1)
-  assert chosen != CoOccurrenceSetting() and chosen.window == min(ranking_baselines.WINDOWS)
+  chosen = found.tune(questions, target, None, lambda ranks: gain_of_ranks(ranks, 1))
+  assert chosen != PairSetting() and chosen.window == min(pair_counts.WINDOWS)
   assert np.mean(found.ranks(questions, target) == 1) == 1 > np.mean(start == 1)
   assert found.described() == {**vars(chosen), "users": 60, "pairs": found.pairs}
+
+
+@pytest.mark.parametrize(("width", "at_once"), [(2, 5), (4, 10**6), (ITEMS + 3, 1)])
+def test_the_followers_of_a_value_are_those_with_the_largest_counts(
+  width: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(followers, "SORTED_AT_ONCE", at_once)
+  counts = FollowCounts(SmallLog(5), "item", simultaneous=False)
+  counts.setting = PairSetting(10, 0.25, 0.5, 0.15)
+  scores = counts.damped(counts.setting).toarray()
+  scores[2, 3] = scores[2, 1]  # equal ones follow each other by their code
+  counts.damped = lambda setting: sparse.csr_array(scores)
+  found = followers_of(counts, width)
+  total = np.sum(found.number[2:].sum(axis=1) * counts.count) / counts.count.sum() * np.sum(0.7 ** np.arange(20))
+  assert total == pytest.approx(ITEMS)
+  scale = found.out[2] * np.maximum(counts.count[0], 1) ** 0.5
+  assert found.code.shape == found.number.shape == (ITEMS + 2, width)
+  assert not found.code[:2].any() and not found.out[:2].any() and not found.into[:2].any()
+  for item, own in enumerate(scores):
+    order = [j for j in sorted(range(ITEMS), key=lambda j: (-own[j], j)) if own[j] > 0][:width]
+    assert [j + 2 for j in order] == found.code[item + 2, : len(order)].tolist()
+    assert not found.code[item + 2, len(order) :].any() and not found.number[item + 2, len(order) :].any()
+    np.testing.assert_allclose(found.number[item + 2, : len(order)], own[order] * scale, rtol=1e-5)
+  _, n = reference_weights(SmallLog(5), 1, False)
+  np.testing.assert_allclose(found.out[2:], scale * np.maximum(n, 1) ** -0.5, rtol=1e-5)
+  np.testing.assert_allclose(found.into[2:], np.maximum(n, 1) ** -0.15, rtol=1e-6)
+
+
+def test_gain_is_the_mean_over_questions_up_to_the_cutoff() -> None:
+  assert gain_of_ranks(np.array([1.0, 3.0, 11.0, np.inf])) == pytest.approx((1 + 0.5) / 4)
+  assert gain_of_ranks(np.zeros(0)) == 0
