@@ -109,6 +109,9 @@ def metric_tables(run: RunFiles) -> list[dict[str, Any]]:
         about += f"; any value of the next moment is right, {task['right_values']:.1f} a question"
       if task.get("full_moments"):
         about += f" ({percent(task['full_moments'])} of the questions have most_values of them, and more may be cut)"
+      if memory := task.get("memory"):
+        gains = ", ".join(f"{kind} {of['gain']:.2f} ± {of['spread']:.2f}" for kind, of in memory.items())
+        about += f"; gains of what the head remembers, mean and spread over questions: {gains}".replace("-", "−")
       if models := task.get("fitted"):
         fitted = next(iter(models.values()))  # the models of a task are fitted on the same snapshots
         about += (

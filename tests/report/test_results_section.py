@@ -59,6 +59,16 @@ def test_the_metrics_say_what_the_models_on_aggregates_were_fitted_on() -> None:
   )
 
 
+def test_the_metrics_say_how_much_a_head_takes_from_its_memory() -> None:
+  memory = {"repeat": {"gain": -0.514, "spread": 0.02}, "follow": {"gain": 1.256, "spread": 0.3}}
+  task = {"labels": 900, "metrics": {}, "baselines": {}, "memory": memory}
+  (split,) = results_section.metric_tables(types.SimpleNamespace(evaluation={"splits": {"test": {"next": task}}}))
+  assert split["tasks"][0]["about"] == (
+    "900 labels; gains of what the head remembers, mean and spread over questions: repeat −0.51 ± 0.02, "
+    "follow 1.26 ± 0.30"
+  )
+
+
 def test_the_labels_of_a_time_to_an_event_are_described_with_their_shares_by_day() -> None:
   by_day = [{"days": 7.0, "predicted": 0.25, "observed": 0.3}, {"days": 28.0, "predicted": 0.5, "observed": 0.61}]
   task = {"labels": 900, "observed": 0.4, "by_day": by_day, "metrics": {"concordance": 0.7}, "baselines": {}}
