@@ -11,12 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import ABSENT
+from supermoe_jax.batch import ABSENT, FIRST_VALUE
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.pair_counts import FollowCounts
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.tasks.event_condition import EventCondition, event_condition
 from supermoe_jax.evaluation import metrics
+
+# Days before a question in which values may be popular, the usual one first; and users whose events count, at most.
+LATELY_DAYS = (28, 7, 1)
+COUNTED_USERS = 50_000
+READ_AT_ONCE = 1024
+DAY = 86_400_000_000  # microseconds
 
 
 class RankingBaselines:
@@ -27,6 +33,7 @@ class RankingBaselines:
     self._dataset, self._cfg = dataset, cfg
     self._pairs: dict[str, FollowCounts] = {}
     self._conditions: dict[str, EventCondition | None] = {}
+    self._days: dict[str, int] = {}
 
   def ranks(
     self,
@@ -39,8 +46,9 @@ class RankingBaselines:
   ) -> dict[str, np.ndarray]:
     """Returns the ranks of each question's best target by each baseline, float `[n]`.
 
-    The questions of the split `validation` also choose the setting of the co-occurrence, so that its ranks there are a
-    little too good. Splits that are asked before it, or without it, have the usual setting.
+    The questions of the split `validation` also choose the setting of the co-occurrence and the days of what is popular
+    lately, so that ranks there are a little too good. Splits that are asked before it, or without it, have the usual
+    settings.
 
     Args:
       name: the task's name.
@@ -60,12 +68,17 @@ class RankingBaselines:
     if seen is None:
       own = personal_ranks(self._dataset, task.field, questions, target, self._conditions[name])
       out["own most frequent"], out["own most recent"] = own
+    cutoff = max(self._cfg.evaluate.cutoffs)
+
+    def score(ranks: np.ndarray) -> float:
+      return metrics.ranking_metrics(ranks, (cutoff,))[f"ndcg@{cutoff}"] or 0.0
+
+    if self._cfg.data.split.mode != "leave_one_out":  # whose users each have a time of their own
+      lately = recently_popular(self._dataset, task.field, questions, target, seen, self._conditions[name])
+      if split == "validation":
+        self._days[name] = max(LATELY_DAYS, key=lambda days: score(lately[days]))  # the first of equal ones
+      out["popular lately"] = lately[self._days.get(name, LATELY_DAYS[0])]
     if split == "validation":
-      cutoff = max(self._cfg.evaluate.cutoffs)
-
-      def score(ranks: np.ndarray) -> float:
-        return metrics.ranking_metrics(ranks, (cutoff,))[f"ndcg@{cutoff}"] or 0.0
-
       self._pairs[name].tune(questions, target, seen, score)
     out["co-occurrence"] = self._pairs[name].ranks(questions, target, seen)
     return out
@@ -95,6 +108,46 @@ def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> n
     if len(right):
       rank[i] = right.min() - 1 - np.sum((hidden >= 2) & (hidden < right.min()))
   return rank
+
+
+def recently_popular(
+  dataset: Dataset,
+  field: str,
+  questions: Sequence[Query],
+  target: np.ndarray,
+  seen: Sequence[np.ndarray] | None,
+  asked: EventCondition | None = None,
+) -> dict[int, np.ndarray]:
+  """Returns the ranks of targets by how many events had them in the days before the question: float `[n]` by days.
+
+  All users' events before the question count, those after the training period too. Values of equal counts follow each
+  other by their frequency in the training period. Other arguments as in `personal_ranks` and `popularity_ranks`.
+  """
+  moments, place = np.unique([q.time for q in questions], return_inverse=True)
+  column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
+  counts = {days: np.zeros((len(moments), n_codes), np.int64) for days in LATELY_DAYS}
+  users = min(len(dataset), COUNTED_USERS)
+  for start in range(0, users, READ_AT_ONCE):
+    block = dataset.histories(np.arange(start, min(start + READ_AT_ONCE, users)))
+    codes = block.codes[:, column]
+    if asked is not None:
+      fulfils = [asked(block.history(u)) for u in range(len(block.users))]
+      codes = np.where(np.concatenate([np.zeros(0, bool), *fulfils]), codes, ABSENT)
+    for m, time in enumerate(moments):
+      for days, total in counts.items():
+        there = (block.time < time) & (block.time >= time - days * DAY)
+        total[m] += np.bincount(codes[there], minlength=n_codes)
+  right = target.reshape(len(target), -1)
+  out = {days: np.full(len(target), np.inf) for days in LATELY_DAYS}
+  for i, m in enumerate(place):
+    hidden = np.zeros(0, np.int64) if seen is None else seen[i][seen[i] >= FIRST_VALUE] - FIRST_VALUE
+    wanted = right[i][right[i] >= FIRST_VALUE] - FIRST_VALUE
+    wanted = wanted[~np.isin(wanted, hidden)]
+    for days, total in counts.items() if len(wanted) else ():
+      own = total[m, FIRST_VALUE:].copy()
+      own[hidden] = -1  # behind every value that can be recommended
+      out[days][i] = _place(own, wanted)
+  return out
 
 
 def personal_ranks(

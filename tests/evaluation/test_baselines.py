@@ -4,10 +4,12 @@ import pathlib
 import types
 
 import numpy as np
+import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.snapshot_batches import Query
+from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
 from supermoe_jax.data.preparation import prepare
 from supermoe_jax.evaluation import baselines, ranking_baselines
 from tests.fixtures.small_log import raw_config, write_log
@@ -54,6 +56,47 @@ def test_own_frequency_counts_the_events_that_the_question_is_about() -> None:
     assert ranking_baselines.personal_ranks(Often(), "item", after_all, np.array([item]))[0].tolist() == [among_all]
     found = ranking_baselines.personal_ranks(Often(), "item", after_all, np.array([item]), lambda earnest: earnest)
     assert found[0].tolist() == [among_earnest]
+
+
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_what_is_popular_lately_counts_the_days_before_the_question(
+  at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(ranking_baselines, "READ_AT_ONCE", at_once)
+  rng, items, day = np.random.default_rng(0), 8, ranking_baselines.DAY
+  histories = []
+  for u in range(9):
+    n = int(rng.integers(1, 30))
+    time, codes = np.sort(rng.integers(0, 60 * day, n)), rng.integers(0, items + 2, (n, 1)).astype(np.int32)
+    histories.append(UserHistory(str(u), time, np.zeros(n, np.int32), codes, np.zeros((n, 0), np.float32), n))
+
+  class Log(OneUser):
+    schema = types.SimpleNamespace(field=lambda name: 0, categorical={"item": items + 2})
+
+    def __len__(self) -> int:
+      return len(histories)
+
+    def histories(self, users: np.ndarray) -> UserBlock:
+      return end_to_end([histories[u] for u in users])
+
+  questions = [Query(0, "0", 0, int(t), 1, 0) for t in (40 * day, 50 * day, histories[2].time[-1], 40 * day) * 6]
+  target, seen = rng.integers(0, items + 2, (24, 2)), [rng.integers(0, items + 2, 2) for _ in range(24)]
+
+  def late(history: UserHistory) -> np.ndarray:
+    return history.time % 2 == 0
+
+  for hidden, asked in ((None, None), (seen, None), (None, late)):
+    found = ranking_baselines.recently_popular(Log(), "item", questions, target, hidden, asked)
+    for days in (28, 7, 1):
+      for i, question in enumerate(questions):
+        counts = np.zeros(items + 2)
+        for history in histories:
+          for time, (code,) in zip(history.time, history.codes):
+            counts[code] += question.time - days * day <= time < question.time and (asked is None or time % 2 == 0)
+        out = set() if hidden is None else set(hidden[i])
+        order = sorted((c for c in range(2, items + 2) if c not in out), key=lambda c: (-counts[c], c))
+        wanted = [order.index(t) + 1 for t in target[i] if t in order]
+        assert found[days][i] == min(wanted, default=np.inf)
 
 
 def test_a_user_gives_the_last_snapshot_and_others_that_a_seed_draws() -> None:

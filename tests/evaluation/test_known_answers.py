@@ -262,7 +262,7 @@ def test_a_value_seen_before_is_neither_recommended_nor_counted_as_better(make_r
     popular.append(np.inf if best is None else 1 + sum(c < min(right) for c in others))
   assert task["unseen_in_training"] == np.sum((label.value[label.known] < 2) & (run.also[label.known] < 2).all(axis=1))
   assert task["metrics"] == pytest.approx(metrics.ranking_metrics(np.array(rank), (2, 5)))
-  assert list(task["baselines"]) == ["most popular", "co-occurrence"]
+  assert list(task["baselines"]) == ["most popular", "popular lately", "co-occurrence"]
   assert task["baselines"]["most popular"] == pytest.approx(metrics.ranking_metrics(np.array(popular), (2, 5)))
 
 
@@ -281,7 +281,7 @@ def test_each_kind_is_compared_with_its_baselines(make_run) -> None:
   run = make_run()
   tasks = evaluate.evaluate(run, progress=False)["splits"]["test"]
   assert {n: list(t["baselines"]) for n, t in tasks.items()} == {
-    "next_page": ["most popular", "own most frequent", "own most recent", "co-occurrence"],
+    "next_page": ["most popular", "own most frequent", "own most recent", "popular lately", "co-occurrence"],
     "click": ["constant"],
     "dwell": ["constant"],
     "quiet": ["constant", "aggregates + logistic", "aggregates + boosted trees"],
