@@ -279,7 +279,7 @@ def test_rows_that_draw_need_not_divide_over_the_devices(
   right = jax.random.randint(KEY, (24, 5, 2), 2, 9).at[:, ::2, 1].set(0)
 
   def loss(state: jax.Array) -> jax.Array:
-    return task_losses._next_value_loss(sampling, "sampled", task, state, right, drawn, 1.0)
+    return task_losses._next_value_loss(sampling, "sampled", task, state, right, (), drawn, 1.0)
 
   wanted = jax.jit(loss)(state)
   with jax.set_mesh(device_mesh.make_mesh(config.Mesh(8))):
