@@ -6,8 +6,9 @@ The licence of the data forbids shipping them; name the folder that holds ml-100
     supermoe train --config experiments/movielens_100k.py:FOLDER --workdir runs/movielens_100k
     supermoe evaluate --workdir runs/movielens_100k
 
-On 2 cores of an AMD EPYC 5.6 minutes beside other work. Test: NDCG@10 .0925, HR@10 .1782; 3 of the 943 films asked for
-are unseen in training and count as misses.
+Test, seeds 0, 1 and 2: NDCG@10 .1205, .1262 and .1182, HR@10 .2322, .2386 and .2238. Counts of films that follow each
+other have .1176 and .2163. 3 of the 943 films asked for are unseen in training and count as misses. Training took 10 to
+15 minutes on one core of an AMD EPYC, beside other work. Without a memory version 0.1.0 had .0925 and .1782.
 """
 
 import pathlib
@@ -36,7 +37,8 @@ def get_config(folder: str = "") -> ml_collections.ConfigDict:
     "split": {"mode": "leave_one_out"},
     "aggregates": {"enabled": False},
   }
-  tasks = {"next_film": {"kind": "next_event", "field": "film", "exclude_seen": True}}
+  memory = ("repeat", "follow")
+  tasks = {"next_film": {"kind": "next_event", "field": "film", "exclude_seen": True, "memory": memory}}
   model = {
     "d_model": 64,
     "layers": 2,
