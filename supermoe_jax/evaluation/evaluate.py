@@ -13,7 +13,7 @@ from supermoe_jax import atomic_files, config
 from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.snapshot_batches import Query, QueryBatch
 from supermoe_jax.data.encoding.splits import SPLITS
-from supermoe_jax.data.tasks.labels import Labels
+from supermoe_jax.data.tasks.labels import Labels, right_values
 from supermoe_jax.errors import ConfigError, RunError
 from supermoe_jax.evaluation import baselines, event_experts, influence, metrics, ranking, survival
 from supermoe_jax.evaluation.answer_forms import SurvivalMetrics, form_of
@@ -213,12 +213,6 @@ def _collect(run: Run, split: str, questions: Iterable[QueryBatch], expected: in
   )
 
 
-def right_values(label: Labels, also: np.ndarray) -> np.ndarray:
-  """Returns the codes of each question's right values, int32 `[n, 1 + A]`; 0 where nothing is known."""
-  right = np.concatenate([label.value[:, None], also], axis=1)
-  return np.where(label.known[:, None], right, 0).astype(np.int32)
-
-
 def _task(
   run: Run,
   name: str,
@@ -296,7 +290,7 @@ def _ranking(
   rankings: RankingBaselines | None,
 ) -> tuple[dict[str, Any], ScoredAnswers]:
   value = asked.value
-  right = np.concatenate([value[:, None], collected.also[name][asked.question]], axis=1)
+  right = right_values(collected.labels[name], collected.also[name])[asked.question]
   seen = [collected.seen[name][i] for i in asked.question] if task.exclude_seen else None
   cutoffs = run.cfg.evaluate.cutoffs
   others: dict[str, np.ndarray] = {}
@@ -312,7 +306,7 @@ def _ranking(
     "baselines": {b: metrics.ranking_metrics(rank, cutoffs) for b, rank in others.items()},
   }
   if rankings is not None:
-    out["co_occurrence"] = rankings.described(name)
+    out |= rankings.described(name)
   if task.memory:
     gains = asked.answer[:, -len(task.memory) :]
     out["memory"] = {kind: {"gain": float(g.mean()), "spread": float(g.std())} for kind, g in zip(task.memory, gains.T)}

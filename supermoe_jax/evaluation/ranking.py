@@ -19,7 +19,6 @@ from supermoe_jax.training.run import Run
 if TYPE_CHECKING:  # loaded only by a config that names a memory
   from supermoe_jax.layers.memory.remembered import Remembered
 
-
 # Questions to rank at a time.
 RANKED_AT_ONCE = 1024
 
@@ -109,20 +108,27 @@ class QuestionRanks:
       (state, target - FIRST_VALUE, hidden, jax.tree.map(lambda x: np.asarray(x)[: len(state)], tuple(remembered)))
     )
     if sum(len(part[0]) for part in self._waiting) >= RANKED_AT_ONCE:
-      self._rank_waiting()
+      self._rank_waiting(RANKED_AT_ONCE)
 
-  def _rank_waiting(self) -> None:
+  def _rank_waiting(self, at_least: int) -> None:
+    """Ranks the questions that wait, `RANKED_AT_ONCE` at a time for one program; fewer than `at_least` wait on."""
     if not self._waiting:
       return
     state, target, seen, remembered = zip(*self._waiting)
-    counts = jax.tree.map(lambda *x: np.concatenate(x), *remembered)
     hidden = None if seen[0] is None else [codes for part in seen for codes in part]
-    self._waiting = []
+    waiting = np.concatenate(state), np.concatenate(target), jax.tree.map(lambda *x: np.concatenate(x), *remembered)
+    n, at = len(waiting[0]), 0
     with jax.set_mesh(self._mesh):
-      asked = np.concatenate(state), np.concatenate(target), hidden
-      self._ranks.append(target_ranks(*asked, self._items, self._chunk, counts))
+      while n - at >= max(at_least, 1):
+        part = slice(at, at + RANKED_AT_ONCE)
+        states, targets, counts = jax.tree.map(lambda x, part=part: x[part], waiting)
+        some = None if hidden is None else hidden[part]
+        self._ranks.append(target_ranks(states, targets, some, self._items, self._chunk, counts))
+        at += RANKED_AT_ONCE
+    states, targets, counts = jax.tree.map(lambda x: x[at:], waiting)
+    self._waiting = [(states, targets, None if hidden is None else hidden[at:], counts)] if n > at else []
 
   def ranks(self) -> np.ndarray:
     """Returns the rank of each question so far, float `[n]`."""
-    self._rank_waiting()
+    self._rank_waiting(1)
     return np.concatenate([np.zeros(0), *self._ranks])

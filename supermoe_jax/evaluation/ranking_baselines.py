@@ -12,17 +12,14 @@ import numpy as np
 
 from supermoe_jax import config
 from supermoe_jax.batch import ABSENT, FIRST_VALUE
+from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.dataset.pair_counts import FollowCounts
+from supermoe_jax.data.dataset.pair_counts import AT_ONCE, COUNTED_USERS, FollowCounts, gain_of_ranks
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.tasks.event_condition import EventCondition, event_condition
-from supermoe_jax.evaluation import metrics
 
-# Days before a question in which values may be popular, the usual one first; and users whose events count, at most.
+# Days before a question in which values may be popular, the usual one first.
 LATELY_DAYS = (28, 7, 1)
-COUNTED_USERS = 50_000
-READ_AT_ONCE = 1024
-DAY = 86_400_000_000  # microseconds
 
 
 class RankingBaselines:
@@ -69,23 +66,26 @@ class RankingBaselines:
       own = personal_ranks(self._dataset, task.field, questions, target, self._conditions[name])
       out["own most frequent"], out["own most recent"] = own
     cutoff = max(self._cfg.evaluate.cutoffs)
-
-    def score(ranks: np.ndarray) -> float:
-      return metrics.ranking_metrics(ranks, (cutoff,))[f"ndcg@{cutoff}"] or 0.0
-
-    if self._cfg.data.split.mode != "leave_one_out":  # whose users each have a time of their own
+    if self._cfg.data.split.mode != "leave_one_out":  # whose times may only be places in a sequence
       lately = recently_popular(self._dataset, task.field, questions, target, seen, self._conditions[name])
-      if split == "validation":
-        self._days[name] = max(LATELY_DAYS, key=lambda days: score(lately[days]))  # the first of equal ones
-      out["popular lately"] = lately[self._days.get(name, LATELY_DAYS[0])]
+      if split == "validation":  # of equal ones the first
+        self._days[name] = max(LATELY_DAYS, key=lambda days: gain_of_ranks(lately[days], cutoff))
+      out["popular lately"] = lately[self._days.setdefault(name, LATELY_DAYS[0])]
     if split == "validation":
-      self._pairs[name].tune(questions, target, seen, score)
+      self._pairs[name].tune(questions, target, seen, cutoff)
     out["co-occurrence"] = self._pairs[name].ranks(questions, target, seen)
     return out
 
-  def described(self, name: str) -> dict[str, float]:
-    """Returns the setting of a task's co-occurrence, and the numbers of users and pairs that it counts."""
-    return self._pairs[name].described()
+  def described(self, name: str) -> dict[str, dict[str, float]]:
+    """Returns what a task's baselines were counted on, as `evaluation.json` holds it, by the baseline.
+
+    Of the co-occurrence, the setting and the numbers of users and pairs; of what is popular lately, the days and the
+    number of users.
+    """
+    out = {"co_occurrence": self._pairs[name].described()}
+    if name in self._days:
+      out["popular_lately"] = {"days": self._days[name], "users": min(len(self._dataset), COUNTED_USERS)}
+    return out
 
 
 def popularity_ranks(target: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
@@ -123,31 +123,49 @@ def recently_popular(
   All users' events before the question count, those after the training period too. Values of equal counts follow each
   other by their frequency in the training period. Other arguments as in `personal_ranks` and `popularity_ranks`.
   """
-  moments, place = np.unique([q.time for q in questions], return_inverse=True)
-  column, n_codes = dataset.schema.field(field), dataset.schema.categorical[field]
-  counts = {days: np.zeros((len(moments), n_codes), np.int64) for days in LATELY_DAYS}
-  users = min(len(dataset), COUNTED_USERS)
-  for start in range(0, users, READ_AT_ONCE):
-    block = dataset.histories(np.arange(start, min(start + READ_AT_ONCE, users)))
-    codes = block.codes[:, column]
-    if asked is not None:
-      fulfils = [asked(block.history(u)) for u in range(len(block.users))]
-      codes = np.where(np.concatenate([np.zeros(0, bool), *fulfils]), codes, ABSENT)
-    for m, time in enumerate(moments):
-      for days, total in counts.items():
-        there = (block.time < time) & (block.time >= time - days * DAY)
-        total[m] += np.bincount(codes[there], minlength=n_codes)
-  right = target.reshape(len(target), -1)
+  asked_at = np.array([q.time for q in questions], np.int64)
+  order = np.argsort(asked_at, kind="stable")
+  earliest = asked_at.min(initial=np.iinfo(np.int64).max) - max(LATELY_DAYS) * MICROSECONDS_PER_DAY
+  time, code = _events(dataset, field, asked, earliest, asked_at.max(initial=0))
+  n_codes, right = dataset.schema.categorical[field], target.reshape(len(target), -1)
   out = {days: np.full(len(target), np.inf) for days in LATELY_DAYS}
-  for i, m in enumerate(place):
-    hidden = np.zeros(0, np.int64) if seen is None else seen[i][seen[i] >= FIRST_VALUE] - FIRST_VALUE
-    wanted = right[i][right[i] >= FIRST_VALUE] - FIRST_VALUE
-    wanted = wanted[~np.isin(wanted, hidden)]
-    for days, total in counts.items() if len(wanted) else ():
-      own = total[m, FIRST_VALUE:].copy()
-      own[hidden] = -1  # behind every value that can be recommended
-      out[days][i] = _place(own, wanted)
+  for days, ranks in out.items():
+    ends = np.searchsorted(time, asked_at[order])
+    starts = np.searchsorted(time, asked_at[order] - days * MICROSECONDS_PER_DAY)
+    count, first, last = np.zeros(n_codes, np.int64), 0, 0  # of the events first … last − 1
+    for i, start, end in zip(order, starts, ends):  # moments ascend, so that each event enters and leaves once
+      if end > last:
+        count += np.bincount(code[last:end], minlength=n_codes)
+      if start > first:
+        count -= np.bincount(code[first:start], minlength=n_codes)
+      first, last = start, end
+      hidden = np.zeros(0, np.int64) if seen is None else seen[i][seen[i] >= FIRST_VALUE] - FIRST_VALUE
+      wanted = right[i][right[i] >= FIRST_VALUE] - FIRST_VALUE
+      wanted = wanted[~np.isin(wanted, hidden)]
+      if len(wanted):
+        own = count[FIRST_VALUE:].copy()
+        own[hidden] = -1  # behind every value that can be recommended
+        ranks[i] = _place(own, wanted)
   return out
+
+
+def _events(
+  dataset: Dataset, field: str, asked: EventCondition | None, earliest: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the times and codes of the events of up to `COUNTED_USERS` users in [earliest, end), by time."""
+  column = dataset.schema.field(field)
+  times, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+  users = min(len(dataset), COUNTED_USERS)
+  for start in range(0, users, AT_ONCE):
+    block = dataset.histories(np.arange(start, min(start + AT_ONCE, users)))
+    there = (block.time >= earliest) & (block.time < end)
+    if asked is not None:
+      there &= np.concatenate([np.zeros(0, bool), *(asked(block.history(u)) for u in range(len(block.users)))])
+    times.append(block.time[there])
+    codes.append(block.codes[there, column])
+  time = np.concatenate(times)
+  order = np.argsort(time, kind="stable")
+  return time[order], np.concatenate(codes)[order]
 
 
 def personal_ranks(

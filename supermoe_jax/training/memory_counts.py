@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.dataset.followers import followers, gain_of_ranks
+from supermoe_jax.data.dataset.followers import followers
 from supermoe_jax.data.dataset.pair_counts import DECAY
 from supermoe_jax.distributed import processes
 from supermoe_jax.layers.memory.head_memory import FOLLOWERS, FollowRows, FollowRule
@@ -27,7 +27,7 @@ def count_followers(dataset: Dataset, cfg: config.Config) -> dict[str, FollowRow
   for name, task in cfg.active_views.items():
     if task.answer != "catalogue" or "follow" not in (asked := cast(config.NextEvent, task)).memory:
       continue
-    found = followers(dataset, cfg, name, asked, width=FOLLOWERS, score=gain_of_ranks)
+    found = followers(dataset, cfg, name, asked, FOLLOWERS)
     setting = found.setting
     rule = FollowRule(
       DECAY,
@@ -44,6 +44,6 @@ def count_followers(dataset: Dataset, cfg: config.Config) -> dict[str, FollowRow
     share = float((found.code[2:, 0] > 0).mean())
     logger.info(
       f"task {name} remembers followers of {share:.1%} of {len(found.code) - 2:,} values, from {found.pairs:,} pairs "
-      f"of {found.users:,} users ({told})"
+      f"of {found.users:,} of {len(dataset):,} users ({told})"
     )
   return out

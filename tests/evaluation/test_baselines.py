@@ -62,8 +62,8 @@ def test_own_frequency_counts_the_events_that_the_question_is_about() -> None:
 def test_what_is_popular_lately_counts_the_days_before_the_question(
   at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(ranking_baselines, "READ_AT_ONCE", at_once)
-  rng, items, day = np.random.default_rng(0), 8, ranking_baselines.DAY
+  monkeypatch.setattr(ranking_baselines, "AT_ONCE", at_once)
+  rng, items, day = np.random.default_rng(0), 8, config.MICROSECONDS_PER_DAY
   histories = []
   for u in range(9):
     n = int(rng.integers(1, 30))

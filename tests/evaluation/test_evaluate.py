@@ -35,6 +35,7 @@ def test_every_task_has_its_metrics_and_baselines_in_both_splits(result: dict, r
     assert set(tasks) == set(run.cfg.active_views)
     own = {"own most frequent", "own most recent"}
     assert set(tasks["next_page"]["baselines"]) == {"most popular", "popular lately", "co-occurrence", *own}
+    assert set(tasks["next_page"]["popular_lately"]) == {"days", "users"}
     assert set(tasks["quiet"]["baselines"]) == {"constant", "aggregates + logistic", "aggregates + boosted trees"}
     assert set(tasks["pages"]["baselines"]) == {"constant", "aggregates + logistic"}  # 5 values, 4 counted
     for name, task in tasks.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from supermoe_jax.data.dataset import snapshot_batches
 from supermoe_jax.data.dataset.dataset import Dataset
 from supermoe_jax.data.dataset.pair_counts import TUNED_QUESTIONS, FollowCounts, PairSetting
 from supermoe_jax.data.encoding.splits import VALIDATION
+from supermoe_jax.data.tasks.labels import right_values
 
 # Pairs that are sorted at a time.
 SORTED_AT_ONCE = 4_000_000
@@ -45,40 +45,27 @@ class Followers(NamedTuple):
   pairs: int
 
 
-def followers(
-  dataset: Dataset,
-  cfg: config.Config,
-  name: str,
-  task: config.NextEvent,
-  *,
-  width: int,
-  score: Callable[[np.ndarray], float],
-) -> Followers:
+def followers(dataset: Dataset, cfg: config.Config, name: str, task: config.NextEvent, width: int) -> Followers:
   """Counts the pairs of a next-event task's values in the training period; returns up to `width` followers of each.
 
-  The setting is the one whose ranks of the validation questions have the largest `score`. Without such questions it is
-  the usual one.
+  The setting is the one that ranks the validation questions best. Without such questions it is the usual one.
   """
   simultaneous = task.values_of_a_moment(dataset.tie_rate, cfg.data.split.mode) > 0
   counts = FollowCounts(dataset, task.field, simultaneous=simultaneous)
   if cfg.data.split.has_snapshots("validation") and dataset.manifest["snapshots"]["validation"]:
-    _tune(counts, dataset, cfg, name, score)
+    _tune(counts, dataset, cfg, name)
   return followers_of(counts, width)
 
 
-def _tune(
-  counts: FollowCounts, dataset: Dataset, cfg: config.Config, name: str, score: Callable[[np.ndarray], float]
-) -> None:
-  questions, right, seen = [], [], list[np.ndarray]()
+def _tune(counts: FollowCounts, dataset: Dataset, cfg: config.Config, name: str) -> None:
+  questions, targets, seen = [], [], list[np.ndarray]()
   for batch in snapshot_batches.query_batches(dataset, cfg, split=VALIDATION, most=TUNED_QUESTIONS):
-    value, known = batch.labels[name]
-    targets = np.concatenate([value[:, None], batch.also[name]], axis=1)
-    there = np.flatnonzero(known)
-    questions += [batch.questions[i] for i in there]
-    right.append(targets[there])
-    seen += [batch.seen[name][i] for i in there] if name in batch.seen else []
+    known = np.flatnonzero(batch.labels[name].known)
+    questions += [batch.questions[i] for i in known]
+    targets.append(right_values(batch.labels[name], batch.also[name])[known])
+    seen += [batch.seen[name][i] for i in known] if name in batch.seen else []
   if questions:
-    counts.tune(questions, np.concatenate(right), seen or None, score)
+    counts.tune(questions, np.concatenate(targets), seen or None, max(cfg.evaluate.cutoffs))
 
 
 def followers_of(counts: FollowCounts, width: int) -> Followers:
@@ -101,8 +88,3 @@ def followers_of(counts: FollowCounts, width: int) -> Followers:
   total *= np.sum(setting.fade ** np.arange(setting.last))
   scale = np.float32(len(counts.count) / total if total else 1.0)
   return Followers(code, weight * scale, out * scale, into, setting, counts.users, counts.pairs)
-
-
-def gain_of_ranks(ranks: np.ndarray, cutoff: int = 10) -> float:
-  """Returns NDCG of questions with one right value each, from its ranks `[n]`."""
-  return float(np.mean(np.where(ranks <= cutoff, 1 / np.log2(1 + ranks), 0))) if len(ranks) else 0.0

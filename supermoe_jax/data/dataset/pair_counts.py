@@ -64,6 +64,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def gain_of_ranks(ranks: np.ndarray, cutoff: int) -> float:
+  """Returns NDCG@`cutoff` of questions of which one value is ranked, from its ranks `[n]`; 0 without a question."""
+  return float(np.mean(np.where(ranks <= cutoff, 1 / np.log2(1 + ranks), 0.0))) if len(ranks) else 0.0
+
+
 class FollowCounts:
   """Counts of values of a field that follow each other, and the ranks that they give.
 
@@ -167,9 +172,9 @@ class FollowCounts:
     questions: Sequence[Query],
     target: np.ndarray,
     seen: Sequence[np.ndarray] | None,
-    score: Callable[[np.ndarray], float],
+    cutoff: int,
   ) -> PairSetting:
-    """Chooses the setting whose ranks of validation questions have the largest `score`, one attribute after the other.
+    """Chooses the setting that ranks validation questions best by NDCG@`cutoff`, one attribute after the other.
 
     Other arguments as in `ranks`; at most `TUNED_QUESTIONS` of them are used, drawn by a seed.
     """
@@ -179,7 +184,7 @@ class FollowCounts:
     past = self._past(asked)
 
     def reached(setting: PairSetting) -> float:
-      return score(self._ranks(setting, past, right, hidden))
+      return gain_of_ranks(self._ranks(setting, past, right, hidden), cutoff)
 
     best = reached(self.setting)
     for name, values in CHOICES.items():

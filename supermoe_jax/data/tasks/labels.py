@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from supermoe_jax import config
-from supermoe_jax.batch import UNKNOWN
+from supermoe_jax.batch import ABSENT, UNKNOWN
 from supermoe_jax.config import MICROSECONDS_PER_DAY
 from supermoe_jax.data.encoding.histories import UserBlock
 from supermoe_jax.data.encoding.splits import TRAIN
@@ -202,3 +202,12 @@ def at_events(labels: Labels, event: np.ndarray) -> Labels:
   """Returns the labels of the events at the indices `event [...]`, given all events' labels `[N]`; -1 is unknown."""
   known = (event >= 0) & labels.known[np.maximum(event, 0)]
   return Labels(np.where(known, labels.value[np.maximum(event, 0)], 0), known)
+
+
+def right_values(label: Labels, also: np.ndarray) -> np.ndarray:
+  """Returns the codes of n questions' right values, int32 `[n, 1 + A]`; 0 for none, and where nothing is known.
+
+  `label` holds the codes `[n]` of next events, and `also [n, A]` those that are as right, see `batch.Targets`.
+  """
+  right = np.concatenate([label.value[:, None], also], axis=1)
+  return np.where(label.known[:, None], right, ABSENT).astype(np.int32)

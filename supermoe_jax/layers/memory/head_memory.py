@@ -38,7 +38,7 @@ FADE = 0.7
 # Values that `follow` keeps of each value, and the user's last values that it looks at, at most.
 FOLLOWERS, LAST = 32, 50
 
-# Codes are kept as two float32 numbers, whole and below 2^24: code = high · _BASE + low.
+# Codes are kept as two whole float32 numbers, since rows are fetched as float32: code = high · _BASE + low.
 _BASE = 1 << 12
 
 
@@ -144,9 +144,9 @@ class HeadMemory(nnx.Module):
     self.follow = FollowTable(size, ways) if "follow" in self.kinds else None
 
   def fill(self, rows: FollowRows) -> None:
-    """Puts the counts of a training period into the memory of followers, if there is one."""
-    if self.follow is not None:
-      self.follow.fill(rows)
+    """Puts the counts of a training period into the memory of followers."""
+    assert self.follow is not None, "these kinds remember no followers"
+    self.follow.fill(rows)
 
   def counts(self, row: Any, *, training: bool) -> tuple[Remembered, ...]:
     """Returns the counts of each kind at the L events and S snapshots of each row of `batch.Features`.
@@ -171,8 +171,8 @@ class HeadMemory(nnx.Module):
 
   def at_snapshot(self, counts: Sequence[Remembered]) -> tuple[Remembered, ...]:
     """Returns the counts of rows with one site each, small enough to be kept for every question."""
-    longest = {"follow": LAST}
-    return tuple(r.of_one_site(longest.get(kind, r.code.shape[1])) for kind, r in zip(self.kinds, counts, strict=True))
+    kept = (LAST if kind == "follow" else r.code.shape[1] for kind, r in zip(self.kinds, counts, strict=True))
+    return tuple(r.of_one_site(events) for r, events in zip(counts, kept))
 
 
 class EventOrder(NamedTuple):
@@ -225,7 +225,9 @@ def followed(
 ) -> Remembered:
   """Returns how often values followed the last ones of each site; `rows` are those of `codes [B, L]`.
 
-  In training the pairs of the row's own users are taken out of the counts, as far as they lie in the row.
+  In training the pairs of the row's own users are taken out of the counts, as far as they lie in the row. A row does
+  not say whether its users were counted. Of a log whose users were not all counted, pairs may thus be taken out that
+  were never in, and counts are then too low, never too high.
   """
   rule = rows.rule
   weight = past_weights(order, visible, rule.fade, jnp.minimum(rule.last, LAST))

@@ -7,10 +7,10 @@ import pytest
 
 from supermoe_jax import config
 from supermoe_jax.data.dataset import followers as module
-from supermoe_jax.data.dataset import snapshot_batches
+from supermoe_jax.data.dataset import pair_counts, snapshot_batches
 from supermoe_jax.data.dataset.dataset import Dataset
-from supermoe_jax.data.dataset.followers import Followers, followers, gain_of_ranks
-from supermoe_jax.data.dataset.pair_counts import DECAY, FollowCounts, PairSetting
+from supermoe_jax.data.dataset.followers import Followers, followers
+from supermoe_jax.data.dataset.pair_counts import DECAY, FollowCounts, PairSetting, gain_of_ranks
 from supermoe_jax.data.encoding.splits import VALIDATION
 
 NAME = "next_page"
@@ -48,7 +48,7 @@ def test_rows_hold_the_largest_damped_counts_of_the_training_histories(
   cfg: config.Config, dataset: Dataset, ties: str, width: int
 ) -> None:
   cfg, task = asked(cfg, f"tasks.{NAME}.ties={ties}")
-  found = followers(dataset, cfg, NAME, task, width=width, score=gain_of_ranks)
+  found = followers(dataset, cfg, NAME, task, width)
   damped, count = reference(dataset, found.setting, ties == "set")
   items = len(count)
   assert found.code.shape == found.number.shape == (items + 2, width)
@@ -70,14 +70,15 @@ def test_rows_hold_the_largest_damped_counts_of_the_training_histories(
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_the_setting_is_the_best_one_tried_on_the_known_validation_questions(
-  cfg: config.Config, dataset: Dataset, exclude_seen: bool
+  cfg: config.Config, dataset: Dataset, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   cfg, task = asked(cfg, f"tasks.{NAME}.exclude_seen={exclude_seen}")
   reached: list[float] = []
+  most = max(cfg.evaluate.cutoffs)
 
-  def score(ranks: np.ndarray) -> float:
-    reached.append(gain_of_ranks(ranks))
-    assert len(ranks) == n_known
+  def score(ranks: np.ndarray, cutoff: int) -> float:
+    reached.append(gain_of_ranks(ranks, cutoff))
+    assert len(ranks) == n_known and cutoff == most
     return reached[-1]
 
   questions, right, seen = [], [], []
@@ -89,14 +90,15 @@ def test_the_setting_is_the_best_one_tried_on_the_known_validation_questions(
       seen += [batch.seen[NAME][i]] if exclude_seen else []
   n_known = len(questions)
   assert n_known
-  found = followers(dataset, cfg, NAME, task, width=4, score=score)
+  monkeypatch.setattr(pair_counts, "gain_of_ranks", score)
+  found = followers(dataset, cfg, NAME, task, 4)
   simultaneous = task.values_of_a_moment(dataset.tie_rate, cfg.data.split.mode) > 0
   counts = FollowCounts(dataset, "page", simultaneous=simultaneous)
   usual = counts.ranks(questions, np.array(right), seen or None)
   counts.setting = found.setting
   best = counts.ranks(questions, np.array(right), seen or None)
-  assert reached[0] == pytest.approx(gain_of_ranks(usual))
-  assert gain_of_ranks(best) == pytest.approx(max(reached)) and max(reached) > reached[0]
+  assert reached[0] == pytest.approx(gain_of_ranks(usual, most))
+  assert gain_of_ranks(best, most) == pytest.approx(max(reached)) and max(reached) > reached[0]
   assert (found.users, found.pairs) == (counts.users, counts.pairs) and found.users == len(dataset)
 
 
@@ -104,12 +106,15 @@ def usual_setting(found: Followers) -> bool:
   return found.setting == PairSetting() and bool((found.number > 0).any())
 
 
-def test_without_a_validation_split_the_setting_is_the_usual_one(cfg: config.Config, dataset: Dataset) -> None:
-  def refused(ranks: np.ndarray) -> float:
+def test_without_a_validation_split_the_setting_is_the_usual_one(
+  cfg: config.Config, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def refused(ranks: np.ndarray, cutoff: int) -> float:
     raise AssertionError("nothing is to be scored")
 
+  monkeypatch.setattr(pair_counts, "gain_of_ranks", refused)
   cfg, task = asked(cfg, "data.split.validation=()")
-  assert usual_setting(followers(dataset, cfg, NAME, task, width=4, score=refused))
+  assert usual_setting(followers(dataset, cfg, NAME, task, 4))
 
 
 def test_without_a_known_label_the_setting_is_the_usual_one(
@@ -125,10 +130,12 @@ def test_without_a_known_label_the_setting_is_the_usual_one(
   tuned: list[bool] = []
   monkeypatch.setattr(FollowCounts, "tune", lambda *args: tuned.append(True))
   cfg, task = asked(cfg)
-  assert usual_setting(followers(dataset, cfg, NAME, task, width=4, score=gain_of_ranks)) and not tuned
+  assert usual_setting(followers(dataset, cfg, NAME, task, 4)) and not tuned
 
 
-def test_of_equal_scores_the_usual_setting_stays(cfg: config.Config, dataset: Dataset) -> None:
+def test_of_equal_scores_the_usual_setting_stays(
+  cfg: config.Config, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(pair_counts, "gain_of_ranks", lambda ranks, cutoff: 0.5)
   cfg, task = asked(cfg)
-  found = followers(dataset, cfg, NAME, task, width=4, score=lambda ranks: 0.5)
-  assert usual_setting(found)
+  assert usual_setting(followers(dataset, cfg, NAME, task, 4))

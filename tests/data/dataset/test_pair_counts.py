@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from supermoe_jax.data.dataset import followers, pair_counts
-from supermoe_jax.data.dataset.followers import followers_of, gain_of_ranks
-from supermoe_jax.data.dataset.pair_counts import DECAY, FollowCounts, PairSetting
+from supermoe_jax.data.dataset.followers import followers_of
+from supermoe_jax.data.dataset.pair_counts import DECAY, FollowCounts, PairSetting, gain_of_ranks
 from supermoe_jax.data.dataset.snapshot_batches import Query
 from supermoe_jax.data.encoding.histories import UserBlock, UserHistory, end_to_end
 
@@ -122,7 +122,7 @@ def test_validation_chooses_the_setting_that_ranks_it_best() -> None:
   questions = [Query(u, str(u), 0, 0, 5 + u % 4, 0) for u in range(60)]
   target = np.array([log.users[q.user].codes[q.n_events] for q in questions])
   start = found.ranks(questions, target)
-  chosen = found.tune(questions, target, None, lambda ranks: gain_of_ranks(ranks, 1))
+  chosen = found.tune(questions, target, None, 1)
   assert chosen != PairSetting() and chosen.window == min(pair_counts.WINDOWS)
   assert np.mean(found.ranks(questions, target) == 1) == 1 > np.mean(start == 1)
   assert found.described() == {**vars(chosen), "users": 60, "pairs": found.pairs}
@@ -155,5 +155,5 @@ def test_the_followers_of_a_value_are_those_with_the_largest_counts(
 
 
 def test_gain_is_the_mean_over_questions_up_to_the_cutoff() -> None:
-  assert gain_of_ranks(np.array([1.0, 3.0, 11.0, np.inf])) == pytest.approx((1 + 0.5) / 4)
-  assert gain_of_ranks(np.zeros(0)) == 0
+  assert gain_of_ranks(np.array([1.0, 3.0, 11.0, np.inf]), 10) == pytest.approx((1 + 0.5) / 4)
+  assert gain_of_ranks(np.zeros(0), 10) == 0
